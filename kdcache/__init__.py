@@ -1,0 +1,67 @@
+"""kdcache: knowledge distillation with a teacher that runs only once.
+
+    cache = kdcache.dump_teacher(model, samples, "teacher.kdcache")     # stage one, once
+    teacher = kdcache.open_cache("teacher.kdcache").teacher()           # ids, view -> logits [B, C]
+    result = kdcache.train_student(pipeline, cache, "runs/student")     # stage two, as often as you like
+"""  # noqa: D205
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.cache.reader import Cache, CachedTeacher, open_cache
+    from kdcache.datasets import load_split
+    from kdcache.dump import dump_teacher
+    from kdcache.errors import KdcacheError
+    from kdcache.losses import Loss, distillation_loss
+    from kdcache.models import build_model
+    from kdcache.pipeline import CacheSpec, Pipeline, load_pipeline
+    from kdcache.samples import Samples, wrap
+    from kdcache.train import train_student, train_teacher
+
+# Resolved on first use: `kdcache --help` need not wait for torch.
+_HOME = {
+    "Cache": "kdcache.cache.reader",
+    "CacheSpec": "kdcache.pipeline",
+    "CachedTeacher": "kdcache.cache.reader",
+    "KdcacheError": "kdcache.errors",
+    "Loss": "kdcache.losses",
+    "Pipeline": "kdcache.pipeline",
+    "Samples": "kdcache.samples",
+    "build_model": "kdcache.models",
+    "distillation_loss": "kdcache.losses",
+    "dump_teacher": "kdcache.dump",
+    "load_pipeline": "kdcache.pipeline",
+    "load_split": "kdcache.datasets",
+    "open_cache": "kdcache.cache.reader",
+    "train_student": "kdcache.train",
+    "train_teacher": "kdcache.train",
+    "wrap": "kdcache.samples",
+}
+
+__all__ = [
+    "Cache",
+    "CacheSpec",
+    "CachedTeacher",
+    "KdcacheError",
+    "Loss",
+    "Pipeline",
+    "Samples",
+    "build_model",
+    "distillation_loss",
+    "dump_teacher",
+    "load_pipeline",
+    "load_split",
+    "open_cache",
+    "train_student",
+    "train_teacher",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'kdcache' has no attribute {name!r}")

@@ -1,0 +1,63 @@
+"""Work on whole caches, a shard at a time, in parallel. The only module that knows dask.
+
+Every operation is a map over shards and a sum in shard order, so that it needs the memory of a few shards whatever the
+size of the cache, and gives the same bits however many workers share it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import dask
+import numpy as np
+import torch
+
+from kdcache.cache import layout
+from kdcache.cache.schema import Plan, Summary
+
+
+class _Sums(NamedTuple):
+    labelled: int
+    correct: int
+    sharpness: float
+    entropy: float
+    top_probability: float
+
+
+def summarise(cache: Path, plan: Plan) -> Summary:
+    """What a teacher is like, from its cache alone: accuracy, mean sharpness (logsumexp), entropy and confidence."""
+    labels = torch.from_numpy(layout.read_samples(cache)[0].astype(np.int64))
+    parts = [
+        dask.delayed(_sums)(cache, plan, view, shard, labels)
+        for view in range(plan.views.count)
+        for shard in range(plan.shards)
+    ]
+    sums = [_Sums(*part) for part in dask.compute(*parts, scheduler="threads")]
+    rows = plan.views.count * plan.dataset.samples
+    labelled = sum(part.labelled for part in sums)
+    return Summary(
+        teacher_accuracy=sum(part.correct for part in sums) / labelled if labelled else None,
+        mean_sharpness=math.fsum(part.sharpness for part in sums) / rows,
+        mean_entropy=math.fsum(part.entropy for part in sums) / rows,
+        mean_top_probability=math.fsum(part.top_probability for part in sums) / rows,
+    )
+
+
+def _sums(cache: Path, plan: Plan, view: int, shard: int, labels: torch.Tensor) -> _Sums:
+    ids = plan.shard_ids(shard)
+    rows = layout.read_rows(cache, plan, view, ids)
+    truth = labels[ids.start : ids.stop]
+    if rows.indices is None:
+        top_log_prob, predicted = rows.log_probs.float().max(dim=1)
+    else:
+        top_log_prob, predicted = rows.log_probs[:, 0].float(), rows.indices[:, 0].long()
+    entropy = rows.statistics[:, plan.encoding.statistics.index("entropy")]
+    return _Sums(
+        labelled=int((truth >= 0).sum()),
+        correct=int((predicted == truth).sum()),
+        sharpness=float(rows.logsumexp.double().sum()),
+        entropy=float(entropy.double().sum()),
+        top_probability=float(top_log_prob.double().exp().sum()),
+    )

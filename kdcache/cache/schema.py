@@ -1,0 +1,266 @@
+"""What a cache says of itself: the plan it was begun with, and the manifest that seals it.
+
+Both are JSON files read with pydantic. The manifest's bytes are canonical, so that any changed byte is found: it is
+refused unless writing it again gives the same bytes, and its last field is the digest of all the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kdcache.errors import CorruptError
+
+FORMAT_VERSION = 0
+"""Version 0 is the format before its specification; caches of it may become unreadable, later ones may not."""
+
+PLAN, MANIFEST = "plan.json", "manifest.json"
+
+STATISTICS = ("label_log_prob", "logit_mean", "logit_std", "entropy")
+TAIL_TEMPERATURES = (1, 2, 4, 8)
+TAIL_STATISTICS = tuple(f"tail_log_mass_t{t}" for t in TAIL_TEMPERATURES)
+
+Size = Annotated[int, Field(ge=0, le=2**62)]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """A part of a plan or a manifest: exact types, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Encoding(Record):
+    """How logits [C] become a row.
+
+    Attributes:
+        num_classes: C.
+        top_k: k, how many classes are kept exactly; k = C keeps all, in class order and without indices.
+        tail: what is known of the others; "none" where k = C.
+        dtype: type of the log-probabilities.
+    """
+
+    num_classes: Annotated[int, Field(ge=2, le=2**31)]
+    top_k: Annotated[int, Field(ge=1)]
+    tail: Literal["none", "uniform"]
+    dtype: Literal["float16", "float32"]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Encoding:
+        if self.top_k > self.num_classes:
+            raise ValueError(f"top_k {self.top_k} is larger than the number of classes, {self.num_classes}")
+        if self.dense != (self.tail == "none"):
+            raise ValueError("the tail is 'none' exactly where every class is kept")
+        return self
+
+    @property
+    def dense(self) -> bool:
+        """Whether every class is kept."""
+        return self.top_k == self.num_classes
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the columns of the `statistics` array."""
+        return STATISTICS if self.dense else STATISTICS + TAIL_STATISTICS
+
+
+class TeacherRecord(Record):
+    """Which network ran."""
+
+    name: str
+    weights_digest: Digest
+    parameters: Size
+    precision: str
+
+
+class DatasetRecord(Record):
+    """What it ran on, and by what another copy of it can be recognised."""
+
+    name: str
+    split: str
+    samples: Annotated[int, Field(ge=1, le=2**40)]
+    class_names: tuple[str, ...]
+    digest: Digest
+
+    @field_validator("class_names", mode="before")
+    @classmethod
+    def _from_json_list(cls, given: Any) -> Any:
+        return tuple(given) if isinstance(given, list) else given
+
+
+class ViewsRecord(Record):
+    """What the teacher saw of every image."""
+
+    count: Annotated[int, Field(ge=1, le=2**20)]
+    seed: Size
+    transform: list[dict[str, dict[str, Any]]]
+
+
+class Shape(Record):
+    """How rows are laid out in files."""
+
+    shard_rows: Annotated[int, Field(ge=1)]
+    chunk_rows: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _whole_chunks(self) -> Shape:
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError("shard_rows is not a multiple of chunk_rows")
+        return self
+
+
+class Plan(Record):
+    """Everything that is settled before the first row: a run that goes on must agree with all of it."""
+
+    format: Literal["kdcache"] = "kdcache"
+    format_version: Literal[0] = FORMAT_VERSION
+    teacher: TeacherRecord
+    dataset: DatasetRecord
+    views: ViewsRecord
+    encoding: Encoding
+    shape: Shape
+    batch_size: Annotated[int, Field(ge=1)]
+    """Rows of a teacher batch: with another one the last bits of the logits may differ."""
+    versions: dict[str, str]
+    licence: str
+    notes: str
+
+    @model_validator(mode="after")
+    def _classes_agree(self) -> Plan:
+        if len(self.dataset.class_names) != self.encoding.num_classes:
+            raise ValueError("as many class names as classes are needed")
+        return self
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of a view."""
+        return -(-self.dataset.samples // self.shape.shard_rows)
+
+    def shard_ids(self, shard: int) -> range:
+        """The sample ids whose rows a shard holds."""
+        start = shard * self.shape.shard_rows
+        return range(start, min(start + self.shape.shard_rows, self.dataset.samples))
+
+
+class Summary(Record):
+    """What the rows say, over all views; labels of -1 do not count towards the accuracy."""
+
+    teacher_accuracy: float | None
+    mean_sharpness: float
+    mean_entropy: float
+    mean_top_probability: float
+
+
+class FileRecord(Record):
+    """Size and digest of one file."""
+
+    size: Size
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Commit(Record):
+    """The marker of a written shard: its files, relative to the cache."""
+
+    files: dict[str, FileRecord]
+
+
+class Manifest(Record):
+    """A sealed cache: the plan, what came of it, every file of it, and the root digest over all of that."""
+
+    plan: Plan
+    summary: Summary
+    files: dict[str, FileRecord]
+    digest: Digest
+
+    @field_validator("files")
+    @classmethod
+    def _stay_inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
+                raise ValueError(f"the file name {name!r} does not stay inside the cache")
+        return files
+
+
+def canonical(record: Record) -> bytes:
+    """The bytes of a record's file: JSON, indented, keys in the order of the schema, files by name."""
+    return (json.dumps(record.model_dump(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def seal(plan: Plan, summary: Summary, files: dict[str, FileRecord]) -> Manifest:
+    """The manifest of a complete cache, with its root digest."""
+    files = dict(sorted(files.items()))
+    unsealed = Manifest(plan=plan, summary=summary, files=files, digest="sha256:" + "0" * 64)
+    return unsealed.model_copy(update={"digest": root_digest(unsealed)})
+
+
+def root_digest(manifest: Manifest) -> str:
+    """sha256 of the canonical manifest with 64 zeros where its digest stands."""
+    zeroed = manifest.model_copy(update={"digest": "sha256:" + "0" * 64})
+    return f"sha256:{hashlib.sha256(canonical(zeroed)).hexdigest()}"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest: its schema, its canonical bytes and its digest.
+
+    Raises:
+        CorruptError: if any byte of it is not as it was written.
+    """
+    manifest = _read(path, Manifest)
+    if manifest.digest != root_digest(manifest):
+        raise _damaged(path, "its digest does not fit its contents")
+    return manifest
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        CorruptError: if it is not as it was written.
+    """
+    return _read(path, Plan)
+
+
+def read_commit(path: Path) -> Commit:
+    """Read a commit marker.
+
+    Raises:
+        CorruptError: if it is not as it was written.
+    """
+    return _read(path, Commit)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def _read(path: Path, kind: type[R]) -> R:
+    try:
+        data = path.read_bytes()
+        version = _version(json.loads(data))
+        if version not in (None, FORMAT_VERSION):
+            raise CorruptError(
+                f"{path} is of format version {version!r}; this kdcache reads version {FORMAT_VERSION}",
+                "pip install --upgrade kdcache, or dump the teacher again",
+            )
+        record = kind.model_validate(json.loads(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from None
+    if canonical(record) != data:
+        raise _damaged(path, "its bytes are not those that were written")
+    return record
+
+
+def _version(data: Any) -> Any:
+    plan = data.get("plan", data) if isinstance(data, dict) else None
+    return plan.get("format_version") if isinstance(plan, dict) else None
+
+
+def _damaged(path: Path, why: str) -> CorruptError:
+    return CorruptError(f"{path} is damaged: {why}", "get the cache again from where it was made, or dump the teacher again")

@@ -1,0 +1,55 @@
+"""The command line: `kdcache COMMAND --help` shows an example of each."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any
+
+import click
+
+from kdcache.cli import demo, info, output, stage_one, stage_two
+from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError
+
+
+class _Main(click.Group):
+    """A group whose mistakes end in one message and an exit code, never in a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KdcacheError as mistake:
+            failed: KdcacheError = mistake
+        except KeyboardInterrupt:
+            failed = InterruptedRun("interrupted; nothing half-written was kept", "run the same command again")
+        except OSError as problem:
+            if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            where = f": {problem.filename}" if problem.filename else ""
+            failed = IncompleteError(
+                f"{problem.strerror}{where}", "make room or get permission there, and run the same command again"
+            )
+        output.error(failed)
+        sys.exit(failed.exit_code)
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="kdcache")
+def main() -> None:
+    """Knowledge distillation with a teacher that runs only once.
+
+    \b
+    Try it:      kdcache demo
+    Stage one:   kdcache train-teacher, kdcache dump-teacher
+    Stage two:   kdcache train-student
+    Look:        kdcache info
+
+    Exit codes: 0 ok, 2 usage, 3 incomplete, 4 mismatch, 5 corrupt, 130 interrupted.
+    """
+
+
+main.add_command(demo.demo)
+main.add_command(stage_one.train_teacher)
+main.add_command(stage_one.dump_teacher)
+main.add_command(stage_two.train_student)
+main.add_command(info.info)

@@ -1,0 +1,66 @@
+"""`kdcache info`: what a cache is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kdcache.cli import output
+from kdcache.cli.options import json_option
+
+if TYPE_CHECKING:
+    from kdcache.cache import Cache
+
+
+@click.command("info")
+@click.argument("cache", type=click.Path(path_type=Path))
+@json_option
+def info(cache: Path, as_json: bool) -> None:
+    """Say what a CACHE holds, who made it, and what its teacher is like; every byte is checked on the way.
+
+    \b
+    Example: kdcache info runs/digits.kdcache
+    """
+    from kdcache.cache import open_cache
+
+    describe(open_cache(cache), as_json)
+
+
+def describe(cache: Cache, as_json: bool) -> None:
+    """Print what the manifest of a cache says."""
+    manifest, plan = cache.manifest, cache.manifest.plan
+    rows = plan.views.count * plan.dataset.samples
+    per_row = cache.bytes_on_disk / rows
+    if as_json:
+        output.as_json(
+            {
+                "path": str(cache.path),
+                "bytes": cache.bytes_on_disk,
+                "bytes_per_row": round(per_row, 2),
+                **manifest.model_dump(exclude={"files"}),
+            }
+        )
+        return
+    kept = "every class" if plan.encoding.dense else f"top {plan.encoding.top_k}, {plan.encoding.tail} tail"
+    accuracy = manifest.summary.teacher_accuracy
+    output.facts(
+        {
+            "cache": str(cache.path),
+            "digest": manifest.digest,
+            "teacher": f"{plan.teacher.name}, {plan.teacher.parameters:,} parameters, {plan.teacher.weights_digest[:19]}...",
+            "data set": f"{plan.dataset.name}/{plan.dataset.split}, {plan.dataset.samples:,} samples, "
+            f"{cache.num_classes} classes, {plan.dataset.digest[:19]}...",
+            "views": f"{plan.views.count}, seed {plan.views.seed}, "
+            + (" > ".join(name for step in plan.views.transform for name in step) or "no transform"),
+            "kept": f"{kept}, {plan.encoding.dtype} log-probabilities",
+            "size": f"{cache.bytes_on_disk:,} bytes, {per_row:.1f} a row, {plan.views.count * plan.shards} shards",
+            "accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
+            "sharpness": f"{manifest.summary.mean_sharpness:.3f} (mean logsumexp)",
+            "confidence": f"{manifest.summary.mean_top_probability:.4f} (mean largest probability)",
+            "versions": ", ".join(f"{name} {number}" for name, number in plan.versions.items()),
+            **({"licence": plan.licence} if plan.licence else {}),
+            **({"notes": plan.notes} if plan.notes else {}),
+        }
+    )

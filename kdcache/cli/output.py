@@ -1,0 +1,121 @@
+"""The only place that prints: results to stdout, progress and messages to stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from kdcache.errors import KdcacheError
+
+if TYPE_CHECKING:
+    from kdcache.train import Result
+
+_results = Console(highlight=False, soft_wrap=True)
+_messages = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """A line about what goes on, to stderr."""
+    _messages.print(Text(message))
+
+
+def result(text: str) -> None:
+    """A line of the result, to stdout."""
+    _results.print(Text(text))
+
+
+def facts(pairs: Mapping[str, str]) -> None:
+    """Named values, one a line, aligned."""
+    width = max(map(len, pairs))
+    for name, value in pairs.items():
+        result(f"{name:<{width}}  {value}")
+
+
+def as_json(content: Mapping[str, Any]) -> None:
+    """A result for programs."""
+    result(json.dumps(content, indent=2))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; its first column is text, the others are figures."""
+    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    _results.print(drawn)
+
+
+def error(mistake: KdcacheError) -> None:
+    """What happened, and what to do."""
+    _messages.print(Text.assemble(("error: ", "bold red"), mistake.what))
+    _messages.print(Text.assemble(("fix: ", "bold green"), mistake.fix))
+
+
+class _BarTask:
+    def __init__(self, bars: Bars, number: Any, unit: str) -> None:
+        self._bars, self._number, self._unit = bars, number, unit
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self._bars.update(self._number, advance=amount)
+        task = next(task for task in self._bars.tasks if task.id == self._number)
+        speed = f"{task.finished_speed or task.speed or 0:,.0f} {self._unit}/s" if self._unit == "rows" else ""
+        self._bars.update(self._number, note=note or speed)
+
+
+class Terminal:
+    """Progress bars on stderr: how much is done, how fast, and how long it will take."""
+
+    @contextmanager
+    def task(self, what: str, total: int, unit: str) -> Iterator[_BarTask]:
+        """Begin a piece of work of `total` units."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Bars(*columns, console=_messages) as bars:
+            yield _BarTask(bars, bars.add_task(what, total=total, note=""), unit)
+
+    def say(self, message: str) -> None:
+        """A line about what goes on."""
+        say(message)
+
+
+def run_result(out: Path, trained: Result, in_json: bool) -> None:
+    """What a training run came to."""
+    best, test = trained.best, trained.test
+    if in_json:
+        as_json(
+            {
+                "run": str(out),
+                "best": best._asdict(),
+                "test": test._asdict() if test else None,
+                "seconds": round(trained.seconds, 3),
+            }
+        )
+        return
+    validated = "" if best.validation_accuracy is None else f", validation accuracy {best.validation_accuracy:.2%}"
+    facts(
+        {
+            "run": str(out),
+            "weights": str(trained.checkpoint),
+            "selected": f"epoch {best.epoch}{validated}",
+            "test": f"accuracy {test.accuracy:.2%}, loss {test.loss:.4f}" if test else "no test split",
+            "time": f"{trained.seconds:.1f} s",
+        }
+    )

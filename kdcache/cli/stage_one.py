@@ -1,0 +1,80 @@
+"""Stage one: make a teacher, and run it once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kdcache.cli import output
+from kdcache.cli.options import (
+    choose_device,
+    device_option,
+    json_option,
+    out_option,
+    pipeline_argument,
+    read_pipeline,
+    set_option,
+)
+
+
+@click.command("train-teacher")
+@pipeline_argument
+@out_option
+@set_option
+@device_option
+@json_option
+def train_teacher(pipeline: Path, out: Path, overrides: tuple[str, ...], device: str, as_json: bool) -> None:
+    """Train the teacher of a PIPELINE with cross-entropy, from random weights.
+
+    \b
+    Example: kdcache train-teacher pipelines/digits.yaml -o runs/digits-teacher
+    """
+    from kdcache.train import train_teacher as train
+
+    resolved = read_pipeline(pipeline, overrides)
+    trained = train(resolved, out, device=choose_device(device), progress=output.Terminal())
+    output.run_result(out, trained, as_json)
+
+
+@click.command("dump-teacher")
+@pipeline_argument
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The cache, NAME.kdcache.")
+@click.option("--top-k", help="How many classes to keep exactly, or all.  [short for --set cache.top_k=...]")
+@click.option("--tail", help="What to keep of the others: uniform.  [short for --set cache.tail=...]")
+@set_option
+@device_option
+@json_option
+def dump_teacher(
+    pipeline: Path,
+    out: Path,
+    top_k: str | None,
+    tail: str | None,
+    overrides: tuple[str, ...],
+    device: str,
+    as_json: bool,
+) -> None:
+    """Run the teacher of a PIPELINE once over every view, and keep its logits in a sealed cache.
+
+    Interrupted or killed, the same command goes on where it stopped.
+
+    \b
+    Example: kdcache dump-teacher pipelines/digits.yaml -o runs/digits.kdcache
+    """
+    from kdcache.cli.info import describe
+    from kdcache.dump import dump_teacher as dump
+    from kdcache.dump import load_teacher
+
+    resolved = read_pipeline(pipeline, overrides, cache__top_k=top_k, cache__tail=tail)
+    loaded = load_teacher(resolved)
+    cache = dump(
+        loaded.model,
+        loaded.samples,
+        out,
+        name=loaded.name,
+        transform=loaded.transform,
+        spec=resolved.cache,
+        device=choose_device(device),
+        progress=output.Terminal(),
+    )
+    describe(cache, as_json)

@@ -1,0 +1,51 @@
+"""Stage two: students from a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kdcache.cli import output
+from kdcache.cli.options import (
+    choose_device,
+    device_option,
+    json_option,
+    out_option,
+    pipeline_argument,
+    read_pipeline,
+    set_option,
+)
+
+
+@click.command("train-student")
+@pipeline_argument
+@out_option
+@click.option("--cache", "cache_path", type=click.Path(path_type=Path), help="The teacher's cache; not needed with --loss ce.")
+@click.option("--loss", help="ce, kd, dtkd, ka, dtd, ka+dtd, dtkd+ka, ...  [short for --set loss.name=...]")
+@click.option("--seed", type=int, help="[short for --set student.train.seed=...]")
+@set_option
+@device_option
+@json_option
+def train_student(
+    pipeline: Path,
+    out: Path,
+    cache_path: Path | None,
+    loss: str | None,
+    seed: int | None,
+    overrides: tuple[str, ...],
+    device: str,
+    as_json: bool,
+) -> None:
+    """Train the student of a PIPELINE from a cache; the teacher is not loaded.
+
+    \b
+    Example: kdcache train-student pipelines/digits.yaml --cache runs/digits.kdcache --loss dtkd -o runs/student
+    """
+    from kdcache.cache import open_cache
+    from kdcache.train import train_student as train
+
+    resolved = read_pipeline(pipeline, overrides, loss__name=loss, student__train__seed=seed)
+    cache = open_cache(cache_path) if cache_path is not None else None
+    trained = train(resolved, cache, out, device=choose_device(device), progress=output.Terminal())
+    output.run_result(out, trained, as_json)

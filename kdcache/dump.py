@@ -1,0 +1,209 @@
+"""Stage one: the teacher runs once over every view, and a sealed cache is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from kdcache.cache import layout, operations
+from kdcache.cache.codec import Rows, encode, not_finite
+from kdcache.cache.reader import Cache, open_cache
+from kdcache.cache.schema import DatasetRecord, Encoding, Plan, TeacherRecord, ViewsRecord
+from kdcache.cache.writer import CacheWriter
+from kdcache.datasets import load_split
+from kdcache.errors import CorruptError, InterruptedRun, MismatchError, UsageError
+from kdcache.evaluate import check_logits, try_network
+from kdcache.models import build_model, preset_transform, weights_digest
+from kdcache.pipeline import CacheSpec, Pipeline, Transform
+from kdcache.progress import Progress, Silent, Task
+from kdcache.provenance import versions
+from kdcache.samples import Samples, digest_of
+from kdcache.views import Batch, View, as_is, is_random
+
+
+class _Cut(NamedTuple):
+    """A batch: which shard it belongs to, and which samples it holds."""
+
+    shard: int
+    ids: range
+
+
+class LoadedTeacher(NamedTuple):
+    """What the `dataset` and `teacher` sections of a pipeline name."""
+
+    model: nn.Module
+    name: str
+    samples: Samples
+    transform: Transform
+
+
+def load_teacher(pipeline: Pipeline) -> LoadedTeacher:
+    """The trained teacher of a pipeline, and the training images that it is to see.
+
+    Raises:
+        KdcacheError: if one is not there, or they do not fit.
+    """
+    spec = pipeline.section("teacher")
+    samples = load_split(pipeline.dataset, "train")
+    model = build_model(spec, samples.num_classes, samples.images.shape(), trained=True)
+    transform = pipeline.transform
+    if transform is None:
+        transform = preset_transform(spec) or samples.transform
+    # Of a teacher from a file the name is kept, not where the file lay on this machine.
+    return LoadedTeacher(model, spec.model.rpartition("/")[2], samples, transform)
+
+
+def plan_cache(model: nn.Module, name: str, samples: Samples, transform: Transform, spec: CacheSpec, digest: str) -> Plan:
+    """What a cache will be, before the teacher has run.
+
+    Raises:
+        UsageError: if the settings do not fit the data set or one another.
+    """
+    classes = samples.num_classes
+    if spec.top_k != "all" and spec.top_k > classes:
+        raise UsageError(
+            f"top_k {spec.top_k} is larger than the number of classes, {classes}", "set cache.top_k to less, or to all"
+        )
+    if spec.views > 1 and not is_random(transform):
+        raise UsageError(
+            f"{spec.views} views of a transform that draws nothing at random would all be the same",
+            "set cache.views to 1, or add a random transform such as - RandomCrop: {size: 32, padding: 4}",
+        )
+    top_k = classes if spec.top_k == "all" else spec.top_k
+    return Plan(
+        teacher=TeacherRecord(
+            name=name,
+            weights_digest=weights_digest(model),
+            parameters=sum(p.numel() for p in model.parameters()),
+            precision="float32",
+        ),
+        dataset=DatasetRecord(
+            name=samples.name,
+            split=samples.split,
+            samples=len(samples),
+            class_names=samples.class_names,
+            digest=digest,
+        ),
+        views=ViewsRecord(count=spec.views, seed=spec.seed, transform=transform),
+        encoding=Encoding(
+            num_classes=classes, top_k=top_k, tail="none" if top_k == classes else spec.tail, dtype=spec.dtype
+        ),
+        shape=layout.choose_shape(len(samples), spec.shard_rows),
+        batch_size=spec.batch_size,
+        versions=versions(),
+        licence=spec.licence,
+        notes=spec.notes,
+    )
+
+
+def dump_teacher(
+    model: nn.Module,
+    samples: Samples,
+    out: str | Path,
+    *,
+    name: str = "teacher",
+    transform: Transform | None = None,
+    spec: CacheSpec | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Cache:
+    """Run a teacher over all views of a data set and store what a student needs of its output.
+
+    Killed at any moment, the same call goes on at the first shard that is not whole, and the sealed cache has the same
+    root digest as one that was never interrupted: batches are cut inside shards, always alike.
+
+    Args:
+        model: the teacher; put into evaluation mode.
+        samples: the data set, in its own order.
+        out: folder of the cache, by custom `NAME.kdcache`.
+        name: what the manifest calls the teacher.
+        transform: what the teacher sees of an image; None for the data set's own.
+        spec: what to keep; the defaults keep every class in float16.
+        device: where the teacher runs and rows are encoded.
+        progress: who is told how it goes.
+
+    Raises:
+        UsageError: if the settings do not fit, or `out` is something else.
+        MismatchError: if the teacher does not return [B, C], or `out` was begun with other settings.
+        CorruptError: if it returns NaN or infinities; names the sample. What this call began is deleted.
+        InterruptedRun: on Ctrl-C; what is written stays.
+    """
+    out, spec, progress = Path(out), spec or CacheSpec(), progress or Silent()
+    transform = samples.transform if transform is None else transform
+    model = model.to(device).eval()
+    try_network(model, View(samples, transform, spec.seed), device, "teacher")
+    keys = samples.keys(progress)
+    plan = plan_cache(model, name, samples, transform, spec, digest_of(keys, samples.labels))
+    writer = CacheWriter(out, plan, samples.labels, keys)
+    try:
+        todo = [(view, shard) for view in range(plan.views.count) for shard in writer.pending(view)]
+        if not writer.began:
+            progress.say(f"going on with {out}: {len(todo)} of {plan.views.count * plan.shards} shards are to be done")
+        rows_to_do = sum(len(plan.shard_ids(shard)) for _, shard in todo)
+        with progress.task("teacher", rows_to_do, "rows") as task:
+            for view in range(plan.views.count):
+                shards = writer.pending(view)
+                for shard, rows in _run(model, View(samples, transform, spec.seed, view), plan, shards, spec, device, task):
+                    writer.write(view, shard, rows)
+        writer.seal(operations.summarise(out, plan))
+    except (MismatchError, CorruptError):
+        writer.discard()
+        raise
+    except KeyboardInterrupt:
+        raise InterruptedRun(
+            f"interrupted; {out} keeps its finished shards", "run the same command again to go on"
+        ) from None
+    return open_cache(out)
+
+
+def _run(
+    model: nn.Module,
+    view: View,
+    plan: Plan,
+    shards: list[int],
+    spec: CacheSpec,
+    device: torch.device | str,
+    task: Task,
+) -> Iterator[tuple[int, Rows]]:
+    """The rows of each of `shards`, in order, on the CPU."""
+    cuts = [_Cut(shard, ids) for shard in shards for ids in _cut(plan.shard_ids(shard), plan.batch_size)]
+    loader: DataLoader[Batch] = DataLoader(
+        view,
+        batch_sampler=[cut.ids for cut in cuts],  # type: ignore[arg-type]  # a range serves as the list of ids
+        num_workers=spec.workers,
+        collate_fn=as_is,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    parts: list[Rows] = []
+    for cut, (images, labels, ids) in zip(cuts, loader, strict=True):
+        parts.append(_teach(model, images, labels, ids, plan, device).to("cpu"))
+        task.advance(len(cut.ids))
+        if cut.ids.stop == plan.shard_ids(cut.shard).stop:
+            yield cut.shard, Rows.concatenate(parts)
+            parts = []
+
+
+def _cut(ids: range, batch_size: int) -> list[range]:
+    return [range(start, min(start + batch_size, ids.stop)) for start in range(ids.start, ids.stop, batch_size)]
+
+
+@torch.no_grad()
+def _teach(
+    model: nn.Module, images: Tensor, labels: Tensor, ids: Tensor, plan: Plan, device: torch.device | str
+) -> Rows:
+    logits = check_logits(
+        model(images.to(device, non_blocking=True)), len(ids), plan.encoding.num_classes, "teacher"
+    )
+    if len(bad := not_finite(logits)):
+        raise CorruptError(
+            f"the teacher returned NaN or infinite logits for sample {ids[bad[0].item()].item()} "
+            f"({len(bad)} of the {len(ids)} images of its batch)",
+            "check the teacher's weights and the transform; nothing was kept",
+        )
+    return encode(logits, labels.to(device), plan.encoding)
+

@@ -1,0 +1,102 @@
+"""Checkpoints: read without unpickling anything but tensors, refused by name where they do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kdcache.errors import CorruptError, MismatchError, UsageError
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_SHOWN = 3
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill a network from a checkpoint, safetensors or a torch file read with `weights_only`.
+
+    Keys may carry the `module.` of DataParallel, and a torch file may hold its state under `state_dict` or `model`.
+
+    Raises:
+        UsageError: if there is no such file.
+        CorruptError: if it cannot be read as tensors.
+        MismatchError: if it does not fit the network; names the first keys that do not.
+    """
+    if not path.is_file():
+        raise UsageError(
+            f"there is no checkpoint {path}", "train one (`kdcache train-teacher`), or set `weights:` to where it lies"
+        )
+    state = {key.removeprefix("module."): value for key, value in _read(path).items()}
+    expected = model.state_dict()
+    problems = [
+        *_some("missing", [k for k in expected if k not in state]),
+        *_some("unexpected", [k for k in state if k not in expected]),
+        *_some(
+            "of another shape",
+            [
+                f"{k} {list(state[k].shape)}, the network has {list(expected[k].shape)}"
+                for k in expected
+                if k in state and state[k].shape != expected[k].shape
+            ],
+        ),
+    ]
+    if problems:
+        raise MismatchError(
+            "\n  ".join([f"the checkpoint {path} does not fit the network:", *problems]),
+            "set `model:` and `args:` to what the checkpoint was made with, and check the number of classes",
+        )
+    model.load_state_dict(state)
+
+
+def _some(what: str, keys: list[str]) -> list[str]:
+    if not keys:
+        return []
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return [f"{what}: {'; '.join(keys[:_SHOWN])}{more}"]
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    fix = "give a safetensors file, or a torch file that holds a state dict of tensors and nothing else"
+    try:
+        held: Any
+        if path.suffix == ".safetensors":
+            held = load_file(path)
+        else:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CorruptError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}", fix) from None
+    for wrapper in _WRAPPERS:
+        if isinstance(held, Mapping) and isinstance(held.get(wrapper), Mapping):
+            held = held[wrapper]
+    if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise CorruptError(f"the checkpoint {path} holds no state dict of tensors", fix)
+    return held
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a network's parameters and buffers as safetensors, whole or not at all."""
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    unfinished = path.with_suffix(".partial")
+    save_file(state, unfinished)
+    os.replace(unfinished, path)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of what a network computes with: sha256 over names, types, shapes and bytes of parameters and buffers.
+
+    Sorted by name, so that it depends on the weights alone and not on the file that they came in.
+    """
+    sha = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        data = value.detach().cpu().contiguous()
+        sha.update(f"{key}\0{data.dtype}\0{list(data.shape)}\0".encode())
+        sha.update(data.flatten().view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+    return f"sha256:{sha.hexdigest()}"

@@ -1,0 +1,275 @@
+"""What a data set is to kdcache: images, labels, content keys, and a digest that says whether two copies are the same.
+
+`Samples` are in a fixed order: a sample's ordinal is its id in every cache. Each has a 64-bit content key, so that
+another copy, another order, or another version of the set is noticed before it does harm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as tvf
+
+from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.pipeline import Transform
+from kdcache.progress import Progress, Silent
+
+Picture = Tensor | Image.Image
+
+
+class Images(Protocol):
+    """Where the pixels are."""
+
+    parallel: ClassVar[bool]
+    """Whether several threads may read at once."""
+
+    def __len__(self) -> int: ...
+
+    def picture(self, index: int) -> Picture:
+        """Image `index`: a tensor [channels, H, W] or a PIL image."""
+
+    def content(self, index: int) -> bytes:
+        """The bytes that the content key of image `index` is made of."""
+
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images; of the first one, where they differ."""
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images in memory: a tensor [N, channels, H, W]."""
+
+    parallel: ClassVar[bool] = True
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def picture(self, index: int) -> Tensor:
+        """Image `index` as a tensor [channels, H, W]."""
+        return self.pixels[index]
+
+    def content(self, index: int) -> bytes:
+        """Type, shape and pixels of image `index`."""
+        pixels = self.pixels[index].contiguous().numpy()
+        return f"{pixels.dtype.str}{pixels.shape}".encode() + pixels.tobytes()
+
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Images in files, decoded one at a time to RGB."""
+
+    parallel: ClassVar[bool] = True
+    paths: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def picture(self, index: int) -> Image.Image:
+        """Image `index`, as PIL reads it."""
+        try:
+            with Image.open(self.paths[index]) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise CorruptError(f"cannot read the image {self.paths[index]}: {error}", "replace or remove it") from None
+
+    def content(self, index: int) -> bytes:
+        """The bytes of the file: another encoding of the same picture is another sample."""
+        return Path(self.paths[index]).read_bytes()
+
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the first image."""
+        width, height = self.picture(0).size
+        return 3, height, width
+
+
+@dataclass(frozen=True)
+class ItemImages:
+    """The images of any `torch.utils.data.Dataset` of (image, label) pairs, as `wrap` takes it."""
+
+    parallel: ClassVar[bool] = False
+    dataset: Dataset[Any]
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def picture(self, index: int) -> Picture:
+        """The first element of item `index`."""
+        image = self.dataset[index][0]
+        if isinstance(image, np.ndarray):
+            return torch.from_numpy(image)
+        if not isinstance(image, Tensor | Image.Image):
+            raise UsageError(
+                f"item {index} of the data set holds a {type(image).__name__} for an image",
+                "let the data set return a tensor, a numpy array or a PIL image",
+            )
+        return image
+
+    def content(self, index: int) -> bytes:
+        """Type, shape and values of the image."""
+        image = self.picture(index)
+        array = np.ascontiguousarray(image.numpy() if isinstance(image, Tensor) else np.asarray(image))
+        return f"{array.dtype.str}{array.shape}".encode() + array.tobytes()
+
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the first image."""
+        image = self.picture(0)
+        tensor = image if isinstance(image, Tensor) else tvf.pil_to_tensor(image)
+        channels, height, width = tensor.shape
+        return channels, height, width
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One split of a data set, in a fixed order.
+
+    Attributes:
+        name: of the data set.
+        split: which part.
+        images: where the pixels are.
+        labels: [N] int32, -1 where not known.
+        class_names: one a class; their number is the number of classes.
+        transform: what is done to an image where the pipeline does not say (`views.py` has the form).
+    """
+
+    name: str
+    split: str
+    images: Images
+    labels: npt.NDArray[np.int32]
+    class_names: tuple[str, ...]
+    transform: Transform
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.images):
+            raise MismatchError(
+                f"{self.name}/{self.split} has {len(self.images)} images and {len(self.labels)} labels",
+                "give one label an image, -1 where it is not known",
+            )
+        if len(self.labels) == 0:
+            raise UsageError(f"{self.name}/{self.split} holds no image", "check dataset.root and the split fractions")
+        out = np.flatnonzero((self.labels < -1) | (self.labels >= self.num_classes))
+        if len(out):
+            raise MismatchError(
+                f"label out of range in {self.name}/{self.split}: sample {out[0]} has label {self.labels[out[0]]}, "
+                f"classes run from 0 to {self.num_classes - 1} ({len(out)} such samples)",
+                "correct the labels, or give the right number of classes; -1 marks a label that is not known",
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def keys(self, progress: Progress | None = None) -> npt.NDArray[np.uint64]:
+        """The 64-bit content keys of all samples, [N] uint64: BLAKE2b-64 of each image's content."""
+        with (
+            (progress or Silent()).task(f"content keys of {self.name}/{self.split}", len(self), "images") as task,
+            ThreadPoolExecutor(max_workers=None if self.images.parallel else 1) as pool,
+        ):
+            blocks = [range(start, min(start + 256, len(self))) for start in range(0, len(self), 256)]
+            keys: list[int] = []
+            for block in pool.map(self._keys_of, blocks):
+                keys += block
+                task.advance(len(block))
+        return np.array(keys, np.uint64)
+
+    def _keys_of(self, ids: range) -> list[int]:
+        return [
+            int.from_bytes(hashlib.blake2b(self.images.content(index), digest_size=8).digest(), "little")
+            for index in ids
+        ]
+
+
+def digest_of(keys: npt.NDArray[np.uint64], labels: npt.NDArray[np.int32]) -> str:
+    """Digest of a data set: sha256 over its content keys, then its labels, both little-endian, in order."""
+    sha = hashlib.sha256(keys.astype("<u8").tobytes())
+    sha.update(labels.astype("<i4").tobytes())
+    return f"sha256:{sha.hexdigest()}"
+
+
+def wrap(
+    dataset: Dataset[Any],
+    num_classes: int,
+    name: str = "dataset",
+    split: str = "train",
+    transform: Transform | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Samples:
+    """Any map-style `torch.utils.data.Dataset` of (image, label) pairs, as kdcache's own sets.
+
+    Args:
+        dataset: with `__len__` and `__getitem__`; images are tensors [channels, H, W], numpy arrays or PIL images.
+        num_classes: labels run from 0 to `num_classes - 1`; -1 marks an unknown label.
+        name: what the manifest calls it.
+        split: which part of it this is.
+        transform: as in a pipeline file; None leaves the images as the data set gives them.
+        class_names: for the manifest; "0", "1", ... if not given.
+
+    Raises:
+        MismatchError: for a label out of range, or a class name too many or too few.
+    """
+    length = len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
+    labels = np.array([int(dataset[index][1]) for index in range(length)], np.int32)
+    names = tuple(class_names or (str(c) for c in range(num_classes)))
+    if len(names) != num_classes:
+        raise MismatchError(f"{len(names)} class names for {num_classes} classes", "give one name a class")
+    return Samples(name, split, ItemImages(dataset, length), labels, names, transform or [])
+
+
+def check_same_samples(
+    samples: Samples,
+    keys: npt.NDArray[np.uint64],
+    cached_keys: npt.NDArray[np.uint64],
+    cached_labels: npt.NDArray[np.int32],
+) -> None:
+    """That row i of a cache belongs to sample i of a data set.
+
+    Raises:
+        MismatchError: which says whether it is another set, another order, or another labelling, and where it begins.
+    """
+    here = f"{samples.name}/{samples.split}"
+    if len(keys) != len(cached_keys):
+        raise MismatchError(
+            f"the cache holds {len(cached_keys)} samples, {here} has {len(keys)}",
+            "use the data set and the split that the cache was made from (`kdcache info CACHE` names them)",
+        )
+    differ = np.flatnonzero(keys != cached_keys)
+    if len(differ):
+        if np.array_equal(np.sort(keys), np.sort(cached_keys)):
+            raise MismatchError(
+                f"{here} holds the cache's samples in another order, first at sample {differ[0]}",
+                "do not shuffle the data set; shuffling is the sampler's work",
+            )
+        raise MismatchError(
+            f"{len(differ)} of {len(keys)} samples of {here} are not those of the cache, first sample {differ[0]}",
+            "use the data set that the cache was made from, or dump the teacher on this one",
+        )
+    differ = np.flatnonzero(samples.labels != cached_labels)
+    if len(differ):
+        raise MismatchError(
+            f"sample {differ[0]} of {here} has label {samples.labels[differ[0]]}, in the cache {cached_labels[differ[0]]} "
+            f"({len(differ)} labels differ)",
+            "use the labels that the cache was made with, or dump the teacher again",
+        )
+
+
