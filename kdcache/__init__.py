@@ -1,9 +1,9 @@
 """kdcache: knowledge distillation with a teacher that runs only once.
 
-    cache = kdcache.dump_teacher(model, samples, "teacher.kdcache")     # stage one, once
-    teacher = kdcache.open_cache("teacher.kdcache").teacher()           # ids, view -> logits [B, C]
-    result = kdcache.train_student(pipeline, cache, "runs/student")     # stage two, as often as you like
-"""  # noqa: D205
+cache = kdcache.dump_teacher(model, samples, "teacher.kdcache")     # stage one, once
+teacher = kdcache.open_cache("teacher.kdcache").teacher()           # ids, view -> logits [B, C]
+result = kdcache.train_student(pipeline, cache, "runs/student")     # stage two, as often as you like
+"""
 
 from __future__ import annotations
 

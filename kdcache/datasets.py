@@ -57,8 +57,8 @@ def _lacking(spec: DatasetSpec) -> list[Split]:
 def _share(count: int, split: Split, spec: DatasetSpec) -> npt.NDArray[np.int64]:
     """The ids of `split` among `count` training images, from which the splits that the set lacks are held out.
 
-    The order in which they are drawn is that of the hashes of the ids: fixed, and the same on every machine and for every
-    version of every library, which no generator's permutation promises.
+    The order in which they are drawn is that of the hashes of the ids: the same on every machine and for every version
+    of every library, which no generator's permutation promises.
     """
     order = sorted(range(count), key=lambda i: hashlib.blake2b(i.to_bytes(8, "little"), digest_size=8).digest())
     start = 0
@@ -204,15 +204,16 @@ _READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {
 }
 
 
-def load_split(spec: DatasetSpec, split: Split) -> Samples | None:
-    """One split of a named data set; None where the pipeline holds nothing out for it.
+def load_split(spec: DatasetSpec, split: Split) -> Samples:
+    """One split of a named data set.
 
     Raises:
         KdcacheError: where the set is not there or not well, with what to put where.
     """
-    held_out = {"train": 1.0, "validation": spec.validation, "test": spec.test}[split]
-    if held_out == 0 and split in _lacking(spec):
-        return None
     return _READERS[spec.name](spec, split)
 
 
+def load_held_out(spec: DatasetSpec, split: Literal["validation", "test"]) -> Samples | None:
+    """The validation or the test split; None where the set has none of its own and nothing is held out for it."""
+    fraction = spec.validation if split == "validation" else spec.test
+    return None if fraction == 0 and split in _lacking(spec) else load_split(spec, split)

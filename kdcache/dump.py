@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from kdcache.cache import layout, operations
 from kdcache.cache.codec import Rows, encode, not_finite
@@ -23,7 +22,7 @@ from kdcache.pipeline import CacheSpec, Pipeline, Transform
 from kdcache.progress import Progress, Silent, Task
 from kdcache.provenance import versions
 from kdcache.samples import Samples, digest_of
-from kdcache.views import Batch, View, as_is, is_random
+from kdcache.views import View, batches, cut_range, is_random
 
 
 class _Cut(NamedTuple):
@@ -58,7 +57,9 @@ def load_teacher(pipeline: Pipeline) -> LoadedTeacher:
     return LoadedTeacher(model, spec.model.rpartition("/")[2], samples, transform)
 
 
-def plan_cache(model: nn.Module, name: str, samples: Samples, transform: Transform, spec: CacheSpec, digest: str) -> Plan:
+def plan_cache(
+    model: nn.Module, name: str, samples: Samples, transform: Transform, spec: CacheSpec, digest: str
+) -> Plan:
     """What a cache will be, before the teacher has run.
 
     Raises:
@@ -133,22 +134,25 @@ def dump_teacher(
         CorruptError: if it returns NaN or infinities; names the sample. What this call began is deleted.
         InterruptedRun: on Ctrl-C; what is written stays.
     """
-    out, spec, progress = Path(out), spec or CacheSpec(), progress or Silent()
+    out, spec = Path(out), spec or CacheSpec()
+    listener: Progress = progress or Silent()
     transform = samples.transform if transform is None else transform
     model = model.to(device).eval()
     try_network(model, View(samples, transform, spec.seed), device, "teacher")
-    keys = samples.keys(progress)
+    keys = samples.keys(listener)
     plan = plan_cache(model, name, samples, transform, spec, digest_of(keys, samples.labels))
     writer = CacheWriter(out, plan, samples.labels, keys)
     try:
         todo = [(view, shard) for view in range(plan.views.count) for shard in writer.pending(view)]
         if not writer.began:
-            progress.say(f"going on with {out}: {len(todo)} of {plan.views.count * plan.shards} shards are to be done")
+            listener.say(f"going on with {out}: {len(todo)} of {plan.views.count * plan.shards} shards are to be done")
         rows_to_do = sum(len(plan.shard_ids(shard)) for _, shard in todo)
-        with progress.task("teacher", rows_to_do, "rows") as task:
+        with listener.task("teacher", rows_to_do, "rows") as task:
             for view in range(plan.views.count):
                 shards = writer.pending(view)
-                for shard, rows in _run(model, View(samples, transform, spec.seed, view), plan, shards, spec, device, task):
+                for shard, rows in _run(
+                    model, View(samples, transform, spec.seed, view), plan, shards, spec, device, task
+                ):
                     writer.write(view, shard, rows)
         writer.seal(operations.summarise(out, plan))
     except (MismatchError, CorruptError):
@@ -171,16 +175,10 @@ def _run(
     task: Task,
 ) -> Iterator[tuple[int, Rows]]:
     """The rows of each of `shards`, in order, on the CPU."""
-    cuts = [_Cut(shard, ids) for shard in shards for ids in _cut(plan.shard_ids(shard), plan.batch_size)]
-    loader: DataLoader[Batch] = DataLoader(
-        view,
-        batch_sampler=[cut.ids for cut in cuts],  # type: ignore[arg-type]  # a range serves as the list of ids
-        num_workers=spec.workers,
-        collate_fn=as_is,
-        pin_memory=torch.device(device).type == "cuda",
-    )
+    cuts = [_Cut(shard, ids) for shard in shards for ids in cut_range(plan.shard_ids(shard), plan.batch_size)]
+    loaded = batches(view, [list(cut.ids) for cut in cuts], spec.workers, device)
     parts: list[Rows] = []
-    for cut, (images, labels, ids) in zip(cuts, loader, strict=True):
+    for cut, (images, labels, ids) in zip(cuts, loaded, strict=True):
         parts.append(_teach(model, images, labels, ids, plan, device).to("cpu"))
         task.advance(len(cut.ids))
         if cut.ids.stop == plan.shard_ids(cut.shard).stop:
@@ -188,22 +186,15 @@ def _run(
             parts = []
 
 
-def _cut(ids: range, batch_size: int) -> list[range]:
-    return [range(start, min(start + batch_size, ids.stop)) for start in range(ids.start, ids.stop, batch_size)]
-
-
 @torch.no_grad()
 def _teach(
     model: nn.Module, images: Tensor, labels: Tensor, ids: Tensor, plan: Plan, device: torch.device | str
 ) -> Rows:
-    logits = check_logits(
-        model(images.to(device, non_blocking=True)), len(ids), plan.encoding.num_classes, "teacher"
-    )
+    logits = check_logits(model(images.to(device, non_blocking=True)), len(ids), plan.encoding.num_classes, "teacher")
     if len(bad := not_finite(logits)):
         raise CorruptError(
-            f"the teacher returned NaN or infinite logits for sample {ids[bad[0].item()].item()} "
+            f"the teacher returned NaN or infinite logits for sample {int(ids[bad[0]])} "
             f"({len(bad)} of the {len(ids)} images of its batch)",
             "check the teacher's weights and the transform; nothing was kept",
         )
     return encode(logits, labels.to(device), plan.encoding)
-

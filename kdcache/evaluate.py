@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from kdcache.errors import MismatchError, UsageError
-from kdcache.views import View, as_is
+from kdcache.views import View, batches, cut_range
 
 
 class Score(NamedTuple):
@@ -46,7 +45,9 @@ def check_logits(model_says: object, batch: int, num_classes: int, who: str) -> 
         MismatchError: if it is anything else.
     """
     if not isinstance(model_says, torch.Tensor):
-        raise MismatchError(f"the {who} returned a {type(model_says).__name__}", "let it return logits, a tensor [B, C]")
+        raise MismatchError(
+            f"the {who} returned a {type(model_says).__name__}", "let it return logits, a tensor [B, C]"
+        )
     if model_says.shape != (batch, num_classes):
         raise MismatchError(
             f"the {who} returned {list(model_says.shape)} for {batch} images, the data set has {num_classes} classes",
@@ -65,8 +66,8 @@ def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", b
     was_training = model.training
     model.eval()
     correct, summed, labelled = 0, 0.0, 0
-    loader: DataLoader[tuple[torch.Tensor, ...]] = DataLoader(view, batch_size=batch_size, collate_fn=as_is)
-    for images, labels, _ in loader:
+    cuts = [list(cut) for cut in cut_range(range(len(view)), batch_size)]
+    for images, labels, _ in batches(view, cuts, 0, device):
         logits = model(images.to(device)).float()
         truth = labels.to(device)
         correct += int((logits.argmax(dim=1) == truth).sum())

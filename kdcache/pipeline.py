@@ -64,6 +64,9 @@ class TrainSpec(Section):
     milestones: list[Count] = []
     """Epochs after which a multistep schedule multiplies the rate by `decay`."""
     decay: Positive = 0.1
+    labels_per_class: NotNegativeInt | None = None
+    """Show the labels of so many training images a class, drawn with `seed`; of the others a student has the teacher's
+    logits alone. None shows all."""
     seed: NotNegativeInt = 0
     workers: NotNegativeInt = 0
 
@@ -86,7 +89,7 @@ class ModelSpec(Section):
 
 
 class TeacherSpec(ModelSpec):
-    """The teacher, and how `train-teacher` makes one. `train-teacher` starts from random weights, whatever `weights` says."""
+    """The teacher, and how `train-teacher` makes one: from random weights, whatever `weights` says."""
 
     train: TrainSpec = TrainSpec()
 
@@ -94,8 +97,6 @@ class TeacherSpec(ModelSpec):
 class StudentSpec(ModelSpec):
     """The student and its training."""
 
-    labels_per_class: NotNegativeInt | None = None
-    """Give the student the labels of so many training images a class; of the others it has only the teacher's logits."""
     train: TrainSpec = TrainSpec()
 
 
@@ -123,7 +124,7 @@ class Pipeline(Section):
 
     dataset: DatasetSpec
     transform: Transform | None = None
-    """What the teacher sees of a training image: torchvision.transforms.v2 names and arguments; None: the data set's."""
+    """What the teacher sees of a training image, in names of torchvision.transforms.v2; None: the data set's own."""
     eval_transform: Transform | None = None
     """The same for validation and test images."""
     teacher: TeacherSpec | None = None
@@ -139,7 +140,9 @@ class Pipeline(Section):
         """
         found = getattr(self, name)
         if found is None:
-            raise UsageError(f"the pipeline has no {name!r} section", f"add one, for instance: {name}: {{model: small:cnn}}")
+            raise UsageError(
+                f"the pipeline has no {name!r} section", f"add one, for instance: {name}: {{model: small:cnn}}"
+            )
         return found
 
     def to_yaml(self) -> str:
@@ -201,7 +204,9 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{path} is not readable YAML: {_one_line(error)}", "mend the file at that place") from None
     if not isinstance(data, dict):
-        raise UsageError(f"{path} holds no sections but a {type(data).__name__}", "see pipelines/digits.yaml for the form")
+        raise UsageError(
+            f"{path} holds no sections but a {type(data).__name__}", "see pipelines/digits.yaml for the form"
+        )
     places: dict[Place, str] = {place: f"{path}:{line}" for place, line in loader.lines.items()}
     for override in overrides:
         _apply(data, override, places)
@@ -237,7 +242,8 @@ def _checked(data: dict[str, Any], places: dict[Place, str], source: str) -> Pip
         problems = sorted({_problem(e["loc"], e["msg"], e["type"], places, source) for e in error.errors()})
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     raise UsageError(
-        "\n  ".join([f"{count} in the pipeline:", *problems]), "mend each of them; README.md lists the keys of a pipeline"
+        "\n  ".join([f"{count} in the pipeline:", *problems]),
+        "mend each of them; README.md lists the keys of a pipeline",
     )
 
 
@@ -250,7 +256,9 @@ def _problem(loc: Place, message: str, kind: str, places: dict[Place, str], sour
     where = places.get(written, source)
     if kind == "missing":
         written = (*written, loc[-1])
-    message = {"extra_forbidden": "unknown key", "missing": "is required"}.get(kind, message.removeprefix("Value error, "))
+    message = {"extra_forbidden": "unknown key", "missing": "is required"}.get(
+        kind, message.removeprefix("Value error, ")
+    )
     return f"{where}: {'.'.join(map(str, written))}: {message}" if written else f"{where}: {message}"
 
 

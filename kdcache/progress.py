@@ -1,9 +1,9 @@
-"""How long work tells of itself, without knowing who listens: the command line draws a bar, a library call stays silent."""
+"""How long work tells of itself without knowing who listens: the command line draws bars, a library call is silent."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -17,17 +17,11 @@ class Task(Protocol):
 class Progress(Protocol):
     """Whoever listens to long work."""
 
-    def task(self, what: str, total: int, unit: str) -> _TaskContext:
+    def task(self, what: str, total: int, unit: str) -> AbstractContextManager[Task]:
         """Begin a piece of work of `total` units, as a context that ends it."""
 
     def say(self, message: str) -> None:
         """One line that the user should read and that is not a result."""
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _NoTask:

@@ -1,17 +1,16 @@
 """The folder of a training run: everything that says what was done and what came of it.
 
-    model.safetensors   the selected weights
-    resolved.yaml       the pipeline, every default spelled out
-    metrics.csv         one line an epoch
-    metrics.json        the selected epoch, the test result, cost
-    versions.json       Python and libraries
-"""  # noqa: D205
+model.safetensors   the selected weights
+resolved.yaml       the pipeline, every default spelled out
+metrics.csv         one line an epoch
+metrics.json        the selected epoch, the test result, cost
+versions.json       Python and libraries
+"""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,4 +80,4 @@ def run_folder(out: Path, pipeline: Pipeline) -> Iterator[Run]:
     except BaseException:
         shutil.rmtree(unfinished)
         raise
-    os.replace(unfinished, out)
+    unfinished.replace(out)

@@ -267,9 +267,7 @@ def check_same_samples(
     differ = np.flatnonzero(samples.labels != cached_labels)
     if len(differ):
         raise MismatchError(
-            f"sample {differ[0]} of {here} has label {samples.labels[differ[0]]}, in the cache {cached_labels[differ[0]]} "
-            f"({len(differ)} labels differ)",
+            f"sample {differ[0]} of {here} has label {samples.labels[differ[0]]}, in the cache "
+            f"{cached_labels[differ[0]]} ({len(differ)} labels differ)",
             "use the labels that the cache was made with, or dump the teacher again",
         )
-
-

@@ -13,14 +13,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
@@ -47,7 +47,8 @@ def build_transform(transform: Transform) -> Callable[[Any], Any]:
     Raises:
         UsageError: for a name that `torchvision.transforms.v2` has not, or arguments that it does not take.
     """
-    return v2.Compose([_step(step) for step in transform]) if transform else v2.Identity()
+    steps: list[Callable[[Any], Any]] = [_step(step) for step in transform]
+    return v2.Compose(steps) if steps else v2.Identity()  # type: ignore[no-any-return]  # torchvision is untyped
 
 
 def _step(step: dict[str, dict[str, Any]]) -> v2.Transform:
@@ -57,12 +58,15 @@ def _step(step: dict[str, dict[str, Any]]) -> v2.Transform:
     kind = getattr(v2, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, v2.Transform)):
         raise UsageError(
-            f"torchvision.transforms.v2 has no transform {name!r}", "take a name from torchvision's list of v2 transforms"
+            f"torchvision.transforms.v2 has no transform {name!r}",
+            "take a name from torchvision's list of v2 transforms",
         )
     try:
         built = kind(**{key: _argument(key, value) for key, value in arguments.items()})
     except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"transform {name}: {error}", f"see the arguments of torchvision.transforms.v2.{name}") from None
+        raise UsageError(
+            f"transform {name}: {error}", f"see the arguments of torchvision.transforms.v2.{name}"
+        ) from None
     return built
 
 
@@ -146,6 +150,24 @@ class View(Dataset[Batch]):
         return picture.as_subclass(Tensor) if isinstance(picture, Tensor) else tvf.pil_to_tensor(picture)
 
 
-def as_is(batch: Batch) -> Batch:
-    """The collate function of a `View`, whose batches come whole."""
+def cut_range(ids: range, batch_size: int) -> list[range]:
+    """A run of ids in batches, the last one shorter where it does not come out even."""
+    return [range(start, min(start + batch_size, ids.stop)) for start in range(ids.start, ids.stop, batch_size)]
+
+
+def batches(
+    view: View, cuts: Sequence[list[int]], workers: int = 0, device: torch.device | str = "cpu"
+) -> Iterable[Batch]:
+    """The batches of a view, in the order of `cuts`, loaded by `workers` processes ahead of the one that asks."""
+    loader: DataLoader[Any] = DataLoader(
+        view,
+        batch_sampler=cuts,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    return loader
+
+
+def _as_is(batch: Any) -> Any:
     return batch

@@ -2,8 +2,8 @@
 
 A row keeps the k largest log-probabilities at T = 1 and their classes (the head), the log-probability of the true class
 wherever it stands, the logsumexp (log-probability + logsumexp = raw logit), and statistics of the whole distribution.
-Log-probabilities lose ten times less in fp16 than raw logits of the same size: the large probabilities, which matter, lie
-near 0, where fp16 is finest.
+Log-probabilities lose ten times less in fp16 than raw logits of the same size: the large probabilities, which matter,
+lie near 0, where fp16 is finest.
 
 The tail is every class that the row does not state one by one: neither in the head nor the label. Its mass is recorded
 at T = 1, 2, 4, 8.
@@ -12,6 +12,7 @@ at T = 1, 2, 4, 8.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -54,16 +55,20 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Rows:
         """The same rows on another device."""
-        return Rows(**{"indices": None, **{name: value.to(device) for name, value in self.arrays().items()}})
+        return Rows.of({name: value.to(device) for name, value in self.arrays().items()})
 
     def __getitem__(self, which: Tensor | slice) -> Rows:
-        return Rows(**{"indices": None, **{name: value[which] for name, value in self.arrays().items()}})
+        return Rows.of({name: value[which] for name, value in self.arrays().items()})
+
+    @staticmethod
+    def of(arrays: Mapping[str, Tensor]) -> Rows:
+        """The rows that `arrays()` gave."""
+        return Rows(arrays["log_probs"], arrays.get("indices"), arrays["logsumexp"], arrays["statistics"])
 
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
         """All rows of all parts, in order."""
-        names = parts[0].arrays()
-        return Rows(**{"indices": None, **{name: torch.cat([part.arrays()[name] for part in parts]) for name in names}})
+        return Rows.of({name: torch.cat([part.arrays()[name] for part in parts]) for name in parts[0].arrays()})
 
 
 def not_finite(logits: Tensor) -> Tensor:

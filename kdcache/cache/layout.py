@@ -116,7 +116,7 @@ def common_files(cache: Path) -> list[str]:
 def read_rows(cache: Path, plan: Plan, view: int, ids: range) -> Rows:
     """The rows of a run of sample ids in one view; whole shards are read fastest."""
     group = _open(cache)
-    parts: dict[str, torch.Tensor | None] = {"indices": None}
+    parts: dict[str, torch.Tensor] = {}
     for name, (width, dtype, *_) in _row_arrays(plan.encoding).items():
         array = _array(group, name)
         expected = (plan.views.count, plan.dataset.samples, *width)
@@ -132,7 +132,7 @@ def read_rows(cache: Path, plan: Plan, view: int, ids: range) -> Rows:
                 raise CorruptError(f"{cache} holds a class index of {values.max()}", "get the cache again")
             values = values.astype(torch.empty(0, dtype=index_dtype(plan.encoding.num_classes)).numpy().dtype)
         parts[name] = torch.from_numpy(np.ascontiguousarray(values))
-    return Rows(**parts)  # type: ignore[arg-type]  # mypy cannot see which names a dict holds
+    return Rows.of(parts)
 
 
 def read_samples(cache: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:

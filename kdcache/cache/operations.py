@@ -10,9 +10,10 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import dask
 import numpy as np
 import torch
+from dask.base import compute
+from dask.delayed import delayed
 
 from kdcache.cache import layout
 from kdcache.cache.schema import Plan, Summary
@@ -30,11 +31,11 @@ def summarise(cache: Path, plan: Plan) -> Summary:
     """What a teacher is like, from its cache alone: accuracy, mean sharpness (logsumexp), entropy and confidence."""
     labels = torch.from_numpy(layout.read_samples(cache)[0].astype(np.int64))
     parts = [
-        dask.delayed(_sums)(cache, plan, view, shard, labels)
+        delayed(_sums)(cache, plan, view, shard, labels)
         for view in range(plan.views.count)
         for shard in range(plan.shards)
     ]
-    sums = [_Sums(*part) for part in dask.compute(*parts, scheduler="threads")]
+    sums = [_Sums(*part) for part in compute(*parts, scheduler="threads")]  # type: ignore[no-untyped-call]
     rows = plan.views.count * plan.dataset.samples
     labelled = sum(part.labelled for part in sums)
     return Summary(

@@ -4,9 +4,9 @@
     teacher = cache.teacher(device="cuda")
     logits = teacher(ids, view=0)              # [B, C] float32, on that device
 
-The rows are read from Zarr once, and never again: they stay encoded in the memory of the device, and a batch is gathered
-and decoded there.
-"""  # noqa: D205
+The rows are read from Zarr once, and never again: they stay encoded in the memory of the device, and a batch is
+gathered and decoded there.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CachedTeacher:
         """
         if not 0 <= view < len(self.views):
             raise UsageError(f"the cache has no view {view}", f"ask for one of 0 to {len(self.views) - 1}")
-        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < len(self.labels)):
+        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < len(self.labels)):
             raise UsageError(
                 f"ids run from {int(ids.min())} to {int(ids.max())}, the cache's from 0 to {len(self.labels) - 1}",
                 "ask for the ordinals of the samples in the data set that was dumped",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kdcache.errors import CorruptError
 
-FORMAT_VERSION = 0
+FORMAT_VERSION: Literal[0] = 0
 """Version 0 is the format before its specification; caches of it may become unreadable, later ones may not."""
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
@@ -263,4 +263,6 @@ def _version(data: Any) -> Any:
 
 
 def _damaged(path: Path, why: str) -> CorruptError:
-    return CorruptError(f"{path} is damaged: {why}", "get the cache again from where it was made, or dump the teacher again")
+    return CorruptError(
+        f"{path} is damaged: {why}", "get the cache again from where it was made, or dump the teacher again"
+    )

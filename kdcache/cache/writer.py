@@ -1,7 +1,7 @@
 """Writing a cache, one shard transaction at a time.
 
-Leftovers are deleted, all arrays of the shard are written and flushed to disk, and the commit marker is put in place last.
-A cache without its manifest is unsealed; the same command goes on where the last marker stands.
+Leftovers are deleted, all arrays of the shard are written and flushed to disk, and the commit marker is put in place
+last. A cache without its manifest is unsealed; the same command goes on where the last marker stands.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class CacheWriter:
         MismatchError: if it is an unsealed cache that was begun with another plan; names what differs.
     """
 
-    def __init__(
-        self, path: Path, plan: Plan, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]
-    ) -> None:
+    def __init__(self, path: Path, plan: Plan, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
         self.path, self.plan = path, plan
         self.began = not path.exists()
         if self.began:
@@ -156,7 +154,7 @@ def _put(path: Path, record: Record) -> None:
         opened.write(canonical(record))
         opened.flush()
         os.fsync(opened.fileno())
-    os.replace(unfinished, path)
+    unfinished.replace(path)
     _flush(path.parent)
 
 

@@ -49,13 +49,14 @@ def describe(cache: Cache, as_json: bool) -> None:
         {
             "cache": str(cache.path),
             "digest": manifest.digest,
-            "teacher": f"{plan.teacher.name}, {plan.teacher.parameters:,} parameters, {plan.teacher.weights_digest[:19]}...",
+            "teacher": f"{plan.teacher.name}, {plan.teacher.parameters:,} parameters, "
+            f"{plan.teacher.weights_digest[:19]}...",
             "data set": f"{plan.dataset.name}/{plan.dataset.split}, {plan.dataset.samples:,} samples, "
             f"{cache.num_classes} classes, {plan.dataset.digest[:19]}...",
             "views": f"{plan.views.count}, seed {plan.views.seed}, "
             + (" > ".join(name for step in plan.views.transform for name in step) or "no transform"),
             "kept": f"{kept}, {plan.encoding.dtype} log-probabilities",
-            "size": f"{cache.bytes_on_disk:,} bytes, {per_row:.1f} a row, {plan.views.count * plan.shards} shards",
+            "size": f"{cache.bytes_on_disk:,} bytes, {per_row:.1f} a row, {plan.views.count * plan.shards} shard(s)",
             "accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
             "sharpness": f"{manifest.summary.mean_sharpness:.3f} (mean logsumexp)",
             "confidence": f"{manifest.summary.mean_top_probability:.4f} (mean largest probability)",

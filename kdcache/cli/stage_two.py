@@ -21,7 +21,9 @@ from kdcache.cli.options import (
 @click.command("train-student")
 @pipeline_argument
 @out_option
-@click.option("--cache", "cache_path", type=click.Path(path_type=Path), help="The teacher's cache; not needed with --loss ce.")
+@click.option(
+    "--cache", "cache_path", type=click.Path(path_type=Path), help="The teacher's cache; not needed with --loss ce."
+)
 @click.option("--loss", help="ce, kd, dtkd, ka, dtd, ka+dtd, dtkd+ka, ...  [short for --set loss.name=...]")
 @click.option("--seed", type=int, help="[short for --set student.train.seed=...]")
 @set_option

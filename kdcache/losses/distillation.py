@@ -7,8 +7,8 @@
 with v the student's and u the teacher's raw logits, y the labels, A the adjustment, (T_stu, T_tea, w) the temperatures
 and D the divergence. Nothing here knows of caches: give it the live teacher's logits or the cached ones.
 
-The adjustment comes after the temperature, as in the KA paper (1911.07471, where A acts on the softened P_tau). For the probability shift
-the order makes no difference; a smoothed label that a temperature softened once more would no longer be that label.
+The adjustment comes after the temperature, as in the KA paper (1911.07471), where A acts on the softened P_tau. For the
+probability shift the order makes no difference; a smoothed label softened once more would no longer be that label.
 """
 
 from __future__ import annotations

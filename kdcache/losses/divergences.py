@@ -1,7 +1,7 @@
 """Third axis: how the student's softened distribution is held against the teacher's.
 
-Every divergence is a pure function of scaled logits `[B, C]` that returns one value a sample, `[B]`; labels [B] are passed
-to those that split the target class from the rest.
+Every divergence is a pure function of scaled logits `[B, C]` that returns one value a sample, `[B]`; it is given the
+labels [B] too, for those that split the target class from the rest.
 """
 
 from __future__ import annotations

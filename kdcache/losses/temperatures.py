@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -105,8 +104,8 @@ def dtd_flsw(
 
         w_i = (1 - cos(v_i, u_i))^gamma    tau_i = tau + beta * (mean(w) - w_i)
 
-    GUARD. Nothing in the paper keeps tau_i positive, and no published copy clamps it (beta = 40, gamma = 2 reaches -48 on
-    the reference rows): tau_i is raised to `lowest`.
+    GUARD. Nothing in the paper keeps tau_i positive, and no published copy clamps it (beta = 40, gamma = 2 reaches -48
+    on the reference rows): tau_i is raised to `lowest`.
 
     Args:
         student_logits: [B, C]; detached, temperatures carry no gradient.

@@ -7,7 +7,7 @@
 
 Small images and grey ones need no change of the network: they are repeated to three channels and enlarged on their way
 in, by a hook that leaves the network and its state dict as they are.
-"""  # noqa: D205
+"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.pipeline import ModelSpec, Transform
 
 SMALLEST_SIDE = 32
-"""Side, in pixels, below which images are enlarged for torchvision's networks: their strides were made for larger ones."""
+"""Side, in pixels, up to which images are enlarged for torchvision's networks: their strides want large ones."""
 
 
 def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], trained: bool = False) -> nn.Module:
@@ -95,7 +95,9 @@ def _torchvision(name: str, spec: ModelSpec, num_classes: int, channels: int, tr
     architecture, _, weights_name = name.partition("@")
     weights = _weights_enum(architecture, weights_name)
     if channels not in (1, 3):
-        raise MismatchError(f"{spec.model} takes 1 or 3 channels, the images have {channels}", "take a network of your own")
+        raise MismatchError(
+            f"{spec.model} takes 1 or 3 channels, the images have {channels}", "take a network of your own"
+        )
     if weights_name and not trained:
         raise UsageError(
             f"{spec.model} asks for trained weights where training starts from random ones",
@@ -154,7 +156,9 @@ class _Fit:
 
 def _from_file(path: Path, function: str, spec: ModelSpec, num_classes: int) -> nn.Module:
     if not path.is_file():
-        raise UsageError(f"there is no file {path} for the model {spec.model!r}", "give its path from the current folder")
+        raise UsageError(
+            f"there is no file {path} for the model {spec.model!r}", "give its path from the current folder"
+        )
     module_spec = importlib.util.spec_from_file_location(f"kdcache_model_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise UsageError(f"{path} is not a Python file", "write the model as path/file.py:function")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,7 +85,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     unfinished = path.with_suffix(".partial")
     save_file(state, unfinished)
-    os.replace(unfinished, path)
+    unfinished.replace(path)
 
 
 def weights_digest(model: nn.Module) -> str:
