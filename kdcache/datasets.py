@@ -6,17 +6,18 @@ import gzip
 import hashlib
 import zipfile
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torchvision import datasets as tv
 
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.pipeline import DatasetSpec, Transform
-from kdcache.samples import ArrayImages, FileImages, Samples
+from kdcache.samples import ArrayImages, FileImages, Samples, check_labels
 from kdcache.shipped import shipped
 
 Split = Literal["train", "validation", "test"]
@@ -74,7 +75,7 @@ def _digits(spec: DatasetSpec, split: Split) -> Samples:
     with gzip.open(shipped("data/digits/digits.csv.gz"), "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
     rows = {"train": slice(0, 1000), "validation": slice(1000, 1297), "test": slice(1297, 1797)}[split]
-    # 16 levels, stretched to the range in which 8-bit images are looked at.
+    # 17 levels, stretched to the range in which 8-bit images are looked at.
     pixels = torch.from_numpy((table[rows, :64] * 15).astype(np.uint8)).reshape(-1, 1, 8, 8)
     labels = table[rows, 64].astype(np.int32)
     return Samples(
@@ -90,7 +91,7 @@ def _cifar(spec: DatasetSpec, split: Split) -> Samples:
     }[spec.name]
     try:
         raw = kind(str(root), train=split != "test", download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         raise UsageError(
             f"{spec.name} is neither in {root} nor can it be downloaded: {error}",
             f"put {archive} (from https://www.cs.toronto.edu/~kriz/cifar.html) or its unpacked folder into {root}, "
@@ -133,10 +134,10 @@ def _folder(spec: DatasetSpec, split: Split) -> Samples:
     found = _folders(spec)
     try:
         folder = tv.ImageFolder(str(found[split] or found["train"]))
-    except FileNotFoundError as error:
+        train_classes = tuple(tv.folder.find_classes(str(found["train"]))[0])
+    except OSError as error:
         raise UsageError(str(error), "make one folder a class, with at least one image in each") from None
     classes = tuple(folder.classes)
-    train_classes = tuple(tv.folder.find_classes(str(found["train"]))[0])
     if classes != train_classes:
         odd = sorted(set(classes) ^ set(train_classes))
         raise MismatchError(
@@ -155,15 +156,24 @@ def _folder(spec: DatasetSpec, split: Split) -> Samples:
     )
 
 
+def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """What an npz file holds; nothing in it is unpickled."""
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", "give the npz file: --set dataset.root=FILE")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip archive, or the end of it is missing")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # whatever the bytes of a broken file make numpy stumble over
+        raise CorruptError(
+            f"cannot read {path} as an npz file: {error}", "write it with numpy.savez(path, images=..., labels=...)"
+        ) from error
+
+
 def _npz(spec: DatasetSpec, split: Split) -> Samples:
     path = Path(spec.root or "")
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UsageError(
-            f"cannot read {path} as an npz file: {error}", "write it with numpy.savez(path, images=..., labels=...)"
-        ) from None
+    arrays = _arrays(path)
     if "images" not in arrays or "labels" not in arrays:
         raise UsageError(
             f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, not images and labels",
@@ -177,9 +187,8 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
         )
     if len(images) != len(labels):
         raise MismatchError(f"{path} has {len(images)} images and {len(labels)} labels", "give one label an image")
-    names = arrays.get("class_names")
-    if names is None:
-        names = np.arange(labels.max(initial=0) + 1)
+    names = _class_names(path, arrays.get("class_names"), labels)
+    check_labels(labels, len(names), str(path))
     if images.ndim == 3:
         images = images[..., None]
     ids = _share(len(images), split, spec)
@@ -189,9 +198,23 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
         split,
         ArrayImages(torch.from_numpy(images[ids]).permute(0, 3, 1, 2).contiguous()),
         labels[ids].astype(np.int32),
-        tuple(str(name) for name in names),
+        names,
         _array_transform([0.5] * channels, [0.5] * channels),
     )
+
+
+def _class_names(path: Path, names: npt.NDArray[Any] | None, labels: npt.NDArray[np.integer[Any]]) -> tuple[str, ...]:
+    if names is not None:
+        if names.ndim != 1:
+            raise UsageError(f"{path} has class_names {list(names.shape)}", "store one name a class: [classes]")
+        return tuple(str(name) for name in names)
+    largest = int(labels.max(initial=0))
+    if largest >= max(len(labels), 2):
+        raise MismatchError(
+            f"{path} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",
+            "correct the labels, or store class_names=[one name a class] beside them",
+        )
+    return tuple(str(label) for label in range(largest + 1))
 
 
 _READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -69,6 +70,14 @@ def run_demo(out: Path, seeds: int, device: torch.device | str, progress: Progre
         UsageError: if `out` exists.
     """
     check_free(out)
+    try:
+        return _run(out, seeds, device, progress)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _run(out: Path, seeds: int, device: torch.device | str, progress: Progress) -> Demo:
     recipe = shipped("pipelines/digits.yaml")
     pipeline = load_pipeline(recipe, [f"teacher.weights={json.dumps(str(out / 'teacher' / 'model.safetensors'))}"])
     progress.say("stage one: train a teacher, and run it once over the training images")

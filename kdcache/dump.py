@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdcache.cache import layout, operations
 from kdcache.cache.codec import Rows, encode, not_finite
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.schema import DatasetRecord, Encoding, Plan, TeacherRecord, ViewsRecord
-from kdcache.cache.writer import CacheWriter
+from kdcache.cache.writer import CacheWriter, check_place
 from kdcache.datasets import load_split
-from kdcache.errors import CorruptError, InterruptedRun, MismatchError, UsageError
+from kdcache.errors import CorruptError, InterruptedRun, KdcacheError, UsageError
 from kdcache.evaluate import check_logits, try_network
 from kdcache.models import build_model, preset_transform, weights_digest
 from kdcache.pipeline import CacheSpec, Pipeline, Transform
@@ -76,30 +77,37 @@ def plan_cache(
             "set cache.views to 1, or add a random transform such as - RandomCrop: {size: 32, padding: 4}",
         )
     top_k = classes if spec.top_k == "all" else spec.top_k
-    return Plan(
-        teacher=TeacherRecord(
-            name=name,
-            weights_digest=weights_digest(model),
-            parameters=sum(p.numel() for p in model.parameters()),
-            precision="float32",
-        ),
-        dataset=DatasetRecord(
-            name=samples.name,
-            split=samples.split,
-            samples=len(samples),
-            class_names=samples.class_names,
-            digest=digest,
-        ),
-        views=ViewsRecord(count=spec.views, seed=spec.seed, transform=transform),
-        encoding=Encoding(
-            num_classes=classes, top_k=top_k, tail="none" if top_k == classes else spec.tail, dtype=spec.dtype
-        ),
-        shape=layout.choose_shape(len(samples), spec.shard_rows),
-        batch_size=spec.batch_size,
-        versions=versions(),
-        licence=spec.licence,
-        notes=spec.notes,
-    )
+    try:
+        return Plan(
+            teacher=TeacherRecord(
+                name=name,
+                weights_digest=weights_digest(model),
+                parameters=sum(p.numel() for p in model.parameters()),
+                precision="float32",
+            ),
+            dataset=DatasetRecord(
+                name=samples.name,
+                split=samples.split,
+                samples=len(samples),
+                class_names=samples.class_names,
+                digest=digest,
+            ),
+            views=ViewsRecord(count=spec.views, seed=spec.seed, transform=transform),
+            encoding=Encoding(
+                num_classes=classes, top_k=top_k, tail="none" if top_k == classes else spec.tail, dtype=spec.dtype
+            ),
+            shape=layout.choose_shape(len(samples), spec.shard_rows),
+            batch_size=spec.batch_size,
+            versions=versions(),
+            licence=spec.licence,
+            notes=spec.notes,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"no cache can be made with this {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            "change that setting of the cache, the transform or the data set",
+        ) from None
 
 
 def dump_teacher(
@@ -131,33 +139,36 @@ def dump_teacher(
     Raises:
         UsageError: if the settings do not fit, or `out` is something else.
         MismatchError: if the teacher does not return [B, C], or `out` was begun with other settings.
-        CorruptError: if it returns NaN or infinities; names the sample. What this call began is deleted.
+        CorruptError: if it returns NaN or infinities; names the sample.
+            Whatever the teacher or the data set did wrong, what this call began is deleted.
         InterruptedRun: on Ctrl-C; what is written stays.
     """
     out, spec = Path(out), spec or CacheSpec()
     listener: Progress = progress or Silent()
     transform = samples.transform if transform is None else transform
+    check_place(out)
     model = model.to(device).eval()
     try_network(model, View(samples, transform, spec.seed), device, "teacher")
     keys = samples.keys(listener)
     plan = plan_cache(model, name, samples, transform, spec, digest_of(keys, samples.labels))
     writer = CacheWriter(out, plan, samples.labels, keys)
     try:
-        todo = [(view, shard) for view in range(plan.views.count) for shard in writer.pending(view)]
+        todo = {view: shards for view in range(plan.views.count) if (shards := writer.pending(view))}
         if not writer.began:
-            listener.say(f"going on with {out}: {len(todo)} of {plan.views.count * plan.shards} shards are to be done")
-        rows_to_do = sum(len(plan.shard_ids(shard)) for _, shard in todo)
-        with listener.task("teacher", rows_to_do, "rows") as task:
-            for view in range(plan.views.count):
-                shards = writer.pending(view)
-                for shard, rows in _run(
-                    model, View(samples, transform, spec.seed, view), plan, shards, spec, device, task
-                ):
-                    writer.write(view, shard, rows)
+            count = sum(map(len, todo.values()))
+            listener.say(f"going on with {out}: {count} of {plan.views.count * plan.shards} shards are to be done")
+        rows_to_do = sum(len(plan.shard_ids(shard)) for shards in todo.values() for shard in shards)
+        try:
+            with listener.task("teacher", rows_to_do, "rows") as task:
+                for view, shards in todo.items():
+                    for shard, rows in _run(
+                        model, View(samples, transform, spec.seed, view), plan, shards, spec, device, task
+                    ):
+                        writer.write(view, shard, rows)
+        except KdcacheError:
+            writer.discard()
+            raise
         writer.seal(operations.summarise(out, plan))
-    except (MismatchError, CorruptError):
-        writer.discard()
-        raise
     except KeyboardInterrupt:
         raise InterruptedRun(
             f"interrupted; {out} keeps its finished shards", "run the same command again to go on"
@@ -195,6 +206,6 @@ def _teach(
         raise CorruptError(
             f"the teacher returned NaN or infinite logits for sample {int(ids[bad[0]])} "
             f"({len(bad)} of the {len(ids)} images of its batch)",
-            "check the teacher's weights and the transform; nothing was kept",
+            "check the teacher's weights and the transform",
         )
     return encode(logits, labels.to(device), plan.encoding)

@@ -18,6 +18,9 @@ class KdcacheError(Exception):
         self.what = what
         self.fix = fix
 
+    def __reduce__(self) -> tuple[type[KdcacheError], tuple[str, str]]:
+        return type(self), (self.what, self.fix)
+
 
 class UsageError(KdcacheError):
     """Arguments or a pipeline file that cannot be right (exit code 2)."""

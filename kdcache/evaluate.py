@@ -30,7 +30,7 @@ def try_network(model: nn.Module, view: View, device: torch.device | str, who: s
     model.eval()
     try:
         logits = model(images.to(device))
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise MismatchError(
             f"the {who} cannot take images {list(images.shape[1:])} (channels, height, width): {error}",
             f"take another {who}, or a transform that gives the images it wants",

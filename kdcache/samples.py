@@ -7,6 +7,7 @@ another copy, another order, or another version of the set is noticed before it 
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -86,17 +86,23 @@ class FileImages:
         try:
             with Image.open(self.paths[index]) as image:
                 return image.convert("RGB")
-        except OSError as error:
-            raise CorruptError(f"cannot read the image {self.paths[index]}: {error}", "replace or remove it") from None
+        except Exception as error:  # whatever the bytes of a broken file make Pillow stumble over
+            raise self._unreadable(index, error) from error
 
     def content(self, index: int) -> bytes:
         """The bytes of the file: another encoding of the same picture is another sample."""
-        return Path(self.paths[index]).read_bytes()
+        try:
+            return Path(self.paths[index]).read_bytes()
+        except OSError as error:
+            raise self._unreadable(index, error) from error
 
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the first image."""
         width, height = self.picture(0).size
         return 3, height, width
+
+    def _unreadable(self, index: int, error: Exception) -> CorruptError:
+        return CorruptError(f"cannot read the image {self.paths[index]}: {error}", "replace or remove it")
 
 
 @dataclass(frozen=True)
@@ -113,19 +119,20 @@ class ItemImages:
     def picture(self, index: int) -> Picture:
         """The first element of item `index`."""
         image = self.dataset[index][0]
-        if isinstance(image, np.ndarray):
-            return torch.from_numpy(image)
-        if not isinstance(image, Tensor | Image.Image):
-            raise UsageError(
-                f"item {index} of the data set holds a {type(image).__name__} for an image",
-                "let the data set return a tensor, a numpy array or a PIL image",
-            )
-        return image
+        if isinstance(image, np.ndarray) and image.ndim in (2, 3):
+            image = tvf.to_image(image).as_subclass(Tensor)
+        if isinstance(image, Image.Image) or (isinstance(image, Tensor) and image.ndim == 3):
+            return image
+        shape = f" {list(image.shape)}" if isinstance(image, Tensor | np.ndarray) else ""
+        raise UsageError(
+            f"item {index} of the data set holds a {type(image).__name__}{shape} for an image",
+            "return a tensor [channels, H, W], a numpy array [H, W] or [H, W, channels], or a PIL image",
+        )
 
     def content(self, index: int) -> bytes:
         """Type, shape and values of the image."""
         image = self.picture(index)
-        array = np.ascontiguousarray(image.numpy() if isinstance(image, Tensor) else np.asarray(image))
+        array = np.ascontiguousarray(image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
         return f"{array.dtype.str}{array.shape}".encode() + array.tobytes()
 
     def shape(self) -> tuple[int, int, int]:
@@ -164,13 +171,7 @@ class Samples:
             )
         if len(self.labels) == 0:
             raise UsageError(f"{self.name}/{self.split} holds no image", "check dataset.root and the split fractions")
-        out = np.flatnonzero((self.labels < -1) | (self.labels >= self.num_classes))
-        if len(out):
-            raise MismatchError(
-                f"label out of range in {self.name}/{self.split}: sample {out[0]} has label {self.labels[out[0]]}, "
-                f"classes run from 0 to {self.num_classes - 1} ({len(out)} such samples)",
-                "correct the labels, or give the right number of classes; -1 marks a label that is not known",
-            )
+        check_labels(self.labels, self.num_classes, f"{self.name}/{self.split}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -200,6 +201,21 @@ class Samples:
         ]
 
 
+def check_labels(labels: npt.NDArray[np.integer[Any]], num_classes: int, where: str) -> None:
+    """That labels run from 0 to `num_classes - 1`, or are -1 where not known.
+
+    Raises:
+        MismatchError: which names the first that does not.
+    """
+    out = np.flatnonzero((labels < -1) | (labels >= num_classes))
+    if len(out):
+        raise MismatchError(
+            f"label out of range in {where}: sample {out[0]} has label {labels[out[0]]}, "
+            f"classes run from 0 to {num_classes - 1} ({len(out)} such samples)",
+            "correct the labels, or give the right number of classes; -1 marks a label that is not known",
+        )
+
+
 def digest_of(keys: npt.NDArray[np.uint64], labels: npt.NDArray[np.int32]) -> str:
     """Digest of a data set: sha256 over its content keys, then its labels, both little-endian, in order."""
     sha = hashlib.sha256(keys.astype("<u8").tobytes())
@@ -218,7 +234,8 @@ def wrap(
     """Any map-style `torch.utils.data.Dataset` of (image, label) pairs, as kdcache's own sets.
 
     Args:
-        dataset: with `__len__` and `__getitem__`; images are tensors [channels, H, W], numpy arrays or PIL images.
+        dataset: with `__len__` and `__getitem__`; images are tensors [channels, H, W], numpy arrays [H, W] or
+            [H, W, channels], or PIL images; labels are integers.
         num_classes: labels run from 0 to `num_classes - 1`; -1 marks an unknown label.
         name: what the manifest calls it.
         split: which part of it this is.
@@ -226,14 +243,28 @@ def wrap(
         class_names: for the manifest; "0", "1", ... if not given.
 
     Raises:
+        UsageError: if it is no such data set.
         MismatchError: for a label out of range, or a class name too many or too few.
     """
-    length = len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
-    labels = np.array([int(dataset[index][1]) for index in range(length)], np.int32)
-    names = tuple(class_names or (str(c) for c in range(num_classes)))
+    names = tuple(str(c) for c in (range(num_classes) if class_names is None else class_names))
     if len(names) != num_classes:
         raise MismatchError(f"{len(names)} class names for {num_classes} classes", "give one name a class")
-    return Samples(name, split, ItemImages(dataset, length), labels, names, transform or [])
+    try:
+        length = len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
+    except TypeError:
+        raise UsageError(f"{type(dataset).__name__} has no length", "give a map-style data set") from None
+    labels = np.array([_label(dataset[index], index) for index in range(length)])
+    check_labels(labels, num_classes, f"{name}/{split}")
+    return Samples(name, split, ItemImages(dataset, length), labels.astype(np.int32), names, transform or [])
+
+
+def _label(item: Any, index: int) -> int:
+    try:
+        return operator.index(item[1])
+    except (TypeError, ValueError, LookupError):
+        raise UsageError(
+            f"item {index} of the data set is no pair of an image and a whole number", "return (image, label)"
+        ) from None
 
 
 def check_same_samples(

@@ -153,7 +153,8 @@ def _train(
     test = _held_out(pipeline, "test", train, samples)
     with run_folder(out, pipeline) as run, torch.random.fork_rng():
         torch.manual_seed(spec.train.seed)
-        model = build_model(spec, samples.num_classes, samples.images.shape())
+        start = isinstance(spec, StudentSpec) and (spec.weights is not None or "@" in spec.model)
+        model = build_model(spec, samples.num_classes, samples.images.shape(), trained=start)
         try_network(model, train, "cpu", "network")
         began = time.perf_counter()
         best = fit(

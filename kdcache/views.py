@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,23 +22,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tvf
 
-from kdcache.errors import UsageError
+from kdcache.errors import KdcacheError, UsageError
 from kdcache.pipeline import Transform
 from kdcache.samples import ArrayImages, Picture, Samples
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """(images [B, channels, H, W] float32, labels [B] int64, ids [B] int64)."""
 
-_ALSO_RANDOM = {"AutoAugment", "RandAugment", "TrivialAugmentWide", "AugMix", "ColorJitter", "ElasticTransform",
-                "ScaleJitter", "GaussianNoise", "JPEG", "GaussianBlur"}  # fmt: skip
+# What torchvision has that draws no random number. A name that is not here is taken to draw some: its images are then
+# made one by one from their own seeds, which is right for every transform and only slower for one that is fixed.
+_FIXED = {"CenterCrop", "ClampBoundingBoxes", "ClampKeyPoints", "ConvertBoundingBoxFormat", "ConvertImageDtype",
+          "FiveCrop", "Grayscale", "Identity", "LinearTransformation", "Normalize", "PILToTensor", "Pad", "RGB",
+          "Resize", "SanitizeBoundingBoxes", "SanitizeKeyPoints", "SetClampingMode", "TenCrop", "ToDtype", "ToImage",
+          "ToPILImage", "ToPureTensor", "ToTensor", "UniformTemporalSubsample"}  # fmt: skip
 
 
 def is_random(transform: Transform) -> bool:
-    """Whether a transform draws random numbers."""
-    names = [name for step in transform for name in step]
-    return any(name.startswith("Random") or name in _ALSO_RANDOM for name in names)
+    """Whether a transform may draw random numbers."""
+    return not _FIXED.issuperset(name for step in transform for name in step)
 
 
 def build_transform(transform: Transform) -> Callable[[Any], Any]:
@@ -52,8 +54,10 @@ def build_transform(transform: Transform) -> Callable[[Any], Any]:
 
 
 def _step(step: dict[str, dict[str, Any]]) -> v2.Transform:
-    if len(step) != 1:
-        raise UsageError(f"a step of a transform has {len(step)} names: {', '.join(step)}", "begin each step with '- '")
+    if not (isinstance(step, dict) and len(step) == 1 and all(isinstance(given, dict) for given in step.values())):
+        raise UsageError(
+            f"the step {step!r} of a transform is not one name with its arguments", "write it as - NAME: {KEY: VALUE}"
+        )
     ((name, arguments),) = step.items()
     kind = getattr(v2, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, v2.Transform)):
@@ -71,6 +75,7 @@ def _step(step: dict[str, dict[str, Any]]) -> v2.Transform:
 
 
 def _argument(key: str, value: Any) -> Any:
+    """What YAML cannot say: a torch type, a member of an enumeration, a transform inside another one."""
     if key == "dtype" and isinstance(value, str):
         dtype = getattr(torch, value, None)
         if not isinstance(dtype, torch.dtype):
@@ -78,24 +83,31 @@ def _argument(key: str, value: Any) -> Any:
         return dtype
     if key == "interpolation" and isinstance(value, str):
         return v2.InterpolationMode(value)
+    if key == "policy" and isinstance(value, str):
+        return v2.AutoAugmentPolicy(value)
+    if key == "transforms" and isinstance(value, list):
+        return [_step(step) for step in value]
     return value
 
 
 @contextmanager
 def seeded(*parts: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's generators seeded from `parts`, and put back as they were."""
+    """Python's, NumPy's and torch's generators seeded from `parts`, and put back as they were.
+
+    Of torch's, only the one of the CPU, where transforms run: `torch.manual_seed` would seed a GPU's too.
+    """
     digest = hashlib.blake2b(b"".join(part.to_bytes(8, "little") for part in parts), digest_size=8).digest()
     seed = int.from_bytes(digest, "little")
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
 
 
 class View(Dataset[Batch]):
@@ -130,24 +142,42 @@ class View(Dataset[Batch]):
         images = self.samples.images
         if isinstance(images, ArrayImages) and not self._random:
             # One call for the whole batch gives the same pixels as one an image, many times faster.
-            pixels = self._transform(images.pixels[which])
+            pixels = self._seen(images.pixels[which], int(which[0]))
         else:
-            pixels = torch.stack([self._one(int(i)) for i in ids])
+            each = [self._one(int(index)) for index in ids]
+            if any(pixels.shape != each[0].shape for pixels in each):
+                raise UsageError(
+                    "the transform leaves images of different sizes: "
+                    + " and ".join(sorted({str(list(pixels.shape)) for pixels in each})[:2]),
+                    "bring them to one size, for instance with - Resize: {size: [224, 224]}",
+                )
+            pixels = torch.stack(each)
+        return pixels.float(), self.labels[which], which
+
+    def _one(self, index: int) -> Tensor:
+        picture = self.samples.images.picture(index)
+        if isinstance(picture, Tensor):
+            picture = picture.clone()  # a transform may work in place, and must not change the data set
+        if not self._random:
+            return self._seen(picture, index)
+        with seeded(self.seed, index, self.view):
+            return self._seen(picture, index)
+
+    def _seen(self, picture: Picture, first: int) -> Tensor:
+        """What the transform makes of an image, or of a batch of them that begins with sample `first`."""
+        try:
+            pixels = self._transform(picture)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"the transform cannot take sample {first} of {self.samples.name}/{self.samples.split}: {error}",
+                "correct `transform` or `eval_transform` of the pipeline",
+            ) from None
         if not (isinstance(pixels, Tensor) and pixels.is_floating_point()):
             raise UsageError(
                 f"the transform ends in {pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__} images",
                 "end it with - ToImage: {} and - ToDtype: {dtype: float32, scale: true}",
             )
-        return pixels.float(), self.labels[which], which
-
-    def _one(self, index: int) -> Tensor:
-        picture: Picture = self.samples.images.picture(index)
-        if self._random:
-            with seeded(self.seed, index, self.view):
-                picture = self._transform(picture)
-        else:
-            picture = self._transform(picture)
-        return picture.as_subclass(Tensor) if isinstance(picture, Tensor) else tvf.pil_to_tensor(picture)
+        return pixels.as_subclass(Tensor)
 
 
 def cut_range(ids: range, batch_size: int) -> list[range]:
@@ -157,16 +187,33 @@ def cut_range(ids: range, batch_size: int) -> list[range]:
 
 def batches(
     view: View, cuts: Sequence[list[int]], workers: int = 0, device: torch.device | str = "cpu"
-) -> Iterable[Batch]:
+) -> Iterator[Batch]:
     """The batches of a view, in the order of `cuts`, loaded by `workers` processes ahead of the one that asks."""
     loader: DataLoader[Any] = DataLoader(
-        view,
+        _Fetched(view),
         batch_sampler=cuts,
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=torch.device(device).type == "cuda",
+        generator=torch.Generator(),  # of the workers' seeds, which no view uses; the caller's is left alone
     )
-    return loader
+    for batch in loader:
+        if isinstance(batch, KdcacheError):
+            raise batch
+        yield batch
+
+
+class _Fetched(Dataset[Any]):
+    """A view whose mistakes come back as values: of one raised in a worker process, DataLoader keeps the text only."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    def __getitems__(self, ids: Sequence[int]) -> Batch | KdcacheError:
+        try:
+            return self.view.__getitems__(ids)
+        except KdcacheError as error:
+            return error
 
 
 def _as_is(batch: Any) -> Any:

@@ -85,15 +85,15 @@ def encode(logits: Tensor, labels: Tensor, encoding: Encoding) -> Rows:
         encoding: k, tail and types.
 
     Raises:
-        CorruptError: if a logit is NaN or infinite, or the shape is wrong.
+        CorruptError: if a logit is NaN or infinite in float32, or the shape is wrong.
     """
     if logits.shape != (len(labels), encoding.num_classes):
         raise CorruptError(
             f"logits {list(logits.shape)} for {len(labels)} labels and {encoding.num_classes} classes", "pass [B, C]"
         )
+    logits = logits.float()
     if len(bad := not_finite(logits)):
         raise CorruptError(f"row {bad[0].item()} of the batch holds NaN or infinite logits", "correct the teacher")
-    logits = logits.float()
     log_probs = logits.log_softmax(dim=1)
     known = labels >= 0
     label = labels.clamp_min(0).unsqueeze(1)
@@ -131,7 +131,7 @@ def decode(rows: Rows, labels: Tensor, encoding: Encoding) -> Tensor:
     """The logits that rows stand for, [B, C] float32: what the teacher returned, as far as the row knows it.
 
     Head and label come back to the precision of their type. With the `uniform` tail the recorded mass is spread evenly
-    over the other classes, none above the head's last.
+    over the other classes. Nothing outside the head comes back above the head's last.
 
     Args:
         rows: of B samples.
@@ -150,6 +150,8 @@ def decode(rows: Rows, labels: Tensor, encoding: Encoding) -> Tensor:
     level = (tail_log_mass - tail_classes.clamp_min(1).log()).minimum(head[:, -1])
     log_probs = level.unsqueeze(1).expand(-1, encoding.num_classes).clone()
     label_log_prob = rows.statistics[:, STATISTICS.index("label_log_prob")].float().unsqueeze(1)
+    # Rounded to float16 it could overtake a head in float32; where it stands in the head, the head's value wins.
+    label_log_prob = label_log_prob.minimum(head[:, -1:])
     log_probs.scatter_(1, label, torch.where(known.unsqueeze(1), label_log_prob, log_probs.gather(1, label)))
     log_probs.scatter_(1, indices, head)
     return log_probs + rows.logsumexp.unsqueeze(1)

@@ -29,7 +29,7 @@ class _Sums(NamedTuple):
 
 def summarise(cache: Path, plan: Plan) -> Summary:
     """What a teacher is like, from its cache alone: accuracy, mean sharpness (logsumexp), entropy and confidence."""
-    labels = torch.from_numpy(layout.read_samples(cache)[0].astype(np.int64))
+    labels = torch.from_numpy(layout.read_samples(cache, plan)[0].astype(np.int64))
     parts = [
         delayed(_sums)(cache, plan, view, shard, labels)
         for view in range(plan.views.count)
@@ -58,7 +58,8 @@ def _sums(cache: Path, plan: Plan, view: int, shard: int, labels: torch.Tensor) 
     return _Sums(
         labelled=int((truth >= 0).sum()),
         correct=int((predicted == truth).sum()),
-        sharpness=float(rows.logsumexp.double().sum()),
-        entropy=float(entropy.double().sum()),
-        top_probability=float(top_log_prob.double().exp().sum()),
+        # Exact sums: torch's depend, in their last bit, on how many threads the machine has.
+        sharpness=math.fsum(rows.logsumexp.tolist()),
+        entropy=math.fsum(entropy.tolist()),
+        top_probability=math.fsum(top_log_prob.double().exp().tolist()),
     )

@@ -22,7 +22,7 @@ from kdcache.cache import layout
 from kdcache.cache.codec import Rows, decode
 from kdcache.cache.schema import MANIFEST, PLAN, Encoding, Manifest, read_manifest, read_plan
 from kdcache.cache.verify import check_files
-from kdcache.errors import IncompleteError, UsageError
+from kdcache.errors import CorruptError, IncompleteError, UsageError
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,10 @@ class CachedTeacher:
         """The teacher's raw logits for samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
 
         Raises:
-            UsageError: for an id or a view that the cache has not.
+            UsageError: for an id or a view that the cache has not, and for anything but ids, such as a mask.
         """
+        if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
+            raise UsageError(f"ids are {ids.dtype} {list(ids.shape)}", "pass sample ids, an int64 tensor [B]")
         if not 0 <= view < len(self.views):
             raise UsageError(f"the cache has no view {view}", f"ask for one of 0 to {len(self.views) - 1}")
         if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < len(self.labels)):
@@ -52,7 +54,7 @@ class CachedTeacher:
                 f"ids run from {int(ids.min())} to {int(ids.max())}, the cache's from 0 to {len(self.labels) - 1}",
                 "ask for the ordinals of the samples in the data set that was dumped",
             )
-        ids = ids.to(self.labels.device)
+        ids = ids.to(self.labels.device, torch.int64)
         return decode(self.views[view][ids], self.labels[ids], self.encoding)
 
 
@@ -102,21 +104,27 @@ def open_cache(path: str | Path) -> Cache:
     Raises:
         UsageError: if there is no cache at `path`.
         IncompleteError: if it was never sealed.
-        CorruptError: if a file is missing or differs.
+        CorruptError: if a file is missing or differs, or the manifest cannot be right.
     """
     path = Path(path)
     if not (path / MANIFEST).is_file():
         raise _not_sealed(path)
     manifest = read_manifest(path / MANIFEST)
+    layout.check_listed(path, manifest.plan, {name: record.size for name, record in manifest.files.items()})
     check_files(path, manifest.files)
-    labels, keys = layout.read_samples(path)
+    labels, keys = layout.read_samples(path, manifest.plan)
     return Cache(path, manifest, labels, keys)
 
 
-def _not_sealed(path: Path) -> UsageError | IncompleteError:
+def _not_sealed(path: Path) -> UsageError | IncompleteError | CorruptError:
     if not path.exists():
         return UsageError(f"there is no cache {path}", "make one with `kdcache dump-teacher PIPELINE -o NAME.kdcache`")
     if not (path / PLAN).is_file():
+        if (path / layout.STORE).is_dir():
+            return CorruptError(
+                f"{path / MANIFEST} is missing",
+                "get the cache again from where it was made, or delete it and dump the teacher again",
+            )
         return UsageError(f"{path} is not a cache: it holds neither manifest nor plan", "give the .kdcache folder")
     plan = read_plan(path / PLAN)
     total = plan.views.count * plan.shards

@@ -20,6 +20,9 @@ FORMAT_VERSION: Literal[0] = 0
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 
+LARGEST_CHUNK = 16_384
+"""Rows of a chunk at most."""
+
 STATISTICS = ("label_log_prob", "logit_mean", "logit_std", "entropy")
 TAIL_TEMPERATURES = (1, 2, 4, 8)
 TAIL_STATISTICS = tuple(f"tail_log_mass_t{t}" for t in TAIL_TEMPERATURES)
@@ -99,12 +102,21 @@ class ViewsRecord(Record):
     seed: Size
     transform: list[dict[str, dict[str, Any]]]
 
+    @field_validator("transform", mode="before")
+    @classmethod
+    def _as_read_back(cls, given: Any) -> Any:
+        """What JSON makes of it (a tuple is a list there), so that a plan in memory equals its file."""
+        try:
+            return json.loads(json.dumps(given, allow_nan=False))
+        except TypeError as error:
+            raise ValueError(f"it cannot be written as JSON: {error}") from None
+
 
 class Shape(Record):
     """How rows are laid out in files."""
 
-    shard_rows: Annotated[int, Field(ge=1)]
-    chunk_rows: Annotated[int, Field(ge=1)]
+    shard_rows: Annotated[int, Field(ge=1, le=2**40)]
+    chunk_rows: Annotated[int, Field(ge=1, le=LARGEST_CHUNK)]
 
     @model_validator(mode="after")
     def _whole_chunks(self) -> Shape:
@@ -186,6 +198,11 @@ class Manifest(Record):
         return files
 
 
+def commit_file(view: int, shard: int) -> str:
+    """The marker of a shard, relative to the cache."""
+    return f"commits/{view}/{shard}.json"
+
+
 def canonical(record: Record) -> bytes:
     """The bytes of a record's file: JSON, indented, keys in the order of the schema, files by name."""
     return (json.dumps(record.model_dump(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
@@ -240,19 +257,21 @@ R = TypeVar("R", bound=Record)
 def _read(path: Path, kind: type[R]) -> R:
     try:
         data = path.read_bytes()
-        version = _version(json.loads(data))
+        content = json.loads(data)
+        version = _version(content)
         if version not in (None, FORMAT_VERSION):
             raise CorruptError(
                 f"{path} is of format version {version!r}; this kdcache reads version {FORMAT_VERSION}",
                 "pip install --upgrade kdcache, or dump the teacher again",
             )
-        record = kind.model_validate(json.loads(data))
+        record = kind.model_validate(content)
+        written = canonical(record)
     except ValidationError as error:
         first = error.errors()[0]
         raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from None
-    if canonical(record) != data:
+    if written != data:
         raise _damaged(path, "its bytes are not those that were written")
     return record
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,25 @@ from kdcache.cache.schema import (
     Record,
     Summary,
     canonical,
+    commit_file,
     read_commit,
     read_plan,
     seal,
 )
 from kdcache.cache.verify import check_files, record_of
-from kdcache.errors import IncompleteError, MismatchError, UsageError
+from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
+
+
+def check_place(path: Path) -> None:
+    """That a cache can be begun at `path`, or gone on with.
+
+    Raises:
+        UsageError: if it is something else, or a sealed cache.
+    """
+    if (path / MANIFEST).exists():
+        raise UsageError(f"{path} is already a sealed cache", "give another name with -o, or delete it first")
+    if path.exists() and not (path / PLAN).exists():
+        raise UsageError(f"{path} exists and is not a cache", "give another name with -o")
 
 
 class CacheWriter:
@@ -49,29 +64,28 @@ class CacheWriter:
 
     def __init__(self, path: Path, plan: Plan, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
         self.path, self.plan = path, plan
+        check_place(path)
         self.began = not path.exists()
         if self.began:
             self._create(labels, keys)
         else:
-            self._go_on()
+            self._go_on(labels, keys)
 
     def _create(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
         # Made beside its place and renamed, so that a folder of that name is always a cache with its plan.
-        unfinished = self.path.with_name(self.path.name + ".partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        layout.create_store(unfinished, self.plan, labels, keys)
-        for name in layout.common_files(unfinished):
-            _flush(unfinished / name)
-        _put(unfinished / PLAN, self.plan)
-        unfinished.rename(self.path)
+        _make_folder(self.path.parent)
+        with _unfinished(_beside(self.path)) as folder:
+            self._create_store(folder, labels, keys)
+            _put(folder / PLAN, self.plan)
+            folder.rename(self.path)
         _flush(self.path.parent)
 
-    def _go_on(self) -> None:
-        if (self.path / MANIFEST).exists():
-            raise UsageError(f"{self.path} is already a sealed cache", "give another name with -o, or delete it first")
-        if not (self.path / PLAN).exists():
-            raise UsageError(f"{self.path} exists and is not a cache", "give another name with -o")
+    def _create_store(self, folder: Path, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
+        layout.create_store(folder, self.plan, labels, keys)
+        for path in folder.rglob("*"):
+            _flush(path)
+
+    def _go_on(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
         begun = read_plan(self.path / PLAN)
         differ = _differences(begun.model_dump(), self.plan.model_dump())
         if differ:
@@ -79,10 +93,32 @@ class CacheWriter:
                 "\n  ".join([f"{self.path} was begun with other settings (then, now):", *differ]),
                 "set them as they were to go on, or delete the folder to begin anew",
             )
+        self._mend(labels, keys)
+
+    def _mend(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
+        """Make good what was damaged since it was written, or it would be sealed, or never be."""
+        with _unfinished(_beside(self.path / layout.STORE)) as folder:
+            self._create_store(folder, labels, keys)
+            for name in layout.common_files(self.plan):
+                _make_folder((self.path / name).parent)
+                (folder / name).replace(self.path / name)
+                _flush((self.path / name).parent)
+        for view in range(self.plan.views.count):
+            for shard in range(self.plan.shards):
+                if not self._is_whole(view, shard):
+                    self.commit_path(view, shard).unlink(missing_ok=True)
+
+    def _is_whole(self, view: int, shard: int) -> bool:
+        try:
+            files = read_commit(self.commit_path(view, shard)).files
+            check_files(self.path, files)
+        except (FileNotFoundError, CorruptError):
+            return False
+        return sorted(files) == sorted(layout.shard_files(self.plan, view, shard))
 
     def commit_path(self, view: int, shard: int) -> Path:
         """Where the marker of a shard lies."""
-        return self.path / "commits" / str(view) / f"{shard}.json"
+        return self.path / commit_file(view, shard)
 
     def pending(self, view: int) -> list[int]:
         """The shards of a view that have no marker yet."""
@@ -90,22 +126,21 @@ class CacheWriter:
 
     def write(self, view: int, shard: int, rows: Rows) -> None:
         """Write one shard, whole."""
-        files = layout.shard_files(self.plan.encoding, view, shard)
-        for name in files.values():
+        files = sorted(layout.shard_files(self.plan, view, shard))
+        for name in files:
             leftover = self.path / name
+            _make_folder(leftover.parent)
             leftover.unlink(missing_ok=True)
-            for orphan in leftover.parent.glob(f"{leftover.name}*.partial"):
+            for orphan in leftover.parent.glob(f"{leftover.name}.*.partial"):
                 orphan.unlink()
         layout.write_shard(self.path, self.plan, view, shard, rows)
-        records = {}
-        for name in sorted(files.values()):
+        for name in files:
             _flush(self.path / name)
-            records[name] = record_of(self.path / name)
-        for folder in {(self.path / name).parent for name in files.values()}:
+        for folder in sorted({(self.path / name).parent for name in files}):
             _flush(folder)
         marker = self.commit_path(view, shard)
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        _put(marker, Commit(files=records))
+        _make_folder(marker.parent)
+        _put(marker, Commit(files={name: record_of(self.path / name) for name in files}))
 
     def seal(self, summary: Summary) -> Manifest:
         """Check that everything is there, and put the manifest in place.
@@ -124,7 +159,7 @@ class CacheWriter:
                 files |= read_commit(marker).files
                 files[marker.relative_to(self.path).as_posix()] = record_of(marker)
         check_files(self.path, files)
-        files |= {name: record_of(self.path / name) for name in layout.common_files(self.path)}
+        files |= {name: record_of(self.path / name) for name in layout.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
         _put(self.path / MANIFEST, manifest)
         (self.path / PLAN).unlink()
@@ -133,7 +168,8 @@ class CacheWriter:
     def discard(self) -> None:
         """Delete what this run began: it cannot be gone on with."""
         if self.began:
-            shutil.rmtree(self.path)
+            # Under another name first, so that a kill in the middle leaves nothing that looks like a cache.
+            shutil.rmtree(self.path.rename(_beside(self.path)))
 
 
 def _differences(then: object, now: object, name: str = "") -> list[str]:
@@ -147,9 +183,32 @@ def _differences(then: object, now: object, name: str = "") -> list[str]:
     return [] if then == now else [f"{name}: {then}, {now}"]
 
 
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A new folder to work in; what is left in it in the end is deleted, and so is what a killed run left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it, and bring their names to the disk."""
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _flush(path.parent)
+
+
 def _put(path: Path, record: Record) -> None:
     """Write a record in one step: after a crash the file is whole, or not there."""
-    unfinished = path.with_name(path.name + ".partial")
+    unfinished = _beside(path)
     with unfinished.open("wb") as opened:
         opened.write(canonical(record))
         opened.flush()

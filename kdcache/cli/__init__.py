@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kdcache.cli import demo, info, output, stage_one, stage_two
-from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError
+from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, UsageError
 
 
 class _Main(click.Group):
@@ -23,14 +23,19 @@ class _Main(click.Group):
         except KeyboardInterrupt:
             failed = InterruptedRun("interrupted; nothing half-written was kept", "run the same command again")
         except OSError as problem:
-            if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise
-            where = f": {problem.filename}" if problem.filename else ""
-            failed = IncompleteError(
-                f"{problem.strerror}{where}", "make room or get permission there, and run the same command again"
-            )
+            failed = _mistake(problem)
         output.error(failed)
         sys.exit(failed.exit_code)
+
+
+def _mistake(problem: OSError) -> KdcacheError:
+    """What a user can mend of what the system refuses; anything else is ours, and shows where it happened."""
+    where = f"{problem.strerror}: {problem.filename}" if problem.filename else str(problem.strerror)
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return IncompleteError(where, "make room there, and run the same command again")
+    if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        return UsageError(where, "give a place that you may write to, with -o")
+    raise problem
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -46,8 +46,8 @@ def _print(found: Demo, out: Path) -> None:
             [
                 f"student, {students.loss}",
                 f"{students.mean:.1%}",
-                f"{100 * students.spread:.1f}",
-                f"{low:.1%} to {high:.1%}",
+                f"{100 * students.spread:.1f}" if seeds > 1 else "",
+                f"{low:.1%} to {high:.1%}" if seeds > 1 else "",
                 f"{students.seconds:.1f}",
             ]
         )

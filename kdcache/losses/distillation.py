@@ -96,12 +96,17 @@ def distillation_loss(
         labels: [B] int64, -1 where not known.
         loss: what `--loss` and the pipeline file say.
         epoch: counted from 1, for the warm-up.
+
+    Raises:
+        ValueError: if the loss uses the teacher and its logits are None.
     """
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()
     ce = cross_entropy(student_logits, labels)
-    if teacher_logits is None or not loss.uses_teacher:
+    if not loss.uses_teacher:
         return LossParts(loss.ce_weight * ce, ce.detach(), torch.zeros_like(ce))
+    if teacher_logits is None:
+        raise ValueError(f"the loss {loss.name!r} needs the teacher's logits")
     distilled = distillation_term(student_logits, teacher_logits.to(student_logits.dtype), labels, loss)
     total = loss.ce_weight * ce + warmup(epoch, loss.warmup_epochs) * distilled
     return LossParts(total, ce.detach(), distilled.detach())

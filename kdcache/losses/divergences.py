@@ -13,7 +13,7 @@ from torch.nn import functional as F
 def kl(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
     """KL(p || q) of each sample, p and q the softmax of teacher's and student's logits divided by their temperatures.
 
-    Exactly 0, with a gradient of 0, where both are equal; no term of it is NaN where p_j underflows to 0.
+    Exactly 0, with a gradient of 0 to rounding, where both are equal; no term of it is NaN where p_j underflows to 0.
 
     Source: Hinton, Vinyals & Dean 2015 (1503.02531); mdistiller's KDLoss without the reduction.
     """

@@ -20,7 +20,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     def arguments(self) -> dict[str, Any]:
         """The options as keyword arguments of the function that `kind` names."""
@@ -100,13 +100,22 @@ class Loss(_Options):
     """
 
     name: str = "kd"
+    """`ce`, or parts of `kd`, `dtkd`, `dtd` and `ka` joined by `+`; sets the defaults of the keys below."""
     ce_weight: NotNegative
+    """Of the cross-entropy with the labels."""
     kd_weight: NotNegative
+    """Of the teacher's term."""
     plain_kd_weight: NotNegative = 0.0
+    """Of constant-temperature KD beside a dynamic one."""
     warmup_epochs: NotNegative = 0.0
+    """Epochs over which the teacher's weight grows to its full size."""
     adjustment: Adjustment
+    """`kind: none`, `probability_shift` or `label_smoothing` (`smoothing`)."""
     temperature: Temperature
+    """`kind: constant` (`tau`), `dtkd` (`tau`, `sharpness`, `centre`, `detach`, `sharpness_floor`), `dtd_flsw` (`tau`,
+    `beta`, `gamma`, `lowest`) or `dtd_cwsm` (`tau`, `beta`, `lowest`)."""
     divergence: KL = KL()
+    """`kind: kl`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -119,10 +128,10 @@ class Loss(_Options):
     def _makes_sense(self) -> Loss:
         if not self.uses_teacher and self.ce_weight == 0:
             raise ValueError("ce_weight and the kd weights are all 0: there is nothing to learn")
-        dynamic = self.temperature.kind != "constant"
-        if not self.uses_teacher and (dynamic or self.adjustment.kind != "none"):
-            raise ValueError("the kd weights are 0, so the adjustment and the temperature would have no effect")
-        if self.plain_kd_weight and not dynamic:
+        idle = self.adjustment != NoAdjustment() or self.temperature != ConstantTemperature() or self.warmup_epochs
+        if not self.uses_teacher and idle:
+            raise ValueError("the kd weights are 0, so adjustment, temperature and warmup_epochs would have no effect")
+        if self.plain_kd_weight and self.temperature.kind == "constant":
             raise ValueError("plain_kd_weight adds constant-temperature KD to itself here: raise kd_weight instead")
         return self
 

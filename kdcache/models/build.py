@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
         MismatchError: for weights that do not fit.
     """
     kind, _, name = spec.model.partition(":")
-    if trained and spec.weights is None and "@" not in spec.model:
+    if trained and spec.weights is None and not (kind == "torchvision" and "@" in name):
         raise UsageError(
             f"the teacher {spec.model} has no weights",
             "make some with `kdcache train-teacher`, and set teacher.weights to the checkpoint "
@@ -74,11 +76,22 @@ def _construct(make: Callable[..., Any], spec: ModelSpec, **arguments: Any) -> n
         model = make(**arguments, **spec.args)
     except KdcacheError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{spec.model} cannot be built: {error}", "correct the `args:` of the model") from None
+    except Exception as error:
+        raise UsageError(
+            f"{spec.model} cannot be built: {type(error).__name__}: {error} ({_place(error)})",
+            "correct the `args:` of the model, or the function that makes it",
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec.model} returned a {type(model).__name__}", "let it return a torch.nn.Module")
     return model
+
+
+def _place(error: BaseException) -> str:
+    """The line that raised an error."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}"
 
 
 def _small(name: str, spec: ModelSpec, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
@@ -110,13 +123,8 @@ def _torchvision(name: str, spec: ModelSpec, num_classes: int, channels: int, tr
             "use a data set of the teacher's classes, or a checkpoint that was trained on this one (`weights:`)",
         )
     if weights_name:
-        try:
-            model = _construct(tv.get_model, spec, name=architecture, weights=weights)
-        except OSError as error:
-            raise UsageError(
-                f"the weights of {spec.model} cannot be downloaded: {error}",
-                f"put {Path(weights.url).name} into {torch.hub.get_dir()}/checkpoints",
-            ) from None
+        _fetch(spec, weights)
+        model = _construct(tv.get_model, spec, name=architecture, weights=weights)
     else:
         model = _construct(tv.get_model, spec, name=architecture, weights=None, num_classes=num_classes)
     height, width = weights.meta["min_size"]
@@ -124,13 +132,24 @@ def _torchvision(name: str, spec: ModelSpec, num_classes: int, channels: int, tr
     return model
 
 
-def _weights_enum(architecture: str, weights_name: str) -> Any:
+def _fetch(spec: ModelSpec, weights: Any) -> None:
+    """Bring torchvision's weights into torch's own folder, where its constructors look first."""
     try:
-        known = tv.get_model_weights(architecture)
-    except ValueError:
+        weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError, HTTPException) as error:
         raise UsageError(
-            f"torchvision has no network {architecture!r}", "take a name from torchvision.models.list_models()"
+            f"the weights of {spec.model} are not on this machine and cannot be downloaded: {error}",
+            f"put {weights.url} into {torch.hub.get_dir()}/checkpoints",
         ) from None
+
+
+def _weights_enum(architecture: str, weights_name: str) -> Any:
+    if architecture not in tv.list_models(module=tv):
+        raise UsageError(
+            f"torchvision has no network {architecture!r} that classifies images",
+            "take a name from torchvision.models.list_models(module=torchvision.models)",
+        )
+    known = tv.get_model_weights(architecture)
     if weights_name and weights_name not in known.__members__:
         raise UsageError(
             f"torchvision has no weights {weights_name!r} of {architecture}", f"it has {', '.join(known.__members__)}"
@@ -148,9 +167,10 @@ class _Fit:
         images, *others = inputs
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        scale = max(self.size[0] / images.shape[2], self.size[1] / images.shape[3])
+        height, width = images.shape[2:]
+        scale = max(self.size[0] / height, self.size[1] / width)
         if scale > 1:
-            images = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=False)
+            images = F.interpolate(images, (round(height * scale), round(width * scale)), mode="bilinear")
         return images, *others
 
 
@@ -164,7 +184,13 @@ def _from_file(path: Path, function: str, spec: ModelSpec, num_classes: int) -> 
         raise UsageError(f"{path} is not a Python file", "write the model as path/file.py:function")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_spec.name]
+        raise UsageError(
+            f"{path} cannot be run: {type(error).__name__}: {error} ({_place(error)})", "mend that file"
+        ) from error
     make = getattr(module, function, None)
     if not callable(make):
         names = [name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")]

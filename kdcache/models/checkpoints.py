@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcache.errors import CorruptError, MismatchError, UsageError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
+_PARALLEL = "module."
 _SHOWN = 3
 
 
@@ -33,8 +34,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise UsageError(
             f"there is no checkpoint {path}", "train one (`kdcache train-teacher`), or set `weights:` to where it lies"
         )
-    state = {key.removeprefix("module."): value for key, value in _read(path).items()}
     expected = model.state_dict()
+    state = _read(path)
+    if not any(key.startswith(_PARALLEL) for key in expected):
+        state = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
     problems = [
         *_some("missing", [k for k in expected if k not in state]),
         *_some("unexpected", [k for k in state if k not in expected]),
@@ -63,21 +66,27 @@ def _some(what: str, keys: list[str]) -> list[str]:
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    fix = "give a safetensors file, or a torch file that holds a state dict of tensors and nothing else"
+    fix = "give a safetensors file, or one written with torch.save(model.state_dict(), path)"
+    held: Any
     try:
-        held: Any
-        if path.suffix == ".safetensors":
-            held = load_file(path)
-        else:
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CorruptError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}", fix) from None
+        held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes of a broken file make torch stumble over
+        raise CorruptError(f"cannot read the checkpoint {path}: {_why(error)}", fix) from error
     for wrapper in _WRAPPERS:
         if isinstance(held, Mapping) and isinstance(held.get(wrapper), Mapping):
             held = held[wrapper]
-    if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
+    tensors = isinstance(held, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items())
+    if not tensors:
         raise CorruptError(f"the checkpoint {path} holds no state dict of tensors", fix)
-    return held
+    return held  # type: ignore[no-any-return]  # looked at just above
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        # torch's own words advise to unpickle anything.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it holds more than tensors ({code[1]}), which is not loaded" if code else "it is damaged"
+    return " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -1,0 +1,348 @@
+"""Every command, and every mistake that people make: one clear message, the right exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from kdcache.cli import main
+
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / "pipelines" / "digits.yaml")
+QUICK = ["--set", "teacher.train.epochs=1", "--set", "student.train.epochs=1", "--device", "cpu"]
+
+
+def kdcache(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def ok(*arguments: object) -> str:
+    done = kdcache(*arguments)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def refused(code: int, *arguments: object) -> str:
+    """The message of a mistake: it has a fix, no traceback, and nothing goes to stdout."""
+    done = kdcache(*arguments)
+    assert done.exit_code == code, (done.exit_code, done.output)
+    assert isinstance(done.exception, SystemExit)
+    assert done.stdout == ""
+    assert "error: " in done.stderr
+    assert "fix: " in done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained teacher and its cache, made by the commands."""
+    folder = tmp_path_factory.mktemp("work")
+    ok("train-teacher", RECIPE, "-o", folder / "teacher", *QUICK)
+    ok("dump-teacher", RECIPE, "-o", folder / "digits.kdcache", *QUICK[4:], *weights(folder))
+    return folder
+
+
+def weights(folder: Path) -> list[str]:
+    return ["--set", f"teacher.weights={folder / 'teacher' / 'model.safetensors'}"]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def npz_recipe(folder: Path, **arrays: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Path:
+    """A pipeline over images and labels of one's own."""
+    rng = np.random.default_rng(0)
+    given = {"images": rng.integers(0, 255, (60, 8, 8), np.uint8), "labels": np.arange(60) % 3, **arrays}
+    np.savez(folder / "mine.npz", **given)  # type: ignore[arg-type]  # numpy's stub takes the names for its flags
+    recipe = folder / "mine.yaml"
+    recipe.write_text(
+        f"dataset: {{name: npz, root: {folder / 'mine.npz'}}}\n"
+        f"teacher: {{model: 'small:mlp', train: {{epochs: 1}}, weights: {folder / 't' / 'model.safetensors'}}}\n"
+        "student: {model: 'small:mlp', train: {epochs: 1}}\n"
+    )
+    return recipe
+
+
+def test_info_says_what_the_manifest_says(work: Path) -> None:
+    cache = work / "digits.kdcache"
+    text = ok("info", cache)
+    told = json.loads(ok("info", cache, "--json"))
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert told["digest"] == manifest["digest"]
+    assert told["digest"] in text
+    assert told["summary"] == manifest["summary"]
+    assert f"{manifest['summary']['teacher_accuracy']:.2%}" in text
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    assert told["bytes"] == size
+    assert told["bytes_per_row"] == round(size / 1000, 2)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kd", "dtkd", "ka", "dtd", "ka+dtd", "dtkd+ka"])
+def test_a_student_of_every_loss(loss: str, work: Path, tmp_path: Path) -> None:
+    cache = ["--cache", work / "digits.kdcache"] if loss != "ce" else []
+    told = json.loads(ok("train-student", RECIPE, *cache, "--loss", loss, "-o", tmp_path / "run", "--json", *QUICK))
+    assert told["test"]["accuracy"] == json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["accuracy"]
+    assert f"name: {loss}\n" in (tmp_path / "run" / "resolved.yaml").read_text()
+
+
+def test_top_k_and_its_long_form_make_the_same_cache(work: Path, tmp_path: Path) -> None:
+    short = ok("dump-teacher", RECIPE, "-o", tmp_path / "a.kdcache", "--top-k", 5, "--json", *weights(work))
+    long = ok("dump-teacher", RECIPE, "-o", tmp_path / "b.kdcache", "--set", "cache.top_k=5", "--json", *weights(work))
+    assert json.loads(short)["digest"] == json.loads(long)["digest"]
+    assert json.loads(short)["plan"]["encoding"]["top_k"] == 5
+    every = ok("dump-teacher", RECIPE, "-o", tmp_path / "c.kdcache", "--top-k", "all", "--json", *weights(work))
+    assert json.loads(every)["digest"] == json.loads(ok("info", work / "digits.kdcache", "--json"))["digest"]
+
+
+def test_the_examples_in_help_are_commands_that_exist() -> None:
+    for name in main.commands:
+        text = ok(name, "--help")
+        example = next(line for line in text.splitlines() if "Example: kdcache" in line)
+        assert example.split("Example: kdcache ")[1].split()[0] == name
+    assert "0.1.0" in ok("--version")
+
+
+def test_files_that_are_not_there(work: Path, tmp_path: Path) -> None:
+    assert "nowhere.yaml" in refused(2, "train-teacher", "nowhere.yaml", "-o", tmp_path / "x")
+    assert "there is no cache" in refused(2, "info", tmp_path / "nothing.kdcache")
+    assert "is not a cache" in refused(2, "info", tmp_path)
+    missing = ["--set", "teacher.weights=gone.safetensors"]
+    message = refused(2, "dump-teacher", RECIPE, "-o", tmp_path / "x.kdcache", *missing)
+    assert "there is no checkpoint gone.safetensors" in message
+    assert "kdcache train-teacher" in message
+    student = ["--cache", tmp_path / "nothing.kdcache", "-o", tmp_path / "x"]
+    assert "kdcache dump-teacher" in refused(2, "train-student", RECIPE, *student)
+    assert files(tmp_path) == set()
+
+
+def test_output_that_exists_is_never_touched(work: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    assert "exists" in refused(2, "train-teacher", RECIPE, "-o", work / "teacher", *QUICK)
+    student = ["--cache", work / "digits.kdcache", "-o", work / "teacher", *QUICK]
+    assert "exists" in refused(2, "train-student", RECIPE, *student)
+    cache = ["-o", work / "digits.kdcache", *weights(work)]
+    assert "already a sealed cache" in refused(2, "dump-teacher", RECIPE, *cache)
+    assert "exists and is not a cache" in refused(2, "dump-teacher", RECIPE, "-o", work / "teacher", *weights(work))
+    assert "exists" in refused(2, "demo", "-o", work)
+    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == before
+
+
+def test_every_problem_of_a_pipeline_in_one_message(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(
+        "dataset: {name: digits}\n"
+        "teacher:\n"
+        "  model: small:cnn\n"
+        "  train: {epochs: ten}\n"
+        "cache:\n"
+        "  topk: 5\n"
+        "loss:\n"
+        "  name: dtkd+dtd\n"
+    )
+    message = refused(2, "dump-teacher", bad, "-o", tmp_path / "x", "--set", "student.model=3")
+    assert "4 problems" in message
+    for place in (
+        "bad.yaml:4: teacher.train.epochs",
+        "bad.yaml:6: cache.topk: unknown key",
+        "bad.yaml:7: loss",
+        "--set student.model=3: student.model",
+    ):
+        assert place in message
+    bad.write_text("dataset: [digits\n")
+    assert "not readable YAML" in refused(2, "dump-teacher", bad, "-o", tmp_path / "x")
+    assert files(tmp_path) == {"bad.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "setting"),
+    [
+        (2, "top_k 11 is larger than the number of classes, 10", "cache.top_k=11"),
+        (2, "would all be the same", "cache.views=3"),
+        (2, "unknown model 'resnet18'", "teacher.model=resnet18"),
+        (2, "no network 'resnet19'", "teacher.model=torchvision:resnet19"),
+        (4, "knows 1000 classes, the data set has 10", "teacher.model=torchvision:resnet18@IMAGENET1K_V1"),
+        (2, "no weights 'BEST'", "teacher.model=torchvision:resnet18@BEST"),
+        (4, "does not fit the network", "teacher.args={width: 16}"),
+        (2, "cannot be built", "teacher.args={depth: 16}"),
+        (2, "has no transform 'Blur'", "transform=[{Blur: {}}]"),
+        (2, "uint8 images", "transform=[{ToImage: {}}]"),
+        (2, "there is no file nowhere.py", "teacher.model=nowhere.py:teacher"),
+        (2, "there is no folder", "dataset={name: image-folder, root: nowhere}"),
+    ],
+)
+def test_a_teacher_that_cannot_be(code: int, words: str, setting: str, work: Path, tmp_path: Path) -> None:
+    arguments = ["-o", tmp_path / "x.kdcache", *weights(work), "--set", setting]
+    assert words in refused(code, "dump-teacher", RECIPE, *arguments)
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "body"),
+    [
+        (5, "NaN or infinite logits for sample 0", "lambda x: x.flatten(1)[:, :10] * float('nan')"),
+        (4, "returned [1, 7] for 1 images, the data set has 10 classes", "lambda x: x.flatten(1)[:, :7]"),
+        (4, "returned a tuple", "lambda x: (x, x)"),
+        (4, "cannot take images [1, 8, 8]", "lambda x: x.reshape(-1, 3, 8, 8)"),
+    ],
+)
+def test_a_teacher_that_misbehaves(code: int, words: str, body: str, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.p = torch.nn.Parameter(torch.zeros(1))\n"
+        f"    def forward(self, x):\n        return ({body})(x)\n"
+        "def make(num_classes):\n"
+        "    return Net()\n"
+    )
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    save_file({"p": zeros(1)}, tmp_path / "net.safetensors")
+    teacher = ["--set", f"teacher.model={tmp_path / 'net.py'}:make", "--set", "teacher.args={}"]
+    checkpoint = ["--set", f"teacher.weights={tmp_path / 'net.safetensors'}"]
+    before = files(tmp_path)
+    message = refused(code, "dump-teacher", RECIPE, "-o", tmp_path / "x.kdcache", *teacher, *checkpoint)
+    assert words in message
+    assert {name for name in files(tmp_path) if "__pycache__" not in name} == before
+
+
+def test_a_cache_of_other_data_is_refused(work: Path, tmp_path: Path) -> None:
+    recipe = npz_recipe(tmp_path)
+    arguments = ["--cache", work / "digits.kdcache", "-o", tmp_path / "run"]
+    assert "has 10 classes, mine has 3" in refused(4, "train-student", recipe, *arguments)
+
+    ok("train-teacher", recipe, "-o", tmp_path / "t")
+    ok("dump-teacher", recipe, "-o", tmp_path / "mine.kdcache")
+    arguments = ["--cache", tmp_path / "mine.kdcache", "-o", tmp_path / "run"]
+    with np.load(tmp_path / "mine.npz") as stored:
+        images, labels = stored["images"], stored["labels"]
+    # What is held out goes by position: exchanging two training images shuffles the training split alone.
+    here = {"images": images.copy(), "labels": labels}
+    first, second = train_ids(recipe)[5], train_ids(recipe)[8]
+    assert labels[first] != labels[second]
+    here["images"][[first, second]] = images[[second, first]]
+    npz_recipe(tmp_path, **here)
+    assert "in another order, first at sample 5" in refused(4, "train-student", recipe, *arguments)
+
+    changed = labels.copy()
+    changed[first] = (labels[first] + 1) % 3
+    npz_recipe(tmp_path, images=images, labels=changed)
+    assert "sample 5 of mine/train has label" in refused(4, "train-student", recipe, *arguments)
+
+    brighter = images.copy()
+    brighter[first, 0, 0] ^= 1
+    npz_recipe(tmp_path, images=brighter, labels=labels)
+    assert "are not those of the cache, first sample 5" in refused(4, "train-student", recipe, *arguments)
+
+    npz_recipe(tmp_path, images=images[:50], labels=labels[:50])
+    assert "the cache holds 48 samples, mine/train has 40" in refused(4, "train-student", recipe, *arguments)
+
+    npz_recipe(tmp_path, images=images, labels=labels)
+    ok("train-student", recipe, *arguments)
+
+
+def train_ids(recipe: Path) -> list[int]:
+    from kdcache.datasets import load_split
+    from kdcache.pipeline import load_pipeline
+
+    with np.load(recipe.with_suffix(".npz")) as stored:
+        whole = [image.tobytes() for image in stored["images"]]
+    split = load_split(load_pipeline(recipe).dataset, "train")
+    return [whole.index(split.images.picture(i).numpy().tobytes()) for i in range(len(split))]  # type: ignore[union-attr]
+
+
+def test_labels_out_of_range(tmp_path: Path) -> None:
+    labels = np.arange(60) % 3
+    labels[7] = -2
+    recipe = npz_recipe(tmp_path, labels=labels)
+    before = files(tmp_path)
+    message = refused(4, "train-teacher", recipe, "-o", tmp_path / "run")
+    assert "label -2, classes run from 0 to 2" in message
+    recipe = npz_recipe(tmp_path, labels=np.arange(60) % 3, class_names=np.array(["a", "b"]))
+    assert "label 2, classes run from 0 to 1" in refused(4, "train-teacher", recipe, "-o", tmp_path / "run")
+    assert files(tmp_path) == before
+
+
+def test_an_unsealed_cache_is_refused_and_completed(work: Path, tmp_path: Path) -> None:
+    from kdcache.cache.schema import PLAN, canonical, read_manifest
+
+    cache = tmp_path / "digits.kdcache"
+    arguments = ["-o", cache, *weights(work), "--set", "cache.shard_rows=300"]
+    ok("dump-teacher", RECIPE, *arguments)
+    digest = json.loads(ok("info", cache, "--json"))["digest"]
+    (cache / PLAN).write_bytes(canonical(read_manifest(cache / "manifest.json").plan))
+    (cache / "manifest.json").unlink()
+    (cache / "commits" / "0" / "2.json").unlink()
+    for arguments_ in (["info", cache], ["train-student", RECIPE, "--cache", cache, "-o", tmp_path / "run", *QUICK]):
+        message = refused(3, *arguments_)
+        assert "1 of its 4 shards are missing" in message
+        assert "kdcache dump-teacher" in message
+    other = refused(4, "dump-teacher", RECIPE, *arguments, "--set", "cache.top_k=3")
+    assert "encoding.top_k: 10, 3" in other
+    ok("dump-teacher", RECIPE, *arguments)
+    assert json.loads(ok("info", cache, "--json"))["digest"] == digest
+
+
+def test_a_damaged_cache_is_refused(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "digits.kdcache", tmp_path / "c.kdcache")
+    chunks = tmp_path / "c.kdcache" / "data.zarr" / "log_probs" / "c"
+    shard = next(path for path in chunks.rglob("*") if path.is_file())
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert "holds other bytes than were written" in refused(5, "info", tmp_path / "c.kdcache")
+
+
+def test_no_such_device(tmp_path: Path) -> None:
+    assert "no device 'gpu' here" in refused(2, "train-teacher", RECIPE, "-o", tmp_path / "x", "--device", "gpu")
+    assert files(tmp_path) == set()
+
+
+def test_a_section_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("dataset: {name: digits}\n")
+    assert "no 'teacher' section" in refused(2, "dump-teacher", tmp_path / "p.yaml", "-o", tmp_path / "x")
+    assert "no 'student' section" in refused(2, "train-student", tmp_path / "p.yaml", "-o", tmp_path / "x")
+
+
+@pytest.mark.parametrize("command", ["train-teacher", "demo"])
+def test_ctrl_c_ends_with_130_and_leaves_no_half_run(command: str, tmp_path: Path) -> None:
+    arguments = (
+        [RECIPE, "-o", str(tmp_path / "run"), "--set", "teacher.train.epochs=100000"] if command != "demo" else []
+    )
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "kdcache"), command, *arguments],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("metrics.csv")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_to(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "x.kdcache"
+    assert "Not a directory" in refused(2, "dump-teacher", RECIPE, "-o", place, *weights(work))
+    assert files(tmp_path) == {"file"}

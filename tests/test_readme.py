@@ -1,0 +1,115 @@
+"""The README does what it says: its commands run, its Python runs, its tables are the code's."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from kdcache.losses.spec import Loss
+from kdcache.pipeline import Pipeline, load_pipeline
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a clone to the README's commands, with `pip` and `pytest` already run."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("pipelines", "data"):
+        (folder / name).symlink_to(ROOT / name)
+    tools = folder / ".tools"
+    tools.mkdir()
+    for name in ("pip", "pytest"):
+        (tools / name).write_text('#!/bin/sh\necho "$0 $@" >> "$(dirname "$0")/called"\n')
+        (tools / name).chmod(0o755)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    path = os.pathsep.join([str(folder / ".tools"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def names_of_lines(text: str) -> list[str]:
+    """What each line is about: all of it up to two spaces, where its figures begin."""
+    return [line.strip().split("  ")[0] for line in text.splitlines()]
+
+
+def test_every_command_runs_in_order_and_prints_what_the_readme_shows(checkout: Path) -> None:
+    printed = "".join(run(["bash", "-euc", block], checkout) for block in blocks("bash"))
+    assert (checkout / ".tools" / "called").read_text().count("install -e") == 2
+    assert names_of_lines(blocks("text")[0]) == names_of_lines(printed)[:12]
+    assert (checkout / "kdcache-demo" / "demo.png").stat().st_size > 10_000
+    assert (checkout / "runs" / "digits-ka" / "model.safetensors").is_file()
+    for number, block in enumerate(blocks("python")):
+        script = checkout / f"block{number}.py"
+        script.write_text(block)
+        run([sys.executable, "-W", "error", str(script)], checkout)
+
+
+def test_yaml_blocks_are_good_pipelines(tmp_path: Path) -> None:
+    for block in blocks("yaml"):
+        (tmp_path / "pipeline.yaml").write_text(f"dataset: {{name: cifar100}}\n{block}")
+        assert load_pipeline(tmp_path / "pipeline.yaml").cache.views == 10
+
+
+def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, what it means, default) of every key of a pipeline file."""
+    for name, field in section.model_fields.items():
+        if name == "student":
+            continue  # its keys are the teacher's
+        inner = _section(field.annotation)
+        if inner is None:
+            yield (
+                f"`{prefix}{name}`",
+                " ".join((field.description or "").split()),
+                _default(section, name, field.default),
+            )
+        else:
+            yield from keys(inner, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    options = [kind for kind in getattr(annotation, "__args__", (annotation,)) if kind is not type(None)]
+    one = options[0] if len(options) == 1 else None
+    return one if isinstance(one, type) and issubclass(one, BaseModel) and "kind" not in one.model_fields else None
+
+
+def _default(section: type[BaseModel], name: str, default: Any) -> str:
+    if section is Loss and name != "name":
+        return "by name"
+    if default is PydanticUndefined:
+        return "required"
+    return f"`{yaml.safe_dump(default).splitlines()[0]}`" if default not in (None, "", [], {}) else ""
+
+
+def test_the_table_of_keys_is_the_schema() -> None:
+    table = "\n".join(f"| {key} | {meaning} | {default} |" for key, meaning, default in keys(Pipeline))
+    assert table in README, f"put this table into README.md:\n{table}"
+
+
+def test_the_first_screen_has_the_two_commands() -> None:
+    screen = README.splitlines()[:25]
+    assert "pip install -e . && kdcache demo" in screen
+    assert "pip install -e '.[test]' && pytest" in screen
+    assert "pip install -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,295 @@
+"""Stage two: what the cache gives is what the live teacher would have given, and a run repeats exactly."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import kdcache
+from kdcache.datasets import load_split
+from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
+from kdcache.evaluate import Score, evaluate
+from kdcache.fit import fit, make_optimizer, steps
+from kdcache.losses import Loss
+from kdcache.models import build_model
+from kdcache.models.small import SmallCNN, SmallMLP
+from kdcache.pipeline import CacheSpec, ModelSpec, Pipeline, TrainSpec, load_pipeline
+from kdcache.samples import Samples, wrap
+from kdcache.train import few_labels
+from kdcache.views import View
+
+RECIPE = Path(__file__).parent.parent / "pipelines" / "digits.yaml"
+Live = Callable[[Tensor, int], Tensor]
+
+
+def pipeline(*overrides: str) -> Pipeline:
+    return load_pipeline(RECIPE, ["student.train.epochs=2", "teacher.train.epochs=1", *overrides])
+
+
+def digits() -> Samples:
+    return load_split(pipeline().dataset, "train")
+
+
+def teacher_network() -> nn.Module:
+    torch.manual_seed(7)
+    network = SmallCNN(10, 1, width=8)
+    fit(network, View(digits(), digits().transform), None, TrainSpec(epochs=2), Loss.model_validate({"name": "ce"}))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def teacher() -> nn.Module:
+    return teacher_network()
+
+
+@pytest.fixture(scope="module")
+def cache(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> kdcache.Cache:
+    return kdcache.dump_teacher(teacher, digits(), tmp_path_factory.mktemp("cache") / "digits.kdcache")
+
+
+@pytest.mark.parametrize("loss_name", ["kd", "dtkd", "ka", "dtd", "ka+dtd", "dtkd+ka"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float16", 5e-3)])
+def test_an_epoch_from_a_dense_cache_is_an_epoch_with_the_live_teacher(
+    loss_name: str, dtype: str, tolerance: float, teacher: nn.Module, tmp_path: Path
+) -> None:
+    samples = digits()
+    spec = CacheSpec.model_validate({"dtype": dtype})
+    cached = kdcache.dump_teacher(teacher, samples, tmp_path / "c.kdcache", spec=spec).teacher()
+    seen = View(samples, samples.transform)
+
+    def live(ids: Tensor, view: int) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = teacher(seen.__getitems__(ids.tolist())[0])
+        return logits
+
+    def losses(source: Live) -> list[float]:
+        torch.manual_seed(1)
+        student = SmallMLP(10, 1, 8, 8)
+        spec = TrainSpec(batch_size=50)
+        loss = Loss.model_validate({"name": loss_name, "warmup_epochs": 0.0})
+        view = View(samples, samples.transform, labels=few_labels(samples, TrainSpec(labels_per_class=20)))
+        return [
+            step.total.item() for step in steps(student, view, spec, loss, 1, make_optimizer(student, spec), source)
+        ]
+
+    from_cache, from_live = losses(cached), losses(live)
+    assert len(from_cache) == 20
+    assert from_cache == pytest.approx(from_live, rel=tolerance)
+    assert from_live[0] > 1.2 * from_live[-1], "the student learned nothing, so the comparison says little"
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(cache: kdcache.Cache, tmp_path: Path) -> None:
+    torch.manual_seed(99)  # what the caller did with the generators must not matter
+    first = kdcache.train_student(pipeline(), cache, tmp_path / "a")
+    second = kdcache.train_student(pipeline(), cache, tmp_path / "b")
+    third = kdcache.train_student(pipeline("student.train.seed=1"), cache, tmp_path / "c")
+    assert (tmp_path / "a" / "metrics.csv").read_bytes() == (tmp_path / "b" / "metrics.csv").read_bytes()
+    assert first.checkpoint.read_bytes() == second.checkpoint.read_bytes()
+    assert first.checkpoint.read_bytes() != third.checkpoint.read_bytes()
+
+
+def test_training_leaves_the_callers_generators_alone(cache: kdcache.Cache, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    kdcache.train_student(pipeline(), cache, tmp_path / "run")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_run_folder_says_what_was_done(cache: kdcache.Cache, tmp_path: Path) -> None:
+    resolved = pipeline("loss.name=dtkd", "student.train.labels_per_class=3")
+    result = kdcache.train_student(resolved, cache, tmp_path / "run")
+    run = tmp_path / "run"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "metrics.csv",
+        "metrics.json",
+        "model.safetensors",
+        "resolved.yaml",
+        "versions.json",
+    ]
+    assert load_pipeline(run / "resolved.yaml") == resolved
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["cache"] == cache.manifest.digest
+    assert metrics["labelled"] == 30
+    assert metrics["test"]["accuracy"] == result.test.accuracy if result.test else False
+    assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__.split("+")[0]
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[result.best.epoch - 1]["validation_accuracy"]) == result.best.validation_accuracy
+
+
+def test_the_checkpoint_is_the_selected_model(cache: kdcache.Cache, tmp_path: Path) -> None:
+    result = kdcache.train_student(pipeline("student.train.epochs=6"), cache, tmp_path / "run")
+    again = SmallMLP(10, 1, 8, 8)
+    again.load_state_dict(load_file(result.checkpoint))
+    held_out = load_split(pipeline().dataset, "validation")
+    score = evaluate(again, View(held_out, held_out.transform))
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    accuracies = [float(row["validation_accuracy"]) for row in rows]
+    assert score.accuracy == max(accuracies) == result.best.validation_accuracy
+    assert result.best.epoch == accuracies.index(max(accuracies)) + 1
+
+
+def test_the_test_split_is_touched_once(cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched = []
+    original = View.__getitems__
+
+    def watched(view: View, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        touched.extend([view.samples.split] * len(ids))
+        return original(view, ids)
+
+    monkeypatch.setattr(View, "__getitems__", watched)
+    kdcache.train_student(pipeline(), cache, tmp_path / "run")
+    assert touched.count("test") == 500
+    assert touched.count("validation") == 2 * 297
+    assert touched[-500:] == ["test"] * 500
+
+
+def test_the_student_needs_nothing_of_the_teacher_but_its_cache(
+    cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    original = build_model
+
+    def watched(spec: ModelSpec, *args: object, **options: object) -> nn.Module:
+        built.append(spec.model)
+        return original(spec, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("kdcache.train.build_model", watched)
+    kdcache.train_student(pipeline("teacher.weights=/nowhere.safetensors"), cache, tmp_path / "run")
+    assert built == ["small:mlp"]
+
+
+def test_each_epoch_asks_for_its_view(tmp_path: Path) -> None:
+    asked: list[tuple[int, int]] = []
+    samples = digits()
+
+    def answers(ids: Tensor, view: int) -> Tensor:
+        asked.append((view, len(ids)))
+        return torch.zeros(len(ids), 10)
+
+    loss = Loss.model_validate({"name": "kd"})
+    fit(SmallMLP(10, 1, 8, 8), View(samples, samples.transform), None, TrainSpec(epochs=5, batch_size=500), loss,
+        teacher=answers, views=2)  # fmt: skip
+    assert asked == [(view, 500) for view in (0, 0, 1, 1, 0, 0, 1, 1, 0, 0)]
+
+
+def test_a_student_of_two_views_sees_the_teachers_pixels(tmp_path: Path) -> None:
+    crop = "transform=[{RandomCrop: {size: 8, padding: 1}}, {ToDtype: {dtype: float32, scale: true}}]"
+    two = pipeline(crop)
+    samples = digits()
+    network = SmallMLP(10, 1, 8, 8)
+    spec = CacheSpec(views=2, dtype="float32")
+    made = kdcache.dump_teacher(network, samples, tmp_path / "c.kdcache", transform=two.transform, spec=spec)
+    seen = View(samples, made.manifest.plan.views.transform, made.manifest.plan.views.seed)
+    teacher = made.teacher()
+    for seen.view in range(2):
+        images, _, ids = seen.__getitems__([5, 3, 900])
+        assert torch.allclose(teacher(ids, seen.view), network(images), atol=1e-5)
+    assert not torch.allclose(teacher(ids, 0), teacher(ids, 1), atol=1e-3)
+    assert kdcache.train_student(two, made, tmp_path / "run").test is not None
+
+
+def test_few_labels_are_few_of_each_class_and_true() -> None:
+    samples = digits()
+    truth = torch.from_numpy(samples.labels).long()
+    seen = few_labels(samples, TrainSpec(labels_per_class=4, seed=3))
+    known = seen >= 0
+    assert torch.equal(seen[known], truth[known])
+    assert torch.bincount(seen[known]).tolist() == [4] * 10
+    assert torch.equal(seen, few_labels(samples, TrainSpec(labels_per_class=4, seed=3)))
+    assert not torch.equal(seen, few_labels(samples, TrainSpec(labels_per_class=4, seed=4)))
+    assert torch.equal(few_labels(samples, TrainSpec()), truth)
+    assert (few_labels(samples, TrainSpec(labels_per_class=0)) == -1).all()
+
+
+def test_a_student_learns_from_the_teacher_alone(cache: kdcache.Cache, tmp_path: Path) -> None:
+    alone = pipeline("loss.ce_weight=0.0", "student.train.labels_per_class=0", "student.train.epochs=10")
+    result = kdcache.train_student(alone, cache, tmp_path / "run")
+    assert result.test is not None
+    assert result.test.accuracy > 0.6
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"schedule": "constant"}, [0.1, 0.1, 0.1, 0.1]),
+        ({"schedule": "multistep", "milestones": [1, 3], "decay": 0.5}, [0.1, 0.05, 0.05, 0.025]),
+        ({"schedule": "cosine"}, [0.1 * (1 + np.cos(np.pi * e / 4)) / 2 for e in range(4)]),
+    ],
+)
+def test_schedules(schedule: dict[str, object], expected: list[float]) -> None:
+    samples = digits()
+    spec = TrainSpec.model_validate({"epochs": 4, "lr": 0.1, "batch_size": 1000, **schedule})
+    rates: list[float] = []
+    fit(SmallMLP(10, 1, 8, 8), View(samples, samples.transform), None, spec, Loss.model_validate({"name": "ce"}),
+        on_epoch=lambda epoch: rates.append(epoch.lr))  # fmt: skip
+    assert rates == pytest.approx(expected)
+
+
+def test_a_last_batch_of_one_is_left_out_and_nothing_else() -> None:
+    images = torch.rand(9, 1, 8, 8)
+    samples = wrap(torch.utils.data.TensorDataset(images, torch.arange(9) % 2), num_classes=2)
+    network = SmallCNN(2, 1, width=4)
+    for size, expected in ((4, 2), (5, 2), (9, 1), (16, 1)):
+        spec = TrainSpec(batch_size=size)
+        loss = Loss.model_validate({"name": "ce"})
+        assert len(steps(network, View(samples, []), spec, loss, 1, make_optimizer(network, spec))) == expected
+
+
+def test_a_loss_that_diverges_stops_the_run_and_leaves_nothing(cache: kdcache.Cache, tmp_path: Path) -> None:
+    with pytest.raises(CorruptError, match=r"the loss became .* in epoch"):
+        kdcache.train_student(pipeline("student.train.lr=1e30"), cache, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_is_trained_and_dumped_through_the_pipeline(tmp_path: Path) -> None:
+    resolved = pipeline(f"teacher.weights={tmp_path / 't' / 'model.safetensors'}")
+    result = kdcache.train_teacher(resolved, tmp_path / "t")
+    assert isinstance(result.test, Score)
+    assert result.test.accuracy > 0.3
+    from kdcache.dump import load_teacher
+
+    loaded = load_teacher(resolved)
+    for key, value in result.model.state_dict().items():
+        assert torch.equal(value, loaded.model.state_dict()[key])
+
+
+def test_a_student_can_start_from_a_checkpoint(cache: kdcache.Cache, tmp_path: Path) -> None:
+    first = kdcache.train_student(pipeline("student.train.epochs=20"), cache, tmp_path / "first")
+    slow = [f"student.weights={first.checkpoint}", "student.train.lr=1e-9", "student.train.epochs=1"]
+    second = kdcache.train_student(pipeline(*slow), cache, tmp_path / "second")
+    assert first.test is not None
+    assert second.test is not None
+    assert second.test.accuracy == pytest.approx(first.test.accuracy, abs=0.003)
+
+
+def test_what_does_not_belong_together_is_refused(cache: kdcache.Cache, tmp_path: Path) -> None:
+    def refused(kind: type[KdcacheError], words: str, *overrides: str, without: bool = False) -> None:
+        with pytest.raises(kind, match=words):
+            kdcache.train_student(pipeline(*overrides), None if without else cache, tmp_path / "run")
+        assert list(tmp_path.glob("run*")) == []
+
+    refused(UsageError, "the loss kd needs a teacher", without=True)
+    refused(MismatchError, "through another transform", "transform=[{ToDtype: {dtype: float32, scale: true}}]")
+    refused(MismatchError, "does not fit", f"student.weights={cache_free_checkpoint(tmp_path.parent)}")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UsageError, match="exists"):
+        kdcache.train_student(pipeline(), cache, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+
+
+def cache_free_checkpoint(folder: Path) -> Path:
+    from kdcache.models import save_weights
+
+    save_weights(SmallMLP(10, 1, 8, 8, width=5), folder / "other.safetensors")
+    return folder / "other.safetensors"
