@@ -237,12 +237,13 @@ for _side in (_PlacedLoader, _Dumper):
 _BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError)
 
 
-def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
+def load_pipeline(path: Path, overrides: Sequence[str] = (), loss: str | None = None) -> Pipeline:
     """Read a pipeline file, apply `KEY=VALUE` overrides, and check all of it.
 
     Args:
         path: the YAML file.
         overrides: such as `student.train.epochs=5`; the value is read as YAML.
+        loss: name of a loss; where the file's is another, its options go with it.
 
     Raises:
         UsageError: with every problem of the file and of the overrides, each with its line or its `--set`.
@@ -257,6 +258,9 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     if not isinstance(data, dict):
         raise UsageError(f"{path} holds no sections but a {type(data).__name__}", "see pipelines/digits.yaml")
     places: dict[Place, str] = {place: f"{path}:{line}" for place, line in lines.items()}
+    if loss is not None and (not isinstance(data.get("loss"), dict) or data["loss"].get("name") != loss):
+        data["loss"] = {"name": loss}
+        places["loss",] = places["loss", "name"] = f"--loss {loss}"
     for override in overrides:
         _apply(data, override, places)
     return _checked(data, places, str(path))

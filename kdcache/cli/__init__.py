@@ -33,7 +33,7 @@ def _mistake(problem: OSError) -> KdcacheError:
     where = f"{problem.strerror}: {problem.filename}" if problem.filename else str(problem.strerror)
     if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return IncompleteError(where, "make room there, and run the same command again")
-    if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return UsageError(where, "give a place that you may write to, with -o")
     raise problem
 

@@ -23,12 +23,12 @@ device_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-def read_pipeline(path: Path, overrides: tuple[str, ...], **shortcuts: object) -> Pipeline:
+def read_pipeline(path: Path, overrides: tuple[str, ...], loss: str | None = None, **shortcuts: object) -> Pipeline:
     """The pipeline, with `--set` and then the options that are short for one; those that are None were not given."""
     from kdcache.pipeline import load_pipeline
 
     short = [f"{key.replace('__', '.')}={value}" for key, value in shortcuts.items() if value is not None]
-    return load_pipeline(path, [*overrides, *short])
+    return load_pipeline(path, [*overrides, *short], loss)
 
 
 def choose_device(name: str) -> str:

@@ -24,7 +24,9 @@ from kdcache.cli.options import (
 @click.option(
     "--cache", "cache_path", type=click.Path(path_type=Path), help="The teacher's cache; not needed with --loss ce."
 )
-@click.option("--loss", help="ce, kd, dtkd, ka, dtd, ka+dtd, dtkd+ka, ...  [short for --set loss.name=...]")
+@click.option(
+    "--loss", help="ce, kd, dtkd, ka, dtd, ka+dtd, dtkd+ka, ...; options that the file has for another loss go with it."
+)
 @click.option("--seed", type=int, help="[short for --set student.train.seed=...]")
 @set_option
 @device_option
@@ -47,7 +49,7 @@ def train_student(
     from kdcache.cache import open_cache
     from kdcache.train import train_student as train
 
-    resolved = read_pipeline(pipeline, overrides, loss__name=loss, student__train__seed=seed)
+    resolved = read_pipeline(pipeline, overrides, loss, student__train__seed=seed)
     cache = open_cache(cache_path) if cache_path is not None else None
     trained = train(resolved, cache, out, device=choose_device(device), progress=output.Terminal())
     output.run_result(out, trained, as_json)
