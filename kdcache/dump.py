@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def plan_cache(
             encoding=Encoding(
                 num_classes=classes, top_k=top_k, tail="none" if top_k == classes else spec.tail, dtype=spec.dtype
             ),
-            shape=layout.choose_shape(len(samples), spec.shard_rows),
+            shape=layout.choose_shape(len(samples), top_k * np.dtype(spec.dtype).itemsize, spec.shard_rows),
             batch_size=spec.batch_size,
             versions=versions(),
             licence=spec.licence,

@@ -37,6 +37,9 @@ _FIXED = {"CenterCrop", "ClampBoundingBoxes", "ClampKeyPoints", "ConvertBounding
           "Resize", "SanitizeBoundingBoxes", "SanitizeKeyPoints", "SetClampingMode", "TenCrop", "ToDtype", "ToImage",
           "ToPILImage", "ToPureTensor", "ToTensor", "UniformTemporalSubsample"}  # fmt: skip
 
+# Of those, what takes a batch for one image too large, or for a film.
+_NOT_BATCHED = {"ToPILImage", "UniformTemporalSubsample"}
+
 
 def is_random(transform: Transform) -> bool:
     """Whether a transform may draw random numbers."""
@@ -128,6 +131,8 @@ class View(Dataset[Batch]):
         self.labels = torch.from_numpy(samples.labels.astype(np.int64)) if labels is None else labels
         self.transform = transform
         self._random = is_random(transform)
+        alone = self._random or any(name in _NOT_BATCHED for step in transform for name in step)
+        self._arrays = samples.images if isinstance(samples.images, ArrayImages) and not alone else None
         self._transform = build_transform(transform)
 
     def __len__(self) -> int:
@@ -139,10 +144,9 @@ class View(Dataset[Batch]):
     def __getitems__(self, ids: Sequence[int]) -> Batch:
         """The samples `ids`, in that order."""
         which = torch.as_tensor(ids, dtype=torch.int64)
-        images = self.samples.images
-        if isinstance(images, ArrayImages) and not self._random:
+        if self._arrays is not None:
             # One call for the whole batch gives the same pixels as one an image, many times faster.
-            pixels = self._seen(images.pixels[which], int(which[0]))
+            pixels = self._seen(self._arrays.pixels[which], int(which[0]))
         else:
             each = [self._one(int(index)) for index in ids]
             if any(pixels.shape != each[0].shape for pixels in each):
@@ -167,7 +171,7 @@ class View(Dataset[Batch]):
         """What the transform makes of an image, or of a batch of them that begins with sample `first`."""
         try:
             pixels = self._transform(picture)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
             raise UsageError(
                 f"the transform cannot take sample {first} of {self.samples.name}/{self.samples.split}: {error}",
                 "correct `transform` or `eval_transform` of the pipeline",

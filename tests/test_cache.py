@@ -215,12 +215,20 @@ def test_shards_of_several_chunks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 1000, 9000, 60_000, 1_281_167, 14_000_000])
 def test_shards_are_several_and_neither_huge_nor_many(count: int) -> None:
-    shape = choose_shape(count)
+    shape = choose_shape(count, row_bytes=32)
     assert shape.chunk_rows <= 16_384
     assert shape.shard_rows <= 131_072
-    assert shape.shard_rows % shape.chunk_rows == 0
     assert -(-count // shape.shard_rows) >= min(4, count // 1024)
     assert -(-count // shape.shard_rows) <= max(8, count // 100_000)
+
+
+@pytest.mark.parametrize("shard_rows", [None, 100, 100_000])
+def test_shards_of_wide_rows_fit_into_memory(shard_rows: int | None) -> None:
+    # Every one of 70,000 classes in float32, of a large set: blosc refuses buffers of 2 GiB.
+    shape = choose_shape(1_000_000, row_bytes=70_000 * 4, shard_rows=shard_rows)
+    assert shape.chunk_rows * 70_000 * 4 <= 2**30
+    assert shape.shard_rows >= (shard_rows or 1000)
+    assert shape.shard_rows <= (shard_rows + shape.chunk_rows if shard_rows else 2**30 // (70_000 * 4))
 
 
 # The cache is a teacher.

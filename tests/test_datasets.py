@@ -119,7 +119,7 @@ def test_the_digest_is_sha256_of_keys_then_labels(labels: list[int], seed: int) 
 
 
 def ids_held_out(count: int, validation: float, test: float) -> dict[Split, list[int]]:
-    """The rule of the README of the splits: ids ordered by the hash of their 8 bytes, validation first, then test."""
+    """The rule that `datasets.py` states: ids ordered by the hash of their 8 bytes, validation first, then test."""
     order = sorted(range(count), key=lambda i: hashlib.blake2b(i.to_bytes(8, "little"), digest_size=8).digest())
     first, second = round(count * validation), round(count * test)
     return {

@@ -195,7 +195,7 @@ def test_another_shards_unfinished_file_is_left_alone(begun: Path) -> None:
     ("name", "spoil"),
     [
         ("commits/0/0.json", lambda data: data[:40]),
-        ("commits/0/0.json", lambda data: data.replace(b"log_probs", b"indices")),
+        ("commits/0/0.json", lambda data: b'{\n "files": {}\n}\n'),
         ("data.zarr/log_probs/c/0/0/0", lambda data: b""),
         ("data.zarr/logsumexp/c/0/0", lambda data: bytes([data[0] ^ 1]) + data[1:]),
         ("data.zarr/statistics/c/0/0/0", lambda data: None),
@@ -331,6 +331,7 @@ for room in map(int, sys.argv[4:]):
         dump(out)
     except OSError as error:
         assert error.errno == errno.ENOSPC, error
+        assert not list(disk.glob("*.partial"))
         print(room, "manifest" if (out / "manifest.json").exists() else "plan" if out.exists() else "nothing")
     else:
         print(room, "sealed")
@@ -573,6 +574,14 @@ def test_a_forged_manifest_is_refused(what: str, copy: Path) -> None:
     assert (copy / "manifest.json").read_bytes() != before
     with pytest.raises(CorruptError):
         open_cache(copy).teacher()
+
+
+def test_a_file_that_belongs_to_no_cache_is_not_vouched_for(copy: Path) -> None:
+    shutil.copy(copy / "commits/0/0.json", copy / "commits/0/2.json")
+    open_cache(copy)
+    forge(copy, lambda manifest: setting(manifest["files"]["commits/0/0.json"], "files", "commits/0/2.json")(manifest))
+    with pytest.raises(CorruptError, match="lists 22 files, a cache has 21"):
+        open_cache(copy)
 
 
 def test_a_later_version_is_told_apart_from_damage(copy: Path) -> None:

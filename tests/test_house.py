@@ -104,7 +104,7 @@ def test_only_output_prints() -> None:
 
 
 def test_rooms_are_small() -> None:
-    large = {name_of(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > 320}
+    large = {name_of(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > 350}
     assert not large
 
 

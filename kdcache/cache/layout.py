@@ -25,16 +25,19 @@ _CONFIG: Any = {"write_empty_chunks": True}
 _AGAIN = "get the cache again from where it was made, or delete it and dump the teacher again"
 
 
-def choose_shape(samples: int, shard_rows: int | None = None) -> Shape:
-    """Rows of a shard and of a chunk for N samples.
+def choose_shape(samples: int, row_bytes: int, shard_rows: int | None = None) -> Shape:
+    """Rows of a shard and of a chunk for N samples whose log-probabilities take `row_bytes` each.
 
     Eight shards or more where the set is large enough, so that little is lost to a kill and several ranks have work; at
-    most 131,072 rows a shard and 16,384 a chunk, so that a reader of a part need not read much more.
+    most 131,072 rows a shard and 16,384 a chunk, so that a reader of a part need not read much more; and about a
+    gibibyte, as a shard is held in memory before it is written, and blosc takes no chunk of two.
     """
+    fitting = max(2**30 // row_bytes, 1)
+    chunk_rows = min(LARGEST_CHUNK, fitting)
     if shard_rows is None:
-        shard_rows = min(max(-(-samples // 8), 1024), 131_072)
-    if shard_rows > LARGEST_CHUNK:
-        return Shape(shard_rows=-(-shard_rows // LARGEST_CHUNK) * LARGEST_CHUNK, chunk_rows=LARGEST_CHUNK)
+        shard_rows = min(max(-(-samples // 8), 1024), 131_072, fitting)
+    if shard_rows > chunk_rows:
+        return Shape(shard_rows=-(-shard_rows // chunk_rows) * chunk_rows, chunk_rows=chunk_rows)
     return Shape(shard_rows=shard_rows, chunk_rows=shard_rows)
 
 

@@ -102,7 +102,9 @@ class CacheWriter:
             for name in layout.common_files(self.plan):
                 _make_folder((self.path / name).parent)
                 (folder / name).replace(self.path / name)
-                _flush((self.path / name).parent)
+        for path in (self.path.parent, self.path, *self.path.rglob("*")):
+            if path.is_dir():
+                _flush(path)  # the killed run may have had no time to
         for view in range(self.plan.views.count):
             for shard in range(self.plan.shards):
                 if not self._is_whole(view, shard):
@@ -111,10 +113,12 @@ class CacheWriter:
     def _is_whole(self, view: int, shard: int) -> bool:
         try:
             files = read_commit(self.commit_path(view, shard)).files
+            if sorted(files) != sorted(layout.shard_files(self.plan, view, shard)):
+                return False
             check_files(self.path, files)
         except (FileNotFoundError, CorruptError):
             return False
-        return sorted(files) == sorted(layout.shard_files(self.plan, view, shard))
+        return True
 
     def commit_path(self, view: int, shard: int) -> Path:
         """Where the marker of a shard lies."""

@@ -33,6 +33,9 @@ from kdcache.pipeline import ModelSpec, Transform
 SMALLEST_SIDE = 32
 """Side, in pixels, up to which images are enlarged for torchvision's networks: their strides want large ones."""
 
+_AUXILIARY = ("googlenet", "inception_v3")
+"""These have further outputs in training, which no loss here takes; `args: {aux_logits: true}` keeps them."""
+
 
 def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], trained: bool = False) -> nn.Module:
     """The network that a pipeline file names, on the CPU.
@@ -122,12 +125,17 @@ def _torchvision(name: str, spec: ModelSpec, num_classes: int, channels: int, tr
             f"{spec.model} knows {classes} classes, the data set has {num_classes}",
             "use a data set of the teacher's classes, or a checkpoint that was trained on this one (`weights:`)",
         )
+    options: dict[str, Any] = {"name": architecture}
+    if architecture in _AUXILIARY and "aux_logits" not in spec.args:
+        options["aux_logits"] = False
     if weights_name:
         _fetch(spec, weights)
-        model = _construct(tv.get_model, spec, name=architecture, weights=weights)
+        model = _construct(tv.get_model, spec, **options, weights=weights)
     else:
-        model = _construct(tv.get_model, spec, name=architecture, weights=None, num_classes=num_classes)
+        model = _construct(tv.get_model, spec, **options, weights=None, num_classes=num_classes)
     height, width = weights.meta["min_size"]
+    if isinstance(model, tv.VisionTransformer):
+        height = width = model.image_size  # which it takes and no other, and `args:` may set
     model.register_forward_pre_hook(_Fit(max(height, SMALLEST_SIDE), max(width, SMALLEST_SIDE)))
     return model
 
