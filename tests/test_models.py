@@ -285,6 +285,22 @@ def test_a_file_that_makes_no_network_is_refused(text: str, words: str, fix: str
     assert fix in refused(UsageError, words, network, f"{python(tmp_path, text)}:make")
 
 
+def test_a_function_in_a_file_may_use_our_own_errors(tmp_path: Path) -> None:
+    path = python(
+        tmp_path,
+        """
+        from pathlib import Path
+        from kdcache.models import load_weights
+
+        def make(num_classes):
+            load_weights(None, Path("no.safetensors"))
+        """,
+    )
+    with pytest.raises(UsageError) as caught:
+        network(f"{path}:make")
+    assert caught.value.what == "there is no checkpoint no.safetensors"
+
+
 def test_a_file_or_function_that_is_not_there_is_named(tmp_path: Path) -> None:
     refused(UsageError, f"there is no file {tmp_path}/no.py", network, f"{tmp_path}/no.py:make")
     path = python(tmp_path, "def make(num_classes): pass")

@@ -110,7 +110,6 @@ def create_store(cache: Path, plan: Plan, labels: npt.NDArray[np.int32], keys: n
             filters=array.filters,
             compressors=[array.compressor, Crc32cCodec()],
             fill_value=0,
-            config=_CONFIG,
             dimension_names=array.names,
             attributes={"columns": list(plan.encoding.statistics)} if name == "statistics" else {},
         )
