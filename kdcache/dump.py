@@ -6,25 +6,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from kdcache.cache import layout, operations
-from kdcache.cache.codec import Rows, encode, not_finite
+from kdcache.cache import operations
+from kdcache.cache.basis import TailBasis
+from kdcache.cache.codec import Rows, encode
 from kdcache.cache.reader import Cache, open_cache
-from kdcache.cache.schema import DatasetRecord, Encoding, Plan, TeacherRecord, ViewsRecord
+from kdcache.cache.schema import (
+    Plan,
+)
 from kdcache.cache.writer import CacheWriter, check_place
 from kdcache.datasets import load_split
-from kdcache.errors import CorruptError, InterruptedRun, KdcacheError, UsageError
-from kdcache.evaluate import check_logits, try_network
-from kdcache.models import build_model, preset_transform, weights_digest
+from kdcache.errors import InterruptedRun, KdcacheError
+from kdcache.evaluate import try_network
+from kdcache.models import build_model, preset_transform
+from kdcache.pilot import choose, plan_cache, run_pilot, teacher_logits, views_of
 from kdcache.pipeline import CacheSpec, Pipeline, Transform
 from kdcache.progress import Progress, Silent, Task
-from kdcache.provenance import versions
 from kdcache.samples import Samples, digest_of
-from kdcache.views import View, batches, cut_range, is_random
+from kdcache.views import View, batches, cut_range
 
 
 class _Cut(NamedTuple):
@@ -57,58 +58,6 @@ def load_teacher(pipeline: Pipeline) -> LoadedTeacher:
         transform = preset_transform(spec) or samples.transform
     # Of a teacher from a file the name is kept, not where the file lay on this machine.
     return LoadedTeacher(model, spec.model.rpartition("/")[2], samples, transform)
-
-
-def plan_cache(
-    model: nn.Module, name: str, samples: Samples, transform: Transform, spec: CacheSpec, digest: str
-) -> Plan:
-    """What a cache will be, before the teacher has run.
-
-    Raises:
-        UsageError: if the settings do not fit the data set or one another.
-    """
-    classes = samples.num_classes
-    if spec.top_k != "all" and spec.top_k > classes:
-        raise UsageError(
-            f"top_k {spec.top_k} is larger than the number of classes, {classes}", "set cache.top_k to less, or to all"
-        )
-    if spec.views > 1 and not is_random(transform):
-        raise UsageError(
-            f"{spec.views} views of a transform that draws nothing at random would all be the same",
-            "set cache.views to 1, or add a random transform such as - RandomCrop: {size: 32, padding: 4}",
-        )
-    top_k = classes if spec.top_k == "all" else spec.top_k
-    try:
-        return Plan(
-            teacher=TeacherRecord(
-                name=name,
-                weights_digest=weights_digest(model),
-                parameters=sum(p.numel() for p in model.parameters()),
-                precision="float32",
-            ),
-            dataset=DatasetRecord(
-                name=samples.name,
-                split=samples.split,
-                samples=len(samples),
-                class_names=samples.class_names,
-                digest=digest,
-            ),
-            views=ViewsRecord(count=spec.views, seed=spec.seed, transform=transform),
-            encoding=Encoding(
-                num_classes=classes, top_k=top_k, tail="none" if top_k == classes else spec.tail, dtype=spec.dtype
-            ),
-            shape=layout.choose_shape(len(samples), top_k * np.dtype(spec.dtype).itemsize, spec.shard_rows),
-            batch_size=spec.batch_size,
-            versions=versions(),
-            licence=spec.licence,
-            notes=spec.notes,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(
-            f"no cache can be made with this {'.'.join(map(str, first['loc']))}: {first['msg']}",
-            "change that setting of the cache, the transform or the data set",
-        ) from None
 
 
 def dump_teacher(
@@ -148,11 +97,19 @@ def dump_teacher(
     listener: Progress = progress or Silent()
     transform = samples.transform if transform is None else transform
     check_place(out)
+    views = views_of(spec, transform)
     model = model.to(device).eval()
     try_network(model, View(samples, transform, spec.seed), device, "teacher")
     keys = samples.keys(listener)
-    plan = plan_cache(model, name, samples, transform, spec, digest_of(keys, samples.labels))
-    writer = CacheWriter(out, plan, samples.labels, keys)
+
+    def pilot() -> tuple[Tensor, Tensor]:
+        with listener.task("pilot", min(spec.pilot_rows, len(samples)), "rows") as task:
+            return run_pilot(model, samples, transform, spec, device, task)
+
+    chosen = choose(out, spec, samples.num_classes, pilot)
+    plan = plan_cache(name, model, samples, digest_of(keys, samples.labels), spec, views, chosen)
+    basis = chosen.basis.to(device) if chosen.basis is not None else None
+    writer = CacheWriter(out, plan, samples.labels, keys, chosen.basis)
     try:
         todo = {view: shards for view in range(plan.views.count) if (shards := writer.pending(view))}
         if not writer.began:
@@ -163,7 +120,7 @@ def dump_teacher(
             with listener.task("teacher", rows_to_do, "rows") as task:
                 for view, shards in todo.items():
                     for shard, rows in _run(
-                        model, View(samples, transform, spec.seed, view), plan, shards, spec, device, task
+                        model, View(samples, transform, spec.seed, view), plan, basis, shards, spec, device, task
                     ):
                         writer.write(view, shard, rows)
         except KdcacheError:
@@ -181,6 +138,7 @@ def _run(
     model: nn.Module,
     view: View,
     plan: Plan,
+    basis: TailBasis | None,
     shards: list[int],
     spec: CacheSpec,
     device: torch.device | str,
@@ -191,22 +149,9 @@ def _run(
     loaded = batches(view, [list(cut.ids) for cut in cuts], spec.workers, device)
     parts: list[Rows] = []
     for cut, (images, labels, ids) in zip(cuts, loaded, strict=True):
-        parts.append(_teach(model, images, labels, ids, plan, device).to("cpu"))
+        logits = teacher_logits(model, images, ids, plan.encoding.num_classes, device)
+        parts.append(encode(logits, labels.to(device), plan.encoding, basis).to("cpu"))
         task.advance(len(cut.ids))
         if cut.ids.stop == plan.shard_ids(cut.shard).stop:
             yield cut.shard, Rows.concatenate(parts)
             parts = []
-
-
-@torch.no_grad()
-def _teach(
-    model: nn.Module, images: Tensor, labels: Tensor, ids: Tensor, plan: Plan, device: torch.device | str
-) -> Rows:
-    logits = check_logits(model(images.to(device, non_blocking=True)), len(ids), plan.encoding.num_classes, "teacher")
-    if len(bad := not_finite(logits)):
-        raise CorruptError(
-            f"the teacher returned NaN or infinite logits for sample {int(ids[bad[0]])} "
-            f"({len(bad)} of the {len(ids)} images of its batch)",
-            "check the teacher's weights and the transform",
-        )
-    return encode(logits, labels.to(device), plan.encoding)

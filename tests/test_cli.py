@@ -305,7 +305,7 @@ def test_an_unsealed_cache_is_refused_and_completed(work: Path, tmp_path: Path) 
         assert "1 of its 4 shards are missing" in message
         assert "kdcache dump-teacher" in message
     other = refused(4, "dump-teacher", RECIPE, *arguments, "--set", "cache.top_k=3")
-    assert "encoding.top_k: 10, 3" in other
+    assert "request.top_k: all, 3" in other
     ok("dump-teacher", RECIPE, *arguments)
     assert json.loads(ok("info", cache, "--json"))["digest"] == digest
 

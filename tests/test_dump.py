@@ -28,7 +28,7 @@ from kdcache.errors import (
 from kdcache.progress import Silent, Task
 from kdcache.samples import ArrayImages
 
-SPEC = CacheSpec(top_k=3, shard_rows=8, batch_size=5)
+SPEC = CacheSpec(top_k=3, tail="uniform", pilot_rows=1, shard_rows=8, batch_size=5)
 """Of 37 samples: four shards of 8 rows in batches of 5 and 3, and one shard of 5 rows in one batch."""
 
 BATCHES = [range(s, min(s + 5, e)) for e in (8, 16, 24, 32, 37) for s in range(8 * ((e - 1) // 8), e, 5)]
@@ -163,7 +163,7 @@ def test_digest_tells_caches_apart_that_differ_in_one_thing(change: str, whole: 
 def test_batches_are_cut_inside_shards(tmp_path: Path) -> None:
     teacher = BatchMinded()
     dump(tmp_path / "c.kdcache", model=teacher)
-    assert teacher.seen == [[0], *(list(batch) for batch in BATCHES)], "the first one is a trial"
+    assert teacher.seen == [[0], [35], *(list(batch) for batch in BATCHES)], "the first are a trial and the pilot"
 
 
 @pytest.mark.parametrize("done", range(1, len(BATCHES) + 1))
@@ -212,8 +212,8 @@ def test_views_go_on_where_they_stood(tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, tuple[Callable[[], dict[str, Any]], str, str, str]] = {
-    "k": (lambda: {"spec": SPEC.model_copy(update={"top_k": 4})}, "encoding.top_k", "3", "4"),
-    "all": (lambda: {"spec": SPEC.model_copy(update={"top_k": "all"})}, "encoding.tail", "uniform", "none"),
+    "k": (lambda: {"spec": SPEC.model_copy(update={"top_k": 4})}, "request.top_k", "3", "4"),
+    "all": (lambda: {"spec": SPEC.model_copy(update={"top_k": "all"})}, "request.top_k", "3", "all"),
     "weights": (
         lambda: {"model": BatchMinded(seed=2)},
         "teacher.weights_digest",
@@ -371,7 +371,7 @@ def test_a_spoiled_run_does_not_take_what_an_earlier_one_wrote(tmp_path: Path) -
         ({"transform": [{"NoSuchThing": {}}]}, "NoSuchThing"),
         ({"transform": [{"ToDtype": {"dtype": torch.float32}}]}, "this transform: .* JSON"),
         ({"transform": [{"Normalize": {"mean": [float("nan")], "std": [1.0]}}]}, "this transform: .* JSON"),
-        ({"spec": CacheSpec(), "samples": tiny_samples(num_classes=1), "model": TinyTeacher(1)}, "this num_classes"),
+        ({"spec": CacheSpec(), "samples": tiny_samples(num_classes=1), "model": TinyTeacher(1)}, "one class"),
     ],
     ids=lambda given: given.replace(" ", "-")[:20] if isinstance(given, str) else "",
 )

@@ -31,7 +31,7 @@ from kdcache import Cache, CacheSpec, dump_teacher, open_cache
 from kdcache.cache.schema import read_manifest, read_plan
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, MismatchError, UsageError
 
-SPEC = CacheSpec(top_k=3, shard_rows=8, batch_size=5, seed=3)
+SPEC = CacheSpec(top_k=3, tail="uniform", pilot_rows=1, shard_rows=8, batch_size=5, seed=3)
 
 
 class BatchMinded(TinyTeacher):

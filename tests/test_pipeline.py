@@ -164,7 +164,7 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
             "mine.yaml:8: teacher.model: is required",
             "mine.yaml:10: teacher.train.milestones: belong to schedule: multistep, which needs at least one",
             "mine.yaml:11: teacher.train.epochs: Input should be a valid integer",
-            "mine.yaml:13: cache.top_k: Input should be a valid integer or Input should be 'all'",
+            "mine.yaml:13: cache.top_k: Input should be a valid integer or Input should be 'all' or 'auto'",
             "mine.yaml:14: cache.topk: unknown key",
             "mine.yaml:15: cache.seed: Input should be greater than or equal to 0",
             "mine.yaml:16: student: must have keys of its own",
@@ -198,8 +198,8 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
         ("teacher: {model: x, args: [1]}", "teacher.args: Input should be a valid dictionary"),
         ("teacher: [small:cnn]", "teacher: must have keys of its own"),
         ("transform: Resize", "transform: Input should be a valid list"),
-        ("cache: {dtype: int8}", "cache.dtype: Input should be 'float16' or 'float32'"),
-        ("cache: {tail: fitted}", "cache.tail: Input should be 'uniform'"),
+        ("cache: {dtype: int8}", "cache.dtype: Input should be 'uint8', 'float16' or 'float32'"),
+        ("cache: {tail: fitted}", "cache.tail: Input should be 'lowrank' or 'uniform'"),
         ("cache: {views: 0}", "cache.views: Input should be greater than or equal to 1"),
         ("loss: {name: kd, tau: 4}", "loss.tau: unknown key"),
         ("loss: {name: kdd}", "loss: unknown loss 'kdd'"),
@@ -332,7 +332,7 @@ def test_a_problem_that_set_made_is_told_as_its_own(tmp_path: Path) -> None:
     )
     assert sorted(problems(tmp_path, GOOD + "cache: {views: -5}\n", *overrides)) == sorted(
         [
-            "--set cache.dtype=f: cache.dtype: Input should be 'float16' or 'float32'",
+            "--set cache.dtype=f: cache.dtype: Input should be 'uint8', 'float16' or 'float32'",
             "--set a.b=3: a: unknown key",
             "--set teacher={model: x, foo: 1, train: {schedule: multistep}}: teacher.foo: unknown key",
             "--set teacher={model: x, foo: 1, train: {schedule: multistep}}: teacher.train.milestones: "

@@ -6,7 +6,8 @@ Log-probabilities lose ten times less in fp16 than raw logits of the same size: 
 lie near 0, where fp16 is finest.
 
 The tail is every class that the row does not state one by one: neither in the head nor the label. Its mass is recorded
-at T = 1, 2, 4, 8.
+at T = 1, 2, 4, 8; its shape, with the `lowrank` policy, is R coordinates in a basis that was fitted to this teacher
+(`basis.py`). The masses at T > 1 are not used to decode, so that they can tell how well that went.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from kdcache.cache.schema import STATISTICS, TAIL_TEMPERATURES, Encoding
+from kdcache.cache.basis import TailBasis, fit_coordinates, round_coordinates
+from kdcache.cache.schema import TAIL_TEMPERATURES, Encoding
 from kdcache.errors import CorruptError
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_SMALLEST_RANGE = 1e-4
+_HALF_STEP = 2.0**-11
+_TINY = 1e-30
+_ROUNDS = 3
+_MISSING = 5e-4
 
 
 def index_dtype(num_classes: int) -> torch.dtype:
@@ -34,16 +41,19 @@ class Rows:
     """Encoded logits of B samples.
 
     Attributes:
-        log_probs: [B, k] float16 or float32, at T = 1; descending, or in class order where k = C.
+        log_probs: [B, k] float16 or float32, at T = 1; descending, or in class order where k = C. For k = C also uint8,
+            in 255ths of the row's range below its maximum.
         indices: [B, k] uint8, int16 or int32, the classes of `log_probs`; None where k = C.
         logsumexp: [B] float32, of the raw logits: DTKD's sharpness.
         statistics: [B, S] float16, columns named by `Encoding.statistics`.
+        tail: [B, R] int8, coordinates in the teacher's basis; None without the `lowrank` tail.
     """
 
     log_probs: Tensor
     indices: Tensor | None
     logsumexp: Tensor
     statistics: Tensor
+    tail: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.logsumexp)
@@ -63,7 +73,9 @@ class Rows:
     @staticmethod
     def of(arrays: Mapping[str, Tensor]) -> Rows:
         """The rows that `arrays()` gave."""
-        return Rows(arrays["log_probs"], arrays.get("indices"), arrays["logsumexp"], arrays["statistics"])
+        return Rows(
+            arrays["log_probs"], arrays.get("indices"), arrays["logsumexp"], arrays["statistics"], arrays.get("tail")
+        )
 
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
@@ -76,13 +88,14 @@ def not_finite(logits: Tensor) -> Tensor:
     return (~logits.isfinite().all(dim=1)).nonzero().squeeze(1)
 
 
-def encode(logits: Tensor, labels: Tensor, encoding: Encoding) -> Rows:
+def encode(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis | None = None) -> Rows:
     """Encode a batch of the teacher's raw logits.
 
     Args:
         logits: [B, C], of any floating type; computed with in float32.
         labels: [B] int64, -1 where not known.
         encoding: k, tail and types.
+        basis: of the teacher's tail, on the device of the logits, where the tail is `lowrank`.
 
     Raises:
         CorruptError: if a logit is NaN or infinite in float32, or the shape is wrong.
@@ -103,23 +116,49 @@ def encode(logits: Tensor, labels: Tensor, encoding: Encoding) -> Rows:
         "logit_std": logits.std(dim=1, correction=0),
         "entropy": -(log_probs.exp() * log_probs).sum(dim=1),
     }
+    indices = tail = None
     if encoding.dense:
-        head, indices = log_probs, None
+        head = log_probs
     else:
         # A stable order, so that equal logits give the same row on every device.
         order = logits.sort(dim=1, descending=True, stable=True).indices[:, : encoding.top_k]
         head, indices = log_probs.gather(1, order), order.to(index_dtype(encoding.num_classes))
-        stated = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, True)
-        stated |= torch.zeros_like(stated).scatter(1, label, known.unsqueeze(1))
+        stated = _stated(order, label, known, encoding.num_classes)
         for t in TAIL_TEMPERATURES:
-            softened = (logits / t).log_softmax(dim=1)
-            columns[f"tail_log_mass_t{t}"] = softened.masked_fill(stated, -math.inf).logsumexp(dim=1)
-    return Rows(
-        log_probs=_to_finite(head, _DTYPES[encoding.dtype]),
-        indices=indices,
-        logsumexp=logits.logsumexp(dim=1),
-        statistics=_to_finite(torch.stack([columns[name] for name in encoding.statistics], dim=1), torch.float16),
-    )
+            columns[f"tail_log_mass_t{t}"] = tail_log_mass(logits, stated, t)
+        if basis is not None:
+            tail = round_coordinates(fit_coordinates(logits, stated, basis.basis, basis.mean), basis.scale)
+    if encoding.dtype == "uint8":
+        columns["log_prob_max"] = log_probs.amax(dim=1)
+        columns["log_prob_range"] = columns["log_prob_max"] - log_probs.amin(dim=1)
+    statistics = _to_finite(torch.stack([columns[name] for name in encoding.statistics], dim=1), torch.float16)
+    if encoding.dtype == "uint8":
+        top, spread = (_column(statistics, encoding, name) for name in ("log_prob_max", "log_prob_range"))
+        stored = ((top - log_probs) / spread.clamp_min(_SMALLEST_RANGE) * 255).round().clamp(0, 255).to(torch.uint8)
+    else:
+        stored = _to_finite(head, _DTYPES[encoding.dtype])
+    return Rows(stored, indices, logits.logsumexp(dim=1), statistics, tail)
+
+
+def _stated(indices: Tensor, label: Tensor, known: Tensor, classes: int) -> Tensor:
+    """[B, C] bool: the classes that a row keeps one by one, head and label."""
+    nothing = torch.zeros(len(indices), classes, dtype=torch.bool, device=indices.device)
+    return nothing.scatter(1, indices, True) | nothing.scatter(1, label, known.unsqueeze(1))
+
+
+def stated_classes(logits: Tensor, labels: Tensor, top_k: int) -> Tensor:
+    """[B, C] bool: the classes that rows of these logits keep one by one, the `top_k` largest and the label."""
+    order = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    return _stated(order, labels.clamp_min(0).unsqueeze(1), labels >= 0, logits.shape[1])
+
+
+def tail_log_mass(logits: Tensor, stated: Tensor, temperature: float) -> Tensor:
+    """Log of the softmax's mass at a temperature over the classes that are not stated, [B]; -inf without any."""
+    return (logits / temperature).log_softmax(dim=1).masked_fill(stated, -math.inf).logsumexp(dim=1)
+
+
+def _column(statistics: Tensor, encoding: Encoding, name: str) -> Tensor:
+    return statistics[:, encoding.statistics.index(name)].float().unsqueeze(1)
 
 
 def _to_finite(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,31 +166,75 @@ def _to_finite(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.clamp(-limit, limit).to(dtype)
 
 
-def decode(rows: Rows, labels: Tensor, encoding: Encoding) -> Tensor:
+def decode(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis | None = None) -> Tensor:
     """The logits that rows stand for, [B, C] float32: what the teacher returned, as far as the row knows it.
 
-    Head and label come back to the precision of their type. With the `uniform` tail the recorded mass is spread evenly
-    over the other classes. Nothing outside the head comes back above the head's last.
+    Head and label come back to the precision of their type, twice its rounding at most, and the logsumexp at T = 1 to
+    1e-3. The tail has the recorded mass at T = 1, evenly spread (`uniform`) or in the shape that its coordinates give
+    (`lowrank`). Nothing outside the head comes back above the head's last.
 
     Args:
         rows: of B samples.
         labels: [B] int64, as they were encoded.
         encoding: as they were encoded.
+        basis: as they were encoded, on the device of the rows.
     """
-    head = rows.log_probs.float()
     if rows.indices is None:
-        return head + rows.logsumexp.unsqueeze(1)
-    indices = rows.indices.long()
+        log_probs = rows.log_probs.float()
+        if encoding.dtype == "uint8":
+            top, spread = (_column(rows.statistics, encoding, name) for name in ("log_prob_max", "log_prob_range"))
+            log_probs = top - log_probs * (spread / 255)
+    else:
+        log_probs = _with_tail(rows, labels, encoding, basis)
+    return _whole_mass(log_probs, encoding) + rows.logsumexp.unsqueeze(1)
+
+
+def _filled(log_probs: Tensor, mass: Tensor, last: Tensor, tail: Tensor) -> Tensor:
+    """A tail [B, C] under its cap, with the mass that the cap has taken given back.
+
+    Only a row that the basis does not fit loses much of it for good: its tail is drawn towards all classes at the cap,
+    as far as the mass asks for.
+    """
+    of_cap = (log_probs - last).exp() * tail
+    held, wanted = of_cap.sum(dim=1, keepdim=True), (mass - last).exp()
+    share = ((wanted - held) / (tail.sum(dim=1, keepdim=True) - held).clamp_min(_TINY)).clamp(0, 1)
+    drawn = (of_cap + share * (1 - of_cap)).log() + last
+    return torch.where(wanted - held > _MISSING * wanted, drawn, log_probs)
+
+
+def _whole_mass(log_probs: Tensor, encoding: Encoding) -> Tensor:
+    """Log-probabilities [B, C] whose probabilities add up to 1 again, which the rounding of many of them disturbs.
+
+    In float16 each is off by up to 2^-11 of itself, so together by up to 2^-11 of the entropy: stretching all of them
+    by as much restores the sum, and moves none by more than it may be off already.
+    """
+    if encoding.dtype == "float32":
+        return log_probs
+    excess = log_probs.logsumexp(dim=1, keepdim=True)
+    if encoding.dtype == "uint8":
+        return log_probs - excess
+    entropy = -(log_probs.exp() * log_probs).sum(dim=1, keepdim=True)
+    return log_probs * (1 + (excess / entropy.clamp_min(_TINY)).clamp(-_HALF_STEP, _HALF_STEP))
+
+
+def _with_tail(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis | None) -> Tensor:
+    head, indices = rows.log_probs.float(), rows.indices.long()  # type: ignore[union-attr]  # the caller has asked
     known = labels >= 0
     label = labels.clamp_min(0).unsqueeze(1)
-    in_head = (indices == label).any(dim=1)
-    tail_classes = encoding.num_classes - encoding.top_k - (known & ~in_head).long()
-    tail_log_mass = rows.statistics[:, encoding.statistics.index("tail_log_mass_t1")].float()
-    level = (tail_log_mass - tail_classes.clamp_min(1).log()).minimum(head[:, -1])
-    log_probs = level.unsqueeze(1).expand(-1, encoding.num_classes).clone()
-    label_log_prob = rows.statistics[:, STATISTICS.index("label_log_prob")].float().unsqueeze(1)
+    stated = _stated(indices, label, known, encoding.num_classes)
+    mass = _column(rows.statistics, encoding, "tail_log_mass_t1")
+    last = head[:, -1:]
+    if rows.tail is None or basis is None:
+        shape = torch.zeros_like(stated, dtype=torch.float32)
+    else:
+        shape = basis.mean + rows.tail.float() @ basis.directions
+    log_probs = shape.masked_fill(stated, -math.inf)
+    for _ in range(_ROUNDS):
+        # What the cap takes from some classes goes to the others, which may then reach the cap themselves.
+        level = log_probs.logsumexp(dim=1, keepdim=True)
+        log_probs = (log_probs - level.nan_to_num(neginf=0.0) + mass).minimum(last)
+    log_probs = _filled(log_probs, mass, last, ~stated)
+    label_log_prob = _column(rows.statistics, encoding, "label_log_prob")
     # Rounded to float16 it could overtake a head in float32; where it stands in the head, the head's value wins.
-    label_log_prob = label_log_prob.minimum(head[:, -1:])
-    log_probs.scatter_(1, label, torch.where(known.unsqueeze(1), label_log_prob, log_probs.gather(1, label)))
-    log_probs.scatter_(1, indices, head)
-    return log_probs + rows.logsumexp.unsqueeze(1)
+    stated_label = torch.where(known.unsqueeze(1), label_log_prob.minimum(last), log_probs.gather(1, label))
+    return log_probs.scatter(1, label, stated_label).scatter(1, indices, head)

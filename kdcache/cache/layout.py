@@ -7,6 +7,7 @@ every array writes its chunks even where they hold nothing but the fill value, o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ import torch
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
+from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import Rows, index_dtype
-from kdcache.cache.schema import LARGEST_CHUNK, Plan, Shape, commit_file
+from kdcache.cache.schema import LARGEST_CHUNK, Encoding, Plan, Shape, commit_file
 from kdcache.errors import CorruptError
 
 STORE = "data.zarr"
@@ -53,9 +55,8 @@ class _Array(NamedTuple):
     filters: Any = None
 
 
-def _row_arrays(plan: Plan) -> dict[str, _Array]:
-    """The arrays that hold rows, [V, N, ...]."""
-    encoding = plan.encoding
+def _row_parts(encoding: Encoding) -> dict[str, tuple[tuple[int, ...], str, Any, Any]]:
+    """Of each array that holds rows: shape of a row, type, compressor, filters."""
     shuffled = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle")
     bits = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle")
     index_type = "uint8" if encoding.num_classes <= 2**8 else "uint16" if encoding.num_classes <= 2**16 else "uint32"
@@ -68,6 +69,13 @@ def _row_arrays(plan: Plan) -> dict[str, _Array]:
     }
     if encoding.dense:
         del parts["indices"]
+    if encoding.rank:
+        parts["tail"] = ((encoding.rank,), "int8", ZstdCodec(level=5), columns_first)
+    return parts
+
+
+def _row_arrays(plan: Plan) -> dict[str, _Array]:
+    """The arrays that hold rows, [V, N, ...]."""
     return {
         name: _Array(
             shape=(plan.views.count, plan.dataset.samples, *width),
@@ -78,7 +86,23 @@ def _row_arrays(plan: Plan) -> dict[str, _Array]:
             compressor=compressor,
             filters=filters,
         )
-        for name, (width, dtype, compressor, filters) in parts.items()
+        for name, (width, dtype, compressor, filters) in _row_parts(plan.encoding).items()
+    }
+
+
+def _basis_arrays(plan: Plan) -> dict[str, _Array]:
+    """The arrays of the tail's basis, each whole in one chunk."""
+    rank, classes = plan.encoding.rank, plan.encoding.num_classes
+    if not rank:
+        return {}
+    shapes = {
+        "tail_basis": ((rank, classes), "float16", ("component", "class")),
+        "tail_mean": ((classes,), "float32", ("class",)),
+        "tail_scale": ((rank,), "float32", ("component",)),
+    }
+    return {
+        name: _Array(shape=shape, chunks=shape, shards=shape, dtype=dtype, names=names, compressor=ZstdCodec(level=3))
+        for name, (shape, dtype, names) in shapes.items()
     }
 
 
@@ -97,10 +121,16 @@ def _sample_arrays(plan: Plan) -> dict[str, _Array]:
     }
 
 
-def create_store(cache: Path, plan: Plan, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
-    """Make the store of a new cache: the arrays of rows, still empty, and the labels and sample keys, whole."""
+def create_store(
+    cache: Path,
+    plan: Plan,
+    labels: npt.NDArray[np.int32],
+    keys: npt.NDArray[np.uint64],
+    basis: TailBasis | None = None,
+) -> None:
+    """Make the store of a new cache: the arrays of rows, still empty, and labels, sample keys and basis, whole."""
     group = zarr.create_group(cache / STORE, zarr_format=3)
-    for name, array in (_row_arrays(plan) | _sample_arrays(plan)).items():
+    for name, array in (_row_arrays(plan) | _whole_arrays(plan)).items():
         group.create_array(
             name,
             shape=array.shape,
@@ -113,8 +143,30 @@ def create_store(cache: Path, plan: Plan, labels: npt.NDArray[np.int32], keys: n
             dimension_names=array.names,
             attributes={"columns": list(plan.encoding.statistics)} if name == "statistics" else {},
         )
-    for name, values in (("labels", labels), ("sample_keys", keys)):
-        _array(group, name, _sample_arrays(plan)[name]).with_config(_CONFIG)[:] = values
+    whole: dict[str, npt.NDArray[Any]] = {"labels": labels, "sample_keys": keys}
+    if basis is not None:
+        whole |= {"tail_basis": basis.basis.numpy(), "tail_mean": basis.mean.numpy(), "tail_scale": basis.scale.numpy()}
+    for name, expected in _whole_arrays(plan).items():
+        _array(group, name, expected).with_config(_CONFIG)[...] = whole[name]
+
+
+def _whole_arrays(plan: Plan) -> dict[str, _Array]:
+    """The arrays that are written when the store is made."""
+    return _sample_arrays(plan) | _basis_arrays(plan)
+
+
+def bytes_per_row(encoding: Encoding, rows: Rows) -> float:
+    """What rows take in a store, compressed, measured on these rows."""
+    stored: dict[str, Any] = {}
+    group = zarr.create_group(zarr.storage.MemoryStore(stored), zarr_format=3)
+    for name, tensor in rows.arrays().items():
+        width, dtype, compressor, filters = _row_parts(encoding)[name]
+        shape = (1, len(rows), *width)
+        array = group.create_array(
+            name, shape=shape, dtype=dtype, chunks=shape, filters=filters, compressors=[compressor, Crc32cCodec()]
+        )
+        array[0] = tensor.cpu().numpy().astype(dtype, copy=False)
+    return sum(len(value) for key, value in stored.items() if not key.endswith(".json")) / len(rows)
 
 
 def write_shard(cache: Path, plan: Plan, view: int, shard: int, rows: Rows) -> None:
@@ -135,13 +187,14 @@ def shard_files(plan: Plan, view: int, shard: int) -> list[str]:
 
 
 def common_files(plan: Plan) -> Iterator[str]:
-    """The files of the store that belong to no shard of rows, relative to the cache: metadata, labels, sample keys."""
+    """The files of the store that belong to no shard of rows, relative to the cache: metadata and whole arrays."""
     yield f"{STORE}/zarr.json"
-    for name in _row_arrays(plan) | _sample_arrays(plan):
+    for name in _row_arrays(plan) | _whole_arrays(plan):
         yield f"{STORE}/{name}/zarr.json"
-    for name in _sample_arrays(plan):
-        for shard in range(plan.shards):
-            yield f"{STORE}/{name}/c/{shard}"
+    for name, array in _whole_arrays(plan).items():
+        counts = [-(-size // shard) for size, shard in zip(array.shape, array.shards, strict=True)]
+        for place in product(*map(range, counts)):
+            yield "/".join((STORE, name, "c", *map(str, place)))
 
 
 def check_listed(cache: Path, plan: Plan, sizes: dict[str, int]) -> None:
@@ -194,6 +247,17 @@ def read_samples(cache: Path, plan: Plan) -> tuple[npt.NDArray[np.int32], npt.ND
     group = _open(cache)
     labels, keys = (_read(group, name, expected, slice(None)) for name, expected in _sample_arrays(plan).items())
     return labels, keys
+
+
+def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
+    """The basis of the teacher's tail; None where the encoding has none."""
+    group = _open(cache)
+    arrays = {name: _read(group, name, expected, ...) for name, expected in _basis_arrays(plan).items()}
+    if not arrays:
+        return None
+    if not all(np.isfinite(array).all() for array in arrays.values()) or (arrays["tail_scale"] <= 0).any():
+        raise CorruptError(f"the tail basis of {cache} holds NaN, infinities or a scale that is not positive", _AGAIN)
+    return TailBasis(*(torch.from_numpy(arrays[name]) for name in ("tail_basis", "tail_mean", "tail_scale")))
 
 
 # What zarr raises at metadata or chunks that are not well.

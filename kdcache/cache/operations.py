@@ -16,6 +16,7 @@ from dask.base import compute
 from dask.delayed import delayed
 
 from kdcache.cache import layout
+from kdcache.cache.codec import decode
 from kdcache.cache.schema import Plan, Summary
 
 
@@ -51,7 +52,7 @@ def _sums(cache: Path, plan: Plan, view: int, shard: int, labels: torch.Tensor) 
     rows = layout.read_rows(cache, plan, view, ids)
     truth = labels[ids.start : ids.stop]
     if rows.indices is None:
-        top_log_prob, predicted = rows.log_probs.float().max(dim=1)
+        top_log_prob, predicted = decode(rows, truth, plan.encoding).log_softmax(dim=1).max(dim=1)
     else:
         top_log_prob, predicted = rows.log_probs[:, 0].float(), rows.indices[:, 0].long()
     entropy = rows.statistics[:, plan.encoding.statistics.index("entropy")]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache import layout
+from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import Rows, decode
 from kdcache.cache.schema import MANIFEST, PLAN, Encoding, Manifest, read_manifest, read_plan
 from kdcache.cache.verify import check_files
@@ -33,11 +34,13 @@ class CachedTeacher:
         views: the encoded rows of every view, on the device.
         labels: [N] int64, as they were encoded.
         encoding: of the rows.
+        basis: of their tails, on the device; None where the encoding has none.
     """
 
     views: tuple[Rows, ...]
     labels: Tensor
     encoding: Encoding
+    basis: TailBasis | None = None
 
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
         """The teacher's raw logits for samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
@@ -55,7 +58,7 @@ class CachedTeacher:
                 "ask for the ordinals of the samples in the data set that was dumped",
             )
         ids = ids.to(self.labels.device, torch.int64)
-        return decode(self.views[view][ids], self.labels[ids], self.encoding)
+        return decode(self.views[view][ids], self.labels[ids], self.encoding, self.basis)
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class Cache:
             layout.read_rows(self.path, plan, view, everything).to(device) for view in range(plan.views.count)
         )
         labels = torch.from_numpy(self.labels.astype(np.int64)).to(device)
-        return CachedTeacher(views, labels, plan.encoding)
+        basis = layout.read_basis(self.path, plan)
+        return CachedTeacher(views, labels, plan.encoding, basis.to(device) if basis is not None else None)
 
 
 def open_cache(path: str | Path) -> Cache:

@@ -26,6 +26,7 @@ LARGEST_CHUNK = 16_384
 STATISTICS = ("label_log_prob", "logit_mean", "logit_std", "entropy")
 TAIL_TEMPERATURES = (1, 2, 4, 8)
 TAIL_STATISTICS = tuple(f"tail_log_mass_t{t}" for t in TAIL_TEMPERATURES)
+RANGE_STATISTICS = ("log_prob_max", "log_prob_range")
 
 Size = Annotated[int, Field(ge=0, le=2**62)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -44,13 +45,15 @@ class Encoding(Record):
         num_classes: C.
         top_k: k, how many classes are kept exactly; k = C keeps all, in class order and without indices.
         tail: what is known of the others; "none" where k = C.
-        dtype: type of the log-probabilities.
+        rank: R, coordinates of a `lowrank` tail; 0 otherwise.
+        dtype: type of the log-probabilities; uint8 only where k = C.
     """
 
     num_classes: Annotated[int, Field(ge=2, le=2**31)]
     top_k: Annotated[int, Field(ge=1)]
-    tail: Literal["none", "uniform"]
-    dtype: Literal["float16", "float32"]
+    tail: Literal["none", "uniform", "lowrank"]
+    rank: Annotated[int, Field(ge=0)] = 0
+    dtype: Literal["uint8", "float16", "float32"]
 
     @model_validator(mode="after")
     def _agrees(self) -> Encoding:
@@ -58,6 +61,10 @@ class Encoding(Record):
             raise ValueError(f"top_k {self.top_k} is larger than the number of classes, {self.num_classes}")
         if self.dense != (self.tail == "none"):
             raise ValueError("the tail is 'none' exactly where every class is kept")
+        if (self.rank > 0) != (self.tail == "lowrank") or self.rank > self.num_classes:
+            raise ValueError(f"rank {self.rank} does not go with a {self.tail} tail of {self.num_classes} classes")
+        if self.dtype == "uint8" and not self.dense:
+            raise ValueError("uint8 needs every class (top_k: all)")
         return self
 
     @property
@@ -68,6 +75,8 @@ class Encoding(Record):
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of the columns of the `statistics` array."""
+        if self.dtype == "uint8":
+            return STATISTICS + RANGE_STATISTICS
         return STATISTICS if self.dense else STATISTICS + TAIL_STATISTICS
 
 
@@ -125,6 +134,29 @@ class Shape(Record):
         return self
 
 
+class Request(Record):
+    """What the user asked for, from which the encoding was planned; the words are those of `pipeline.CacheSpec`."""
+
+    top_k: Annotated[int, Field(ge=1)] | Literal["all", "auto"]
+    tail: Literal["uniform", "lowrank"]
+    rank: Annotated[int, Field(ge=1)] | None
+    fidelity: Annotated[float, Field(gt=0, lt=1)] | None
+    dtype: Literal["uint8", "float16", "float32"]
+    pilot_rows: Annotated[int, Field(ge=1)]
+
+
+class Fidelity(Record):
+    """What was measured on pilot rows that the basis was not fitted to.
+
+    Attributes:
+        rows: how many.
+        total_variation: mean total variation between decoded and true softmax, by temperature.
+    """
+
+    rows: Size
+    total_variation: dict[str, float]
+
+
 class Plan(Record):
     """Everything that is settled before the first row: a run that goes on must agree with all of it."""
 
@@ -133,7 +165,9 @@ class Plan(Record):
     teacher: TeacherRecord
     dataset: DatasetRecord
     views: ViewsRecord
+    request: Request
     encoding: Encoding
+    fidelity: Fidelity | None
     shape: Shape
     batch_size: Annotated[int, Field(ge=1)]
     """Rows of a teacher batch: with another one the last bits of the logits may differ."""

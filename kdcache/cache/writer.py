@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.cache import layout
+from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import Rows
 from kdcache.cache.schema import (
     MANIFEST,
@@ -56,14 +57,22 @@ class CacheWriter:
         plan: what is to be written.
         labels: [N] int32.
         keys: [N] uint64, content keys.
+        basis: of the teacher's tail, where the plan has one.
 
     Raises:
         UsageError: if `path` is something else, or a sealed cache.
         MismatchError: if it is an unsealed cache that was begun with another plan; names what differs.
     """
 
-    def __init__(self, path: Path, plan: Plan, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
-        self.path, self.plan = path, plan
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        labels: npt.NDArray[np.int32],
+        keys: npt.NDArray[np.uint64],
+        basis: TailBasis | None = None,
+    ) -> None:
+        self.path, self.plan, self._basis = path, plan, basis
         check_place(path)
         self.began = not path.exists()
         if self.began:
@@ -81,13 +90,13 @@ class CacheWriter:
         _flush(self.path.parent)
 
     def _create_store(self, folder: Path, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
-        layout.create_store(folder, self.plan, labels, keys)
+        layout.create_store(folder, self.plan, labels, keys, self._basis)
         for path in folder.rglob("*"):
             _flush(path)
 
     def _go_on(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
         begun = read_plan(self.path / PLAN)
-        differ = _differences(begun.model_dump(), self.plan.model_dump())
+        differ = differences(begun.model_dump(), self.plan.model_dump())
         if differ:
             raise MismatchError(
                 "\n  ".join([f"{self.path} was begun with other settings (then, now):", *differ]),
@@ -176,13 +185,14 @@ class CacheWriter:
             shutil.rmtree(self.path.rename(_beside(self.path)))
 
 
-def _differences(then: object, now: object, name: str = "") -> list[str]:
+def differences(then: object, now: object, name: str = "") -> list[str]:
+    """What two nested dicts differ in, one `name: then, now` a line."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*then, *now])
         return [
             line
             for key in keys
-            for line in _differences(then.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+            for line in differences(then.get(key), now.get(key), f"{name}.{key}" if name else str(key))
         ]
     return [] if then == now else [f"{name}: {then}, {now}"]
 

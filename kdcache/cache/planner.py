@@ -1,0 +1,223 @@
+"""From a fidelity to an encoding: what is the least that must be kept of this teacher?
+
+A pilot of a few thousand rows is split: the basis is fitted to three quarters, and every candidate (k, R, step) is
+encoded, decoded and measured on the rest. The cheapest in compressed bytes whose mean total variation is within the
+target at T = 1, 2 and 4 wins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdcache.cache import layout
+from kdcache.cache.basis import TailBasis, choose_scale, fit_coordinates, principal_components
+from kdcache.cache.codec import decode, encode, stated_classes
+from kdcache.cache.fidelity import TEMPERATURES, total_variation
+from kdcache.cache.schema import Encoding, Fidelity, Request
+from kdcache.errors import UsageError
+
+FEW_CLASSES = 64
+"""Up to so many classes all are kept: cheaper than a head with its indices, statistics and a tail, and exact."""
+
+MIN_CLASSES = 2
+USUAL_FIDELITY = 0.02
+MEASURED_AT = (1, 2, 4)
+_HEADS = (1, 2, 4, 8, 16, 32)
+_RANKS = (8, 16, 32, 48, 64, 96, 128)
+_STEPS = (0.8, 0.4, 0.2, 0.1)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An encoding that was tried.
+
+    Attributes:
+        encoding: how rows are encoded.
+        step: logits a step of the tail's coordinates; 0 without a `lowrank` tail.
+        bytes_per_row: compressed, on the held-out rows, without the basis.
+        total_variation: mean over the held-out rows, by temperature.
+        basis: of the tail.
+    """
+
+    encoding: Encoding
+    step: float
+    bytes_per_row: float
+    total_variation: dict[int, float]
+    basis: TailBasis | None
+
+    @property
+    def worst(self) -> float:
+        """Largest mean total variation at T = 1, 2, 4: what a fidelity target bounds."""
+        return max(self.total_variation[t] for t in MEASURED_AT)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and what else was tried.
+
+    Attributes:
+        chosen: the cheapest candidate within the target.
+        tried: all candidates, in the order of their trial.
+        held_out: rows on which they were measured.
+    """
+
+    chosen: Candidate
+    tried: list[Candidate]
+    held_out: int
+
+    @property
+    def fidelity(self) -> Fidelity:
+        """What was measured, for the manifest."""
+        variation = {str(t): round(value, 8) for t, value in self.chosen.total_variation.items()}
+        return Fidelity(rows=self.held_out, total_variation=variation)
+
+
+def pilot_ids(samples: int, rows: int, seed: int = 0) -> list[int]:
+    """Ordinals of a pilot, ascending: one drawn from each of `rows` equal stretches of the data set."""
+    rows = min(rows, samples)
+    drawn = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return ((torch.arange(rows, dtype=torch.float64) + drawn) * samples / rows).long().clamp_max(samples - 1).tolist()
+
+
+def encoding_without_pilot(classes: int, request: Request) -> Encoding | None:
+    """The encoding where every class is kept, which needs no pilot; None where it is to be planned.
+
+    Raises:
+        UsageError: if what was asked for cannot be.
+    """
+    if classes < MIN_CLASSES:
+        raise UsageError("a teacher of one class has nothing to teach", "use a data set of two classes or more")
+    if isinstance(request.top_k, int) and request.top_k > classes:
+        raise UsageError(
+            f"top_k {request.top_k} is larger than the number of classes, {classes}",
+            "set cache.top_k to less, to all, or to auto",
+        )
+    few = classes <= FEW_CLASSES or request.dtype == "uint8"
+    if request.top_k in ("all", classes) or (request.top_k == "auto" and few):
+        return Encoding(num_classes=classes, top_k=classes, tail="none", dtype=request.dtype)
+    if request.dtype == "uint8":
+        raise UsageError("uint8 needs every class", "set cache.top_k to all, or cache.dtype to float16")
+    if request.tail == "uniform" and request.top_k == "auto":
+        raise UsageError("a uniform tail has no plan", "set cache.top_k to a number, or cache.tail to lowrank")
+    return None
+
+
+def plan_encoding(logits: Tensor, labels: Tensor, request: Request) -> Choice:
+    """Choose how to encode the rows of a teacher of which not every class is kept.
+
+    Args:
+        logits: [P, C] float32, the pilot's, on any device.
+        labels: [P] int64, -1 where not known.
+        request: what the user asked for.
+
+    Raises:
+        UsageError: if no candidate is within a fidelity that was asked for; says how near the best came.
+    """
+    held = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    held[::4] = True
+    fitted = ~held if len(logits) > 1 else held
+    bench = _Bench(logits[fitted], labels[fitted], logits[held], labels[held], request)
+    tried: list[Candidate] = []
+    cheapest: Candidate | None = None
+    for candidate in bench.candidates():
+        tried.append(candidate)
+        within = not bench.is_planned or candidate.worst <= bench.target
+        if within and (cheapest is None or candidate.bytes_per_row < cheapest.bytes_per_row):
+            cheapest = candidate
+            bench.bound = candidate.bytes_per_row
+    nearest = min(tried, key=lambda candidate: candidate.worst)
+    if cheapest is None and request.fidelity is not None:
+        raise UsageError(
+            f"no encoding with these settings is within a fidelity of {request.fidelity}; the nearest, "
+            f"{described(nearest)}, has {nearest.worst:.4f}",
+            "set cache.top_k to auto, or ask for less: cache.fidelity",
+        )
+    return Choice(cheapest or nearest, tried, int(held.sum()))
+
+
+def described(candidate: Candidate) -> str:
+    """A candidate in a few words."""
+    encoding = candidate.encoding
+    if encoding.dense:
+        return f"every class, {encoding.dtype}"
+    tail = f"rank {encoding.rank}, step {candidate.step:g}" if encoding.rank else "uniform tail"
+    return f"top {encoding.top_k}, {tail}"
+
+
+class _Bench:
+    """Fits, encodes and measures candidates on one pilot."""
+
+    def __init__(self, fitted: Tensor, fitted_labels: Tensor, held: Tensor, held_labels: Tensor, request: Request):
+        self.fitted, self.fitted_labels = fitted.float(), fitted_labels
+        self.held, self.held_labels = held.float(), held_labels
+        self.request = request
+        self.classes = held.shape[1]
+        self.target = request.fidelity or USUAL_FIDELITY
+        self.bound = math.inf
+        """Bytes of the cheapest candidate that is within the target: what costs more need not be tried."""
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the target decides; not where the user has settled k and R."""
+        return self.request.tail == "lowrank" and self.request.rank is None
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Every candidate that the request allows."""
+        asked = self.request
+        if asked.tail == "uniform" and isinstance(asked.top_k, int):
+            yield self.measure(asked.top_k, "uniform", asked.dtype)
+            return
+        if asked.top_k == "auto":
+            yield self.measure(self.classes, "none", asked.dtype)
+            if asked.dtype == "float16":
+                yield self.measure(self.classes, "none", "uint8")
+        heads = (asked.top_k,) if isinstance(asked.top_k, int) else _HEADS
+        ranks = _RANKS if asked.rank is None else (asked.rank,)
+        steps = _STEPS if asked.rank is None else (0.2,)
+        for top_k in heads:
+            yield from self._with_head(top_k, ranks, steps)
+
+    def _with_head(self, top_k: int, ranks: tuple[int, ...], steps: tuple[float, ...]) -> Iterator[Candidate]:
+        largest = min(self.classes - top_k, len(self.fitted))
+        for rank in sorted({min(rank, largest) for rank in ranks}):
+            if top_k >= self.classes or rank < 1:
+                return
+            basis, mean = principal_components(self.fitted, rank)
+            stated = stated_classes(self.fitted, self.fitted_labels, top_k)
+            coordinates = fit_coordinates(self.fitted, stated, basis, mean)
+            before = math.inf
+            for step in steps:
+                fitted = TailBasis(basis, mean, choose_scale(coordinates, step))
+                candidate = self.measure(top_k, "lowrank", self.request.dtype, fitted, step)
+                yield candidate
+                # A finer step costs more; and where the last one gained little, it is the rank that is too low.
+                dear, gained = candidate.bytes_per_row >= self.bound, candidate.worst < 0.98 * before
+                if candidate.worst <= self.target or dear or not gained:
+                    break
+                before = candidate.worst
+            if step == steps[0] and candidate.bytes_per_row >= self.bound:
+                return  # so does a higher rank
+
+    def measure(
+        self, top_k: int, tail: str, dtype: str, basis: TailBasis | None = None, step: float = 0.0
+    ) -> Candidate:
+        """Encode and decode the held-out rows."""
+        encoding = Encoding.model_validate(
+            {
+                "num_classes": self.classes,
+                "top_k": top_k,
+                "tail": tail,
+                "rank": len(basis.scale) if basis is not None else 0,
+                "dtype": dtype,
+            }
+        )
+        rows = encode(self.held, self.held_labels, encoding, basis)
+        decoded = decode(rows, self.held_labels, encoding, basis)
+        variation = {t: float(total_variation(self.held, decoded, t).mean()) for t in TEMPERATURES}
+        on_cpu = basis.to("cpu") if basis is not None else None
+        return Candidate(encoding, step, layout.bytes_per_row(encoding, rows), variation, on_cpu)
