@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdcache.cache import operations
 from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import Rows, encode
+from kdcache.cache.planner import encoding_without_pilot, plan_encoding
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.schema import (
     Plan,
@@ -21,7 +22,7 @@ from kdcache.datasets import load_split
 from kdcache.errors import InterruptedRun, KdcacheError
 from kdcache.evaluate import try_network
 from kdcache.models import build_model, preset_transform
-from kdcache.pilot import choose, plan_cache, run_pilot, teacher_logits, views_of
+from kdcache.pilot import Planned, choose, plan_cache, request_of, run_pilot, teacher_logits, views_of
 from kdcache.pipeline import CacheSpec, Pipeline, Transform
 from kdcache.progress import Progress, Silent, Task
 from kdcache.samples import Samples, digest_of
@@ -58,6 +59,24 @@ def load_teacher(pipeline: Pipeline) -> LoadedTeacher:
         transform = preset_transform(spec) or samples.transform
     # Of a teacher from a file the name is kept, not where the file lay on this machine.
     return LoadedTeacher(model, spec.model.rpartition("/")[2], samples, transform)
+
+
+def plan_for_teacher(pipeline: Pipeline, device: torch.device | str, progress: Progress) -> Planned:
+    """What a cache of a pipeline's teacher would keep, from a pilot; nothing is written.
+
+    Raises:
+        KdcacheError: if anything does not fit.
+    """
+    loaded, spec = load_teacher(pipeline), pipeline.cache
+    rows = len(loaded.samples) * views_of(spec, loaded.transform).count
+    every = encoding_without_pilot(loaded.samples.num_classes, request_of(spec))
+    if every is not None:
+        return Planned(every, None, rows)
+    model = loaded.model.to(device).eval()
+    with progress.task("pilot", min(spec.pilot_rows, len(loaded.samples)), "rows") as task:
+        pilot = run_pilot(model, loaded.samples, loaded.transform, spec, device, task)
+    choice = plan_encoding(*pilot, request_of(spec))
+    return Planned(choice.chosen.encoding, choice, rows)
 
 
 def dump_teacher(

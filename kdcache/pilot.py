@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from kdcache.cache import layout
 from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import not_finite
-from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
+from kdcache.cache.planner import Choice, encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.schema import (
     PLAN,
     DatasetRecord,
@@ -35,6 +36,8 @@ from kdcache.progress import Task
 from kdcache.provenance import versions
 from kdcache.samples import Samples
 from kdcache.views import View, batches, cut_range, is_random
+
+_NPZ = "write it with numpy.savez(path, logits=[N, C] floats, labels=[N] integers)"
 
 
 class Chosen(NamedTuple):
@@ -61,6 +64,62 @@ def run_pilot(
         parts.append((teacher_logits(model, images, which, samples.num_classes, device), labels.to(device)))
         task.advance(len(which))
     return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+class Planned(NamedTuple):
+    """What a cache would keep.
+
+    Attributes:
+        encoding: of its rows.
+        choice: what was tried; None where every class is kept.
+        rows: of all its views.
+    """
+
+    encoding: Encoding
+    choice: Choice | None
+    rows: int
+
+    @property
+    def gigabytes(self) -> float:
+        """What the rows and the basis would take on disk, in 10^9 bytes, as far as the pilot tells."""
+        a_row = self.choice.chosen.bytes_per_row if self.choice else 0.0
+        return (a_row * self.rows + 2 * self.encoding.rank * self.encoding.num_classes) / 1e9
+
+
+def plan_for_logits(path: Path, fidelity: float | None) -> Planned:
+    """What a cache of the logits in an npz file would keep; `labels` in it are taken for the true classes.
+
+    Raises:
+        UsageError: if the file does not hold logits [N, C].
+        CorruptError: if a logit is NaN or infinite.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise UsageError(f"cannot read {path} as an npz file: {error}", _NPZ) from None
+    logits = arrays.get("logits", np.empty(0))
+    labels = arrays.get("labels", np.full(len(logits), -1))
+    if (
+        logits.ndim != 2
+        or logits.dtype.kind != "f"
+        or labels.shape != logits.shape[:1]
+        or labels.dtype.kind not in "iu"
+    ):
+        held = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in arrays.items())
+        raise UsageError(f"{path} holds {held or 'nothing'}", _NPZ)
+    if len(labels) and not (labels.min() >= -1 and labels.max() < logits.shape[1]):
+        raise MismatchError(f"labels of {path} are outside 0 to {logits.shape[1] - 1}", "correct them; -1 is unknown")
+    spec = CacheSpec.model_validate({"fidelity": fidelity})
+    every = encoding_without_pilot(logits.shape[1], request_of(spec))
+    if every is not None:
+        return Planned(every, None, len(logits))
+    ids = pilot_ids(len(logits), spec.pilot_rows)
+    pilot = torch.from_numpy(logits[ids].astype(np.float32))
+    if len(bad := not_finite(pilot)):
+        raise CorruptError(f"row {ids[int(bad[0])]} of {path} holds NaN or infinite logits", "correct the logits")
+    choice = plan_encoding(pilot, torch.from_numpy(labels[ids].astype(np.int64)), request_of(spec))
+    return Planned(choice.chosen.encoding, choice, len(logits))
 
 
 def choose(out: Path, spec: CacheSpec, classes: int, pilot: Callable[[], tuple[Tensor, Tensor]]) -> Chosen:

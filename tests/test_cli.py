@@ -89,6 +89,66 @@ def test_info_says_what_the_manifest_says(work: Path) -> None:
     assert told["bytes_per_row"] == round(size / 1000, 2)
 
 
+@pytest.fixture(scope="module")
+def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real logits of a 300-class teacher, as `plan --logits` takes them."""
+    path = tmp_path_factory.mktemp("glyphs") / "logits.npz"
+    with np.load(Path(__file__).parent / "reference" / "glyphs300.npz") as stored:
+        np.savez(path, logits=stored["teacher"], labels=stored["labels"])
+    return path
+
+
+def test_plan_says_what_it_tried_and_what_it_costs(glyphs: Path) -> None:
+    text = ok("plan", "--logits", glyphs, "--fidelity", 0.02)
+    told = json.loads(ok("plan", "--logits", glyphs, "--fidelity", 0.02, "--json"))
+    (chosen,) = (candidate for candidate in told["tried"] if candidate["chosen"])
+    within = [c for c in told["tried"] if max(c["total_variation"][t] for t in "124") <= 0.02]
+    assert chosen["bytes_per_row"] == min(candidate["bytes_per_row"] for candidate in within)
+    assert f"top {chosen['top_k']}, rank {chosen['rank']}, step {chosen['step']:g}" in text
+    assert text.count("chosen") == 2
+    assert f"{chosen['bytes_per_row']:.1f} bytes a row" in text
+    assert "for 1,500 rows" in text
+
+
+def test_plan_of_a_pipeline_writes_nothing(work: Path) -> None:
+    before = files(work)
+    assert "every class is kept" in ok("plan", RECIPE, *weights(work))
+    told = json.loads(ok("plan", RECIPE, *weights(work), "--set", "cache.top_k=3", "--json"))
+    assert told["encoding"]["top_k"] == 3
+    assert told["rows"] == 1000
+    assert files(work) == before
+
+
+def test_plan_of_what_is_no_logits(tmp_path: Path, glyphs: Path) -> None:
+    bad = tmp_path / "bad.npz"
+    np.savez(bad, logits=np.zeros((5, 3), np.int64))
+    assert "holds logits [5, 3] int64" in refused(2, "plan", "--logits", bad)
+    bad.write_bytes(b"nothing")
+    assert "cannot read" in refused(2, "plan", "--logits", bad)
+    logits = np.random.default_rng(0).normal(size=(500, 80))
+    np.savez(bad, logits=logits, labels=np.full(500, 80))
+    assert "outside 0 to 79" in refused(4, "plan", "--logits", bad)
+    logits[:, 7] = np.nan
+    np.savez(bad, logits=logits)
+    assert "row 0 of" in refused(5, "plan", "--logits", bad)
+    assert "takes a pipeline" in refused(2, "plan")
+    refused(2, "plan", RECIPE, "--logits", glyphs)
+
+
+def test_a_cache_measures_itself(work: Path, tmp_path: Path) -> None:
+    assert "every class is kept" in ok("info", work / "digits.kdcache", "--fidelity")
+    arguments = ["-o", tmp_path / "three.kdcache", "--top-k", 3, *weights(work), "--json"]
+    planned = json.loads(ok("dump-teacher", RECIPE, *arguments))["plan"]["fidelity"]["total_variation"]
+    assert "total variation" in ok("info", tmp_path / "three.kdcache")
+    told = json.loads(ok("info", tmp_path / "three.kdcache", "--fidelity", "--json"))
+    assert [(found["view"], found["temperature"]) for found in told["measured"]] == [(0, 2), (0, 4), (0, 8)]
+    for found in told["measured"]:
+        # A difference in one set of classes is never more than the total variation.
+        assert 0 < found["tail_mass"] <= 1.1 * planned[str(found["temperature"])] + 1e-4
+    table = ok("info", tmp_path / "three.kdcache", "--fidelity")
+    assert f"{told['measured'][0]['logsumexp']:.5f}" in table
+
+
 @pytest.mark.parametrize("loss", ["ce", "kd", "dtkd", "ka", "dtd", "ka+dtd", "dtkd+ka"])
 def test_a_student_of_every_loss(loss: str, work: Path, tmp_path: Path) -> None:
     cache = ["--cache", work / "digits.kdcache"] if loss != "ce" else []

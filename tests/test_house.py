@@ -54,6 +54,7 @@ FLOORS = [
     "cli.output",
     "cli.options",
     "cli.info",
+    "cli.plan",
     "cli.demo",
     "cli.stage_one",
     "cli.stage_two",

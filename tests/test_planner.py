@@ -224,9 +224,9 @@ def test_what_is_settled_is_not_planned() -> None:
         ({"tail": "uniform"}, "a uniform tail has no plan"),
         ({"top_k": 3, "dtype": "uint8"}, "uint8 needs every class"),
     )
-    for settings, words in refused:
+    for wrong, words in refused:
         with pytest.raises(UsageError, match=words):
-            encoding_without_pilot(300, asked(**settings))
+            encoding_without_pilot(300, asked(**wrong))
 
 
 def test_bytes_per_row_are_those_of_a_real_store() -> None:

@@ -30,7 +30,7 @@ def blocks(language: str) -> list[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a clone to the README's commands, with `pip` and `pytest` already run."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("pipelines", "data"):
+    for name in ("pipelines", "data", "benchmarks", "tests"):
         (folder / name).symlink_to(ROOT / name)
     tools = folder / ".tools"
     tools.mkdir()
@@ -59,6 +59,8 @@ def test_every_command_runs_in_order_and_prints_what_the_readme_shows(checkout: 
     printed = "".join(run(["bash", "-euc", block], checkout) for block in blocks("bash"))
     assert (checkout / ".tools" / "called").read_text().count("install -e") == 2
     assert names_of_lines(blocks("text")[0]) == names_of_lines(printed)[:12]
+    benchmark = next(block for block in blocks("text") if block.startswith("300 classes"))
+    assert names_of_lines(run([sys.executable, "benchmarks/fidelity.py"], checkout)) == names_of_lines(benchmark)
     assert (checkout / "kdcache-demo" / "demo.png").stat().st_size > 10_000
     assert (checkout / "runs" / "digits-ka" / "model.safetensors").is_file()
     for number, block in enumerate(blocks("python")):

@@ -16,8 +16,12 @@ from dask.base import compute
 from dask.delayed import delayed
 
 from kdcache.cache import layout
-from kdcache.cache.codec import decode
-from kdcache.cache.schema import Plan, Summary
+from kdcache.cache.basis import TailBasis
+from kdcache.cache.codec import decode, stated_classes, tail_log_mass
+from kdcache.cache.schema import TAIL_TEMPERATURES, Plan, Summary
+
+_ROWS_AT_ONCE = 4096
+_TINY = 1e-12
 
 
 class _Sums(NamedTuple):
@@ -64,3 +68,59 @@ def _sums(cache: Path, plan: Plan, view: int, shard: int, labels: torch.Tensor) 
         entropy=math.fsum(entropy.tolist()),
         top_probability=math.fsum(top_log_prob.double().exp().tolist()),
     )
+
+
+class SelfFidelity(NamedTuple):
+    """How near decoded rows of a view are to what was recorded of them, over all rows, without the teacher.
+
+    Attributes:
+        view: which one.
+        temperature: T.
+        tail_mass: mean |recorded - decoded| mass of the tail at T; a lower bound of the total variation.
+        logsumexp: mean |recorded - decoded| logsumexp of the log-probabilities divided by T, in nats.
+    """
+
+    view: int
+    temperature: int
+    tail_mass: float
+    logsumexp: float
+
+
+def measure_itself(cache: Path, plan: Plan) -> list[SelfFidelity]:
+    """Hold what rows decode to against the masses that were recorded at T = 2, 4, 8 and that decoding does not use.
+
+    Empty where every class is kept: there is nothing that was not recorded.
+    """
+    if plan.encoding.dense:
+        return []
+    labels = torch.from_numpy(layout.read_samples(cache, plan)[0].astype(np.int64))
+    basis = layout.read_basis(cache, plan)
+    measured = []
+    for view in range(plan.views.count):
+        parts = [delayed(_self_errors)(cache, plan, view, shard, labels, basis) for shard in range(plan.shards)]
+        sums = compute(*parts, scheduler="threads")  # type: ignore[no-untyped-call]
+        for place, t in enumerate(TAIL_TEMPERATURES[1:]):
+            mass, level = (math.fsum(part[place][kind] for part in sums) / plan.dataset.samples for kind in (0, 1))
+            measured.append(SelfFidelity(view, t, mass, level))
+    return measured
+
+
+def _self_errors(
+    cache: Path, plan: Plan, view: int, shard: int, labels: torch.Tensor, basis: TailBasis | None
+) -> list[tuple[float, float]]:
+    """Of one shard, summed over its rows: errors of the tail's mass and of the logsumexp at T = 2, 4, 8."""
+    ids = plan.shard_ids(shard)
+    errors = [(0.0, 0.0)] * (len(TAIL_TEMPERATURES) - 1)
+    for start in range(ids.start, ids.stop, _ROWS_AT_ONCE):
+        rows = layout.read_rows(cache, plan, view, range(start, min(start + _ROWS_AT_ONCE, ids.stop)))
+        truth = labels[start : start + len(rows)]
+        logits = decode(rows, truth, plan.encoding, basis)
+        stated = stated_classes(logits, truth, plan.encoding.top_k)
+        for place, t in enumerate(TAIL_TEMPERATURES[1:]):
+            recorded = rows.statistics[:, plan.encoding.statistics.index(f"tail_log_mass_t{t}")].double().exp()
+            decoded = tail_log_mass(logits.double(), stated, t).exp()
+            # Head and label are stated, so the logsumexp follows from their sum and the share that the tail has.
+            level = ((1 - decoded).clamp_min(_TINY).log() - (1 - recorded).clamp_min(_TINY).log()).abs()
+            mass, summed = errors[place]
+            errors[place] = mass + float((recorded - decoded).abs().sum()), summed + float(level.sum())
+    return errors

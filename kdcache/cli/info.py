@@ -12,12 +12,14 @@ from kdcache.cli.options import json_option
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
+    from kdcache.cache.schema import Fidelity
 
 
 @click.command("info")
 @click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--fidelity", is_flag=True, help="Measure every view against its own records, without the teacher.")
 @json_option
-def info(cache: Path, as_json: bool) -> None:
+def info(cache: Path, fidelity: bool, as_json: bool) -> None:
     """Say what a CACHE holds, who made it, and what its teacher is like; every byte is checked on the way.
 
     \b
@@ -25,7 +27,35 @@ def info(cache: Path, as_json: bool) -> None:
     """
     from kdcache.cache import open_cache
 
-    describe(open_cache(cache), as_json)
+    opened = open_cache(cache)
+    if fidelity:
+        _measure(opened, as_json)
+    else:
+        describe(opened, as_json)
+
+
+def _measure(cache: Cache, as_json: bool) -> None:
+    """Print how near decoded rows are to what was recorded of them."""
+    from kdcache.cache.operations import measure_itself
+
+    plan = cache.manifest.plan
+    measured = measure_itself(cache.path, plan)
+    if as_json:
+        planned = plan.fidelity.model_dump() if plan.fidelity else None
+        output.as_json({"planned": planned, "measured": [found._asdict() for found in measured]})
+    elif not measured:
+        output.result(f"every class is kept in {plan.encoding.dtype}: nothing is left to estimate")
+    else:
+        output.table(
+            f"Recorded against decoded, mean over {plan.dataset.samples:,} rows a view",
+            ["view", "T", "tail's mass", "logsumexp"],
+            [[str(f.view), str(f.temperature), f"{f.tail_mass:.5f}", f"{f.logsumexp:.5f}"] for f in measured],
+        )
+
+
+def _fidelity(measured: Fidelity) -> str:
+    by_temperature = ", ".join(f"{value:.4f} at T = {t}" for t, value in measured.total_variation.items())
+    return f"total variation {by_temperature} (mean over {measured.rows:,} pilot rows)"
 
 
 def describe(cache: Cache, as_json: bool) -> None:
@@ -44,6 +74,8 @@ def describe(cache: Cache, as_json: bool) -> None:
         )
         return
     kept = "every class" if plan.encoding.dense else f"top {plan.encoding.top_k}, {plan.encoding.tail} tail"
+    if plan.encoding.rank:
+        kept += f" of rank {plan.encoding.rank}"
     accuracy = manifest.summary.teacher_accuracy
     output.facts(
         {
@@ -56,6 +88,7 @@ def describe(cache: Cache, as_json: bool) -> None:
             "views": f"{plan.views.count}, seed {plan.views.seed}, "
             + (" > ".join(name for step in plan.views.transform for name in step) or "no transform"),
             "kept": f"{kept}, {plan.encoding.dtype} log-probabilities",
+            **({"fidelity": _fidelity(plan.fidelity)} if plan.fidelity else {}),
             "size": f"{cache.bytes_on_disk:,} bytes, {per_row:.1f} a row, {plan.views.count * plan.shards} shard(s)",
             "accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
             "sharpness": f"{manifest.summary.mean_sharpness:.3f} (mean logsumexp)",

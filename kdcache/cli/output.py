@@ -19,6 +19,8 @@ from kdcache.errors import KdcacheError
 if TYPE_CHECKING:
     from kdcache.train import Result
 
+# A figure that a narrow terminal cuts off is worse than a line that wraps.
+_tables = Console(highlight=False, width=240)
 _results = Console(highlight=False, soft_wrap=True)
 _messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -52,7 +54,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         drawn.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
-    _results.print(drawn)
+    _tables.print(drawn)
 
 
 def error(mistake: KdcacheError) -> None:

@@ -51,7 +51,8 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
         MismatchError: for weights that do not fit.
     """
     kind, _, name = spec.model.partition(":")
-    if trained and spec.weights is None and not (kind == "torchvision" and "@" in name):
+    brings_its_own = kind.endswith(".py") or (kind == "torchvision" and "@" in name)
+    if trained and spec.weights is None and not brings_its_own:
         raise UsageError(
             f"the teacher {spec.model} has no weights",
             "make some with `kdcache train-teacher`, and set teacher.weights to the checkpoint "
