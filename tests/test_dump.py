@@ -109,12 +109,12 @@ def dump(out, count, transform=None, **spec):
 def test_digest_does_not_depend_on_workers(tmp_path: Path) -> None:
     lines = [
         f"dump({str(tmp_path / str(workers))!r}, 37, FLIP, views=2, shard_rows=8, batch_size=3, workers={workers})"
-        for workers in (0, 1, 2)
+        for workers in (0, 2)
     ]
     command = [sys.executable, "-c", "\n".join([DUMP, *lines]), str(Path(__file__).parent)]
-    first, *others = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    assert first.startswith("sha256:")
-    assert others == [first, first]
+    alone, shared = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    assert alone.startswith("sha256:")
+    assert shared == alone
 
 
 class OneLogitOff(BatchMinded):
@@ -309,8 +309,7 @@ def fail_at(sample: int, error: BaseException) -> Callable[[Tensor, Tensor], Ten
     return change
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("sample", [0, 31, 36])
+@pytest.mark.parametrize(("sample", "value"), [(0, np.nan), (31, np.nan), (36, np.inf), (31, -np.inf)])
 def test_a_logit_that_is_no_number_is_refused_by_its_sample(sample: int, value: float, tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match=rf"sample {sample} \(1 of the") as caught:
         dump(tmp_path / "c.kdcache", model=Wrapped(spoil(sample, value)))

@@ -138,7 +138,9 @@ def test_killed_at_any_change_of_a_file_it_goes_on_to_the_same_cache(whole: Cach
         # A cache is made beside its place: of the changes there, one in four will do.
         at += 1 if out.exists() else 4
         check_goes_on(out, whole)
-    assert killed_within > 2 * (4 * 3 + 2), "of each shard, each array is cleared, written and renamed, then the marker"
+    assert killed_within >= 2 * (4 * 3 + 2), (
+        "of each shard, each array is cleared, written and renamed, then the marker"
+    )
     assert contents(out) == contents(whole.path)
 
 

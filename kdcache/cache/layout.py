@@ -7,7 +7,6 @@ every array writes its chunks even where they hold nothing but the fill value, o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,10 +190,11 @@ def common_files(plan: Plan) -> Iterator[str]:
     yield f"{STORE}/zarr.json"
     for name in _row_arrays(plan) | _whole_arrays(plan):
         yield f"{STORE}/{name}/zarr.json"
-    for name, array in _whole_arrays(plan).items():
-        counts = [-(-size // shard) for size, shard in zip(array.shape, array.shards, strict=True)]
-        for place in product(*map(range, counts)):
-            yield "/".join((STORE, name, "c", *map(str, place)))
+    for name, array in _basis_arrays(plan).items():
+        yield f"{STORE}/{name}/c" + "/0" * len(array.shape)
+    for name in _sample_arrays(plan):
+        for shard in range(plan.shards):
+            yield f"{STORE}/{name}/c/{shard}"
 
 
 def check_listed(cache: Path, plan: Plan, sizes: dict[str, int]) -> None:
@@ -251,10 +251,10 @@ def read_samples(cache: Path, plan: Plan) -> tuple[npt.NDArray[np.int32], npt.ND
 
 def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
     """The basis of the teacher's tail; None where the encoding has none."""
+    if not plan.encoding.rank:
+        return None
     group = _open(cache)
     arrays = {name: _read(group, name, expected, ...) for name, expected in _basis_arrays(plan).items()}
-    if not arrays:
-        return None
     if not all(np.isfinite(array).all() for array in arrays.values()) or (arrays["tail_scale"] <= 0).any():
         raise CorruptError(f"the tail basis of {cache} holds NaN, infinities or a scale that is not positive", _AGAIN)
     return TailBasis(*(torch.from_numpy(arrays[name]) for name in ("tail_basis", "tail_mean", "tail_scale")))
