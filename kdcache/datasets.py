@@ -21,6 +21,7 @@ from kdcache.samples import ArrayImages, FileImages, Samples, check_labels
 from kdcache.shipped import shipped
 
 Split = Literal["train", "validation", "test"]
+MOST_CHANNELS = 4
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -191,6 +192,11 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
     check_labels(labels, len(names), str(path))
     if images.ndim == 3:
         images = images[..., None]
+    if images.shape[3] > MOST_CHANNELS:
+        raise UsageError(
+            f"{path} has images {list(images.shape)}, which would be {images.shape[3]} channels",
+            "channels come last: [N, H, W, channels], as numpy.moveaxis(images, 1, -1) makes them",
+        )
     ids = _share(len(images), split, spec)
     channels = images.shape[3]
     return Samples(

@@ -88,7 +88,7 @@ def _run(out: Path, seeds: int, device: torch.device | str, progress: Progress) 
         loaded.model,
         loaded.samples,
         out / "digits.kdcache",
-        name=loaded.name,
+        name=loaded.identity,
         transform=loaded.transform,
         spec=pipeline.cache,
         device=device,

@@ -17,16 +17,20 @@ from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.schema import (
     Plan,
 )
+from kdcache.cache.verify import record_of
 from kdcache.cache.writer import CacheWriter, check_place
 from kdcache.datasets import load_split
 from kdcache.errors import InterruptedRun, KdcacheError
 from kdcache.evaluate import try_network
 from kdcache.models import build_model, preset_transform
-from kdcache.pilot import Planned, choose, plan_cache, request_of, run_pilot, teacher_logits, views_of
+from kdcache.pilot import Identity, Planned, choose, plan_cache, request_of, run_pilot, teacher_logits, views_of
 from kdcache.pipeline import CacheSpec, Pipeline, Transform
 from kdcache.progress import Progress, Silent, Task
 from kdcache.samples import Samples, digest_of
 from kdcache.views import View, batches, cut_range
+
+_CHANCE = 1.5
+"""A teacher below so many times the accuracy of guessing deserves a word."""
 
 
 class _Cut(NamedTuple):
@@ -40,7 +44,7 @@ class LoadedTeacher(NamedTuple):
     """What the `dataset` and `teacher` sections of a pipeline name."""
 
     model: nn.Module
-    name: str
+    identity: Identity
     samples: Samples
     transform: Transform
 
@@ -53,12 +57,14 @@ def load_teacher(pipeline: Pipeline) -> LoadedTeacher:
     """
     spec = pipeline.section("teacher")
     samples = load_split(pipeline.dataset, "train")
-    model = build_model(spec, samples.num_classes, samples.images.shape(), trained=True)
     transform = pipeline.transform
     if transform is None:
         transform = preset_transform(spec) or samples.transform
+    model = build_model(spec, samples.num_classes, View(samples, transform).shape(), trained=True)
+    path, _, _ = spec.model.partition(":")
+    code = f"sha256:{record_of(Path(path)).sha256}" if path.endswith(".py") else None
     # Of a teacher from a file the name is kept, not where the file lay on this machine.
-    return LoadedTeacher(model, spec.model.rpartition("/")[2], samples, transform)
+    return LoadedTeacher(model, Identity(spec.model.rpartition("/")[2], spec.args, code), samples, transform)
 
 
 def plan_for_teacher(pipeline: Pipeline, device: torch.device | str, progress: Progress) -> Planned:
@@ -84,7 +90,7 @@ def dump_teacher(
     samples: Samples,
     out: str | Path,
     *,
-    name: str = "teacher",
+    name: str | Identity = "teacher",
     transform: Transform | None = None,
     spec: CacheSpec | None = None,
     device: torch.device | str = "cpu",
@@ -99,7 +105,7 @@ def dump_teacher(
         model: the teacher; put into evaluation mode.
         samples: the data set, in its own order.
         out: folder of the cache, by custom `NAME.kdcache`.
-        name: what the manifest calls the teacher.
+        name: what the manifest calls the teacher, and what else tells it from another of the same weights.
         transform: what the teacher sees of an image; None for the data set's own.
         spec: what to keep; the defaults keep every class in float16.
         device: where the teacher runs and rows are encoded.
@@ -109,7 +115,8 @@ def dump_teacher(
         UsageError: if the settings do not fit, or `out` is something else.
         MismatchError: if the teacher does not return [B, C], or `out` was begun with other settings.
         CorruptError: if it returns NaN or infinities; names the sample.
-            Whatever the teacher or the data set did wrong, what this call began is deleted.
+            After these errors what this call began is deleted; after any other exception, such as one of the
+            teacher's own, finished shards stay.
         InterruptedRun: on Ctrl-C; what is written stays.
     """
     out, spec = Path(out), spec or CacheSpec()
@@ -117,6 +124,9 @@ def dump_teacher(
     transform = samples.transform if transform is None else transform
     check_place(out)
     views = views_of(spec, transform)
+    encoding_without_pilot(
+        samples.num_classes, request_of(spec)
+    )  # before the images are read: what cannot be asked for
     model = model.to(device).eval()
     try_network(model, View(samples, transform, spec.seed), device, "teacher")
     keys = samples.keys(listener)
@@ -126,7 +136,8 @@ def dump_teacher(
             return run_pilot(model, samples, transform, spec, device, task)
 
     chosen = choose(out, spec, samples.num_classes, pilot)
-    plan = plan_cache(name, model, samples, digest_of(keys, samples.labels), spec, views, chosen)
+    teacher = name if isinstance(name, Identity) else Identity(name, {}, None)
+    plan = plan_cache(teacher, model, samples, digest_of(keys, samples.labels), spec, views, chosen)
     basis = chosen.basis.to(device) if chosen.basis is not None else None
     writer = CacheWriter(out, plan, samples.labels, keys, chosen.basis)
     try:
@@ -150,7 +161,13 @@ def dump_teacher(
         raise InterruptedRun(
             f"interrupted; {out} keeps its finished shards", "run the same command again to go on"
         ) from None
-    return open_cache(out)
+    cache = open_cache(out)
+    accuracy = cache.manifest.summary.teacher_accuracy
+    if accuracy is not None and accuracy < _CHANCE / samples.num_classes:
+        listener.say(
+            f"note: the teacher is right on {accuracy:.1%} of these samples, which is hardly better than chance"
+        )
+    return cache
 
 
 def _run(

@@ -23,7 +23,7 @@ Teacher = Callable[[Tensor, int], Tensor]
 
 
 class Epoch(NamedTuple):
-    """A line of metrics.csv. Losses are means over the epoch's steps, `cross_entropy` and `distillation` unweighted."""
+    """A line of metrics.csv; losses are means over the epoch's steps, `LossParts` says of what."""
 
     epoch: int
     lr: float

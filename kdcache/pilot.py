@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,14 @@ from kdcache.samples import Samples
 from kdcache.views import View, batches, cut_range, is_random
 
 _NPZ = "write it with numpy.savez(path, logits=[N, C] floats, labels=[N] integers)"
+
+
+class Identity(NamedTuple):
+    """What tells a teacher from another beside its weights; see `TeacherRecord`."""
+
+    name: str
+    arguments: dict[str, Any]
+    code_digest: str | None
 
 
 class Chosen(NamedTuple):
@@ -163,7 +171,13 @@ def views_of(spec: CacheSpec, transform: Transform) -> ViewsRecord:
 
 
 def plan_cache(
-    name: str, model: nn.Module, samples: Samples, digest: str, spec: CacheSpec, views: ViewsRecord, choice: Chosen
+    teacher: Identity,
+    model: nn.Module,
+    samples: Samples,
+    digest: str,
+    spec: CacheSpec,
+    views: ViewsRecord,
+    choice: Chosen,
 ) -> Plan:
     """What a cache will be, before the teacher has run over it.
 
@@ -174,7 +188,7 @@ def plan_cache(
     try:
         return Plan(
             teacher=TeacherRecord(
-                name=name,
+                **teacher._asdict(),
                 weights_digest=weights_digest(model),
                 parameters=sum(p.numel() for p in model.parameters()),
                 precision="float32",

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -308,6 +309,16 @@ def _apply(data: dict[str, Any], override: str, places: dict[Place, str]) -> Non
 _IN_OUR_WORDS = {"extra_forbidden": "unknown key", "missing": "is required", "model_type": "must have keys of its own"}
 
 
+def _keys(section: type[BaseModel]) -> set[str]:
+    """Every key of a section and of those inside it."""
+    found = set(section.model_fields)
+    for field in section.model_fields.values():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= _keys(kind)
+    return found
+
+
 def _checked(data: dict[str, Any], places: dict[Place, str], source: str) -> Pipeline:
     try:
         return Pipeline.model_validate(data)
@@ -322,6 +333,9 @@ def _checked(data: dict[str, Any], places: dict[Place, str], source: str) -> Pip
             if one["type"] in ("missing", "combination") and written[-1:] != one["loc"][-1:]:
                 written = (*written, one["loc"][-1])
             message = _IN_OUR_WORDS.get(one["type"], one["msg"].removeprefix("Value error, "))
+            near = get_close_matches(str(one["loc"][-1]), _keys(Pipeline), cutoff=0.75) if one["loc"] else []
+            if one["type"] == "extra_forbidden" and near:
+                message += f", did you mean {near[0]}?"
             found.setdefault(written, []).append(message)
     problems = []
     for written, messages in found.items():

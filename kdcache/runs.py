@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from kdcache.cache.writer import check_outside
 from kdcache.errors import UsageError
 from kdcache.models import save_weights
 from kdcache.pipeline import Pipeline
@@ -58,10 +59,11 @@ def check_free(out: Path) -> None:
     """That a run may be written to `out`.
 
     Raises:
-        UsageError: if something is there already.
+        UsageError: if something is there already, or the place is inside a cache.
     """
     if out.exists():
         raise UsageError(f"{out} exists", "give another folder with -o, or delete that one first")
+    check_outside(out)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,12 +150,16 @@ def _train(
     extra: dict[str, Any] | None = None,
 ) -> Result:
     samples = train.samples
-    validation = _held_out(pipeline, "validation", train, samples)
-    test = _held_out(pipeline, "test", train, samples)
-    with run_folder(out, pipeline) as run, torch.random.fork_rng():
+    if not loss.uses_teacher and not bool((train.labels >= 0).any()):
+        raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
+    eval_transform = _eval_transform(pipeline, train)
+    validation = _held_out(pipeline, "validation", eval_transform, samples)
+    test = _held_out(pipeline, "test", eval_transform, samples)
+    used = {"transform": train.transform, "eval_transform": eval_transform, "loss": loss}
+    with run_folder(out, pipeline.model_copy(update=used)) as run, torch.random.fork_rng():
         torch.manual_seed(spec.train.seed)
         start = isinstance(spec, StudentSpec) and (spec.weights is not None or "@" in spec.model)
-        model = build_model(spec, samples.num_classes, samples.images.shape(), trained=start)
+        model = build_model(spec, samples.num_classes, train.shape(), trained=start)
         try_network(model, train, "cpu", "network")
         began = time.perf_counter()
         best = fit(
@@ -187,16 +192,25 @@ def _train(
     return Result(model, best, score, seconds, out / CHECKPOINT)
 
 
-def _held_out(pipeline: Pipeline, split: Literal["validation", "test"], train: View, samples: Samples) -> View | None:
+def _held_out(
+    pipeline: Pipeline, split: Literal["validation", "test"], transform: Transform, samples: Samples
+) -> View | None:
     held_out = load_held_out(pipeline.dataset, split)
     if held_out is None:
         return None
     if held_out.class_names != samples.class_names:
         raise MismatchError(f"the {split} split has other classes than the training images", "check the data set")
-    return View(held_out, _eval_transform(pipeline, train, samples))
+    return View(held_out, transform)
 
 
-def _eval_transform(pipeline: Pipeline, train: View, samples: Samples) -> Transform:
+def _eval_transform(pipeline: Pipeline, train: View) -> Transform:
+    """What validation and test images go through: never something random, never something unsaid."""
     if pipeline.eval_transform is not None:
         return pipeline.eval_transform
-    return samples.transform if is_random(train.transform) else train.transform
+    if is_random(train.transform):
+        fixed = [step for step in train.transform if not is_random([step])]
+        raise UsageError(
+            "the transform draws at random, and validation and test images need one that does not",
+            f"say which: its fixed steps would be eval_transform: {json.dumps(fixed)}",
+        )
+    return train.transform

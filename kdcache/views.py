@@ -138,6 +138,11 @@ class View(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images after the transform."""
+        channels, height, width = self[0][0].shape[1:]
+        return channels, height, width
+
     def __getitem__(self, index: int) -> Batch:
         return self.__getitems__([index])
 

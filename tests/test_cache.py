@@ -350,6 +350,8 @@ def test_manifest_says_what_was_done(tmp_path: Path) -> None:
     assert plan["format"] == "kdcache"
     assert plan["teacher"] == {
         "name": "linear",
+        "arguments": {},
+        "code_digest": None,
         "weights_digest": "sha256:"
         + hashlib.sha256(b"weight\0torch.float32\0[16, 10]\0" + weights.tobytes()).hexdigest(),
         "parameters": 0,

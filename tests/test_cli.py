@@ -293,6 +293,65 @@ def test_a_teacher_that_misbehaves(code: int, words: str, body: str, tmp_path: P
     assert {name for name in files(tmp_path) if "__pycache__" not in name} == before
 
 
+def test_another_teacher_of_the_same_weights_does_not_go_on_with_a_cache(work: Path, tmp_path: Path) -> None:
+    code = tmp_path / "net.py"
+    code.write_text(
+        "import torch\n"
+        "def make(num_classes, stop=10**9):\n"
+        "    class Net(torch.nn.Flatten):\n"
+        "        rows = 0\n"
+        "        def forward(self, x):\n"
+        "            self.rows += len(x)\n"
+        "            if self.rows > stop: raise KeyboardInterrupt\n"
+        "            return super().forward(x)[:, :num_classes]\n"
+        "    return Net()\n"
+    )
+    arguments = ["-o", tmp_path / "c.kdcache", "--set", f"teacher.model={code}:make", "--set", "cache.shard_rows=100"]
+    no_weights = ["--set", "teacher.weights=null"]
+    stopped = kdcache("dump-teacher", RECIPE, *arguments, *no_weights, "--set", "teacher.args={stop: 500}")
+    assert stopped.exit_code == 130
+    message = refused(4, "dump-teacher", RECIPE, *arguments, *no_weights, "--set", "teacher.args={}")
+    assert "teacher.arguments.stop: 500, None" in message
+    code.write_text(code.read_text().replace("[:, :num_classes]", "[:, -num_classes:]"))
+    message = refused(4, "dump-teacher", RECIPE, *arguments, *no_weights, "--set", "teacher.args={stop: 500}")
+    assert "teacher.code_digest: sha256:" in message
+
+
+def test_nothing_is_written_inside_a_cache(work: Path) -> None:
+    before = files(work)
+    place = work / "digits.kdcache" / "run"
+    assert "lies inside the cache" in refused(2, "train-teacher", RECIPE, "-o", place, *QUICK)
+    assert "lies inside the cache" in refused(2, "dump-teacher", RECIPE, "-o", place, *weights(work))
+    assert files(work) == before
+
+
+def test_channels_come_last(tmp_path: Path) -> None:
+    recipe = npz_recipe(tmp_path, images=np.zeros((60, 3, 8, 8), np.uint8))
+    assert "channels come last" in refused(2, "train-teacher", recipe, "-o", tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_while_weights_are_saved(tmp_path: Path) -> None:
+    limited = (
+        f"ulimit -f 40; exec {Path(sys.executable).parent / 'kdcache'} train-teacher {RECIPE} -o run {' '.join(QUICK)}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 3, done.stderr
+    assert "error: File too large" in done.stderr
+    assert "fix: make room there" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_in_a_log_is_lines(work: Path, tmp_path: Path) -> None:
+    done = kdcache("dump-teacher", RECIPE, "-o", tmp_path / "x.kdcache", *weights(work))
+    lines = done.stderr.splitlines()
+    assert "teacher: 1,000 rows" in lines
+    assert any(line.startswith("teacher: 1,000 of 1,000 rows, ") for line in lines)
+    assert "\r" not in done.stderr
+
+
 def test_a_cache_of_other_data_is_refused(work: Path, tmp_path: Path) -> None:
     recipe = npz_recipe(tmp_path)
     arguments = ["--cache", work / "digits.kdcache", "-o", tmp_path / "run"]

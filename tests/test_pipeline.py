@@ -165,7 +165,7 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
             "mine.yaml:10: teacher.train.milestones: belong to schedule: multistep, which needs at least one",
             "mine.yaml:11: teacher.train.epochs: Input should be a valid integer",
             "mine.yaml:13: cache.top_k: Input should be a valid integer or Input should be 'all' or 'auto'",
-            "mine.yaml:14: cache.topk: unknown key",
+            "mine.yaml:14: cache.topk: unknown key, did you mean top_k?",
             "mine.yaml:15: cache.seed: Input should be greater than or equal to 0",
             "mine.yaml:16: student: must have keys of its own",
             "mine.yaml:17: loss: loss 'dtkd+dtd' chooses the same thing twice: "

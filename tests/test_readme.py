@@ -110,6 +110,18 @@ def test_the_table_of_keys_is_the_schema() -> None:
     assert table in README, f"put this table into README.md:\n{table}"
 
 
+def test_the_table_of_loss_names_is_what_they_stand_for() -> None:
+    rows = []
+    for name in ("ce", "kd", "ka", "dtd", "dtkd"):
+        loss = Loss.model_validate({"name": name})
+        options = loss.temperature.model_dump(exclude={"kind"})
+        temperature = loss.temperature.kind + ": " + ", ".join(f"{key} {value}" for key, value in options.items())
+        weights = (loss.ce_weight, loss.kd_weight, loss.plain_kd_weight, loss.warmup_epochs)
+        rows.append(f"| `{name}` | " + " | ".join(f"{value:g}" for value in weights) + f" | {temperature} |")
+    table = "\n".join(rows)
+    assert table in README, f"put this table into README.md:\n{table}"
+
+
 def test_the_first_screen_has_the_two_commands() -> None:
     screen = README.splitlines()[:25]
     assert "pip install -e . && kdcache demo" in screen

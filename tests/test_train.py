@@ -116,7 +116,9 @@ def test_the_run_folder_says_what_was_done(cache: kdcache.Cache, tmp_path: Path)
         "resolved.yaml",
         "versions.json",
     ]
-    assert load_pipeline(run / "resolved.yaml") == resolved
+    seen = digits().transform
+    used = resolved.model_copy(update={"transform": seen, "eval_transform": seen})
+    assert load_pipeline(run / "resolved.yaml") == used
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["cache"] == cache.manifest.digest
     assert metrics["labelled"] == 30
@@ -185,7 +187,10 @@ def test_each_epoch_asks_for_its_view(tmp_path: Path) -> None:
 
 def test_a_student_of_two_views_sees_the_teachers_pixels(tmp_path: Path) -> None:
     crop = "transform=[{RandomCrop: {size: 8, padding: 1}}, {ToDtype: {dtype: float32, scale: true}}]"
-    two = pipeline(crop)
+    with pytest.raises(UsageError, match="validation and test images need one that does not") as caught:
+        kdcache.train_student(pipeline(crop, "loss.name=ce"), None, tmp_path / "run")
+    assert '[{"ToDtype": {"dtype": "float32", "scale": true}}]' in caught.value.fix
+    two = pipeline(crop, "eval_transform=[{ToDtype: {dtype: float32, scale: true}}]")
     samples = digits()
     network = SmallMLP(10, 1, 8, 8)
     spec = CacheSpec(views=2, dtype="float32")
@@ -262,6 +267,18 @@ def test_a_teacher_is_trained_and_dumped_through_the_pipeline(tmp_path: Path) ->
     loaded = load_teacher(resolved)
     for key, value in result.model.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[key])
+
+
+def test_a_teacher_run_says_that_it_used_the_labels_alone(tmp_path: Path) -> None:
+    kdcache.train_teacher(pipeline(), tmp_path / "t")
+    assert load_pipeline(tmp_path / "t" / "resolved.yaml").loss.name == "ce"
+
+
+def test_labels_alone_need_labels(tmp_path: Path) -> None:
+    none = ["loss.name=ce", "student.train.labels_per_class=0"]
+    with pytest.raises(UsageError, match="no training image has a label"):
+        kdcache.train_student(pipeline(*none), None, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_student_can_start_from_a_checkpoint(cache: kdcache.Cache, tmp_path: Path) -> None:

@@ -81,9 +81,20 @@ class Encoding(Record):
 
 
 class TeacherRecord(Record):
-    """Which network ran."""
+    """Which network ran.
+
+    Attributes:
+        name: as the pipeline has it, without the folder of a file.
+        arguments: of its constructor.
+        code_digest: of the user's file that builds it; None for a network that a library builds.
+        weights_digest: over parameters and buffers.
+        parameters: their number.
+        precision: that it ran in.
+    """
 
     name: str
+    arguments: dict[str, Any]
+    code_digest: Digest | None
     weights_digest: Digest
     parameters: Size
     precision: str

@@ -37,14 +37,26 @@ from kdcache.cache.verify import check_files, record_of
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
 
 
+def check_outside(path: Path) -> None:
+    """That a path does not lie inside a cache, which is no place for anything else.
+
+    Raises:
+        UsageError: if it does.
+    """
+    inside = next((folder for folder in path.absolute().parents if (folder / layout.STORE).is_dir()), None)
+    if inside is not None:
+        raise UsageError(f"{path} lies inside the cache {inside}", "give a folder outside of it with -o")
+
+
 def check_place(path: Path) -> None:
     """That a cache can be begun at `path`, or gone on with.
 
     Raises:
-        UsageError: if it is something else, or a sealed cache.
+        UsageError: if it is something else, a sealed cache, or inside of one.
     """
     if (path / MANIFEST).exists():
         raise UsageError(f"{path} is already a sealed cache", "give another name with -o, or delete it first")
+    check_outside(path)
     if path.exists() and not (path / PLAN).exists():
         raise UsageError(f"{path} exists and is not a cache", "give another name with -o")
 

@@ -21,7 +21,9 @@ class _Main(click.Group):
         except KdcacheError as mistake:
             failed: KdcacheError = mistake
         except KeyboardInterrupt:
-            failed = InterruptedRun("interrupted; nothing half-written was kept", "run the same command again")
+            failed = InterruptedRun(
+                "interrupted; nothing half-written was kept", "run the same command again; it begins anew"
+            )
         except OSError as problem:
             failed = _mistake(problem)
         output.error(failed)
@@ -33,7 +35,7 @@ def _mistake(problem: OSError) -> KdcacheError:
     where = f"{problem.strerror}: {problem.filename}" if problem.filename else str(problem.strerror)
     if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return IncompleteError(where, "make room there, and run the same command again")
-    if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
         return UsageError(where, "give a place that you may write to, with -o")
     raise problem
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,10 @@ from rich.text import Text
 from kdcache.errors import KdcacheError
 
 if TYPE_CHECKING:
+    from kdcache.progress import Task
     from kdcache.train import Result
+
+_SECONDS_BETWEEN_LINES = 10
 
 # A figure that a narrow terminal cuts off is worse than a line that wraps.
 _tables = Console(highlight=False, width=240)
@@ -74,17 +78,42 @@ class _BarTask:
         self._bars.update(self._number, note=note or speed)
 
 
+class _LineTask:
+    """Progress in a log file: a line at the start, now and then, and at the end."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        self._what, self._total, self._unit, self._done = what, total, unit, 0
+        self._began = self._told = time.monotonic()
+        say(f"{what}: {total:,} {unit}")
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._told > _SECONDS_BETWEEN_LINES or self._done >= self._total:
+            self._told = now
+            speed = self._done / max(now - self._began, 1e-9)
+            left = (self._total - self._done) / speed
+            after = f", {note}" if note else ""
+            say(
+                f"{self._what}: {self._done:,} of {self._total:,} {self._unit}, "
+                f"{speed:,.1f} a second, {left:,.0f} s left{after}"
+            )
+
+
 class Terminal:
-    """Progress bars on stderr: how much is done, how fast, and how long it will take."""
+    """Progress on stderr: how much is done, how fast, how long it will take; lines where it is no terminal."""
 
     @contextmanager
-    def task(self, what: str, total: int, unit: str) -> Iterator[_BarTask]:
+    def task(self, what: str, total: int, unit: str) -> Iterator[Task]:
         """Begin a piece of work of `total` units."""
+        if not _messages.is_terminal:
+            yield _LineTask(what, total, unit)
+            return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
             MofNCompleteColumn(),
             TextColumn(unit),
+            BarColumn(bar_width=20),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),

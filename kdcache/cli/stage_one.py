@@ -71,7 +71,7 @@ def dump_teacher(
         loaded.model,
         loaded.samples,
         out,
-        name=loaded.name,
+        name=loaded.identity,
         transform=loaded.transform,
         spec=resolved.cache,
         device=choose_device(device),

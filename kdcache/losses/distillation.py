@@ -39,7 +39,13 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"kl": dive
 
 
 class LossParts(NamedTuple):
-    """A step's loss, all scalars: `total` is the one to differentiate, the parts are before their weights."""
+    """A step's loss, all scalars.
+
+    Attributes:
+        total: the one to differentiate.
+        cross_entropy: before `ce_weight`.
+        distillation: what `distillation_term` gives: with its weights, before the warm-up.
+    """
 
     total: Tensor
     cross_entropy: Tensor

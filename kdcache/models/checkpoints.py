@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kdcache.errors import CorruptError, MismatchError, UsageError
@@ -93,7 +93,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """Write a network's parameters and buffers as safetensors, whole or not at all."""
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     unfinished = path.with_suffix(".partial")
-    save_file(state, unfinished)
+    # Written by Python, so that a full disk is the OSError that it is everywhere else.
+    unfinished.write_bytes(save(state))
     unfinished.replace(path)
 
 
