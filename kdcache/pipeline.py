@@ -200,7 +200,7 @@ class Pipeline(Section):
 
     def to_yaml(self) -> str:
         """The resolved file, every default spelled out; it reads back to the same pipeline."""
-        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False)
 
 
 class _PlacedLoader(yaml.SafeLoader):
