@@ -96,6 +96,12 @@ def test_the_resolved_file_reads_back_to_the_same_pipeline(
     assert load_pipeline(path) == pipeline
 
 
+def test_the_resolved_file_keeps_line_breaks_that_yaml_has_and_others_have_not(tmp_path: Path) -> None:
+    notes = "a\x85b\u2028c äöü"
+    pipeline = Pipeline.model_validate({"dataset": {"name": "digits"}, "cache": {"notes": notes}})
+    assert load_pipeline(written(tmp_path, pipeline.to_yaml())).cache.notes == notes
+
+
 def test_the_resolved_file_spells_out_every_default(tmp_path: Path) -> None:
     short = load_pipeline(written(tmp_path, "dataset: {name: digits}\nstudent: {model: small:cnn}\n"))
     resolved = yaml.safe_load(short.to_yaml())
