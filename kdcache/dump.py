@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdcache.cache import operations
 from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import Rows, encode
 from kdcache.cache.planner import encoding_without_pilot, plan_encoding
 from kdcache.cache.reader import Cache, open_cache
-from kdcache.cache.schema import (
-    Plan,
-)
+from kdcache.cache.schema import Plan
 from kdcache.cache.verify import record_of
 from kdcache.cache.writer import CacheWriter, check_place
 from kdcache.datasets import load_split
@@ -79,8 +78,7 @@ def plan_for_teacher(pipeline: Pipeline, device: torch.device | str, progress: P
     if every is not None:
         return Planned(every, None, rows)
     model = loaded.model.to(device).eval()
-    with progress.task("pilot", min(spec.pilot_rows, len(loaded.samples)), "rows") as task:
-        pilot = run_pilot(model, loaded.samples, loaded.transform, spec, device, task)
+    pilot = run_pilot(model, loaded.samples, loaded.transform, spec, device, progress)
     choice = plan_encoding(*pilot, request_of(spec))
     return Planned(choice.chosen.encoding, choice, rows)
 
@@ -107,7 +105,7 @@ def dump_teacher(
         out: folder of the cache, by custom `NAME.kdcache`.
         name: what the manifest calls the teacher, and what else tells it from another of the same weights.
         transform: what the teacher sees of an image; None for the data set's own.
-        spec: what to keep; the defaults keep every class in float16.
+        spec: what to keep; by default every class up to 64, and else the cheapest within a fidelity of 0.02.
         device: where the teacher runs and rows are encoded.
         progress: who is told how it goes.
 
@@ -124,17 +122,12 @@ def dump_teacher(
     transform = samples.transform if transform is None else transform
     check_place(out)
     views = views_of(spec, transform)
-    encoding_without_pilot(
-        samples.num_classes, request_of(spec)
-    )  # before the images are read: what cannot be asked for
+    # What cannot be asked for is refused before all images are read.
+    encoding_without_pilot(samples.num_classes, request_of(spec))
     model = model.to(device).eval()
     try_network(model, View(samples, transform, spec.seed), device, "teacher")
     keys = samples.keys(listener)
-
-    def pilot() -> tuple[Tensor, Tensor]:
-        with listener.task("pilot", min(spec.pilot_rows, len(samples)), "rows") as task:
-            return run_pilot(model, samples, transform, spec, device, task)
-
+    pilot = partial(run_pilot, model, samples, transform, spec, device, listener)
     chosen = choose(out, spec, samples.num_classes, pilot)
     teacher = name if isinstance(name, Identity) else Identity(name, {}, None)
     plan = plan_cache(teacher, model, samples, digest_of(keys, samples.labels), spec, views, chosen)

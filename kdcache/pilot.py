@@ -27,12 +27,12 @@ from kdcache.cache.schema import (
     ViewsRecord,
     read_plan,
 )
-from kdcache.cache.writer import differences
+from kdcache.cache.writer import check_begun_alike
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.evaluate import check_logits
 from kdcache.models import weights_digest
 from kdcache.pipeline import CacheSpec, Transform
-from kdcache.progress import Task
+from kdcache.progress import Progress
 from kdcache.provenance import versions
 from kdcache.samples import Samples
 from kdcache.views import View, batches, cut_range, is_random
@@ -62,15 +62,21 @@ def request_of(spec: CacheSpec) -> Request:
 
 
 def run_pilot(
-    model: nn.Module, samples: Samples, transform: Transform, spec: CacheSpec, device: torch.device | str, task: Task
+    model: nn.Module,
+    samples: Samples,
+    transform: Transform,
+    spec: CacheSpec,
+    device: torch.device | str,
+    progress: Progress,
 ) -> tuple[Tensor, Tensor]:
     """The teacher's logits [P, C] float32 for rows spread over the data set, on its device, and their labels [P]."""
     ids = pilot_ids(len(samples), spec.pilot_rows)
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), spec.batch_size)]
     parts = []
-    for images, labels, which in batches(View(samples, transform, spec.seed), cuts, spec.workers, device):
-        parts.append((teacher_logits(model, images, which, samples.num_classes, device), labels.to(device)))
-        task.advance(len(which))
+    with progress.task("pilot", len(ids), "rows") as task:
+        for images, labels, which in batches(View(samples, transform, spec.seed), cuts, spec.workers, device):
+            parts.append((teacher_logits(model, images, which, samples.num_classes, device), labels.to(device)))
+            task.advance(len(which))
     return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
 
 
@@ -132,20 +138,11 @@ def plan_for_logits(path: Path, fidelity: float | None) -> Planned:
 
 def choose(out: Path, spec: CacheSpec, classes: int, pilot: Callable[[], tuple[Tensor, Tensor]]) -> Chosen:
     """The encoding of a cache: as it was begun, if it was, or planned on the pilot."""
+    request = request_of(spec)
     if (out / PLAN).exists():
         begun = read_plan(out / PLAN)
-        if begun.request == request_of(spec):
-            return Chosen(begun.encoding, begun.fidelity, layout.read_basis(out, begun))
-        raise MismatchError(
-            "\n  ".join(
-                [
-                    f"{out} was begun with other settings (then, now):",
-                    *differences(begun.request.model_dump(), request_of(spec).model_dump(), "request"),
-                ]
-            ),
-            "set them as they were to go on, or delete the folder to begin anew",
-        )
-    request = request_of(spec)
+        check_begun_alike(out, begun.request, request, "request")
+        return Chosen(begun.encoding, begun.fidelity, layout.read_basis(out, begun))
     every = encoding_without_pilot(classes, request)
     if every is not None:
         return Chosen(every, None, None)

@@ -120,10 +120,9 @@ def encode(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis 
     if encoding.dense:
         head = log_probs
     else:
-        # A stable order, so that equal logits give the same row on every device.
-        order = logits.sort(dim=1, descending=True, stable=True).indices[:, : encoding.top_k]
+        order = _largest(logits, encoding.top_k)
         head, indices = log_probs.gather(1, order), order.to(index_dtype(encoding.num_classes))
-        stated = _stated(order, label, known, encoding.num_classes)
+        stated = stated_at(order, labels, encoding.num_classes)
         for t in TAIL_TEMPERATURES:
             columns[f"tail_log_mass_t{t}"] = tail_log_mass(logits, stated, t)
         if basis is not None:
@@ -140,16 +139,21 @@ def encode(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis 
     return Rows(stored, indices, logits.logsumexp(dim=1), statistics, tail)
 
 
-def _stated(indices: Tensor, label: Tensor, known: Tensor, classes: int) -> Tensor:
-    """[B, C] bool: the classes that a row keeps one by one, head and label."""
+def stated_at(indices: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """[B, C] bool: the classes that rows keep one by one, the head at `indices` [B, k] and the label if known."""
     nothing = torch.zeros(len(indices), classes, dtype=torch.bool, device=indices.device)
-    return nothing.scatter(1, indices, True) | nothing.scatter(1, label, known.unsqueeze(1))
+    label, known = labels.clamp_min(0).unsqueeze(1), (labels >= 0).unsqueeze(1)
+    return nothing.scatter(1, indices.long(), True) | nothing.scatter(1, label, known)
 
 
 def stated_classes(logits: Tensor, labels: Tensor, top_k: int) -> Tensor:
     """[B, C] bool: the classes that rows of these logits keep one by one, the `top_k` largest and the label."""
-    order = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    return _stated(order, labels.clamp_min(0).unsqueeze(1), labels >= 0, logits.shape[1])
+    return stated_at(_largest(logits, top_k), labels, logits.shape[1])
+
+
+def _largest(logits: Tensor, top_k: int) -> Tensor:
+    """[B, k] int64: a stable order, so that equal logits give the same row on every device."""
+    return logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
 
 
 def tail_log_mass(logits: Tensor, stated: Tensor, temperature: float) -> Tensor:
@@ -221,7 +225,7 @@ def _with_tail(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis 
     head, indices = rows.log_probs.float(), rows.indices.long()  # type: ignore[union-attr]  # the caller has asked
     known = labels >= 0
     label = labels.clamp_min(0).unsqueeze(1)
-    stated = _stated(indices, label, known, encoding.num_classes)
+    stated = stated_at(indices, labels, encoding.num_classes)
     mass = _column(rows.statistics, encoding, "tail_log_mass_t1")
     last = head[:, -1:]
     if rows.tail is None or basis is None:

@@ -17,7 +17,7 @@ from dask.delayed import delayed
 
 from kdcache.cache import layout
 from kdcache.cache.basis import TailBasis
-from kdcache.cache.codec import decode, stated_classes, tail_log_mass
+from kdcache.cache.codec import decode, stated_at, tail_log_mass
 from kdcache.cache.schema import TAIL_TEMPERATURES, Plan, Summary
 
 _ROWS_AT_ONCE = 4096
@@ -111,11 +111,12 @@ def _self_errors(
     """Of one shard, summed over its rows: errors of the tail's mass and of the logsumexp at T = 2, 4, 8."""
     ids = plan.shard_ids(shard)
     errors = [(0.0, 0.0)] * (len(TAIL_TEMPERATURES) - 1)
-    for start in range(ids.start, ids.stop, _ROWS_AT_ONCE):
-        rows = layout.read_rows(cache, plan, view, range(start, min(start + _ROWS_AT_ONCE, ids.stop)))
-        truth = labels[start : start + len(rows)]
+    shard_rows = layout.read_rows(cache, plan, view, ids)
+    for start in range(0, len(ids), _ROWS_AT_ONCE):
+        rows = shard_rows[start : start + _ROWS_AT_ONCE]
+        truth = labels[ids.start + start : ids.start + start + len(rows)]
         logits = decode(rows, truth, plan.encoding, basis)
-        stated = stated_classes(logits, truth, plan.encoding.top_k)
+        stated = stated_at(rows.indices, truth, plan.encoding.num_classes)  # type: ignore[arg-type]  # it is not dense
         for place, t in enumerate(TAIL_TEMPERATURES[1:]):
             recorded = rows.statistics[:, plan.encoding.statistics.index(f"tail_log_mass_t{t}")].double().exp()
             decoded = tail_log_mass(logits.double(), stated, t).exp()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -161,6 +162,11 @@ class _Bench:
         self.bound = math.inf
         """Bytes of the cheapest candidate that is within the target: what costs more need not be tried."""
 
+    @cached_property
+    def components(self) -> tuple[Tensor, Tensor]:
+        """The principal components, of which each rank takes the first ones: the decomposition is the dear part."""
+        return principal_components(self.fitted, min(*self.fitted.shape, self.request.rank or _RANKS[-1]))
+
     @property
     def is_planned(self) -> bool:
         """Whether the target decides; not where the user has settled k and R."""
@@ -184,11 +190,12 @@ class _Bench:
 
     def _with_head(self, top_k: int, ranks: tuple[int, ...], steps: tuple[float, ...]) -> Iterator[Candidate]:
         largest = min(self.classes - top_k, len(self.fitted))
+        if largest < 1:
+            return
+        stated = stated_classes(self.fitted, self.fitted_labels, top_k)
+        components, mean = self.components
         for rank in sorted({min(rank, largest) for rank in ranks}):
-            if top_k >= self.classes or rank < 1:
-                return
-            basis, mean = principal_components(self.fitted, rank)
-            stated = stated_classes(self.fitted, self.fitted_labels, top_k)
+            basis = components[:rank]
             coordinates = fit_coordinates(self.fitted, stated, basis, mean)
             before = math.inf
             for step in steps:

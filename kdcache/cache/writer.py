@@ -107,13 +107,7 @@ class CacheWriter:
             _flush(path)
 
     def _go_on(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
-        begun = read_plan(self.path / PLAN)
-        differ = differences(begun.model_dump(), self.plan.model_dump())
-        if differ:
-            raise MismatchError(
-                "\n  ".join([f"{self.path} was begun with other settings (then, now):", *differ]),
-                "set them as they were to go on, or delete the folder to begin anew",
-            )
+        check_begun_alike(self.path, read_plan(self.path / PLAN), self.plan)
         self._mend(labels, keys)
 
     def _mend(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
@@ -197,14 +191,34 @@ class CacheWriter:
             shutil.rmtree(self.path.rename(_beside(self.path)))
 
 
-def differences(then: object, now: object, name: str = "") -> list[str]:
+def check_begun_alike(path: Path, then: Record, now: Record, name: str = "") -> None:
+    """That an unsealed cache was begun with what it is to be gone on with.
+
+    Args:
+        path: of the cache.
+        then: the plan, or the part of it called `name`, that it was begun with.
+        now: the same of this run.
+        name: of the part.
+
+    Raises:
+        MismatchError: with every setting that differs, then and now.
+    """
+    differ = _differences(then.model_dump(), now.model_dump(), name)
+    if differ:
+        raise MismatchError(
+            "\n  ".join([f"{path} was begun with other settings (then, now):", *differ]),
+            "set them as they were to go on, or delete the folder to begin anew",
+        )
+
+
+def _differences(then: object, now: object, name: str = "") -> list[str]:
     """What two nested dicts differ in, one `name: then, now` a line."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*then, *now])
         return [
             line
             for key in keys
-            for line in differences(then.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+            for line in _differences(then.get(key), now.get(key), f"{name}.{key}" if name else str(key))
         ]
     return [] if then == now else [f"{name}: {then}, {now}"]
 
