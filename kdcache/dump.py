@@ -21,6 +21,7 @@ from kdcache.cache.writer import CacheWriter, check_place
 from kdcache.datasets import load_split
 from kdcache.errors import InterruptedRun, KdcacheError
 from kdcache.evaluate import try_network
+from kdcache.fingerprints import Inputs, inputs_of
 from kdcache.models import build_model, preset_transform
 from kdcache.pilot import Identity, Planned, choose, plan_cache, request_of, run_pilot, teacher_logits, views_of
 from kdcache.pipeline import CacheSpec, Pipeline, Transform
@@ -142,10 +143,10 @@ def dump_teacher(
         try:
             with listener.task("teacher", rows_to_do, "rows") as task:
                 for view, shards in todo.items():
-                    for shard, rows in _run(
+                    for shard, rows, inputs in _run(
                         model, View(samples, transform, spec.seed, view), plan, basis, shards, spec, device, task
                     ):
-                        writer.write(view, shard, rows)
+                        writer.write(view, shard, rows, inputs)
         except KdcacheError:
             writer.discard()
             raise
@@ -172,15 +173,17 @@ def _run(
     spec: CacheSpec,
     device: torch.device | str,
     task: Task,
-) -> Iterator[tuple[int, Rows]]:
-    """The rows of each of `shards`, in order, on the CPU."""
+) -> Iterator[tuple[int, Rows, Inputs]]:
+    """The rows of each of `shards`, in order, on the CPU, and the fingerprints of some of their images."""
     cuts = [_Cut(shard, ids) for shard in shards for ids in cut_range(plan.shard_ids(shard), plan.batch_size)]
     loaded = batches(view, [list(cut.ids) for cut in cuts], spec.workers, device)
     parts: list[Rows] = []
+    prints: list[Inputs] = []
     for cut, (images, labels, ids) in zip(cuts, loaded, strict=True):
+        prints.append(inputs_of(images[ids % plan.shape.fingerprint_stride == 0]))
         logits = teacher_logits(model, images, ids, plan.encoding.num_classes, device)
         parts.append(encode(logits, labels.to(device), plan.encoding, basis).to("cpu"))
         task.advance(len(cut.ids))
         if cut.ids.stop == plan.shard_ids(cut.shard).stop:
-            yield cut.shard, Rows.concatenate(parts)
-            parts = []
+            yield cut.shard, Rows.concatenate(parts), Inputs.concatenate(prints)
+            parts, prints = [], []

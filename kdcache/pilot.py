@@ -27,6 +27,7 @@ from kdcache.cache.schema import (
     ViewsRecord,
     read_plan,
 )
+from kdcache.cache.shape import choose_shape
 from kdcache.cache.writer import check_begun_alike
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.evaluate import check_logits
@@ -201,7 +202,7 @@ def plan_cache(
             request=request_of(spec),
             encoding=choice.encoding,
             fidelity=choice.fidelity,
-            shape=layout.choose_shape(len(samples), row_bytes, spec.shard_rows),
+            shape=choose_shape(len(samples), row_bytes, spec.shard_rows),
             batch_size=spec.batch_size,
             versions=versions(),
             licence=spec.licence,

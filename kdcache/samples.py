@@ -132,6 +132,8 @@ class ItemImages:
     def content(self, index: int) -> bytes:
         """Type, shape and values of the image."""
         image = self.picture(index)
+        if isinstance(image, Image.Image) and image.mode == "P":
+            image = image.convert("RGBA")  # numbers of a palette say nothing without it
         array = np.ascontiguousarray(image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
         return f"{array.dtype.str}{array.shape}".encode() + array.tobytes()
 

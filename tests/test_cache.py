@@ -10,7 +10,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from kdcache import Cache, CacheSpec, Samples, dump_teacher, open_cache
 from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import decode, encode
-from kdcache.cache.layout import choose_shape
 from kdcache.cache.schema import canonical, read_manifest
+from kdcache.cache.shape import choose_shape
 from kdcache.errors import UsageError
+from kdcache.samples import ArrayImages
 from kdcache.views import View
 
 SHARD = 16
@@ -40,13 +41,14 @@ class Made(NamedTuple):
     samples: Samples
     teacher: nn.Module
 
+    def images(self, view: int = 0) -> Tensor:
+        """What the teacher saw of every sample."""
+        views = self.cache.manifest.plan.views
+        return View(self.samples, views.transform, views.seed, view).__getitems__(range(len(self.samples)))[0]
+
     def live(self, view: int = 0) -> Tensor:
         """What the teacher itself says of every sample."""
-        plan = self.cache.manifest.plan
-        images, _, _ = View(self.samples, plan.views.transform, plan.views.seed, view).__getitems__(
-            range(len(self.samples))
-        )
-        return self.teacher(images)  # type: ignore[no-any-return]  # a Module's call is untyped
+        return self.teacher(self.images(view))  # type: ignore[no-any-return]  # a Module's call is untyped
 
 
 def make(
@@ -136,12 +138,25 @@ def test_tensorstore_reads_what_the_teacher_said(made: Made, tmp_path: Path) -> 
                 np.testing.assert_array_equal(arrays[name][view, ids], expected.numpy(), err_msg=name)
     np.testing.assert_array_equal(arrays["labels"], made.samples.labels)
     np.testing.assert_array_equal(arrays["sample_keys"], made.samples.keys())
+    check_inputs(made, arrays)
+
+
+def check_inputs(made: Made, arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """That fingerprints and sketches are those of what the teacher saw."""
+    plan = made.cache.manifest.plan
+    for view in range(plan.views.count):
+        images = made.images(view)[:: plan.shape.fingerprint_stride]
+        crcs = [zlib.crc32(image.numpy().astype("<f4").tobytes()) for image in images]
+        np.testing.assert_array_equal(arrays["fingerprints"][view], crcs)
+        parts = images.reshape(-1, 2, 2, 4).mean(2)  # two rows of parts; of columns there are just four
+        np.testing.assert_array_equal(arrays["sketches"][view], parts.flatten(1))
 
 
 def test_arrays_are_as_the_format_has_them(made: Made, tmp_path: Path) -> None:
     arrays = read_with_tensorstore(made.cache.path, tmp_path)
     plan = made.cache.manifest.plan
     v, n, k, c = plan.views.count, len(made.samples), plan.encoding.top_k, made.samples.num_classes
+    assert plan.shape.fingerprint_stride == 1, "shards of 16 rows leave every image a fingerprint"
     columns = ["label_log_prob", "logit_mean", "logit_std", "entropy"]
     if k < c:
         columns += ["tail_log_mass_t1", "tail_log_mass_t2", "tail_log_mass_t4", "tail_log_mass_t8"]
@@ -152,6 +167,8 @@ def test_arrays_are_as_the_format_has_them(made: Made, tmp_path: Path) -> None:
         "log_probs": (plan.encoding.dtype, (v, n, k), row),
         "logsumexp": ("float32", (v, n), row[:2]),
         "statistics": ("float16", (v, n, len(columns)), row),
+        "fingerprints": ("uint32", (v, n), ("view", "fingerprint")),
+        "sketches": ("float32", (v, n, 8), ("view", "fingerprint", "part")),
         "labels": ("int32", (n,), row[1:2]),
         "sample_keys": ("uint64", (n,), row[1:2]),
     }
@@ -172,31 +189,62 @@ def test_arrays_are_as_the_format_has_them(made: Made, tmp_path: Path) -> None:
     assert metadata["attributes"] == {"columns": columns}
 
 
-def codec_chains(metadata: object) -> Iterator[list[str]]:
-    """Every list of codecs anywhere in a zarr.json, by name."""
-    if isinstance(metadata, dict):
-        for key, value in metadata.items():
-            if key in ("codecs", "index_codecs"):
-                yield [codec["name"] for codec in value]
-            yield from codec_chains(value)
-    elif isinstance(metadata, list):
-        for value in metadata:
-            yield from codec_chains(value)
+def compression(array: Path) -> tuple[Any, ...]:
+    """("zstd",) or ("blosc", compressor, shuffle, typesize). In all else all arrays are alike."""
+    metadata = json.loads((array / "zarr.json").read_text())
+    assert (metadata["zarr_format"], metadata["node_type"]) == (3, "array")
+    (sharding,) = metadata["codecs"]
+    assert sharding["name"] == "sharding_indexed"
+    shard = sharding["configuration"]
+    assert shard["index_location"] == "end"
+    of_index, *after_it = shard["index_codecs"]
+    first, compressor, last = shard["codecs"]
+    assert [codec["name"] for codec in after_it] == [last["name"]] == ["crc32c"]
+    for codec in (of_index, first):
+        assert codec["name"] == "bytes", "and no transpose before it"
+        assert codec.get("configuration", {"endian": "little"}) == {"endian": "little"}, "a byte has no end"
+    told = compressor["configuration"]
+    return compressor["name"], *(told[key] for key in ("cname", "shuffle", "typesize") if key in told)
 
 
-def test_only_core_codecs_and_a_checksum_on_every_chunk(made: Made) -> None:
-    core = {"bytes", "transpose", "zstd", "blosc", "gzip", "crc32c", "sharding_indexed"}
-    paths = list((made.cache.path / "data.zarr").rglob("zarr.json"))
+def test_rows_are_shuffled_and_compressed_and_all_chunks_end_in_a_checksum(made: Made) -> None:
+    store = made.cache.path / "data.zarr"
+    group = json.loads((store / "zarr.json").read_text())
+    assert (group["zarr_format"], group["node_type"]) == (3, "group")
     encoding = made.cache.manifest.plan.encoding
-    assert len(paths) == 6 + (not encoding.dense) + 4 * (encoding.tail == "lowrank")
-    for path in paths:
-        metadata = json.loads(path.read_text())
-        assert metadata["zarr_format"] == 3
-        if metadata["node_type"] == "array":
-            outer, *inner = codec_chains(metadata)
-            assert outer == ["sharding_indexed"]
-            assert len(inner) == 2, "the chunks of a shard, and its index"
-            assert all(chain[-1] == "crc32c" and core.issuperset(chain) for chain in inner)
+    k, c = encoding.top_k, encoding.num_classes
+    # The bytes of a number are shuffled, and where a number is a byte, those of a row.
+    typesizes = {
+        "log_probs": {"uint8": k, "float16": 2, "float32": 4}[encoding.dtype],
+        "logsumexp": 4,
+        "statistics": 2,
+    }
+    if not encoding.dense:
+        typesizes["indices"] = k if c <= 256 else 2 if c <= 65_536 else 4
+    if encoding.rank:
+        typesizes["tail"] = encoding.rank
+    expected: dict[str, tuple[Any, ...]] = {
+        name: ("blosc", "zstd", "shuffle", typesize) for name, typesize in typesizes.items()
+    }
+    basis = ("tail_basis", "tail_mean", "tail_scale") if encoding.rank else ()
+    expected |= dict.fromkeys(("fingerprints", "sketches", "labels", "sample_keys", *basis), ("zstd",))
+    assert {path.parent.name: compression(path.parent) for path in store.glob("*/zarr.json")} == expected
+    for name, typesize in typesizes.items():
+        # Blosc's own header, as a writer need not do what it says in the metadata: flags 1 and 4 are a shuffle of bytes
+        # and one of bits.
+        header = next(path for path in (store / name / "c/0").rglob("*") if path.is_file()).read_bytes()
+        assert (header[2] & 0b101, header[3]) == (0b001, typesize)
+
+
+@pytest.mark.parametrize(("num_classes", "typesize"), [(255, 255), (256, 1)])
+def test_rows_of_bytes_are_shuffled_up_to_the_width_that_blosc_takes(
+    num_classes: int, typesize: int, tmp_path: Path
+) -> None:
+    made = make(tmp_path, 2, num_classes, dtype="uint8")
+    assert compression(made.cache.path / "data.zarr/log_probs") == ("blosc", "zstd", "shuffle", typesize)
+    labels = torch.from_numpy(made.samples.labels).long()
+    stored = read_with_tensorstore(made.cache.path, tmp_path)["log_probs"][0]
+    np.testing.assert_array_equal(stored, encode(made.live(), labels, made.cache.manifest.plan.encoding).log_probs)
 
 
 @pytest.mark.parametrize("num_classes", [256, 257, 65_536, 65_537])
@@ -212,27 +260,37 @@ def test_the_last_class_has_an_index_on_both_sides_of_a_wider_type(num_classes: 
 
 
 def test_a_shard_of_nothing_but_zeros_is_a_file(tmp_path: Path) -> None:
-    teacher = TinyTeacher()
+    teacher = TinyTeacher(2)
     teacher.weight[:] = 0
-    spec = CacheSpec(top_k=1, tail="uniform", shard_rows=2)
-    cache = dump_teacher(teacher, tiny_samples(6, labels=[0] * 6), tmp_path / "zeros.kdcache", spec=spec)
-    for name in ("indices/c/0/{}/0", "labels/c/{}"):
+    samples = Samples("black", "train", ArrayImages(torch.zeros(6, 1, 4, 4)), np.zeros(6, np.int32), ("a", "b"), [])
+    cache = dump_teacher(
+        teacher, samples, tmp_path / "zeros.kdcache", spec=CacheSpec(top_k=1, tail="uniform", shard_rows=2)
+    )
+    arrays = read_with_tensorstore(cache.path, tmp_path)
+    for name in ("indices/c/0/{}/0", "sketches/c/0/{}/0", "labels/c/{}"):
         assert all((cache.path / "data.zarr" / name.format(shard)).stat().st_size for shard in range(3))
-    assert not read_with_tensorstore(cache.path, tmp_path)["indices"].any()
+        assert not arrays[name.split("/")[0]].any()
 
 
 def test_shards_of_several_chunks(tmp_path: Path) -> None:
-    samples, teacher = tiny_samples(70_000, 3), TinyTeacher(3)
-    spec = CacheSpec(top_k=2, tail="uniform", shard_rows=20_000, batch_size=20_000)
-    cache = dump_teacher(teacher, samples, tmp_path / "large.kdcache", spec=spec)
-    shape = cache.manifest.plan.shape
-    assert (shape.shard_rows, shape.chunk_rows) == (32_768, 16_384)
-    assert sorted(path.name for path in (cache.path / "data.zarr/logsumexp/c/0").iterdir()) == ["0", "1", "2"]
-    logits = Made(cache, samples, teacher).live()
-    arrays = read_with_tensorstore(cache.path, tmp_path)
+    # As large as those of a large set: the index of eight chunks is longer than the whole file of fingerprints.
+    samples, teacher = tiny_samples(135_536, 3), TinyTeacher(3)
+    spec = CacheSpec(top_k=2, tail="uniform", shard_rows=120_000, batch_size=20_000)
+    made = Made(dump_teacher(teacher, samples, tmp_path / "large.kdcache", spec=spec), samples, teacher)
+    shape = made.cache.manifest.plan.shape
+    assert (shape.shard_rows, shape.chunk_rows, shape.fingerprint_stride) == (131_072, 16_384, 8192)
+    rows, inputs = (
+        {path.name: path.stat().st_size for path in (made.cache.path / f"data.zarr/{name}/c/0").iterdir()}
+        for name in ("logsumexp", "fingerprints")
+    )
+    assert rows.keys() == inputs.keys() == {"0", "1"}
+    assert max(inputs.values()) < 8 * 16
+    logits = made.live()
+    arrays = read_with_tensorstore(made.cache.path, tmp_path)
     np.testing.assert_allclose(arrays["logsumexp"][0], logits.double().logsumexp(1), rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(arrays["indices"][0, :, 0], logits.argmax(1))
     np.testing.assert_array_equal(arrays["sample_keys"], samples.keys())
+    check_inputs(made, arrays)
 
 
 @pytest.mark.parametrize("count", [1, 1000, 9000, 60_000, 1_281_167, 14_000_000])

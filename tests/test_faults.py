@@ -28,6 +28,7 @@ from conftest import TinyTeacher, tiny_samples
 from torch import Tensor
 
 from kdcache import Cache, CacheSpec, dump_teacher, open_cache
+from kdcache.cache.layout import read_inputs
 from kdcache.cache.schema import read_manifest, read_plan
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, MismatchError, UsageError
 
@@ -138,7 +139,7 @@ def test_killed_at_any_change_of_a_file_it_goes_on_to_the_same_cache(whole: Cach
         # A cache is made beside its place: of the changes there, one in four will do.
         at += 1 if out.exists() else 4
         check_goes_on(out, whole)
-    assert killed_within >= 2 * (4 * 3 + 2), (
+    assert killed_within >= 2 * (6 * 3 + 2), (
         "of each shard, each array is cleared, written and renamed, then the marker"
     )
     assert contents(out) == contents(whole.path)
@@ -161,7 +162,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_cache(whole: Cache, tmp_pat
 def test_killed_again_and_again_it_ends_with_the_same_cache(whole: Cache, tmp_path: Path) -> None:
     out = tmp_path / "again" / "c.kdcache"
     out.parent.mkdir()
-    for at in (30, 50, 7, 21, 33, 40, 41, 42, 43, 44, 45, 50):
+    for at in (38, 64, 7, 21, 41, 48, 49, 50, 51, 52, 53, 65):
         process = in_a_process(dump_until_killed, out, at)
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -181,10 +182,11 @@ def test_killed_between_manifest_and_plan_it_is_a_sealed_cache(whole: Cache, tmp
 def test_what_a_crash_may_leave_does_no_harm(begun: Path, whole: Cache) -> None:
     # Without its marker a shard is nothing, whatever lies there: a crash of the machine may leave any bytes.
     files = [path for path in contents(begun) if path.startswith("data.zarr/") and path.endswith(("c/0/1/0", "c/0/1"))]
-    assert len(files) == 4
-    for name, spoiled in zip(files, (b"", b"\0" * 100, whole.path.joinpath(files[2]).read_bytes()[:-7]), strict=False):
-        (begun / name).write_bytes(spoiled)
-    orphans = ["data.zarr/logsumexp/c/0/1.0a1b.partial", "data.zarr/log_probs/c/0/1/0.0a1b.partial"]
+    assert len(files) == 6
+    ways: tuple[Callable[[bytes], bytes], ...] = (lambda _: b"", lambda _: b"\0" * 100, lambda data: data[:-7])
+    for name, spoil in zip(sorted(files), 2 * ways, strict=True):
+        (begun / name).write_bytes(spoil((whole.path / name).read_bytes()))
+    orphans = ["data.zarr/logsumexp/c/0/1.0a1b.partial", "data.zarr/sketches/c/0/1/0.0a1b.partial"]
     for orphan in [*orphans, "commits/0/1.json.partial", "manifest.json.partial"]:
         (begun / orphan).write_bytes(b"{")
     check_goes_on(begun, whole)
@@ -205,6 +207,8 @@ def test_another_shards_unfinished_file_is_left_alone(begun: Path) -> None:
         ("data.zarr/log_probs/c/0/0/0", lambda data: b""),
         ("data.zarr/logsumexp/c/0/0", lambda data: bytes([data[0] ^ 1]) + data[1:]),
         ("data.zarr/statistics/c/0/0/0", lambda data: None),
+        ("data.zarr/fingerprints/c/0/0", lambda data: data[:-1]),
+        ("data.zarr/sketches/c/0/0/0", lambda data: None),
         ("data.zarr/labels/c/0", lambda data: b""),
         ("data.zarr/sample_keys/c/1", lambda data: None),
         ("data.zarr/log_probs/zarr.json", lambda data: data.replace(b'"fill_value": 0.0', b'"fill_value": 1.0')),
@@ -268,12 +272,13 @@ def test_every_name_is_on_the_disk_before_the_marker_that_vouches_for_it(
     def renamed(source: str | Path, path: str | Path) -> None:
         if Path(path).parent.parent.name == "commits":
             shard = Path(path).stem
-            rows = (Path(path).parents[2] / "data.zarr").glob(f"*/c/0/{shard}/0")
-            vouched.extend([*rows, Path(path).parents[2] / f"data.zarr/logsumexp/c/0/{shard}"])
+            store = Path(path).parents[2] / "data.zarr"
+            vouched.extend(store.glob(f"*/c/0/{shard}/0"))
+            vouched.extend(store / name / f"c/0/{shard}" for name in ("logsumexp", "fingerprints"))
             assert [not_on_disk(file) for file in vouched] == [[]] * len(vouched)
         if Path(path).name == "manifest.json":
             everything = [file for file in Path(path).parent.rglob("*") if file.is_file() and file != Path(path)]
-            assert len(everything) == 4 * 2 + 2 * 2 + 7 + 2 + 1
+            assert len(everything) == 6 * 2 + 2 * 2 + 9 + 2 + 1
             assert [not_on_disk(file) for file in everything] == [[]] * len(everything)
         named(path)
 
@@ -287,7 +292,7 @@ def test_every_name_is_on_the_disk_before_the_marker_that_vouches_for_it(
     out = tmp_path / "new" / "c.kdcache"
     dump(out)
     monkeypatch.undo()
-    assert len(vouched) == 8
+    assert len(vouched) == 12
     assert not_on_disk(out / "manifest.json") == []
 
 
@@ -355,7 +360,8 @@ def test_a_full_disk_leaves_nothing_or_a_cache_to_go_on_with(whole: Cache, tmp_p
     if not shutil.which("unshare") or subprocess.run(mount, check=False).returncode:
         pytest.skip("this machine lets nobody mount a small disk of his own")
     script = [sys.executable, "-c", FILL_THE_DISK, str(Path(__file__).parent), str(tmp_path), str(whole.path)]
-    rooms = [4, 20, 32, *range(40, 60, 2), 100]
+    # Where a folder takes no room of its own the stages lie below 32 blocks, elsewhere above 40.
+    rooms = [4, *range(10, 34, 3), *range(50, 74, 6), 100]
     done = subprocess.run([*private, *script, *map(str, rooms)], stdout=subprocess.PIPE, text=True, check=True)
     ends = [line.split()[1] for line in done.stdout.splitlines()]
     assert len(ends) == len(rooms)
@@ -384,7 +390,7 @@ def test_any_flipped_byte_of_the_manifest_is_found(copy: Path) -> None:
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 1.0])
 def test_a_flipped_byte_of_any_file_is_found(place: float, whole: Cache, copy: Path) -> None:
     files = contents(whole.path)
-    assert len(files) == 22
+    assert len(files) == 28
     for name, data in files.items():
         (copy / name).write_bytes(flipped(data, round(place * (len(data) - 1))))
         with pytest.raises(CorruptError, match=name):
@@ -428,6 +434,8 @@ NAMES = (
     "data.zarr/indices/zarr.json",
     "data.zarr/log_probs/c/0/1/0",
     "data.zarr/logsumexp/c/0/0",
+    "data.zarr/fingerprints/c/0/1",
+    "data.zarr/sketches/c/0/0/0",
     "data.zarr/labels/c/0",
     "commits/0/1.json",
 )
@@ -449,7 +457,7 @@ def test_a_file_that_is_not_what_was_written_is_named(damage: Callable[[Path], N
 def test_several_damaged_files_are_counted(copy: Path) -> None:
     for name in NAMES[2:]:
         removed(copy / name)
-    with pytest.raises(CorruptError, match="4 files of 21"):
+    with pytest.raises(CorruptError, match="6 files of 27"):
         open_cache(copy)
 
 
@@ -498,9 +506,25 @@ def listing(name: str) -> Callable[[Any], None]:
     return lambda manifest: manifest["files"].update({name: next(iter(manifest["files"].values()))})
 
 
+def shaped(**changes: object) -> Callable[[Any], None]:
+    """Another shape than shards of 8 rows in one chunk, with a fingerprint of each."""
+    return setting({"shard_rows": 8, "chunk_rows": 8, "fingerprint_stride": 1} | changes, "plan", "shape")
+
+
+def read_whole(path: Path) -> Tensor:
+    """Everything that can be read of a cache; the logits of its twelve samples."""
+    cache = open_cache(path)
+    read_inputs(path, cache.manifest.plan, view=0)
+    return cache.teacher()(torch.arange(12))
+
+
 def test_forging_is_done_well(copy: Path) -> None:
+    unforged = (copy / "manifest.json").read_bytes()
+    forge(copy, shaped())
+    assert (copy / "manifest.json").read_bytes() == unforged
     forge(copy, setting("a forger", "plan", "notes"))
     assert open_cache(copy).manifest.plan.notes == "a forger"
+    read_whole(copy)
 
 
 SHARD_FILE = "data.zarr/log_probs/c/0/0/0"
@@ -525,12 +549,20 @@ FORGED: dict[str, Callable[[Any], object]] = {
     "samples immense": setting(10**4000, "plan", "dataset", "samples"),
     "views many": setting(2**20, "plan", "views", "count"),
     "views none": setting(0, "plan", "views", "count"),
-    "shards many": setting({"shard_rows": 1, "chunk_rows": 1}, "plan", "shape"),
-    "shards long": setting({"shard_rows": 16, "chunk_rows": 8}, "plan", "shape"),
-    "shards none": setting({"shard_rows": 0, "chunk_rows": 0}, "plan", "shape"),
-    "chunks short": setting({"shard_rows": 8, "chunk_rows": 4}, "plan", "shape"),
-    "chunks uneven": setting({"shard_rows": 8, "chunk_rows": 3}, "plan", "shape"),
-    "chunks immense": setting({"shard_rows": 2**40, "chunk_rows": 2**40}, "plan", "shape"),
+    "shards many": shaped(shard_rows=1, chunk_rows=1),
+    "shards long": shaped(shard_rows=16),
+    "shards none": shaped(shard_rows=0),
+    "chunks none": shaped(chunk_rows=0),
+    "chunks short": shaped(chunk_rows=4),
+    "chunks uneven": shaped(chunk_rows=3),
+    "chunks immense": shaped(shard_rows=2**40, chunk_rows=2**40),
+    "stride other": shaped(fingerprint_stride=2),
+    "stride none": shaped(fingerprint_stride=0),
+    "stride negative": shaped(fingerprint_stride=-1),
+    "stride uneven": shaped(fingerprint_stride=3),
+    "stride immense": shaped(fingerprint_stride=2**40),
+    "stride text": shaped(fingerprint_stride="1"),
+    "stride missing": lambda manifest: manifest["plan"]["shape"].pop("fingerprint_stride") and None,
     "k other": setting(4, "plan", "encoding", "top_k"),
     "k none": setting(0, "plan", "encoding", "top_k"),
     "k more than classes": setting(11, "plan", "encoding", "top_k"),
@@ -563,9 +595,10 @@ FORGED: dict[str, Callable[[Any], object]] = {
     "weights digest short": setting("sha256:ab", "plan", "teacher", "weights_digest"),
     "version later": setting(99, "plan", "format_version"),
     "version negative": setting(-1, "plan", "format_version"),
-    "version text": setting("0", "plan", "format_version"),
-    "version fraction": setting(0.0, "plan", "format_version"),
-    "version false": setting(False, "plan", "format_version"),
+    "version earlier": setting(0, "plan", "format_version"),
+    "version text": setting("1", "plan", "format_version"),
+    "version fraction": setting(1.0, "plan", "format_version"),
+    "version true": setting(True, "plan", "format_version"),
     "version null": setting(None, "plan", "format_version"),
     "version list": setting([], "plan", "format_version"),
     "version missing": lambda manifest: manifest["plan"].pop("format_version") and None,
@@ -579,22 +612,32 @@ def test_a_forged_manifest_is_refused(what: str, copy: Path) -> None:
     forge(copy, FORGED[what])
     assert (copy / "manifest.json").read_bytes() != before
     with pytest.raises(CorruptError):
-        open_cache(copy).teacher()
+        read_whole(copy)
 
 
 def test_a_file_that_belongs_to_no_cache_is_not_vouched_for(copy: Path) -> None:
     shutil.copy(copy / "commits/0/0.json", copy / "commits/0/2.json")
     open_cache(copy)
     forge(copy, lambda manifest: setting(manifest["files"]["commits/0/0.json"], "files", "commits/0/2.json")(manifest))
-    with pytest.raises(CorruptError, match="lists 22 files, a cache has 21"):
+    with pytest.raises(CorruptError, match="lists 28 files, a cache has 27"):
         open_cache(copy)
 
 
-def test_a_later_version_is_told_apart_from_damage(copy: Path) -> None:
-    forge(copy, setting(99, "plan", "format_version"))
-    with pytest.raises(CorruptError, match="format version 99; this kdcache reads version 0") as caught:
-        open_cache(copy)
-    assert "upgrade" in caught.value.fix
+@pytest.mark.parametrize(("number", "fix"), [(99, "upgrade"), (0, "dump the teacher again")])
+def test_another_version_is_told_apart_from_damage(number: int, fix: str, copy: Path, begun: Path) -> None:
+    def of_another_version(plan: Any) -> None:
+        plan["format_version"] = number
+        del plan["shape"]["fingerprint_stride"]  # as in version 0; a later one may have any keys
+
+    forge(copy, lambda manifest: of_another_version(manifest["plan"]))
+    plan = json.loads((begun / "plan.json").read_bytes())
+    of_another_version(plan)
+    (begun / "plan.json").write_bytes(as_written(plan))
+    calls: list[tuple[Callable[[Path], Cache], Path]] = [(open_cache, copy), (open_cache, begun), (dump, begun)]
+    for call, path in calls:
+        with pytest.raises(CorruptError, match=f"format version {number}; this kdcache reads version 1") as caught:
+            call(path)
+        assert fix in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -661,13 +704,26 @@ STORES: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("what", STORES)
 def test_an_array_that_does_not_lie_as_the_plan_says_is_refused(what: str, copy: Path) -> None:
-    for name in ("log_probs", "sample_keys") if "shape" not in what else ("log_probs",):
+    for name in ("log_probs", "sample_keys", "sketches") if "shape" not in what else ("log_probs",):
         path = copy / f"data.zarr/{name}/zarr.json"
-        metadata = json.loads(path.read_bytes())
+        before = path.read_bytes()
+        metadata = json.loads(before)
         path.write_text(json.dumps(STORES[what](metadata) or metadata))
         refresh(copy)
-        with pytest.raises(CorruptError):
-            open_cache(copy).teacher()
+        with pytest.raises(CorruptError, match=name):
+            read_whole(copy)
+        path.write_bytes(before)
+    refresh(copy)
+    read_whole(copy)
+
+
+@pytest.mark.parametrize("name", ["log_probs/c/0/0/0", "labels/c/0", "fingerprints/c/0/0", "sketches/c/0/0/0"])
+def test_a_chunk_that_a_shard_says_it_has_not_is_not_read_as_zeros(name: str, copy: Path) -> None:
+    # A shard of one chunk that was never written: nothing but an index, and the crc32c of that.
+    (copy / "data.zarr" / name).write_bytes(b"\xff" * 16 + bytes.fromhex("104c2fef"))
+    refresh(copy)
+    with pytest.raises(CorruptError, match=rf"chunk 0 of .*{name} is missing"):
+        read_whole(copy)
 
 
 def test_a_class_that_there_is_not_is_refused(copy: Path) -> None:
@@ -687,21 +743,22 @@ def test_nothing_is_allocated_for_rows_that_the_files_cannot_hold(copy: Path) ->
 
     def plan(manifest: Any) -> None:
         manifest["plan"]["dataset"]["samples"] = rows
-        manifest["plan"]["shape"] = {"shard_rows": rows // 2, "chunk_rows": 2**14}
+        shaped(shard_rows=rows // 2, chunk_rows=2**14)(manifest)
 
     forge(copy, plan)
     for path in (copy / "data.zarr").glob("*/zarr.json"):
         metadata = json.loads(path.read_bytes())
         along = 1 if len(metadata["shape"]) > 1 else 0
+        of_inputs = metadata["dimension_names"][along] == "fingerprint"
         metadata["shape"][along] = rows
         metadata["chunk_grid"]["configuration"]["chunk_shape"][along] = rows // 2
-        metadata["codecs"][0]["configuration"]["chunk_shape"][along] = 2**14
+        metadata["codecs"][0]["configuration"]["chunk_shape"][along] = rows // 2 if of_inputs else 2**14
         path.write_text(json.dumps(metadata))
     refresh(copy)
     tracemalloc.start()
     try:
         with pytest.raises(CorruptError, match="too small"):
-            open_cache(copy).teacher()
+            read_whole(copy)
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
@@ -710,7 +767,7 @@ def test_nothing_is_allocated_for_rows_that_the_files_cannot_hold(copy: Path) ->
 def test_a_damaged_cache_is_never_a_wrong_number(copy: Path, whole: Cache) -> None:
     # Whatever a few random changes do to the files: refused, or the same logits.
     draw = random.Random(1)  # noqa: S311
-    right = whole.teacher()(torch.arange(12))
+    right = read_whole(whole.path)
     files = sorted(contents(copy))
     for _ in range(150):
         path = copy / draw.choice(files)
@@ -719,7 +776,7 @@ def test_a_damaged_cache_is_never_a_wrong_number(copy: Path, whole: Cache) -> No
         spoiled = data[:start] + draw.randbytes(draw.randrange(4)) + data[start + draw.randrange(40) :]
         path.write_bytes(spoiled)
         try:
-            assert torch.equal(open_cache(copy).teacher()(torch.arange(12)), right)
+            assert torch.equal(read_whole(copy), right)
         except KdcacheError as error:
             assert isinstance(error, CorruptError)
             assert spoiled != data

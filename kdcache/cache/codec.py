@@ -27,6 +27,7 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _SMALLEST_RANGE = 1e-4
 _HALF_STEP = 2.0**-11
 _TINY = 1e-30
+_NOTHING = -1e4
 _ROUNDS = 3
 _MISSING = 5e-4
 
@@ -114,7 +115,8 @@ def encode(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis 
         "label_log_prob": log_probs.gather(1, label).squeeze(1).where(known, 0.0),
         "logit_mean": logits.mean(dim=1),
         "logit_std": logits.std(dim=1, correction=0),
-        "entropy": -(log_probs.exp() * log_probs).sum(dim=1),
+        # Where a probability is 0 its logarithm may be infinite.
+        "entropy": -(log_probs.exp() * log_probs.clamp_min(_NOTHING)).sum(dim=1),
     }
     indices = tail = None
     if encoding.dense:
@@ -203,7 +205,8 @@ def _filled(log_probs: Tensor, mass: Tensor, last: Tensor, tail: Tensor) -> Tens
     held, wanted = of_cap.sum(dim=1, keepdim=True), (mass - last).exp()
     share = ((wanted - held) / (tail.sum(dim=1, keepdim=True) - held).clamp_min(_TINY)).clamp(0, 1)
     drawn = (of_cap + share * (1 - of_cap)).log() + last
-    return torch.where(wanted - held > _MISSING * wanted, drawn, log_probs)
+    # A mass below the cap's own is never cut, and may be too small for a float32.
+    return torch.where((wanted > 1) & (wanted - held > _MISSING * wanted), drawn, log_probs)
 
 
 def _whole_mass(log_probs: Tensor, encoding: Encoding) -> Tensor:
@@ -214,7 +217,10 @@ def _whole_mass(log_probs: Tensor, encoding: Encoding) -> Tensor:
     """
     if encoding.dtype == "float32":
         return log_probs
-    excess = log_probs.logsumexp(dim=1, keepdim=True)
+    largest, at = log_probs.max(dim=1, keepdim=True)
+    others = log_probs.scatter(1, at, -math.inf).exp().sum(dim=1, keepdim=True)
+    # The logsumexp, which in float32 would be noise where one class has nearly all of the mass.
+    excess = torch.log1p(torch.expm1(largest) + others)
     if encoding.dtype == "uint8":
         return log_probs - excess
     entropy = -(log_probs.exp() * log_probs).sum(dim=1, keepdim=True)

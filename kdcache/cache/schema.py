@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kdcache.errors import CorruptError
 
-FORMAT_VERSION: Literal[0] = 0
-"""Version 0 is the format before its specification; caches of it may become unreadable, later ones may not."""
+FORMAT_VERSION: Literal[1] = 1
+"""docs/FORMAT.md specifies it. Caches of this version stay readable; a change of the format is a new version."""
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 
@@ -133,15 +133,23 @@ class ViewsRecord(Record):
 
 
 class Shape(Record):
-    """How rows are laid out in files."""
+    """How rows are laid out in files.
+
+    Attributes:
+        shard_rows: rows of a shard, the unit that is written at once.
+        chunk_rows: rows of a chunk, the unit that is compressed at once.
+        fingerprint_stride: every so many samples the teacher's input leaves a fingerprint.
+    """
 
     shard_rows: Annotated[int, Field(ge=1, le=2**40)]
     chunk_rows: Annotated[int, Field(ge=1, le=LARGEST_CHUNK)]
+    fingerprint_stride: Annotated[int, Field(ge=1)]
 
     @model_validator(mode="after")
-    def _whole_chunks(self) -> Shape:
-        if self.shard_rows % self.chunk_rows:
-            raise ValueError("shard_rows is not a multiple of chunk_rows")
+    def _whole(self) -> Shape:
+        for name in ("chunk_rows", "fingerprint_stride"):
+            if self.shard_rows % getattr(self, name):
+                raise ValueError(f"shard_rows is not a multiple of {name}")
         return self
 
 
@@ -172,7 +180,7 @@ class Plan(Record):
     """Everything that is settled before the first row: a run that goes on must agree with all of it."""
 
     format: Literal["kdcache"] = "kdcache"
-    format_version: Literal[0] = FORMAT_VERSION
+    format_version: Literal[1] = FORMAT_VERSION
     teacher: TeacherRecord
     dataset: DatasetRecord
     views: ViewsRecord
@@ -240,6 +248,8 @@ class Manifest(Record):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
                 raise ValueError(f"the file name {name!r} does not stay inside the cache")
+        if list(files) != sorted(files):
+            raise ValueError("the files are not in the order of their names")
         return files
 
 
@@ -279,21 +289,18 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan.
-
-    Raises:
-        CorruptError: if it is not as it was written.
-    """
+    """Read a plan; a CorruptError if it is not as it was written."""
     return _read(path, Plan)
 
 
 def read_commit(path: Path) -> Commit:
-    """Read a commit marker.
-
-    Raises:
-        CorruptError: if it is not as it was written.
-    """
+    """Read a commit marker; a CorruptError if it is not as it was written."""
     return _read(path, Commit)
+
+
+def read_file_record(path: Path) -> FileRecord:
+    """Read the record of a file that lies beside it; a CorruptError if it is not as it was written."""
+    return _read(path, FileRecord)
 
 
 R = TypeVar("R", bound=Record)
@@ -307,7 +314,7 @@ def _read(path: Path, kind: type[R]) -> R:
         if version not in (None, FORMAT_VERSION):
             raise CorruptError(
                 f"{path} is of format version {version!r}; this kdcache reads version {FORMAT_VERSION}",
-                "pip install --upgrade kdcache, or dump the teacher again",
+                "dump the teacher again" if version == 0 else "pip install --upgrade kdcache, or dump it again",
             )
         record = kind.model_validate(content)
         written = canonical(record)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.cache import layout
+from kdcache.cache import arrays, layout
 from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import Rows
 from kdcache.cache.schema import (
@@ -35,6 +35,7 @@ from kdcache.cache.schema import (
 )
 from kdcache.cache.verify import check_files, record_of
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
+from kdcache.fingerprints import Inputs
 
 
 def check_outside(path: Path) -> None:
@@ -43,7 +44,7 @@ def check_outside(path: Path) -> None:
     Raises:
         UsageError: if it does.
     """
-    inside = next((folder for folder in path.absolute().parents if (folder / layout.STORE).is_dir()), None)
+    inside = next((folder for folder in path.absolute().parents if (folder / arrays.STORE).is_dir()), None)
     if inside is not None:
         raise UsageError(f"{path} lies inside the cache {inside}", "give a folder outside of it with -o")
 
@@ -112,9 +113,9 @@ class CacheWriter:
 
     def _mend(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
         """Make good what was damaged since it was written, or it would be sealed, or never be."""
-        with _unfinished(_beside(self.path / layout.STORE)) as folder:
+        with _unfinished(_beside(self.path / arrays.STORE)) as folder:
             self._create_store(folder, labels, keys)
-            for name in layout.common_files(self.plan):
+            for name in arrays.common_files(self.plan):
                 _make_folder((self.path / name).parent)
                 (folder / name).replace(self.path / name)
         for path in (self.path.parent, self.path, *self.path.rglob("*")):
@@ -128,7 +129,7 @@ class CacheWriter:
     def _is_whole(self, view: int, shard: int) -> bool:
         try:
             files = read_commit(self.commit_path(view, shard)).files
-            if sorted(files) != sorted(layout.shard_files(self.plan, view, shard)):
+            if sorted(files) != sorted(arrays.shard_files(self.plan, view, shard)):
                 return False
             check_files(self.path, files)
         except (FileNotFoundError, CorruptError):
@@ -143,16 +144,16 @@ class CacheWriter:
         """The shards of a view that have no marker yet."""
         return [shard for shard in range(self.plan.shards) if not self.commit_path(view, shard).exists()]
 
-    def write(self, view: int, shard: int, rows: Rows) -> None:
+    def write(self, view: int, shard: int, rows: Rows, inputs: Inputs) -> None:
         """Write one shard, whole."""
-        files = sorted(layout.shard_files(self.plan, view, shard))
+        files = sorted(arrays.shard_files(self.plan, view, shard))
         for name in files:
             leftover = self.path / name
             _make_folder(leftover.parent)
             leftover.unlink(missing_ok=True)
             for orphan in leftover.parent.glob(f"{leftover.name}.*.partial"):
                 orphan.unlink()
-        layout.write_shard(self.path, self.plan, view, shard, rows)
+        layout.write_shard(self.path, self.plan, view, shard, rows, inputs)
         for name in files:
             _flush(self.path / name)
         for folder in sorted({(self.path / name).parent for name in files}):
@@ -178,7 +179,7 @@ class CacheWriter:
                 files |= read_commit(marker).files
                 files[marker.relative_to(self.path).as_posix()] = record_of(marker)
         check_files(self.path, files)
-        files |= {name: record_of(self.path / name) for name in layout.common_files(self.plan)}
+        files |= {name: record_of(self.path / name) for name in arrays.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
         _put(self.path / MANIFEST, manifest)
         (self.path / PLAN).unlink()

@@ -1,0 +1,45 @@
+"""What is kept of the pixels that a teacher saw, so that a student's can be told from them before training, not after.
+
+A fingerprint is exact. Where it differs, a sketch of the picture tells the last bits of another library or processor,
+which do no harm, from another picture.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+SKETCH_PARTS = 8
+_GRID = (2, 4)
+
+
+class Inputs(NamedTuple):
+    """Fingerprints and sketches of M images.
+
+    Attributes:
+        fingerprints: [M] uint32, CRC-32 (that of zlib) of the pixels [channels, H, W], float32, little-endian.
+        sketches: [M, 8] float32, means over two rows of four parts of the image, all channels together.
+    """
+
+    fingerprints: npt.NDArray[np.uint32]
+    sketches: npt.NDArray[np.float32]
+
+    @staticmethod
+    def concatenate(parts: list[Inputs]) -> Inputs:
+        """All of them, in order."""
+        return Inputs(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+def inputs_of(images: Tensor) -> Inputs:
+    """Fingerprints of images [M, channels, H, W] float32, as a network sees them."""
+    pixels = images.contiguous().numpy().astype("<f4", copy=False)
+    parts = adaptive_avg_pool2d(images.double().mean(dim=1, keepdim=True), _GRID) if len(images) else images.double()
+    return Inputs(
+        np.array([zlib.crc32(image.tobytes()) for image in pixels], np.uint32),
+        parts.reshape(len(images), SKETCH_PARTS).float().numpy(),
+    )
