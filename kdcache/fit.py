@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 
+from kdcache.cache.reader import CachedTeacher
 from kdcache.errors import CorruptError, UsageError
 from kdcache.evaluate import evaluate
 from kdcache.losses import Loss, LossParts, distillation_loss
@@ -56,11 +57,15 @@ def steps(
         teacher: where the teacher's logits come from; None for a loss without one.
         device: where the model is.
     """
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch))
+    generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch)
+    cached = teacher if isinstance(teacher, CachedTeacher) else None
+    order = cached.order(generator) if cached else torch.randperm(len(train), generator=generator)
     cuts = torch.split(order, spec.batch_size)
     if len(cuts) > 1 and len(cuts[-1]) == 1:
         # Batch norm cannot be trained on a batch of one; the next epoch's order leaves out another sample.
         cuts = cuts[:-1]
+    if cached:
+        cached.expect(cuts, train.view)
     parts = []
     for images, labels, ids in batches(train, [cut.tolist() for cut in cuts], spec.workers, device):
         student_logits = model(images.to(device, non_blocking=True))

@@ -4,40 +4,52 @@
     teacher = cache.teacher(device="cuda")
     logits = teacher(ids, view=0)              # [B, C] float32, on that device
 
-The rows are read from Zarr once, and never again: they stay encoded in the memory of the device, and a batch is
-gathered and decoded there.
+Zarr is never read for a batch. The rows are brought once to where they fit (`placement.py`), still encoded; a batch is
+gathered there, and decoded on the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcache.cache import layout
+from kdcache.cache import arrays, layout
 from kdcache.cache.basis import TailBasis
-from kdcache.cache.codec import Rows, decode
+from kdcache.cache.codec import decode
+from kdcache.cache.placement import Placement, place_rows
+from kdcache.cache.places import Place
 from kdcache.cache.schema import MANIFEST, PLAN, Encoding, Manifest, read_manifest, read_plan
 from kdcache.cache.verify import check_files
-from kdcache.errors import CorruptError, IncompleteError, UsageError
+from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError
 
 
 @dataclass(frozen=True)
 class CachedTeacher:
     """The teacher that a cache is: a callable from sample ids to logits.
 
+    It may be used in workers of a DataLoader, forked or spawned.
+
     Attributes:
-        views: the encoded rows of every view, on the device.
-        labels: [N] int64, as they were encoded.
+        place: where the encoded rows are.
+        placement: which kind of place that is: device, host, mmap or stream.
+        why: that one, in a few words.
+        views: how many there are.
+        labels: [N] int64, as they were encoded, on the device of the logits.
         encoding: of the rows.
         basis: of their tails, on the device; None where the encoding has none.
     """
 
-    views: tuple[Rows, ...]
+    place: Place
+    placement: Placement
+    why: str
+    views: int
     labels: Tensor
     encoding: Encoding
     basis: TailBasis | None = None
@@ -50,15 +62,28 @@ class CachedTeacher:
         """
         if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
             raise UsageError(f"ids are {ids.dtype} {list(ids.shape)}", "pass sample ids, an int64 tensor [B]")
-        if not 0 <= view < len(self.views):
-            raise UsageError(f"the cache has no view {view}", f"ask for one of 0 to {len(self.views) - 1}")
+        self._check_view(view)
         if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < len(self.labels)):
             raise UsageError(
                 f"ids run from {int(ids.min())} to {int(ids.max())}, the cache's from 0 to {len(self.labels) - 1}",
                 "ask for the ordinals of the samples in the data set that was dumped",
             )
-        ids = ids.to(self.labels.device, torch.int64)
-        return decode(self.views[view][ids], self.labels[ids], self.encoding, self.basis)
+        ids, device = ids.long(), self.labels.device
+        rows = self.place.rows(ids, view).to(device)
+        return decode(rows, self.labels[ids.to(device)], self.encoding, self.basis)
+
+    def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Be told which batches of ids [B] int64 will be asked for, in this order: what is on disk is read ahead."""
+        self._check_view(view)
+        self.place.expect(batches, view)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """A random order of all ids, [N] int64, that the rows' place serves quickly: block-shuffled for a stream."""
+        return self.place.order(generator)
+
+    def _check_view(self, view: int) -> None:
+        if not 0 <= view < self.views:
+            raise UsageError(f"the cache has no view {view}", f"ask for one of 0 to {self.views - 1}")
 
 
 @dataclass(frozen=True)
@@ -90,16 +115,25 @@ class Cache:
         """Sum of the sizes of its files, the manifest's own included."""
         return sum(record.size for record in self.manifest.files.values()) + (self.path / MANIFEST).stat().st_size
 
-    def teacher(self, device: torch.device | str = "cpu") -> CachedTeacher:
-        """The teacher: a callable `(ids [B], view) -> logits [B, C]` on `device`."""
+    def teacher(
+        self, device: torch.device | str = "cpu", placement: Placement | Literal["auto"] = "auto"
+    ) -> CachedTeacher:
+        """The teacher: a callable `(ids [B], view) -> logits [B, C]` on `device`.
+
+        Args:
+            device: where the logits are wanted.
+            placement: where the rows are held; `auto` takes the first of device, host, mmap and stream that they fit.
+
+        Raises:
+            UsageError: for a placement that is not known.
+            IncompleteError: if the records of the placement mmap do not fit on the disk.
+        """
         plan = self.manifest.plan
-        everything = range(plan.dataset.samples)
-        views = tuple(
-            layout.read_rows(self.path, plan, view, everything).to(device) for view in range(plan.views.count)
-        )
+        placed = place_rows(self.path, self.manifest, device, placement)
         labels = torch.from_numpy(self.labels.astype(np.int64)).to(device)
         basis = layout.read_basis(self.path, plan)
-        return CachedTeacher(views, labels, plan.encoding, basis.to(device) if basis is not None else None)
+        basis = basis.to(device) if basis is not None else None
+        return CachedTeacher(*placed, plan.views.count, labels, plan.encoding, basis)
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -112,23 +146,21 @@ def open_cache(path: str | Path) -> Cache:
     """
     path = Path(path)
     if not (path / MANIFEST).is_file():
-        raise _not_sealed(path)
+        raise refusal(path)
     manifest = read_manifest(path / MANIFEST)
-    layout.check_listed(path, manifest.plan, {name: record.size for name, record in manifest.files.items()})
+    arrays.check_listed(path, manifest.plan, {name: record.size for name, record in manifest.files.items()})
     check_files(path, manifest.files)
     labels, keys = layout.read_samples(path, manifest.plan)
     return Cache(path, manifest, labels, keys)
 
 
-def _not_sealed(path: Path) -> UsageError | IncompleteError | CorruptError:
+def refusal(path: Path) -> KdcacheError:
+    """Why a folder without a manifest is not a cache, or not yet."""
     if not path.exists():
         return UsageError(f"there is no cache {path}", "make one with `kdcache dump-teacher PIPELINE -o NAME.kdcache`")
     if not (path / PLAN).is_file():
-        if (path / layout.STORE).is_dir():
-            return CorruptError(
-                f"{path / MANIFEST} is missing",
-                "get the cache again from where it was made, or delete it and dump the teacher again",
-            )
+        if (path / arrays.STORE).is_dir():
+            return CorruptError(f"{path / MANIFEST} is missing", arrays.AGAIN)
         return UsageError(f"{path} is not a cache: it holds neither manifest nor plan", "give the .kdcache folder")
     plan = read_plan(path / PLAN)
     total = plan.views.count * plan.shards

@@ -1,0 +1,194 @@
+"""What a cache gives that is larger than memory: `python benchmarks/larger_than_memory.py`.
+
+Rows a second, in batches of 256, encoded, as they go to the device that decodes them (`codec.py` measures that), for
+each placement in the order that a trainer takes there; and the anonymous memory that a process takes at most when it
+opens a cache and asks for batches, for N rows and for ten times as many. To be reached: 50,000 rows/s mapped, in random
+order with look-ahead, from a cold disk; 1,000,000 rows/s streamed; a peak that does not grow with the rows, but for the
+label, the content key and the place in the order of each sample.
+
+Cold: the files were dropped from the system's page cache just before, and the last column says what then came from the
+disk. Mapped rows are few for the size of the file, and taken in several passes, each after another dropping: in a long
+one most pages would be there by the time that they are asked for. Every pass has a process of its own; medians.
+
+The rows are made up (`common.py`), encoded, and repeated after 20,000: more than a chunk holds, in which they are
+compressed, so that no row meets itself there. Give a --folder on the disk that is meant; it takes 170 bytes a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+from common import encoded, planned, write_cache
+
+from kdcache import open_cache
+from kdcache.cache.placement import Placement
+from kdcache.cli import output
+
+_BATCH = 256
+_SECTOR = 512
+_AT_MOST = {"host": 2**22, "mmap": 2**15, "stream": 2**22}
+"""Rows of a pass."""
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Case(NamedTuple):
+    """A line of the first table.
+
+    Attributes:
+        placement: where the rows are.
+        ahead: whether the batches are announced.
+        cold: whether the disk is.
+        bound: rows a second to be reached.
+    """
+
+    placement: Placement
+    ahead: bool
+    cold: bool
+    bound: int | None = None
+
+
+_CASES = [
+    Case("host", ahead=False, cold=False),
+    Case("mmap", ahead=True, cold=True, bound=50_000),
+    Case("mmap", ahead=False, cold=True),
+    Case("mmap", ahead=True, cold=False),
+    Case("mmap", ahead=False, cold=False),
+    Case("stream", ahead=True, cold=True, bound=1_000_000),
+    Case("stream", ahead=True, cold=False),
+]
+
+
+class Pace(NamedTuple):
+    """What a pass came to: rows a second, and bytes a row that were read from the disk."""
+
+    rows: float
+    read: float
+
+
+def main() -> None:
+    """Print the tables."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rows", type=int, default=4_000_000, help="of the larger cache (default 4,000,000)")
+    arguments.add_argument("--folder", type=Path, help="where the files lie for as long as they are needed")
+    arguments.add_argument("--passes", type=int, default=5)
+    arguments.add_argument("--quick", action="store_true", help="small sizes, which say nothing of the bounds")
+    asked = arguments.parse_args()
+    rows, classes, passes = (20_000, 100, 1) if asked.quick else (asked.rows, 1000, asked.passes)
+    pool = encoded(planned(classes, top_k=4, rank=48), min(rows, 20_000))
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        caches = {
+            count: write_cache(Path(folder) / f"{count}.kdcache", pool, count).path for count in (rows // 10, rows)
+        }
+        os.environ["KDCACHE_HOME"] = folder
+        memory = [_memory_row(placement, caches) for placement in ("host", "mmap", "stream")]
+        speed = [_speed_row(case, caches[rows], passes) for case in _CASES]
+    output.table(
+        f"batches of {_BATCH} from a cache of {10 * rows:,} rows, {classes} classes",
+        ["place", "look-ahead", "disk", "rows/s", "bound", "from disk, B/row"],
+        speed,
+    )
+    output.table(
+        "peak of anonymous memory over that of a process that has only imported kdcache, MB",
+        ["place", *(f"{count:,} rows" for count in caches), "B per further row"],
+        memory,
+    )
+
+
+def _speed_row(case: Case, cache: Path, passes: int) -> list[str]:
+    paces = [_alone(pace, cache, case) for _ in range(passes)]
+    return [
+        case.placement,
+        "yes" if case.ahead else "no",
+        "cold" if case.cold else "warm",
+        f"{statistics.median(pace.rows for pace in paces):,.0f}",
+        f"{case.bound:,}" if case.bound else "",
+        f"{statistics.median(pace.read for pace in paces):,.0f}",
+    ]
+
+
+def _memory_row(placement: Placement, caches: dict[int, Path]) -> list[str]:
+    peaks = [_alone(peak, cache, placement) for cache in caches.values()]
+    fewer, more = caches
+    return [placement, *(f"{peak / 1e6:.0f}" for peak in peaks), f"{(peaks[1] - peaks[0]) / (more - fewer):.0f}"]
+
+
+def _alone(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a new process answers."""
+    with ProcessPoolExecutor(1, _PROCESSES) as pool:
+        return pool.submit(work, *args, **kwargs).result()
+
+
+def pace(cache: Path, case: Case) -> Pace:
+    """How fast batches come from a cache."""
+    teacher = open_cache(cache).teacher(placement=case.placement)
+    order = teacher.order(torch.Generator().manual_seed(os.getpid()))
+    batches = torch.split(order[: _AT_MOST[case.placement]], _BATCH)
+    if case.cold:
+        _drop(cache)
+    else:
+        for ids in batches:
+            teacher.place.rows(ids, 0)
+    blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
+    began = time.perf_counter()
+    if case.ahead:
+        teacher.expect(batches)
+    for ids in batches:
+        teacher.place.rows(ids, 0)
+    seconds, rows = time.perf_counter() - began, sum(map(len, batches))
+    read = _SECTOR * (resource.getrusage(resource.RUSAGE_SELF).ru_inblock - blocks)
+    return Pace(rows / seconds, read / rows)
+
+
+def _drop(cache: Path) -> None:
+    """Drop the files of a cache, and all record files, from the system's page cache."""
+    for path in (*cache.rglob("*"), *Path(os.environ["KDCACHE_HOME"]).rglob("*.records")):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)  # what is not written yet stays
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def peak(cache: Path, placement: Placement) -> int:
+    """Bytes that this process takes at most while it takes batches from a cache, over what it took before."""
+    before, taken, done = _anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            taken.append(_anonymous() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    teacher = open_cache(cache).teacher(placement=placement)
+    batches = torch.split(teacher.order(torch.Generator().manual_seed(0)), _BATCH)
+    teacher.expect(batches)
+    for ids in batches[: _AT_MOST[placement] // _BATCH]:
+        teacher.place.rows(ids, 0)
+    done.set()
+    watcher.join()
+    return max(taken)
+
+
+def _anonymous() -> int:
+    """Bytes of memory that belong to no file: pages of files are only lent, and leave when memory is short."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+if __name__ == "__main__":
+    main()
