@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.reader import Cache
+from kdcache.cache.placement import Placement
+from kdcache.cache.reader import Cache, CachedTeacher
 from kdcache.datasets import load_held_out, load_split
 from kdcache.errors import MismatchError, UsageError
 from kdcache.evaluate import Score, evaluate, try_network
@@ -20,9 +21,13 @@ from kdcache.losses import Loss
 from kdcache.models import build_model
 from kdcache.pipeline import Pipeline, StudentSpec, TeacherSpec, TrainSpec, Transform
 from kdcache.progress import Progress
+from kdcache.recheck import replay
 from kdcache.runs import CHECKPOINT, check_free, run_folder
 from kdcache.samples import Samples, check_same_samples
 from kdcache.views import View, is_random
+
+_REPLAYED = 32
+"""Images that are compared with what the teacher saw before the first step; `kdcache verify --replay` takes all."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ def train_student(
     out: str | Path,
     *,
     device: torch.device | str = "cpu",
+    placement: Placement | Literal["auto"] = "auto",
+    other_pixels: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Train the pipeline's student from a cache; the teacher itself is never loaded.
@@ -83,29 +90,41 @@ def train_student(
         cache: a cache of the same data set; None only for a loss that uses no teacher.
         out: the run folder; must not exist.
         device: where to train.
+        placement: where the cache's rows are held meanwhile; see `Cache.teacher`.
+        other_pixels: train although the images that are loaded are not those that the teacher saw.
         progress: who is told how it goes.
 
     Raises:
-        MismatchError: if the cache belongs to other images, another order, other labels or another transform.
+        MismatchError: if the cache belongs to other images, another order, other labels or another transform, or the
+            pixels of some views, made anew, are not those that the teacher saw.
         KdcacheError: if anything else does not fit; nothing is left behind.
     """
     out, spec = Path(out), pipeline.section("student")
     check_free(out)
     samples = load_split(pipeline.dataset, "train")
+    teacher: CachedTeacher | None = None
+    replayed: dict[str, Any] | None = None
     if cache is None:
         if pipeline.loss.uses_teacher:
             raise UsageError(
                 f"the loss {pipeline.loss.name} needs a teacher", "give its cache with --cache, or take --loss ce"
             )
         transform = samples.transform if pipeline.transform is None else pipeline.transform
-        teacher, views, seed = None, None if is_random(transform) else 1, 0
+        views, seed = None if is_random(transform) else 1, 0
     else:
         _check_cache(cache, samples, pipeline, progress)
+        replayed = _replay(cache, samples, other_pixels, progress)
         plan = cache.manifest.plan
         transform, views, seed = plan.views.transform, plan.views.count, plan.views.seed
-        teacher = cache.teacher(device) if pipeline.loss.uses_teacher else None
+        teacher = cache.teacher(device, placement) if pipeline.loss.uses_teacher else None
+        if teacher and progress:
+            progress.say(f"the cache is held: {teacher.placement} ({teacher.why})")
     train = View(samples, transform, seed, labels=few_labels(samples, spec.train))
-    extra = {"cache": cache.manifest.digest if cache else None}
+    extra = {
+        "cache": cache.manifest.digest if cache else None,
+        "placement": teacher.placement if teacher else None,
+        "replay": replayed,
+    }
     return _train(pipeline, spec, pipeline.loss, train, out, views, device, progress, teacher, extra)
 
 
@@ -135,6 +154,21 @@ def _check_cache(cache: Cache, samples: Samples, pipeline: Pipeline, progress: P
             f"  pipeline: {pipeline.transform}",
             "remove `transform` from the pipeline: the student then sees what the teacher saw",
         )
+
+
+def _replay(cache: Cache, samples: Samples, other_pixels: bool, progress: Progress | None) -> dict[str, Any]:
+    """A look at some images before the first step, for the record of the run."""
+    try:
+        found = replay(cache, samples, _REPLAYED)
+    except MismatchError as error:
+        if not other_pixels:
+            raise MismatchError(error.what, f"{error.fix}; or say --allow-other-pixels") from None
+        if progress:
+            progress.say(f"note: {error.what}; going on, as asked")
+        return {"other_pixels": error.what}
+    if found.rounded and progress:
+        progress.say(f"note: {found.rounded} of {found.checked} images differ from the teacher's by rounding alone")
+    return found._asdict()
 
 
 def _train(

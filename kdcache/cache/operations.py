@@ -19,6 +19,7 @@ from kdcache.cache import layout
 from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import decode, stated_at, tail_log_mass
 from kdcache.cache.schema import TAIL_TEMPERATURES, Plan, Summary
+from kdcache.cache.verify import Finding, check_shard_rows
 
 _ROWS_AT_ONCE = 4096
 _TINY = 1e-12
@@ -68,6 +69,14 @@ def _sums(cache: Path, plan: Plan, view: int, shard: int, labels: torch.Tensor) 
         entropy=math.fsum(entropy.tolist()),
         top_probability=math.fsum(top_log_prob.double().exp().tolist()),
     )
+
+
+def check_rows(cache: Path, plan: Plan, shards: list[tuple[int, int]]) -> list[Finding]:
+    """What cannot be right in the rows of some (view, shard) of a cache."""
+    labels = torch.from_numpy(layout.read_samples(cache, plan)[0].astype(np.int64))
+    parts = [delayed(check_shard_rows)(cache, plan, view, shard, labels) for view, shard in shards]
+    found: tuple[list[Finding], ...] = compute(*parts, scheduler="threads")  # type: ignore[no-untyped-call]
+    return [finding for part in found for finding in part]
 
 
 class SelfFidelity(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kdcache.cli import demo, info, output, plan, stage_one, stage_two
+from kdcache.cli import demo, info, output, plan, stage_one, stage_two, verify
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, UsageError
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     Try it:      kdcache demo
     Stage one:   kdcache train-teacher, kdcache dump-teacher
     Stage two:   kdcache train-student
-    Look:        kdcache info, kdcache plan
+    Look:        kdcache info, kdcache plan, kdcache verify
 
     Exit codes: 0 ok, 2 usage, 3 incomplete, 4 mismatch, 5 corrupt, 130 interrupted.
     """
@@ -61,3 +61,4 @@ main.add_command(plan.plan)
 main.add_command(stage_one.dump_teacher)
 main.add_command(stage_two.train_student)
 main.add_command(info.info)
+main.add_command(verify.verify)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -17,6 +18,9 @@ from kdcache.cli.options import (
     set_option,
 )
 
+if TYPE_CHECKING:
+    from kdcache.cache.placement import Placement
+
 
 @click.command("train-student")
 @pipeline_argument
@@ -27,6 +31,16 @@ from kdcache.cli.options import (
 @click.option(
     "--loss", help="ce, kd, dtkd, ka, dtd, ka+dtd, dtkd+ka, ...; options that the file has for another loss go with it."
 )
+@click.option(
+    "--placement",
+    type=click.Choice(["auto", "device", "host", "mmap", "stream"]),
+    default="auto",
+    show_default=True,
+    help="Where the cache's rows are held: on the GPU, in memory, in a mapped file, or read as they come.",
+)
+@click.option(
+    "--allow-other-pixels", "other_pixels", is_flag=True, help="Train although the images are not what the teacher saw."
+)
 @click.option("--seed", type=int, help="[short for --set student.train.seed=...]")
 @set_option
 @device_option
@@ -36,6 +50,8 @@ def train_student(
     out: Path,
     cache_path: Path | None,
     loss: str | None,
+    placement: Placement | Literal["auto"],
+    other_pixels: bool,
     seed: int | None,
     overrides: tuple[str, ...],
     device: str,
@@ -51,5 +67,13 @@ def train_student(
 
     resolved = read_pipeline(pipeline, overrides, loss, student__train__seed=seed)
     cache = open_cache(cache_path) if cache_path is not None else None
-    trained = train(resolved, cache, out, device=choose_device(device), progress=output.Terminal())
+    trained = train(
+        resolved,
+        cache,
+        out,
+        device=choose_device(device),
+        placement=placement,
+        other_pixels=other_pixels,
+        progress=output.Terminal(),
+    )
     output.run_result(out, trained, as_json)

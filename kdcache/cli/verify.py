@@ -1,0 +1,134 @@
+"""`kdcache verify`: whether a cache is whole, and whether it belongs to a data set and a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kdcache.cli import output
+from kdcache.cli.options import choose_device, device_option, json_option, read_pipeline, set_option
+from kdcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from kdcache.cache.audit import Audit
+
+
+@click.command("verify")
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("pipeline", type=click.Path(path_type=Path), required=False)
+@click.option("--replay", is_flag=True, help="Make the views of PIPELINE's data set anew and compare their pixels.")
+@click.option("--teacher", is_flag=True, help="Run PIPELINE's teacher again on a sample of rows.")
+@click.option(
+    "--rows", type=click.IntRange(1), default=512, show_default=True, help="How many rows a view --teacher runs on."
+)
+@set_option
+@device_option
+@json_option
+def verify(
+    cache: Path,
+    pipeline: Path | None,
+    replay: bool,
+    teacher: bool,
+    rows: int,
+    overrides: tuple[str, ...],
+    device: str,
+    as_json: bool,
+) -> None:
+    """Read every file and every row of a CACHE; with a PIPELINE, hold it against that data set and teacher too.
+
+    \b
+    Example: kdcache verify runs/digits.kdcache pipelines/digits.yaml --replay
+    Exit codes: 3 not sealed, 4 another data set, other pixels or another teacher, 5 damaged.
+    """
+    from kdcache.cache.audit import audit
+
+    if pipeline is None and (replay or teacher or overrides):
+        raise UsageError("--replay, --teacher and --set need a pipeline", f"kdcache verify {cache} PIPELINE ...")
+    # What cannot be read as a pipeline is said before all files of the cache are read.
+    resolved = read_pipeline(pipeline, overrides) if pipeline is not None else None
+    checked = audit(cache)
+    found: dict[str, Any] = {}
+    if resolved is not None and checked.failure is None:
+        from kdcache.cache import open_cache
+        from kdcache.datasets import load_split
+        from kdcache.dump import load_teacher
+        from kdcache.recheck import compare_with_teacher
+        from kdcache.recheck import replay as replay_views
+        from kdcache.samples import check_same_samples
+
+        opened, progress = open_cache(cache), output.Terminal()
+        samples = load_split(resolved.dataset, "train")
+        check_same_samples(samples, samples.keys(progress), opened.sample_keys, opened.labels)
+        found["dataset"] = {"samples": len(samples)}
+        if replay:
+            workers = resolved.cache.workers
+            found["replay"] = replay_views(opened, samples, workers=workers, progress=progress)._asdict()
+        if teacher:
+            model = load_teacher(resolved).model
+            on = choose_device(device)
+            found["teacher"] = [
+                one._asdict()
+                for one in compare_with_teacher(opened, model, samples, rows, on, resolved.cache.workers, progress)
+            ]
+    _report(checked, found, as_json)
+    if checked.failure is not None:
+        raise checked.failure
+
+
+def _report(checked: Audit, found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        output.as_json(
+            {
+                "cache": str(checked.path),
+                "whole": checked.failure is None,
+                "digest": checked.digest,
+                "files": checked.files,
+                "rows": checked.rows,
+                "findings": [finding._asdict() for finding in checked.findings],
+                **found,
+            }
+        )
+        return
+    output.facts(
+        {
+            "cache": str(checked.path),
+            "digest": checked.digest or "not sealed",
+            "files": f"{checked.files:,} read, {_count(len(checked.findings), 'finding')}",
+            "rows": f"{checked.rows:,} looked at",
+            **({"data set": f"the same {found['dataset']['samples']:,} samples"} if "dataset" in found else {}),
+            **({"replay": _replayed(**found["replay"])} if "replay" in found else {}),
+        }
+    )
+    for finding in checked.findings:
+        output.result(f"  {finding}")
+    if "teacher" in found:
+        _compared(found["teacher"])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
+
+
+def _replayed(checked: int, rounded: int) -> str:
+    same = f"{checked:,} images are what the teacher saw"
+    return f"{same}, {rounded:,} of them but for rounding" if rounded else f"{same}, to the bit"
+
+
+def _compared(found: list[dict[str, Any]]) -> None:
+    output.table(
+        f"Cached logits against the live teacher's, {found[0]['rows']:,} rows a view",
+        ["view", "T", "total variation", "KL", "same class", "error of the KD gradient"],
+        [
+            [
+                str(one["view"]),
+                str(one["temperature"]),
+                f"{one['total_variation']:.5f}",
+                f"{one['divergence']:.2e}",
+                f"{one['top1']:.2%}",
+                f"{one['gradient_error']:.5f}",
+            ]
+            for one in found
+        ],
+    )

@@ -1,0 +1,184 @@
+"""A cache held against what it was made from: the pixels that the teacher saw, and the teacher itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdcache.cache import layout
+from kdcache.cache.codec import decode, encode
+from kdcache.cache.fidelity import TEMPERATURES, divergence, gradient_error, total_variation
+from kdcache.cache.planner import pilot_ids
+from kdcache.cache.reader import Cache
+from kdcache.errors import MismatchError
+from kdcache.fingerprints import Inputs, inputs_of
+from kdcache.models import weights_digest
+from kdcache.pilot import teacher_logits
+from kdcache.progress import Progress, Silent
+from kdcache.samples import Samples
+from kdcache.views import View, batches, cut_range
+
+_LAST_BITS = 1e-4
+"""Parts of a picture whose means are within this of one another differ by the rounding of another library at most."""
+
+_BATCH = 64
+_SUSPECT = 0.05
+"""Mean total variation at T = 1 from which it is another teacher, or another way to run it."""
+
+
+class Replay(NamedTuple):
+    """How the pixels of a data set, as a student would load it, compare with those that the teacher saw.
+
+    Attributes:
+        checked: images whose fingerprints were compared.
+        rounded: those of them that differ, but by rounding alone.
+    """
+
+    checked: int
+    rounded: int
+
+
+def replay(
+    cache: Cache, samples: Samples, limit: int | None = None, workers: int = 0, progress: Progress | None = None
+) -> Replay:
+    """Make views anew and compare their fingerprints with those in the cache, without the teacher.
+
+    Args:
+        cache: that was made from them.
+        samples: the data set as it is now.
+        limit: how many images to look at, spread over samples and views; None for every one with a fingerprint.
+        workers: processes that load them.
+        progress: who is told how it goes.
+
+    Raises:
+        MismatchError: which names the first sample and view that differ.
+    """
+    plan = cache.manifest.plan
+    stride = plan.shape.fingerprint_stride
+    every = np.arange(plan.views.count * -(-len(samples) // stride))
+    chosen = every if limit is None else every[pilot_ids(len(every), limit)]
+    views, numbers = np.divmod(chosen, -(-len(samples) // stride))
+    rounded = 0
+    with (progress or Silent()).task("replay", len(chosen), "images") as task:
+        for number in np.unique(views).tolist():
+            kept = layout.read_inputs(cache.path, plan, number)
+            view = View(samples, plan.views.transform, plan.views.seed, number)
+            ids = (numbers[views == number] * stride).tolist()
+            cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
+            for images, _, which in batches(view, cuts, workers):
+                then = Inputs(*(values[which.numpy() // stride] for values in kept))
+                rounded += _compare(cache, number, which, then, inputs_of(images))
+                task.advance(len(which))
+    return Replay(len(chosen), rounded)
+
+
+def _compare(cache: Cache, view: int, ids: Tensor, then: Inputs, now: Inputs) -> int:
+    """How many images differ by rounding alone; one that differs by more is refused."""
+    differ = then.fingerprints != now.fingerprints
+    scale = np.maximum(np.abs(then.sketches).max(axis=1), 1.0)
+    gap = np.abs(then.sketches - now.sketches).max(axis=1)
+    for place in np.flatnonzero(differ & ~(gap <= _LAST_BITS * scale)):
+        raise MismatchError(
+            f"view {view} of sample {int(ids[place])} is not what the teacher of {cache.path} saw: parts of the "
+            f"picture differ by up to {gap[place]:.3g} in their mean (fingerprint {now.fingerprints[place]:08x}, "
+            f"in the cache {then.fingerprints[place]:08x})",
+            "use the images and the library versions that the cache was made with (`kdcache info` names them)",
+        )
+    return int(differ.sum())
+
+
+class Agreement(NamedTuple):
+    """How near cached logits are to those of the live teacher, on a sample of rows of one view.
+
+    Attributes:
+        view: which one.
+        temperature: T.
+        rows: how many.
+        total_variation: mean over the rows.
+        divergence: mean KL(live || cached), in nats.
+        top1: share of rows with the same largest class.
+        gradient_error: of KD, relative, for a student that has learned nothing.
+    """
+
+    view: int
+    temperature: int
+    rows: int
+    total_variation: float
+    divergence: float
+    top1: float
+    gradient_error: float
+
+
+def compare_with_teacher(
+    cache: Cache,
+    model: nn.Module,
+    samples: Samples,
+    rows: int = 512,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> list[Agreement]:
+    """Run the teacher again on some rows of every view.
+
+    Args:
+        cache: what is to be verified.
+        model: the teacher; put into evaluation mode.
+        samples: the data set that the cache was made from.
+        rows: how many of each view, spread over the data set.
+        device: where the teacher runs.
+        workers: processes that load images.
+        progress: who is told how it goes.
+
+    Raises:
+        MismatchError: if it has other weights, or says something else than the cache.
+    """
+    plan = cache.manifest.plan
+    if (digest := weights_digest(model)) != plan.teacher.weights_digest:
+        raise MismatchError(
+            f"this teacher has the weights {digest}, the cache is of {plan.teacher.weights_digest}",
+            "give the teacher that the cache was made with (`kdcache info CACHE` names it)",
+        )
+    model = model.to(device).eval()
+    ids = pilot_ids(len(samples), rows)
+    cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
+    teacher = cache.teacher(device)
+    found = []
+    with (progress or Silent()).task("teacher", len(ids) * plan.views.count, "rows") as task:
+        for view in range(plan.views.count):
+            seen = View(samples, plan.views.transform, plan.views.seed, view)
+            parts = []
+            for images, _, which in batches(seen, cuts, workers, device):
+                live = teacher_logits(model, images, which, plan.encoding.num_classes, device)
+                truth = teacher.labels[which.to(device)]
+                again = decode(encode(live, truth, plan.encoding, teacher.basis), truth, plan.encoding, teacher.basis)
+                parts.append((live, again, teacher(which, view)))
+                task.advance(len(which))
+            live, again, cached = (torch.cat(logits) for logits in zip(*parts, strict=True))
+            _check_same_teacher(_agreement(view, 1, again, cached))
+            found += [_agreement(view, t, live, cached) for t in TEMPERATURES]
+    return found
+
+
+def _check_same_teacher(encoded: Agreement) -> None:
+    """Refuse another teacher; `encoded` compares with live logits after the same encoding, which may lose much."""
+    if encoded.total_variation > _SUSPECT:
+        raise MismatchError(
+            f"in view {encoded.view} the teacher says something else than the cache: mean total variation "
+            f"{encoded.total_variation:.4f} at T = 1, the same class in {encoded.top1:.1%} of {encoded.rows} rows",
+            "run the teacher as the cache's was: its code, precision, library versions (`kdcache info CACHE`)",
+        )
+
+
+def _agreement(view: int, temperature: int, live: Tensor, cached: Tensor) -> Agreement:
+    return Agreement(
+        view,
+        temperature,
+        len(live),
+        float(total_variation(live, cached, temperature).mean()),
+        float(divergence(live, cached, temperature).mean()),
+        float((live.argmax(dim=1) == cached.argmax(dim=1)).float().mean()),
+        gradient_error(live, cached, torch.zeros_like(live), temperature),
+    )
