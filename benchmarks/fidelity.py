@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import request
 from torch import Tensor
 
 from kdcache.cache import layout
@@ -20,11 +21,10 @@ from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import decode, encode
 from kdcache.cache.fidelity import TEMPERATURES, gradient_error
 from kdcache.cache.planner import described, plan_encoding
-from kdcache.cache.schema import Encoding, Request
+from kdcache.cache.schema import Encoding
 from kdcache.cli import output
 
 ROWS = Path(__file__).parent.parent / "tests" / "reference" / "glyphs300.npz"
-USUAL = {"top_k": "auto", "tail": "lowrank", "rank": None, "fidelity": None, "dtype": "float16", "pilot_rows": 4096}
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         return row(name, raw, layout.bytes_per_row(encoding, rows), decoded)
 
     def planned(**settings: Any) -> list[str]:
-        choice = plan_encoding(teacher[~held], labels[~held], Request.model_validate(USUAL | settings))
+        choice = plan_encoding(teacher[~held], labels[~held], request(**settings))
         name = f"planned for {settings['fidelity']}: " if settings.get("fidelity") else "fitted: "
         return ours(name + described(choice.chosen), choice.chosen.encoding, choice.chosen.basis)
 

@@ -8,7 +8,7 @@ label, the content key and the place in the order of each sample.
 
 Cold: the files were dropped from the system's page cache just before, and the last column says what then came from the
 disk. Mapped rows are few for the size of the file, and taken in several passes, each after another dropping: in a long
-one most pages would be there by the time that they are asked for. Every pass has a process of its own; medians.
+one most pages would be there by the time that they are asked for. Medians of the passes.
 
 The rows are made up (`common.py`), encoded, and repeated after 20,000: more than a chunk holds, in which they are
 compressed, so that no row meets itself there. Give a --folder on the disk that is meant; it takes 170 bytes a row.
@@ -17,6 +17,7 @@ compressed, so that no row meets itself there. Give a --folder on the disk that 
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import resource
@@ -83,20 +84,20 @@ class Pace(NamedTuple):
 def main() -> None:
     """Print the tables."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rows", type=int, default=4_000_000, help="of the larger cache (default 4,000,000)")
+    arguments.add_argument("--rows", type=int, default=1_600_000, help="N (default 1,600,000)")
     arguments.add_argument("--folder", type=Path, help="where the files lie for as long as they are needed")
-    arguments.add_argument("--passes", type=int, default=5)
+    arguments.add_argument("--passes", type=int, default=3)
     arguments.add_argument("--quick", action="store_true", help="small sizes, which say nothing of the bounds")
     asked = arguments.parse_args()
-    rows, classes, passes = (20_000, 100, 1) if asked.quick else (asked.rows, 1000, asked.passes)
+    rows, classes, passes = (2000, 100, 1) if asked.quick else (asked.rows, 1000, asked.passes)
     pool = encoded(planned(classes, top_k=4, rank=48), min(rows, 20_000))
+    _PROCESSES.set_forkserver_preload(["kdcache.cache.reader", "kdcache.cache.operations", "kdcache.cache.planner"])
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        caches = {
-            count: write_cache(Path(folder) / f"{count}.kdcache", pool, count).path for count in (rows // 10, rows)
-        }
-        os.environ["KDCACHE_HOME"] = folder
+        os.environ["KDCACHE_HOME"] = folder  # which all processes are given
+        sizes = (rows, 10 * rows)
+        caches = {size: write_cache(Path(folder) / f"{size}.kdcache", pool, size).path for size in sizes}
         memory = [_memory_row(placement, caches) for placement in ("host", "mmap", "stream")]
-        speed = [_speed_row(case, caches[rows], passes) for case in _CASES]
+        speed = [_speed_row(case, caches[10 * rows], passes) for case in _CASES]
     output.table(
         f"batches of {_BATCH} from a cache of {10 * rows:,} rows, {classes} classes",
         ["place", "look-ahead", "disk", "rows/s", "bound", "from disk, B/row"],
@@ -110,7 +111,7 @@ def main() -> None:
 
 
 def _speed_row(case: Case, cache: Path, passes: int) -> list[str]:
-    paces = [_alone(pace, cache, case) for _ in range(passes)]
+    paces = [_pace(cache, case) for _ in range(passes)]
     return [
         case.placement,
         "yes" if case.ahead else "no",
@@ -127,28 +128,24 @@ def _memory_row(placement: Placement, caches: dict[int, Path]) -> list[str]:
     return [placement, *(f"{peak / 1e6:.0f}" for peak in peaks), f"{(peaks[1] - peaks[0]) / (more - fewer):.0f}"]
 
 
-def _alone(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a new process answers."""
-    with ProcessPoolExecutor(1, _PROCESSES) as pool:
-        return pool.submit(work, *args, **kwargs).result()
-
-
-def pace(cache: Path, case: Case) -> Pace:
-    """How fast batches come from a cache."""
+def _pace(cache: Path, case: Case) -> Pace:
     teacher = open_cache(cache).teacher(placement=case.placement)
-    order = teacher.order(torch.Generator().manual_seed(os.getpid()))
+    order = teacher.order(torch.Generator().manual_seed(time.time_ns()))
     batches = torch.split(order[: _AT_MOST[case.placement]], _BATCH)
+
+    def take() -> None:
+        if case.ahead:
+            teacher.expect(batches)
+        for ids in batches:
+            teacher.place.rows(ids, 0)
+
     if case.cold:
         _drop(cache)
     else:
-        for ids in batches:
-            teacher.place.rows(ids, 0)
+        take()
     blocks = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
     began = time.perf_counter()
-    if case.ahead:
-        teacher.expect(batches)
-    for ids in batches:
-        teacher.place.rows(ids, 0)
+    take()
     seconds, rows = time.perf_counter() - began, sum(map(len, batches))
     read = _SECTOR * (resource.getrusage(resource.RUSAGE_SELF).ru_inblock - blocks)
     return Pace(rows / seconds, read / rows)
@@ -156,12 +153,19 @@ def pace(cache: Path, case: Case) -> Pace:
 
 def _drop(cache: Path) -> None:
     """Drop the files of a cache, and all record files, from the system's page cache."""
+    gc.collect()  # of earlier passes: what is mapped stays
     for path in (*cache.rglob("*"), *Path(os.environ["KDCACHE_HOME"]).rglob("*.records")):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)  # what is not written yet stays
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
+
+
+def _alone(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a new process answers."""
+    with ProcessPoolExecutor(1, _PROCESSES) as pool:
+        return pool.submit(work, *args, **kwargs).result()
 
 
 def peak(cache: Path, placement: Placement) -> int:

@@ -1,0 +1,159 @@
+"""What the benchmarks of speed share: rows as of a trained teacher, a cache of them, and times taken in turn."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.cache import operations
+from kdcache.cache.basis import TailBasis
+from kdcache.cache.codec import Rows, encode
+from kdcache.cache.planner import Candidate, plan_encoding
+from kdcache.cache.schema import DatasetRecord, Encoding, Plan, Request, TeacherRecord, ViewsRecord
+from kdcache.cache.shape import choose_shape
+from kdcache.cache.writer import CacheWriter
+from kdcache.fingerprints import SKETCH_PARTS, Inputs
+
+_DIRECTIONS = 256
+_DECAY = 24.0
+_SPREAD = 3.0
+_PILOT = 1024
+_SHORTEST = 0.2
+_NOTHING = "sha256:" + "0" * 64
+
+
+def made_up_logits(rows: int, classes: int, seed: int) -> Tensor:
+    """[N, C] float32, of a spectrum, a spread and a planned encoding near those of the teacher of `glyphs.py`."""
+    directions = torch.randn(_DIRECTIONS, classes, generator=torch.Generator().manual_seed(1))
+    features = torch.randn(rows, _DIRECTIONS, generator=torch.Generator().manual_seed(seed))
+    falling = torch.exp(-torch.arange(_DIRECTIONS) / _DECAY)
+    return _SPREAD / math.sqrt(_DECAY / 2) * (features * falling) @ directions
+
+
+def request(**settings: object) -> Request:
+    """What a user asks for who asks for nothing else."""
+    usual = {"top_k": "auto", "tail": "lowrank", "rank": None, "fidelity": None, "dtype": "float16", "pilot_rows": 4096}
+    return Request.model_validate(usual | settings)
+
+
+def planned(classes: int, **settings: object) -> Candidate:
+    """What the planner chooses for such a teacher."""
+    pilot = made_up_logits(_PILOT, classes, seed=2)
+    return plan_encoding(pilot, pilot.argmax(dim=1), request(**settings)).chosen
+
+
+class Pool(NamedTuple):
+    """Encoded rows, all different, of which a larger cache is filled over and over.
+
+    Attributes:
+        rows: encoded.
+        labels: [N] int64.
+        encoding: of the rows.
+        basis: of their tails.
+    """
+
+    rows: Rows
+    labels: Tensor
+    encoding: Encoding
+    basis: TailBasis | None
+
+
+def encoded(chosen: Candidate, rows: int) -> Pool:
+    """A pool of rows, encoded a thousand at a time."""
+    parts, labels = [], []
+    for start in range(0, rows, 1000):
+        logits = made_up_logits(min(1000, rows - start), chosen.encoding.num_classes, seed=3 + start)
+        labels.append(logits.argmax(dim=1))
+        parts.append(encode(logits, labels[-1], chosen.encoding, chosen.basis))
+    return Pool(Rows.concatenate(parts), torch.cat(labels), chosen.encoding, chosen.basis)
+
+
+class Written(NamedTuple):
+    """A cache, and how long its shards took to write.
+
+    Attributes:
+        path: of the cache.
+        plan: of it.
+        seconds: in `CacheWriter.write`, flushing, digests and commit markers included.
+    """
+
+    path: Path
+    plan: Plan
+    seconds: float
+
+
+def write_cache(path: Path, pool: Pool, samples: int) -> Written:
+    """A sealed cache of `samples` rows: those of the pool, over and over."""
+    plan = _plan(pool.encoding, samples)
+    ids = torch.arange(samples) % len(pool.rows)
+    keys = np.arange(samples, dtype=np.uint64)
+    writer = CacheWriter.begin(path, plan, pool.labels[ids].int().numpy(), keys, pool.basis)
+    seconds = 0.0
+    for shard in range(plan.shards):
+        of_shard = plan.shard_ids(shard)
+        rows = pool.rows[ids[of_shard.start : of_shard.stop]]
+        count = -(-len(of_shard) // plan.shape.fingerprint_stride)
+        inputs = Inputs(np.arange(count, dtype=np.uint32), np.zeros((count, SKETCH_PARTS), np.float32))
+        began = time.perf_counter()
+        writer.write(0, shard, rows, inputs)
+        seconds += time.perf_counter() - began
+    writer.seal(operations.summarise(path, plan))
+    return Written(path, plan, seconds)
+
+
+def _plan(encoding: Encoding, samples: int) -> Plan:
+    names = tuple(map(str, range(encoding.num_classes)))
+    return Plan(
+        teacher=TeacherRecord(
+            name="none", arguments={}, code_digest=None, weights_digest=_NOTHING, parameters=0, precision="float32"
+        ),
+        dataset=DatasetRecord(name="none", split="train", samples=samples, class_names=names, digest=_NOTHING),
+        views=ViewsRecord(count=1, seed=0, transform=[]),
+        request=request(),
+        encoding=encoding,
+        fidelity=None,
+        shape=choose_shape(samples, encoding.top_k * np.dtype(encoding.dtype).itemsize),
+        batch_size=256,
+        versions={},
+        licence="",
+        notes="",
+    )
+
+
+def in_turn(works: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of each work, after one round that does not count; all take turns, so that all meet the same load.
+
+    What is short is done again and again for a fifth of a second in each of its turns. What it returns is kept until
+    the turn is over: what is loaded once is loaded into new memory.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work()
+    for _ in range(rounds):
+        for name, work in works.items():
+            taken[name].append(_seconds(work, device))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _seconds(work: Callable[[], object], device: str) -> float:
+    kept: list[object] = []
+    _wait(device)
+    began = time.perf_counter()
+    while not kept or time.perf_counter() - began < _SHORTEST:
+        kept.append(work())
+        # A work is over when the device has done it, not when the device has been told of it.
+        _wait(device)
+    return (time.perf_counter() - began) / len(kept)
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,220 @@
+"""What `dump-teacher` costs beside its teacher, and how much memory it takes: `python benchmarks/dump.py`.
+
+The pass of `dump-teacher` (loading, teacher, encoding, fingerprints, writing, flushing) beside a bare loop of the same
+DataLoader and the same forward pass that throws its output away. The teacher is torchvision's ResNet-50 with random
+weights and 1000 classes, of which is kept what is planned for it; the images, 224 pixels, are made beforehand, and
+flipped, scaled and normalised one by one. Each round runs both, now the one first and now the other; the ratio is the
+median over the rounds. It is to be at most 1.05 on a CPU and 1.03 on a GPU.
+
+What comes before the pass (content keys, pilot, plan) and after it (sealing) is given apart, as a share of the pass.
+The pilot looks at 128 images here, a fixed number and no share of a data set.
+
+Then the peak memory of a process that dumps N rows of a network of one layer, and 10 N, 1000 classes, every class kept
+in float16, beside what these rows take. (`load.py` measures how quick writing alone is.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+from kdcache import CacheSpec, Samples, dump_teacher
+from kdcache.cli import output
+from kdcache.models.small import SmallCNN
+from kdcache.pipeline import Transform
+from kdcache.progress import Silent, Task
+from kdcache.views import View, batches, cut_range
+
+_BOUNDS = {"cpu": 1.05, "cuda": 1.03}
+_DIFFERENT = 256
+_TRANSFORM: Transform = [
+    {"RandomHorizontalFlip": {"p": 0.5}},
+    {"ToDtype": {"dtype": "float32", "scale": True}},
+    {"Normalize": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}},
+]
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MadeImages:
+    """Colour noise, as many images as one likes: those after the first 256 are the same again."""
+
+    parallel: ClassVar[bool] = True
+
+    def __init__(self, count: int, side: int) -> None:
+        self.count, self.side = count, side
+        shape = (min(count, _DIFFERENT), 3, side, side)
+        self.pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def picture(self, index: int) -> Tensor:
+        """[3, side, side] uint8."""
+        return self.pixels[index % _DIFFERENT]
+
+    def content(self, index: int) -> bytes:
+        """Stands for the pixels: hashing those of every image is no part of the pass."""
+        return index.to_bytes(8, "little")
+
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return 3, self.side, self.side
+
+    def stamp(self) -> None:
+        """They are in memory."""
+
+
+class Pass(Silent):
+    """Notes when the teacher's pass begins and ends: it is the last piece of work that is told of."""
+
+    def __init__(self) -> None:
+        self.began = self.ended = 0.0
+
+    @contextmanager
+    def task(self, what: str, total: int, unit: str) -> Iterator[Task]:
+        """Begin a piece of work."""
+        self.began = time.perf_counter()
+        with super().task(what, total, unit) as task:
+            yield task
+        self.ended = time.perf_counter()
+
+
+class Turn(NamedTuple):
+    """Seconds of one round: of dump-teacher before its pass, in it and after it, and of the bare loop."""
+
+    before: float
+    dumped: float
+    after: float
+    bare: float
+
+
+class Bench:
+    """A teacher, its images, and how both are run."""
+
+    def __init__(self, asked: argparse.Namespace, samples: int, batch: int, side: int, classes: int) -> None:
+        self.device = torch.device(asked.device)
+        names = tuple(map(str, range(classes)))
+        labels = (np.arange(samples) % classes).astype(np.int32)
+        self.samples = Samples("made", "train", MadeImages(samples, side), labels, names, _TRANSFORM)
+        torch.manual_seed(0)
+        self.model = (SmallCNN(classes, 3) if asked.quick else resnet50(num_classes=classes)).to(self.device).eval()
+        self.spec = CacheSpec(
+            batch_size=batch, shard_rows=4 * batch, workers=asked.workers, precision=asked.precision, pilot_rows=128
+        )
+
+    def dump(self, folder: Path) -> tuple[float, float, float]:
+        """Seconds of dump-teacher before, in and after its pass."""
+        heard = Pass()
+        began = time.perf_counter()
+        dump_teacher(self.model, self.samples, folder / "c.kdcache", spec=self.spec, device=self.device, progress=heard)
+        return heard.began - began, heard.ended - heard.began, time.perf_counter() - heard.ended
+
+    @torch.no_grad()
+    def bare(self) -> float:
+        """Seconds of a loop over the same batches that throws away what the teacher says."""
+        dtype = _AUTOCAST[self.spec.precision]
+        began = time.perf_counter()
+        cuts = cut_range(range(len(self.samples)), self.spec.batch_size)
+        for batch in batches(View(self.samples, _TRANSFORM), cuts, self.spec.workers, self.device):
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                self.model(batch.images.to(self.device, non_blocking=True))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - began
+
+    def turn(self, dump_first: bool) -> Turn:
+        """Both, one after the other."""
+        with tempfile.TemporaryDirectory() as folder:
+            if dump_first:
+                dumped = self.dump(Path(folder))
+                return Turn(*dumped, self.bare())
+            bare = self.bare()
+            return Turn(*self.dump(Path(folder)), bare)
+
+
+def main() -> None:
+    """Print the tables."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.add_argument("--device", default=usual, help=f"where the teacher runs; here {usual}")
+    arguments.add_argument("--precision", default="fp32", choices=list(_AUTOCAST), help="of the teacher")
+    arguments.add_argument("--workers", type=int, default=0 if usual == "cpu" else 8, help="that load images")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--quick", action="store_true", help="small sizes, which say nothing of the bounds")
+    asked = arguments.parse_args()
+    on_cpu = torch.device(asked.device).type == "cpu"
+    size = (256, 32, 224, 1000) if on_cpu else (16_384, 256, 224, 1000)
+    bench = Bench(asked, *((64, 8, 32, 100) if asked.quick else size))
+    bench.turn(dump_first=True)  # does not count
+    turns = [bench.turn(dump_first=bool(number % 2)) for number in range(1 if asked.quick else asked.rounds)]
+    _print_times(bench, turns)
+    _print_memory((500, 5000) if asked.quick else (10_000, 100_000))
+
+
+def _print_times(bench: Bench, turns: list[Turn]) -> None:
+    before, dumped, after, bare = (statistics.median(values) for values in zip(*turns, strict=True))
+    ratios = sorted(turn.dumped / turn.bare for turn in turns)
+    kind = bench.device.type
+    on = torch.cuda.get_device_name(bench.device) if kind == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
+    output.table(
+        f"{type(bench.model).__name__}, {bench.spec.precision}, {len(bench.samples):,} images in batches of "
+        f"{bench.spec.batch_size}, {bench.spec.workers} workers, {len(turns)} rounds; on {on}; in seconds",
+        ["work", "pass", "bare loop", "ratio", "from", "to", "bound", "before", "after"],
+        [
+            [
+                "dump-teacher",
+                *(f"{seconds:.3f}" for seconds in (dumped, bare)),
+                *(f"{ratio:.3f}" for ratio in (statistics.median(ratios), ratios[0], ratios[-1])),
+                f"{_BOUNDS[kind]:.2f}",
+                *(f"{seconds / dumped:.1%}" for seconds in (before, after)),
+            ]
+        ],
+    )
+
+
+class OneLayer(nn.Module):
+    """1000 logits of images [3, 8, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3 * 8 * 8, 1000)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, 8, 8] -> [B, 1000]."""
+        logits: Tensor = self.layer(images.flatten(1))
+        return logits
+
+
+def _peak(folder: str, samples: int) -> int:
+    """Bytes that this process has taken at most when it has dumped."""
+    names, labels = tuple(map(str, range(1000))), np.zeros(samples, np.int32)
+    made = Samples("made", "train", MadeImages(samples, 8), labels, names, _TRANSFORM)
+    dump_teacher(OneLayer(), made, Path(folder) / "c.kdcache", spec=CacheSpec(top_k="all", shard_rows=500))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _print_memory(counts: tuple[int, int]) -> None:
+    rows = []
+    for count in counts:
+        # A process of its own for each, as a peak never falls.
+        with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
+            peak = pool.apply(_peak, (folder, count))
+        rows.append([f"{count:,}", f"{count * 2 * 1000 / 1e6:.1f}", f"{peak / 1e6:.1f}"])
+    output.table("peak memory, MB", ["rows", "of log-probabilities", "of the process"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""How long a cache takes to write and to load: `python benchmarks/load.py`.
+
+A cache of a million rows at 1000 classes is written shard by shard, with its flushing, digests and commit markers, then
+a whole view of it is read into memory, beside `np.load` of the same arrays from `.npy` files; both from the page cache,
+taking turns, medians. Reading is to take at most 12 times as long; writing is to reach 500,000 rows/s at k = 16 with an
+even tail.
+
+The rows are made up (`common.py`), encoded, and repeated after 50,000: more than a chunk holds, in which they are
+compressed, so that no row meets itself there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from common import encoded, in_turn, planned, write_cache
+
+from kdcache.cache import layout
+from kdcache.cache.planner import Candidate, described
+from kdcache.cli import output
+
+_BOUND = 12
+
+
+def main() -> None:
+    """Print the table."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--folder", type=Path, help="where the files lie for as long as they are needed")
+    arguments.add_argument("--rounds", type=int, default=7)
+    arguments.add_argument("--quick", action="store_true", help="small sizes, which say nothing of the bounds")
+    asked = arguments.parse_args()
+    samples, classes, distinct = (20_000, 100, 5000) if asked.quick else (1_000_000, 1000, 50_000)
+    rounds = 1 if asked.quick else asked.rounds
+    table = []
+    for chosen in (planned(classes, top_k=4, rank=48), planned(classes, top_k=16, tail="uniform")):
+        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+            table.append(_row(chosen, Path(folder), samples, distinct, rounds))
+    output.table(
+        f"a cache of {samples:,} rows, {classes} classes: sizes in MB, times in ms",
+        ["kept", "raw", "files", "np.load", "load", "ratio", "bound", "written, rows/s"],
+        table,
+    )
+
+
+def _row(chosen: Candidate, folder: Path, samples: int, distinct: int, rounds: int) -> list[str]:
+    written = write_cache(folder / "made-up.kdcache", encoded(chosen, distinct), samples)
+    everything = range(samples)
+    arrays = layout.read_rows(written.path, written.plan, 0, everything).arrays()
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values.numpy())
+    works = {
+        "np.load": lambda: [np.load(folder / f"{name}.npy") for name in arrays],
+        "load": lambda: layout.read_rows(written.path, written.plan, 0, everything),
+    }
+    seconds = in_turn(works, rounds)
+    raw = sum(values.numel() * values.element_size() for values in arrays.values())
+    shards = (path for name in arrays for path in written.path.rglob(f"{name}/c/**/*") if path.is_file())
+    return [
+        described(chosen),
+        *(f"{size / 1e6:.2f}" for size in (raw, sum(path.stat().st_size for path in shards))),
+        *(f"{1000 * seconds[work]:.1f}" for work in works),
+        f"{seconds['load'] / seconds['np.load']:.1f}",
+        str(_BOUND),
+        f"{samples / written.seconds:,.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
