@@ -26,7 +26,7 @@ def try_network(model: nn.Module, view: View, device: torch.device | str, who: s
     Raises:
         MismatchError: if it cannot take the image, or does not return [B, C].
     """
-    images, _, _ = view.__getitems__([0])
+    images = view[0].images
     model.eval()
     try:
         logits = model(images.to(device))
@@ -67,9 +67,9 @@ def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", b
     model.eval()
     correct, summed, labelled = 0, 0.0, 0
     cuts = [list(cut) for cut in cut_range(range(len(view)), batch_size)]
-    for images, labels, _ in batches(view, cuts, 0, device):
-        logits = model(images.to(device)).float()
-        truth = labels.to(device)
+    for batch in batches(view, cuts, 0, device):
+        logits = model(batch.images.to(device)).float()
+        truth = batch.labels.to(device)
         correct += int((logits.argmax(dim=1) == truth).sum())
         summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
         labelled += int((truth >= 0).sum())

@@ -6,58 +6,23 @@ replaces a single value. The classes below are the whole vocabulary.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from kdcache.errors import UsageError
 from kdcache.losses.spec import Loss, NotNegative, Positive
+from kdcache.placed_yaml import Place, override, read_yaml, refusal, write_yaml
+from kdcache.section import Section
 
 Count = Annotated[int, Field(ge=1)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
+Output = NotNegativeInt
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Transform = list[dict[str, dict[str, Any]]]
-Place = tuple[str | int, ...]
-
-
-class Section(BaseModel):
-    """A section of a pipeline file: unknown keys, wrong types and impossible combinations are refused, all at once."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-
-    def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Keys whose values cannot stand together, and what to say of the first of them."""
-        yield from ()
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _all_at_once(cls, given: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
-        problems: list[tuple[Any, Any, Place]] = []
-        bad: set[str | int] = set()
-        try:
-            section = validate(given)
-        except ValidationError as error:
-            if not isinstance(given, dict):
-                raise
-            problems = [(one["type"], one["msg"], one["loc"]) for one in error.errors()]
-            bad = {loc[0] for _, _, loc in problems}
-            # Combinations of the keys that are well are judged all the same.
-            well = {key: given[key] for key in cls.model_fields if key in given and key not in bad}
-            section = cls.model_construct(**{"name": None, **well})
-        for keys, message in section._combinations():
-            if bad.isdisjoint(keys):
-                problems.append(("combination", message, keys[:1]))
-        if problems:
-            details = [InitErrorDetails(type=PydanticCustomError(a, b), loc=c, input=None) for a, b, c in problems]
-            raise ValidationError.from_exception_data(cls.__name__, details)
-        return section
 
 
 class DatasetSpec(Section):
@@ -100,7 +65,7 @@ class TrainSpec(Section):
     """Of every parameter."""
     schedule: Literal["constant", "cosine", "multistep"] = "cosine"
     """How the learning rate falls."""
-    milestones: list[Count] = []
+    milestones: list[Count] = Field(default=[])
     """Epochs after which a multistep schedule multiplies the rate by `decay`."""
     decay: Positive = 0.1
     """Factor of a multistep schedule."""
@@ -121,18 +86,67 @@ class ModelSpec(Section):
     """Which network (`models/`)."""
 
     model: str
-    """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `small:cnn`, `small:mlp` or `path/file.py:function`."""
-    args: dict[str, Any] = {}
+    """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `timm:NAME`, `timm:NAME@TAG`, `small:cnn`, `small:mlp` or
+    `path/file.py:function`."""
+    args: dict[str, Any] = Field(default={})
     """Keyword arguments of the network's constructor."""
     weights: str | None = None
     """A checkpoint, safetensors or torch: the teacher that is dumped; what a student starts from, if not at random."""
 
+    @property
+    def names_weights(self) -> bool:
+        """Whether `model` names weights that a library keeps."""
+        kind, _, name = self.model.partition(":")
+        return kind in ("torchvision", "timm") and "@" in name
 
-class TeacherSpec(ModelSpec):
+
+class TrainedSpec(ModelSpec):
+    """A network that has been trained, and what its outputs stand for."""
+
+    classes: list[Output | Annotated[list[Output], Field(min_length=1)]] | str | None = None
+    """Which of the network's outputs stand for the classes of the data set: for each class the number of an output, or
+    a list of several, which are joined by logsumexp; or a text file with one line a class. None: its outputs are the
+    classes."""
+    outputs: Count | None = None
+    """How many outputs the network has, where `classes` picks some of them and `model` does not name its weights."""
+
+    def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.outputs is not None and self.classes is None:
+            yield ("outputs", "classes"), "belongs to classes, which says what the outputs stand for"
+        if self.outputs is not None and self.names_weights:
+            yield ("outputs", "model"), f"cannot be set: {self.model} has as many as it has"
+        if self.outputs is None and self.classes is not None and not self.names_weights:
+            yield ("outputs", "classes", "model"), "is needed beside classes: how many outputs the network has"
+
+
+class TeacherSpec(TrainedSpec):
     """The teacher, and how `train-teacher` makes one: from random weights, whatever `weights` says."""
 
     train: TrainSpec = TrainSpec()
     """How `train-teacher` trains it."""
+
+
+class MemberSpec(TrainedSpec):
+    """One of the networks of an ensemble."""
+
+    weight: Positive = 1.0
+    """How much it counts."""
+
+
+class EnsembleSpec(Section):
+    """Several networks that are one teacher (`models/ensemble.py`)."""
+
+    ensemble: Annotated[list[MemberSpec], Field(min_length=1)]
+    """In place of the keys above: several networks that are one teacher, each with `model`, `args`, `weights`,
+    `classes`, `outputs`, and a `weight`, 1 if not said. `teacher: [a, b]` is short for it, the name of a model for
+    `{model: NAME}`."""
+    combine: Literal["logits", "probabilities"] = "logits"
+    """Of an ensemble: the weighted mean of the networks' logits, or of their probabilities."""
+
+    @field_validator("ensemble", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return [{"model": one} if isinstance(one, str) else one for one in given] if isinstance(given, list) else given
 
 
 class StudentSpec(ModelSpec):
@@ -168,6 +182,12 @@ class CacheSpec(Section):
     """Images that the teacher sees at once."""
     workers: NotNegativeInt = 0
     """Processes that load images."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the teacher computes in: float32, or mixed precision (autocast)."""
+    channels_last: bool = False
+    """Lay images and weights out with the channels last, which convolutions on a GPU are quicker with."""
+    compile: bool = False
+    """Compile the teacher with torch.compile."""
     licence: str = ""
     """Under which the cache may be used; goes into the manifest."""
     notes: str = ""
@@ -182,67 +202,61 @@ class Pipeline(Section):
     """What the teacher sees of a training image, in names of torchvision.transforms.v2; None: the data set's own."""
     eval_transform: Transform | None = None
     """The same for validation and test images."""
-    teacher: TeacherSpec | None = None
+    teacher: TeacherSpec | EnsembleSpec | None = None
     cache: CacheSpec = CacheSpec()
     student: StudentSpec | None = None
     loss: Loss = Field(default_factory=lambda: Loss.model_validate({}))
 
-    def section(self, name: Literal["teacher", "student"]) -> Any:
-        """A section that a command cannot do without.
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        # Chosen here, so that what is wrong is told of the one kind that was meant.
+        if given is None or isinstance(given, Section):
+            return given
+        if isinstance(given, list):
+            given = {"ensemble": given}
+        several = isinstance(given, dict) and not given.keys().isdisjoint(EnsembleSpec.model_fields)
+        return (EnsembleSpec if several else TeacherSpec).model_validate(given)
+
+    @property
+    def members(self) -> list[TrainedSpec]:
+        """The networks of the teacher: one, or those of an ensemble.
 
         Raises:
-            UsageError: if the file has none.
+            UsageError: if the file has no teacher.
+        """
+        if self.teacher is None:
+            raise self._lacks("teacher")
+        return [*self.teacher.ensemble] if isinstance(self.teacher, EnsembleSpec) else [self.teacher]
+
+    def section(self, name: Literal["teacher", "student"]) -> Any:
+        """The section of a network that is to be trained.
+
+        Raises:
+            UsageError: if the file has none, or the teacher there is none that can be trained.
         """
         found = getattr(self, name)
         if found is None:
-            raise UsageError(f"the pipeline has no {name!r} section", f"add one, such as {name}: {{model: small:cnn}}")
+            raise self._lacks(name)
+        if isinstance(found, EnsembleSpec):
+            raise UsageError(
+                f"the teacher is an ensemble of {len(found.ensemble)}, and one network is trained at a time",
+                "train each from a pipeline of its own, and set the `weights` of each here to its checkpoint",
+            )
+        if isinstance(found, TeacherSpec) and found.classes is not None:
+            raise UsageError(
+                "teacher.classes picks from the outputs of a network that is already trained",
+                "to train one, remove `classes` and `outputs`: it gets one output for each class of the data set",
+            )
         return found
+
+    @staticmethod
+    def _lacks(name: str) -> UsageError:
+        return UsageError(f"the pipeline has no {name!r} section", f"add one, such as {name}: {{model: small:cnn}}")
 
     def to_yaml(self) -> str:
         """The resolved file, every default spelled out; it reads back to the same pipeline."""
-        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False)
-
-
-class _PlacedLoader(yaml.SafeLoader):
-    """A SafeLoader that remembers the line of every key and refuses a key that is given twice."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.lines: dict[Place, int] = {}
-
-    def read(self) -> Any:
-        node = self.get_single_node()
-        if node is None:
-            return None
-        self._remember(node, ())
-        return self.construct_document(node)
-
-    def _remember(self, node: yaml.Node, place: Place) -> None:
-        self.lines.setdefault(place, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                name = key.value if isinstance(key, yaml.ScalarNode) else "?"
-                if name == "?" or (*place, name) in self.lines:
-                    problem = "a key is not a word" if name == "?" else f"the key {name!r} is given twice"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                self.lines[(*place, name)] = key.start_mark.line + 1
-                self._remember(value, (*place, name))
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                self._remember(value, (*place, index))
-
-
-class _Dumper(yaml.SafeDumper):
-    """A SafeDumper that quotes what `_PlacedLoader` would take for a number."""
-
-
-# YAML 1.1, which PyYAML reads, takes 1e-3 for a word; everybody who writes a learning rate means the number.
-_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
-for _side in (_PlacedLoader, _Dumper):
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-
-# What PyYAML raises: its own kind, and what Python makes of a date with 13 months or of a thousand brackets.
-_BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError)
+        return write_yaml(self.model_dump())
 
 
 def load_pipeline(path: Path, overrides: Sequence[str] = (), loss: str | None = None) -> Pipeline:
@@ -261,7 +275,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), loss: str | None = 
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read the pipeline {path}: {reason}", "give the path of a YAML file") from None
-    data, lines = _read(text, str(path))
+    data, lines = read_yaml(text, str(path))
     data = data or {}
     if not isinstance(data, dict):
         raise UsageError(f"{path} holds no sections but a {type(data).__name__}", "see pipelines/digits.yaml")
@@ -269,44 +283,12 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), loss: str | None = 
     if loss is not None and (not isinstance(data.get("loss"), dict) or data["loss"].get("name") != loss):
         data["loss"] = {"name": loss}
         places["loss",] = places["loss", "name"] = f"--loss {loss}"
-    for override in overrides:
-        _apply(data, override, places)
-    return _checked(data, places, str(path))
-
-
-def _read(text: str, source: str) -> tuple[Any, dict[Place, int]]:
+    for given in overrides:
+        override(data, given, places)
     try:
-        loader = _PlacedLoader(text)
-        return loader.read(), loader.lines
-    except _BAD_YAML as error:
-        why = " ".join(str(error).split())
-        raise UsageError(
-            f"{source} is not readable YAML: {why}", "mend it there, or quote what it stumbles over"
-        ) from None
-
-
-def _apply(data: dict[str, Any], override: str, places: dict[Place, str]) -> None:
-    key, sign, value_text = override.partition("=")
-    parts = key.strip().split(".")
-    if not sign or not all(parts):
-        raise UsageError(f"--set {override!r} is not KEY=VALUE", "write for instance --set student.train.epochs=5")
-    value, lines = _read(value_text, f"--set {override}")
-    inner: Any = data
-    for part in parts[:-1]:
-        if inner.get(part) is None:
-            inner[part] = {}
-        inner = inner[part]
-        if not isinstance(inner, dict):
-            raise UsageError(f"--set {override}: {part!r} is a value and has no keys", "see `kdcache COMMAND --help`")
-    inner[parts[-1]] = value
-    for end in range(1, len(parts)):
-        places.setdefault(tuple(parts[:end]), f"--set {override}")
-    for stale in [place for place in places if place[: len(parts)] == tuple(parts)]:
-        del places[stale]
-    places.update({(*parts, *inside): f"--set {override}" for inside in lines or [()]})
-
-
-_IN_OUR_WORDS = {"extra_forbidden": "unknown key", "missing": "is required", "model_type": "must have keys of its own"}
+        return Pipeline.model_validate(data)
+    except ValidationError as error:
+        raise refusal(error, places, str(path), _keys(Pipeline)) from None
 
 
 def _keys(section: type[BaseModel]) -> set[str]:
@@ -317,29 +299,3 @@ def _keys(section: type[BaseModel]) -> set[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 found |= _keys(kind)
     return found
-
-
-def _checked(data: dict[str, Any], places: dict[Place, str], source: str) -> Pipeline:
-    try:
-        return Pipeline.model_validate(data)
-    except ValidationError as error:
-        found: dict[Place, list[str]] = {}
-        for one in error.errors():
-            # pydantic puts the chosen branch of a union into the path; what the user wrote has no such step.
-            written: Place = ()
-            for step in one["loc"]:
-                if (*written, step) in places:
-                    written = (*written, step)
-            if one["type"] in ("missing", "combination") and written[-1:] != one["loc"][-1:]:
-                written = (*written, one["loc"][-1])
-            message = _IN_OUR_WORDS.get(one["type"], one["msg"].removeprefix("Value error, "))
-            near = get_close_matches(str(one["loc"][-1]), _keys(Pipeline), cutoff=0.75) if one["loc"] else []
-            if one["type"] == "extra_forbidden" and near:
-                message += f", did you mean {near[0]}?"
-            found.setdefault(written, []).append(message)
-    problems = []
-    for written, messages in found.items():
-        where = places.get(written) or places.get(written[:-1], source)
-        problems.append(": ".join([where, *filter(None, [".".join(map(str, written))]), " or ".join(messages)]))
-    what = "\n  ".join([f"{len(problems)} problem{'s'[: len(problems) - 1]} in the pipeline:", *problems])
-    raise UsageError(what, "mend each of them; README.md lists the keys of a pipeline")

@@ -7,10 +7,12 @@ import hashlib
 import os
 import pickle
 import socket
+import sys
 import textwrap
 import urllib.request
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from kdcache.pipeline import DatasetSpec, ModelSpec
 from kdcache.samples import ArrayImages, Samples
 from kdcache.views import View, build_transform
 
+timm: Any = import_module("timm")  # whose types are not whole
 GREY = (1, 8, 8)
 
 
@@ -116,11 +119,22 @@ def test_images_of_every_size_are_enlarged_to_the_size_that_a_transformer_takes(
     ("model", "args", "words"),
     [
         ("resnet18", {}, "unknown model 'resnet18'"),
-        ("timm:resnet18", {}, "unknown model 'timm:resnet18'"),
+        ("resnet18@IMAGENET1K_V1", {}, "unknown model 'resnet18@IMAGENET1K_V1'"),
         ("torchvision:resnet19", {}, "no network 'resnet19' that classifies images"),
         ("torchvision:", {}, "no network ''"),
         ("torchvision:fcn_resnet50", {}, "no network 'fcn_resnet50' that classifies images"),
         ("torchvision:resnet50@BEST", {}, "no weights 'BEST' of resnet50\nfix: it has IMAGENET1K_V1, IMAGENET1K_V2"),
+        ("torchvision:resnet50@", {}, "no weights '' of resnet50"),
+        ("timm:resnet19", {}, "timm has no network 'resnet19'"),
+        ("timm:", {}, "timm has no network ''"),
+        ("timm:hf-hub:timm/resnet18", {}, "timm has no network 'hf-hub:timm/resnet18'"),
+        ("timm:resnet18@best", {}, "timm has no weights 'best' of resnet18\nfix: it has a1_in1k, "),
+        ("timm:resnet18@", {}, "timm has no weights '' of resnet18"),
+        ("timm:resnet18.a1_in1k", {}, "names weights as timm does\nfix: write timm:resnet18@a1_in1k"),
+        ("timm:vit_base_patch14_dinov2@lvd142m", {}, "are of a network without classes"),
+        ("timm:resnet18", {"num_classes": 3}, "cannot be built: TypeError: .*'num_classes'"),
+        ("timm:resnet18", {"pretrained": True}, "cannot be built: TypeError: .*'pretrained'"),
+        ("timm:resnet18", {"depth": 3}, r"cannot be built: TypeError: .*'depth' \(.*:\d+\)"),
         ("torchvision:resnet18", {"depth": 3}, r"cannot be built: TypeError: .*'depth' \(.*:\d+\)"),
         ("torchvision:resnet18", {"num_classes": 3}, "cannot be built: TypeError: .*'num_classes'"),
         ("torchvision:resnet18", {"groups": 2}, "cannot be built: ValueError: "),
@@ -134,8 +148,61 @@ def test_a_network_that_cannot_be_is_refused(model: str, args: dict[str, Any], w
     assert refused(UsageError, words, network, model, args=args)
 
 
-def test_torchvision_s_networks_take_one_or_three_channels() -> None:
-    refused(MismatchError, "takes 1 or 3 channels, the images have 4", network, "torchvision:resnet18", shape=(4, 8, 8))
+def test_networks_of_libraries_take_one_or_three_channels() -> None:
+    for model in ("torchvision:resnet18", "timm:resnet18"):
+        refused(MismatchError, "takes 1 or 3 channels, the images have 4", network, model, shape=(4, 8, 8))
+    words = "takes 1 or 4 channels, the images have 3"
+    refused(MismatchError, words, network, "timm:resnet18", shape=(3, 8, 8), args={"in_chans": 4})
+
+
+# timm
+
+
+def test_a_timm_network_takes_small_grey_images_and_stays_itself() -> None:
+    model = network("timm:test_resnet").eval()
+    own = timm.create_model("test_resnet", num_classes=7).eval()
+    assert {key: value.shape for key, value in model.state_dict().items()} == {
+        key: value.shape for key, value in own.state_dict().items()
+    }
+    own.load_state_dict(model.state_dict())
+    large = torch.rand(2, 3, 40, 33)
+    assert torch.equal(model(large), own(large))
+    grey = torch.rand(2, 1, 8, 8)
+    assert torch.equal(model(grey), own(nn.functional.interpolate(grey.repeat(1, 3, 1, 1), (32, 32), mode="bilinear")))
+
+
+def test_a_timm_network_of_other_channels_takes_images_that_have_them() -> None:
+    for channels in (1, 4):
+        model = network("timm:test_resnet", shape=(channels, 40, 40), args={"in_chans": channels})
+        assert model(torch.rand(2, channels, 40, 40)).shape == (2, 7)
+
+
+# Convolutions, those that take images of one size only, and those whose strides want large ones.
+TIMM_FAMILIES = ["resnet18", "convnext_tiny", "efficientnet_b0", "mobilenetv4_conv_small", "regnetx_002", "nfnet_f0",
+                 "vit_base_patch16_224", "vit_small_patch14_dinov2", "swin_tiny_patch4_window7_224", "mixer_b16_224",
+                 "swinv2_tiny_window8_256", "maxvit_tiny_tf_224", "levit_128", "coat_tiny", "hiera_tiny_224",
+                 "eva02_tiny_patch14_224", "gcvit_tiny", "mobilevit_xs", "fastvit_t8", "twins_pcpvt_small"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMM_FAMILIES)
+def test_every_family_of_timm_takes_small_grey_images(name: str) -> None:
+    with torch.device("meta"):
+        assert network(f"timm:{name}").eval()(torch.rand(2, 1, 8, 8)).shape == (2, 7)
+
+
+def test_a_timm_network_made_for_another_size_gets_images_of_it() -> None:
+    with torch.device("meta"):
+        for size in (64, [64, 96]):
+            model = network("timm:vit_base_patch16_224", args={"img_size": size}).eval()
+            assert model(torch.rand(2, 1, 8, 8 if size == 64 else 12)).shape == (2, 7)
+
+
+def test_without_timm_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for make in (network, lambda model: preset_transform(ModelSpec(model=model))):
+        fix = refused(UsageError, "need the library timm", make, "timm:resnet18@a1_in1k")
+        assert fix == "pip install 'kdcache[timm]'"
+    assert "pip install 'kdcache[timm]'" in refused(UsageError, "need the library timm", network, "timm:resnet18")
 
 
 # torchvision's weights
@@ -151,6 +218,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(socket, "create_connection", no_network)
     monkeypatch.setattr(urllib.request, "getproxies", dict)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries again for half a minute
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "huggingface"))
     return tmp_path / "hub" / "checkpoints"
 
 
@@ -179,8 +248,48 @@ def test_weights_that_were_put_there_are_loaded(hub: Path) -> None:
 
 
 def test_weights_of_other_classes_are_refused_before_they_are_downloaded() -> None:
-    for name in ("resnet50@IMAGENET1K_V2", "vit_l_16@IMAGENET1K_SWAG_LINEAR_V1"):
-        refused(MismatchError, f"{name} knows 1000 classes, the data set has 10", trained, f"torchvision:{name}", 10)
+    for name, classes in [
+        ("torchvision:resnet50@IMAGENET1K_V2", 1000),
+        ("torchvision:vit_l_16@IMAGENET1K_SWAG_LINEAR_V1", 1000),
+        ("timm:resnet18@a1_in1k", 1000),
+        ("timm:vit_tiny_patch16_224@augreg_in21k", 21843),
+    ]:
+        words = f"{name} knows {classes} classes, the data set has 10"
+        assert "teacher.classes" in refused(MismatchError, words, trained, name, 10)
+
+
+HUGGING_FACE = "https://huggingface.co/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"
+
+
+def test_timm_s_weights_that_cannot_be_downloaded_say_what_to_put_where(hub: Path) -> None:
+    words = "weights of timm:test_resnet@r160_in1k are not on this machine and cannot be downloaded: .*cache"
+    fix = refused(UsageError, words, trained, "timm:test_resnet@r160_in1k")
+    assert fix == f"put {HUGGING_FACE} into {hub}, as test_resnet.r160_in1k.safetensors"
+    fix = refused(UsageError, "cannot be downloaded: .*not known", trained, "timm:legacy_seresnet18@in1k")
+    assert fix.endswith(f"/seresnet18-4bb0ce65.pth into {hub}, as seresnet18-4bb0ce65.pth")
+    assert [path for path in hub.parent.rglob("*") if path.is_file()] == []
+
+
+def test_timm_s_weights_that_were_put_there_are_loaded(hub: Path) -> None:
+    own = timm.create_model("test_resnet")
+    hub.mkdir(parents=True)
+    path = hub / "test_resnet.r160_in1k.safetensors"
+    save_file(own.state_dict(), path)
+    model = trained("timm:test_resnet@r160_in1k")
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(model.eval()(images), own.eval()(images))
+    assert weights_digest(model) == weights_digest(own)
+    assert "state_dict" not in vars(model)["pretrained_cfg"]
+    path.write_bytes(path.read_bytes()[:1000])
+    refused(CorruptError, f"cannot read the checkpoint {path}", trained, "timm:test_resnet@r160_in1k")
+    save_file({"conv1.weight": torch.zeros(1)}, path)
+    refused(UsageError, "cannot be built: .*", trained, "timm:test_resnet@r160_in1k")
+
+
+def test_a_checkpoint_of_a_timm_network_is_loaded(tmp_path: Path) -> None:
+    made = network("timm:test_resnet")
+    save_weights(made, tmp_path / "net.safetensors")
+    assert same(network("timm:test_resnet", weights=str(tmp_path / "net.safetensors")), made)
 
 
 def test_training_from_scratch_takes_no_trained_weights() -> None:
@@ -190,7 +299,7 @@ def test_training_from_scratch_takes_no_trained_weights() -> None:
 
 
 def test_a_teacher_without_weights_is_refused(tmp_path: Path) -> None:
-    for model in ("small:cnn", "torchvision:resnet18", "small:a@b"):
+    for model in ("small:cnn", "torchvision:resnet18", "timm:resnet18", "small:a@b"):
         assert "train-teacher" in refused(UsageError, "has no weights", trained, model)
 
 
@@ -220,8 +329,37 @@ def test_the_preset_of_every_torchvision_weights_is_torchvision_s_own() -> None:
         assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-6, name
 
 
-def test_what_has_no_torchvision_weights_has_no_preset() -> None:
-    for model in ("torchvision:resnet50", "small:cnn", "a@b.py:make"):
+def test_the_preset_of_every_timm_weights_is_timm_s_own() -> None:
+    presets = {}
+    for full in timm.list_pretrained():
+        config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(full).to_dict())
+        if config["input_size"][1] <= 256 or config["crop_mode"] == "border":  # the others only take longer
+            presets[repr(config)] = full, config
+    assert len(presets) > 50
+    refusals = 0
+    for full, config in presets.values():
+        spec = ModelSpec(model="timm:" + full.replace(".", "@", 1))
+        if config["crop_mode"] == "border":
+            refused(UsageError, "as no transform of torchvision does", preset_transform, spec)
+            refusals += 1
+            continue
+        steps = preset_transform(spec)
+        assert steps is not None
+        ours, theirs = build_transform(steps)(PHOTO), timm.data.create_transform(**config)(PHOTO)
+        assert ours.shape == theirs.shape
+        assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-6, full
+    assert 0 < refusals < len(presets) / 5
+
+
+def test_the_preset_of_a_timm_network_for_another_size_is_of_that_size() -> None:
+    for size in (384, [384, 384]):
+        steps = preset_transform(ModelSpec(model="timm:vit_base_patch16_224@augreg_in21k", args={"img_size": size}))
+        assert steps is not None
+        assert build_transform(steps)(PHOTO).shape == (3, 384, 384)
+
+
+def test_what_names_no_weights_has_no_preset() -> None:
+    for model in ("torchvision:resnet50", "timm:resnet50", "small:cnn", "a@b.py:make"):
         assert preset_transform(ModelSpec(model=model)) is None
 
 

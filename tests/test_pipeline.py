@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.errors import UsageError
-from kdcache.pipeline import CacheSpec, DatasetSpec, Pipeline, StudentSpec, TeacherSpec, TrainSpec, load_pipeline
+from kdcache.pipeline import (
+    CacheSpec,
+    DatasetSpec,
+    EnsembleSpec,
+    MemberSpec,
+    Pipeline,
+    StudentSpec,
+    TeacherSpec,
+    TrainSpec,
+    load_pipeline,
+)
 from kdcache.shipped import shipped
 
 NAMES = ["ce", "kd", "dtkd", "ka", "dtd", "ka+dtd", "dtkd+ka"]
@@ -74,13 +84,24 @@ trains = st.builds(
     labels_per_class=st.none() | st.integers(0, 100),
     seed=st.integers(0, 2**32 - 1),
 )
-models = {"model": text, "args": st.dictionaries(word, value, max_size=3), "weights": st.none() | text, "train": trains}
+networks = {"model": text, "args": st.dictionaries(word, value, max_size=3), "weights": st.none() | text}
+models = {**networks, "train": trains}
+chosen = {
+    "model": st.sampled_from(["timm:a@b", "torchvision:a@b"]),
+    "classes": text | st.lists(st.integers(0, 9) | st.lists(st.integers(0, 9), min_size=1, max_size=3), max_size=4),
+}
+members = st.builds(MemberSpec, **networks, weight=st.floats(0, 9, exclude_min=True)) | st.builds(MemberSpec, **chosen)
+ensembles = st.builds(
+    EnsembleSpec,
+    ensemble=st.lists(members, min_size=1, max_size=3),
+    combine=st.sampled_from(["logits", "probabilities"]),
+)
 pipelines = st.builds(
     Pipeline,
     dataset=st.builds(DatasetSpec, name=st.just("npz"), root=text, validation=fraction, test=fraction),
     transform=st.none()
     | st.lists(st.dictionaries(word, st.dictionaries(word, value, max_size=2), max_size=2), max_size=2),
-    teacher=st.none() | st.builds(TeacherSpec, **models),
+    teacher=st.none() | st.builds(TeacherSpec, **models) | st.builds(TeacherSpec, **chosen) | ensembles,
     cache=st.builds(CacheSpec, top_k=st.integers(1, 10**6) | st.just("all"), licence=text, notes=text),
     student=st.none() | st.builds(StudentSpec, **models),
     loss=st.builds(dict, name=st.sampled_from(NAMES), ce_weight=st.floats(0.1, 9)),
@@ -133,6 +154,45 @@ def test_a_section_that_is_needed_and_missing_is_named(tmp_path: Path) -> None:
     pipeline = load_pipeline(written(tmp_path, "dataset: {name: digits}"))
     with pytest.raises(UsageError, match="no 'student' section\nfix: add one, such as student:"):
         pipeline.section("student")
+    with pytest.raises(UsageError, match="no 'teacher' section\nfix: add one, such as teacher:"):
+        _ = pipeline.members
+
+
+@pytest.mark.parametrize(
+    ("teacher", "models", "weights", "combine"),
+    [
+        ("[a.py:f, timm:b@c]", ["a.py:f", "timm:b@c"], [1, 1], "logits"),
+        ("[{model: a, weight: 2}, b]", ["a", "b"], [2, 1], "logits"),
+        ("{ensemble: [a, {model: b, weight: 0.5}]}", ["a", "b"], [1, 0.5], "logits"),
+        ("{ensemble: [a], combine: probabilities}", ["a"], [1], "probabilities"),
+    ],
+)
+def test_several_teachers_are_a_list_or_an_ensemble(
+    teacher: str, models: list[str], weights: list[float], combine: str, tmp_path: Path
+) -> None:
+    pipeline = load_pipeline(written(tmp_path, f"dataset: {{name: digits}}\nteacher: {teacher}\n"))
+    assert isinstance(pipeline.teacher, EnsembleSpec)
+    assert [member.model for member in pipeline.members] == models
+    assert [member.weight for member in pipeline.teacher.ensemble] == weights
+    assert pipeline.teacher.combine == combine
+
+
+def test_one_teacher_is_its_own_member(tmp_path: Path) -> None:
+    pipeline = load_pipeline(written(tmp_path, "dataset: {name: digits}\nteacher: {model: a}\n"))
+    assert pipeline.members == [pipeline.teacher] == [pipeline.section("teacher")]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ("[a, b]", "the teacher is an ensemble of 2, and one network is trained at a time\nfix: train each"),
+        ("{model: timm:a@b, classes: [1]}", "teacher.classes picks from .* already trained\nfix: .* remove `classes`"),
+    ],
+)
+def test_a_teacher_that_cannot_be_trained_is_no_section_for_it(teacher: str, words: str, tmp_path: Path) -> None:
+    pipeline = load_pipeline(written(tmp_path, f"dataset: {{name: digits}}\nteacher: {teacher}\n"))
+    with pytest.raises(UsageError, match=words):
+        pipeline.section("teacher")
 
 
 # What is wrong
@@ -174,8 +234,7 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
             "mine.yaml:14: cache.topk: unknown key, did you mean top_k?",
             "mine.yaml:15: cache.seed: Input should be greater than or equal to 0",
             "mine.yaml:16: student: must have keys of its own",
-            "mine.yaml:17: loss: loss 'dtkd+dtd' chooses the same thing twice: "
-            "take one of kd, dtkd, dtd, and ka at most once",
+            "mine.yaml:17: loss: loss 'dtkd+dtd' chooses the same thing twice: take one of dtkd and dtd",
             "mine.yaml:19: extra: unknown key",
         ]
     )
@@ -202,7 +261,30 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
         ("teacher: {model: x, train: {epochs: 1.5}}", "teacher.train.epochs: Input should be a valid integer"),
         ("teacher: {model: x, train: {seed: 4294967296}}", "teacher.train.seed: Input should be less than 4294967296"),
         ("teacher: {model: x, args: [1]}", "teacher.args: Input should be a valid dictionary"),
-        ("teacher: [small:cnn]", "teacher: must have keys of its own"),
+        ("teacher: small:cnn", "teacher: must have keys of its own"),
+        ("teacher: []", "teacher: List should have at least 1 item"),
+        ("teacher: [small:cnn, 3]", "teacher.1: must have keys of its own"),
+        ("teacher: [{weight: 2}]", "teacher.0.model: is required"),
+        ("teacher: [{model: x, weight: 0}]", "teacher.0.weight: Input should be greater than 0"),
+        ("teacher: [{model: x, wieght: 2}]", "teacher.0.wieght: unknown key, did you mean weight?"),
+        ("teacher: [{model: x, train: {}}]", "teacher.0.train: unknown key"),
+        ("teacher: {model: x, weight: 2}", "teacher.weight: unknown key"),
+        ("teacher: {ensemble: small:cnn}", "teacher.ensemble: Input should be a valid list"),
+        ("teacher: {ensemble: [x], combine: mean}", "teacher.combine: Input should be 'logits' or 'probabilities'"),
+        ("teacher: {combine: logits}", "teacher.ensemble: is required"),
+        ("teacher: {model: x, outputs: 3}", "teacher.outputs: belongs to classes"),
+        ("teacher: {model: small:cnn, classes: [1]}", "teacher.outputs: is needed beside classes"),
+        ("teacher: [{model: small:cnn, classes: x.txt}]", "teacher.0.outputs: is needed beside classes"),
+        ("teacher: {model: timm:a@b, classes: [1], outputs: 3}", "teacher.outputs: cannot be set: timm:a@b has"),
+        (
+            "teacher: {model: timm:a@b, classes: 3}",
+            "classes: Input should be a valid list or Input should be a valid s",
+        ),
+        ("teacher: {model: timm:a@b, classes: [1, -1]}", "teacher.classes.1: Input should be greater than or equal to"),
+        ("teacher: {model: timm:a@b, classes: [1, [2, x]]}", "teacher.classes.1.1: Input should be a valid integer"),
+        ("teacher: {model: timm:a@b, classes: [1, []]}", "teacher.classes.1: Input should be a valid integer or List"),
+        ("student: {model: x, classes: [1]}", "student.classes: unknown key"),
+        ("student: [x]", "student: must have keys of its own"),
         ("transform: Resize", "transform: Input should be a valid list"),
         ("cache: {dtype: int8}", "cache.dtype: Input should be 'uint8', 'float16' or 'float32'"),
         ("cache: {tail: fitted}", "cache.tail: Input should be 'lowrank' or 'uniform'"),
@@ -310,6 +392,27 @@ def test_set_replaces_and_adds_values_of_every_type(tmp_path: Path) -> None:
     assert pipeline.loss.adjustment.kind == "probability_shift"
 
 
+def test_set_reaches_into_lists(tmp_path: Path) -> None:
+    text = "dataset: {name: digits}\ntransform: [{Resize: {size: 32}}]\nteacher: [small:cnn, {model: small:mlp}]\n"
+    overrides = ["teacher.1.weights=x", "teacher.1.args.width=4", "teacher.0={model: a, weight: 2}"]
+    pipeline = load_pipeline(written(tmp_path, text), [*overrides, "transform.0.Resize.size=64"])
+    assert pipeline.members == [
+        MemberSpec(model="a", weight=2),
+        MemberSpec(model="small:mlp", args={"width": 4}, weights="x"),
+    ]
+    assert pipeline.transform == [{"Resize": {"size": 64}}]
+    (found,) = problems(tmp_path, text, "teacher.1.weight=much")
+    assert found == "--set teacher.1.weight=much: teacher.1.weight: Input should be a valid number"
+
+
+def test_set_changes_one_of_the_places_of_an_anchor(tmp_path: Path) -> None:
+    text = (
+        "dataset: {name: digits}\nteacher: {model: a, train: &train {epochs: 7}}\nstudent: {model: b, train: *train}\n"
+    )
+    pipeline = load_pipeline(written(tmp_path, text), ["student.train.epochs=9"])
+    assert (pipeline.section("teacher").train.epochs, pipeline.section("student").train.epochs) == (7, 9)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -318,6 +421,11 @@ def test_set_replaces_and_adds_values_of_every_type(tmp_path: Path) -> None:
         ("cache..top_k=5", "--set 'cache..top_k=5' is not KEY=VALUE"),
         (".cache=5", "is not KEY=VALUE"),
         ("dataset.name.first=5", "--set dataset.name.first=5: 'name' is a value and has no keys"),
+        ("eval_transform.1.Resize=5", "--set eval_transform.1.Resize=5: 'eval_transform' is a list of 1, without '1'"),
+        ("eval_transform.Resize=5", "'eval_transform' is a list of 1, without 'Resize'"),
+        ("eval_transform.-1=5", "'eval_transform' is a list of 1, without '-1'"),
+        ("eval_transform.²=5", "'eval_transform' is a list of 1, without '²'"),
+        ("transform.0=5", "'transform' is a list of 0, without '0'"),
         ("cache.notes=[", "--set cache.notes=[ is not readable YAML: while parsing"),
         ("cache.notes=2001-99-99", "--set cache.notes=2001-99-99 is not readable YAML: month"),
         pytest.param("cache.notes=" + "[" * 9_000, "is not readable YAML: maximum recursion", id="nested lists"),
@@ -325,7 +433,7 @@ def test_set_replaces_and_adds_values_of_every_type(tmp_path: Path) -> None:
     ],
 )
 def test_a_set_that_cannot_be_read_is_refused(override: str, words: str, tmp_path: Path) -> None:
-    assert words in refusal(tmp_path, GOOD, override)
+    assert words in refusal(tmp_path, GOOD + "transform: []\neval_transform: [{RGB: {}}]\n", override)
 
 
 def test_a_problem_that_set_made_is_told_as_its_own(tmp_path: Path) -> None:

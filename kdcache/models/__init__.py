@@ -1,6 +1,20 @@
 """Networks by name, their checkpoints, and the digest that says which weights they hold."""
 
-from kdcache.models.build import build_model, preset_transform
+from kdcache.models.build import build_model, outputs_of, preset_transform
 from kdcache.models.checkpoints import load_weights, save_weights, weights_digest
+from kdcache.models.ensemble import Ensemble
+from kdcache.models.outputs import ChosenOutputs, compare_names, read_groups, record_of_groups
 
-__all__ = ["build_model", "load_weights", "preset_transform", "save_weights", "weights_digest"]
+__all__ = [
+    "ChosenOutputs",
+    "Ensemble",
+    "build_model",
+    "compare_names",
+    "load_weights",
+    "outputs_of",
+    "preset_transform",
+    "read_groups",
+    "record_of_groups",
+    "save_weights",
+    "weights_digest",
+]

@@ -35,7 +35,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"there is no checkpoint {path}", "train one (`kdcache train-teacher`), or set `weights:` to where it lies"
         )
     expected = model.state_dict()
-    state = _read(path)
+    state = read_state(path)
     if not any(key.startswith(_PARALLEL) for key in expected):
         state = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
     problems = [
@@ -65,7 +65,12 @@ def _some(what: str, keys: list[str]) -> list[str]:
     return [f"{what}: {'; '.join(keys[:_SHOWN])}{more}"]
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def read_state(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint by name; nothing else in it is unpickled.
+
+    Raises:
+        CorruptError: if it cannot be read as tensors.
+    """
     fix = "give a safetensors file, or one written with torch.save(model.state_dict(), path)"
     held: Any
     try:

@@ -1,0 +1,75 @@
+"""What networks by name have in common: a constructor is given the user's arguments, and images are made to fit."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdcache.errors import KdcacheError, MismatchError, UsageError
+from kdcache.pipeline import ModelSpec
+
+SMALLEST_SIDE = 32
+"""Side, in pixels, up to which images are enlarged for the networks of libraries: their strides want large ones."""
+
+
+def construct(make: Callable[..., Any], spec: ModelSpec, **arguments: Any) -> nn.Module:
+    """Call a constructor with the user's arguments; what it cannot take is the user's mistake, not a crash.
+
+    Raises:
+        UsageError: if it raises anything, or returns no network.
+    """
+    try:
+        model = make(**arguments, **spec.args)
+    except KdcacheError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"{spec.model} cannot be built: {type(error).__name__}: {error} ({place_of(error)})",
+            "correct the `args:` of the model, or the function that makes it",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{spec.model} returned a {type(model).__name__}", "let it return a torch.nn.Module")
+    return model
+
+
+def place_of(error: BaseException) -> str:
+    """The line that raised an error."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}"
+
+
+def check_channels(spec: ModelSpec, images: int, network: int = 3) -> None:
+    """That images of so many channels can be given to a network of a library.
+
+    Raises:
+        MismatchError: if they are neither grey nor of the network's own number of channels.
+    """
+    if images not in (1, network):
+        raise MismatchError(
+            f"{spec.model} takes 1 or {network} channels, the images have {images}", "take a network of your own"
+        )
+
+
+class Fit:
+    """A forward pre-hook that repeats grey images to the network's channels and enlarges small ones."""
+
+    def __init__(self, height: int, width: int, channels: int = 3) -> None:
+        self.size = (height, width)
+        self.channels = channels
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The inputs of the network's own forward."""
+        images, *others = inputs
+        if images.shape[1] == 1:
+            images = images.expand(-1, self.channels, -1, -1)
+        height, width = images.shape[2:]
+        scale = max(self.size[0] / height, self.size[1] / width)
+        if scale > 1:
+            images = F.interpolate(images, (round(height * scale), round(width * scale)), mode="bilinear")
+        return images, *others

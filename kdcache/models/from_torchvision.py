@@ -1,0 +1,84 @@
+"""`torchvision:NAME` and `torchvision:NAME@WEIGHTS`: its networks, its weights, and how it evaluates them."""
+
+from __future__ import annotations
+
+from http.client import HTTPException
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models as tv
+
+from kdcache.datasets import photograph_transform
+from kdcache.errors import UsageError
+from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct
+from kdcache.pipeline import ModelSpec, Transform
+
+_AUXILIARY = ("googlenet", "inception_v3")
+"""These have further outputs in training, which no loss here takes; `args: {aux_logits: true}` keeps them."""
+
+
+def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
+    """A network of torchvision, with the weights that `name` names or with random ones.
+
+    Raises:
+        KdcacheError: for arguments that it does not take, or weights that cannot be had.
+    """
+    architecture, _, weights_name = name.partition("@")
+    weights = _weights(name)
+    check_channels(spec, channels)
+    options: dict[str, Any] = {"name": architecture}
+    if architecture in _AUXILIARY and "aux_logits" not in spec.args:
+        options["aux_logits"] = False
+    if weights_name:
+        _fetch(spec, weights)
+        model = construct(tv.get_model, spec, **options, weights=weights)
+    else:
+        model = construct(tv.get_model, spec, **options, weights=None, num_classes=num_classes)
+    height, width = weights.meta["min_size"]
+    if isinstance(model, tv.VisionTransformer):
+        height = width = model.image_size  # which it takes and no other, and `args:` may set
+    model.register_forward_pre_hook(Fit(max(height, SMALLEST_SIDE), max(width, SMALLEST_SIDE)))
+    return model
+
+
+def categories(name: str) -> list[str]:
+    """The classes of the weights that `name` names.
+
+    Raises:
+        UsageError: if torchvision has no such network or weights.
+    """
+    return list(_weights(name).meta["categories"])
+
+
+def preset(name: str) -> Transform:
+    """How torchvision evaluates the weights that `name` names, as data."""
+    how = _weights(name).transforms()
+    return photograph_transform(how.resize_size[0], how.crop_size[0], how.mean, how.std, how.interpolation.value)
+
+
+def _fetch(spec: ModelSpec, weights: Any) -> None:
+    """Bring torchvision's weights into torch's own folder, where its constructors look first."""
+    try:
+        weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise UsageError(
+            f"the weights of {spec.model} are not on this machine and cannot be downloaded: {error}",
+            f"put {weights.url} into {torch.hub.get_dir()}/checkpoints",
+        ) from None
+
+
+def _weights(name: str) -> Any:
+    """The member of torchvision's enumeration that `name` names; the default of a network without `@`."""
+    architecture, at, weights_name = name.partition("@")
+    if architecture not in tv.list_models(module=tv):
+        raise UsageError(
+            f"torchvision has no network {architecture!r} that classifies images",
+            "take a name from torchvision.models.list_models(module=torchvision.models)",
+        )
+    known = tv.get_model_weights(architecture)
+    if at and weights_name not in known.__members__:
+        raise UsageError(
+            f"torchvision has no weights {weights_name!r} of {architecture}", f"it has {', '.join(known.__members__)}"
+        )
+    return known[weights_name or "DEFAULT"]
