@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, M
 from kdcache.cache.reader import CachedTeacher
 from kdcache.errors import CorruptError, UsageError
 from kdcache.evaluate import evaluate
-from kdcache.losses import Loss, LossParts, distillation_loss
+from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
 from kdcache.pipeline import TrainSpec
 from kdcache.progress import Progress, Silent
 from kdcache.views import View, batches
@@ -44,6 +44,7 @@ def steps(
     optimizer: Optimizer,
     teacher: Teacher | None = None,
     device: torch.device | str = "cpu",
+    theta: nn.Parameter | None = None,
 ) -> list[LossParts]:
     """One epoch of training, and the loss of each of its steps.
 
@@ -53,9 +54,10 @@ def steps(
         spec: batch size, seed and workers; the order of the samples follows from (seed, epoch).
         loss: what is minimised.
         epoch: counted from 1.
-        optimizer: of the model's parameters.
+        optimizer: of the model's parameters, and of theta.
         teacher: where the teacher's logits come from; None for a loss without one.
         device: where the model is.
+        theta: what a loss learns itself (`learned_temperature`).
     """
     generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch)
     cached = teacher if isinstance(teacher, CachedTeacher) else None
@@ -67,10 +69,11 @@ def steps(
     if cached:
         cached.expect(cuts, train.view)
     parts = []
-    for images, labels, ids in batches(train, [cut.tolist() for cut in cuts], spec.workers, device):
-        student_logits = model(images.to(device, non_blocking=True))
-        teacher_logits = teacher(ids, train.view).to(device) if teacher is not None else None
-        step = distillation_loss(student_logits, teacher_logits, labels.to(device), loss, epoch)
+    for batch in batches(train, [cut.tolist() for cut in cuts], spec.workers, device):
+        student_logits = model(batch.images.to(device, non_blocking=True))
+        teacher_logits = teacher(batch.ids, train.view).to(device) if teacher is not None else None
+        mixed = batch.mixed.to(device) if batch.mixed is not None else None
+        step = distillation_loss(student_logits, teacher_logits, batch.labels.to(device), loss, epoch, mixed, theta)
         optimizer.zero_grad()
         torch.autograd.backward(step.total)
         optimizer.step()
@@ -109,7 +112,8 @@ def fit(
         CorruptError: if the loss becomes NaN or infinite.
     """
     model.to(device)
-    optimizer = make_optimizer(model, spec)
+    theta = learned_temperature(loss, device)
+    optimizer = make_optimizer(model, spec, theta)
     schedule = _make_schedule(optimizer, spec)
     best: tuple[Epoch, dict[str, Tensor]] | None = None
     with (progress or Silent()).task("training", spec.epochs, "epochs") as task:
@@ -117,7 +121,7 @@ def fit(
             train.view = number - 1 if views is None else (number - 1) % views
             rate = optimizer.param_groups[0]["lr"]
             model.train()
-            parts = steps(model, train, spec, loss, number, optimizer, teacher, device)
+            parts = steps(model, train, spec, loss, number, optimizer, teacher, device, theta)
             means = LossParts(*(torch.stack(values).double().mean() for values in zip(*parts, strict=True)))
             if not torch.isfinite(means.total):
                 raise CorruptError(
@@ -146,14 +150,13 @@ def fit(
     return best[0]
 
 
-def make_optimizer(model: nn.Module, spec: TrainSpec) -> Optimizer:
-    """The optimizer that a pipeline describes."""
+def make_optimizer(model: nn.Module, spec: TrainSpec, theta: nn.Parameter | None = None) -> Optimizer:
+    """The optimizer that a pipeline describes, of the model and of what its loss learns."""
+    parameters = [*model.parameters(), *([] if theta is None else [theta])]
     if spec.optimizer == "adamw":
-        return AdamW(model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
+        return AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
     nesterov = spec.nesterov and spec.momentum > 0
-    return SGD(
-        model.parameters(), lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, weight_decay=spec.weight_decay
-    )
+    return SGD(parameters, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, weight_decay=spec.weight_decay)
 
 
 def _make_schedule(optimizer: Optimizer, spec: TrainSpec) -> LRScheduler:

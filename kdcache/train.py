@@ -18,12 +18,14 @@ from kdcache.errors import MismatchError, UsageError
 from kdcache.evaluate import Score, evaluate, try_network
 from kdcache.fit import Epoch, Teacher, fit
 from kdcache.losses import Loss
+from kdcache.losses.spec import Truncation
+from kdcache.mixing import split_mixing
 from kdcache.models import build_model
 from kdcache.pipeline import Pipeline, StudentSpec, TeacherSpec, TrainSpec, Transform
 from kdcache.progress import Progress
-from kdcache.recheck import replay
+from kdcache.recheck import check_data, replay
 from kdcache.runs import CHECKPOINT, check_free, run_folder
-from kdcache.samples import Samples, check_same_samples
+from kdcache.samples import Samples
 from kdcache.views import View, is_random
 
 _REPLAYED = 32
@@ -112,7 +114,7 @@ def train_student(
         transform = samples.transform if pipeline.transform is None else pipeline.transform
         views, seed = None if is_random(transform) else 1, 0
     else:
-        _check_cache(cache, samples, pipeline, progress)
+        check_data(cache, samples, pipeline.transform, progress)
         replayed = _replay(cache, samples, other_pixels, progress)
         plan = cache.manifest.plan
         transform, views, seed = plan.views.transform, plan.views.count, plan.views.seed
@@ -138,22 +140,6 @@ def few_labels(samples: Samples, spec: TrainSpec) -> Tensor:
     for label in range(samples.num_classes):
         seen[order[labels[order] == label][: spec.labels_per_class]] = label
     return seen
-
-
-def _check_cache(cache: Cache, samples: Samples, pipeline: Pipeline, progress: Progress | None) -> None:
-    plan = cache.manifest.plan
-    if cache.num_classes != samples.num_classes:
-        raise MismatchError(
-            f"the cache {cache.path} has {cache.num_classes} classes, {samples.name} has {samples.num_classes}",
-            "use the data set that the cache was made from (`kdcache info CACHE` names it)",
-        )
-    check_same_samples(samples, samples.keys(progress), cache.sample_keys, cache.labels)
-    if pipeline.transform is not None and pipeline.transform != plan.views.transform:
-        raise MismatchError(
-            f"the teacher saw images through another transform\n  cache: {plan.views.transform}\n"
-            f"  pipeline: {pipeline.transform}",
-            "remove `transform` from the pipeline: the student then sees what the teacher saw",
-        )
 
 
 def _replay(cache: Cache, samples: Samples, other_pixels: bool, progress: Progress | None) -> dict[str, Any]:
@@ -186,6 +172,7 @@ def _train(
     samples = train.samples
     if not loss.uses_teacher and not bool((train.labels >= 0).any()):
         raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
+    _check_loss(loss, train, progress)
     eval_transform = _eval_transform(pipeline, train)
     validation = _held_out(pipeline, "validation", eval_transform, samples)
     test = _held_out(pipeline, "test", eval_transform, samples)
@@ -226,6 +213,33 @@ def _train(
     return Result(model, best, score, seconds, out / CHECKPOINT)
 
 
+def _check_loss(loss: Loss, train: View, progress: Progress | None) -> None:
+    """That the loss makes sense for these images and labels."""
+    if train.mixes and loss.acts_on_label:
+        raise UsageError(
+            f"{loss.acts_on_label} acts on the one true class of an image, and {train.transform[-1]} mixes two images",
+            "take a loss without ka, lsr, dkd, pld and ofa, such as kd or dtkd, or a cache of views that are not mixed",
+        )
+    top = loss.adjustment.top if isinstance(loss.adjustment, Truncation) else 0
+    if top >= train.samples.num_classes:
+        raise UsageError(
+            f"truncation to the top {top} would cut nothing off: {train.samples.name} has "
+            f"{train.samples.num_classes} classes",
+            "set loss.adjustment.top to fewer, or remove the truncation",
+        )
+    if loss.skips_unlabelled and (unlabelled := int((train.labels < 0).sum())):
+        if unlabelled == len(train.labels):
+            raise UsageError(
+                f"no training image has a label, and the divergence {loss.divergence.kind} is of labelled ones alone",
+                "take another divergence, such as kl",
+            )
+        if progress:
+            progress.say(
+                f"note: of the {unlabelled} images without a label nothing is learned: the divergence "
+                f"{loss.divergence.kind} is of labelled ones alone"
+            )
+
+
 def _held_out(
     pipeline: Pipeline, split: Literal["validation", "test"], transform: Transform, samples: Samples
 ) -> View | None:
@@ -240,6 +254,10 @@ def _held_out(
 def _eval_transform(pipeline: Pipeline, train: View) -> Transform:
     """What validation and test images go through: never something random, never something unsaid."""
     if pipeline.eval_transform is not None:
+        if split_mixing(pipeline.eval_transform)[1]:
+            raise UsageError(
+                "eval_transform mixes images, and accuracy is of images with one label", "remove its last step"
+            )
         return pipeline.eval_transform
     if is_random(train.transform):
         fixed = [step for step in train.transform if not is_random([step])]

@@ -5,7 +5,9 @@ A transform is data: a list of names and arguments of `torchvision.transforms.v2
     - RandomCrop: {size: 32, padding: 4}
     - ToDtype: {dtype: float32, scale: true}
 
-It goes into the manifest as it stands, so that the student can replay what the teacher saw.
+It goes into the manifest as it stands, so that the student can replay what the teacher saw. The last step may mix two
+images (`mixing.py`): what view v makes of sample i with what it makes of a partner, drawn from (seed, i, v) among all
+samples.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +26,26 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from kdcache.errors import KdcacheError, UsageError
+from kdcache.mixing import MIXINGS, Mixed, Mixing, split_mixing
 from kdcache.pipeline import Transform
 from kdcache.samples import ArrayImages, Picture, Samples
 
-Batch = tuple[Tensor, Tensor, Tensor]
-"""(images [B, channels, H, W] float32, labels [B] int64, ids [B] int64)."""
+
+class Batch(NamedTuple):
+    """What a view shows of B samples.
+
+    Attributes:
+        images: [B, channels, H, W] float32.
+        labels: [B] int64, the samples' own, -1 where not known.
+        ids: [B] int64.
+        mixed: with what the images are mixed; None if they are not.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    mixed: Mixed | None
+
 
 # What torchvision has that draws no random number. A name that is not here is taken to draw some: its images are then
 # made one by one from their own seeds, which is right for every transform and only slower for one that is fixed.
@@ -46,41 +63,42 @@ def is_random(transform: Transform) -> bool:
     return not _FIXED.issuperset(name for step in transform for name in step)
 
 
-def build_transform(transform: Transform) -> Callable[[Any], Any]:
+def build_transform(transform: Transform) -> Callable[..., Any]:
     """The transform that a list of names and arguments describes.
 
     Raises:
         UsageError: for a name that `torchvision.transforms.v2` has not, or arguments that it does not take.
     """
-    steps: list[Callable[[Any], Any]] = [_step(step) for step in transform]
+    steps = [_step(step) for step in transform]
     return v2.Compose(steps) if steps else v2.Identity()  # type: ignore[no-any-return]  # torchvision is untyped
 
 
-def _step(step: dict[str, dict[str, Any]]) -> v2.Transform:
+def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
     if not (isinstance(step, dict) and len(step) == 1 and all(isinstance(given, dict) for given in step.values())):
         raise UsageError(
             f"the step {step!r} of a transform is not one name with its arguments", "write it as - NAME: {KEY: VALUE}"
         )
     ((name, arguments),) = step.items()
-    kind = getattr(v2, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, v2.Transform)):
+    kind = MIXINGS.get(name, vars(v2).get(name))
+    if not (name in MIXINGS or (inspect.isclass(kind) and issubclass(kind, v2.Transform))):
         raise UsageError(
             f"torchvision.transforms.v2 has no transform {name!r}",
             "take a name from torchvision's list of v2 transforms",
         )
     try:
-        built = kind(**{key: _argument(key, value) for key, value in arguments.items()})
+        built: Callable[..., Any] = kind(**{key: _argument(key, value) for key, value in arguments.items()})
     except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"transform {name}: {error}", f"see the arguments of torchvision.transforms.v2.{name}"
-        ) from None
+        fix = f"see the arguments of torchvision.transforms.v2.{name}"
+        if name in MIXINGS:
+            fix = "give alpha alone: the loss is told of both labels and their shares"
+        raise UsageError(f"transform {name}: {error}", fix) from None
     return built
 
 
 def _argument(key: str, value: Any) -> Any:
     """What YAML cannot say: a torch type, a member of an enumeration, a transform inside another one."""
     if key == "dtype" and isinstance(value, str):
-        dtype = getattr(torch, value, None)
+        dtype = vars(torch).get(value)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {value!r} is not a torch type")
         return dtype
@@ -113,6 +131,17 @@ def seeded(*parts: int) -> Iterator[None]:
         torch.set_rng_state(cpu)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread, as in a DataLoader's workers: how a sum, such as ColorJitter's, is shared out rounds it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class View(Dataset[Batch]):
     """One view of a data set, fetched a whole batch at a time (`__getitems__`, which DataLoader calls).
 
@@ -122,6 +151,9 @@ class View(Dataset[Batch]):
         seed: of the views.
         view: which one; may be set anew between epochs.
         labels: [N] int64 that take the place of the data set's, such as those of a student that may not know all.
+
+    Raises:
+        UsageError: for a transform that cannot be.
     """
 
     def __init__(
@@ -130,17 +162,24 @@ class View(Dataset[Batch]):
         self.samples, self.seed, self.view = samples, seed, view
         self.labels = torch.from_numpy(samples.labels.astype(np.int64)) if labels is None else labels
         self.transform = transform
-        self._random = is_random(transform)
-        alone = self._random or any(name in _NOT_BATCHED for step in transform for name in step)
+        steps, mixing = split_mixing(transform)
+        self._transform = build_transform(steps)
+        self._mixing = build_transform([mixing]) if mixing else None
+        self._random = is_random(steps)
+        alone = is_random(transform) or any(name in _NOT_BATCHED for step in transform for name in step)
         self._arrays = samples.images if isinstance(samples.images, ArrayImages) and not alone else None
-        self._transform = build_transform(transform)
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def mixes(self) -> bool:
+        """Whether each image is mixed with another."""
+        return self._mixing is not None
+
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images after the transform."""
-        channels, height, width = self[0][0].shape[1:]
+        channels, height, width = self[0].images.shape[1:]
         return channels, height, width
 
     def __getitem__(self, index: int) -> Batch:
@@ -151,26 +190,36 @@ class View(Dataset[Batch]):
         which = torch.as_tensor(ids, dtype=torch.int64)
         if self._arrays is not None:
             # One call for the whole batch gives the same pixels as one an image, many times faster.
-            pixels = self._seen(self._arrays.pixels[which], int(which[0]))
-        else:
-            each = [self._one(int(index)) for index in ids]
-            if any(pixels.shape != each[0].shape for pixels in each):
-                raise UsageError(
-                    "the transform leaves images of different sizes: "
-                    + " and ".join(sorted({str(list(pixels.shape)) for pixels in each})[:2]),
-                    "bring them to one size, for instance with - Resize: {size: [224, 224]}",
-                )
-            pixels = torch.stack(each)
-        return pixels.float(), self.labels[which], which
+            pixels = self._seen(self._arrays.pixels[which], int(which[0])).float()
+            return Batch(pixels, self.labels[which], which, None)
+        with _one_thread():
+            if self._mixing is None:
+                return Batch(_stacked([self._one(int(index)) for index in ids]), self.labels[which], which, None)
+            each, shares, partners = zip(*(self._mixed(int(index), self._mixing) for index in ids), strict=True)
+            mixed = Mixed(self.labels[list(partners)], torch.tensor(shares))
+            return Batch(_stacked(each), self.labels[which], which, mixed)
+
+    def _mixed(self, index: int, mixing: Mixing) -> tuple[Tensor, float, int]:
+        """An image mixed with another, the share of its own, and which the other is."""
+        with seeded(self.seed, index, self.view):
+            own = self._transformed(index)
+            partner = int(torch.randint(len(self), ()))
+            other = self._one(partner)
+            _check_sizes([own, other])
+            image, _, share = mixing(own, other, 1.0)
+        return image, share, partner
 
     def _one(self, index: int) -> Tensor:
+        if not self._random:
+            return self._transformed(index)
+        with seeded(self.seed, index, self.view):
+            return self._transformed(index)
+
+    def _transformed(self, index: int) -> Tensor:
         picture = self.samples.images.picture(index)
         if isinstance(picture, Tensor):
             picture = picture.clone()  # a transform may work in place, and must not change the data set
-        if not self._random:
-            return self._seen(picture, index)
-        with seeded(self.seed, index, self.view):
-            return self._seen(picture, index)
+        return self._seen(picture, index)
 
     def _seen(self, picture: Picture, first: int) -> Tensor:
         """What the transform makes of an image, or of a batch of them that begins with sample `first`."""
@@ -189,18 +238,33 @@ class View(Dataset[Batch]):
         return pixels.as_subclass(Tensor)
 
 
+def _check_sizes(images: Sequence[Tensor]) -> None:
+    if any(pixels.shape != images[0].shape for pixels in images):
+        raise UsageError(
+            "the transform leaves images of different sizes: "
+            + " and ".join(sorted({str(list(pixels.shape)) for pixels in images})[:2]),
+            "bring them to one size, for instance with - Resize: {size: [224, 224]}",
+        )
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """Images of one size, [B, channels, H, W] float32."""
+    _check_sizes(images)
+    return torch.stack(list(images)).float()
+
+
 def cut_range(ids: range, batch_size: int) -> list[range]:
     """A run of ids in batches, the last one shorter where it does not come out even."""
     return [range(start, min(start + batch_size, ids.stop)) for start in range(ids.start, ids.stop, batch_size)]
 
 
 def batches(
-    view: View, cuts: Sequence[list[int]], workers: int = 0, device: torch.device | str = "cpu"
+    view: View, cuts: Sequence[Sequence[int]], workers: int = 0, device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
     """The batches of a view, in the order of `cuts`, loaded by `workers` processes ahead of the one that asks."""
     loader: DataLoader[Any] = DataLoader(
         _Fetched(view),
-        batch_sampler=cuts,
+        batch_sampler=cuts,  # type: ignore[arg-type]  # torch says lists, and takes ranges as well
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=torch.device(device).type == "cuda",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import shutil
@@ -19,13 +20,13 @@ from kdcache.datasets import load_split
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
 from kdcache.evaluate import Score, evaluate
 from kdcache.fit import fit, make_optimizer, steps
-from kdcache.losses import Loss
+from kdcache.losses import Loss, distillation_term
 from kdcache.models import build_model
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.pipeline import CacheSpec, ModelSpec, Pipeline, TrainSpec, load_pipeline
 from kdcache.samples import Samples, wrap
 from kdcache.train import few_labels
-from kdcache.views import View
+from kdcache.views import Batch, View
 
 RECIPE = Path(__file__).parent.parent / "pipelines" / "digits.yaml"
 Live = Callable[[Tensor, int], Tensor]
@@ -68,7 +69,7 @@ def test_an_epoch_from_a_dense_cache_is_an_epoch_with_the_live_teacher(
 
     def live(ids: Tensor, view: int) -> Tensor:
         with torch.no_grad():
-            logits: Tensor = teacher(seen.__getitems__(ids.tolist())[0])
+            logits: Tensor = teacher(seen.__getitems__(ids.tolist()).images)
         return logits
 
     def losses(source: Live) -> list[float]:
@@ -145,7 +146,7 @@ def test_the_test_split_is_touched_once(cache: kdcache.Cache, tmp_path: Path, mo
     touched = []
     original = View.__getitems__
 
-    def watched(view: View, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def watched(view: View, ids: list[int]) -> Batch:
         touched.extend([view.samples.split] * len(ids))
         return original(view, ids)
 
@@ -198,10 +199,97 @@ def test_a_student_of_two_views_sees_the_teachers_pixels(tmp_path: Path) -> None
     seen = View(samples, made.manifest.plan.views.transform, made.manifest.plan.views.seed)
     teacher = made.teacher()
     for seen.view in range(2):
-        images, _, ids = seen.__getitems__([5, 3, 900])
-        assert torch.allclose(teacher(ids, seen.view), network(images), atol=1e-5)
-    assert not torch.allclose(teacher(ids, 0), teacher(ids, 1), atol=1e-3)
+        batch = seen.__getitems__([5, 3, 900])
+        assert torch.allclose(teacher(batch.ids, seen.view), network(batch.images), atol=1e-5)
+    assert not torch.allclose(teacher(batch.ids, 0), teacher(batch.ids, 1), atol=1e-3)
     assert kdcache.train_student(two, made, tmp_path / "run").test is not None
+
+
+FLOAT = "{ToDtype: {dtype: float32, scale: true}}"
+EITHER = "{RandomChoice: {transforms: [{MixUp: {alpha: 0.5}}, {CutMix: {alpha: 1.0}}]}}"
+CROP_AND_MIX = f"transform=[{{RandomCrop: {{size: 8, padding: 1}}}}, {FLOAT}, {EITHER}]"
+
+
+def mixing(*overrides: str) -> Pipeline:
+    return pipeline(CROP_AND_MIX, f"eval_transform=[{FLOAT}]", *overrides)
+
+
+@pytest.fixture(scope="module")
+def mixed_cache(teacher: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> kdcache.Cache:
+    spec, out = CacheSpec(views=2, dtype="float32"), tmp_path_factory.mktemp("mixed") / "c.kdcache"
+    return kdcache.dump_teacher(teacher, digits(), out, transform=mixing().transform, spec=spec)
+
+
+@pytest.mark.parametrize("loss_name", ["kd", "dtkd"])
+def test_an_epoch_of_mixed_views_is_an_epoch_with_the_live_teacher_and_mixed_labels(
+    loss_name: str, teacher: nn.Module, mixed_cache: kdcache.Cache
+) -> None:
+    samples, views = digits(), mixed_cache.manifest.plan.views
+    labels = few_labels(samples, TrainSpec(labels_per_class=20))
+    spec, loss = TrainSpec(batch_size=50), Loss.model_validate({"name": loss_name, "warmup_epochs": 0.0})
+    torch.manual_seed(1)
+    student = SmallMLP(10, 1, 8, 8)
+    live, optimizer = copy.deepcopy(student), make_optimizer(student, spec)
+    train = View(samples, views.transform, views.seed, 1, labels)
+    found = [step.total.item() for step in steps(student, train, spec, loss, 1, optimizer, mixed_cache.teacher())]
+
+    # By hand, with the live teacher, and with labels mixed as torchvision does: one-hot, weighed, added.
+    optimizer = make_optimizer(live, spec)
+    expected = []
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(1))
+    for ids in torch.split(order, 50):
+        images, own, _, mixed = train.__getitems__(ids.tolist())
+        assert mixed is not None
+        told = torch.zeros(50, 11)
+        told[range(50), own] += mixed.share
+        told[range(50), mixed.partner_labels] += 1 - mixed.share
+        told = told[:, :10]  # what is not known is labelled -1, the last
+        logits = live(images)
+        ce = -(told * logits.log_softmax(dim=1)).sum() / told.sum().clamp_min(1)
+        with torch.no_grad():
+            taught = teacher(images)
+        total = loss.ce_weight * ce + distillation_term(logits, taught, own, loss)
+        optimizer.zero_grad()
+        torch.autograd.backward(total)
+        optimizer.step()
+        expected.append(total.item())
+    assert len(found) == 20
+    assert found == pytest.approx(expected, rel=5e-5)
+    assert found[0] > 1.05 * found[-1], "the student learned nothing, so the comparison says little"
+
+
+def test_a_student_of_mixed_views_is_trained_and_its_pixels_are_checked(
+    mixed_cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = kdcache.train_student(mixing("student.train.workers=1"), mixed_cache, tmp_path / "run")
+    assert result.test is not None
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["replay"] == {"checked": 32, "rounded": 0}
+    # Another library that draws other ratios.
+    monkeypatch.setattr("kdcache.mixing.Beta.sample", lambda _: torch.tensor([0.6]))
+    with pytest.raises(MismatchError, match=r"view 0 of sample \d+ is not what the teacher"):
+        kdcache.train_student(mixing(), mixed_cache, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_mixed_images_cannot_teach_or_test_is_refused(mixed_cache: kdcache.Cache, tmp_path: Path) -> None:
+    def refused(words: str, *overrides: str, cache: kdcache.Cache | None = mixed_cache) -> None:
+        with pytest.raises(UsageError, match=words) as caught:
+            kdcache.train_student(mixing(*overrides), cache, tmp_path / "run")
+        assert caught.value.fix
+        assert list(tmp_path.iterdir()) == []
+
+    refused("the adjustment probability_shift acts on the one true class .* mixes two images", "loss.name=ka+dtd")
+    refused("the adjustment label_smoothing", "loss.adjustment.kind=label_smoothing")
+    refused("eval_transform mixes images", f"eval_{CROP_AND_MIX}")
+    refused("CutMix can only be the last step", f"eval_transform=[{{CutMix: {{}}}}, {FLOAT}]")
+    refused("MixUp can only be the last step", f"transform=[{{MixUp: {{}}}}, {FLOAT}]", "loss.name=ce", cache=None)
+
+
+def test_a_teacher_is_trained_on_mixed_images(tmp_path: Path) -> None:
+    result = kdcache.train_teacher(mixing("teacher.train.epochs=2"), tmp_path / "t")
+    assert result.test is not None
+    assert result.test.accuracy > 0.3
 
 
 def test_few_labels_are_few_of_each_class_and_true() -> None:
@@ -262,7 +350,7 @@ def test_a_teacher_is_trained_and_dumped_through_the_pipeline(tmp_path: Path) ->
     result = kdcache.train_teacher(resolved, tmp_path / "t")
     assert isinstance(result.test, Score)
     assert result.test.accuracy > 0.3
-    from kdcache.dump import load_teacher
+    from kdcache.teachers import load_teacher
 
     loaded = load_teacher(resolved)
     for key, value in result.model.state_dict().items():

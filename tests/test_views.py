@@ -9,7 +9,8 @@ import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -55,6 +57,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     return samples_of(FileImages([str(folder / f"{index}.png") for index in range(COUNT)]))
 
 
+# torchvision 0.29 says so of JPEG at its first use, and torch of three workers on a machine with two cores.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The image decoding and encoding", "ignore:This DataLoader will create 3"
+)
+
+
 def sha256(images: Tensor) -> str:
     return hashlib.sha256(images.numpy().tobytes()).hexdigest()
 
@@ -70,12 +78,13 @@ def sha256(images: Tensor) -> str:
 )
 def test_an_image_of_a_view_depends_on_nothing_but_seed_sample_and_view(ids: list[int], seed: int, view: int) -> None:
     asked = View(samples_of(), AUGMENT, seed, view)
-    images, labels, which = asked.__getitems__(ids)
+    images, labels, which, mixed = asked.__getitems__(ids)
+    assert mixed is None
     assert which.tolist() == ids
     assert labels.tolist() == [i % 5 for i in ids]
     for position, index in enumerate(ids):
         torch.manual_seed(position)  # whatever the caller's generators say
-        alone, label, one = View(samples_of(), AUGMENT, seed, view)[index]
+        alone, label, one, _ = View(samples_of(), AUGMENT, seed, view)[index]
         assert torch.equal(alone[0], images[position])
         assert (label.tolist(), one.tolist()) == ([index % 5], [index])
 
@@ -85,7 +94,7 @@ def test_a_view_is_the_transform_under_a_seeded_generator() -> None:
         [v2.RandomCrop(8, padding=2), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)]
     )
     plain: Transform = [AUGMENT[1], AUGMENT[2], AUGMENT[4]]
-    images, _, _ = View(samples_of(), plain, seed=3, view=7).__getitems__(range(COUNT))
+    images = View(samples_of(), plain, seed=3, view=7).__getitems__(range(COUNT)).images
     for index in range(COUNT):
         parts = b"".join(part.to_bytes(8, "little") for part in (3, index, 7))
         seed = int.from_bytes(hashlib.blake2b(parts, digest_size=8).digest(), "little")
@@ -109,42 +118,134 @@ def test_a_view_may_be_set_anew_between_epochs() -> None:
     assert torch.equal(moving[3][0], View(samples_of(), AUGMENT, seed=2, view=5)[3][0])
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_workers_and_the_cut_into_batches_change_nothing(workers: int, files: Samples) -> None:
     for samples in (samples_of(), files):
         view = View(samples, AUGMENT, seed=11, view=4)
-        whole, _, _ = view.__getitems__(range(COUNT))
+        whole = view.__getitems__(range(COUNT)).images
         order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(workers)).tolist()
         cuts = [order[:1], order[1:8], order[8:10], order[10:]]
         found = list(batches(view, cuts, workers))
-        assert [ids.tolist() for _, _, ids in found] == cuts
-        for images, labels, ids in found:
-            assert torch.equal(images, whole[ids])
-            assert torch.equal(labels, ids % 5)
+        assert [batch.ids.tolist() for batch in found] == cuts
+        for batch in found:
+            assert torch.equal(batch.images, whole[batch.ids])
+            assert torch.equal(batch.labels, batch.ids % 5)
+
+
+def jitter(strength: float) -> Transform:
+    return [{"ColorJitter": {"brightness": strength, "contrast": strength, "saturation": strength, "hue": 0.1}}]
+
+
+# Of the means that ColorJitter takes of these images each is large enough that torch shares it out among its threads.
+SIDE = 192
+PHOTOS = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (2, 3, SIDE, SIDE), np.uint8))
+MANY: dict[str, Transform] = {
+    "fixed": [*TO_FLOAT, {"Resize": {"size": [61, 67]}}, {"Normalize": {"mean": [0.4], "std": [0.2]}}],
+    "RandAugment": [{"RandAugment": {"magnitude": 12}}, *TO_FLOAT],
+    "TrivialAugmentWide": [{"TrivialAugmentWide": {"interpolation": "bilinear"}}, *TO_FLOAT],
+    "AugMix": [*TO_FLOAT, {"AugMix": {"severity": 7}}],
+    "AutoAugment imagenet": [{"AutoAugment": {"policy": "imagenet"}}, *TO_FLOAT],
+    "AutoAugment cifar10": [{"AutoAugment": {"policy": "cifar10"}}, *TO_FLOAT],
+    "AutoAugment svhn": [{"AutoAugment": {"policy": "svhn"}}, *TO_FLOAT],
+    "RandomResizedCrop": [*TO_FLOAT, {"RandomResizedCrop": {"size": 64, "interpolation": "bicubic"}}],
+    "ColorJitter": [*TO_FLOAT, *jitter(0.4)],
+    "RandomErasing": [*TO_FLOAT, {"RandomErasing": {"p": 1.0, "value": "random"}}],
+    "GaussianBlur": [*TO_FLOAT, {"GaussianBlur": {"kernel_size": 9, "sigma": [0.1, 3.0]}}],
+    "GaussianNoise": [*TO_FLOAT, {"GaussianNoise": {}}],
+    "ElasticTransform": [*TO_FLOAT, {"ElasticTransform": {"alpha": 40, "sigma": 3.0}}],
+    "RandomPerspective": [*TO_FLOAT, {"RandomPerspective": {"p": 1.0}}],
+    "RandomAffine": [*TO_FLOAT, {"RandomAffine": {"degrees": 20, "shear": 5, "interpolation": "bilinear"}}],
+    "RandomPhotometricDistort": [*TO_FLOAT, {"RandomPhotometricDistort": {"p": 1.0}}],
+    "JPEG": [{"JPEG": {"quality": [10, 90]}}, *TO_FLOAT],
+    "nested": [
+        {"RandomOrder": {"transforms": [{"RandomHorizontalFlip": {}}, {"RandomSolarize": {"threshold": 100}}]}},
+        {"RandomChoice": {"transforms": [{"RandAugment": {}}, {"RandomApply": {"transforms": jitter(0.8)}}]}},
+        *TO_FLOAT,
+    ],
+    "MixUp": [*TO_FLOAT, *jitter(0.4), {"MixUp": {"alpha": 0.2}}],
+    "CutMix": [{"RandomResizedCrop": {"size": 64}}, *TO_FLOAT, {"CutMix": {"alpha": 1.0}}],
+    "MixUp or CutMix": [
+        *TO_FLOAT,
+        {"RandomHorizontalFlip": {}},
+        {"RandomChoice": {"transforms": [{"MixUp": {"alpha": 0.2}}, {"CutMix": {}}], "p": [0.7, 0.3]}},
+    ],
+}
+
+
+def views_of_photos() -> dict[str, View]:
+    photos = Samples("photos", "train", ArrayImages(PHOTOS), np.zeros(len(PHOTOS), np.int32), ("a",), [])
+    return {name: View(photos, transform, seed=11, view=4) for name, transform in MANY.items()}
+
+
+class Digests(Dataset[tuple[str, str, int]]):
+    """The digest of each image, and of which it is."""
+
+    def __init__(self) -> None:
+        self.views = views_of_photos()
+        self.which = [(name, index) for name in self.views for index in range(len(PHOTOS))]
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def __getitem__(self, number: int) -> tuple[str, str, int]:
+        name, index = self.which[number]
+        return sha256(self.views[name][index].images), name, index
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+        assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digests() -> dict[tuple[str, int], str]:
+    """Of the images of MANY, as one thread makes them one by one."""
+    with threads(1):
+        return {(name, index): digest for digest, name, index in (Digests()[n] for n in range(len(Digests())))}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_threads_and_the_order_of_a_batch_change_nothing(name: str, digests: dict[tuple[str, int], str]) -> None:
+    before = states()
+    with threads(2):
+        images = views_of_photos()[name].__getitems__([1, 0, 1]).images
+    assert states() == before
+    assert [sha256(image) for image in images] == [digests[name, index] for index in (1, 0, 1)]
+
+
+@pytest.mark.parametrize(("workers", "start"), [(1, "fork"), (3, "fork"), (1, "spawn")])
+def test_processes_change_nothing(workers: int, start: str, digests: dict[tuple[str, int], str]) -> None:
+    loader = DataLoader(Digests(), batch_size=None, shuffle=True, num_workers=workers, multiprocessing_context=start)
+    assert {(name, index): digest for digest, name, index in loader} == digests
 
 
 SCRIPT = """
-import random, sys, pickle, torch
-random.seed(9), torch.manual_seed(9), torch.set_num_threads(1)
-view = pickle.loads(sys.stdin.buffer.read())
-import hashlib
-order = [5, 0, 23, 7]
-print(*(hashlib.sha256(view[i][0].numpy().tobytes()).hexdigest() for i in order))
+import hashlib, pickle, random, sys, torch
+random.seed(9), torch.manual_seed(9), torch.set_num_threads(3)
+for name, view in pickle.loads(sys.stdin.buffer.read()).items():
+    for index in reversed(range(len(view))):
+        print(name, index, hashlib.sha256(view[index].images.numpy().tobytes()).hexdigest(), sep=",")
 """
 
 
-def test_another_process_sees_the_same_pixels() -> None:
-    view = View(samples_of(), AUGMENT, seed=11, view=4)
-    other = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=pickle.dumps(view), capture_output=True, check=True
-    ).stdout.split()
-    assert [word.decode() for word in other] == [sha256(view[index][0]) for index in (5, 0, 23, 7)]
+def test_another_interpreter_changes_nothing(digests: dict[tuple[str, int], str]) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", SCRIPT], input=pickle.dumps(views_of_photos()), capture_output=True, check=True
+    ).stdout.decode()
+    found = [line.split(",") for line in said.splitlines()]
+    assert {(name, int(index)): digest for name, index, digest in found} == digests
 
 
 def test_a_view_is_written_down_once() -> None:
     # Only what is exact on every machine: whole-pixel moves of 8-bit images. A change here breaks every cache there is.
     exact: Transform = [*AUGMENT[:3], AUGMENT[4]]
-    pixels, _, _ = View(samples_of(), exact, seed=1, view=2).__getitems__(range(COUNT))
+    pixels = View(samples_of(), exact, seed=1, view=2).__getitems__(range(COUNT)).images
     assert (
         hashlib.sha256((pixels * 255).round().to(torch.uint8).numpy().tobytes()).hexdigest()[:16] == "72018efa27635c34"
     )
@@ -164,7 +265,7 @@ def test_a_view_is_written_down_once() -> None:
 def test_a_fixed_transform_of_a_batch_is_that_of_each_image(transform: Transform) -> None:
     whole: Transform = [*transform, TO_FLOAT[1], {"Normalize": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}}]
     ids = [3, 3, 0, 17]
-    images, _, _ = View(samples_of(), whole).__getitems__(ids)
+    images = View(samples_of(), whole).__getitems__(ids).images
     each = torch.stack([build_transform(whole)(PIXELS[index]) for index in ids])
     assert torch.equal(images, each)
     by_one = torch.cat([View(samples_of(), whole)[index][0] for index in ids])
@@ -174,9 +275,9 @@ def test_a_fixed_transform_of_a_batch_is_that_of_each_image(transform: Transform
 def test_files_arrays_and_wrapped_data_sets_show_the_same_pixels(files: Samples) -> None:
     pairs: Any = [(image.permute(1, 2, 0).numpy(), 0) for image in PIXELS]
     for transform in (TO_FLOAT, AUGMENT):
-        images, _, _ = View(samples_of(), transform, seed=1).__getitems__([4, 9])
+        images = View(samples_of(), transform, seed=1).__getitems__([4, 9]).images
         for samples in (files, wrap(pairs, 1)):
-            others, _, _ = View(samples, transform, seed=1).__getitems__([4, 9])
+            others = View(samples, transform, seed=1).__getitems__([4, 9]).images
             assert torch.equal(images, others)
 
 
@@ -194,10 +295,12 @@ def states() -> list[bytes]:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_generators_of_the_caller_are_not_disturbed(workers: int) -> None:
     before = states()
-    view = View(samples_of(), AUGMENT)
-    view.__getitems__([0, 1])
-    list(batches(view, [[1, 2], [3]], workers))
-    assert states() == before
+    mixings: list[Transform] = [[], [{"MixUp": {}}], [{"CutMix": {}}]]
+    for mixing in mixings:
+        view = View(samples_of(), [*AUGMENT, *mixing])
+        view.__getitems__([0, 1])
+        list(batches(view, [[1, 2], [3]], workers))
+        assert states() == before
     with pytest.raises(ZeroDivisionError), seeded(1, 2):
         assert states() != before
         raise ZeroDivisionError
@@ -211,7 +314,14 @@ def test_the_generators_of_a_gpu_are_not_touched(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "manual_seed_all", touched)
     with pytest.raises(AssertionError, match="was seeded"):
         torch.manual_seed(0)  # as torch itself does
-    View(samples_of(), AUGMENT).__getitems__([0, 1])
+    View(samples_of(), [*AUGMENT, {"MixUp": {}}]).__getitems__([0, 1])
+
+
+def test_a_mistake_leaves_threads_and_generators_as_they_were() -> None:
+    before = states()
+    with threads(2), pytest.raises(UsageError, match="cannot take sample 1"):
+        View(samples_of(), [*AUGMENT, {"RandomCrop": {"size": 9}}])[1]
+    assert states() == before
 
 
 def test_seeded_is_the_same_draw_each_time_and_another_for_other_parts() -> None:
@@ -243,8 +353,7 @@ def test_a_transform_that_works_in_place_leaves_the_data_set_as_it_was(transform
 def test_labels_may_be_replaced() -> None:
     hidden = torch.full((COUNT,), -1)
     hidden[3] = 2
-    _, labels, _ = View(samples_of(), TO_FLOAT, labels=hidden).__getitems__([2, 3])
-    assert labels.tolist() == [-1, 2]
+    assert View(samples_of(), TO_FLOAT, labels=hidden).__getitems__([2, 3]).labels.tolist() == [-1, 2]
 
 
 @settings(deadline=None)
@@ -386,6 +495,7 @@ def test_names_stand_for_torch_types_enumerations_and_transforms_inside_others()
         ([{"Blur": {}}], "torchvision.transforms.v2 has no transform 'Blur'"),
         ([{"functional": {}}], "has no transform 'functional'"),
         ([{"__name__": {}}], "has no transform '__name__'"),
+        ([{"RandomApply": {"transforms": [{1: {}}]}}], "has no transform 1"),
         ([{"InterpolationMode": {}}], "has no transform 'InterpolationMode'"),
         ([{"Resize": {"sise": 3}}], "transform Resize: .*unexpected keyword argument 'sise'"),
         ([{"Resize": {}}], "transform Resize: .*missing .*'size'"),
@@ -406,6 +516,31 @@ def test_a_transform_that_cannot_be_is_refused(transform: Transform, words: str)
         build_transform(transform)
     assert caught.value.exit_code == 2
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("code", ["__import__('pathlib').Path('evaluated').touch()", "os.system", "torch.load"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda code: [{code: {}}],
+        lambda code: [{"RandomApply": {"transforms": [{code: {}}]}}],
+        lambda code: [{"Lambda": {"lambd": code}}],
+        lambda code: [{"ToDtype": {"dtype": code}}],
+        lambda code: [{"Resize": {"size": 3, "interpolation": code}}],
+        lambda code: [{"AutoAugment": {"policy": code}}],
+        lambda code: [{"RandomChoice": {"transforms": code}}],
+        lambda code: [{"MixUp": {"labels_getter": code}}],
+        lambda code: [*TO_FLOAT, {"CutMix": {"alpha": code}}],
+        lambda code: [*TO_FLOAT, {"Normalize": {"mean": [code], "std": [1.0]}}],
+    ],
+)
+def test_nothing_of_a_transform_is_evaluated(
+    place: Callable[[str], Transform], code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError):
+        View(samples_of(), place(code)).__getitems__([0])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
