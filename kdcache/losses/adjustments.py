@@ -55,3 +55,26 @@ def label_smoothing(teacher_logits: Tensor, labels: Tensor, smoothing: float = 0
         1, labels.clamp_min(0).unsqueeze(1), 1.0 - smoothing
     )
     return torch.where(wrong.unsqueeze(1), smoothed.log(), teacher_logits)
+
+
+def truncation(teacher_logits: Tensor, labels: Tensor, top: int = 16) -> Tensor:
+    """The `top` largest logits alone: softmax then shares all mass among them, and the other classes get exactly 0.
+
+    An ablation: what a cache of the top j, renormalised, teaches, at whatever temperature. The others are set 10,000
+    below the least that is kept, which no float tells from 0 in a softmax, and which unlike -inf never makes a NaN.
+
+    Args:
+        teacher_logits: [B, C].
+        labels: [B]; not looked at, so that the true class may be cut off.
+        top: how many classes are kept.
+
+    Raises:
+        ValueError: if there are no more classes than that.
+
+    Source: Shen & Xing 2022, FKD (2112.01528), "marginal re-norm" of the top 5.
+    """
+    if top >= teacher_logits.shape[1]:
+        raise ValueError(f"truncation to the top {top} leaves all {teacher_logits.shape[1]} classes as they are")
+    kept, where = teacher_logits.topk(top, dim=1)
+    rest = (kept[:, -1:] - 1e4).expand_as(teacher_logits)
+    return rest.scatter(1, where, kept)

@@ -4,8 +4,12 @@
          + warmup(epoch) * ( kd_weight       * mean_i w_i   * D( A(u_i / T_tea_i), v_i / T_stu_i )
                            + plain_kd_weight * mean_i tau^2 * D( A(u_i / tau),     v_i / tau ) )
 
-with v the student's and u the teacher's raw logits, y the labels, A the adjustment, (T_stu, T_tea, w) the temperatures
-and D the divergence. Nothing here knows of caches: give it the live teacher's logits or the cached ones.
+with v the student's and u the teacher's raw logits, both standardised first where asked, y the labels, A the
+adjustment, (T_stu, T_tea, w) the temperatures and D the divergence. Of DKD, which needs labels, mean_i is over the
+labelled samples, as it is of CE. Nothing here knows of caches: give it the live teacher's logits or the cached ones.
+
+Of a mixed image both see the mixture, and only CE(v, y) becomes share * CE(v, y) + (1 - share) * CE(v, y'), y' the
+partner's label. What acts on the one true class has none to act on: KA, DKD, OFA and Plackett-Luce are refused.
 
 The adjustment comes after the temperature, as in the KA paper (1911.07471), where A acts on the softened P_tau. For the
 probability shift the order makes no difference; a smoothed label softened once more would no longer be that label.
@@ -14,28 +18,47 @@ probability shift the order makes no difference; a smoothed label softened once 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.losses import adjustments, divergences, temperatures
+from kdcache.losses import adjustments, divergences, normalisations, temperatures
+from kdcache.losses.batch import BatchSum, of_these
 from kdcache.losses.spec import Loss
 from kdcache.losses.temperatures import Temperatures
+from kdcache.mixing import Mixed
 
+NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": normalisations.none,
+    "z_score": normalisations.z_score,
+}
 ADJUSTMENTS: dict[str, Callable[..., Tensor]] = {
     "none": adjustments.none,
     "probability_shift": adjustments.probability_shift,
     "label_smoothing": adjustments.label_smoothing,
+    "truncation": adjustments.truncation,
 }
 TEMPERATURES: dict[str, Callable[..., Temperatures]] = {
     "constant": temperatures.constant,
     "dtkd": temperatures.dtkd,
     "dtd_flsw": temperatures.dtd_flsw,
     "dtd_cwsm": temperatures.dtd_cwsm,
+    "ctkd": temperatures.ctkd,
 }
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"kl": divergences.kl}
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "kl": divergences.kl,
+    "reverse_kl": divergences.reverse_kl,
+    "jensen_shannon": divergences.jensen_shannon,
+    "dkd": divergences.dkd,
+    "dist": divergences.dist,
+    "plackett_luce": divergences.plackett_luce,
+    "ofa": divergences.ofa,
+    "mse": divergences.mse,
+    "cosine": divergences.cosine,
+}
 
 
 class LossParts(NamedTuple):
@@ -52,15 +75,24 @@ class LossParts(NamedTuple):
     distillation: Tensor
 
 
-def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(student_logits: Tensor, labels: Tensor, mixed: Mixed | None = None) -> Tensor:
     """Mean cross-entropy over the labelled samples of a batch; 0 where none is labelled.
+
+    Of mixed images it is the mean over their labelled shares, which are not scaled up where they come to less than one.
 
     Args:
         student_logits: [B, C].
         labels: [B] int64, -1 for a sample whose label is not known.
+        mixed: partners' labels and own shares; None where images are as they are.
     """
-    summed = F.cross_entropy(student_logits, labels, ignore_index=-1, reduction="sum")
-    return summed / (labels >= 0).sum().clamp_min(1)
+    if mixed is None:
+        summed = F.cross_entropy(student_logits, labels, ignore_index=-1, reduction="sum")
+        return summed / (labels >= 0).sum().clamp_min(1)
+    share = mixed.share.to(student_logits.dtype)
+    own = F.cross_entropy(student_logits, labels, ignore_index=-1, reduction="none")
+    partner = F.cross_entropy(student_logits, mixed.partner_labels, ignore_index=-1, reduction="none")
+    known = share * (labels >= 0) + (1 - share) * (mixed.partner_labels >= 0)
+    return (share * own + (1 - share) * partner).sum() / known.sum().clamp_min(1)
 
 
 def warmup(epoch: int, warmup_epochs: float) -> float:
@@ -68,7 +100,20 @@ def warmup(epoch: int, warmup_epochs: float) -> float:
     return min(epoch / warmup_epochs, 1.0) if warmup_epochs else 1.0
 
 
-def distillation_term(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+def learned_temperature(loss: Loss, device: torch.device | str = "cpu") -> nn.Parameter | None:
+    """CTKD's theta [1], for the optimizer of the student and for `distillation_loss`; None for any other loss."""
+    return nn.Parameter(torch.ones(1, device=device)) if loss.temperature.kind == "ctkd" else None
+
+
+def distillation_term(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    epoch: int = 1,
+    theta: Tensor | None = None,
+    batch_sum: BatchSum = of_these,
+) -> Tensor:
     """kd_weight * mean_i w_i * D(...) + plain_kd_weight * mean_i tau^2 * D(...), before the warm-up; a scalar.
 
     Args:
@@ -76,23 +121,48 @@ def distillation_term(student_logits: Tensor, teacher_logits: Tensor, labels: Te
         teacher_logits: [B, C] raw logits.
         labels: [B] int64, -1 where not known.
         loss: which adjustment, temperature and divergence, and their weights.
+        epoch: counted from 1; for CTKD.
+        theta: what `learned_temperature` gave; for CTKD.
+        batch_sum: sums over the whole batch, if part of it is elsewhere; for DTD and DIST.
+
+    Raises:
+        ValueError: if CTKD has no theta.
     """
+    if loss.temperature.kind == "ctkd" and theta is None:
+        raise ValueError(f"the loss {loss.name!r} learns its temperature: make theta with learned_temperature(loss)")
+    of_the_step: dict[str, dict[str, Any]] = {
+        "ctkd": {"epoch": epoch, "theta": theta},
+        "dtd_flsw": {"batch_sum": batch_sum},
+        "dtd_cwsm": {"batch_sum": batch_sum},
+        "dist": {"batch_sum": batch_sum},
+    }
+    student_logits, teacher_logits = (NORMALISATIONS[loss.normalisation](z) for z in (student_logits, teacher_logits))
+    rows = (labels >= 0).sum().clamp_min(1) if loss.skips_unlabelled else len(labels)
+
+    def chosen(functions: dict[str, Callable[..., Any]], axis: Any) -> Callable[..., Any]:
+        return partial(functions[axis.kind], **axis.arguments(), **of_the_step.get(axis.kind, {}))
 
     def term(t: Temperatures) -> Tensor:
-        taught = ADJUSTMENTS[loss.adjustment.kind](teacher_logits / t.teacher, labels, **loss.adjustment.arguments())
-        compare = DIVERGENCES[loss.divergence.kind]
-        return (t.weight * compare(student_logits / t.student, taught, labels)).mean()
+        taught = chosen(ADJUSTMENTS, loss.adjustment)(teacher_logits / t.teacher, labels)
+        values: Tensor = chosen(DIVERGENCES, loss.divergence)(student_logits / t.student, taught, labels)
+        return (t.weight * values).sum() / rows
 
-    rule = TEMPERATURES[loss.temperature.kind]
-    total = loss.kd_weight * term(rule(student_logits, teacher_logits, **loss.temperature.arguments()))
+    total = loss.kd_weight * term(chosen(TEMPERATURES, loss.temperature)(student_logits, teacher_logits))
     if loss.plain_kd_weight:
-        plain = temperatures.constant(student_logits, teacher_logits, loss.temperature.tau)
+        plain = temperatures.constant(student_logits, teacher_logits, loss.tau)
         total = total + loss.plain_kd_weight * term(plain)
     return total
 
 
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, loss: Loss, epoch: int = 1
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    loss: Loss,
+    epoch: int = 1,
+    mixed: Mixed | None = None,
+    theta: Tensor | None = None,
+    batch_sum: BatchSum = of_these,
 ) -> LossParts:
     """The whole loss of a batch.
 
@@ -101,18 +171,25 @@ def distillation_loss(
         teacher_logits: [B, C] raw logits, live or cached; None where the loss does not use the teacher.
         labels: [B] int64, -1 where not known.
         loss: what `--loss` and the pipeline file say.
-        epoch: counted from 1, for the warm-up.
+        epoch: counted from 1, for the warm-up and for CTKD.
+        mixed: partners' labels and own shares, where each image is mixed with another.
+        theta: what `learned_temperature` gave; for CTKD.
+        batch_sum: sums over the whole batch, if part of it is elsewhere; for DTD and DIST.
 
     Raises:
-        ValueError: if the loss uses the teacher and its logits are None.
+        ValueError: if the loss uses the teacher and its logits are None, acts on the one true class of mixed images, or
+            is CTKD without theta.
     """
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()
-    ce = cross_entropy(student_logits, labels)
+    ce = cross_entropy(student_logits, labels, mixed)
     if not loss.uses_teacher:
         return LossParts(loss.ce_weight * ce, ce.detach(), torch.zeros_like(ce))
     if teacher_logits is None:
         raise ValueError(f"the loss {loss.name!r} needs the teacher's logits")
-    distilled = distillation_term(student_logits, teacher_logits.to(student_logits.dtype), labels, loss)
+    if mixed is not None and loss.acts_on_label:
+        raise ValueError(f"{loss.acts_on_label} needs one label an image, and mixed images have two")
+    teacher_logits = teacher_logits.to(student_logits.dtype)
+    distilled = distillation_term(student_logits, teacher_logits, labels, loss, epoch, theta, batch_sum)
     total = loss.ce_weight * ce + warmup(epoch, loss.warmup_epochs) * distilled
     return LossParts(total, ce.detach(), distilled.detach())

@@ -1,19 +1,13 @@
-"""Which loss: the options of the three axes, and the names that choose points in their grid.
-
-A name is one to three parts joined by `+`, in any order; each part sets one axis, and what no part sets stays plain:
-
-    ce                      the labels alone, no teacher
-    kd                      constant temperature, KL
-    dtkd | dtd              the temperature axis
-    ka                      the adjustment axis
-    ka+dtd, dtkd+ka, ...    their product
-"""
+"""Which loss: the options of the axes, and which of them cannot stand together."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kdcache.losses.names import settings_of_name
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -46,6 +40,13 @@ class LabelSmoothing(_Options):
     smoothing: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
+class Truncation(_Options):
+    """`losses.adjustments.truncation`."""
+
+    kind: Literal["truncation"] = "truncation"
+    top: Annotated[int, Field(ge=1)] = 16
+
+
 class ConstantTemperature(_Options):
     """`losses.temperatures.constant`."""
 
@@ -61,7 +62,17 @@ class DTKD(_Options):
     sharpness: Literal["max", "logsumexp"] = "max"
     centre: bool = False
     detach: bool = False
+    equalise: Literal["published", "exact"] = "published"
     sharpness_floor: Positive = 1e-3
+
+    @model_validator(mode="after")
+    def _exact_is_of_centred_logsumexps(self) -> DTKD:
+        if self.equalise == "exact" and not (self.sharpness == "logsumexp" and self.centre):
+            raise ValueError(
+                "equalise: exact is for the logsumexps of centred logits (the published form does make the largest "
+                "logits equal): set sharpness: logsumexp and centre: true with it"
+            )
+        return self
 
 
 class DTDFocal(_Options):
@@ -83,14 +94,79 @@ class DTDConfidence(_Options):
     lowest: Positive = 1.0
 
 
+class CTKD(_Options):
+    """`losses.temperatures.ctkd`."""
+
+    kind: Literal["ctkd"] = "ctkd"
+    lowest: Positive = 1.0
+    span: Positive = 20.0
+    ramp_epochs: Positive = 10.0
+
+
 class KL(_Options):
     """`losses.divergences.kl`."""
 
     kind: Literal["kl"] = "kl"
 
 
-Adjustment = Annotated[NoAdjustment | ProbabilityShift | LabelSmoothing, Field(discriminator="kind")]
-Temperature = Annotated[ConstantTemperature | DTKD | DTDFocal | DTDConfidence, Field(discriminator="kind")]
+class ReverseKL(_Options):
+    """`losses.divergences.reverse_kl`."""
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+
+
+class JensenShannon(_Options):
+    """`losses.divergences.jensen_shannon`."""
+
+    kind: Literal["jensen_shannon"] = "jensen_shannon"
+
+
+class DKD(_Options):
+    """`losses.divergences.dkd`."""
+
+    kind: Literal["dkd"] = "dkd"
+    alpha: NotNegative = 1.0
+    beta: NotNegative = 8.0
+
+
+class DIST(_Options):
+    """`losses.divergences.dist`."""
+
+    kind: Literal["dist"] = "dist"
+    beta: NotNegative = 1.0
+    gamma: NotNegative = 1.0
+
+
+class PlackettLuce(_Options):
+    """`losses.divergences.plackett_luce`."""
+
+    kind: Literal["plackett_luce"] = "plackett_luce"
+
+
+class OFA(_Options):
+    """`losses.divergences.ofa`."""
+
+    kind: Literal["ofa"] = "ofa"
+    eps: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
+
+
+class MSE(_Options):
+    """`losses.divergences.mse`."""
+
+    kind: Literal["mse"] = "mse"
+
+
+class Cosine(_Options):
+    """`losses.divergences.cosine`."""
+
+    kind: Literal["cosine"] = "cosine"
+
+
+Adjustment = Annotated[NoAdjustment | ProbabilityShift | LabelSmoothing | Truncation, Field(discriminator="kind")]
+Temperature = Annotated[ConstantTemperature | DTKD | DTDFocal | DTDConfidence | CTKD, Field(discriminator="kind")]
+Divergence = Annotated[
+    KL | ReverseKL | JensenShannon | DKD | DIST | PlackettLuce | OFA | MSE | Cosine, Field(discriminator="kind")
+]
 
 
 class Loss(_Options):
@@ -100,22 +176,27 @@ class Loss(_Options):
     """
 
     name: str = "kd"
-    """`ce`, or parts of `kd`, `dtkd`, `dtd` and `ka` joined by `+`; sets the defaults of the keys below."""
+    """`ce`, or parts joined by `+`, one an axis: `zscore`; `ka`, `lsr`, `truncated`; `kd`, `dtkd`, `dtd`, `cwsm`,
+    `ctkd`; `rkl`, `js`, `dkd`, `dist`, `pld`, `ofa`, `mse`, `cosine`. Sets the defaults of the keys below."""
     ce_weight: NotNegative
     """Of the cross-entropy with the labels."""
     kd_weight: NotNegative
     """Of the teacher's term."""
     plain_kd_weight: NotNegative = 0.0
-    """Of constant-temperature KD beside a dynamic one."""
+    """Of the same divergence at a constant temperature, beside a dynamic one."""
     warmup_epochs: NotNegative = 0.0
     """Epochs over which the teacher's weight grows to its full size."""
+    normalisation: Literal["none", "z_score"] = "none"
+    """Of both logits, in front of all else: `none`, or `z_score` (logit standardisation)."""
     adjustment: Adjustment
-    """`kind: none`, `probability_shift` or `label_smoothing` (`smoothing`)."""
+    """`kind: none`, `probability_shift`, `label_smoothing` (`smoothing`) or `truncation` (`top`)."""
     temperature: Temperature
-    """`kind: constant` (`tau`), `dtkd` (`tau`, `sharpness`, `centre`, `detach`, `sharpness_floor`), `dtd_flsw` (`tau`,
-    `beta`, `gamma`, `lowest`) or `dtd_cwsm` (`tau`, `beta`, `lowest`)."""
-    divergence: KL = KL()
-    """`kind: kl`."""
+    """`kind: constant` (`tau`), `dtkd` (`tau`, `sharpness`, `centre`, `detach`, `equalise`, `sharpness_floor`),
+    `dtd_flsw` (`tau`, `beta`, `gamma`, `lowest`), `dtd_cwsm` (`tau`, `beta`, `lowest`) or `ctkd` (`lowest`, `span`,
+    `ramp_epochs`)."""
+    divergence: Divergence
+    """`kind: kl`, `reverse_kl`, `jensen_shannon`, `dkd` (`alpha`, `beta`), `dist` (`beta`, `gamma`), `plackett_luce`,
+    `ofa` (`eps`), `mse` or `cosine`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -126,62 +207,81 @@ class Loss(_Options):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Loss:
-        if not self.uses_teacher and self.ce_weight == 0:
-            raise ValueError("ce_weight and the kd weights are all 0: there is nothing to learn")
-        idle = self.adjustment != NoAdjustment() or self.temperature != ConstantTemperature() or self.warmup_epochs
-        if not self.uses_teacher and idle:
-            raise ValueError("the kd weights are 0, so adjustment, temperature and warmup_epochs would have no effect")
-        if self.plain_kd_weight and self.temperature.kind == "constant":
-            raise ValueError("plain_kd_weight adds constant-temperature KD to itself here: raise kd_weight instead")
+        if objections := [*self._without_effect(), *self._at_odds()]:
+            raise ValueError("; ".join(objections))
         return self
+
+    def _without_effect(self) -> Iterator[str]:
+        if not self.uses_teacher:
+            if self.ce_weight == 0:
+                yield "ce_weight and the kd weights are all 0: there is nothing to learn"
+            axes = (self.normalisation, self.adjustment, self.temperature, self.divergence)
+            if axes != ("none", NoAdjustment(), ConstantTemperature(), KL()) or self.warmup_epochs:
+                yield (
+                    "the kd weights are 0, so normalisation, adjustment, temperature, divergence and warmup_epochs "
+                    "would have no effect"
+                )
+        if self.plain_kd_weight and self.temperature.kind == "constant":
+            yield "plain_kd_weight adds constant-temperature KD to itself here: raise kd_weight instead"
+        if isinstance(self.divergence, DKD) and self.divergence.alpha == self.divergence.beta == 0:
+            yield "alpha and beta of dkd are both 0"
+        if isinstance(self.divergence, DIST) and self.divergence.beta == self.divergence.gamma == 0:
+            yield "beta and gamma of dist are both 0"
+
+    def _at_odds(self) -> Iterator[str]:
+        """Choices on two axes that make no sense together."""
+        adjustment, temperature, divergence = self.adjustment, self.temperature, self.divergence
+        if isinstance(temperature, CTKD) and self.plain_kd_weight:
+            yield "plain_kd_weight needs the tau of dtkd or dtd, and ctkd has none"
+        if divergence.kind == "mse":
+            if isinstance(adjustment, LabelSmoothing | Truncation):
+                yield f"mse compares logits, and {adjustment.kind} leaves probabilities alone: take kl"
+            if not isinstance(temperature, DTKD) and self.uses_teacher and temperature != ConstantTemperature(tau=1.0):
+                yield "a temperature that both share cancels out of mse: take kind: constant with tau: 1, or dtkd"
+        if divergence.kind == "reverse_kl" and isinstance(adjustment, Truncation):
+            yield "reverse_kl is infinite where truncation leaves the teacher no probability: take kl"
+        if divergence.kind == "plackett_luce" and isinstance(adjustment, LabelSmoothing):
+            yield "plackett_luce needs the teacher's order, and label_smoothing leaves none"
+        if divergence.kind == "dkd" and isinstance(adjustment, Truncation) and adjustment.top == 1:
+            yield "dkd compares the classes beside the true one, and truncation to top: 1 may leave none"
+        if isinstance(divergence, PlackettLuce | OFA):
+            learns = isinstance(temperature, CTKD) or (isinstance(temperature, DTKD) and not temperature.detach)
+            if learns:
+                yield (
+                    f"{divergence.kind} is above 0 even where the student is the teacher, so the gradient through the "
+                    f"temperatures of {temperature.kind} would move their weight, not the student: take "
+                    "dtkd with detach: true, dtd or a constant one"
+                )
 
     @property
     def uses_teacher(self) -> bool:
         """Whether any term needs the teacher's logits."""
         return self.kd_weight > 0 or self.plain_kd_weight > 0
 
+    @property
+    def tau(self) -> float:
+        """The reference temperature, of `plain_kd_weight`'s term."""
+        return 1.0 if isinstance(self.temperature, CTKD) else self.temperature.tau
 
-# Weights of kd: mdistiller's CIFAR-100 default. Of dtkd: the authors' code (alpha 3, beta 1, 20 epochs of warm-up,
-# cross-entropy in full). A pipeline file may set every one of them otherwise.
-_PLAIN: dict[str, Any] = {"adjustment": {"kind": "none"}, "temperature": {"kind": "constant"}}
-_PARTS: dict[str, dict[str, Any]] = {
-    "kd": {"ce_weight": 0.1, "kd_weight": 0.9},
-    "ka": {"adjustment": {"kind": "probability_shift"}},
-    "dtkd": {
-        "ce_weight": 1.0,
-        "kd_weight": 3.0,
-        "plain_kd_weight": 1.0,
-        "warmup_epochs": 20.0,
-        "temperature": {"kind": "dtkd"},
-    },
-    "dtd": {"temperature": {"kind": "dtd_flsw"}},
-}
-_TEMPERATURE_PARTS = {"kd", "dtkd", "dtd"}
+    @property
+    def skips_unlabelled(self) -> bool:
+        """Whether the teacher's term leaves out samples without a label."""
+        return self.divergence.kind == "dkd"
 
-
-def settings_of_name(name: str) -> dict[str, Any]:
-    """The settings that a loss name stands for, as a pipeline file would spell them.
-
-    Raises:
-        ValueError: for a name that is not known, or whose parts choose the same axis twice.
-    """
-    if name == "ce":
-        return {**_PLAIN, "name": name, "ce_weight": 1.0, "kd_weight": 0.0}
-    parts = name.split("+")
-    if not set(parts) <= _PARTS.keys():
-        raise ValueError(f"unknown loss {name!r}: its parts are {', '.join(_PARTS)}, joined by '+'; or 'ce' alone")
-    if len(parts) != len(set(parts)) or len(_TEMPERATURE_PARTS.intersection(parts)) > 1:
-        raise ValueError(f"loss {name!r} chooses the same thing twice: take one of kd, dtkd, dtd, and ka at most once")
-    settings = {**_PLAIN, **_PARTS["kd"], "name": name}
-    for part in parts:
-        settings.update(_PARTS[part])
-    return settings
+    @property
+    def acts_on_label(self) -> str | None:
+        """The adjustment or divergence that acts on the one true class of an image, if there is one."""
+        if isinstance(self.adjustment, ProbabilityShift | LabelSmoothing):
+            return f"the adjustment {self.adjustment.kind}"
+        if isinstance(self.divergence, DKD | PlackettLuce | OFA):
+            return f"the divergence {self.divergence.kind}"
+        return None
 
 
 def _overlaid(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`given` over `base`; an axis whose kind is given anew keeps no option of the kind that the name stood for."""
     merged = {**base, **given}
-    for axis in ("adjustment", "temperature"):
+    for axis in ("adjustment", "temperature", "divergence"):
         options = given.get(axis)
         if isinstance(options, dict) and "kind" not in options:
             merged[axis] = {**base[axis], **options}

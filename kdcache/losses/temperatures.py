@@ -5,9 +5,13 @@ Every rule is a pure function `(student_logits [B, C], teacher_logits [B, C], op
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from kdcache.losses.batch import BatchSum, batch_mean, of_these
 
 
 class Temperatures(NamedTuple):
@@ -53,6 +57,7 @@ def dtkd(
     sharpness: str = "max",
     centre: bool = False,
     detach: bool = False,
+    equalise: str = "published",
     sharpness_floor: float = 1e-3,
 ) -> Temperatures:
     """DTKD: the sharper of the two is softened more, so that both are about equally sharp.
@@ -71,6 +76,10 @@ def dtkd(
     continuously: a sharpness of no account gets a temperature near 0, two of them get tau each. With few classes
     (P(max <= 0) is about 2^-C) `centre=True` is the better remedy: the largest centred logit is never negative.
 
+    EXACT. The published form does make the largest logits equal, x / T_tea = y / T_stu. It does not make the logsumexps
+    equal, which are not proportional to 1 / T; `equalise="exact"` solves for the delta of T_tea = tau + delta,
+    T_stu = tau - delta that does.
+
     Args:
         student_logits: [B, C] raw logits (log-probabilities would turn the sharpness upside down).
         teacher_logits: [B, C] raw logits.
@@ -78,18 +87,59 @@ def dtkd(
         sharpness: "max" (authors' code) or "logsumexp" (the paper).
         centre: subtract each row's mean first.
         detach: keep the temperatures out of the student's gradient; the authors' code does not.
-        sharpness_floor: smallest sharpness that enters the form, in units of a logit.
+        equalise: "published", or "exact", which is for the logsumexps of centred logits.
+        sharpness_floor: smallest sharpness that enters the form, in units of a logit. For "exact": where at tau neither
+            logsumexp is so far above that of even logits, both get tau.
 
     Source: Wei & Bai 2024 (2404.12711); code github.com/JinYu1998/DTKD at 9ebaa97, mdistiller/distillers/DTKD.py.
     """
     student, teacher = (student_logits.detach() if detach else student_logits), teacher_logits
     if centre:
         student, teacher = (z - z.mean(dim=1, keepdim=True) for z in (student, teacher))
+    if equalise == "exact":
+        delta = _equalising_shift(student, teacher, tau, sharpness_floor)
+        return Temperatures((tau - delta).unsqueeze(1), (tau + delta).unsqueeze(1), (tau + delta) * (tau - delta))
     x = SHARPNESS[sharpness](teacher).clamp_min(sharpness_floor)
     y = SHARPNESS[sharpness](student).clamp_min(sharpness_floor)
     t_teacher = 2 * x * tau / (x + y)
     t_student = 2 * y * tau / (x + y)
     return Temperatures(t_student.unsqueeze(1), t_teacher.unsqueeze(1), t_teacher * t_student)
+
+
+_COLDEST = 1e-3
+"""Of tau: the lowest temperature that `equalise="exact"` looks at, met where one of the two is flat."""
+
+
+def _equalising_shift(v: Tensor, u: Tensor, tau: float, floor: float) -> Tensor:
+    """[B], the delta with logsumexp(u / (tau + delta)) = logsumexp(v / (tau - delta)), u and v with rows of mean 0.
+
+    The mean of a centred row under any of its own softmaxes is at least 0, so its logsumexp falls as its temperature
+    rises: the difference of both falls with delta, and bisection finds its one zero. A Newton step from there adds the
+    last figures and, by the implicit function theorem, the derivative.
+    """
+    bound = tau * (1 - _COLDEST)
+    even = math.log(u.shape[1]) + floor
+    with torch.no_grad():
+        flat = torch.maximum((u / tau).logsumexp(dim=1), (v / tau).logsumexp(dim=1)) < even
+        low, high = u.new_full((len(u),), -bound), u.new_full((len(u),), bound)
+        for _ in range(30):
+            middle = (low + high) / 2
+            teacher_is_sharper = _sharpness_at(u, tau + middle) > _sharpness_at(v, tau - middle)
+            low, high = torch.where(teacher_is_sharper, middle, low), torch.where(teacher_is_sharper, high, middle)
+        found = (low + high) / 2
+        slope = _fall(u, tau + found) + _fall(v, tau - found)
+        slope = torch.where(flat, 1.0, slope)  # an unused 0 / 0 would still spoil the gradient
+    apart = _sharpness_at(u, tau + found) - _sharpness_at(v, tau - found)
+    return torch.where(flat, 0.0, (found + apart / slope).clamp(-bound, bound))
+
+
+def _sharpness_at(z: Tensor, temperature: Tensor) -> Tensor:
+    return (z / temperature.unsqueeze(1)).logsumexp(dim=1)
+
+
+def _fall(z: Tensor, temperature: Tensor) -> Tensor:
+    """-d/dT logsumexp(z / T), [B]."""
+    return ((z / temperature.unsqueeze(1)).softmax(dim=1) * z).sum(dim=1) / temperature.square()
 
 
 def dtd_flsw(
@@ -99,6 +149,7 @@ def dtd_flsw(
     beta: float = 40.0,
     gamma: float = 2.0,
     lowest: float = 1.0,
+    batch_sum: BatchSum = of_these,
 ) -> Temperatures:
     """DTD with focal-loss-style weights: samples on which student and teacher disagree get a lower temperature.
 
@@ -114,6 +165,7 @@ def dtd_flsw(
         beta: how far temperatures spread.
         gamma: focus on the samples that disagree most.
         lowest: lower bound of tau_i.
+        batch_sum: sums over the whole batch, if part of it is elsewhere.
 
     Source: Wen, Lai & Qian 2019 (1911.07471); norms + 1e-4 as in TextBrewer.
     """
@@ -122,7 +174,7 @@ def dtd_flsw(
     u = u / (u.norm(dim=1, keepdim=True) + 1e-4)
     # Rounding can carry the cosine of two equal rows past 1, and a negative base has no real power.
     w = (1 - (v * u).sum(dim=1)).clamp_min(0).pow(gamma)
-    return _same_for_both((tau + beta * (w.mean() - w)).clamp_min(lowest))
+    return _same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(lowest))
 
 
 def dtd_cwsm(
@@ -131,6 +183,7 @@ def dtd_cwsm(
     tau: float = 4.0,
     beta: float = 0.5,
     lowest: float = 1.0,
+    batch_sum: BatchSum = of_these,
 ) -> Temperatures:
     """DTD with confidence weights: samples on which the student is unsure get a lower temperature.
 
@@ -144,4 +197,36 @@ def dtd_cwsm(
     Source: Wen, Lai & Qian 2019 (1911.07471).
     """
     w = 1 / (student_logits.detach().softmax(dim=1).amax(dim=1) + 1e-3)
-    return _same_for_both((tau + beta * (w.mean() - w)).clamp_min(lowest))
+    return _same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(lowest))
+
+
+def ctkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    theta: Tensor,
+    epoch: int,
+    lowest: float = 1.0,
+    span: float = 20.0,
+    ramp_epochs: float = 10.0,
+) -> Temperatures:
+    """CTKD: one temperature that is learned with the student, against it: ever harder, as in a curriculum.
+
+        tau = lowest + span * sigmoid(theta)
+        d loss / d theta is multiplied by -(1 - cos(pi * min(epoch / ramp_epochs, 1))) / 2
+
+    Args:
+        student_logits: [B, C].
+        teacher_logits: [B, C].
+        theta: [1], a parameter that the optimizer of the student moves too; begins at 1.
+        epoch: counted from 1.
+        lowest: lower bound of tau.
+        span: how far tau can rise above it.
+        ramp_epochs: epochs until theta's gradient is reversed in full.
+
+    Source: Li et al. 2023 (2211.16231), global temperature; code github.com/zhengli97/CTKD at 8ca3ce8, train_student.py
+    and models/temp_global.py.
+    """
+    reversal = (1 - math.cos(math.pi * min(epoch / ramp_epochs, 1.0))) / 2
+    reversed_theta = theta.detach() - reversal * (theta - theta.detach())
+    tau = lowest + span * reversed_theta.to(student_logits.dtype).sigmoid()
+    return _same_for_both(tau.expand(len(student_logits)))
