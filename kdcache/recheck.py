@@ -16,17 +16,39 @@ from kdcache.cache.reader import Cache
 from kdcache.errors import MismatchError
 from kdcache.fingerprints import Inputs, inputs_of
 from kdcache.models import weights_digest
-from kdcache.pilot import teacher_logits
+from kdcache.pipeline import CacheSpec, Transform
 from kdcache.progress import Progress, Silent
-from kdcache.samples import Samples
+from kdcache.running import RunningTeacher, described_precision, refuse_not_finite
+from kdcache.samples import Samples, check_same_samples
 from kdcache.views import View, batches, cut_range
 
-_LAST_BITS = 1e-4
+_LAST_BITS = 1e-5
 """Parts of a picture whose means are within this of one another differ by the rounding of another library at most."""
 
 _BATCH = 64
 _SUSPECT = 0.05
 """Mean total variation at T = 1 from which it is another teacher, or another way to run it."""
+
+
+def check_data(cache: Cache, samples: Samples, transform: Transform | None, progress: Progress | None) -> None:
+    """That a cache was made from a data set, with its labels, in its order, through the transform that a pipeline says.
+
+    Raises:
+        MismatchError: which says what differs, and where it begins.
+    """
+    plan = cache.manifest.plan
+    if cache.num_classes != samples.num_classes:
+        raise MismatchError(
+            f"the cache {cache.path} has {cache.num_classes} classes, {samples.name} has {samples.num_classes}",
+            "use the data set that the cache was made from (`kdcache info CACHE` names it)",
+        )
+    check_same_samples(samples, samples.keys(progress), cache.sample_keys, cache.labels)
+    if transform is not None and transform != plan.views.transform:
+        raise MismatchError(
+            f"the teacher saw images through another transform\n  cache: {plan.views.transform}\n"
+            f"  pipeline: {transform}",
+            "remove `transform` from the pipeline: the student then sees what the teacher saw",
+        )
 
 
 class Replay(NamedTuple):
@@ -68,10 +90,10 @@ def replay(
             view = View(samples, plan.views.transform, plan.views.seed, number)
             ids = (numbers[views == number] * stride).tolist()
             cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
-            for images, _, which in batches(view, cuts, workers):
-                then = Inputs(*(values[which.numpy() // stride] for values in kept))
-                rounded += _compare(cache, number, which, then, inputs_of(images))
-                task.advance(len(which))
+            for batch in batches(view, cuts, workers):
+                then = Inputs(*(values[batch.ids.numpy() // stride] for values in kept))
+                rounded += _compare(cache, number, batch.ids, then, inputs_of(batch.images))
+                task.advance(len(batch.ids))
     return Replay(len(chosen), rounded)
 
 
@@ -116,9 +138,9 @@ def compare_with_teacher(
     cache: Cache,
     model: nn.Module,
     samples: Samples,
+    spec: CacheSpec | None = None,
     rows: int = 512,
     device: torch.device | str = "cpu",
-    workers: int = 0,
     progress: Progress | None = None,
 ) -> list[Agreement]:
     """Run the teacher again on some rows of every view.
@@ -127,21 +149,26 @@ def compare_with_teacher(
         cache: what is to be verified.
         model: the teacher; put into evaluation mode.
         samples: the data set that the cache was made from.
+        spec: in what precision it runs, and how many processes load images; None for the usual.
         rows: how many of each view, spread over the data set.
         device: where the teacher runs.
-        workers: processes that load images.
         progress: who is told how it goes.
 
     Raises:
         MismatchError: if it has other weights, or says something else than the cache.
     """
-    plan = cache.manifest.plan
+    plan, spec = cache.manifest.plan, spec or CacheSpec()
     if (digest := weights_digest(model)) != plan.teacher.weights_digest:
         raise MismatchError(
             f"this teacher has the weights {digest}, the cache is of {plan.teacher.weights_digest}",
             "give the teacher that the cache was made with (`kdcache info CACHE` names it)",
         )
-    model = model.to(device).eval()
+    if (precision := described_precision(spec)) != plan.teacher.precision:
+        raise MismatchError(
+            f"the teacher would run in {precision}, the cache's ran in {plan.teacher.precision}",
+            "set cache.precision, cache.channels_last and cache.compile as they were",
+        )
+    running = RunningTeacher(model, plan.encoding.num_classes, spec, device)
     ids = pilot_ids(len(samples), rows)
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
     teacher = cache.teacher(device)
@@ -150,12 +177,13 @@ def compare_with_teacher(
         for view in range(plan.views.count):
             seen = View(samples, plan.views.transform, plan.views.seed, view)
             parts = []
-            for images, _, which in batches(seen, cuts, workers, device):
-                live = teacher_logits(model, images, which, plan.encoding.num_classes, device)
-                truth = teacher.labels[which.to(device)]
+            for batch in batches(seen, cuts, spec.workers, device):
+                live = running(batch.images)
+                refuse_not_finite(live.isfinite().all(dim=1).cpu(), batch.ids)
+                truth = teacher.labels[batch.ids.to(device)]
                 again = decode(encode(live, truth, plan.encoding, teacher.basis), truth, plan.encoding, teacher.basis)
-                parts.append((live, again, teacher(which, view)))
-                task.advance(len(which))
+                parts.append((live, again, teacher(batch.ids, view)))
+                task.advance(len(batch.ids))
             live, again, cached = (torch.cat(logits) for logits in zip(*parts, strict=True))
             _check_same_teacher(_agreement(view, 1, again, cached))
             found += [_agreement(view, t, live, cached) for t in TEMPERATURES]

@@ -413,7 +413,7 @@ def test_manifest_says_what_was_done(tmp_path: Path) -> None:
         "weights_digest": "sha256:"
         + hashlib.sha256(b"weight\0torch.float32\0[16, 10]\0" + weights.tobytes()).hexdigest(),
         "parameters": 0,
-        "precision": "float32",
+        "precision": "fp32",
     }
     contents = [b"<f4(1, 4, 4)" + torch.as_tensor(samples.images.picture(i)).numpy().tobytes() for i in range(37)]
     keys = b"".join(hashlib.blake2b(content, digest_size=8).digest() for content in contents)

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -17,14 +16,13 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TinyTeacher, tiny_samples
+from conftest import TinyTeacher, in_a_process, tiny_samples
 from torch import Tensor
 
 from kdcache import Cache, CacheSpec, dump_teacher, open_cache
@@ -76,16 +74,7 @@ def begun(whole: Cache, tmp_path: Path) -> Path:
     return out
 
 
-# Kills: processes forked from a server that has imported torch, so that one costs a tenth of a second.
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["pytest", "torch", "zarr", "kdcache.dump", "kdcache.cache.reader"])
-
-
-def in_a_process(target: Callable[..., None], *args: object) -> BaseProcess:
-    process = _FORKS.Process(target=target, args=args)
-    process.start()
-    return process
+# Kills.
 
 
 def dump_until_killed(out: Path, at: int | str) -> None:
@@ -320,7 +309,8 @@ def test_a_file_that_cannot_be_written_leaves_a_cache_to_go_on_with(tmp_path: Pa
     process = in_a_process(dump_with_a_limit, out, limit, 1000)
     process.join()
     assert process.exitcode == 0
-    with pytest.raises(IncompleteError, match="2 of its 2 shards are missing"):
+    # The second shard is smaller than the limit, and may be written before the first one's failure is told.
+    with pytest.raises(IncompleteError, match=r"[12] of its 2 shards are missing"):
         open_cache(out)
     assert dump_larger(out, 1000).manifest.digest == once.manifest.digest
     assert contents(out) == contents(once.path)
@@ -482,6 +472,8 @@ def forge(cache: Path, change: Callable[[Any], object]) -> None:
     path = cache / "manifest.json"
     manifest = json.loads(path.read_bytes())
     manifest = change(manifest) or manifest
+    if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict):
+        manifest["files"] = dict(sorted(manifest["files"].items()))
     if isinstance(manifest, dict) and "digest" in manifest:
         manifest["digest"] = "sha256:" + "0" * 64
         manifest["digest"] = f"sha256:{hashlib.sha256(as_written(manifest)).hexdigest()}"

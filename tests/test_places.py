@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -64,6 +63,7 @@ def small_windows() -> Iterator[None]:
         patch.setattr(records, "_RESIDENT", 2**15)
         patch.setattr(placement, "_READ", 2**8)
         patch.setattr(placement, "_STREAMED", 2**10)
+        patch.setattr(placement, "_BLOCK", 2**7)
         yield
 
 
@@ -129,7 +129,7 @@ def make(
         seen = View(samples, plan.views.transform, plan.views.seed, view)
         parts = []
         for start in range(0, count, shard):
-            images, truth, _ = seen.__getitems__(range(start, min(start + shard, count)))
+            images, truth, *_ = seen.__getitems__(range(start, min(start + shard, count)))
             parts.append(encode(teacher(images), truth, plan.encoding, basis))
         return Rows.concatenate(parts)
 
@@ -165,8 +165,8 @@ def copied(tmp_path: Path) -> Made:
 
 @pytest.fixture(scope="module")
 def larger(folder: Path) -> Made:
-    """A cache of 2 views of 4000 samples, 52 bytes a row: 0.416 MB."""
-    return make(folder / "larger", count=4000, shard=1024, chunk=512, dtype="float32")
+    """A cache of 2 views of 2000 samples, 52 bytes a row: 0.208 MB."""
+    return make(folder / "larger", count=2000, shard=1024, chunk=1024, dtype="float32")
 
 
 def check(teacher: CachedTeacher, made: Made, ids: Tensor, view: int) -> None:
@@ -188,10 +188,8 @@ def test_every_place_gives_what_was_written(placed: Placement, made: Made) -> No
     teacher = made.cache.teacher(placement=placed)
     assert (teacher.placement, teacher.why) == (placed, "as asked")
     for view in (1, 0):
-        check(teacher, made, torch.arange(COUNT), view)
-        check(teacher, made, torch.cat([drawn(view), drawn(2)]), view)
-        check(teacher, made, torch.tensor([36, 0, 36, 36, 17, 0]), view)
-        check(teacher, made, torch.tensor([36, 35, 34, 33, 32, 31], dtype=torch.int32), view)
+        check(teacher, made, torch.cat([drawn(view), torch.tensor([36, 0, 36, 36, 17])]), view)
+        check(teacher, made, torch.arange(36, 30, -1, dtype=torch.int32), view)
         check(teacher, made, torch.tensor([], dtype=torch.int64), view)
         for one in (0, 17, 36):
             check(teacher, made, torch.tensor([one]), view)
@@ -244,7 +242,7 @@ def test_whatever_was_announced_the_answer_is_right(
     teacher = lowrank.cache.teacher(placement=placed)
 
     @given(ACTS)
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def answers(acts: list[Announce | Follow | Ask]) -> None:
         announced: Iterator[Tensor] = iter(())
         view = 0
@@ -352,24 +350,23 @@ def test_the_order_is_of_all_ids_and_follows_from_the_seed(placed: Placement, co
     assert count == 1 or teacher.order(generator).tolist() != order(0), "the next epoch has another"
 
 
-@pytest.mark.parametrize("mixed", [1, 3, 100])
-def test_a_block_shuffled_order_mixes_whole_blocks(mixed: int, lowrank: Made) -> None:
-    place = stream.Streamed(lowrank.cache.path, lowrank.cache.manifest.plan, mixed)
+@pytest.mark.parametrize(("size", "mixed"), [(CHUNK, 1), (CHUNK, 3), (3 * CHUNK, 2), (CHUNK, 100)])
+def test_a_block_shuffled_order_mixes_whole_blocks(size: int, mixed: int, lowrank: Made) -> None:
+    place = stream.Streamed(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
     first_groups, neighbours = set(), 0
     for seed in range(20):
         order = place.order(torch.Generator().manual_seed(seed)).tolist()
-        neighbours += sum(a // CHUNK == b // CHUNK for a, b in itertools.pairwise(order))
-        first_groups.add(tuple(order[: mixed * CHUNK]))
+        neighbours += sum(a // size == b // size for a, b in itertools.pairwise(order))
+        first_groups.add(tuple(order[: mixed * size]))
         while order:
-            blocks = list(dict.fromkeys(one // CHUNK for one in order))[:mixed]
-            whole = sorted(one for one in range(COUNT) if one // CHUNK in blocks)
+            blocks = list(dict.fromkeys(one // size for one in order))[:mixed]
+            whole = sorted(one for one in range(COUNT) if one // size in blocks)
             assert sorted(order[: len(whole)]) == whole
             order = order[len(whole) :]
     assert len(first_groups) > 15, "blocks and rows are drawn at random"
     if mixed > 1:
         # In a random order of so many blocks of four, so many neighbours are of one block.
-        expected = 20 * COUNT * (CHUNK - 1) / (min(mixed * CHUNK, COUNT) - 1)
-        assert neighbours < 1.3 * expected
+        assert neighbours < 1.3 * 20 * COUNT * (size - 1) / (min(mixed * size, COUNT) - 1)
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
@@ -386,13 +383,16 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("announced", [True, False])
-@pytest.mark.parametrize(("mixed", "batch"), [(1, 3), (2, 3), (3, 1), (100, 4)])
+@pytest.mark.parametrize(
+    ("size", "mixed", "batch"), [(CHUNK, 1, 3), (CHUNK, 2, 3), (CHUNK, 3, 1), (3 * CHUNK, 1, 5), (CHUNK, 100, 4)]
+)
 def test_a_stream_reads_each_block_once_an_epoch(
-    announced: bool, mixed: int, batch: int, lowrank: Made, monkeypatch: pytest.MonkeyPatch
+    announced: bool, size: int, mixed: int, batch: int, lowrank: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = stream.Streamed(lowrank.cache.path, lowrank.cache.manifest.plan, mixed)
+    place = stream.Streamed(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
     teacher = dataclasses.replace(lowrank.cache.teacher(placement="stream"), place=place)
     generator = torch.Generator().manual_seed(mixed)
+    firsts = range(0, COUNT, size)
     for view in (0, 1):
         # The last block is short: where it lies not at the end, batches and blocks are out of step from there on.
         batches = torch.split(teacher.order(generator), batch)
@@ -402,10 +402,7 @@ def test_a_stream_reads_each_block_once_an_epoch(
                 teacher.expect(batches, view)
             for ids in batches:
                 check(teacher, lowrank, ids, view)
-        times = Counter(read for read in reads if read[1] != read[2])
-        assert set(times.values()) <= {1}, times
-        assert {first for _, first, _ in times} <= set(range(0, COUNT, CHUNK))
-        assert len(times) >= len(range(0, COUNT, CHUNK)) - 2 * mixed, "but for those that are there already"
+        assert sorted(reads) == [(view, first, min(first + size, COUNT)) for first in firsts]
 
 
 # Workers and copies.
@@ -486,18 +483,18 @@ def test_a_worker_may_announce(placed: Placement, lowrank: Made) -> None:
 
 
 @pytest.mark.parametrize("placed", PLACEMENTS)
-def test_a_copy_of_a_teacher_is_the_teacher(placed: Placement, made: Made) -> None:
-    teacher = made.cache.teacher(placement=placed)
+def test_a_copy_of_a_teacher_is_the_teacher(placed: Placement, lowrank: Made) -> None:
+    teacher = lowrank.cache.teacher(placement=placed)
     teacher.expect(torch.split(drawn(0), 5), 1)
-    check(teacher, made, drawn(0)[:5], 1)
+    check(teacher, lowrank, drawn(0)[:5], 1)
     copy = pickle.loads(pickle.dumps(teacher))  # noqa: S301
     assert (copy.placement, copy.why) == (teacher.placement, teacher.why)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     assert torch.equal(copy.order(generators[0]), teacher.order(generators[1]))
     copy.expect([drawn(2)], 0)
     for ids in (drawn(2), drawn(3)):
-        check(copy, made, ids, 0)
-    check(teacher, made, drawn(0)[5:10], 1)
+        check(copy, lowrank, ids, 0)
+    check(teacher, lowrank, drawn(0)[5:10], 1)
 
 
 # Record files.
@@ -679,7 +676,7 @@ def test_killed_at_any_moment_no_half_file_has_the_final_name(
         killed += 1
         halves += any(0 < path.stat().st_size < len(whole[0]) for path in kept.rglob("*.partial"))
         monkeypatch.setenv("KDCACHE_HOME", str(kept))
-        check(mapped_teacher(larger), larger, torch.arange(0, 4000, 7), 1)
+        check(mapped_teacher(larger), larger, torch.arange(0, 2000, 7), 1)
         check_records(larger, kept)
     assert killed >= 2 * (3 + 3), "of each file it is begun, parts are read, it is named, and its digest written"
     assert halves
@@ -779,12 +776,12 @@ MB = 10**6
 @pytest.mark.parametrize(
     ("device", "on_device", "memory", "disk", "expected", "why"),
     [
-        ("meta", 1.68, 0, 0, "device", "0.4 MB of 1.7 MB free there"),
-        ("meta", 1.66, 0.84, 0, "host", "0.4 MB of 0.8 MB free"),
-        ("cpu", 100, 0.84, 0, "host", "0.4 MB of 0.8 MB free"),
-        ("cpu", 0, 0.82, 0.47, "mmap", "0.4 MB are too much for the 0.8 MB of memory that are free"),
-        ("cpu", 0, 0.82, 0.45, "stream", "0.4 MB are too much for 0.8 MB of memory and 0.5 MB of disk in {home}"),
-        ("cpu", 0, -1, 0, "stream", "0.4 MB are too much for -1.0 MB of memory and 0.0 MB of disk in {home}"),
+        ("meta", 0.84, 0, 0, "device", "0.2 MB of 0.8 MB free there"),
+        ("meta", 0.82, 0.42, 0, "host", "0.2 MB of 0.4 MB free"),
+        ("cpu", 100, 0.42, 0, "host", "0.2 MB of 0.4 MB free"),
+        ("cpu", 0, 0.41, 0.24, "mmap", "0.2 MB are too much for the 0.4 MB of memory that are free"),
+        ("cpu", 0, 0.41, 0.23, "stream", "0.2 MB are too much for 0.4 MB of memory and 0.2 MB of disk in {home}"),
+        ("cpu", 0, -1, 0, "stream", "0.2 MB are too much for -1.0 MB of memory and 0.0 MB of disk in {home}"),
     ],
 )
 def test_auto_takes_the_first_place_that_the_rows_fit(
@@ -898,6 +895,14 @@ def test_the_command_says_where_the_rows_are(digits: Cache, tmp_path: Path) -> N
 # Memory.
 
 
+LARGE = (25_000, 100_000)
+
+
+@pytest.fixture(scope="module")
+def large(digits: Cache, folder: Path) -> list[Path]:
+    return [large_cache(folder / f"{samples}.kdcache", digits, samples) for samples in LARGE]
+
+
 def large_cache(path: Path, like: Cache, samples: int) -> Path:
     """A cache of rows of 2 kB, all alike, one view."""
     plan, encoding = like.manifest.plan, Encoding(num_classes=1000, top_k=1000, tail="none", dtype="float16")
@@ -911,7 +916,7 @@ def large_cache(path: Path, like: Cache, samples: int) -> Path:
             "shape": Shape(shard_rows=16_384, chunk_rows=1024, fingerprint_stride=16_384),
         }
     )
-    writer = CacheWriter(path, plan, np.zeros(samples, np.int32), np.zeros(samples, np.uint64))
+    writer = CacheWriter.begin(path, plan, np.zeros(samples, np.int32), np.zeros(samples, np.uint64))
     inputs = Inputs(np.zeros(1, np.uint32), np.zeros((1, SKETCH_PARTS), np.float32))
     for shard in range(plan.shards):
         count = len(plan.shard_ids(shard))
@@ -923,9 +928,15 @@ def large_cache(path: Path, like: Cache, samples: int) -> Path:
 
 
 def peak_of(cache: Path, kept: Path, placed: Placement, told: Any) -> None:
-    """Tell how much memory of its own this process took for half an epoch; it ends with rows on their way."""
+    """Tell how much memory of its own this process took for a part of an epoch; it ends with rows on their way."""
     os.environ["KDCACHE_HOME"] = str(kept)
-    for module, name in ((records, "_WINDOW"), (records, "_RESIDENT"), (placement, "_READ"), (placement, "_STREAMED")):
+    for module, name in (
+        (records, "_WINDOW"),
+        (records, "_RESIDENT"),
+        (placement, "_READ"),
+        (placement, "_STREAMED"),
+        (placement, "_BLOCK"),
+    ):
         setattr(module, name, 2**22)
     before, taken, done = own_memory(), [0], threading.Event()
 
@@ -938,7 +949,7 @@ def peak_of(cache: Path, kept: Path, placed: Placement, told: Any) -> None:
     teacher = open_cache(cache).teacher(placement=placed)
     batches = torch.split(teacher.order(torch.Generator().manual_seed(0)), 128)
     teacher.expect(batches)
-    for ids in batches[: len(batches) // 2]:
+    for ids in batches[: len(batches) // 4]:
         assert teacher.place.rows(ids, 0).log_probs[:, 0].eq(torch.tensor(-6.9).half()).all()
     done.set()
     watcher.join()
@@ -951,23 +962,18 @@ def own_memory() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-def test_memory_does_not_grow_with_the_rows(digits: Cache, tmp_path: Path, kept_here: Path) -> None:
-    caches = [large_cache(tmp_path / f"{samples}.kdcache", digits, samples) for samples in (30_000, 120_000)]
-    told = _FORKS.Queue()
-    grown: dict[str, int] = {}
-    for placed in ("host", *FROM_DISK):
-        peaks = []
-        for cache in caches:
-            process = in_a_process(peak_of, cache, kept_here, placed, told)
-            peaks.append(told.get(timeout=60))
-            process.join(60)
-            assert process.exitcode == 0
-        grown[placed] = peaks[1] - peaks[0]
+@pytest.mark.parametrize("placed", FROM_DISK)
+def test_memory_does_not_grow_with_the_rows(placed: Placement, large: list[Path], kept_here: Path) -> None:
+    told, peaks = _FORKS.Queue(), []
+    for cache in large:
+        process = in_a_process(peak_of, cache, kept_here, placed, told)
+        peaks.append(told.get(timeout=60))
+        process.join(60)
+        assert process.exitcode == 0
     for file in kept_here.rglob("*.records"):
         file.unlink()  # pytest keeps the folder
-    assert grown["host"] > 150 * MB
-    assert grown["mmap"] < 50 * MB
-    assert grown["stream"] < 50 * MB
+    rows = (LARGE[1] - LARGE[0]) * 2000
+    assert peaks[1] - peaks[0] < rows / 3
 
 
 def test_the_benchmark_runs() -> None:

@@ -76,6 +76,11 @@ def row_parts(encoding: Encoding) -> dict[str, Part]:
     return parts
 
 
+def raw_bytes(encoding: Encoding) -> int:
+    """Bytes of a row before compression."""
+    return sum(math.prod(part.width) * np.dtype(part.dtype).itemsize for part in row_parts(encoding).values())
+
+
 def row_arrays(plan: Plan) -> dict[str, Array]:
     """The arrays that hold rows, [V, N, ...]."""
     return {
@@ -217,7 +222,7 @@ def check_whole(path: Path, chunks: int, needed: int) -> None:
         opened.seek(-index, os.SEEK_END)
         entries = _ENTRY.iter_unpack(opened.read(_ENTRY.size * needed))
     for chunk, entry in enumerate(entries):
-        if _MISSING in entry:
+        if _MISSING in entry or not entry[1]:
             raise CorruptError(f"chunk {chunk} of {path} is missing", AGAIN)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from kdcache.cache import arrays, operations
 from kdcache.cache.reader import refusal
 from kdcache.cache.schema import MANIFEST, PLAN, FileRecord, Plan, commit_file, read_commit, read_manifest, read_plan
-from kdcache.cache.verify import NOT_LISTED, Finding, check_samples, damaged_files, strangers
+from kdcache.cache.verify import NOT_LISTED, Finding, check_inputs, check_samples, damaged_files, strangers
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError
 
 _SHOWN = 3
@@ -68,6 +68,8 @@ def audit(path: Path) -> Audit:
         findings = damaged_files(path, files) + strangers(path, files)
         shards = [(view, shard) for view in range(plan.views.count) for shard in range(plan.shards)]
         found, rows = _contents(path, plan, shards, findings)
+        if not findings + found:
+            found = check_inputs(path, plan)
         return Audit(path, manifest.digest, len(files) + 1, rows, findings + found)
     incomplete = refusal(path)
     if not isinstance(incomplete, IncompleteError):

@@ -108,6 +108,11 @@ def encode(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis 
     logits = logits.float()
     if len(bad := not_finite(logits)):
         raise CorruptError(f"row {bad[0].item()} of the batch holds NaN or infinite logits", "correct the teacher")
+    return encode_finite(logits, labels, encoding, basis)
+
+
+def encode_finite(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis | None = None) -> Rows:
+    """Encode logits [B, C] float32 whose rows are finite, or are looked at later: a GPU is not waited for."""
     log_probs = logits.log_softmax(dim=1)
     known = labels >= 0
     label = labels.clamp_min(0).unsqueeze(1)

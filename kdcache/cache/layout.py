@@ -127,8 +127,10 @@ class RowReader:
         for name, array in self._arrays.items():
             values = _values(array, (view, slice(ids.start, ids.stop)))
             if name == "indices":
-                if values.max(initial=0) >= self._plan.encoding.num_classes:
-                    raise CorruptError(f"{self._cache} holds a class index of {values.max()}", AGAIN)
+                out = (values >= self._plan.encoding.num_classes).any(axis=1)
+                if out.any():
+                    where = f"view {view}, sample {ids.start + int(out.argmax())}"
+                    raise CorruptError(f"{self._cache} holds a class index of {values.max()}: {where}", AGAIN)
                 values = values.astype(torch.empty(0, dtype=index_dtype(self._plan.encoding.num_classes)).numpy().dtype)
             parts[name] = torch.from_numpy(np.ascontiguousarray(values))
         return Rows.of(parts)

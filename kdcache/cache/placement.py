@@ -32,7 +32,10 @@ _OF_DEVICE, _OF_HOST, _OF_DISK = 0.25, 0.5, 0.9
 _STREAMED = 2**26
 """Bytes of blocks that are mixed in a stream; with the next ones, and what is gathered ahead, some three times this."""
 
-_READ = 2**25
+_BLOCK = 2**22
+"""Bytes of a block of a stream, where a chunk is no larger: to read one takes milliseconds, however little it holds."""
+
+_READ = 2**23
 """Bytes of rows that are read at once to be written as records."""
 
 
@@ -67,8 +70,8 @@ def place_rows(
     if placement not in PLACEMENTS:
         raise UsageError(f"there is no placement {placement!r}", f"take one of auto, {', '.join(PLACEMENTS)}")
     if placement == "stream":
-        block = records.width * plan.shape.chunk_rows
-        return Placed(Streamed(cache, plan, max(_STREAMED // block, 1)), placement, why)
+        block = plan.shape.chunk_rows * max(_BLOCK // (records.width * plan.shape.chunk_rows), 1)
+        return Placed(Streamed(cache, plan, block, max(_STREAMED // (records.width * block), 1)), placement, why)
     if placement == "mmap":
         return Placed(_mapped(cache, manifest, records), placement, why)
     everything = range(plan.dataset.samples)

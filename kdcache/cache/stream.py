@@ -1,7 +1,7 @@
 """Rows read from the store block by block, for a cache that is larger than memory and than the free disk.
 
-Blocks are the chunks of the store. In a block-shuffled order (blocks drawn at random, the rows of a few of them mixed)
-each is read once an epoch. Any other order is answered too, and slowly: a batch then reads many blocks.
+Blocks are runs of chunks of the store. In a block-shuffled order (blocks drawn at random, the rows of a few of them
+mixed) each is read once an epoch. Any other order is answered too, and slowly: a batch then reads many blocks.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Streamed:
     Args:
         cache: its folder.
         plan: of the cache.
-        blocks: how many are mixed; twice as many are kept in memory, for rows that begin in some and end in the next.
+        size: rows of a block.
+        mixed: how many blocks are; twice as many are kept in memory, for batches that begin in some and end in others.
     """
 
-    def __init__(self, cache: Path, plan: Plan, blocks: int) -> None:
-        self._cache, self._plan, self._blocks = cache, plan, blocks
+    def __init__(self, cache: Path, plan: Plan, size: int, mixed: int) -> None:
+        self._cache, self._plan, self._size, self._mixed = cache, plan, size, mixed
         self._open()
 
     def _open(self) -> None:
         self._process = os.getpid()
         self._reader = layout.RowReader(self._cache, self._plan)
-        self._size = self._plan.shape.chunk_rows
         self._count = -(-self._plan.dataset.samples // self._size)
-        self._most = min(2 * self._blocks, self._count * self._plan.views.count)
+        self._most = min(2 * self._mixed, self._count * self._plan.views.count)
         # Kept blocks lie in slots of one table: a batch is gathered from all of them at once.
         self._table = Rows.of(
             {
@@ -52,10 +52,10 @@ class Streamed:
         )
         self._slots: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
-        self._ahead = Ahead(self._fetch, max(self._blocks * self._size // _WINDOWS, 1))
+        self._ahead = Ahead(self._fetch, max(self._mixed * self._size // _WINDOWS, 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("_cache", "_plan", "_blocks")}
+        return {name: vars(self)[name] for name in ("_cache", "_plan", "_size", "_mixed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -72,7 +72,7 @@ class Streamed:
     def order(self, generator: torch.Generator) -> Tensor:
         """A block-shuffled order of all ids, [N] int64: within so many blocks it is random, and so are the blocks."""
         parts = []
-        for mixed in torch.split(torch.randperm(self._count, generator=generator), self._blocks):
+        for mixed in torch.split(torch.randperm(self._count, generator=generator), self._mixed):
             ids = torch.cat([torch.arange(ids.start, ids.stop) for ids in map(self._ids, mixed.tolist())])
             parts.append(ids[torch.randperm(len(ids), generator=generator)])
         return torch.cat(parts)

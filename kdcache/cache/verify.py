@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,6 +164,22 @@ def _wrong(rows: Rows, labels: Tensor, encoding: Encoding) -> Iterator[tuple[str
     for name, values in columns.items():
         if name.startswith("tail_log_mass"):
             yield f"{name} is above 0", values > rounding
+
+
+def check_inputs(cache: Path, plan: Plan) -> list[Finding]:
+    """What cannot be right in the fingerprints of the teacher's input."""
+    found = []
+    for view in range(plan.views.count):
+        try:
+            sketches = layout.read_inputs(cache, plan, view).sketches
+        except CorruptError as error:
+            found.append(Finding(f"view {view}, fingerprints", error.what))
+            continue
+        wrong = ~np.isfinite(sketches).all(axis=1)
+        if wrong.any():
+            sample = int(wrong.argmax()) * plan.shape.fingerprint_stride
+            found.append(Finding(f"view {view}, sample {sample}", f"its sketch is NaN or infinite ({wrong.sum()} are)"))
+    return found
 
 
 def check_samples(cache: Path, plan: Plan) -> list[Finding]:

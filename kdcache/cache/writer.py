@@ -65,56 +65,72 @@ def check_place(path: Path) -> None:
 class CacheWriter:
     """A cache that is being written.
 
-    Args:
-        path: the `.kdcache` folder; made where it is not there, continued where it is unsealed.
+    Attributes:
+        path: the `.kdcache` folder.
         plan: what is to be written.
-        labels: [N] int32.
-        keys: [N] uint64, content keys.
-        basis: of the teacher's tail, where the plan has one.
-
-    Raises:
-        UsageError: if `path` is something else, or a sealed cache.
-        MismatchError: if it is an unsealed cache that was begun with another plan; names what differs.
+        began: whether this run has made the folder.
     """
 
-    def __init__(
-        self,
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.plan, self.began = path, plan, False
+
+    @classmethod
+    def begin(
+        cls,
         path: Path,
         plan: Plan,
         labels: npt.NDArray[np.int32],
         keys: npt.NDArray[np.uint64],
         basis: TailBasis | None = None,
-    ) -> None:
-        self.path, self.plan, self._basis = path, plan, basis
-        check_place(path)
-        self.began = not path.exists()
-        if self.began:
-            self._create(labels, keys)
-        else:
-            self._go_on(labels, keys)
+    ) -> CacheWriter:
+        """Make a new cache, or go on with an unsealed one.
 
-    def _create(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
+        Args:
+            path: the `.kdcache` folder.
+            plan: what is to be written.
+            labels: [N] int32.
+            keys: [N] uint64, content keys.
+            basis: of the teacher's tail, where the plan has one.
+
+        Raises:
+            UsageError: if `path` is something else, or a sealed cache.
+            MismatchError: if it is an unsealed cache that was begun with another plan; names what differs.
+        """
+        check_place(path)
+        writer = cls(path, plan)
+        writer.began = not path.exists()
+        if writer.began:
+            writer._create(labels, keys, basis)
+        else:
+            check_begun_alike(path, read_plan(path / PLAN), plan)
+            writer._mend(labels, keys, basis)
+        return writer
+
+    @classmethod
+    def join(cls, path: Path) -> CacheWriter:
+        """Help with a cache that another process has begun."""
+        return cls(path, read_plan(path / PLAN))
+
+    def _create(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
         # Made beside its place and renamed, so that a folder of that name is always a cache with its plan.
         _make_folder(self.path.parent)
         with _unfinished(_beside(self.path)) as folder:
-            self._create_store(folder, labels, keys)
+            self._create_store(folder, labels, keys, basis)
             _put(folder / PLAN, self.plan)
             folder.rename(self.path)
         _flush(self.path.parent)
 
-    def _create_store(self, folder: Path, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
-        layout.create_store(folder, self.plan, labels, keys, self._basis)
+    def _create_store(
+        self, folder: Path, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None
+    ) -> None:
+        layout.create_store(folder, self.plan, labels, keys, basis)
         for path in folder.rglob("*"):
             _flush(path)
 
-    def _go_on(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
-        check_begun_alike(self.path, read_plan(self.path / PLAN), self.plan)
-        self._mend(labels, keys)
-
-    def _mend(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64]) -> None:
+    def _mend(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
         """Make good what was damaged since it was written, or it would be sealed, or never be."""
         with _unfinished(_beside(self.path / arrays.STORE)) as folder:
-            self._create_store(folder, labels, keys)
+            self._create_store(folder, labels, keys, basis)
             for name in arrays.common_files(self.plan):
                 _make_folder((self.path / name).parent)
                 (folder / name).replace(self.path / name)
@@ -146,6 +162,29 @@ class CacheWriter:
 
     def write(self, view: int, shard: int, rows: Rows, inputs: Inputs) -> None:
         """Write one shard, whole."""
+        files = self._cleared(view, shard)
+        layout.write_shard(self.path, self.plan, view, shard, rows, inputs)
+        self._commit(view, shard, {name: record_of(self.path / name) for name in files})
+
+    def adopt(self, view: int, shard: int, source: Path, records: dict[str, FileRecord]) -> None:
+        """Take one shard, whole, from another cache: its files are linked, or copied where they cannot be.
+
+        Args:
+            view: which view.
+            shard: which shard.
+            source: folder of the other cache.
+            records: of its files.
+        """
+        files = self._cleared(view, shard)
+        for name in files:
+            try:
+                os.link(source / name, self.path / name)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(source / name, self.path / name)
+        self._commit(view, shard, {name: records[name] for name in files})
+
+    def _cleared(self, view: int, shard: int) -> list[str]:
+        """The files of a shard, of which nothing is left that an interrupted run may have written."""
         files = sorted(arrays.shard_files(self.plan, view, shard))
         for name in files:
             leftover = self.path / name
@@ -153,14 +192,16 @@ class CacheWriter:
             leftover.unlink(missing_ok=True)
             for orphan in leftover.parent.glob(f"{leftover.name}.*.partial"):
                 orphan.unlink()
-        layout.write_shard(self.path, self.plan, view, shard, rows, inputs)
-        for name in files:
+        return files
+
+    def _commit(self, view: int, shard: int, records: dict[str, FileRecord]) -> None:
+        for name in records:
             _flush(self.path / name)
-        for folder in sorted({(self.path / name).parent for name in files}):
+        for folder in sorted({(self.path / name).parent for name in records}):
             _flush(folder)
         marker = self.commit_path(view, shard)
         _make_folder(marker.parent)
-        _put(marker, Commit(files={name: record_of(self.path / name) for name in files}))
+        _put(marker, Commit(files=records))
 
     def seal(self, summary: Summary) -> Manifest:
         """Check that everything is there, and put the manifest in place.
@@ -193,7 +234,7 @@ class CacheWriter:
 
 
 def check_begun_alike(path: Path, then: Record, now: Record, name: str = "") -> None:
-    """That an unsealed cache was begun with what it is to be gone on with.
+    """That a cache was begun with what it is to be gone on with, or a sealed one extended.
 
     Args:
         path: of the cache.
@@ -208,7 +249,9 @@ def check_begun_alike(path: Path, then: Record, now: Record, name: str = "") -> 
     if differ:
         raise MismatchError(
             "\n  ".join([f"{path} was begun with other settings (then, now):", *differ]),
-            "set them as they were to go on, or delete the folder to begin anew",
+            "set them as they were, or dump the teacher without --extend"
+            if (path / MANIFEST).exists()
+            else "set them as they were to go on, or delete the folder to begin anew",
         )
 
 
