@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from kdcache.dump import dump_teacher, load_teacher
+from kdcache.dump import dump_teacher
 from kdcache.pipeline import load_pipeline
 from kdcache.progress import Progress
 from kdcache.report import draw_accuracies
 from kdcache.runs import check_free
 from kdcache.shipped import shipped
+from kdcache.teachers import load_teacher
 from kdcache.train import train_student, train_teacher
 
 LOSSES = ("ce", "kd", "dtkd", "ka+dtd")
@@ -83,7 +84,7 @@ def _run(out: Path, seeds: int, device: torch.device | str, progress: Progress) 
     progress.say("stage one: train a teacher, and run it once over the training images")
     teacher = train_teacher(pipeline, out / "teacher", device=device, progress=progress)
     began = time.perf_counter()
-    loaded = load_teacher(pipeline)
+    loaded = load_teacher(pipeline, progress)
     cache = dump_teacher(
         loaded.model,
         loaded.samples,

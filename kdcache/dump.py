@@ -2,86 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from kdcache.cache import operations
-from kdcache.cache.basis import TailBasis
-from kdcache.cache.codec import Rows, encode
+from kdcache.cache import layout, operations
 from kdcache.cache.planner import encoding_without_pilot, plan_encoding
 from kdcache.cache.reader import Cache, open_cache
-from kdcache.cache.schema import Plan
-from kdcache.cache.verify import record_of
+from kdcache.cache.schema import PLAN, read_plan
 from kdcache.cache.writer import CacheWriter, check_place
-from kdcache.datasets import load_split
-from kdcache.errors import InterruptedRun, KdcacheError
+from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError
 from kdcache.evaluate import try_network
-from kdcache.fingerprints import Inputs, inputs_of
-from kdcache.models import build_model, preset_transform
-from kdcache.pilot import Identity, Planned, choose, plan_cache, request_of, run_pilot, teacher_logits, views_of
+from kdcache.extend import adopt_shards, check_extends
+from kdcache.machine import free_disk
+from kdcache.models import weights_digest
+from kdcache.passes import Clock, Shard, run_pass
+from kdcache.pilot import Identity, Pilot, Planned, choose, measured, plan_cache, request_of, run_pilot, views_of
 from kdcache.pipeline import CacheSpec, Pipeline, Transform
-from kdcache.progress import Progress, Silent, Task
+from kdcache.progress import Progress, Silent
+from kdcache.ranks import Ranks
+from kdcache.running import RunningTeacher
 from kdcache.samples import Samples, digest_of
-from kdcache.views import View, batches, cut_range
+from kdcache.teachers import load_teacher
+from kdcache.views import View
 
 _CHANCE = 1.5
 """A teacher below so many times the accuracy of guessing deserves a word."""
 
+_TIMED = 8
+"""Batches of a pilot that is run for its time alone."""
 
-class _Cut(NamedTuple):
-    """A batch: which shard it belongs to, and which samples it holds."""
+_LATE = 120
+"""Seconds after which another machine's files must be seen on a shared file system."""
 
-    shard: int
-    ids: range
-
-
-class LoadedTeacher(NamedTuple):
-    """What the `dataset` and `teacher` sections of a pipeline name."""
-
-    model: nn.Module
-    identity: Identity
-    samples: Samples
-    transform: Transform
+_SAME = "start every rank with the same command, the same files and the same versions"
 
 
-def load_teacher(pipeline: Pipeline) -> LoadedTeacher:
-    """The trained teacher of a pipeline, and the training images that it is to see.
-
-    Raises:
-        KdcacheError: if one is not there, or they do not fit.
-    """
-    spec = pipeline.section("teacher")
-    samples = load_split(pipeline.dataset, "train")
-    transform = pipeline.transform
-    if transform is None:
-        transform = preset_transform(spec) or samples.transform
-    model = build_model(spec, samples.num_classes, View(samples, transform).shape(), trained=True)
-    path, _, _ = spec.model.partition(":")
-    code = f"sha256:{record_of(Path(path)).sha256}" if path.endswith(".py") else None
-    # Of a teacher from a file the name is kept, not where the file lay on this machine.
-    return LoadedTeacher(model, Identity(spec.model.rpartition("/")[2], spec.args, code), samples, transform)
-
-
-def plan_for_teacher(pipeline: Pipeline, device: torch.device | str, progress: Progress) -> Planned:
+def plan_for_teacher(
+    pipeline: Pipeline, device: torch.device | str, progress: Progress, out: Path | None = None
+) -> Planned:
     """What a cache of a pipeline's teacher would keep, from a pilot; nothing is written.
 
+    Args:
+        pipeline: its `dataset`, `teacher` and `cache` sections.
+        device: where the teacher runs.
+        progress: who is told how it goes.
+        out: where the cache is to be: the pilot is then run in any case, for its time, and the disk looked at.
+
     Raises:
+        IncompleteError: if the disk cannot hold it.
         KdcacheError: if anything does not fit.
     """
-    loaded, spec = load_teacher(pipeline), pipeline.cache
+    loaded, spec = load_teacher(pipeline, progress), pipeline.cache
+    if out is not None:
+        check_place(out)
     rows = len(loaded.samples) * views_of(spec, loaded.transform).count
     every = encoding_without_pilot(loaded.samples.num_classes, request_of(spec))
-    if every is not None:
+    if every is not None and out is None:
         return Planned(every, None, rows)
-    model = loaded.model.to(device).eval()
-    pilot = run_pilot(model, loaded.samples, loaded.transform, spec, device, progress)
-    choice = plan_encoding(*pilot, request_of(spec))
-    return Planned(choice.chosen.encoding, choice, rows)
+    view = View(loaded.samples, loaded.transform, spec.seed)
+    try_network(loaded.model.to(device), view, device, "teacher")
+    teacher = RunningTeacher(loaded.model, loaded.samples.num_classes, spec, device)
+    if every is not None:
+        pilot = run_pilot(teacher, view, spec, progress, _TIMED * spec.batch_size)
+        planned = Planned(every, None, rows, measured(every, pilot), pilot.rows_per_second)
+    else:
+        pilot = run_pilot(teacher, view, spec, progress)
+        choice = plan_encoding(pilot.logits, pilot.labels, request_of(spec))
+        chosen = choice.chosen
+        planned = Planned(chosen.encoding, choice, rows, chosen.bytes_per_row, pilot.rows_per_second)
+    if out is not None:
+        check_room(out, planned.bytes)
+    return planned
+
+
+def check_room(out: Path, needed: float) -> None:
+    """That a disk can hold a cache of about so many bytes.
+
+    Raises:
+        IncompleteError: if it cannot.
+    """
+    free = free_disk(out)
+    if needed > free:
+        raise IncompleteError(
+            f"{out} would take about {needed / 1e9:,.3f} GB; {free / 1e9:,.3f} GB are free there",
+            "make room, give another disk with -o, or keep less (cache.fidelity, cache.views)",
+        )
 
 
 def dump_teacher(
@@ -92,13 +102,16 @@ def dump_teacher(
     name: str | Identity = "teacher",
     transform: Transform | None = None,
     spec: CacheSpec | None = None,
+    extends: Cache | None = None,
+    ranks: Ranks | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Cache:
     """Run a teacher over all views of a data set and store what a student needs of its output.
 
     Killed at any moment, the same call goes on at the first shard that is not whole, and the sealed cache has the same
-    root digest as one that was never interrupted: batches are cut inside shards, always alike.
+    root digest as one that was never interrupted, whatever the number of ranks: batches are cut inside shards, always
+    alike.
 
     Args:
         model: the teacher; put into evaluation mode.
@@ -107,55 +120,59 @@ def dump_teacher(
         name: what the manifest calls the teacher, and what else tells it from another of the same weights.
         transform: what the teacher sees of an image; None for the data set's own.
         spec: what to keep; by default every class up to 64, and else the cheapest within a fidelity of 0.02.
+        extends: a sealed cache of fewer views or samples, whose shards are taken over.
+        ranks: this process among several that call this with the same arguments; None for one alone.
         device: where the teacher runs and rows are encoded.
         progress: who is told how it goes.
 
     Raises:
         UsageError: if the settings do not fit, or `out` is something else.
-        MismatchError: if the teacher does not return [B, C], or `out` was begun with other settings.
+        MismatchError: if the teacher does not return [B, C], or `out` was begun, or `extends` made, with other
+            settings.
         CorruptError: if it returns NaN or infinities; names the sample.
-            After these errors what this call began is deleted; after any other exception, such as one of the
+            After these errors what this call began, alone, is deleted; after any other exception, such as one of the
             teacher's own, finished shards stay.
+        IncompleteError: if the disk cannot hold the cache, or another rank has ended; what is written stays.
         InterruptedRun: on Ctrl-C; what is written stays.
     """
-    out, spec = Path(out), spec or CacheSpec()
-    listener: Progress = progress or Silent()
-    transform = samples.transform if transform is None else transform
-    check_place(out)
-    views = views_of(spec, transform)
-    # What cannot be asked for is refused before all images are read.
-    encoding_without_pilot(samples.num_classes, request_of(spec))
-    model = model.to(device).eval()
-    try_network(model, View(samples, transform, spec.seed), device, "teacher")
-    keys = samples.keys(listener)
-    pilot = partial(run_pilot, model, samples, transform, spec, device, listener)
-    chosen = choose(out, spec, samples.num_classes, pilot)
+    out, spec, ranks = Path(out), spec or CacheSpec(), ranks or Ranks()
+    listener: Progress = progress if progress and ranks.is_first else Silent()
     teacher = name if isinstance(name, Identity) else Identity(name, {}, None)
-    plan = plan_cache(teacher, model, samples, digest_of(keys, samples.labels), spec, views, chosen)
-    basis = chosen.basis.to(device) if chosen.basis is not None else None
-    writer = CacheWriter(out, plan, samples.labels, keys, chosen.basis)
+    transform = samples.transform if transform is None else transform
+    view_of = partial(View, samples, transform, spec.seed)
+    clock = Clock()
     try:
-        todo = {view: shards for view in range(plan.views.count) if (shards := writer.pending(view))}
-        if not writer.began:
-            count = sum(map(len, todo.values()))
-            listener.say(f"going on with {out}: {count} of {plan.views.count * plan.shards} shards are to be done")
-        rows_to_do = sum(len(plan.shard_ids(shard)) for shards in todo.values() for shard in shards)
+        with clock.on("before the pass"):
+            settle = partial(_settle, model, samples, out, teacher, transform, spec, extends, device, listener)
+            writer, todo = _begin(out, settle, model, ranks)
+            running = RunningTeacher(model, samples.num_classes, spec, device)
+            basis = layout.read_basis(out, writer.plan)
+            basis = basis.to(device) if basis is not None else None
+        rows = sum(len(writer.plan.shard_ids(shard.number)) for shard in todo)
         try:
-            with listener.task("teacher", rows_to_do, "rows") as task:
-                for view, shards in todo.items():
-                    for shard, rows, inputs in _run(
-                        model, View(samples, transform, spec.seed, view), plan, basis, shards, spec, device, task
-                    ):
-                        writer.write(view, shard, rows, inputs)
-        except KdcacheError:
-            writer.discard()
+            with listener.task("teacher" + ranks.named(), rows, "rows") as task:
+                run_pass(running, view_of, writer.plan, basis, todo, spec.workers, writer.write, task, clock)
+        except IncompleteError:
             raise
-        writer.seal(operations.summarise(out, plan))
+        except KdcacheError:
+            if ranks.count == 1:
+                writer.discard()
+            raise
+        ranks.wait()
+        if ranks.is_first:
+            with clock.on("sealing"):
+                _wait_for_files(writer, ranks)
+                writer.seal(operations.summarise(out, writer.plan))
+        ranks.wait()
+        with clock.on("sealing"):
+            cache = open_cache(out)
     except KeyboardInterrupt:
+        if not out.exists():
+            raise
         raise InterruptedRun(
             f"interrupted; {out} keeps its finished shards", "run the same command again to go on"
         ) from None
-    cache = open_cache(out)
+    listener.say(f"time: {clock}")
     accuracy = cache.manifest.summary.teacher_accuracy
     if accuracy is not None and accuracy < _CHANCE / samples.num_classes:
         listener.say(
@@ -164,26 +181,73 @@ def dump_teacher(
     return cache
 
 
-def _run(
+def _begin(
+    out: Path, settle: Callable[[], CacheWriter], model: nn.Module, ranks: Ranks
+) -> tuple[CacheWriter, list[Shard]]:
+    """The first rank settles everything; the others read it from the disk, and each takes its share of the shards."""
+    if ranks.is_first:
+        try:
+            writer = settle()
+        except KdcacheError as error:
+            ranks.tell(error)
+            raise
+        return writer, ranks.share(ranks.tell(_pending(writer)))
+    pending: list[Shard] = ranks.tell(None)
+    writer = CacheWriter.join(out)
+    if (digest := weights_digest(model)) != (of_first := writer.plan.teacher.weights_digest):
+        raise MismatchError(f"this rank's teacher has the weights {digest}, the first one's {of_first}", _SAME)
+    return writer, ranks.share(pending)
+
+
+def _settle(
     model: nn.Module,
-    view: View,
-    plan: Plan,
-    basis: TailBasis | None,
-    shards: list[int],
+    samples: Samples,
+    out: Path,
+    teacher: Identity,
+    transform: Transform,
     spec: CacheSpec,
+    extends: Cache | None,
     device: torch.device | str,
-    task: Task,
-) -> Iterator[tuple[int, Rows, Inputs]]:
-    """The rows of each of `shards`, in order, on the CPU, and the fingerprints of some of their images."""
-    cuts = [_Cut(shard, ids) for shard in shards for ids in cut_range(plan.shard_ids(shard), plan.batch_size)]
-    loaded = batches(view, [list(cut.ids) for cut in cuts], spec.workers, device)
-    parts: list[Rows] = []
-    prints: list[Inputs] = []
-    for cut, (images, labels, ids) in zip(cuts, loaded, strict=True):
-        prints.append(inputs_of(images[ids % plan.shape.fingerprint_stride == 0]))
-        logits = teacher_logits(model, images, ids, plan.encoding.num_classes, device)
-        parts.append(encode(logits, labels.to(device), plan.encoding, basis).to("cpu"))
-        task.advance(len(cut.ids))
-        if cut.ids.stop == plan.shard_ids(cut.shard).stop:
-            yield cut.shard, Rows.concatenate(parts), Inputs.concatenate(prints)
-            parts, prints = [], []
+    progress: Progress,
+) -> CacheWriter:
+    """Everything before the pass: what cannot be is refused, the plan made, the cache begun or gone on with."""
+    check_place(out)
+    views = views_of(spec, transform)
+    # What cannot be asked for is refused before all images are read.
+    encoding_without_pilot(samples.num_classes, request_of(spec))
+    view = View(samples, transform, spec.seed)
+    try_network(model.to(device), view, device, "teacher")
+    keys = samples.keys(progress)
+    path, begun = out, read_plan(out / PLAN) if (out / PLAN).exists() else None
+    if begun is None and extends is not None:
+        path, begun = extends.path, extends.manifest.plan
+
+    def pilot() -> Pilot:
+        return run_pilot(RunningTeacher(model, samples.num_classes, spec, device), view, spec, progress)
+
+    chosen = choose(path, begun, spec, samples.num_classes, pilot)
+    shape = extends.manifest.plan.shape if extends else None
+    plan = plan_cache(teacher, model, samples, digest_of(keys, samples.labels), spec, views, chosen, shape)
+    if extends is not None:
+        check_extends(extends, plan, keys, samples.labels)
+    if not (out / PLAN).exists():
+        check_room(out, chosen.bytes_per_row * plan.views.count * plan.dataset.samples)
+    writer = CacheWriter.begin(out, plan, samples.labels, keys, chosen.basis)
+    if extends is not None and (taken := adopt_shards(writer, extends)):
+        progress.say(f"{taken} shards are those of {extends.path}")
+    if not writer.began:
+        progress.say(
+            f"going on with {out}: {len(_pending(writer))} of {views.count * plan.shards} shards are to be done"
+        )
+    return writer
+
+
+def _pending(writer: CacheWriter) -> list[Shard]:
+    return [Shard(view, number) for view in range(writer.plan.views.count) for number in writer.pending(view)]
+
+
+def _wait_for_files(writer: CacheWriter, ranks: Ranks) -> None:
+    """Until what the other ranks have written is seen here: a network's file system may take its time."""
+    late = time.monotonic() + (_LATE if ranks.count > 1 else 0)
+    while _pending(writer) and time.monotonic() < late:
+        time.sleep(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,28 +14,28 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdcache.cache import layout
+from kdcache.cache.arrays import raw_bytes
 from kdcache.cache.basis import TailBasis
-from kdcache.cache.codec import not_finite
+from kdcache.cache.codec import encode_finite, not_finite
 from kdcache.cache.planner import Choice, encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.schema import (
-    PLAN,
     DatasetRecord,
     Encoding,
     Fidelity,
     Plan,
     Request,
+    Shape,
     TeacherRecord,
     ViewsRecord,
-    read_plan,
 )
 from kdcache.cache.shape import choose_shape
 from kdcache.cache.writer import check_begun_alike
 from kdcache.errors import CorruptError, MismatchError, UsageError
-from kdcache.evaluate import check_logits
 from kdcache.models import weights_digest
 from kdcache.pipeline import CacheSpec, Transform
 from kdcache.progress import Progress
 from kdcache.provenance import versions
+from kdcache.running import RunningTeacher, described_precision, refuse_not_finite
 from kdcache.samples import Samples
 from kdcache.views import View, batches, cut_range, is_random
 
@@ -50,11 +51,12 @@ class Identity(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """How rows are encoded, with what measured fidelity, in which basis."""
+    """How rows are encoded, with what measured fidelity, in which basis, and about how many bytes each takes."""
 
     encoding: Encoding
     fidelity: Fidelity | None
     basis: TailBasis | None
+    bytes_per_row: float
 
 
 def request_of(spec: CacheSpec) -> Request:
@@ -62,23 +64,48 @@ def request_of(spec: CacheSpec) -> Request:
     return Request(**{name: getattr(spec, name) for name in Request.model_fields})
 
 
+class Pilot(NamedTuple):
+    """What the teacher says of a few images.
+
+    Attributes:
+        logits: [P, C] float32, on the teacher's device.
+        labels: [P] int64, beside them.
+        rows_per_second: how fast that went, the loading of the images included.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    rows_per_second: float
+
+
 def run_pilot(
-    model: nn.Module,
-    samples: Samples,
-    transform: Transform,
-    spec: CacheSpec,
-    device: torch.device | str,
-    progress: Progress,
-) -> tuple[Tensor, Tensor]:
-    """The teacher's logits [P, C] float32 for rows spread over the data set, on its device, and their labels [P]."""
-    ids = pilot_ids(len(samples), spec.pilot_rows)
+    teacher: RunningTeacher, view: View, spec: CacheSpec, progress: Progress, rows: int | None = None
+) -> Pilot:
+    """Run the teacher on rows that are spread over the data set.
+
+    Args:
+        teacher: on its device.
+        view: of the images.
+        spec: how many rows (`pilot_rows`), how many at once, and how many processes load them.
+        progress: who is told how it goes.
+        rows: how many instead.
+
+    Raises:
+        MismatchError: if the teacher returns anything but [B, C].
+        CorruptError: if it returns NaN or infinities; names the sample.
+    """
+    ids = pilot_ids(len(view), rows or spec.pilot_rows)
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), spec.batch_size)]
     parts = []
+    began = time.perf_counter()
     with progress.task("pilot", len(ids), "rows") as task:
-        for images, labels, which in batches(View(samples, transform, spec.seed), cuts, spec.workers, device):
-            parts.append((teacher_logits(model, images, which, samples.num_classes, device), labels.to(device)))
-            task.advance(len(which))
-    return torch.cat([logits for logits, _ in parts]), torch.cat([labels for _, labels in parts])
+        for batch in batches(view, cuts, spec.workers, teacher.device):
+            logits = teacher(batch.images)
+            refuse_not_finite(logits.isfinite().all(dim=1).cpu(), batch.ids)
+            parts.append((logits, batch.labels.to(teacher.device)))
+            task.advance(len(batch.ids))
+    logits, labels = (torch.cat(values) for values in zip(*parts, strict=True))
+    return Pilot(logits, labels, len(ids) / (time.perf_counter() - began))
 
 
 class Planned(NamedTuple):
@@ -88,17 +115,26 @@ class Planned(NamedTuple):
         encoding: of its rows.
         choice: what was tried; None where every class is kept.
         rows: of all its views.
+        bytes_per_row: on disk, as far as a pilot tells; None without one.
+        rows_per_second: of the pilot; None without one.
     """
 
     encoding: Encoding
     choice: Choice | None
     rows: int
+    bytes_per_row: float | None = None
+    rows_per_second: float | None = None
 
     @property
-    def gigabytes(self) -> float:
-        """What the rows and the basis would take on disk, in 10^9 bytes, as far as the pilot tells."""
-        a_row = self.choice.chosen.bytes_per_row if self.choice else 0.0
-        return (a_row * self.rows + 2 * self.encoding.rank * self.encoding.num_classes) / 1e9
+    def bytes(self) -> float:
+        """What the rows and the basis would take on disk; more than that, where no pilot has measured it."""
+        a_row = self.bytes_per_row or raw_bytes(self.encoding)
+        return a_row * self.rows + 2 * self.encoding.rank * self.encoding.num_classes
+
+
+def measured(encoding: Encoding, pilot: Pilot) -> float:
+    """Bytes that a row of the pilot takes on disk where every class is kept."""
+    return layout.bytes_per_row(encoding, encode_finite(pilot.logits, pilot.labels, encoding))
 
 
 def plan_for_logits(path: Path, fidelity: float | None) -> Planned:
@@ -134,21 +170,34 @@ def plan_for_logits(path: Path, fidelity: float | None) -> Planned:
     if len(bad := not_finite(pilot)):
         raise CorruptError(f"row {ids[int(bad[0])]} of {path} holds NaN or infinite logits", "correct the logits")
     choice = plan_encoding(pilot, torch.from_numpy(labels[ids].astype(np.int64)), request_of(spec))
-    return Planned(choice.chosen.encoding, choice, len(logits))
+    return Planned(choice.chosen.encoding, choice, len(logits), choice.chosen.bytes_per_row)
 
 
-def choose(out: Path, spec: CacheSpec, classes: int, pilot: Callable[[], tuple[Tensor, Tensor]]) -> Chosen:
-    """The encoding of a cache: as it was begun, if it was, or planned on the pilot."""
+def choose(path: Path, begun: Plan | None, spec: CacheSpec, classes: int, pilot: Callable[[], Pilot]) -> Chosen:
+    """The encoding of a cache: that of the cache which it goes on with or extends, or planned on the pilot.
+
+    Args:
+        path: of the cache that was begun.
+        begun: its plan; None for a new cache.
+        spec: what is asked for.
+        classes: C.
+        pilot: runs one, if it is needed.
+
+    Raises:
+        UsageError: if what is asked for cannot be.
+        MismatchError: if it is not what the cache was begun with.
+    """
     request = request_of(spec)
-    if (out / PLAN).exists():
-        begun = read_plan(out / PLAN)
-        check_begun_alike(out, begun.request, request, "request")
-        return Chosen(begun.encoding, begun.fidelity, layout.read_basis(out, begun))
+    if begun is not None:
+        check_begun_alike(path, begun.request, request, "request")
+        return Chosen(begun.encoding, begun.fidelity, layout.read_basis(path, begun), raw_bytes(begun.encoding))
     every = encoding_without_pilot(classes, request)
     if every is not None:
-        return Chosen(every, None, None)
-    choice = plan_encoding(*pilot(), request)
-    return Chosen(choice.chosen.encoding, choice.fidelity, choice.chosen.basis)
+        return Chosen(every, None, None, raw_bytes(every))
+    ran = pilot()
+    choice = plan_encoding(ran.logits, ran.labels, request)
+    chosen = choice.chosen
+    return Chosen(chosen.encoding, choice.fidelity, chosen.basis, chosen.bytes_per_row)
 
 
 def views_of(spec: CacheSpec, transform: Transform) -> ViewsRecord:
@@ -176,8 +225,9 @@ def plan_cache(
     spec: CacheSpec,
     views: ViewsRecord,
     choice: Chosen,
+    shape: Shape | None = None,
 ) -> Plan:
-    """What a cache will be, before the teacher has run over it.
+    """What a cache will be, before the teacher has run over it; `shape` is that of a cache that it extends.
 
     Raises:
         UsageError: if the settings do not fit the data set or one another.
@@ -189,7 +239,7 @@ def plan_cache(
                 **teacher._asdict(),
                 weights_digest=weights_digest(model),
                 parameters=sum(p.numel() for p in model.parameters()),
-                precision="float32",
+                precision=described_precision(spec),
             ),
             dataset=DatasetRecord(
                 name=samples.name,
@@ -202,7 +252,7 @@ def plan_cache(
             request=request_of(spec),
             encoding=choice.encoding,
             fidelity=choice.fidelity,
-            shape=choose_shape(len(samples), row_bytes, spec.shard_rows),
+            shape=shape or choose_shape(len(samples), row_bytes, spec.shard_rows),
             batch_size=spec.batch_size,
             versions=versions(),
             licence=spec.licence,
@@ -218,21 +268,3 @@ def _not_to_be(error: ValidationError) -> UsageError:
         f"no cache can be made with this {'.'.join(map(str, first['loc']))}: {first['msg']}",
         "change that setting of the cache, the transform or the data set",
     )
-
-
-@torch.no_grad()
-def teacher_logits(model: nn.Module, images: Tensor, ids: Tensor, classes: int, device: torch.device | str) -> Tensor:
-    """The teacher's raw logits of a batch, [B, C] float32, on its device.
-
-    Raises:
-        MismatchError: if it returns anything but [B, C].
-        CorruptError: if it returns NaN or infinities; names the sample.
-    """
-    logits = check_logits(model(images.to(device, non_blocking=True)), len(ids), classes, "teacher").float()
-    if len(bad := not_finite(logits)):
-        raise CorruptError(
-            f"the teacher returned NaN or infinite logits for sample {int(ids[bad[0]])} "
-            f"({len(bad)} of the {len(ids)} images of its batch)",
-            "check the teacher's weights and the transform",
-        )
-    return logits

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tvf
 
 from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.keys import keep_keys, kept_keys
 from kdcache.pipeline import Transform
 from kdcache.progress import Progress, Silent
 
@@ -44,6 +45,9 @@ class Images(Protocol):
 
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images; of the first one, where they differ."""
+
+    def stamp(self) -> str | None:
+        """A name for the files that the images are in, another one whenever one of them is written; None without."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,9 @@ class ArrayImages:
         """(channels, height, width)."""
         channels, height, width = self.pixels.shape[1:]
         return channels, height, width
+
+    def stamp(self) -> None:
+        """They are in memory."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,18 @@ class FileImages:
         """(channels, height, width) of the first image."""
         width, height = self.picture(0).size
         return 3, height, width
+
+    def stamp(self) -> str:
+        """Of paths, sizes and times: no file can be written and leave the time of its last change as it was."""
+        sha = hashlib.sha256()
+        for index, path in enumerate(self.paths):
+            try:
+                found = Path(path).stat()
+            except OSError as error:
+                raise self._unreadable(index, error) from error
+            parts = (path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+            sha.update(repr(parts).encode())
+        return sha.hexdigest()
 
     def _unreadable(self, index: int, error: Exception) -> CorruptError:
         return CorruptError(f"cannot read the image {self.paths[index]}: {error}", "replace or remove it")
@@ -144,6 +163,9 @@ class ItemImages:
         channels, height, width = tensor.shape
         return channels, height, width
 
+    def stamp(self) -> None:
+        """Where they come from is the data set's own matter."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -184,23 +206,33 @@ class Samples:
         return len(self.class_names)
 
     def keys(self, progress: Progress | None = None) -> npt.NDArray[np.uint64]:
-        """The 64-bit content keys of all samples, [N] uint64: BLAKE2b-64 of each image's content."""
+        """The 64-bit content keys of all samples, [N] uint64: BLAKE2b-64 of each image's content.
+
+        Files are read once on a machine: their keys are kept in kdcache's own folder, for as long as no file changes.
+        """
+        stamp = self.images.stamp()
+        if stamp is not None and (kept := kept_keys(stamp, len(self))) is not None:
+            return kept
+        keys = self._computed_keys(progress or Silent())
+        if stamp is not None:
+            keep_keys(stamp, keys)
+        return keys
+
+    def _computed_keys(self, progress: Progress) -> npt.NDArray[np.uint64]:
         with (
-            (progress or Silent()).task(f"content keys of {self.name}/{self.split}", len(self), "images") as task,
+            progress.task(f"content keys of {self.name}/{self.split}", len(self), "images") as task,
             ThreadPoolExecutor(max_workers=None if self.images.parallel else 1) as pool,
         ):
             blocks = [range(start, min(start + 256, len(self))) for start in range(0, len(self), 256)]
-            keys: list[int] = []
-            for block in pool.map(self._keys_of, blocks):
-                keys += block
+            keys = np.empty(len(self), np.uint64)
+            for block, of_block in zip(blocks, pool.map(self._keys_of, blocks), strict=True):
+                keys[block.start : block.stop] = of_block
                 task.advance(len(block))
-        return np.array(keys, np.uint64)
+        return keys
 
-    def _keys_of(self, ids: range) -> list[int]:
-        return [
-            int.from_bytes(hashlib.blake2b(self.images.content(index), digest_size=8).digest(), "little")
-            for index in ids
-        ]
+    def _keys_of(self, ids: range) -> npt.NDArray[np.uint64]:
+        digests = (hashlib.blake2b(self.images.content(index), digest_size=8).digest() for index in ids)
+        return np.frombuffer(b"".join(digests), "<u8")
 
 
 def check_labels(labels: npt.NDArray[np.integer[Any]], num_classes: int, where: str) -> None:

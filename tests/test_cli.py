@@ -112,7 +112,7 @@ def test_plan_says_what_it_tried_and_what_it_costs(glyphs: Path) -> None:
 
 def test_plan_of_a_pipeline_writes_nothing(work: Path) -> None:
     before = files(work)
-    assert "every class is kept" in ok("plan", RECIPE, *weights(work))
+    assert "every class, in float16" in ok("plan", RECIPE, *weights(work))
     told = json.loads(ok("plan", RECIPE, *weights(work), "--set", "cache.top_k=3", "--json"))
     assert told["encoding"]["top_k"] == 3
     assert told["rows"] == 1000

@@ -80,7 +80,7 @@ def test_the_file_of_digits_is_the_one_of_scikit_learn() -> None:
 
 
 def test_digits_are_standardised_by_their_own_transform() -> None:
-    images, _, _ = View(load_split(DIGITS, "train"), load_split(DIGITS, "train").transform).__getitems__(range(1000))
+    images = View(load_split(DIGITS, "train"), load_split(DIGITS, "train").transform).__getitems__(range(1000)).images
     assert abs(float(images.mean())) < 0.01
     assert abs(float(images.std()) - 1) < 0.01
 
@@ -591,7 +591,7 @@ def test_a_torch_data_set_of_any_images_shows_the_same_pixels(images: Sequence[A
     assert (samples.name, samples.split, samples.class_names) == ("mine", "test", ("a", "b", "c"))
     assert samples.labels.tolist() == FOUR
     assert samples.images.shape() == (3, 5, 6)
-    pixels, labels, ids = View(samples, samples.transform).__getitems__([3, 0])
+    pixels, labels, ids, _ = View(samples, samples.transform).__getitems__([3, 0])
     assert torch.allclose(pixels, torch.from_numpy(COLOUR[[3, 0]]).permute(0, 3, 1, 2) / 255, atol=1e-7)
     assert (labels.tolist(), ids.tolist()) == ([2, 0], [3, 0])
     keys = samples.keys()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from kdcache.losses.names import PARTS
 from kdcache.losses.spec import Loss
-from kdcache.pipeline import Pipeline, load_pipeline
+from kdcache.pipeline import EnsembleSpec, Pipeline, load_pipeline
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,9 +72,12 @@ def test_every_command_runs_in_order_and_prints_what_the_readme_shows(checkout: 
 
 
 def test_yaml_blocks_are_good_pipelines(tmp_path: Path) -> None:
+    read = []
     for block in blocks("yaml"):
         (tmp_path / "pipeline.yaml").write_text(f"dataset: {{name: cifar100}}\n{block}")
-        assert load_pipeline(tmp_path / "pipeline.yaml").cache.views == 10
+        read.append(load_pipeline(tmp_path / "pipeline.yaml"))
+    assert any(pipeline.cache.views == 10 for pipeline in read)
+    assert any(isinstance(pipeline.teacher, EnsembleSpec) for pipeline in read)
 
 
 def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -80,28 +85,32 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str,
     for name, field in section.model_fields.items():
         if name == "student":
             continue  # its keys are the teacher's
-        inner = _section(field.annotation)
-        if inner is None:
+        inner = _sections(field.annotation)
+        if not inner:
             yield (
                 f"`{prefix}{name}`",
                 " ".join((field.description or "").split()),
                 _default(section, name, field.default),
             )
-        else:
-            yield from keys(inner, f"{prefix}{name}.")
+        for one in inner:
+            yield from keys(one, f"{prefix}{name}.")
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    options = [kind for kind in getattr(annotation, "__args__", (annotation,)) if kind is not type(None)]
-    one = options[0] if len(options) == 1 else None
-    return one if isinstance(one, type) and issubclass(one, BaseModel) and "kind" not in one.model_fields else None
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a key may hold; none for a value, or for options of which `kind` says which are meant."""
+    options = annotation.__args__ if isinstance(annotation, UnionType) else (annotation,)
+    return [
+        kind
+        for kind in options
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and "kind" not in kind.model_fields
+    ]
 
 
 def _default(section: type[BaseModel], name: str, default: Any) -> str:
     if section is Loss and name != "name":
         return "by name"
     if default is PydanticUndefined:
-        return "required"
+        return "" if section is EnsembleSpec else "required"  # which stands in the place of a single teacher
     return f"`{yaml.safe_dump(default).splitlines()[0]}`" if default not in (None, "", [], {}) else ""
 
 
@@ -110,14 +119,20 @@ def test_the_table_of_keys_is_the_schema() -> None:
     assert table in README, f"put this table into README.md:\n{table}"
 
 
+def _options(axis: Any) -> str:
+    said = ", ".join(f"{key} {value}" for key, value in axis.arguments().items())
+    return f"{axis.kind}: {said}" if said else str(axis.kind)
+
+
 def test_the_table_of_loss_names_is_what_they_stand_for() -> None:
     rows = []
-    for name in ("ce", "kd", "ka", "dtd", "dtkd"):
+    for name in ("ce", *PARTS):
         loss = Loss.model_validate({"name": name})
-        options = loss.temperature.model_dump(exclude={"kind"})
-        temperature = loss.temperature.kind + ": " + ", ".join(f"{key} {value}" for key, value in options.items())
+        axes = (loss.temperature, loss.adjustment, loss.divergence)
+        said = [_options(axis) for axis in axes if axis.kind not in ("none", "kl")]
+        said += [f"normalisation {loss.normalisation}"] * (loss.normalisation != "none")
         weights = (loss.ce_weight, loss.kd_weight, loss.plain_kd_weight, loss.warmup_epochs)
-        rows.append(f"| `{name}` | " + " | ".join(f"{value:g}" for value in weights) + f" | {temperature} |")
+        rows.append(f"| `{name}` | " + " | ".join(f"{value:g}" for value in weights) + f" | {'; '.join(said)} |")
     table = "\n".join(rows)
     assert table in README, f"put this table into README.md:\n{table}"
 

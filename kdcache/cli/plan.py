@@ -11,6 +11,7 @@ from kdcache.cli import output
 from kdcache.cli.options import choose_device, device_option, json_option, read_pipeline, set_option
 
 if TYPE_CHECKING:
+    from kdcache.cache.planner import Choice
     from kdcache.pilot import Planned
 
 
@@ -40,17 +41,18 @@ def plan(
 
     if pipeline is not None and logits is None:
         resolved = read_pipeline(pipeline, overrides, cache__fidelity=fidelity)
-        _print(plan_for_teacher(resolved, choose_device(device), output.Terminal()), as_json)
+        describe(plan_for_teacher(resolved, choose_device(device), output.Terminal()), as_json)
     elif logits is not None and pipeline is None and not overrides:
-        _print(plan_for_logits(logits, fidelity), as_json)
+        describe(plan_for_logits(logits, fidelity), as_json)
     else:
         raise UsageError(
             "plan takes a pipeline, with --set if you like, or --logits", "kdcache plan PIPELINE, or --logits FILE.npz"
         )
 
 
-def _print(planned: Planned, as_json: bool) -> None:
-    from kdcache.cache.planner import described
+def describe(planned: Planned, as_json: bool) -> None:
+    """Print what a cache would keep, what it would take, and what else was tried."""
+    from kdcache.cache.planner import FEW_CLASSES, described
 
     tried = [
         {
@@ -63,31 +65,63 @@ def _print(planned: Planned, as_json: bool) -> None:
         for candidate in (planned.choice.tried if planned.choice else [])
     ]
     if as_json:
-        output.as_json({"encoding": planned.encoding.model_dump(), "rows": planned.rows, "tried": tried})
+        output.as_json(
+            {
+                "encoding": planned.encoding.model_dump(),
+                "rows": planned.rows,
+                "bytes_per_row": planned.bytes_per_row,
+                "bytes": round(planned.bytes),
+                "rows_per_second": planned.rows_per_second,
+                "tried": tried,
+            }
+        )
         return
+    facts = {}
     if planned.choice is None:
-        output.result(f"every class is kept, in {planned.encoding.dtype}; up to 64 classes that is cheapest, and exact")
-        return
+        why = "; up to 64 classes that is cheapest, and exact" if planned.encoding.num_classes <= FEW_CLASSES else ""
+        facts["chosen"] = f"every class, in {planned.encoding.dtype}{why}"
+    else:
+        _table(planned.choice)
+        chosen = planned.choice.chosen
+        facts["chosen"] = described(chosen)
+        facts["fidelity"] = f"{chosen.worst:.4f}, the largest mean total variation at T = 1, 2, 4"
+    if planned.bytes_per_row is not None:
+        together = f"{_size(planned.bytes)} for {planned.rows:,} rows, the basis included"
+        facts["size"] = f"{planned.bytes_per_row:.1f} bytes a row, {together}"
+    if planned.rows_per_second is not None:
+        seconds = planned.rows / planned.rows_per_second
+        facts["time"] = f"about {_duration(seconds)}, {planned.rows_per_second:,.0f} rows/s on this device"
+    output.facts(facts)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def _table(choice: Choice) -> None:
+    from kdcache.cache.planner import described
+
     output.table(
-        f"Total variation between decoded and true softmax, mean over {planned.choice.held_out:,} held-out rows",
+        f"Total variation between decoded and true softmax, mean over {choice.held_out:,} held-out rows",
         ["tried", "bytes a row", "T=1", "T=2", "T=4", "T=8", ""],
         [
             [
                 described(candidate),
                 f"{candidate.bytes_per_row:.1f}",
                 *(f"{value:.4f}" for value in candidate.total_variation.values()),
-                "chosen" if candidate is planned.choice.chosen else "",
+                "chosen" if candidate is choice.chosen else "",
             ]
-            for candidate in planned.choice.tried
+            for candidate in choice.tried
         ],
     )
-    chosen = planned.choice.chosen
     output.result("")
-    output.facts(
-        {
-            "chosen": described(chosen),
-            "fidelity": f"{chosen.worst:.4f}, the largest mean total variation at T = 1, 2, 4",
-            "size": f"{chosen.bytes_per_row:.1f} bytes a row, "
-            f"{planned.gigabytes:.3g} GB for {planned.rows:,} rows, the basis included",
-        }
-    )

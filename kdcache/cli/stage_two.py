@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     "--cache", "cache_path", type=click.Path(path_type=Path), help="The teacher's cache; not needed with --loss ce."
 )
 @click.option(
-    "--loss", help="ce, kd, dtkd, ka, dtd, ka+dtd, dtkd+ka, ...; options that the file has for another loss go with it."
+    "--loss",
+    help="ce, kd, dtkd, ka+dtd, dtkd+dkd, ...: see README. Options that the file has for another loss go with it.",
 )
 @click.option(
     "--placement",

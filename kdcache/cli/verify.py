@@ -53,24 +53,23 @@ def verify(
     if resolved is not None and checked.failure is None:
         from kdcache.cache import open_cache
         from kdcache.datasets import load_split
-        from kdcache.dump import load_teacher
-        from kdcache.recheck import compare_with_teacher
+        from kdcache.recheck import check_data, compare_with_teacher
         from kdcache.recheck import replay as replay_views
-        from kdcache.samples import check_same_samples
+        from kdcache.teachers import load_teacher
 
         opened, progress = open_cache(cache), output.Terminal()
         samples = load_split(resolved.dataset, "train")
-        check_same_samples(samples, samples.keys(progress), opened.sample_keys, opened.labels)
+        check_data(opened, samples, resolved.transform, progress)
         found["dataset"] = {"samples": len(samples)}
         if replay:
             workers = resolved.cache.workers
             found["replay"] = replay_views(opened, samples, workers=workers, progress=progress)._asdict()
         if teacher:
-            model = load_teacher(resolved).model
+            model = load_teacher(resolved, progress).model
             on = choose_device(device)
             found["teacher"] = [
                 one._asdict()
-                for one in compare_with_teacher(opened, model, samples, rows, on, resolved.cache.workers, progress)
+                for one in compare_with_teacher(opened, model, samples, resolved.cache, rows, on, progress)
             ]
     _report(checked, found, as_json)
     if checked.failure is not None:
