@@ -219,6 +219,15 @@ def test_a_pilot_with_nan_ends_all_of_them_and_leaves_nothing(pipeline: Path, tm
     assert not list(tmp_path.glob("c.kdcache*"))
 
 
+def test_a_crash_of_the_first_before_the_others_begin_ends_them_too(pipeline: Path, tmp_path: Path) -> None:
+    crash = {"SAMPLE": "9", "HAPPENS": "raise RuntimeError('out of memory')"}
+    first, *others = ended(pipeline, tmp_path / "c.kdcache", {0: crash}, count=3)
+    assert first[0] == 1
+    assert "out of memory" in first[1]
+    assert [code for code, _ in others] == [3, 3]
+    assert all("another rank has ended" in message(said) for _, said in others)
+
+
 def test_nan_in_the_shard_of_one_ends_the_others_and_can_be_gone_on_with(
     pipeline: Path, whole: Cache, tmp_path: Path
 ) -> None:
