@@ -195,7 +195,11 @@ def test_every_place_gives_what_was_written(placed: Placement, made: Made) -> No
             check(teacher, made, torch.tensor([one]), view)
 
 
-IDS = st.lists(st.integers(0, COUNT - 1), max_size=9).map(lambda ids: torch.tensor(ids, dtype=torch.int64))
+# A few batches come again and again, in one view and the other.
+IDS = st.one_of(
+    st.sampled_from([[5], [36, 0, 9], [1, 2, 3, 4]]),
+    st.lists(st.integers(0, COUNT - 1), max_size=9),
+).map(lambda ids: torch.tensor(ids, dtype=torch.int64))
 BATCHES = st.lists(IDS, max_size=6)
 VIEWS = st.integers(0, 1)
 
@@ -303,6 +307,18 @@ def test_a_batch_in_between_does_not_end_what_was_announced(placed: Placement, l
         check(teacher, lowrank, other, 1)
     assert sum(len(ids) == 2 and torch.equal(ids, other) for ids in asked_for) == 2 * len(batches)
     assert sum(map(len, asked_for)) == COUNT + 2 * 2 * len(batches)
+
+
+@pytest.mark.parametrize("placed", FROM_DISK)
+@pytest.mark.parametrize("taken", [0, 1, 4])
+def test_the_same_batches_may_be_announced_for_another_view(placed: Placement, taken: int, lowrank: Made) -> None:
+    teacher = lowrank.cache.teacher(placement=placed)
+    batches = torch.split(drawn(0), 5)
+    for view in (0, 1, 0):
+        teacher.expect(batches, view)
+        for ids in batches[:taken]:
+            check(teacher, lowrank, ids, view)
+        check(teacher, lowrank, batches[taken], 1 - view)
 
 
 @pytest.mark.parametrize("placed", FROM_DISK)
