@@ -10,6 +10,7 @@ import numpy as np
 import tensorstore
 
 logsumexp = partial(np.logaddexp.reduce, axis=1, keepdims=True)
+total = partial(np.sum, axis=1, keepdims=True)
 
 
 def read(cache: Path, view: int = 0) -> np.ndarray:
@@ -35,22 +36,22 @@ def read(cache: Path, view: int = 0) -> np.ndarray:
         is_label = labels == np.arange(x.shape[1])
         x[is_label] = -np.inf
         np.put_along_axis(x, indices, -np.inf, axis=1)
-        in_tail = x > -np.inf
+        x, wanted, raised = x - np.maximum(logsumexp(x), -1e30) + mass, np.exp(mass - last), 0 * mass
+        of_cap = np.exp(np.clip(x - last, -80, 0))
         for _ in range(3):
-            x = np.minimum(x - np.maximum(logsumexp(x), -1e30) + mass, last)
-        share, wanted = np.exp(x - last), np.exp(mass - last)
-        missing, room = wanted - share.sum(1, keepdims=True), (in_tail * (1 - share)).sum(1, keepdims=True)
-        given = share + (1 - share) * np.clip(missing / np.maximum(room, 1e-30), 0, 1)
-        filled = in_tail & (wanted > 1) & (missing > 5e-4 * wanted)
-        x[filled] = (last + np.log(np.maximum(given, 1e-300)))[filled]
+            below = x + raised < last
+            raised = np.clip(np.log(np.maximum(wanted - total(~below), 1e-30) / total(of_cap * below)), 0, 40)
+        x, of_cap = np.minimum(x + raised * (wanted > 1), last), np.minimum(of_cap * np.exp(raised), 1)
+        missing, room = wanted - total(of_cap), total((x > -np.inf) * (1 - of_cap))
+        drawn = of_cap + (1 - of_cap) * np.clip(missing / np.maximum(room, 1e-30), 0, 1)
+        x = np.where((wanted > 1) & (missing > 5e-4 * wanted), last + np.log(drawn), x)
         x[is_label] = np.minimum(column["label_log_prob"], last)[labels >= 0]
         np.put_along_axis(x, indices, head, axis=1)
     if encoding["dtype"] == "uint8":
         x = column["log_prob_max"] - x * column["log_prob_range"] / 255
         x = x - logsumexp(x)
     if encoding["dtype"] == "float16":
-        entropy = -(np.exp(x) * x).sum(1, keepdims=True)
-        x = x * (1 + np.clip(logsumexp(x) / np.maximum(entropy, 1e-30), -(2**-11), 2**-11))
+        x = x * (1 + np.clip(logsumexp(x) / np.maximum(total(-x * np.exp(x)), 1e-30), -(2**-11), 2**-11))
     return np.asarray(x + data["logsumexp"][:, None], np.float32)
 
 

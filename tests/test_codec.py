@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdcache.cache.codec import Rows, decode, encode, index_dtype
+from kdcache.cache.basis import TailBasis
+from kdcache.cache.codec import Rows, decode, encode, index_dtype, stated_classes
 from kdcache.cache.schema import TAIL_TEMPERATURES, Encoding
 from kdcache.errors import CorruptError
 
@@ -136,6 +137,21 @@ def test_equal_logits_are_kept_in_class_order() -> None:
 
 
 @some
+@given(data=st.data())
+def test_the_head_is_that_of_a_stable_sort_whatever_the_floats(data: st.DataObject) -> None:
+    largest = torch.finfo(torch.float32).max
+    ties = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, largest, -largest])
+    floats = ties | st.floats(allow_nan=False, allow_infinity=False, width=32)
+    values = data.draw(st.lists(floats, min_size=2, max_size=30))
+    top_k = data.draw(st.integers(1, len(values) - 1))
+    rows = encode(torch.tensor([values]), torch.tensor([-1]), encoding_of(len(values), top_k))
+    assert rows.indices is not None
+    assert rows.indices[0].tolist() == sorted(range(len(values)), key=lambda j: -values[j])[:top_k]
+    stated = stated_classes(torch.tensor([values]), torch.tensor([-1]), top_k)
+    assert stated.nonzero()[:, 1].tolist() == sorted(rows.indices[0].tolist())
+
+
+@some
 @given(batch=batches())
 def test_head_and_label_come_back_whatever_the_rank_of_the_label(batch: Batch) -> None:
     logits, labels, encoding = batch
@@ -230,6 +246,58 @@ def test_the_uniform_tail_has_the_mass_of_the_true_one(batch: Batch) -> None:
     )
     for row, classes in zip(decoded, tail, strict=True):
         assert len(row[classes].unique()) <= 1
+
+
+def tail_decoded(shape: Tensor, last: float, mass: Tensor) -> Tensor:
+    """The tail [n] of a row in float32 that says this shape [n] and log-mass, below a head of class 0 at `last`.
+
+    It is the one direction of its basis; the teacher that would say so need not exist.
+    """
+    encoding = Encoding(num_classes=len(shape) + 1, top_k=1, tail="lowrank", rank=1, dtype="float32")
+    statistics = torch.zeros(1, len(encoding.statistics), dtype=torch.float16)
+    statistics[0, encoding.statistics.index("tail_log_mass_t1")] = mass
+    head, nothing, one = torch.tensor([[last]]), torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1)
+    rows = Rows(head, nothing, torch.zeros(1), statistics, one.to(torch.int8))
+    basis = TailBasis(torch.cat([torch.zeros(1), shape]).unsqueeze(0), torch.zeros(len(shape) + 1), one[0])
+    return decode(rows, torch.tensor([-1]), encoding, basis)[0, 1:]
+
+
+def water(shape: Tensor, mass: float, last: float) -> Tensor:
+    """min(x + d, last) [n] float64 with the d that gives the mass, found class by class from the largest."""
+    descending = shape.double().sort(descending=True).values
+    for capped in range(len(shape)):
+        room = math.exp(mass) - capped * math.exp(last)
+        d = math.log(max(room, 1e-300)) - descending[capped:].logsumexp(0).item()
+        if descending[capped] + d <= last:
+            return (shape.double() + d).clamp_max(last)
+    return torch.full_like(shape, last, dtype=torch.float64)
+
+
+@some
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    classes=st.integers(1, 60),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 10.0, 100.0, 3000.0]),
+    of_cap=st.floats(0.01, 1.2),
+)
+def test_a_tail_has_its_mass_and_its_order_under_the_cap(seed: int, classes: int, spread: float, of_cap: float) -> None:
+    shape, last = spread * torch.randn(classes, generator=torch.Generator().manual_seed(seed)), -7.0
+    mass = torch.tensor(last + math.log(of_cap * classes)).half()
+    tail = tail_decoded(shape, last, mass)
+    assert tail.isfinite().all()
+    assert (tail <= last).all()
+    assert (tail[shape.argsort(descending=True)].diff() <= 0).all()
+    wanted = min(mass.item(), last + math.log(classes))
+    assert tail.double().logsumexp(dim=0).item() == pytest.approx(wanted, rel=0, abs=6e-4 + spread * 1e-6)
+
+
+@some
+@given(seed=st.integers(0, 2**63 - 1), spread=st.floats(0, 3), of_cap=st.floats(0.01, 6))
+def test_what_the_cap_takes_goes_to_the_classes_below_it(seed: int, spread: float, of_cap: float) -> None:
+    shape, last = spread * torch.randn(200, generator=torch.Generator().manual_seed(seed)), -7.0
+    mass = torch.tensor(last + math.log(of_cap)).half()
+    expected = water(shape, mass.item(), last)
+    torch.testing.assert_close(tail_decoded(shape, last, mass).double(), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

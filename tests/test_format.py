@@ -30,6 +30,7 @@ import torch
 from conftest import FLIP, TinyTeacher, tiny_samples
 from PIL import Image
 from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
 from kdcache import Cache, CacheSpec, dump_teacher, open_cache, wrap
 from kdcache.cache.schema import read_commit
@@ -56,6 +57,7 @@ FRESH: dict[str, dict[str, Any]] = {
     "lowrank, two views": {"top_k": 4, "rank": 6, "views": 2},
     "lowrank in float32": {"top_k": 2, "rank": 6, "dtype": "float32"},
     "indices uint16": {"top_k": 3, "rank": 4, "classes": 300},
+    "rows that the basis does not fit": {"top_k": 3, "rank": 3, "classes": 40, "teacher": "wavering"},
 }
 Array = npt.NDArray[Any]
 
@@ -128,13 +130,22 @@ def frozen(name: str) -> dict[str, Array]:
         return dict(arrays)
 
 
-def dump(out: Path, classes: int = 12, views: int = 1, **spec: Any) -> Kept:
+class Wavering(TinyTeacher):
+    """Sure of itself, but for bright images, of which it knows next to nothing."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        sure = 8 * super().forward(images)
+        return torch.where(images.mean(dim=(1, 2, 3)).unsqueeze(1) > 0.3, sure / 1000, sure)
+
+
+def dump(out: Path, classes: int = 12, views: int = 1, teacher: str = "tiny", **spec: Any) -> Kept:
     labels = [-1 if i % 5 == 3 else (3 * i + 1) % classes for i in range(20)]
-    samples, teacher, transform = tiny_samples(20, classes, labels), TinyTeacher(classes), FLIP if views > 1 else []
+    samples, asked = tiny_samples(20, classes, labels), {"tiny": TinyTeacher, "wavering": Wavering}[teacher](classes)
+    transform = FLIP if views > 1 else []
     settings = CacheSpec.model_validate({"views": views, "seed": 9, "shard_rows": 16, "batch_size": 16} | spec)
-    cache = dump_teacher(teacher, samples, out, transform=transform, spec=settings)
+    cache = dump_teacher(asked, samples, out, transform=transform, spec=settings)
     seen = [View(samples, transform, 9, view).__getitems__(range(20))[0] for view in range(views)]
-    return Kept(cache, np.stack([teacher(images).numpy() for images in seen]))
+    return Kept(cache, np.stack([asked(images).numpy() for images in seen]))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +235,9 @@ INTEGERS = {f"{name}.{key}": kind for name in RECORDS for key, kind, _ in table(
 @pytest.mark.parametrize("name", RECORDS)
 def test_records_have_the_keys_of_the_tables_in_their_order(name: str, caches: dict[str, Kept]) -> None:
     written, model = record(name, caches["lowrank-v1"])
-    assert [key for key, _, _ in table(name)] == list(written) == list(model.model_fields)
+    keys = [key for key, _, _ in table(name)]
+    assert keys == list(model.model_fields)
+    assert [key for key in keys if key != "lineage"] == list(written)  # its teacher has run
 
 
 def faults(model: type[BaseModel], written: dict[str, Any]) -> list[Any]:
@@ -520,17 +533,23 @@ def by_the_letter(kept: Kept, view: int, sample: int) -> dict[str, Any]:
         x = {j: shape_at(kept, row, j) for j in c if j not in head and j != row["label"]}
         steps["step 2"] = x
         mass, n = row["tail_log_mass_t1"], len(x)
-        for time in ("once", "twice", "thrice"):
-            level = log_sum(x.values())
-            steps[f"step 3, {time}"] = x = {j: min(value - level + mass, last) for j, value in x.items()}
-        h, w = math.fsum(math.exp(value - last) for value in x.values()), math.exp(mass - last)
-        if w - h > 0.0005 * w:
-            phi = min(max((w - h) / (n - h), 0), 1)
-            x = {j: last + math.log(math.exp(value - last) * (1 - phi) + phi) for j, value in x.items()}
-            steps |= {"n": n, "h": h, "w": w, "φ": phi}
-        steps["step 4"] = x
+        level, w = log_sum(x.values()), math.exp(mass - last)
+        steps["step 3"] = x = {j: value - level + mass for j, value in x.items()}
+        if w > 1:
+            steps["w"], d = w, 0.0
+            for _ in range(3):
+                others = [math.exp(value - last) for value in x.values() if value + d < last]
+                m, s = n - len(others), math.fsum(others)
+                d = min(max(math.log(w - m) - math.log(s), 0), 40) if s and w > m else 0 if s else 40
+            steps |= {"m": m, "s": s, "d": d}
+            steps["step 4"] = x = {j: min(value + d, last) for j, value in x.items()}
+            h = math.fsum(math.exp(value - last) for value in x.values())
+            if w - h > 0.0005 * w:
+                phi = min(max((w - h) / (n - h), 0), 1) if n > h else 1
+                x = {j: last + math.log(math.exp(value - last) * (1 - phi) + phi) for j, value in x.items()}
+                steps |= {"step 5": x, "n": n, "h": h, "φ": phi}
         x = x | ({row["label"]: min(row["label_log_prob"], last)} if row["label"] >= 0 else {}) | head
-        steps["step 5"] = x
+        steps["step 6"] = x
     z, entropy = log_sum(x.values()), -math.fsum(value * math.exp(value) for value in x.values())
     if kept.encoding["dtype"] == "uint8":
         x = {j: value - z for j, value in x.items()}
@@ -538,7 +557,7 @@ def by_the_letter(kept: Kept, view: int, sample: int) -> dict[str, Any]:
         delta = min(max(z / entropy, -(2**-11)), 2**-11)
         x = {j: value * (1 + delta) for j, value in x.items()}
         steps |= {"z": z, "entropy": entropy, "δ": delta}
-    steps |= {"step 6": x, "logits": {j: x[j] + float(row["logsumexp"]) for j in c}}
+    steps |= {"step 7": x, "logits": {j: x[j] + float(row["logsumexp"]) for j in c}}
     return steps
 
 
@@ -555,6 +574,12 @@ def test_decoding_by_the_letter_gives_the_logits_of_kdcache(kept: Kept) -> None:
         steps = by_the_letter(kept, view, sample)
         atol = kept.near if "φ" in steps else 1e-5
         np.testing.assert_allclose(kept.decoded[view, sample], list(steps["logits"].values()), rtol=0, atol=atol)
+
+
+def test_some_rows_need_each_step(caches: dict[str, Kept]) -> None:
+    raised, filled = caches["lowrank-v1"], caches["rows that the basis does not fit"]
+    assert any(by_the_letter(raised, *place).get("d", 0) > 0.1 for place in raised.rows)
+    assert any("φ" in by_the_letter(filled, *place) for place in filled.rows)
 
 
 def test_decoded_rows_keep_what_is_promised(kept: Kept) -> None:
@@ -649,7 +674,7 @@ def test_the_example_refuses_a_changed_byte(name: str, caches: dict[str, Kept], 
 
 def test_the_example_is_as_short_as_the_text_says() -> None:
     (lines,) = re.findall(r"is a reader of (\d+) lines", FORMAT)
-    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) == int(lines) < 60
+    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) == int(lines) <= 60
 
 
 READ_WITH_ZARRS = """

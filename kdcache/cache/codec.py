@@ -30,6 +30,8 @@ _TINY = 1e-30
 _NOTHING = -1e4
 _ROUNDS = 3
 _MISSING = 5e-4
+_LEAST_REACHING = math.exp(-40)
+_FARTHEST = -80
 
 
 def index_dtype(num_classes: int) -> torch.dtype:
@@ -160,7 +162,13 @@ def stated_classes(logits: Tensor, labels: Tensor, top_k: int) -> Tensor:
 
 def _largest(logits: Tensor, top_k: int) -> Tensor:
     """[B, k] int64: a stable order, so that equal logits give the same row on every device."""
-    return logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    # As integers that rise with the float, its place below them: no two are equal, and topk need not be stable. The sum
+    # makes -0.0, which equals 0.0, the same integer.
+    bits = (logits + 0.0).view(torch.int32)
+    rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    last = logits.shape[1] - 1
+    places = torch.arange(last, -1, -1, device=logits.device)
+    return last - (rising | places).topk(top_k, dim=1).values.bitwise_and(0xFFFFFFFF)
 
 
 def tail_log_mass(logits: Tensor, stated: Tensor, temperature: float) -> Tensor:
@@ -200,18 +208,29 @@ def decode(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis | No
     return _whole_mass(log_probs, encoding) + rows.logsumexp.unsqueeze(1)
 
 
-def _filled(log_probs: Tensor, mass: Tensor, last: Tensor, tail: Tensor) -> Tensor:
-    """A tail [B, C] under its cap, with the mass that the cap has taken given back.
+def _capped(log_probs: Tensor, mass: Tensor, last: Tensor, tail: Tensor) -> Tensor:
+    """A tail [B, C] of a log-mass [B, 1] with no class above `last` [B, 1]: what the cap takes goes to those below it.
 
-    Only a row that the basis does not fit loses much of it for good: its tail is drawn towards all classes at the cap,
-    as far as the mass asks for.
+    All of these are raised alike, some then reach the cap, and the next round has the others share what is missing:
+    three rounds are enough for a row that the basis fits. To all of the tail what is missing must not go: it is little,
+    but each of a thousand small classes would get as much of it. Only a row that the basis does not fit is drawn so
+    towards all classes at the cap, as far as the mass asks for.
     """
-    of_cap = (log_probs - last).exp() * tail
-    held, wanted = of_cap.sum(dim=1, keepdim=True), (mass - last).exp()
+    # A mass below the cap's own is never cut, and may be too small for a float32.
+    cut, wanted = mass > last, (mass - last).exp()
+    # Limited, since float32 is slow below e^-87 and then has nothing left that could be raised.
+    of_cap = (log_probs - last).clamp(_FARTHEST, 0).exp()
+    reaching = torch.ones_like(wanted)
+    for _ in range(_ROUNDS):
+        below = of_cap < reaching
+        room = wanted - (~below).sum(dim=1, keepdim=True)
+        reaching = ((of_cap * below).sum(dim=1, keepdim=True) / room.clamp_min(_TINY)).clamp(_LEAST_REACHING, 1)
+    raised = (log_probs - reaching.log().where(cut, 0.0)).minimum(last)
+    of_cap = (of_cap / reaching).clamp_max(1)
+    held = of_cap.sum(dim=1, keepdim=True)
     share = ((wanted - held) / (tail.sum(dim=1, keepdim=True) - held).clamp_min(_TINY)).clamp(0, 1)
     drawn = (of_cap + share * (1 - of_cap)).log() + last
-    # A mass below the cap's own is never cut, and may be too small for a float32.
-    return torch.where((wanted > 1) & (wanted - held > _MISSING * wanted), drawn, log_probs)
+    return torch.where(cut & (wanted - held > _MISSING * wanted), drawn, raised)
 
 
 def _whole_mass(log_probs: Tensor, encoding: Encoding) -> Tensor:
@@ -244,11 +263,8 @@ def _with_tail(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis 
     else:
         shape = basis.mean + rows.tail.float() @ basis.directions
     log_probs = shape.masked_fill(stated, -math.inf)
-    for _ in range(_ROUNDS):
-        # What the cap takes from some classes goes to the others, which may then reach the cap themselves.
-        level = log_probs.logsumexp(dim=1, keepdim=True)
-        log_probs = (log_probs - level.nan_to_num(neginf=0.0) + mass).minimum(last)
-    log_probs = _filled(log_probs, mass, last, ~stated)
+    log_probs = log_probs + (mass - log_probs.logsumexp(dim=1, keepdim=True).nan_to_num(neginf=0.0))
+    log_probs = _capped(log_probs, mass, last, ~stated)
     label_log_prob = _column(rows.statistics, encoding, "label_log_prob")
     # Rounded to float16 it could overtake a head in float32; where it stands in the head, the head's value wins.
     stated_label = torch.where(known.unsqueeze(1), label_log_prob.minimum(last), log_probs.gather(1, label))

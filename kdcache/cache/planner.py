@@ -29,8 +29,8 @@ MIN_CLASSES = 2
 USUAL_FIDELITY = 0.02
 MEASURED_AT = (1, 2, 4)
 _HEADS = (1, 2, 4, 8, 16, 32)
-_RANKS = (8, 16, 32, 48, 64, 96, 128)
-_STEPS = (0.8, 0.4, 0.2, 0.1)
+_RANKS = (8, 16, 32, 48, 64, 80, 96, 128)
+_STEPS = (1.2, 0.8, 0.6, 0.4, 0.2, 0.1)
 
 
 @dataclass(frozen=True)
