@@ -54,14 +54,18 @@ class CachedTeacher:
     encoding: Encoding
     basis: TailBasis | None = None
 
-    def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
+    def __call__(self, ids: Tensor, view: int | Tensor = 0) -> Tensor:
         """The teacher's raw logits for samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
+
+        `view` may be a tensor [B] too, such as a batch of a `CachedDataset` holds: of each sample its own.
 
         Raises:
             UsageError: for an id or a view that the cache has not, and for anything but ids, such as a mask.
         """
         if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
             raise UsageError(f"ids are {ids.dtype} {list(ids.shape)}", "pass sample ids, an int64 tensor [B]")
+        if isinstance(view, Tensor):
+            return self._of_views(ids, view)
         self._check_view(view)
         if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < len(self.labels)):
             raise UsageError(
@@ -71,6 +75,21 @@ class CachedTeacher:
         ids, device = ids.long(), self.labels.device
         rows = self.place.rows(ids, view).to(device)
         return decode(rows, self.labels[ids.to(device)], self.encoding, self.basis)
+
+    def _of_views(self, ids: Tensor, views: Tensor) -> Tensor:
+        if views.shape != ids.shape or views.dtype not in (torch.int64, torch.int32):
+            raise UsageError(
+                f"views are {views.dtype} {list(views.shape)} for {len(ids)} ids",
+                "pass one view, or an int64 tensor [B] with the view of each id",
+            )
+        found = sorted(set(views.tolist()))
+        if len(found) <= 1:
+            return self(ids, *found)
+        logits = torch.empty(len(ids), self.encoding.num_classes, device=self.labels.device)
+        for view in found:
+            of_view = views == view
+            logits[of_view.to(logits.device)] = self(ids[of_view.to(ids.device)], view)
+        return logits
 
     def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
         """Be told which batches of ids [B] int64 will be asked for, in this order: what is on disk is read ahead."""
