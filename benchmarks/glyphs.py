@@ -10,6 +10,7 @@ the rank of its logits is not bounded any lower than there.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -24,9 +25,9 @@ from torch.nn import functional as F
 
 from kdcache.cli import output
 
-FONTS = tuple(
-    Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVu{style}.ttf"
-    for style in ("Sans", "Sans-Bold", "Sans-Oblique", "Serif", "Serif-Bold", "Serif-Italic")
+_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+_DEJAVU = tuple(
+    f"DejaVu{style}" for style in ("Sans", "Sans-Bold", "Sans-Oblique", "Serif", "Serif-Bold", "Serif-Italic")
 )
 SIZE = 28
 _BATCH = 256
@@ -49,44 +50,57 @@ class Logits(NamedTuple):
 def train(classes: int, steps: int, rows: int) -> Logits:
     """Train both, the student a quarter of the `steps`, and let them answer for `rows` new images."""
     torch.manual_seed(0)
-    glyphs = _draw(classes)
+    typefaces = Typefaces(_DEJAVU, letters_of(_DEJAVU, classes))
     output.say(f"training a teacher of {classes} classes, {steps} steps, and a student, {steps // 4} steps")
-    images, labels = _images(glyphs, rows, torch.Generator().manual_seed(3))
-    teacher = _trained(_network(classes, width=32, features=512), glyphs, steps, seed=1)
-    student = _trained(_network(classes, width=16, features=256), glyphs, steps // 4, seed=2)
+    images, labels = typefaces.images(rows, torch.Generator().manual_seed(3))
+    teacher = trained(network(classes, width=32, features=512), typefaces, steps, seed=1)
+    student = trained(network(classes, width=16, features=256), typefaces, steps // 4, seed=2)
     return Logits(_answers(teacher, images), _answers(student, images), labels)
 
 
-def _draw(classes: int) -> Tensor:
-    """[fonts, classes, SIZE, SIZE] float32 in [0, 1]."""
-    shared = set.intersection(*(set(FT2Font(str(font)).get_charmap()) for font in FONTS))
-    letters = [chr(code) for code in sorted(shared) if unicodedata.category(chr(code)).startswith("L")][:classes]
-    drawn = np.zeros((len(FONTS), classes, SIZE, SIZE), np.float32)
-    for style, path in enumerate(FONTS):
-        font = ImageFont.truetype(str(path), 18)
-        for number, letter in enumerate(letters):
-            image = Image.new("L", (SIZE, SIZE))
-            ImageDraw.Draw(image).text((SIZE / 2, SIZE / 2), letter, fill=255, font=font, anchor="mm")
-            drawn[style, number] = np.asarray(image, np.float32) / 255
-    return torch.from_numpy(drawn)
+def letters_of(names: Sequence[str], count: int) -> list[str]:
+    """The first letters that some of matplotlib's fonts share."""
+    shared = set.intersection(*(set(FT2Font(str(_FOLDER / f"{name}.ttf")).get_charmap()) for name in names))
+    return [chr(code) for code in sorted(shared) if unicodedata.category(chr(code)).startswith("L")][:count]
 
 
-def _images(glyphs: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(images [count, 1, SIZE, SIZE], labels [count])."""
+class Typefaces:
+    """Letters drawn in some typefaces.
 
-    def around_0(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator) * 2 - 1
+    Args:
+        names: of matplotlib's fonts.
+        letters: the classes.
+    """
 
-    labels = torch.randint(glyphs.shape[1], (count,), generator=generator)
-    images = glyphs[torch.randint(len(glyphs), (count,), generator=generator), labels].unsqueeze(1)
-    placed = torch.cat([torch.eye(2) + 0.25 * around_0(count, 2, 2), 0.2 * around_0(count, 2, 1)], dim=2)
-    grid = F.affine_grid(placed, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, align_corners=False)
-    dimmed = images * (0.75 + 0.25 * around_0(count, 1, 1, 1))
-    return dimmed + 0.1 * torch.randn(images.shape, generator=generator), labels
+    def __init__(self, names: Sequence[str], letters: Sequence[str]) -> None:
+        self.classes = len(letters)
+        drawn = np.zeros((len(names), len(letters), SIZE, SIZE), np.float32)
+        for style, name in enumerate(names):
+            font = ImageFont.truetype(str(_FOLDER / f"{name}.ttf"), 18)
+            for number, letter in enumerate(letters):
+                image = Image.new("L", (SIZE, SIZE))
+                ImageDraw.Draw(image).text((SIZE / 2, SIZE / 2), letter, fill=255, font=font, anchor="mm")
+                drawn[style, number] = np.asarray(image, np.float32) / 255
+        self._glyphs = torch.from_numpy(drawn)
+
+    def images(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(images [count, 1, SIZE, SIZE] float32, labels [count] int64) of letters drawn at random."""
+
+        def around_0(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator) * 2 - 1
+
+        labels = torch.randint(self.classes, (count,), generator=generator)
+        styles = torch.randint(len(self._glyphs), (count,), generator=generator)
+        images = self._glyphs[styles, labels].unsqueeze(1)
+        placed = torch.cat([torch.eye(2) + 0.25 * around_0(count, 2, 2), 0.2 * around_0(count, 2, 1)], dim=2)
+        grid = F.affine_grid(placed, list(images.shape), align_corners=False)
+        images = F.grid_sample(images, grid, align_corners=False)
+        dimmed = images * (0.75 + 0.25 * around_0(count, 1, 1, 1))
+        return dimmed + 0.1 * torch.randn(images.shape, generator=generator), labels
 
 
-def _network(classes: int, width: int, features: int) -> nn.Sequential:
+def network(classes: int, width: int, features: int) -> nn.Sequential:
+    """Three convolutions of stride 2 and a hidden layer of `features`, for images [B, 1, SIZE, SIZE]."""
     channels = (1, width, 2 * width, 4 * width)
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(channels):
@@ -96,12 +110,13 @@ def _network(classes: int, width: int, features: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(features, classes))
 
 
-def _trained(network: nn.Sequential, glyphs: Tensor, steps: int, seed: int) -> nn.Sequential:
+def trained(network: nn.Sequential, typefaces: Typefaces, steps: int, seed: int) -> nn.Sequential:
+    """A network after so many steps of cross-entropy on new images; in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.SGD(network.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.2, total_steps=steps)
     for _ in range(steps):
-        images, labels = _images(glyphs, _BATCH, generator)
+        images, labels = typefaces.images(_BATCH, generator)
         optimiser.zero_grad()
         F.cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]  # torch's
         optimiser.step()

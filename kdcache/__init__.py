@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache, CachedTeacher, open_cache
+    from kdcache.cached_dataset import CachedDataset
     from kdcache.datasets import load_split
     from kdcache.dump import dump_teacher
     from kdcache.errors import KdcacheError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Cache": "kdcache.cache.reader",
     "CacheSpec": "kdcache.pipeline",
+    "CachedDataset": "kdcache.cached_dataset",
     "CachedTeacher": "kdcache.cache.reader",
     "KdcacheError": "kdcache.errors",
     "Loss": "kdcache.losses",
@@ -44,6 +46,7 @@ _HOME = {
 __all__ = [
     "Cache",
     "CacheSpec",
+    "CachedDataset",
     "CachedTeacher",
     "KdcacheError",
     "Loss",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,34 +11,17 @@ from pathlib import Path
 import torch
 
 from kdcache.dump import dump_teacher
+from kdcache.errors import InterruptedRun
 from kdcache.pipeline import load_pipeline
 from kdcache.progress import Progress
 from kdcache.report import draw_accuracies
 from kdcache.runs import check_free
 from kdcache.shipped import shipped
+from kdcache.sweep import Point, Summary, sweep
 from kdcache.teachers import load_teacher
-from kdcache.train import train_student, train_teacher
+from kdcache.train import train_teacher
 
 LOSSES = ("ce", "kd", "dtkd", "ka+dtd")
-
-
-@dataclass(frozen=True)
-class Students:
-    """What came of one loss: test accuracies in [0, 1], one a seed, and the mean training time of a student."""
-
-    loss: str
-    accuracies: list[float]
-    seconds: float
-
-    @property
-    def mean(self) -> float:
-        """Mean test accuracy."""
-        return statistics.mean(self.accuracies)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the test accuracy over the seeds (n - 1); 0 for a single seed."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +37,7 @@ class Demo:
     digest: str
     teacher_labels: int
     student_labels: int
-    students: list[Students]
+    students: list[Summary]
 
 
 def run_demo(out: Path, seeds: int, device: torch.device | str, progress: Progress) -> Demo:
@@ -73,8 +55,10 @@ def run_demo(out: Path, seeds: int, device: torch.device | str, progress: Progre
     check_free(out)
     try:
         return _run(out, seeds, device, progress)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, InterruptedRun):
+            raise KeyboardInterrupt from None  # of what it says is kept, nothing is
         raise
 
 
@@ -97,18 +81,8 @@ def _run(out: Path, seeds: int, device: torch.device | str, progress: Progress) 
     )
     stage_one = time.perf_counter() - began
     progress.say("stage two: train students from the cache, without the teacher")
-    students = []
-    with progress.task("students", len(LOSSES) * seeds, "students") as task:
-        for loss in LOSSES:
-            accuracies, seconds = [], []
-            for seed in range(seeds):
-                resolved = load_pipeline(recipe, [f"loss.name={loss}", f"student.train.seed={seed}"])
-                run = out / "students" / loss / f"seed{seed}"
-                trained = train_student(resolved, cache, run, device=device)
-                accuracies.append(trained.test.accuracy if trained.test else 0.0)
-                seconds.append(trained.seconds)
-                task.advance(1, loss)
-            students.append(Students(loss, accuracies, statistics.mean(seconds)))
+    points = [Point(loss, load_pipeline(recipe, [f"loss.name={loss}"])) for loss in LOSSES]
+    students = sweep(points, seeds, [cache], out / "students", device=str(device), progress=progress)
     classes = cache.num_classes
     spec = pipeline.section("student").train
     demo = Demo(
@@ -125,7 +99,7 @@ def _run(out: Path, seeds: int, device: torch.device | str, progress: Progress) 
     )
     (out / "demo.json").write_text(json.dumps(asdict(demo), indent=2) + "\n", encoding="utf-8")
     draw_accuracies(
-        {found.loss: found.accuracies for found in students},
+        {found.point: found.accuracies for found in students},
         demo.teacher_accuracy,
         f"digits: {demo.student_labels} labels for the student, the cached teacher for {demo.rows} images",
         out / "demo.png",

@@ -1,84 +1,105 @@
-"""The training loop: epochs of steps, one schedule, and the best epoch on the validation split kept."""
+"""The training loop: epochs of steps, and the best epoch on the validation split kept.
+
+One step is one batch, however many processes share it and in however many pieces each goes through its part: the
+losses of the pieces are divided by what the whole batch holds, so that they, and their gradients, add up to its own.
+What is different with several processes is what is drawn in the network (dropout), and batch normalisation, which sees
+a piece at a time.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
+import random
+import time
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, MultiStepLR
 
-from kdcache.cache.reader import CachedTeacher
-from kdcache.errors import CorruptError, UsageError
-from kdcache.evaluate import evaluate
-from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
+from kdcache.errors import CorruptError
+from kdcache.evaluate import Score, evaluate
+from kdcache.learner import Learner, Teacher
+from kdcache.losses import Loss, LossParts
 from kdcache.pipeline import TrainSpec
 from kdcache.progress import Progress, Silent
-from kdcache.views import View, batches
-
-Teacher = Callable[[Tensor, int], Tensor]
-"""(ids [B] int64, view) -> logits [B, C]: a `CachedTeacher`, or anything that answers like one."""
+from kdcache.views import View
 
 
 class Epoch(NamedTuple):
-    """A line of metrics.csv; losses are means over the epoch's steps, `LossParts` says of what."""
+    """A line of metrics.csv; losses are means over the epoch's steps, `LossParts` says of what.
+
+    `lr` is that of the first step, `temperature` what CTKD has learned.
+    """
 
     epoch: int
+    view: int
     lr: float
     loss: float
     cross_entropy: float
     distillation: float
+    temperature: float | None
     validation_accuracy: float | None
     validation_loss: float | None
 
 
-def steps(
-    model: nn.Module,
-    train: View,
-    spec: TrainSpec,
-    loss: Loss,
-    epoch: int,
-    optimizer: Optimizer,
-    teacher: Teacher | None = None,
-    device: torch.device | str = "cpu",
-    theta: nn.Parameter | None = None,
-) -> list[LossParts]:
-    """One epoch of training, and the loss of each of its steps.
+class Keeper(Protocol):
+    """Who keeps what an interrupted run goes on with."""
 
-    Args:
-        model: in training mode.
-        train: images and labels, set to the view of this epoch.
-        spec: batch size, seed and workers; the order of the samples follows from (seed, epoch).
-        loss: what is minimised.
-        epoch: counted from 1.
-        optimizer: of the model's parameters, and of theta.
-        teacher: where the teacher's logits come from; None for a loss without one.
-        device: where the model is.
-        theta: what a loss learns itself (`learned_temperature`).
+    def load(self) -> dict[str, Any] | None:
+        """What was kept last; None at the beginning."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep tensors and plain values, whole or not at all."""
+
+
+@dataclass
+class _Best:
+    """The best epoch so far, and its weights."""
+
+    epoch: Epoch
+    weights: dict[str, Tensor]
+
+
+@dataclass
+class _Course:
+    """How far a run has come."""
+
+    rows: list[Epoch] = field(default_factory=list)
+    best: _Best | None = None
+    seconds: float = 0.0
+
+    def take(self, epoch: Epoch, network: nn.Module) -> None:
+        """Add an epoch, which is the best if none before it was as good."""
+        self.rows.append(epoch)
+        before = self.best.epoch.validation_accuracy if self.best else None
+        if before is None or epoch.validation_accuracy is None or epoch.validation_accuracy > before:
+            self.best = _Best(epoch, copy.deepcopy(network.state_dict()))
+
+    def is_over(self, spec: TrainSpec) -> bool:
+        """Whether all epochs are done, or none of the last `patience` was the best."""
+        if self.best is None:
+            return False
+        waited = self.rows[-1].epoch - self.best.epoch.epoch
+        return len(self.rows) >= spec.epochs or (spec.patience is not None and waited >= spec.patience)
+
+
+class Trained(NamedTuple):
+    """What came of training; the network holds the weights of the best epoch.
+
+    Attributes:
+        best: the first epoch of the best validation accuracy; the last one without a validation split.
+        epochs: all of them.
+        seconds: of training, validation included, interruptions not.
     """
-    generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch)
-    cached = teacher if isinstance(teacher, CachedTeacher) else None
-    order = cached.order(generator) if cached else torch.randperm(len(train), generator=generator)
-    cuts = torch.split(order, spec.batch_size)
-    if len(cuts) > 1 and len(cuts[-1]) == 1:
-        # Batch norm cannot be trained on a batch of one; the next epoch's order leaves out another sample.
-        cuts = cuts[:-1]
-    if cached:
-        cached.expect(cuts, train.view)
-    parts = []
-    for batch in batches(train, [cut.tolist() for cut in cuts], spec.workers, device):
-        student_logits = model(batch.images.to(device, non_blocking=True))
-        teacher_logits = teacher(batch.ids, train.view).to(device) if teacher is not None else None
-        mixed = batch.mixed.to(device) if batch.mixed is not None else None
-        step = distillation_loss(student_logits, teacher_logits, batch.labels.to(device), loss, epoch, mixed, theta)
-        optimizer.zero_grad()
-        torch.autograd.backward(step.total)
-        optimizer.step()
-        parts.append(LossParts(*(value.detach() for value in step)))
-    return parts
+
+    best: Epoch
+    epochs: list[Epoch]
+    seconds: float
 
 
 def fit(
@@ -92,76 +113,135 @@ def fit(
     views: int | None = 1,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[Epoch], None] | None = None,
+    keeper: Keeper | None = None,
     progress: Progress | None = None,
-) -> Epoch:
+) -> Trained:
     """Train a network, and leave in it the weights of its best epoch on the validation split.
 
     Args:
         model: the network; moved to `device`.
         train: images and labels.
-        validation: for the selection; None keeps the last epoch's weights.
+        validation: for the selection, by the first process; None keeps the last epoch's weights.
         spec: optimizer, schedule, seed.
         loss: what is minimised.
         teacher: where the teacher's logits come from.
-        views: epoch e sees view (e - 1) mod `views`; None gives every epoch a view of its own.
+        views: how many an epoch's one is of; None gives every epoch a view of its own.
         device: where to train.
-        on_epoch: called with each line of metrics.
+        on_epoch: called with each line of metrics, also with those of a run that is gone on with.
+        keeper: who keeps the state after each epoch, and has that of a run to go on with.
         progress: who is told how it goes.
 
     Raises:
         CorruptError: if the loss becomes NaN or infinite.
+        UsageError: if a batch cannot be shared out.
     """
-    model.to(device)
-    theta = learned_temperature(loss, device)
-    optimizer = make_optimizer(model, spec, theta)
-    schedule = _make_schedule(optimizer, spec)
-    best: tuple[Epoch, dict[str, Tensor]] | None = None
-    with (progress or Silent()).task("training", spec.epochs, "epochs") as task:
-        for number in range(1, spec.epochs + 1):
-            train.view = number - 1 if views is None else (number - 1) % views
-            rate = optimizer.param_groups[0]["lr"]
-            model.train()
-            parts = steps(model, train, spec, loss, number, optimizer, teacher, device, theta)
-            means = LossParts(*(torch.stack(values).double().mean() for values in zip(*parts, strict=True)))
-            if not torch.isfinite(means.total):
-                raise CorruptError(
-                    f"the loss became {means.total.item()} in epoch {number}",
-                    "lower train.lr, or the weights of the loss",
-                )
-            schedule.step()
-            score = evaluate(model, validation, device) if validation is not None else None
-            epoch = Epoch(
-                number,
-                rate,
-                means.total.item(),
-                means.cross_entropy.item(),
-                means.distillation.item(),
-                score.accuracy if score else None,
-                score.loss if score else None,
-            )
+    progress = progress or Silent()
+    learner = Learner(model, spec, loss, len(train), device)
+    course = _Course()
+    if keeper and (state := _kept(learner, keeper)) is not None:
+        course = _resume(learner, state)
+        progress.say(f"going on after epoch {len(course.rows)} of {spec.epochs}")
+        if on_epoch:
+            for epoch in course.rows:
+                on_epoch(epoch)
+    with progress.task("training", (spec.epochs - len(course.rows)) * learner.steps, "steps") as task:
+        note = ""
+        while not course.is_over(spec):
+            began, number = time.perf_counter(), len(course.rows) + 1
+            train.view = view_of(number, views, spec)
+            lr = float(learner.schedule.get_last_lr()[0])
+            parts = learner.epoch(train, number, teacher, lambda: task.advance(1, note))  # noqa: B023  # called at once
+            epoch = _line(learner, number, train.view, lr, parts, validation)
+            course.take(epoch, learner.shown)
+            course.seconds += time.perf_counter() - began
             if on_epoch:
                 on_epoch(epoch)
-            if best is None or score is None or score.accuracy > (best[0].validation_accuracy or 0.0):
-                best = epoch, copy.deepcopy(model.state_dict())
-            task.advance(1, f"loss {epoch.loss:.3f}" + (f", validation {score.accuracy:.1%}" if score else ""))
-    if best is None:
-        raise UsageError("there was no epoch to train", "set train.epochs to 1 or more")
-    model.load_state_dict(best[1])
-    return best[0]
+            if keeper:
+                _keep(learner, course, keeper)
+            note = f"epoch {number} of {spec.epochs}, loss {epoch.loss:.3f}"
+            if epoch.validation_accuracy is not None:
+                note += f", validation {epoch.validation_accuracy:.1%}"
+        if note:
+            task.advance(0, note)
+    assert course.best is not None, "there is at least one epoch"  # noqa: S101  # and the type checker must be told
+    model.load_state_dict(course.best.weights)
+    return Trained(course.best.epoch, course.rows, course.seconds)
 
 
-def make_optimizer(model: nn.Module, spec: TrainSpec, theta: nn.Parameter | None = None) -> Optimizer:
-    """The optimizer that a pipeline describes, of the model and of what its loss learns."""
-    parameters = [*model.parameters(), *([] if theta is None else [theta])]
-    if spec.optimizer == "adamw":
-        return AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
-    nesterov = spec.nesterov and spec.momentum > 0
-    return SGD(parameters, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, weight_decay=spec.weight_decay)
+def view_of(epoch: int, views: int | None, spec: TrainSpec) -> int:
+    """The view that an epoch, counted from 1, sees."""
+    if views is None:
+        return epoch - 1
+    if spec.view_order == "random":
+        generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch)
+        return int(torch.randint(views, (), generator=generator))
+    return (epoch - 1) % views
 
 
-def _make_schedule(optimizer: Optimizer, spec: TrainSpec) -> LRScheduler:
-    if spec.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=spec.epochs)
-    if spec.schedule == "multistep":
-        return MultiStepLR(optimizer, milestones=spec.milestones, gamma=spec.decay)
-    return LambdaLR(optimizer, lambda _: 1.0)
+def _line(
+    learner: Learner, number: int, view: int, lr: float, parts: list[LossParts], validation: View | None
+) -> Epoch:
+    means = LossParts(*(torch.stack(values).double().mean() for values in zip(*parts, strict=True)))
+    if not math.isfinite(total := means.total.item()):
+        raise CorruptError(f"the loss became {total} in epoch {number}", "lower train.lr, or the weights of the loss")
+    score: list[Score | None] = [None]
+    if validation is not None and learner.accelerator.is_main_process:
+        score = [evaluate(learner.shown, validation, learner.device)]
+    if learner.ranks > 1:
+        broadcast_object_list(score)
+    accuracy, log_likelihood = score[0] or (None, None)
+    temperature = learner.temperature()
+    ce, distilled = means.cross_entropy.item(), means.distillation.item()
+    return Epoch(number, view, lr, total, ce, distilled, temperature, accuracy, log_likelihood)
+
+
+def _kept(learner: Learner, keeper: Keeper) -> dict[str, Any] | None:
+    """What the first process has kept, to all of them."""
+    kept = [keeper.load() if learner.accelerator.is_main_process else None]
+    if learner.ranks > 1:
+        broadcast_object_list(kept)
+    return kept[0]
+
+
+def _keep(learner: Learner, course: _Course, keeper: Keeper) -> None:
+    generators = gather_object([_generators(learner.device)])
+    if not learner.accelerator.is_main_process or course.best is None:
+        return
+    keeper.save(
+        {
+            "learner": learner.state_dict(),
+            "rows": [list(row) for row in course.rows],
+            "best": course.best.epoch.epoch,
+            "weights": course.best.weights,
+            "seconds": course.seconds,
+            "generators": generators,
+        }
+    )
+
+
+def _resume(learner: Learner, state: dict[str, Any]) -> _Course:
+    learner.load_state_dict(state["learner"])
+    # Of a run with fewer processes the others draw what they have been seeded with.
+    if learner.accelerator.process_index < len(state["generators"]):
+        _put_back(state["generators"][learner.accelerator.process_index], learner.device)
+    rows = [Epoch(*row) for row in state["rows"]]
+    return _Course(rows, _Best(rows[state["best"] - 1], state["weights"]), state["seconds"])
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """The states of all generators that a network may draw from."""
+    kind, keys, *position = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *position),  # type: ignore[union-attr]  # a tuple, when legacy
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def _put_back(states: dict[str, Any], device: torch.device) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)

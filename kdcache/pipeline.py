@@ -47,28 +47,48 @@ class DatasetSpec(Section):
 
 
 class TrainSpec(Section):
-    """How a network is trained, teacher or student (`train.py`)."""
+    """How a network is trained, teacher or student (`fit.py`)."""
 
     epochs: Count = 30
     """Passes over the training images."""
     batch_size: Count = 64
-    """Images a step."""
+    """Images a step, of all processes together."""
+    accumulate: Count = 1
+    """Pieces that a process goes through a step in, one after the other, where a whole one does not fit its memory."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Which optimizer."""
     lr: Positive = 0.05
-    """Learning rate at the start."""
+    """Highest learning rate."""
     momentum: Fraction = 0.9
     """Of sgd."""
     nesterov: bool = True
     """Of sgd."""
     weight_decay: NotNegative = 5e-4
     """Of every parameter."""
-    schedule: Literal["constant", "cosine", "multistep"] = "cosine"
-    """How the learning rate falls."""
+    schedule: Literal["constant", "cosine", "multistep", "onecycle"] = "cosine"
+    """How the learning rate changes after the warm-up (`schedule.py`)."""
+    warmup_epochs: NotNegative = 0.0
+    """Epochs over which the learning rate grows from 0; of onecycle, to its highest (0: three tenths of all)."""
     milestones: list[Count] = Field(default=[])
     """Epochs after which a multistep schedule multiplies the rate by `decay`."""
     decay: Positive = 0.1
     """Factor of a multistep schedule."""
+    label_smoothing: Fraction = 0.0
+    """Of the cross-entropy with the labels."""
+    clip: Positive | None = None
+    """Largest norm of a step's gradient, all parameters together."""
+    ema: Fraction | None = None
+    """Validate and keep the exponential moving average of the weights, of which so much stays at each step."""
+    patience: Count | None = None
+    """Stop after so many epochs without a better validation accuracy."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What training computes in: float32, or mixed precision. Validation and test are in float32."""
+    channels_last: bool = False
+    """Lay images and weights out with the channels last, which convolutions on a GPU are quicker with."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    view_order: Literal["cycle", "random"] = "cycle"
+    """Which of a cache's views an epoch sees: one after the other, or one drawn with `seed`."""
     labels_per_class: NotNegativeInt | None = None
     """Show the labels of so many training images a class, drawn with `seed`; of the others a student has the teacher's
     logits alone. None shows all."""
@@ -76,10 +96,18 @@ class TrainSpec(Section):
     """Of the initial weights, the order of the images and the choice of labels."""
     workers: NotNegativeInt = 0
     """Processes that load images."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]] = (
+        Field(default=[])
+    )
+    """Who is sent the metrics of each epoch, through accelerate; metrics.csv has them in any case."""
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if (self.schedule == "multistep") != bool(self.milestones):
             yield ("milestones", "schedule"), "belong to schedule: multistep, which needs at least one"
+        if self.warmup_epochs >= self.epochs:
+            yield ("warmup_epochs", "epochs"), f"{self.warmup_epochs} leave nothing of {self.epochs} epochs"
+        if self.accumulate > self.batch_size:
+            yield ("accumulate", "batch_size"), f"{self.accumulate} pieces cannot be made of {self.batch_size} images"
 
 
 class ModelSpec(Section):
@@ -152,6 +180,9 @@ class EnsembleSpec(Section):
 class StudentSpec(ModelSpec):
     """The student and its training."""
 
+    transform: Transform | None = None
+    """What the student sees of a training image in place of what the teacher saw; only where that was fixed (one view
+    and nothing random). The teacher's logits are then of other pixels, as in most published KD code."""
     train: TrainSpec = TrainSpec()
     """How `train-student` trains it."""
 
@@ -194,6 +225,16 @@ class CacheSpec(Section):
     """Anything that its users should know; goes into the manifest."""
 
 
+class JoinSpec(Section):
+    """How several caches, `--cache A --cache B`, are one teacher (`cache/joined.py`)."""
+
+    combine: Literal["logits", "probabilities", "confidence"] = "logits"
+    """Of several caches: the weighted mean of the teachers' logits, or of their probabilities, or, sample by sample,
+    the logits of the teacher whose largest probability, times its weight, is largest."""
+    weights: list[Positive] | None = None
+    """How much each cache counts, in the order of the command line; None: all the same."""
+
+
 class Pipeline(Section):
     """A whole pipeline file."""
 
@@ -205,6 +246,7 @@ class Pipeline(Section):
     teacher: TeacherSpec | EnsembleSpec | None = None
     cache: CacheSpec = CacheSpec()
     student: StudentSpec | None = None
+    join: JoinSpec = JoinSpec()
     loss: Loss = Field(default_factory=lambda: Loss.model_validate({}))
 
     @field_validator("teacher", mode="before")

@@ -75,6 +75,11 @@ class Ranks:
                 distributed.barrier(self.group)
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that torchrun or `accelerate launch` has started, or alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def _others() -> Iterator[None]:
     try:

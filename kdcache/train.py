@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdcache.cache.placement import Placement
-from kdcache.cache.reader import Cache, CachedTeacher
-from kdcache.datasets import load_held_out, load_split
-from kdcache.errors import MismatchError, UsageError
+from kdcache.cache.reader import Cache
+from kdcache.errors import UsageError
 from kdcache.evaluate import Score, evaluate, try_network
-from kdcache.fit import Epoch, Teacher, fit
+from kdcache.fit import Epoch, fit
+from kdcache.learner import Teacher
+from kdcache.lessons import (
+    Lessons,
+    OfFixedImages,
+    few_labels,
+    lessons_from_caches,
+    lessons_without_teacher,
+    own_transform,
+)
 from kdcache.losses import Loss
 from kdcache.losses.spec import Truncation
 from kdcache.mixing import split_mixing
 from kdcache.models import build_model
-from kdcache.pipeline import Pipeline, StudentSpec, TeacherSpec, TrainSpec, Transform
-from kdcache.progress import Progress
-from kdcache.recheck import check_data, replay
-from kdcache.runs import CHECKPOINT, check_free, run_folder
-from kdcache.samples import Samples
+from kdcache.pipeline import Pipeline, StudentSpec, TeacherSpec, Transform
+from kdcache.progress import Progress, Silent
+from kdcache.ranks import is_first
+from kdcache.runs import CHECKPOINT, check_free, check_trackers, run_folder
 from kdcache.views import View, is_random
-
-_REPLAYED = 32
-"""Images that are compared with what the teacher saw before the first step; `kdcache verify --replay` takes all."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Result:
     Attributes:
         model: with the selected weights.
         best: the selected epoch: the first of the best validation accuracy; the last without a validation split.
-        test: on the test split, touched once; None without one.
+        test: on the test split, touched once, by the first process; None without one.
         seconds: of training, validation included.
         checkpoint: where the weights lie.
     """
@@ -56,6 +60,8 @@ def train_teacher(
 ) -> Result:
     """Train the pipeline's teacher with cross-entropy, from random weights.
 
+    Interrupted after an epoch, it goes on there when it is called again with the same arguments.
+
     Args:
         pipeline: its `dataset`, `transform` and `teacher` sections.
         out: the run folder; must not exist.
@@ -65,19 +71,16 @@ def train_teacher(
     Raises:
         KdcacheError: if anything does not fit; nothing is left behind.
     """
-    out, spec = Path(out), pipeline.section("teacher")
-    check_free(out)
-    samples = load_split(pipeline.dataset, "train")
-    transform = samples.transform if pipeline.transform is None else pipeline.transform
+    spec = pipeline.section("teacher")
+    check_free(Path(out))
     loss = Loss.model_validate({"name": "ce"})
-    views = None if is_random(transform) else 1
-    train = View(samples, transform, labels=few_labels(samples, spec.train))
-    return _train(pipeline, spec, loss, train, out, views, device, progress)
+    lessons = lessons_without_teacher(pipeline)
+    return _train(pipeline, spec, loss, lessons, Path(out), device, progress or Silent())
 
 
 def train_student(
     pipeline: Pipeline,
-    cache: Cache | None,
+    cache: Cache | Sequence[Cache] | None,
     out: str | Path,
     *,
     device: torch.device | str = "cpu",
@@ -87,9 +90,11 @@ def train_student(
 ) -> Result:
     """Train the pipeline's student from a cache; the teacher itself is never loaded.
 
+    Interrupted after an epoch, it goes on there when it is called again with the same arguments.
+
     Args:
-        pipeline: its `dataset`, `student` and `loss` sections.
-        cache: a cache of the same data set; None only for a loss that uses no teacher.
+        pipeline: its `dataset`, `student`, `join` and `loss` sections.
+        cache: of the same data set, or several; None only for a loss that uses no teacher.
         out: the run folder; must not exist.
         device: where to train.
         placement: where the cache's rows are held meanwhile; see `Cache.teacher`.
@@ -101,89 +106,67 @@ def train_student(
             pixels of some views, made anew, are not those that the teacher saw.
         KdcacheError: if anything else does not fit; nothing is left behind.
     """
-    out, spec = Path(out), pipeline.section("student")
-    check_free(out)
-    samples = load_split(pipeline.dataset, "train")
-    teacher: CachedTeacher | None = None
-    replayed: dict[str, Any] | None = None
-    if cache is None:
-        if pipeline.loss.uses_teacher:
-            raise UsageError(
-                f"the loss {pipeline.loss.name} needs a teacher", "give its cache with --cache, or take --loss ce"
-            )
-        transform = samples.transform if pipeline.transform is None else pipeline.transform
-        views, seed = None if is_random(transform) else 1, 0
+    pipeline.section("student")
+    check_free(Path(out))
+    caches = [] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
+    if caches:
+        lessons = lessons_from_caches(
+            pipeline, caches, device=device, placement=placement, other_pixels=other_pixels, progress=progress
+        )
+    elif pipeline.loss.uses_teacher:
+        raise UsageError(
+            f"the loss {pipeline.loss.name} needs a teacher", "give its cache with --cache, or take --loss ce"
+        )
     else:
-        check_data(cache, samples, pipeline.transform, progress)
-        replayed = _replay(cache, samples, other_pixels, progress)
-        plan = cache.manifest.plan
-        transform, views, seed = plan.views.transform, plan.views.count, plan.views.seed
-        teacher = cache.teacher(device, placement) if pipeline.loss.uses_teacher else None
-        if teacher and progress:
-            progress.say(f"the cache is held: {teacher.placement} ({teacher.why})")
-    train = View(samples, transform, seed, labels=few_labels(samples, spec.train))
-    extra = {
-        "cache": cache.manifest.digest if cache else None,
-        "placement": teacher.placement if teacher else None,
-        "replay": replayed,
-    }
-    return _train(pipeline, spec, pipeline.loss, train, out, views, device, progress, teacher, extra)
+        lessons = lessons_without_teacher(pipeline)
+    return teach(pipeline, lessons, out, device=device, progress=progress)
 
 
-def few_labels(samples: Samples, spec: TrainSpec) -> Tensor:
-    """The labels that a network is shown, [N] int64: `labels_per_class` of each class, drawn with `seed`, else -1."""
-    labels = torch.from_numpy(samples.labels).long()
-    if spec.labels_per_class is None:
-        return labels
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(spec.seed))
-    seen = torch.full_like(labels, -1)
-    for label in range(samples.num_classes):
-        seen[order[labels[order] == label][: spec.labels_per_class]] = label
-    return seen
-
-
-def _replay(cache: Cache, samples: Samples, other_pixels: bool, progress: Progress | None) -> dict[str, Any]:
-    """A look at some images before the first step, for the record of the run."""
-    try:
-        found = replay(cache, samples, _REPLAYED)
-    except MismatchError as error:
-        if not other_pixels:
-            raise MismatchError(error.what, f"{error.fix}; or say --allow-other-pixels") from None
-        if progress:
-            progress.say(f"note: {error.what}; going on, as asked")
-        return {"other_pixels": error.what}
-    if found.rounded and progress:
-        progress.say(f"note: {found.rounded} of {found.checked} images differ from the teacher's by rounding alone")
-    return found._asdict()
+def teach(
+    pipeline: Pipeline,
+    lessons: Lessons,
+    out: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Result:
+    """Train the pipeline's student on lessons that several students may have in common; see `train_student`."""
+    spec = pipeline.section("student")
+    check_free(Path(out))
+    return _train(pipeline, spec, pipeline.loss, lessons, Path(out), device, progress or Silent())
 
 
 def _train(
     pipeline: Pipeline,
     spec: TeacherSpec | StudentSpec,
     loss: Loss,
-    train: View,
+    lessons: Lessons,
     out: Path,
-    views: int | None,
     device: torch.device | str,
-    progress: Progress | None,
-    teacher: Teacher | None = None,
-    extra: dict[str, Any] | None = None,
+    progress: Progress,
 ) -> Result:
-    samples = train.samples
+    samples = lessons.samples
+    train, views, teacher = _seen(spec, loss, lessons, progress)
     if not loss.uses_teacher and not bool((train.labels >= 0).any()):
         raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
     _check_loss(loss, train, progress)
-    eval_transform = _eval_transform(pipeline, train)
-    validation = _held_out(pipeline, "validation", eval_transform, samples)
-    test = _held_out(pipeline, "test", eval_transform, samples)
-    used = {"transform": train.transform, "eval_transform": eval_transform, "loss": loss}
-    with run_folder(out, pipeline.model_copy(update=used)) as run, torch.random.fork_rng():
+    check_trackers(spec.train.trackers)
+    eval_transform = _eval_transform(pipeline, lessons)
+    validation, test = (
+        None if held is None else View(held, eval_transform) for held in (lessons.validation, lessons.test)
+    )
+    used = pipeline.model_copy(update={"transform": lessons.transform, "eval_transform": eval_transform, "loss": loss})
+    caches = lessons.record.get("caches", [])
+    torch_device = torch.device(device)
+    with (
+        run_folder(out, used, {"caches": caches, "device": torch_device.type}, spec.train.trackers) as run,
+        torch.random.fork_rng([torch_device] if torch_device.type == "cuda" else []),
+    ):
         torch.manual_seed(spec.train.seed)
         start = isinstance(spec, StudentSpec) and (spec.weights is not None or "@" in spec.model)
         model = build_model(spec, samples.num_classes, train.shape(), trained=start)
         try_network(model, train, "cpu", "network")
-        began = time.perf_counter()
-        best = fit(
+        trained = fit(
             model,
             train,
             validation,
@@ -192,28 +175,45 @@ def _train(
             teacher=teacher,
             views=views,
             device=device,
-            on_epoch=lambda epoch: run.epoch(epoch._asdict()),
+            on_epoch=run.epoch,
+            keeper=run,
             progress=progress,
         )
-        seconds = time.perf_counter() - began
-        score = evaluate(model, test, device) if test is not None else None
+        score = evaluate(model, test, device) if test is not None and is_first() else None
         run.finish(
             model,
             {
+                "network": "student" if isinstance(spec, StudentSpec) else "teacher",
                 "loss": loss.name,
                 "seed": spec.train.seed,
-                "best": best._asdict(),
+                "best": trained.best._asdict(),
+                "epochs": len(trained.epochs),
                 "test": score._asdict() if score else None,
                 "labelled": int((train.labels >= 0).sum()),
                 "parameters": sum(p.numel() for p in model.parameters()),
-                "seconds": round(seconds, 3),
-                **(extra or {}),
+                "seconds": round(trained.seconds, 3),
+                **lessons.record,
             },
         )
-    return Result(model, best, score, seconds, out / CHECKPOINT)
+    return Result(model, trained.best, score, trained.seconds, out / CHECKPOINT)
 
 
-def _check_loss(loss: Loss, train: View, progress: Progress | None) -> None:
+def _seen(
+    spec: TeacherSpec | StudentSpec, loss: Loss, lessons: Lessons, progress: Progress
+) -> tuple[View, int | None, Teacher | None]:
+    """The training images as the network sees them, how many views of them there are, and who teaches."""
+    teacher = lessons.teacher if loss.uses_teacher else None
+    own = spec.transform if isinstance(spec, StudentSpec) else None
+    if own is None:
+        labels = few_labels(lessons.samples, spec.train)
+        return View(lessons.samples, lessons.transform, lessons.seed, labels=labels), lessons.views, teacher
+    train = own_transform(lessons, own, spec.train)
+    if teacher is not None:
+        progress.say("note: the student sees images through student.transform: the teacher did not see these pixels")
+    return train, None if is_random(own) else 1, OfFixedImages(teacher) if teacher is not None else None
+
+
+def _check_loss(loss: Loss, train: View, progress: Progress) -> None:
     """That the loss makes sense for these images and labels."""
     if train.mixes and loss.acts_on_label:
         raise UsageError(
@@ -233,25 +233,13 @@ def _check_loss(loss: Loss, train: View, progress: Progress | None) -> None:
                 f"no training image has a label, and the divergence {loss.divergence.kind} is of labelled ones alone",
                 "take another divergence, such as kl",
             )
-        if progress:
-            progress.say(
-                f"note: of the {unlabelled} images without a label nothing is learned: the divergence "
-                f"{loss.divergence.kind} is of labelled ones alone"
-            )
+        progress.say(
+            f"note: of the {unlabelled} images without a label nothing is learned: the divergence "
+            f"{loss.divergence.kind} is of labelled ones alone"
+        )
 
 
-def _held_out(
-    pipeline: Pipeline, split: Literal["validation", "test"], transform: Transform, samples: Samples
-) -> View | None:
-    held_out = load_held_out(pipeline.dataset, split)
-    if held_out is None:
-        return None
-    if held_out.class_names != samples.class_names:
-        raise MismatchError(f"the {split} split has other classes than the training images", "check the data set")
-    return View(held_out, transform)
-
-
-def _eval_transform(pipeline: Pipeline, train: View) -> Transform:
+def _eval_transform(pipeline: Pipeline, lessons: Lessons) -> Transform:
     """What validation and test images go through: never something random, never something unsaid."""
     if pipeline.eval_transform is not None:
         if split_mixing(pipeline.eval_transform)[1]:
@@ -259,10 +247,10 @@ def _eval_transform(pipeline: Pipeline, train: View) -> Transform:
                 "eval_transform mixes images, and accuracy is of images with one label", "remove its last step"
             )
         return pipeline.eval_transform
-    if is_random(train.transform):
-        fixed = [step for step in train.transform if not is_random([step])]
+    if is_random(lessons.transform):
+        fixed = [step for step in lessons.transform if not is_random([step])]
         raise UsageError(
             "the transform draws at random, and validation and test images need one that does not",
             f"say which: its fixed steps would be eval_transform: {json.dumps(fixed)}",
         )
-    return train.transform
+    return lessons.transform

@@ -52,7 +52,7 @@ def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
     return values
 
 
-@pytest.mark.parametrize("name", ["peers.py", "codec.py", "load.py"])
+@pytest.mark.parametrize("name", ["peers.py", "codec.py", "load.py", "students.py", "train.py"])
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
     words = printed(name, "--help")
     assert f"python benchmarks/{name}" in words
@@ -127,3 +127,21 @@ def test_load_reports_sizes_ratio_and_speed() -> None:
     assert raw["top 4, rank 48, step 0.2"] == pytest.approx(20_000 * 80 / 1e6, abs=0.01)
     assert raw["top 16, uniform tail"] == pytest.approx(20_000 * 68 / 1e6, abs=0.01)
     assert all(figures(table, "written, rows/s").values())
+
+
+def test_students_of_all_sources_are_compared_with_those_of_the_live_teacher() -> None:
+    table = {line.split("  ")[0]: line.split() for line in printed("students.py", "--quick").splitlines()[2:]}
+    sources = ["live", "default cache", "dense cache", "top 16, renormalised", "top 16, even tail", "labels alone"]
+    assert list(table) == sources
+    assert [cell for cell in table["live"] if "." in cell] == table["live"][1::3] + table["live"][3::3]
+
+
+def test_the_trainer_is_measured_against_plain_training_and_live_teachers() -> None:
+    lines = printed("train.py", "--quick").splitlines()
+    rows = {line.split("  ")[0]: line.split()[-4:] for line in lines if line}
+    for name in ("bare loop", "cross-entropy", "KD from the cache", "DTKD from the cache", "everything"):
+        assert name in rows
+    assert [name for name in rows if "live teacher" in name] == [
+        f"KD, live teacher of {times} x the student" for times in (1, 5, 20)
+    ]
+    assert float(rows["everything"][-1]) > float(rows["the first step"][-1]) > 0 or rows["everything"][-1] != "0.00"

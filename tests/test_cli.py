@@ -451,7 +451,7 @@ def test_a_section_that_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["train-teacher", "demo"])
-def test_ctrl_c_ends_with_130_and_leaves_no_half_run(command: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_130_and_leaves_what_can_be_gone_on_with(command: str, tmp_path: Path) -> None:
     arguments = (
         [RECIPE, "-o", str(tmp_path / "run"), "--set", "teacher.train.epochs=100000"] if command != "demo" else []
     )
@@ -463,14 +463,14 @@ def test_ctrl_c_ends_with_130_and_leaves_no_half_run(command: str, tmp_path: Pat
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("metrics.csv")) and time.monotonic() < deadline:
+    while not list(tmp_path.rglob("state.pt")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130, said
     assert "run the same command again" in said
     assert "Traceback" not in said
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ([] if command == "demo" else ["run.partial"])
 
 
 def test_a_place_that_cannot_be_written_to(work: Path, tmp_path: Path) -> None:

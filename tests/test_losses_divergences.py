@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from kdcache.losses import Loss, distillation_term
 from kdcache.losses.adjustments import truncation
-from kdcache.losses.batch import BatchSum, of_these
+from kdcache.losses.batch import BatchSum, Whole, of_these
 from kdcache.losses.distillation import DIVERGENCES
 from kdcache.losses.divergences import (
     cosine,
@@ -351,9 +351,10 @@ def test_a_batch_in_parts_gives_the_loss_of_the_whole(reference: Reference, name
     def in_four(v: Tensor, elsewhere: bool = True) -> Tensor:
         def one(part: slice, batch_sum: BatchSum) -> Tensor:
             total = batch_sum if elsewhere else of_these
-            return distillation_term(v[part], teacher[part], labels[part], loss, batch_sum=total)
+            whole = Whole(16, int((labels >= 0).sum()), 16, total)
+            return distillation_term(v[part], teacher[part], labels[part], loss, whole=whole)
 
-        return torch.stack(in_parts(one, [slice(4 * i, 4 * i + 4) for i in range(4)])).mean()
+        return torch.stack(in_parts(one, [slice(0, 3), slice(3, 4), slice(4, 11), slice(11, 16)])).sum()
 
     whole = with_gradient(lambda v: distillation_term(v, teacher, labels, loss), student)
     assert_all_agree(with_gradient(in_four, student), whole)

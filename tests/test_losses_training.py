@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import kdcache
 from kdcache.errors import UsageError
-from kdcache.fit import fit, make_optimizer, steps
+from kdcache.fit import fit
+from kdcache.learner import Learner
 from kdcache.losses import Loss, distillation_loss, learned_temperature
 from kdcache.pipeline import Pipeline, TrainSpec
 from kdcache.progress import Silent
@@ -35,15 +36,14 @@ def network() -> nn.Module:
 
 def test_the_temperature_of_ctkd_is_trained_beside_the_student_and_against_it() -> None:
     loss = Loss.model_validate({"name": "ctkd", "temperature": {"ramp_epochs": 2.0}})
-    model, theta = network(), learned_temperature(loss)
-    assert theta is not None
-    optimizer = make_optimizer(model, PLAIN, theta)
+    model = network()
+    learner = Learner(model, PLAIN, loss, 37)
     train = View(tiny_samples(), [])
     # By hand, a step an epoch: the student goes down the loss, theta up, by half its slope and then by all of it.
     by_hand, at = copy.deepcopy(model), torch.ones(1, requires_grad=True)
     batch = train.__getitems__(list(range(37)))
     for epoch, reversal in ((1, 0.5), (2, 1.0), (3, 1.0)):
-        steps(model, train, PLAIN, loss, epoch, optimizer, live, theta=theta)
+        learner.epoch(train, epoch, live)
         tau = 1 + 20 * at.sigmoid()
         logits = by_hand(batch.images)
         p = (live(batch.ids, 0) / tau).softmax(dim=1)
@@ -55,7 +55,8 @@ def test_the_temperature_of_ctkd_is_trained_beside_the_student_and_against_it() 
                 parameter.sub_(slope, alpha=0.5)
             at += 0.5 * reversal * of_theta
         assert abs(reversal * of_theta.item()) > 1e-3
-        torch.testing.assert_close(theta, at, rtol=1e-4, atol=1e-6, check_device=False)
+        assert learner.theta is not None
+        torch.testing.assert_close(learner.theta, at, rtol=1e-4, atol=1e-6, check_device=False)
     for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -68,7 +69,7 @@ def test_fit_gives_the_optimizer_what_ctkd_learns(monkeypatch: pytest.MonkeyPatc
         made.extend([] if theta is None else [theta])
         return theta
 
-    monkeypatch.setattr("kdcache.fit.learned_temperature", watched)
+    monkeypatch.setattr("kdcache.learner.learned_temperature", watched)
     for given in ({"name": "kd"}, {"name": "ctkd", "temperature": {"ramp_epochs": 1.0}}):
         fit(network(), View(tiny_samples(), []), None, PLAIN, Loss.model_validate(given), teacher=live)
     assert len(made) == 1

@@ -18,14 +18,16 @@ from pydantic_core import PydanticUndefined
 
 from kdcache.losses.names import PARTS
 from kdcache.losses.spec import Loss
-from kdcache.pipeline import EnsembleSpec, Pipeline, load_pipeline
+from kdcache.pipeline import EnsembleSpec, Pipeline, StudentSpec, load_pipeline
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, PIPELINES, LOSSES = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/PIPELINES.md", "docs/LOSSES.md")
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +75,9 @@ def test_every_command_runs_in_order_and_prints_what_the_readme_shows(checkout: 
 
 def test_yaml_blocks_are_good_pipelines(tmp_path: Path) -> None:
     read = []
-    for block in blocks("yaml"):
-        (tmp_path / "pipeline.yaml").write_text(f"dataset: {{name: cifar100}}\n{block}")
+    for block in blocks("yaml", README + PIPELINES):
+        dataset = "" if "dataset:" in block else "dataset: {name: cifar100}\n"
+        (tmp_path / "pipeline.yaml").write_text(dataset + block)
         read.append(load_pipeline(tmp_path / "pipeline.yaml"))
     assert any(pipeline.cache.views == 10 for pipeline in read)
     assert any(isinstance(pipeline.teacher, EnsembleSpec) for pipeline in read)
@@ -83,8 +86,10 @@ def test_yaml_blocks_are_good_pipelines(tmp_path: Path) -> None:
 def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(key, what it means, default) of every key of a pipeline file."""
     for name, field in section.model_fields.items():
-        if name == "student":
-            continue  # its keys are the teacher's
+        if name == "student":  # whose other keys are the teacher's
+            own = StudentSpec.model_fields["transform"]
+            yield "`student.transform`", " ".join((own.description or "").split()), ""
+            continue
         inner = _sections(field.annotation)
         if not inner:
             yield (
@@ -116,7 +121,7 @@ def _default(section: type[BaseModel], name: str, default: Any) -> str:
 
 def test_the_table_of_keys_is_the_schema() -> None:
     table = "\n".join(f"| {key} | {meaning} | {default} |" for key, meaning, default in keys(Pipeline))
-    assert table in README, f"put this table into README.md:\n{table}"
+    assert table in PIPELINES, f"put this table into docs/PIPELINES.md:\n{table}"
 
 
 def _options(axis: Any) -> str:
@@ -134,7 +139,7 @@ def test_the_table_of_loss_names_is_what_they_stand_for() -> None:
         weights = (loss.ce_weight, loss.kd_weight, loss.plain_kd_weight, loss.warmup_epochs)
         rows.append(f"| `{name}` | " + " | ".join(f"{value:g}" for value in weights) + f" | {'; '.join(said)} |")
     table = "\n".join(rows)
-    assert table in README, f"put this table into README.md:\n{table}"
+    assert table in LOSSES, f"put this table into docs/LOSSES.md:\n{table}"
 
 
 def test_the_first_screen_has_the_two_commands() -> None:

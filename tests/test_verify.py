@@ -850,7 +850,7 @@ def test_a_student_is_not_trained_on_other_pixels(work: Work, tmp_path: Path, mo
     def recorded(name: str, *options: str) -> Any:
         done = kdcache(*student, tmp_path / name, *options)
         assert done.exit_code == 0, done.output
-        return json.loads((tmp_path / name / "metrics.json").read_text())["replay"], done.stderr
+        return json.loads((tmp_path / name / "metrics.json").read_text())["replay"][0], done.stderr
 
     assert recorded("same")[0] == {"checked": 32, "rounded": 0}
     with monkeypatch.context() as patch:

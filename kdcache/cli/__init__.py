@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kdcache.cli import demo, info, output, plan, stage_one, stage_two, verify
+from kdcache.cli import demo, evaluate, info, output, plan, stage_one, stage_two, sweep, verify
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, UsageError
 
 
@@ -48,8 +48,8 @@ def main() -> None:
     \b
     Try it:      kdcache demo
     Stage one:   kdcache train-teacher, kdcache dump-teacher
-    Stage two:   kdcache train-student
-    Look:        kdcache info, kdcache plan, kdcache verify
+    Stage two:   kdcache train-student, kdcache sweep
+    Look:        kdcache info, kdcache plan, kdcache verify, kdcache evaluate
 
     Exit codes: 0 ok, 2 usage, 3 incomplete, 4 mismatch, 5 corrupt, 130 interrupted.
     """
@@ -60,5 +60,7 @@ main.add_command(stage_one.train_teacher)
 main.add_command(plan.plan)
 main.add_command(stage_one.dump_teacher)
 main.add_command(stage_two.train_student)
+main.add_command(sweep.sweep)
+main.add_command(evaluate.evaluate)
 main.add_command(info.info)
 main.add_command(verify.verify)

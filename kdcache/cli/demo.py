@@ -44,8 +44,8 @@ def _print(found: Demo, out: Path) -> None:
         low, high = min(students.accuracies), max(students.accuracies)
         rows.append(
             [
-                f"student, {students.loss}",
-                f"{students.mean:.1%}",
+                f"student, {students.point}",
+                f"{students.mean or 0:.1%}",
                 f"{100 * students.spread:.1f}" if seeds > 1 else "",
                 f"{low:.1%} to {high:.1%}" if seeds > 1 else "",
                 f"{students.seconds:.1f}",

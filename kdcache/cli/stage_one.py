@@ -27,14 +27,18 @@ from kdcache.cli.options import (
 def train_teacher(pipeline: Path, out: Path, overrides: tuple[str, ...], device: str, as_json: bool) -> None:
     """Train the teacher of a PIPELINE with cross-entropy, from random weights.
 
+    Interrupted or killed, the same command goes on after the last whole epoch.
+
     \b
     Example: kdcache train-teacher pipelines/digits.yaml -o runs/digits-teacher
     """
+    from kdcache.ranks import is_first
     from kdcache.train import train_teacher as train
 
     resolved = read_pipeline(pipeline, overrides)
-    trained = train(resolved, out, device=choose_device(device), progress=output.Terminal())
-    output.run_result(out, trained, as_json)
+    trained = train(resolved, out, device=choose_device(device), progress=output.Terminal() if is_first() else None)
+    if is_first():
+        output.run_result(out, trained, as_json)
 
 
 @click.command("dump-teacher")

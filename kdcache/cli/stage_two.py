@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 @pipeline_argument
 @out_option
 @click.option(
-    "--cache", "cache_path", type=click.Path(path_type=Path), help="The teacher's cache; not needed with --loss ce."
+    "--cache",
+    "cache_paths",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="The teacher's cache; not needed with --loss ce. Several are joined to one teacher: see `join` in README.",
 )
 @click.option(
     "--loss",
@@ -49,7 +53,7 @@ if TYPE_CHECKING:
 def train_student(
     pipeline: Path,
     out: Path,
-    cache_path: Path | None,
+    cache_paths: tuple[Path, ...],
     loss: str | None,
     placement: Placement | Literal["auto"],
     other_pixels: bool,
@@ -60,21 +64,25 @@ def train_student(
 ) -> None:
     """Train the student of a PIPELINE from a cache; the teacher is not loaded.
 
+    Interrupted or killed, the same command goes on after the last whole epoch. Under torchrun or `accelerate launch`,
+    all processes share each batch.
+
     \b
     Example: kdcache train-student pipelines/digits.yaml --cache runs/digits.kdcache --loss dtkd -o runs/student
     """
     from kdcache.cache import open_cache
+    from kdcache.ranks import is_first
     from kdcache.train import train_student as train
 
     resolved = read_pipeline(pipeline, overrides, loss, student__train__seed=seed)
-    cache = open_cache(cache_path) if cache_path is not None else None
     trained = train(
         resolved,
-        cache,
+        [open_cache(path) for path in cache_paths],
         out,
         device=choose_device(device),
         placement=placement,
         other_pixels=other_pixels,
-        progress=output.Terminal(),
+        progress=output.Terminal() if is_first() else None,
     )
-    output.run_result(out, trained, as_json)
+    if is_first():
+        output.run_result(out, trained, as_json)

@@ -1,17 +1,20 @@
-"""Sums over a batch, which may be spread over several processes."""
+"""What the samples at hand are part of: a step's batch may be cut in pieces, and lie in several processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, distributed
+
+from kdcache.mixing import Mixed
 
 BatchSum = Callable[[Tensor], Tensor]
 """[B, ...] -> [...]: the sum over the samples of the whole batch, differentiable.
 
-Of a batch that lies in equal parts in several processes it is the all-reduced sum, whose gradient is all-reduced too:
-each process then has the statistics of the whole, and the gradients of all, averaged as DDP does, are those of one
-process with all samples.
+Of a batch that lies in several processes it is the all-reduced sum, whose gradient is all-reduced too: each process
+then has the statistics of the whole.
 """
 
 
@@ -20,6 +23,61 @@ def of_these(rows: Tensor) -> Tensor:
     return rows.sum(dim=0)
 
 
+def of_all_ranks(rows: Tensor) -> Tensor:
+    """Where each process of the default group has some samples of the batch."""
+    return _AllReduced.apply(rows.sum(dim=0))  # type: ignore[no-any-return]  # torch's is not typed
+
+
+class _AllReduced(torch.autograd.Function):
+    """The sum over all processes, forward and, of the gradients, backward."""
+
+    @staticmethod
+    def forward(_: Any, here: Tensor) -> Tensor:
+        summed = here.clone()
+        distributed.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].clone()
+        distributed.all_reduce(summed)
+        return summed
+
+
 def batch_mean(rows: Tensor, batch_sum: BatchSum) -> Tensor:
     """[B, ...] -> [...]: the mean over the samples of the whole batch."""
     return batch_sum(rows) / batch_sum(rows.new_ones(len(rows)))
+
+
+class Whole(NamedTuple):
+    """The batch that some samples are part of. The losses of its parts, and their gradients, add up to its own.
+
+    Attributes:
+        rows: how many samples it has.
+        labelled: how many of them have a label.
+        shares: of how much the true class is known: `labelled`; of mixed images the sum of their labelled shares.
+        sum: over all of its samples; for DTD and DIST.
+    """
+
+    rows: Tensor | int
+    labelled: Tensor | int
+    shares: Tensor | int
+    sum: BatchSum = of_these
+
+
+def labelled_shares(labels: Tensor, mixed: Mixed | None) -> Tensor:
+    """Of how much of each sample the true class is known, [B] float32: 0 or 1; more than these where it is mixed."""
+    known = (labels >= 0).float()
+    if mixed is None:
+        return known
+    return mixed.share * known + (1 - mixed.share) * (mixed.partner_labels >= 0)
+
+
+def whole_of(labels: Tensor, mixed: Mixed | None = None) -> Whole:
+    """A batch that is all here.
+
+    Args:
+        labels: [B] int64, -1 where not known.
+        mixed: partners' labels and own shares, where each image is mixed with another.
+    """
+    return Whole(len(labels), (labels >= 0).sum(), labelled_shares(labels, mixed).sum())

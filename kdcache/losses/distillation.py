@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.losses import adjustments, divergences, normalisations, temperatures
-from kdcache.losses.batch import BatchSum, of_these
+from kdcache.losses.batch import Whole, whole_of
 from kdcache.losses.spec import Loss
 from kdcache.losses.temperatures import Temperatures
 from kdcache.mixing import Mixed
@@ -75,7 +75,13 @@ class LossParts(NamedTuple):
     distillation: Tensor
 
 
-def cross_entropy(student_logits: Tensor, labels: Tensor, mixed: Mixed | None = None) -> Tensor:
+def cross_entropy(
+    student_logits: Tensor,
+    labels: Tensor,
+    mixed: Mixed | None = None,
+    smoothing: float = 0.0,
+    whole: Whole | None = None,
+) -> Tensor:
     """Mean cross-entropy over the labelled samples of a batch; 0 where none is labelled.
 
     Of mixed images it is the mean over their labelled shares, which are not scaled up where they come to less than one.
@@ -84,15 +90,16 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, mixed: Mixed | None = 
         student_logits: [B, C].
         labels: [B] int64, -1 for a sample whose label is not known.
         mixed: partners' labels and own shares; None where images are as they are.
+        smoothing: of the labels, spread evenly over all classes (Szegedy et al. 2016, 1512.00567).
+        whole: the batch that these samples are part of; None where they are all of it.
     """
+    told = partial(F.cross_entropy, student_logits, ignore_index=-1, label_smoothing=smoothing)
+    known = (whole or whole_of(labels, mixed)).shares
     if mixed is None:
-        summed = F.cross_entropy(student_logits, labels, ignore_index=-1, reduction="sum")
-        return summed / (labels >= 0).sum().clamp_min(1)
+        return told(labels, reduction="sum") / torch.as_tensor(known).clamp_min(1)
     share = mixed.share.to(student_logits.dtype)
-    own = F.cross_entropy(student_logits, labels, ignore_index=-1, reduction="none")
-    partner = F.cross_entropy(student_logits, mixed.partner_labels, ignore_index=-1, reduction="none")
-    known = share * (labels >= 0) + (1 - share) * (mixed.partner_labels >= 0)
-    return (share * own + (1 - share) * partner).sum() / known.sum().clamp_min(1)
+    own, partner = told(labels, reduction="none"), told(mixed.partner_labels, reduction="none")
+    return (share * own + (1 - share) * partner).sum() / torch.as_tensor(known).clamp_min(1)
 
 
 def warmup(epoch: int, warmup_epochs: float) -> float:
@@ -112,7 +119,7 @@ def distillation_term(
     loss: Loss,
     epoch: int = 1,
     theta: Tensor | None = None,
-    batch_sum: BatchSum = of_these,
+    whole: Whole | None = None,
 ) -> Tensor:
     """kd_weight * mean_i w_i * D(...) + plain_kd_weight * mean_i tau^2 * D(...), before the warm-up; a scalar.
 
@@ -123,21 +130,22 @@ def distillation_term(
         loss: which adjustment, temperature and divergence, and their weights.
         epoch: counted from 1; for CTKD.
         theta: what `learned_temperature` gave; for CTKD.
-        batch_sum: sums over the whole batch, if part of it is elsewhere; for DTD and DIST.
+        whole: the batch that these samples are part of; None where they are all of it.
 
     Raises:
         ValueError: if CTKD has no theta.
     """
     if loss.temperature.kind == "ctkd" and theta is None:
         raise ValueError(f"the loss {loss.name!r} learns its temperature: make theta with learned_temperature(loss)")
+    whole = whole or whole_of(labels)
     of_the_step: dict[str, dict[str, Any]] = {
         "ctkd": {"epoch": epoch, "theta": theta},
-        "dtd_flsw": {"batch_sum": batch_sum},
-        "dtd_cwsm": {"batch_sum": batch_sum},
-        "dist": {"batch_sum": batch_sum},
+        "dtd_flsw": {"batch_sum": whole.sum},
+        "dtd_cwsm": {"batch_sum": whole.sum},
+        "dist": {"batch_sum": whole.sum},
     }
     student_logits, teacher_logits = (NORMALISATIONS[loss.normalisation](z) for z in (student_logits, teacher_logits))
-    rows = (labels >= 0).sum().clamp_min(1) if loss.skips_unlabelled else len(labels)
+    rows = torch.as_tensor(whole.labelled if loss.skips_unlabelled else whole.rows).clamp_min(1)
 
     def chosen(functions: dict[str, Callable[..., Any]], axis: Any) -> Callable[..., Any]:
         return partial(functions[axis.kind], **axis.arguments(), **of_the_step.get(axis.kind, {}))
@@ -162,7 +170,8 @@ def distillation_loss(
     epoch: int = 1,
     mixed: Mixed | None = None,
     theta: Tensor | None = None,
-    batch_sum: BatchSum = of_these,
+    whole: Whole | None = None,
+    label_smoothing: float = 0.0,
 ) -> LossParts:
     """The whole loss of a batch.
 
@@ -174,7 +183,8 @@ def distillation_loss(
         epoch: counted from 1, for the warm-up and for CTKD.
         mixed: partners' labels and own shares, where each image is mixed with another.
         theta: what `learned_temperature` gave; for CTKD.
-        batch_sum: sums over the whole batch, if part of it is elsewhere; for DTD and DIST.
+        whole: the batch that these samples are part of; None where they are all of it.
+        label_smoothing: of the cross-entropy.
 
     Raises:
         ValueError: if the loss uses the teacher and its logits are None, acts on the one true class of mixed images, or
@@ -182,7 +192,7 @@ def distillation_loss(
     """
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()
-    ce = cross_entropy(student_logits, labels, mixed)
+    ce = cross_entropy(student_logits, labels, mixed, label_smoothing, whole)
     if not loss.uses_teacher:
         return LossParts(loss.ce_weight * ce, ce.detach(), torch.zeros_like(ce))
     if teacher_logits is None:
@@ -190,6 +200,6 @@ def distillation_loss(
     if mixed is not None and loss.acts_on_label:
         raise ValueError(f"{loss.acts_on_label} needs one label an image, and mixed images have two")
     teacher_logits = teacher_logits.to(student_logits.dtype)
-    distilled = distillation_term(student_logits, teacher_logits, labels, loss, epoch, theta, batch_sum)
+    distilled = distillation_term(student_logits, teacher_logits, labels, loss, epoch, theta, whole)
     total = loss.ce_weight * ce + warmup(epoch, loss.warmup_epochs) * distilled
     return LossParts(total, ce.detach(), distilled.detach())

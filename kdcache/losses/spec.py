@@ -269,6 +269,11 @@ class Loss(_Options):
         return self.divergence.kind == "dkd"
 
     @property
+    def is_of_the_batch(self) -> bool:
+        """Whether what a sample gives depends on the other samples of its batch."""
+        return isinstance(self.temperature, DTDFocal | DTDConfidence) or isinstance(self.divergence, DIST)
+
+    @property
     def acts_on_label(self) -> str | None:
         """The adjustment or divergence that acts on the one true class of an image, if there is one."""
         if isinstance(self.adjustment, ProbabilityShift | LabelSmoothing):

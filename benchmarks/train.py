@@ -1,0 +1,252 @@
+"""What training from a cache costs beside plain training: `python benchmarks/train.py`.
+
+An epoch of kdcache's trainer with KD and with DTKD from a cache, with plain cross-entropy, and of a bare loop of some
+30 lines of PyTorch with cross-entropy; a ResNet-18 of 1000 classes on images of 64 pixels, and a small network of 100
+classes on images of 28. All take turns in one process, a ratio is the median of the rounds' ratios. From the cache to
+cross-entropy it is to be at most 1.03 on a CPU (1.02 on a GPU), cross-entropy to the bare loop at most 1.03.
+
+Then the same trainer with a live teacher whose forward pass is as dear as 1, 5 and 20 of the student's, beside the
+cache. Last, how long the command `train-student` takes to its first step with a cache of 1000 classes that is on the
+disk, and where the time goes. (How fast rows are gathered and decoded: `codec.py`, `load.py`.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from common import encoded, planned, write_cache
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
+
+from kdcache import Samples, open_cache
+from kdcache.cli import output
+from kdcache.learner import Learner, Teacher
+from kdcache.losses import Loss
+from kdcache.models.small import SmallCNN
+from kdcache.pipeline import TrainSpec
+from kdcache.samples import ArrayImages
+from kdcache.views import View
+
+_BOUNDS = {"cpu": 1.03, "cuda": 1.02}
+_TIMES = (1, 5, 20)
+_CE, _KD, _DTKD = ({"name": name} for name in ("ce", "kd", "dtkd"))
+_TRACE = """
+import time; began = time.perf_counter()
+import sys, json
+import kdcache.cli.stage_two, kdcache.train, kdcache.learner
+marks = {"Python and libraries": time.perf_counter() - began}
+def timed(owner, name, label):
+    original = getattr(owner, name)
+    def inner(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            marks[label] = marks.get(label, 0) + time.perf_counter() - start
+    setattr(owner, name, inner)
+import kdcache.cache, kdcache.lessons
+timed(kdcache.cache, "open_cache", "opening the cache, every byte checked")
+timed(kdcache.lessons, "load_split", "loading the data set")
+timed(kdcache.lessons, "load_held_out", "loading the data set")
+timed(kdcache.lessons, "check_data", "content keys of all images")
+timed(kdcache.lessons, "_replay", "replaying 32 images")
+timed(kdcache.cache.reader.Cache, "teacher", "bringing the rows into memory")
+class First(BaseException): pass
+step = kdcache.learner.Learner._step
+def first(*args):
+    began_step = time.perf_counter()
+    step(*args)
+    marks["the first step"] = time.perf_counter() - began_step
+    raise First
+kdcache.learner.Learner._step = first
+try:
+    kdcache.cli.main(sys.argv[1:], standalone_mode=False)
+except First:
+    pass
+marks["everything"] = time.perf_counter() - began
+print(json.dumps(marks))
+"""
+
+
+class Case(NamedTuple):
+    """A student and its images; `shown` is what is said of it."""
+
+    shown: str
+    make: Callable[[], nn.Module]
+    classes: int
+    side: int
+    channels: int
+    images: int
+    batch: int
+
+
+def _resnet() -> nn.Module:
+    network: nn.Module = resnet18(num_classes=1000)
+    return network
+
+
+def _small() -> nn.Module:
+    return SmallCNN(100, 1, width=16)
+
+
+_CASES = (
+    Case("ResNet-18, 1000 classes", _resnet, 1000, 64, 3, 256, 64),
+    Case("small, 100 classes", _small, 100, 28, 1, 4096, 128),
+)
+_QUICK = (Case("small, 100 classes", _small, 100, 28, 1, 256, 64),)
+
+
+def main() -> None:
+    """Print all three tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="seconds, and figures that say nothing")
+    given = parser.parse_args()
+    cases, rounds = (_QUICK, 1) if given.quick else (_CASES, given.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(cases):
+            _measure(case, given.device, rounds, Path(folder) / str(number))
+        _start_up(Path(folder), 1 if given.quick else 3)
+
+
+def _samples(case: Case, folder: Path) -> Samples:
+    """Noise, and in `folder` a cache of it as if of a teacher."""
+    pixels = torch.rand(case.images, case.channels, case.side, case.side, generator=torch.Generator().manual_seed(0))
+    pool = encoded(planned(case.classes), case.images)
+    write_cache(folder, pool, case.images)
+    names = tuple(map(str, range(case.classes)))
+    return Samples("noise", "train", ArrayImages(pixels), pool.labels.int().numpy(), names, [])
+
+
+def _measure(case: Case, device: str, rounds: int, folder: Path) -> None:
+    samples = _samples(case, folder)
+    cached = open_cache(folder).teacher(device)
+    torch.manual_seed(0)
+    first = case.make()
+    spec = TrainSpec(batch_size=case.batch, schedule="constant")
+
+    def ours(given: dict[str, str], teacher: Teacher | None = None) -> Callable[[], object]:
+        learner = Learner(copy.deepcopy(first), spec, Loss.model_validate(given), len(samples), device)
+        view, numbers = View(samples, []), iter(range(1, 10**6))
+        return lambda: learner.epoch(view, next(numbers), teacher)
+
+    works: dict[str, Callable[[], object]] = {
+        "bare loop": _bare(copy.deepcopy(first), samples, spec, device),
+        "cross-entropy": ours(_CE),
+        "KD from the cache": ours(_KD, cached),
+        "DTKD from the cache": ours(_DTKD, cached),
+    }
+    for times in _TIMES:
+        works[f"KD, live teacher of {times} x the student"] = ours(_KD, _live(first, samples, times, device))
+    seconds = _in_turn(works, rounds, device)
+    rows = []
+    for name, taken in seconds.items():
+        against = "" if name == "bare loop" else "bare loop" if name == "cross-entropy" else "cross-entropy"
+        bounded = name == "cross-entropy" or "cache" in name
+        rows.append(
+            [
+                name,
+                f"{statistics.median(taken):.3f}",
+                _ratio(taken, seconds[against]) if against else "",
+                against,
+                f"{_BOUNDS[torch.device(device).type] if 'cache' in name else 1.03:.2f}" if bounded else "",
+                _ratio(taken, seconds["KD from the cache"]) if "live" in name else "",
+            ]
+        )
+    threads = f"{torch.get_num_threads()} threads of a CPU" if device == "cpu" else torch.cuda.get_device_name(device)
+    title = f"{case.shown}: an epoch of {case.images} images in batches of {case.batch}, {rounds} rounds; {threads}"
+    output.table(title, ["", "seconds", "ratio", "to", "bound", "to the cache"], rows)
+
+
+def _bare(network: nn.Module, samples: Samples, spec: TrainSpec, device: str) -> Callable[[], object]:
+    """What one writes who wants nothing but cross-entropy."""
+    images: Tensor = samples.images.pixels  # type: ignore[attr-defined]  # they are in memory
+    labels = torch.from_numpy(samples.labels).long()
+    loader = DataLoader(TensorDataset(images, labels), batch_size=spec.batch_size, shuffle=True, drop_last=True)
+    network.to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=spec.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    def epoch() -> None:
+        network.train()
+        for pixels, truth in loader:
+            loss = F.cross_entropy(network(pixels.to(device)), truth.to(device))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
+            optimizer.step()
+
+    return epoch
+
+
+def _live(network: nn.Module, samples: Samples, times: int, device: str) -> Teacher:
+    teacher = copy.deepcopy(network).to(device).eval()
+    view = View(samples, [])
+
+    @torch.no_grad()
+    def answer(ids: Tensor, _: int) -> Tensor:
+        images = view.__getitems__(ids.tolist()).images.to(device)
+        answers: list[Tensor] = [teacher(images) for _ in range(times)]
+        return answers[0]
+
+    return answer
+
+
+def _in_turn(works: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each round of each work, after one that does not count; every other round the other way round."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        names = list(works) if number % 2 else list(works)[::-1]
+        for name in names:
+            began = time.perf_counter()
+            works[name]()
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+            if number:
+                taken[name].append(time.perf_counter() - began)
+    return taken
+
+
+def _ratio(taken: Sequence[float], other: Sequence[float]) -> str:
+    return f"{statistics.median(a / b for a, b in zip(taken, other, strict=True)):.3f}"
+
+
+def _start_up(folder: Path, times: int) -> None:
+    """Seconds to the first step on the shipped digits, with a warm disk."""
+    recipe = Path(__file__).parent.parent / "pipelines" / "digits.yaml"
+    quick = ["--set", "teacher.train.epochs=1"]
+    weights = ["--set", f"teacher.weights={folder / 'teacher' / 'model.safetensors'}"]
+    kdcache = [sys.executable, "-m", "kdcache"]
+    _run([*kdcache, "train-teacher", str(recipe), "-o", str(folder / "teacher"), *quick])
+    _run([*kdcache, "dump-teacher", str(recipe), "-o", str(folder / "digits.kdcache"), *weights])
+    command = ["train-student", str(recipe), "--cache", str(folder / "digits.kdcache"), "-o", str(folder / "run")]
+    traced = [sys.executable, "-c", _TRACE, *command, "--device", "cpu"]
+    runs = [_marks(_run(traced)) for _ in range(times)]
+    rows = [[name, f"{statistics.median(run[name] for run in runs):.2f}"] for name in runs[0]]
+    output.table("train-student on the digits: seconds to the end of the first step", ["", "seconds"], rows)
+
+
+def _marks(text: str) -> dict[str, float]:
+    """What a traced run has printed last."""
+    marks: dict[str, float] = json.loads(text.splitlines()[-1])
+    return marks
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""What a network is trained on: the images, the cached teacher, and that the two belong together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kdcache.cache.joined import JoinedTeacher
+from kdcache.cache.placement import Placement
+from kdcache.cache.reader import Cache, CachedTeacher
+from kdcache.datasets import load_held_out, load_split
+from kdcache.errors import MismatchError, UsageError
+from kdcache.mixing import split_mixing
+from kdcache.pipeline import Pipeline, TrainSpec, Transform
+from kdcache.progress import Progress, Silent
+from kdcache.recheck import check_data, replay
+from kdcache.samples import Samples
+from kdcache.views import View, is_random
+
+_REPLAYED = 32
+"""Images that are compared with what the teacher saw before the first step; `kdcache verify --replay` takes all."""
+
+Answers = CachedTeacher | JoinedTeacher
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Everything that students of one data set, one transform and the same caches have in common.
+
+    Attributes:
+        samples: the training images.
+        validation: for the selection; None without.
+        test: for the end; None without.
+        transform: what the teacher saw, or, without a cache, what the pipeline says.
+        seed: of its views.
+        views: how many a cache has; None for a view of its own in every epoch.
+        teacher: from the caches; None without.
+        record: of caches, placement and replay, for the run folder.
+    """
+
+    samples: Samples
+    validation: Samples | None
+    test: Samples | None
+    transform: Transform
+    seed: int = 0
+    views: int | None = 1
+    teacher: Answers | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def lessons_without_teacher(pipeline: Pipeline) -> Lessons:
+    """The data of a pipeline alone.
+
+    Raises:
+        KdcacheError: if the splits do not fit one another.
+    """
+    samples = load_split(pipeline.dataset, "train")
+    transform = samples.transform if pipeline.transform is None else pipeline.transform
+    return Lessons(
+        samples,
+        _held_out(pipeline, "validation", samples),
+        _held_out(pipeline, "test", samples),
+        transform,
+        views=None if is_random(transform) else 1,
+    )
+
+
+def lessons_from_caches(
+    pipeline: Pipeline,
+    caches: Sequence[Cache],
+    *,
+    device: torch.device | str = "cpu",
+    placement: Placement | Literal["auto"] = "auto",
+    other_pixels: bool = False,
+    progress: Progress | None = None,
+) -> Lessons:
+    """The data of a pipeline, and the teacher that caches of it are.
+
+    Args:
+        pipeline: its `dataset`, `transform` and `join` are looked at.
+        caches: one or several.
+        device: where the logits are wanted.
+        placement: where the rows are held; see `Cache.teacher`.
+        other_pixels: go on although the images that are loaded are not those that the teacher saw.
+        progress: who is told how it goes.
+
+    Raises:
+        MismatchError: if a cache belongs to other images, another order, other labels or another transform, the caches
+            have other views than one another, or some pixels, made anew, are not those that the teacher saw.
+        UsageError: for weights that do not fit the caches.
+    """
+    progress = progress or Silent()
+    samples = load_split(pipeline.dataset, "train")
+    views = caches[0].manifest.plan.views
+    replayed = []
+    for cache in caches:
+        check_data(cache, samples, pipeline.transform, progress)
+        if cache.manifest.plan.views != views:
+            raise MismatchError(
+                f"{cache.path} has other views than {caches[0].path}\n  {cache.manifest.plan.views}\n  {views}",
+                "join caches that were dumped with the same transform, seed and number of views",
+            )
+        replayed.append(_replay(cache, samples, other_pixels, progress))
+    teachers = [cache.teacher(device, placement) for cache in caches]
+    for teacher in teachers:
+        progress.say(f"the cache is held: {teacher.placement} ({teacher.why})")
+    joined = JoinedTeacher(teachers, pipeline.join.weights, pipeline.join.combine)
+    record = {
+        "caches": [cache.manifest.digest for cache in caches],
+        "placement": [teacher.placement for teacher in teachers],
+        "replay": replayed,
+    }
+    return Lessons(
+        samples,
+        _held_out(pipeline, "validation", samples),
+        _held_out(pipeline, "test", samples),
+        views.transform,
+        views.seed,
+        views.count,
+        teachers[0] if len(teachers) == 1 else joined,
+        record,
+    )
+
+
+def _held_out(pipeline: Pipeline, split: Literal["validation", "test"], samples: Samples) -> Samples | None:
+    held_out = load_held_out(pipeline.dataset, split)
+    if held_out is not None and held_out.class_names != samples.class_names:
+        raise MismatchError(f"the {split} split has other classes than the training images", "check the data set")
+    return held_out
+
+
+def _replay(cache: Cache, samples: Samples, other_pixels: bool, progress: Progress) -> dict[str, Any]:
+    """A look at some images before the first step, for the record of the run."""
+    try:
+        found = replay(cache, samples, _REPLAYED)
+    except MismatchError as error:
+        if not other_pixels:
+            raise MismatchError(error.what, f"{error.fix}; or say --allow-other-pixels") from None
+        progress.say(f"note: {error.what}; going on, as asked")
+        return {"other_pixels": error.what}
+    if found.rounded:
+        progress.say(f"note: {found.rounded} of {found.checked} images differ from the teacher's by rounding alone")
+    return found._asdict()
+
+
+def few_labels(samples: Samples, spec: TrainSpec) -> Tensor:
+    """The labels that a network is shown, [N] int64: `labels_per_class` of each class, drawn with `seed`, else -1."""
+    labels = torch.from_numpy(samples.labels).long()
+    if spec.labels_per_class is None:
+        return labels
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(spec.seed))
+    seen = torch.full_like(labels, -1)
+    for label in range(samples.num_classes):
+        seen[order[labels[order] == label][: spec.labels_per_class]] = label
+    return seen
+
+
+class OfFixedImages:
+    """A teacher of one view that is asked about images which the student augments itself: it answers as of that view.
+
+    Args:
+        teacher: of images that no transform draws anything for.
+    """
+
+    def __init__(self, teacher: Answers) -> None:
+        self._teacher = teacher
+
+    def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
+        """Logits [B, C] of samples `ids` [B], whatever the view."""
+        return self._teacher(ids, 0)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The teacher's."""
+        return self._teacher.order(generator)
+
+    def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Be told which batches of ids will be asked for."""
+        self._teacher.expect(batches, 0)
+
+
+def own_transform(lessons: Lessons, own: Transform, spec: TrainSpec) -> View:
+    """The training images as a student sees them that augments on its own.
+
+    Raises:
+        UsageError: if the teacher saw random views, or the transform mixes images.
+    """
+    if lessons.teacher is not None:
+        if lessons.views != 1 or is_random(lessons.transform):
+            raise UsageError(
+                f"student.transform is for a teacher of fixed images, and the cache has {lessons.views} views of "
+                f"{json.dumps(lessons.transform)}",
+                "remove student.transform: the student then sees what the teacher saw",
+            )
+        if split_mixing(own)[1]:
+            raise UsageError(
+                f"student.transform mixes images in its step {own[-1]}, and the teacher saw none that are mixed",
+                "dump the teacher on mixed views: put the step at the end of `transform`",
+            )
+    return View(lessons.samples, own, spec.seed, labels=few_labels(lessons.samples, spec))
