@@ -47,6 +47,10 @@ class Epoch(NamedTuple):
     validation_loss: float | None
 
 
+class Diverged(CorruptError):
+    """The loss became NaN or infinite (exit code 5)."""
+
+
 class Keeper(Protocol):
     """Who keeps what an interrupted run goes on with."""
 
@@ -132,7 +136,7 @@ def fit(
         progress: who is told how it goes.
 
     Raises:
-        CorruptError: if the loss becomes NaN or infinite.
+        Diverged: if the loss becomes NaN or infinite.
         UsageError: if a batch cannot be shared out.
     """
     progress = progress or Silent()
@@ -161,8 +165,7 @@ def fit(
             note = f"epoch {number} of {spec.epochs}, loss {epoch.loss:.3f}"
             if epoch.validation_accuracy is not None:
                 note += f", validation {epoch.validation_accuracy:.1%}"
-        if note:
-            task.advance(0, note)
+            task.advance(1, note)
     assert course.best is not None, "there is at least one epoch"  # noqa: S101  # and the type checker must be told
     model.load_state_dict(course.best.weights)
     return Trained(course.best.epoch, course.rows, course.seconds)
@@ -183,7 +186,7 @@ def _line(
 ) -> Epoch:
     means = LossParts(*(torch.stack(values).double().mean() for values in zip(*parts, strict=True)))
     if not math.isfinite(total := means.total.item()):
-        raise CorruptError(f"the loss became {total} in epoch {number}", "lower train.lr, or the weights of the loss")
+        raise Diverged(f"the loss became {total} in epoch {number}", "lower train.lr, or the weights of the loss")
     score: list[Score | None] = [None]
     if validation is not None and learner.accelerator.is_main_process:
         score = [evaluate(learner.shown, validation, learner.device)]

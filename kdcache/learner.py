@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import broadcast
+from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -26,6 +27,7 @@ from kdcache.views import View, batches
 Teacher = Callable[[Tensor, int], Tensor]
 """(ids [B] int64, view) -> logits [B, C]: a `CachedTeacher`, or anything that answers like one."""
 
+_LONGEST_WAIT = timedelta(hours=12)
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -65,7 +67,9 @@ def join_processes(device: torch.device | str, precision: str) -> Accelerator:
         AcceleratorState._reset_state()
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+    # While the first process validates, the others wait.
+    patient = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[patient])
 
 
 class _Network(nn.Module):
@@ -138,7 +142,7 @@ class Learner:
         """The batches of an order of ids [N], each in the pieces that the processes go through one after the other."""
         pieces = self.ranks * self.spec.accumulate
         cuts = list(torch.split(order, self.spec.batch_size))
-        if len(cuts) > 1 and len(cuts[-1]) < 2 * pieces:
+        if len(cuts) > 1 and len(cuts[-1]) < min(2 * pieces, len(cuts[0])):
             # Batch norm cannot be trained on a batch of one; the next epoch's order leaves out other samples.
             cuts = cuts[:-1]
         if len(cuts[0]) < pieces:
@@ -158,7 +162,7 @@ class Learner:
             train: images and labels, set to the view of this epoch.
             number: counted from 1; the order of the samples follows from (seed, number).
             teacher: where the teacher's logits come from; None for a loss without one.
-            on_step: called after each step.
+            on_step: called after each step but the last.
         """
         generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + number)
         knows = teacher if isinstance(teacher, KnowsOrder) else None
@@ -179,7 +183,7 @@ class Learner:
                 self._piece(batch, train.view, teacher) for batch in itertools.islice(loaded, self.spec.accumulate)
             ]
             parts.append(self._step(pieces, self._whole(torch.cat(cut), train, pieces), number))
-            if on_step:
+            if on_step and len(parts) < len(cuts):
                 on_step()
         return self._of_all(parts)
 

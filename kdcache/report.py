@@ -15,10 +15,11 @@ from matplotlib.ticker import MaxNLocator
 
 _DOTS_BELOW = 40
 _LONG_NAME = 12
+_BINS = 50
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A PNG of a run's lines of metrics.csv: losses and learning rate on the left, accuracy on the right.
+    """A PNG of a run's lines of metrics.csv: losses on the left, accuracy on the right.
 
     Args:
         rows: `fit.Epoch`, one an epoch, as a dict.
@@ -94,3 +95,28 @@ def draw_accuracies(
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def draw_census(sharpness: Mapping[float, int], confidence: Sequence[int], path: Path) -> None:
+    """A PNG of how sharp and how confident a teacher is: a histogram of each.
+
+    Args:
+        sharpness: rows by bin, [lower bound of the bin] -> rows; the bins are fine, and some are put together here.
+        confidence: rows by bin of the largest probability, from 0 to 1.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.hist(list(sharpness), bins=_BINS, weights=list(sharpness.values()), color="C0")
+    left.set_xlabel("sharpness: logsumexp of the logits")
+    left.set_ylabel("rows")
+    edges = [place / len(confidence) for place in range(len(confidence))]
+    right.bar(edges, confidence, width=1 / len(confidence), align="edge", color="C1")
+    right.set_xlabel("confidence: largest probability")
+    right.set_xlim(0, 1)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    # Without the version of matplotlib in it, the picture changes only with the rows.
+    figure.savefig(path, dpi=100, metadata={"Software": None})

@@ -5,7 +5,7 @@ resolved.yaml       the pipeline, every default spelled out
 metrics.csv         one line an epoch
 metrics.json        the selected epoch, the test result, cost
 curves.png          the lines of metrics.csv as a picture
-versions.json       Python and libraries
+versions.json       Python, libraries, and the commits of kdcache and of the folder that it was started in
 logs/               what trackers such as TensorBoard wrote
 
 It is NAME.partial until it is whole. `state.pt` in it is what a killed run goes on with: everything after the last
@@ -29,12 +29,12 @@ from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from kdcache.cache.writer import check_outside
-from kdcache.errors import CorruptError, InterruptedRun, KdcacheError, MismatchError, UsageError
-from kdcache.fit import Epoch
+from kdcache.errors import CorruptError, InterruptedRun, MismatchError, UsageError
+from kdcache.fit import Diverged, Epoch
 from kdcache.models import save_weights
 from kdcache.pipeline import Pipeline
 from kdcache.placed_yaml import read_yaml
-from kdcache.provenance import versions
+from kdcache.provenance import commits, versions
 from kdcache.ranks import is_first
 from kdcache.report import draw_curves
 
@@ -127,7 +127,8 @@ def run_folder(
 ) -> Iterator[Run]:
     """A folder that appears under its name when the run is whole.
 
-    If it is interrupted after an epoch, what it needs to go on stays in NAME.partial; if it fails, nothing.
+    If it is interrupted or fails after an epoch, what it needs to go on stays in NAME.partial; before that, or if its
+    loss diverges, nothing.
 
     Args:
         out: its name.
@@ -147,7 +148,8 @@ def run_folder(
     run = Run(unfinished, trackers, kept)
     try:
         yield run
-    except KdcacheError:
+    except Diverged:
+        # It would again, from wherever it is gone on with.
         _remove(unfinished)
         raise
     except KeyboardInterrupt:
@@ -188,7 +190,7 @@ def _begin(folder: Path, pipeline: Pipeline, begun_with: Mapping[str, Any]) -> d
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _write_json(folder / _BEGUN, now)
-    _write_json(folder / "versions.json", versions())
+    _write_json(folder / "versions.json", {**versions(), **commits()})
     (folder / "resolved.yaml").write_text(pipeline.to_yaml(), encoding="utf-8")
     return None
 

@@ -33,7 +33,7 @@ from kdcache.pipeline import Pipeline, StudentSpec, TeacherSpec, Transform
 from kdcache.progress import Progress, Silent
 from kdcache.ranks import is_first
 from kdcache.runs import CHECKPOINT, check_free, check_trackers, run_folder
-from kdcache.views import View, is_random
+from kdcache.views import View, is_random, seeded
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def train_teacher(
         progress: who is told how it goes.
 
     Raises:
-        KdcacheError: if anything does not fit; nothing is left behind.
+        KdcacheError: if anything does not fit; before the first whole epoch, nothing is left behind.
     """
     spec = pipeline.section("teacher")
     check_free(Path(out))
@@ -104,7 +104,7 @@ def train_student(
     Raises:
         MismatchError: if the cache belongs to other images, another order, other labels or another transform, or the
             pixels of some views, made anew, are not those that the teacher saw.
-        KdcacheError: if anything else does not fit; nothing is left behind.
+        KdcacheError: if anything else does not fit; before the first whole epoch, nothing is left behind.
     """
     pipeline.section("student")
     check_free(Path(out))
@@ -156,11 +156,17 @@ def _train(
         None if held is None else View(held, eval_transform) for held in (lessons.validation, lessons.test)
     )
     used = pipeline.model_copy(update={"transform": lessons.transform, "eval_transform": eval_transform, "loss": loss})
-    caches = lessons.record.get("caches", [])
     torch_device = torch.device(device)
+    begun_with = {
+        "caches": lessons.record.get("caches", []),
+        "device": torch_device.type,
+        # The order of the images is another one where rows are read as a stream.
+        "streamed": "stream" in lessons.record.get("placement", []),
+    }
     with (
-        run_folder(out, used, {"caches": caches, "device": torch_device.type}, spec.train.trackers) as run,
+        run_folder(out, used, begun_with, spec.train.trackers) as run,
         torch.random.fork_rng([torch_device] if torch_device.type == "cuda" else []),
+        seeded(spec.train.seed),
     ):
         torch.manual_seed(spec.train.seed)
         start = isinstance(spec, StudentSpec) and (spec.weights is not None or "@" in spec.model)

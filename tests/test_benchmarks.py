@@ -131,7 +131,15 @@ def test_load_reports_sizes_ratio_and_speed() -> None:
 
 def test_students_of_all_sources_are_compared_with_those_of_the_live_teacher() -> None:
     table = {line.split("  ")[0]: line.split() for line in printed("students.py", "--quick").splitlines()[2:]}
-    sources = ["live", "default cache", "dense cache", "top 16, renormalised", "top 16, even tail", "labels alone"]
+    sources = [
+        "live",
+        "default cache",
+        "fidelity 0.005",
+        "dense cache",
+        "top 16, renormalised",
+        "top 16, even tail",
+        "labels alone",
+    ]
     assert list(table) == sources
     assert [cell for cell in table["live"] if "." in cell] == table["live"][1::3] + table["live"][3::3]
 

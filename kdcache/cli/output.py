@@ -92,7 +92,7 @@ class _LineTask:
         if now - self._told > _SECONDS_BETWEEN_LINES or self._done >= self._total:
             self._told = now
             speed = self._done / max(now - self._began, 1e-9)
-            left = (self._total - self._done) / speed
+            left = (self._total - self._done) / max(speed, 1e-9)
             after = f", {note}" if note else ""
             say(
                 f"{self._what}: {self._done:,} of {self._total:,} {self._unit}, "
