@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,12 @@ from kdcache.lessons import (
 )
 from kdcache.losses import Loss
 from kdcache.losses.spec import Truncation
-from kdcache.mixing import split_mixing
 from kdcache.models import build_model
-from kdcache.pipeline import Pipeline, StudentSpec, TeacherSpec, Transform
+from kdcache.pipeline import Pipeline, StudentSpec, TeacherSpec
 from kdcache.progress import Progress, Silent
 from kdcache.ranks import is_first
 from kdcache.runs import CHECKPOINT, check_free, check_trackers, run_folder
-from kdcache.views import View, is_random, seeded
+from kdcache.views import View, is_random, seeded, transform_for_evaluation
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def _train(
         raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
     _check_loss(loss, train, progress)
     check_trackers(spec.train.trackers)
-    eval_transform = _eval_transform(pipeline, lessons)
+    eval_transform = transform_for_evaluation(pipeline.eval_transform, lessons.transform)
     validation, test = (
         None if held is None else View(held, eval_transform) for held in (lessons.validation, lessons.test)
     )
@@ -243,20 +241,3 @@ def _check_loss(loss: Loss, train: View, progress: Progress) -> None:
             f"note: of the {unlabelled} images without a label nothing is learned: the divergence "
             f"{loss.divergence.kind} is of labelled ones alone"
         )
-
-
-def _eval_transform(pipeline: Pipeline, lessons: Lessons) -> Transform:
-    """What validation and test images go through: never something random, never something unsaid."""
-    if pipeline.eval_transform is not None:
-        if split_mixing(pipeline.eval_transform)[1]:
-            raise UsageError(
-                "eval_transform mixes images, and accuracy is of images with one label", "remove its last step"
-            )
-        return pipeline.eval_transform
-    if is_random(lessons.transform):
-        fixed = [step for step in lessons.transform if not is_random([step])]
-        raise UsageError(
-            "the transform draws at random, and validation and test images need one that does not",
-            f"say which: its fixed steps would be eval_transform: {json.dumps(fixed)}",
-        )
-    return lessons.transform

@@ -10,13 +10,12 @@ from typing import Literal
 from torch import nn
 
 from kdcache.errors import CorruptError, UsageError
-from kdcache.mixing import split_mixing
 from kdcache.models import build_model
 from kdcache.pipeline import ModelSpec, Pipeline, StudentSpec, TeacherSpec, Transform, load_pipeline
 from kdcache.runs import CHECKPOINT
 from kdcache.samples import Samples
 from kdcache.teachers import load_teacher
-from kdcache.views import View, is_random
+from kdcache.views import View, transform_for_evaluation
 
 Network = Literal["student", "teacher"]
 
@@ -58,15 +57,8 @@ class Trained:
         return build_model(self.pipeline.section("student"), samples.num_classes, view.shape(), trained=True), view
 
     def _transform(self, default: Transform) -> Transform:
-        """`eval_transform`; where the pipeline has none, `transform`, and else `default`."""
-        said = self.pipeline.transform if self.pipeline.eval_transform is None else self.pipeline.eval_transform
-        transform = default if said is None else said
-        if split_mixing(transform)[1] or (self.pipeline.eval_transform is None and is_random(transform)):
-            raise UsageError(
-                f"the images of {self.name} would go through a transform that is for training: {transform}",
-                "say in eval_transform what validation and test images go through",
-            )
-        return transform
+        seen = default if self.pipeline.transform is None else self.pipeline.transform
+        return transform_for_evaluation(self.pipeline.eval_transform, seen)
 
 
 def from_run(folder: Path) -> Trained:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,31 @@ _NOT_BATCHED = {"ToPILImage", "UniformTemporalSubsample"}
 def is_random(transform: Transform) -> bool:
     """Whether a transform may draw random numbers."""
     return not _FIXED.issuperset(name for step in transform for name in step)
+
+
+def transform_for_evaluation(said: Transform | None, seen: Transform) -> Transform:
+    """What images that are not for training go through: never something random, never something unsaid.
+
+    Args:
+        said: `eval_transform` of the pipeline.
+        seen: what training images go through, which is taken where nothing is said.
+
+    Raises:
+        UsageError: if it mixes images, or draws at random and nothing is said.
+    """
+    if said is not None:
+        if split_mixing(said)[1]:
+            raise UsageError(
+                "eval_transform mixes images, and accuracy is of images with one label", "remove its last step"
+            )
+        return said
+    if is_random(seen):
+        fixed = [step for step in seen if not is_random([step])]
+        raise UsageError(
+            "the transform draws at random, and validation and test images need one that does not",
+            f"say which: its fixed steps would be eval_transform: {json.dumps(fixed)}",
+        )
+    return seen
 
 
 def build_transform(transform: Transform) -> Callable[..., Any]:
