@@ -388,7 +388,7 @@ def test_what_cannot_be_measured_is_refused(work: Work, tmp_path: Path) -> None:
     unlabelled = changed("unlabelled", dataset={**dataset, "root": str(blind)})
     assert "has a label" in refused(2, "evaluate", unlabelled)
     assert "draws at random" in refused(2, "evaluate", changed("random", eval_transform=None))
-    assert "draws at random" in refused(2, "evaluate", changed("mixed", eval_transform=[*CLEAN, {"MixUp": {}}]))
+    assert "mixes images" in refused(2, "evaluate", changed("mixed", eval_transform=[*CLEAN, {"MixUp": {}}]))
 
 
 def test_pixels_that_the_teacher_did_not_see_are_refused(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
