@@ -160,4 +160,4 @@ def refusal(error: ValidationError, places: dict[Place, str], source: str, known
         where = places.get(written) or places.get(written[:-1], source)
         problems.append(": ".join([where, *filter(None, [".".join(map(str, written))]), " or ".join(messages)]))
     what = "\n  ".join([f"{len(problems)} problem{'s'[: len(problems) - 1]} in the pipeline:", *problems])
-    return UsageError(what, "mend each of them; README.md lists the keys of a pipeline")
+    return UsageError(what, "mend each of them; docs/PIPELINES.md lists the keys")
