@@ -33,7 +33,7 @@ from kdcache.views import View
 class Epoch(NamedTuple):
     """A line of metrics.csv; losses are means over the epoch's steps, `LossParts` says of what.
 
-    `lr` is that of the first step, `temperature` what CTKD has learned.
+    `lr` is that of the first step; temperatures are means over the samples, None without a teacher.
     """
 
     epoch: int
@@ -42,7 +42,8 @@ class Epoch(NamedTuple):
     loss: float
     cross_entropy: float
     distillation: float
-    temperature: float | None
+    student_temperature: float | None
+    teacher_temperature: float | None
     validation_accuracy: float | None
     validation_loss: float | None
 
@@ -193,9 +194,9 @@ def _line(
     if learner.ranks > 1:
         broadcast_object_list(score)
     accuracy, log_likelihood = score[0] or (None, None)
-    temperature = learner.temperature()
-    ce, distilled = means.cross_entropy.item(), means.distillation.item()
-    return Epoch(number, view, lr, total, ce, distilled, temperature, accuracy, log_likelihood)
+    ce, distilled, *temperatures = (value.item() for value in means[1:])
+    student, teacher = temperatures if learner.loss.uses_teacher else (None, None)
+    return Epoch(number, view, lr, total, ce, distilled, student, teacher, accuracy, log_likelihood)
 
 
 def _kept(learner: Learner, keeper: Keeper) -> dict[str, Any] | None:

@@ -18,7 +18,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
 from kdcache.losses.batch import Whole, labelled_shares, of_all_ranks, of_these
-from kdcache.losses.spec import CTKD
 from kdcache.mixing import Mixed
 from kdcache.pipeline import TrainSpec
 from kdcache.schedule import make_optimizer, make_schedule
@@ -130,13 +129,6 @@ class Learner:
     def shown(self) -> nn.Module:
         """The network that is validated and kept: the average, where there is one."""
         return self.average.module if self.average is not None else self.model
-
-    def temperature(self) -> float | None:
-        """What the loss has learned of its own: CTKD's temperature."""
-        kind = self.loss.temperature
-        if self.theta is None or not isinstance(kind, CTKD):
-            return None
-        return kind.lowest + kind.span * self.theta.sigmoid().item()
 
     def _cuts(self, order: Tensor) -> list[tuple[Tensor, ...]]:
         """The batches of an order of ids [N], each in the pieces that the processes go through one after the other."""

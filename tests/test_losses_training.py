@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import kdcache
 from kdcache.errors import UsageError
-from kdcache.fit import fit
+from kdcache.fit import Epoch, fit
 from kdcache.learner import Learner
 from kdcache.losses import Loss, distillation_loss, learned_temperature
 from kdcache.pipeline import Pipeline, TrainSpec
@@ -153,3 +153,19 @@ def test_students_are_trained_with_products_of_the_axes(name: str, cache: kdcach
     result = kdcache.train_student(pipeline(f"loss.name={name}", *top), cache, tmp_path / "run")
     assert result.test is not None
     assert kdcache.load_pipeline(tmp_path / "run" / "resolved.yaml").loss.name == name
+
+
+def test_temperatures_are_told_as_means_over_the_samples() -> None:
+    student, teacher = torch.randn(8, 5).abs() + 0.1, torch.randn(8, 5).abs() * 3 + 0.1
+    labels = torch.arange(8) % 5
+    parts = distillation_loss(student, teacher, labels, Loss.model_validate({"name": "dtkd"}))
+    x, y = teacher.amax(dim=1), student.amax(dim=1)
+    torch.testing.assert_close(parts.teacher_temperature, (2 * x * 4 / (x + y)).mean())
+    torch.testing.assert_close(parts.student_temperature, (2 * y * 4 / (x + y)).mean())
+    rows: list[Epoch] = []
+    for name, expected in (("kd", 4.0), ("ce", None)):
+        rows.clear()
+        loss = Loss.model_validate({"name": name})
+        fit(network(), View(tiny_samples(), []), None, PLAIN, loss, teacher=live, on_epoch=rows.append)
+        for who in ("student_temperature", "teacher_temperature"):
+            assert [getattr(row, who) for row in rows] == pytest.approx([expected] * 3)

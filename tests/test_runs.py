@@ -65,7 +65,7 @@ def check_told(run: Path) -> None:
     for key in ("lr", "loss", "cross_entropy", "distillation", "validation_accuracy", "validation_loss"):
         assert [epoch for epoch, _ in found[key]] == [int(row["epoch"]) for row in rows]
         assert [value for _, value in found[key]] == pytest.approx([float(row[key]) for row in rows], rel=1e-6)
-    assert "temperature" not in found
+    assert {float(row[f"{who}_temperature"]) for row in rows for who in ("student", "teacher")} == {4.0}
 
 
 def test_tensorboard_is_told_every_line(cache: Cache, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_run_that_fails_takes_its_logs_with_it(cache: Cache, tmp_path: Path) -
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
-    plain = Epoch(number, 0, 0.1, 2.0 / number, 1.5 / number, 0.5 / number, None, None, None)
+    plain = Epoch(number, 0, 0.1, 2.0 / number, 1.5 / number, 0.5 / number, None, None, None, None)
     return {**plain._asdict(), **more}
 
 
@@ -192,7 +192,7 @@ def test_two_processes_write_one_run_folder_and_what_one_process_would(cache: Ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "run", "said-0", "said-1"]
     run, expected = tmp_path / "run", tmp_path / "alone"
     assert sorted(path.name for path in run.iterdir()) == sorted([*FILES, "logs"])
-    assert [epoch for epoch, _ in told(run)["temperature"]] == [1, 2]
+    assert [epoch for epoch, _ in told(run)["teacher_temperature"]] == [1, 2]
     assert (run / "resolved.yaml").read_bytes() == (expected / "resolved.yaml").read_bytes()
     weights, others = load_file(run / "model.safetensors"), load_file(expected / "model.safetensors")
     torch.testing.assert_close(weights, others, rtol=1e-5, atol=1e-5)
@@ -200,7 +200,7 @@ def test_two_processes_write_one_run_folder_and_what_one_process_would(cache: Ca
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             assert float(value) == pytest.approx(float(theirs[key]), rel=1e-3)
-    assert lines(expected)[1]["temperature"] != lines(expected)[0]["temperature"]
+    assert lines(expected)[1]["teacher_temperature"] != lines(expected)[0]["teacher_temperature"]
     found, wanted = (json.loads((folder / "metrics.json").read_text()) for folder in (run, expected))
     for varying in ("seconds", "best", "test"):
         found.pop(varying), wanted.pop(varying)

@@ -65,19 +65,21 @@ class Whole(NamedTuple):
     sum: BatchSum = of_these
 
 
-def labelled_shares(labels: Tensor, mixed: Mixed | None) -> Tensor:
-    """Of how much of each sample the true class is known, [B] float32: 0 or 1; more than these where it is mixed."""
-    known = (labels >= 0).float()
+def labelled_shares(labels: Tensor, mixed: Mixed | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of how much of each sample the true class is known, [B]: 0 or 1, or where it is mixed anything between."""
+    known = (labels >= 0).to(dtype)
     if mixed is None:
         return known
-    return mixed.share * known + (1 - mixed.share) * (mixed.partner_labels >= 0)
+    share = mixed.share.to(dtype)
+    return share * known + (1 - share) * (mixed.partner_labels >= 0)
 
 
-def whole_of(labels: Tensor, mixed: Mixed | None = None) -> Whole:
+def whole_of(labels: Tensor, mixed: Mixed | None = None, dtype: torch.dtype = torch.float32) -> Whole:
     """A batch that is all here.
 
     Args:
         labels: [B] int64, -1 where not known.
         mixed: partners' labels and own shares, where each image is mixed with another.
+        dtype: that the shares are added up in.
     """
-    return Whole(len(labels), (labels >= 0).sum(), labelled_shares(labels, mixed).sum())
+    return Whole(len(labels), (labels >= 0).sum(), labelled_shares(labels, mixed, dtype).sum())

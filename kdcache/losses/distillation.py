@@ -68,11 +68,15 @@ class LossParts(NamedTuple):
         total: the one to differentiate.
         cross_entropy: before `ce_weight`.
         distillation: what `distillation_term` gives: with its weights, before the warm-up.
+        student_temperature: mean over the samples; 0 where there is no teacher.
+        teacher_temperature: the same.
     """
 
     total: Tensor
     cross_entropy: Tensor
     distillation: Tensor
+    student_temperature: Tensor
+    teacher_temperature: Tensor
 
 
 def cross_entropy(
@@ -94,7 +98,7 @@ def cross_entropy(
         whole: the batch that these samples are part of; None where they are all of it.
     """
     told = partial(F.cross_entropy, student_logits, ignore_index=-1, label_smoothing=smoothing)
-    known = (whole or whole_of(labels, mixed)).shares
+    known = (whole or whole_of(labels, mixed, student_logits.dtype)).shares
     if mixed is None:
         return told(labels, reduction="sum") / torch.as_tensor(known).clamp_min(1)
     share = mixed.share.to(student_logits.dtype)
@@ -135,9 +139,21 @@ def distillation_term(
     Raises:
         ValueError: if CTKD has no theta.
     """
+    whole = whole or whole_of(labels)
+    return _term_and_temperatures(student_logits, teacher_logits, labels, loss, epoch, theta, whole)[0]
+
+
+def _term_and_temperatures(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    epoch: int,
+    theta: Tensor | None,
+    whole: Whole,
+) -> tuple[Tensor, Temperatures]:
     if loss.temperature.kind == "ctkd" and theta is None:
         raise ValueError(f"the loss {loss.name!r} learns its temperature: make theta with learned_temperature(loss)")
-    whole = whole or whole_of(labels)
     of_the_step: dict[str, dict[str, Any]] = {
         "ctkd": {"epoch": epoch, "theta": theta},
         "dtd_flsw": {"batch_sum": whole.sum},
@@ -155,11 +171,12 @@ def distillation_term(
         values: Tensor = chosen(DIVERGENCES, loss.divergence)(student_logits / t.student, taught, labels)
         return (t.weight * values).sum() / rows
 
-    total = loss.kd_weight * term(chosen(TEMPERATURES, loss.temperature)(student_logits, teacher_logits))
+    found = chosen(TEMPERATURES, loss.temperature)(student_logits, teacher_logits)
+    total = loss.kd_weight * term(found)
     if loss.plain_kd_weight:
         plain = temperatures.constant(student_logits, teacher_logits, loss.tau)
         total = total + loss.plain_kd_weight * term(plain)
-    return total
+    return total, found
 
 
 def distillation_loss(
@@ -192,14 +209,17 @@ def distillation_loss(
     """
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()
+    whole = whole or whole_of(labels, mixed, student_logits.dtype)
     ce = cross_entropy(student_logits, labels, mixed, label_smoothing, whole)
     if not loss.uses_teacher:
-        return LossParts(loss.ce_weight * ce, ce.detach(), torch.zeros_like(ce))
+        none = torch.zeros_like(ce)
+        return LossParts(loss.ce_weight * ce, ce.detach(), none, none, none)
     if teacher_logits is None:
         raise ValueError(f"the loss {loss.name!r} needs the teacher's logits")
     if mixed is not None and loss.acts_on_label:
         raise ValueError(f"{loss.acts_on_label} needs one label an image, and mixed images have two")
     teacher_logits = teacher_logits.to(student_logits.dtype)
-    distilled = distillation_term(student_logits, teacher_logits, labels, loss, epoch, theta, whole)
+    distilled, found = _term_and_temperatures(student_logits, teacher_logits, labels, loss, epoch, theta, whole)
     total = loss.ce_weight * ce + warmup(epoch, loss.warmup_epochs) * distilled
-    return LossParts(total, ce.detach(), distilled.detach())
+    means = (t.detach().sum() / whole.rows for t in (found.student, found.teacher))
+    return LossParts(total, ce.detach(), distilled.detach(), *means)
