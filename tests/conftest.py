@@ -6,8 +6,12 @@ has the same bits in whatever batch it is computed.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+
+# Networks as small as these are slower on several threads, many times so where the cores are busy with other tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import multiprocessing
 import signal
 import sys
 import time
