@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kdcache.cache import layout, operations
+from kdcache.cache.card import write_card
 from kdcache.cache.planner import encoding_without_pilot, plan_encoding
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.schema import PLAN, read_plan
@@ -166,6 +167,8 @@ def dump_teacher(
         ranks.wait()
         with clock.on("sealing"):
             cache = open_cache(out)
+            if ranks.is_first:
+                write_card(cache)
     except KeyboardInterrupt:
         if not out.exists():
             raise

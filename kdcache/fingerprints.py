@@ -31,6 +31,10 @@ class Inputs(NamedTuple):
     fingerprints: npt.NDArray[np.uint32]
     sketches: npt.NDArray[np.float32]
 
+    def at(self, which: slice | npt.NDArray[np.int64]) -> Inputs:
+        """Some of them."""
+        return Inputs(self.fingerprints[which], self.sketches[which])
+
     @staticmethod
     def concatenate(parts: list[Inputs]) -> Inputs:
         """All of them, in order."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kdcache.align import AlignedTeacher, align, aligned, described
 from kdcache.cache.joined import JoinedTeacher
 from kdcache.cache.placement import Placement
 from kdcache.cache.reader import Cache, CachedTeacher
@@ -25,7 +26,7 @@ from kdcache.views import View, is_random
 _REPLAYED = 32
 """Images that are compared with what the teacher saw before the first step; `kdcache verify --replay` takes all."""
 
-Answers = CachedTeacher | JoinedTeacher
+Answers = CachedTeacher | JoinedTeacher | AlignedTeacher
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def lessons_from_caches(
     device: torch.device | str = "cpu",
     placement: Placement | Literal["auto"] = "auto",
     other_pixels: bool = False,
+    by_content: bool = False,
+    allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> Lessons:
     """The data of a pipeline, and the teacher that caches of it are.
@@ -87,6 +90,9 @@ def lessons_from_caches(
         device: where the logits are wanted.
         placement: where the rows are held; see `Cache.teacher`.
         other_pixels: go on although the images that are loaded are not those that the teacher saw.
+        by_content: match samples by their content keys, in whatever order the data set has them, and leave out those
+            that the caches have not.
+        allow_missing: the same, and go on although the data set lacks some samples of the caches.
         progress: who is told how it goes.
 
     Raises:
@@ -96,6 +102,9 @@ def lessons_from_caches(
     """
     progress = progress or Silent()
     samples = load_split(pipeline.dataset, "train")
+    matched: dict[str, dict[str, int]] = {}
+    if by_content or allow_missing:
+        samples, matched = _matched(samples, caches[0], allow_missing, progress)
     views = caches[0].manifest.plan.views
     replayed = []
     for cache in caches:
@@ -107,13 +116,16 @@ def lessons_from_caches(
             )
         replayed.append(_replay(cache, samples, other_pixels, progress))
     teachers = [cache.teacher(device, placement) for cache in caches]
-    for teacher in teachers:
-        progress.say(f"the cache is held: {teacher.placement} ({teacher.why})")
+    for each in teachers:
+        progress.say(f"the cache is held: {each.placement} ({each.why})")
     joined = JoinedTeacher(teachers, pipeline.join.weights, pipeline.join.combine)
+    whole = teachers[0] if len(teachers) == 1 else joined
+    teacher = whole if samples.ids is None else AlignedTeacher(whole, samples.ids, len(caches[0]))
     record = {
         "caches": [cache.manifest.digest for cache in caches],
         "placement": [teacher.placement for teacher in teachers],
         "replay": replayed,
+        **matched,
     }
     return Lessons(
         samples,
@@ -121,10 +133,45 @@ def lessons_from_caches(
         _held_out(pipeline, "test", samples),
         views.transform,
         views.seed,
-        views.count,
-        teachers[0] if len(teachers) == 1 else joined,
+        _first_views(caches),
+        teacher,
         record,
     )
+
+
+def _matched(
+    samples: Samples, cache: Cache, allow_missing: bool, progress: Progress
+) -> tuple[Samples, dict[str, dict[str, int]]]:
+    """The samples of a data set that a cache has, in its order, and how many there are, for the record."""
+    found = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
+    if not len(found.ids):
+        raise MismatchError(
+            f"no sample of {samples.name}/{samples.split} is in {cache.path}",
+            "use a copy of the data set that the cache was made from (`kdcache info CACHE` names it)",
+        )
+    if len(found.missing) and not allow_missing:
+        raise MismatchError(
+            described(samples, found), "say --allow-missing to train on those that are there, or get the others"
+        )
+    progress.say(f"note: {described(samples, found)}")
+    counts = {"matched": len(found.ids), "missing": len(found.missing), "extra": len(found.extra)}
+    return aligned(samples, found), {"alignment": counts}
+
+
+def _first_views(caches: Sequence[Cache]) -> int:
+    """How many views, from the first on, are there of every cache: those are trained on.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    here = set.intersection(*(set(cache.views) for cache in caches))
+    count = next(view for view in range(len(here) + 1) if view not in here)
+    if count == 0:
+        raise UsageError(
+            f"view 0 of {caches[0].path} is not here, and students are shown the views from the first on",
+            "pull the first ones: `kdcache pull URL DIR --views 0-...`",
+        )
+    return count
 
 
 def _held_out(pipeline: Pipeline, split: Literal["validation", "test"], samples: Samples) -> Samples | None:

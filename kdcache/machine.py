@@ -37,6 +37,11 @@ def free_memory(device: torch.device | str = "cpu") -> int:
 
 def free_disk(folder: Path) -> int:
     """Bytes that may still be written to a folder, which need not be there yet."""
+    return shutil.disk_usage(existing(folder)).free
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder

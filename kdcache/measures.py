@@ -5,6 +5,8 @@ The probabilities are those at T = 1, computed in float64.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,38 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     return -logits.double().log_softmax(dim=1).gather(1, labels[:, None]).mean().item()
 
 
+class Reliability(NamedTuple):
+    """Rows put into bins of their confidence, the largest probability: (0, 1/bins], (1/bins, 2/bins] and so on.
+
+    Attributes:
+        rows: [bins] int64, how many are in each.
+        correct: [bins] float64, of those the right ones.
+        confidence: [bins] float64, sum of their confidences.
+    """
+
+    rows: Tensor
+    correct: Tensor
+    confidence: Tensor
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error."""
+        return ((self.correct - self.confidence).abs().sum() / self.rows.sum()).item()
+
+
+def reliability(logits: Tensor, labels: Tensor, bins: int = BINS) -> Reliability:
+    """How often rows of some confidence are right."""
+    confidence, says = logits.double().softmax(dim=1).max(dim=1)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)
+    which = torch.bucketize(confidence, edges[1:-1])
+    none = torch.zeros(bins, dtype=torch.float64, device=logits.device)
+    return Reliability(
+        torch.bincount(which, minlength=bins),
+        none.index_add(0, which, (says == labels).double()),
+        none.index_add(0, which, confidence),
+    )
+
+
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
     """How far confidence and accuracy are apart, [0, 1].
 
@@ -33,9 +67,4 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS)
 
     Source: Guo, Pleiss, Sun & Weinberger 2017 (1706.04599), eq. 3.
     """
-    confidence, says = logits.double().softmax(dim=1).max(dim=1)
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=logits.device)
-    which = torch.bucketize(confidence, edges[1:-1])
-    gaps = torch.zeros(bins, dtype=torch.float64, device=logits.device)
-    gaps.index_add_(0, which, (says == labels).double() - confidence)
-    return (gaps.abs().sum() / len(labels)).item()
+    return reliability(logits, labels, bins).error

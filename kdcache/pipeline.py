@@ -114,8 +114,8 @@ class ModelSpec(Section):
     """Which network (`models/`)."""
 
     model: str
-    """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `timm:NAME`, `timm:NAME@TAG`, `small:cnn`, `small:mlp` or
-    `path/file.py:function`."""
+    """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `timm:NAME`, `timm:NAME@TAG`, `cifar:NAME`, `small:cnn`,
+    `small:mlp` or `path/file.py:function`."""
     args: dict[str, Any] = Field(default={})
     """Keyword arguments of the network's constructor."""
     weights: str | None = None

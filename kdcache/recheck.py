@@ -42,7 +42,8 @@ def check_data(cache: Cache, samples: Samples, transform: Transform | None, prog
             f"the cache {cache.path} has {cache.num_classes} classes, {samples.name} has {samples.num_classes}",
             "use the data set that the cache was made from (`kdcache info CACHE` names it)",
         )
-    check_same_samples(samples, samples.keys(progress), cache.sample_keys, cache.labels)
+    ids = slice(None) if samples.ids is None else samples.ids
+    check_same_samples(samples, samples.keys(progress), cache.sample_keys[ids], cache.labels[ids])
     if transform is not None and transform != plan.views.transform:
         raise MismatchError(
             f"the teacher saw images through another transform\n  cache: {plan.views.transform}\n"
@@ -80,25 +81,33 @@ def replay(
     """
     plan = cache.manifest.plan
     stride = plan.shape.fingerprint_stride
-    every = np.arange(plan.views.count * -(-len(samples) // stride))
+    # Of what is here: some views may not have been pulled, and some samples of the cache be missing.
+    in_cache = np.arange(len(samples)) if samples.ids is None else samples.ids
+    marked = np.flatnonzero(in_cache % stride == 0)
+    every = np.arange(len(cache.views) * len(marked))
     chosen = every if limit is None else every[pilot_ids(len(every), limit)]
-    views, numbers = np.divmod(chosen, -(-len(samples) // stride))
+    which, numbers = np.divmod(chosen, max(len(marked), 1))
     rounded = 0
     with (progress or Silent()).task("replay", len(chosen), "images") as task:
-        for number in np.unique(views).tolist():
+        for place in np.unique(which).tolist():
+            number = cache.views[place]
             kept = layout.read_inputs(cache.path, plan, number)
             view = View(samples, plan.views.transform, plan.views.seed, number)
-            ids = (numbers[views == number] * stride).tolist()
+            ids = marked[numbers[which == place]].tolist()
             cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
             for batch in batches(view, cuts, workers):
-                then = Inputs(*(values[batch.ids.numpy() // stride] for values in kept))
-                rounded += _compare(cache, number, batch.ids, then, inputs_of(batch.images))
+                then = Inputs(*(values[in_cache[batch.ids.numpy()] // stride] for values in kept))
+                rounded += compare_inputs(cache, number, batch.ids, then, inputs_of(batch.images))
                 task.advance(len(batch.ids))
     return Replay(len(chosen), rounded)
 
 
-def _compare(cache: Cache, view: int, ids: Tensor, then: Inputs, now: Inputs) -> int:
-    """How many images differ by rounding alone; one that differs by more is refused."""
+def compare_inputs(cache: Cache, view: int, ids: Tensor, then: Inputs, now: Inputs) -> int:
+    """How many images [M] of a view differ by rounding alone from what the teacher saw.
+
+    Raises:
+        MismatchError: which names the first that differs by more.
+    """
     differ = then.fingerprints != now.fingerprints
     scale = np.maximum(np.abs(then.sketches).max(axis=1), 1.0)
     gap = np.abs(then.sketches - now.sketches).max(axis=1)
@@ -173,8 +182,8 @@ def compare_with_teacher(
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
     teacher = cache.teacher(device)
     found = []
-    with (progress or Silent()).task("teacher", len(ids) * plan.views.count, "rows") as task:
-        for view in range(plan.views.count):
+    with (progress or Silent()).task("teacher", len(ids) * len(cache.views), "rows") as task:
+        for view in cache.views:
             seen = View(samples, plan.views.transform, plan.views.seed, view)
             parts = []
             for batch in batches(seen, cuts, spec.workers, device):

@@ -178,6 +178,8 @@ class Samples:
         labels: [N] int32, -1 where not known.
         class_names: one a class; their number is the number of classes.
         transform: what is done to an image where the pipeline does not say (`views.py` has the form).
+        ids: [N] int64, ascending, by which the views of samples are seeded where these are some of a cache's and their
+            ids there are not their ordinals here.
     """
 
     name: str
@@ -186,6 +188,7 @@ class Samples:
     labels: npt.NDArray[np.int32]
     class_names: tuple[str, ...]
     transform: Transform
+    ids: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.images):

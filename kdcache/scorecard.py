@@ -121,7 +121,7 @@ def score_networks(
         KdcacheError: if a network does not fit.
     """
     progress = progress or Silent()
-    samples = _same_split([network.pipeline.dataset for network in networks], split)
+    samples = same_split([network.pipeline.dataset for network in networks], split)
     labelled = torch.from_numpy(samples.labels >= 0).nonzero().squeeze(1).tolist()
     if not labelled:
         raise UsageError(f"no sample of {samples.name}/{samples.split} has a label", "evaluate on a labelled split")
@@ -134,7 +134,7 @@ def score_networks(
     return Scorecard(samples.name, split, len(samples), len(labelled), scores)
 
 
-def _same_split(specs: Sequence[DatasetSpec], split: Literal["validation", "test"]) -> Samples:
+def same_split(specs: Sequence[DatasetSpec], split: Literal["validation", "test"]) -> Samples:
     """The split of the data set that all specs name, perhaps in different words."""
     found: list[tuple[DatasetSpec, Samples]] = []
     for spec in specs:
@@ -184,7 +184,7 @@ def _score(
     model, view = network.load(samples)
     try_network(model, view, "cpu", f"network {network.name}")
     model.to(device).eval()
-    logits = _logits(network, model, view, labelled, device)
+    logits = logits_of(network, model, view, labelled, device)
     labels = view.labels[labelled]
     image = view[0].images.to(device)
     return Score(
@@ -197,12 +197,12 @@ def _score(
         costs.multiply_adds(model, image),
         view.shape(),
         *costs.speed(model, image),
-        _compare(_logits(network, model, taught.view, taught.ids, device), taught.logits) if taught else None,
+        _compare(logits_of(network, model, taught.view, taught.ids, device), taught.logits) if taught else None,
     )
 
 
 @torch.inference_mode()
-def _logits(network: Trained, model: nn.Module, view: View, ids: list[int], device: torch.device | str) -> Tensor:
+def logits_of(network: Trained, model: nn.Module, view: View, ids: list[int], device: torch.device | str) -> Tensor:
     """What a network in evaluation mode says of some samples, [len(ids), C] float32 on the CPU."""
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
     parts = []

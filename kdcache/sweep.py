@@ -163,7 +163,9 @@ class _Room:
         caches: opened.
         device: where to train.
         placement: of the caches.
-        other_pixels: see `train_student`.
+        other_pixels: see `train_student`; as are the next two.
+        by_content: how samples are matched.
+        allow_missing: whether some may lack.
         made: lessons by what they depend on.
     """
 
@@ -171,6 +173,8 @@ class _Room:
     device: str
     placement: Placement | Literal["auto"]
     other_pixels: bool
+    by_content: bool
+    allow_missing: bool
     made: dict[str, Lessons]
 
     def lessons(self, pipeline: Pipeline, progress: Progress | None = None) -> Lessons:
@@ -183,6 +187,8 @@ class _Room:
                 device=self.device,
                 placement=self.placement,
                 other_pixels=self.other_pixels,
+                by_content=self.by_content,
+                allow_missing=self.allow_missing,
                 progress=progress,
             )
         elif key not in self.made:
@@ -213,6 +219,8 @@ def sweep(
     device: str = "cpu",
     placement: Placement | Literal["auto"] = "auto",
     other_pixels: bool = False,
+    by_content: bool = False,
+    allow_missing: bool = False,
     processes: int = 1,
     progress: Progress | None = None,
 ) -> list[Summary]:
@@ -225,7 +233,9 @@ def sweep(
         out: a folder with a run folder POINT/seedN for each; may be that of an earlier, smaller sweep.
         device: where to train.
         placement: where the rows are held; with several processes, `auto` is a mapped file.
-        other_pixels: see `train_student`.
+        other_pixels: see `train_student`; as are the next two.
+        by_content: match samples by content.
+        allow_missing: the same, and go on without some of them.
         processes: that train side by side.
         progress: who is told how it goes.
 
@@ -251,16 +261,13 @@ def sweep(
     trained = {job.folder: _found(job) for job in jobs if job.folder.exists()}
     # What is in a mapped file is in memory once, however many processes there are.
     held = "mmap" if processes > 1 and placement == "auto" else placement
-    room = _Room(caches, device, held, other_pixels, {})
+    room = _Room(caches, device, held, other_pixels, by_content, allow_missing, {})
     with progress.task("students", len(waiting), "students") as task:
         for job, student in _each(room, waiting, processes, progress):
             trained[job.folder] = student
             note = "failed" if student.test is None else f"{student.test:.1%}"
             task.advance(1, f"{student.point}, seed {student.seed}: {note}")
-    return [
-        Summary(point.name, [trained[job.folder] for job in jobs if job.point is point])
-        for point in points
-    ]  # fmt: skip
+    return [Summary(point.name, [trained[job.folder] for job in jobs if job.point is point]) for point in points]
 
 
 def _seeds(pipeline: Pipeline, count: int) -> range:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -85,8 +85,17 @@ def _load(
     path, _, _ = spec.model.partition(":")
     code = f"sha256:{record_of(Path(path)).sha256}" if path.endswith(".py") else None
     # Of a teacher from a file the name is kept, not where the file lay on this machine.
-    identity = Identity(spec.model.rpartition("/")[2], arguments, code)
+    identity = Identity(spec.model.rpartition("/")[2], _without_folders(arguments), code)
     return (model if groups is None else ChosenOutputs(model, outputs, groups)), identity
+
+
+def _without_folders(given: Any) -> Any:
+    """Arguments of a constructor with the name alone of each file or folder that is given by its whole path."""
+    if isinstance(given, dict):
+        return {key: _without_folders(value) for key, value in given.items()}
+    if isinstance(given, list):
+        return [_without_folders(value) for value in given]
+    return Path(given).name if isinstance(given, str) and Path(given).expanduser().is_absolute() else given
 
 
 def _together(identities: list[Identity], weights: list[float], combine: str) -> Identity:

@@ -84,6 +84,8 @@ def train_student(
     device: torch.device | str = "cpu",
     placement: Placement | Literal["auto"] = "auto",
     other_pixels: bool = False,
+    by_content: bool = False,
+    allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Train the pipeline's student from a cache; the teacher itself is never loaded.
@@ -97,6 +99,8 @@ def train_student(
         device: where to train.
         placement: where the cache's rows are held meanwhile; see `Cache.teacher`.
         other_pixels: train although the images that are loaded are not those that the teacher saw.
+        by_content: match samples with the cache's by content, in whatever order they are; leave others out.
+        allow_missing: the same, and train although the data set lacks some of them.
         progress: who is told how it goes.
 
     Raises:
@@ -109,8 +113,17 @@ def train_student(
     caches = [] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
     if caches:
         lessons = lessons_from_caches(
-            pipeline, caches, device=device, placement=placement, other_pixels=other_pixels, progress=progress
+            pipeline,
+            caches,
+            device=device,
+            placement=placement,
+            other_pixels=other_pixels,
+            by_content=by_content,
+            allow_missing=allow_missing,
+            progress=progress,
         )
+    elif by_content or allow_missing:
+        raise UsageError("samples are to be matched with a cache, and none is given", "give one with --cache")
     elif pipeline.loss.uses_teacher:
         raise UsageError(
             f"the loss {pipeline.loss.name} needs a teacher", "give its cache with --cache, or take --loss ce"

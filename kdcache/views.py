@@ -17,7 +17,7 @@ import inspect
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,6 +191,11 @@ class View(Dataset[Batch]):
         steps, mixing = split_mixing(transform)
         self._transform = build_transform(steps)
         self._mixing = build_transform([mixing]) if mixing else None
+        if mixing and samples.ids is not None:
+            raise UsageError(
+                f"{mixing} mixes images with any others of the cache, and some of these are not here",
+                "train on the whole data set, or from a cache of views that are not mixed",
+            )
         self._random = is_random(steps)
         alone = is_random(transform) or any(name in _NOT_BATCHED for step in transform for name in step)
         self._arrays = samples.images if isinstance(samples.images, ArrayImages) and not alone else None
@@ -227,7 +232,7 @@ class View(Dataset[Batch]):
 
     def _mixed(self, index: int, mixing: Mixing) -> tuple[Tensor, float, int]:
         """An image mixed with another, the share of its own, and which the other is."""
-        with seeded(self.seed, index, self.view):
+        with self._seeded(index):
             own = self._transformed(index)
             partner = int(torch.randint(len(self), ()))
             other = self._one(partner)
@@ -238,8 +243,12 @@ class View(Dataset[Batch]):
     def _one(self, index: int) -> Tensor:
         if not self._random:
             return self._transformed(index)
-        with seeded(self.seed, index, self.view):
+        with self._seeded(index):
             return self._transformed(index)
+
+    def _seeded(self, index: int) -> AbstractContextManager[None]:
+        ids = self.samples.ids
+        return seeded(self.seed, index if ids is None else int(ids[index]), self.view)
 
     def _transformed(self, index: int) -> Tensor:
         picture = self.samples.images.picture(index)

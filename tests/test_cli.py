@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from kdcache.cli import main
+from kdcache.cli import main, output
+from kdcache.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 RECIPE = str(ROOT / "pipelines" / "digits.yaml")
@@ -84,7 +85,8 @@ def test_info_says_what_the_manifest_says(work: Path) -> None:
     assert told["digest"] in text
     assert told["summary"] == manifest["summary"]
     assert f"{manifest['summary']['teacher_accuracy']:.2%}" in text
-    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    card = (cache / "README.md", cache / "card.png")  # which is no part of it
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path not in card)
     assert told["bytes"] == size
     assert told["bytes_per_row"] == round(size / 1000, 2)
 
@@ -478,3 +480,16 @@ def test_a_place_that_cannot_be_written_to(work: Path, tmp_path: Path) -> None:
     place = tmp_path / "file" / "x.kdcache"
     assert str(tmp_path / "file") in refused(2, "dump-teacher", RECIPE, "-o", place, *weights(work))
     assert files(tmp_path) == {"file"}
+
+
+def test_nothing_that_is_printed_is_obeyed_by_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "teacher \x1b]0;owned\x07\x9b31m\r\x08 naïve 金"
+    output.result(evil)
+    output.say(evil)
+    output.table(evil, ["name"], [[evil], ["[bold]not markup[/]"]])
+    output.error(UsageError(evil, evil))
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        assert "naïve 金" in text
+        assert not set(text) & set("\x1b\x07\x9b\r\x08")
+    assert "[bold]not markup[/]" in printed.out

@@ -889,7 +889,7 @@ def test_a_student_is_the_same_wherever_the_rows_are(digits: Cache, tmp_path: Pa
         run = tmp_path / placed
         checkpoint = train_student(pipeline, digits, run, placement=placed).checkpoint
         weights[placed] = checkpoint.read_bytes()
-        assert json.loads((run / "metrics.json").read_text())["placement"] == placed
+        assert json.loads((run / "metrics.json").read_text())["placement"] == [placed]
         first, second = (float(line.split(",")[2]) for line in (run / "metrics.csv").read_text().splitlines()[1:])
         assert second < first
     assert weights["host"] == weights["device"] == weights["mmap"] != weights["stream"]
@@ -902,7 +902,7 @@ def test_the_command_says_where_the_rows_are(digits: Cache, tmp_path: Path) -> N
     assert " MB free)" in done.stderr
     done = kdcache(*common, "-o", tmp_path / "b", "--placement", "stream")
     assert "the cache is held: stream (as asked)" in done.stderr
-    assert json.loads((tmp_path / "b" / "metrics.json").read_text())["placement"] == "stream"
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text())["placement"] == ["stream"]
     done = kdcache(*common, "-o", tmp_path / "c", "--loss", "ce")
     assert "held" not in done.stderr
     assert json.loads((tmp_path / "c" / "metrics.json").read_text())["placement"] is None

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from kdcache.cache.packed import codecs_of, unpacked
 from kdcache.cache.schema import Encoding, Plan, commit_file
 from kdcache.errors import CorruptError
 from kdcache.fingerprints import SKETCH_PARTS
@@ -23,6 +24,8 @@ AGAIN = "get the cache again from where it was made, or delete it and dump the t
 _LARGEST_TYPESIZE = 255
 _ENTRY = struct.Struct("<QQ")
 _CHECKSUM = 4
+_SLACK = 2**10
+_LARGEST_JSON = 2**20
 _MISSING = 2**64 - 1
 _INPUTS = ("fingerprints", "sketches")
 
@@ -175,55 +178,92 @@ def common_files(plan: Plan) -> Iterator[str]:
             yield f"{STORE}/{name}/c/{shard}"
 
 
-def check_listed(cache: Path, plan: Plan, sizes: dict[str, int]) -> None:
-    """That a manifest lists every file of its plan and no other, none too small for the rows it is said to hold.
+def check_listed(cache: Path | str, plan: Plan, sizes: dict[str, int]) -> None:
+    """That a manifest lists every file of its plan and no other, none too small or too large for what it must hold.
 
     What is not listed would not be checked, and zarr would read it as zeros. A shard ends in 16 bytes a chunk, so
-    that after this no declared size is larger than the files allow.
+    that after this no declared size is larger than the files allow; and no file fills a disk for nothing.
 
     Raises:
         CorruptError: which names the first such file.
     """
     expected = 0
-    for name, least in _all_files(plan):
-        if sizes.get(name, -1) < least:
-            state = f"is too small, {sizes[name]} bytes" if name in sizes else "is not in its manifest"
+    for name, least, most in _all_files(plan):
+        if not least <= sizes.get(name, -1) <= most:
+            state = "is not in its manifest"
+            if name in sizes:
+                state = f"is too {'small' if sizes[name] < least else 'large'}, {sizes[name]} bytes"
             raise CorruptError(f"{cache} is damaged: {name} {state}", AGAIN)
         expected += 1
     if len(sizes) != expected:
         raise CorruptError(f"{cache} is damaged: its manifest lists {len(sizes)} files, a cache has {expected}", AGAIN)
 
 
-def _all_files(plan: Plan) -> Iterator[tuple[str, int]]:
-    """Every file of a complete cache but its manifest, and the bytes that it has at least."""
+def _all_files(plan: Plan) -> Iterator[tuple[str, int, int]]:
+    """Every file of a complete cache but its manifest, and the bytes that it has at least and at most."""
+    arrays = shard_arrays(plan) | whole_arrays(plan)
+    most = {name: _largest(array) for name, array in arrays.items()}
     smallest = _ENTRY.size * (plan.shape.shard_rows // plan.shape.chunk_rows)
     for name in common_files(plan):
-        yield name, 0 if name.endswith(".json") else _ENTRY.size
+        yield (name, 0, _LARGEST_JSON) if name.endswith(".json") else (name, _ENTRY.size, most[name.split("/")[1]])
     for view in range(plan.views.count):
         for shard in range(plan.shards):
-            yield commit_file(view, shard), 0
+            yield commit_file(view, shard), 0, _LARGEST_JSON
             for name in shard_files(plan, view, shard):
-                yield name, _ENTRY.size if name.split("/")[1] in _INPUTS else smallest
+                of = name.split("/")[1]
+                yield name, _ENTRY.size if of in _INPUTS else smallest, most[of]
 
 
-def check_whole(path: Path, chunks: int, needed: int) -> None:
-    """That the first `needed` of the `chunks` chunks of a shard are there.
+def _largest(array: Array) -> int:
+    """Bytes of a shard, its index included: what a compressor cannot make smaller, it makes hardly larger."""
+    chunks = math.prod(array.shards) // math.prod(array.chunks)
+    return chunks * (2 * chunk_bytes(array) + _SLACK)
+
+
+def chunk_bytes(array: Array) -> int:
+    """Bytes of a chunk before compression."""
+    return math.prod(array.chunks) * np.dtype(array.dtype).itemsize
+
+
+def check_codecs(cache: Path, arrays: Mapping[str, Array]) -> None:
+    """That arrays are packed with the codecs of the format, and no others.
+
+    Raises:
+        CorruptError: which names the first that is not.
+    """
+    for name, array in arrays.items():
+        path = cache / STORE / name / "zarr.json"
+        expected = ["bytes", "blosc" if array.typesize else "zstd", "crc32c"]
+        found = codecs_of(path.read_bytes()) if path.is_file() else None
+        if found != (["sharding_indexed"], expected, ["bytes", "crc32c"]):
+            raise CorruptError(f"{path} is packed with other codecs than those of the format: {found}", AGAIN)
+
+
+def check_whole(path: Path, array: Array, needed: int) -> None:
+    """That the first `needed` chunks of a shard are there, and are not larger than they should be when unpacked.
 
     A shard ends in (offset, size) of each chunk and a checksum; a chunk that is marked as missing there would be read
-    as zeros, and no digest can tell, if it was made so.
+    as zeros, and no digest can tell, if it was made so. A chunk says itself what it unpacks to, and is believed.
 
     Raises:
         CorruptError: which names the file and the chunk.
     """
-    index = _ENTRY.size * chunks + _CHECKSUM
+    index = _ENTRY.size * (math.prod(array.shards) // math.prod(array.chunks)) + _CHECKSUM
     if not path.is_file() or path.stat().st_size < index:
         raise CorruptError(f"{path} is missing, or too small to be a shard", AGAIN)
+    room = path.stat().st_size - index
     with path.open("rb") as opened:
         opened.seek(-index, os.SEEK_END)
-        entries = _ENTRY.iter_unpack(opened.read(_ENTRY.size * needed))
-    for chunk, entry in enumerate(entries):
-        if _MISSING in entry or not entry[1]:
-            raise CorruptError(f"chunk {chunk} of {path} is missing", AGAIN)
+        for chunk, (offset, size) in enumerate(_ENTRY.iter_unpack(opened.read(_ENTRY.size * needed))):
+            if _MISSING in (offset, size) or not size:
+                raise CorruptError(f"chunk {chunk} of {path} is missing", AGAIN)
+            if size > room:  # no two of them are in the same place
+                raise CorruptError(f"chunk {chunk} of {path} is said to lie outside of it", AGAIN)
+            room -= size
+            if unpacked(opened, offset, size - _CHECKSUM, array.typesize is not None) != chunk_bytes(array):
+                raise CorruptError(
+                    f"chunk {chunk} of {path} does not say that it unpacks to {chunk_bytes(array)} bytes", AGAIN
+                )
 
 
 def check_shard(cache: Path, plan: Plan, view: int, shard: int) -> None:
@@ -233,9 +273,9 @@ def check_shard(cache: Path, plan: Plan, view: int, shard: int) -> None:
         CorruptError: which names the first that is not.
     """
     for name, array in row_arrays(plan).items():
-        check_whole(cache / shard_file(name, array, view, shard), *_chunks(plan, shard))
+        check_whole(cache / shard_file(name, array, view, shard), array, _needed(plan, shard))
     for name, array in input_arrays(plan).items():
-        check_whole(cache / shard_file(name, array, view, shard), 1, 1)
+        check_whole(cache / shard_file(name, array, view, shard), array, 1)
 
 
 def check_common(cache: Path, plan: Plan) -> None:
@@ -245,16 +285,15 @@ def check_common(cache: Path, plan: Plan) -> None:
         CorruptError: which names the first that is not.
     """
     for name, array in basis_arrays(plan).items():
-        check_whole(cache / _whole_file(name, array), 1, 1)
-    for name in sample_arrays(plan):
+        check_whole(cache / _whole_file(name, array), array, 1)
+    for name, array in sample_arrays(plan).items():
         for shard in range(plan.shards):
-            check_whole(cache / f"{STORE}/{name}/c/{shard}", *_chunks(plan, shard))
+            check_whole(cache / f"{STORE}/{name}/c/{shard}", array, _needed(plan, shard))
 
 
-def _chunks(plan: Plan, shard: int) -> tuple[int, int]:
-    """How many chunks a shard has room for, and how many hold samples."""
-    size = plan.shape.chunk_rows
-    return plan.shape.shard_rows // size, -(-len(plan.shard_ids(shard)) // size)
+def _needed(plan: Plan, shard: int) -> int:
+    """How many chunks of a shard hold samples."""
+    return -(-len(plan.shard_ids(shard)) // plan.shape.chunk_rows)
 
 
 def _whole_file(name: str, array: Array) -> str:

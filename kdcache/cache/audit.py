@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdcache.cache import arrays, operations
+from kdcache.cache.mirror import files_of, views_here
 from kdcache.cache.reader import refusal
 from kdcache.cache.schema import MANIFEST, PLAN, FileRecord, Plan, commit_file, read_commit, read_manifest, read_plan
 from kdcache.cache.verify import NOT_LISTED, Finding, check_inputs, check_samples, damaged_files, strangers
@@ -43,7 +44,7 @@ class Audit:
         more = len(self.findings) - _SHOWN
         if all(finding.what == NOT_LISTED for finding in self.findings):
             fix = "delete them, nothing of the cache; no digest covers them"
-        elif self.incomplete:
+        elif self.digest is None:
             fix = "run its `kdcache dump-teacher` command again: it makes damaged shards anew"
         else:
             fix = arrays.AGAIN
@@ -65,12 +66,14 @@ def audit(path: Path) -> Audit:
         manifest = read_manifest(path / MANIFEST)
         plan, files = manifest.plan, manifest.files
         arrays.check_listed(path, plan, {name: record.size for name, record in files.items()})
-        findings = damaged_files(path, files) + strangers(path, files)
-        shards = [(view, shard) for view in range(plan.views.count) for shard in range(plan.shards)]
+        views = views_here(path, plan)
+        here = files_of(manifest, views)
+        findings = damaged_files(path, here) + strangers(path, files)
+        shards = [(view, shard) for view in views for shard in range(plan.shards)]
         found, rows = _contents(path, plan, shards, findings)
         if not findings + found:
-            found = check_inputs(path, plan)
-        return Audit(path, manifest.digest, len(files) + 1, rows, findings + found)
+            found = check_inputs(path, plan, views)
+        return Audit(path, manifest.digest, len(here) + 1, rows, findings + found, _partial(path, plan, views))
     incomplete = refusal(path)
     if not isinstance(incomplete, IncompleteError):
         raise incomplete
@@ -91,6 +94,16 @@ def audit(path: Path) -> Audit:
     findings = markers + damaged_files(path, written)
     found, rows = _contents(path, plan, committed, findings)
     return Audit(path, None, len(written) + len(committed) + len(markers) + 1, rows, findings + found, incomplete)
+
+
+def _partial(path: Path, plan: Plan, views: tuple[int, ...]) -> IncompleteError | None:
+    """What is to be said of a cache of which only some views were pulled."""
+    if len(views) == plan.views.count:
+        return None
+    return IncompleteError(
+        f"{path} holds only {len(views)} of {plan.views.count} views: {', '.join(map(str, views))}",
+        "pull the others with `kdcache pull URL DIR`; students can be trained from those that are there",
+    )
 
 
 def _contents(

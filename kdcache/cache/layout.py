@@ -6,6 +6,7 @@ every array writes its chunks even where they hold nothing but the fill value, o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kdcache.cache.arrays import (
     STORE,
     Array,
     basis_arrays,
+    check_codecs,
     check_common,
     check_shard,
     input_arrays,
@@ -115,8 +117,9 @@ class RowReader:
 
     def __init__(self, cache: Path, plan: Plan) -> None:
         self._cache, self._plan = cache, plan
-        group = _open(cache)
-        self._arrays = {name: _array(group, name, expected) for name, expected in row_arrays(plan).items()}
+        arrays = row_arrays(plan)
+        group = _open(cache, arrays)
+        self._arrays = {name: _array(group, name, expected) for name, expected in arrays.items()}
 
     def read(self, view: int, ids: range) -> Rows:
         """The rows of a run of sample ids in one view; whole chunks and shards are read fastest."""
@@ -143,15 +146,19 @@ def read_rows(cache: Path, plan: Plan, view: int, ids: range) -> Rows:
 
 def read_inputs(cache: Path, plan: Plan, view: int) -> Inputs:
     """The fingerprints of one view; number j is of sample j * `fingerprint_stride`."""
-    group = _open(cache)
-    return Inputs(*(_read(group, name, expected, (view,)) for name, expected in input_arrays(plan).items()))
+    arrays = input_arrays(plan)
+    for shard in range(plan.shards):
+        check_shard(cache, plan, view, shard)
+    group = _open(cache, arrays)
+    return Inputs(*(_read(group, name, expected, (view,)) for name, expected in arrays.items()))
 
 
 def read_samples(cache: Path, plan: Plan) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
     """(labels [N] int32, sample keys [N] uint64)."""
     check_common(cache, plan)
-    group = _open(cache)
-    labels, keys = (_read(group, name, expected, slice(None)) for name, expected in sample_arrays(plan).items())
+    arrays = sample_arrays(plan)
+    group = _open(cache, arrays)
+    labels, keys = (_read(group, name, expected, slice(None)) for name, expected in arrays.items())
     out = (labels < -1) | (labels >= plan.encoding.num_classes)
     if out.any():
         raise CorruptError(f"{cache} has the label {labels[out.argmax()]} for sample {out.argmax()}", AGAIN)
@@ -163,8 +170,9 @@ def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
     if not plan.encoding.rank:
         return None
     check_common(cache, plan)
-    group = _open(cache)
-    arrays = {name: _read(group, name, expected, ...) for name, expected in basis_arrays(plan).items()}
+    expected = basis_arrays(plan)
+    group = _open(cache, expected)
+    arrays = {name: _read(group, name, array, ...) for name, array in expected.items()}
     if not all(np.isfinite(array).all() for array in arrays.values()) or (arrays["tail_scale"] <= 0).any():
         raise CorruptError(f"the tail basis of {cache} holds NaN, infinities or a scale that is not positive", AGAIN)
     return TailBasis(*(torch.from_numpy(arrays[name]) for name in ("tail_basis", "tail_mean", "tail_scale")))
@@ -174,9 +182,12 @@ def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, NotImplementedError)
 
 
-def _open(cache: Path) -> zarr.Group:
+def _open(cache: Path, arrays: Mapping[str, Array]) -> zarr.Group:
+    """The store of a cache, of which these arrays are to be read."""
+    check_codecs(cache, arrays)
     try:
-        return zarr.open_group(cache / STORE, mode="r", zarr_format=3)
+        # What a group may say of its arrays all together is not what they say themselves.
+        return zarr.open_group(cache / STORE, mode="r", zarr_format=3, use_consolidated=False)
     except _UNREADABLE as error:
         raise CorruptError(f"the store of {cache} cannot be opened: {error}", AGAIN) from None
 

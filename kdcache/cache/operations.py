@@ -7,22 +7,95 @@ size of the cache, and gives the same bits however many workers share it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from threading import Event
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from dask.base import compute
 from dask.delayed import delayed
+from dask.system import CPU_COUNT
 
 from kdcache.cache import layout
+from kdcache.cache.arrays import raw_bytes
 from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import decode, stated_at, tail_log_mass
 from kdcache.cache.schema import TAIL_TEMPERATURES, Plan, Summary
 from kdcache.cache.verify import Finding, check_shard_rows
+from kdcache.errors import KdcacheError, UsageError
+from kdcache.machine import free_memory
 
 _ROWS_AT_ONCE = 4096
 _TINY = 1e-12
+_COPIES = 4
+"""Of a shard's rows, that are in memory at once while they are gathered, encoded and written."""
+
+_PATIENCE = 10
+"""Seconds in which a dask scheduler must answer."""
+
+T = TypeVar("T")
+
+
+def over(
+    function: Callable[..., T], calls: Iterable[tuple[Any, ...]], scheduler: str = "threads", plan: Plan | None = None
+) -> list[T]:
+    """What a function returns for each tuple of arguments, in their order.
+
+    Args:
+        function: of a module, so that other processes can find it.
+        calls: one a shard, of little that has to be sent: each names its files, and reads them where it runs.
+        scheduler: `threads`, `processes`, or the address of a dask.distributed scheduler (`tcp://HOST:PORT`) whose
+            workers see the same files; what a worker that dies had begun, another one does again.
+        plan: of the cache whose shards are held in memory: no more run side by side here than half of it has room for.
+
+    Raises:
+        UsageError: if there is no such scheduler.
+        KdcacheError: what the first call has raised that did; none is under way any more, whoever clears up after it.
+    """
+    stop = Event() if scheduler == "threads" else None
+    attempt = delayed(_attempt, pure=False, traverse=False)
+    parts = [attempt(stop, function, *call) for call in calls]
+    found = _computed(parts, scheduler, plan)
+    for result in found:
+        if isinstance(result, KdcacheError):
+            raise result
+    return found
+
+
+def _attempt(stop: Event | None, function: Callable[..., Any], *call: Any) -> Any:
+    """What a call returns, or the error that it raises, after which no thread begins another."""
+    if stop is not None and stop.is_set():
+        return None
+    try:
+        return function(*call)
+    except KdcacheError as error:
+        if stop is not None:
+            stop.set()
+        return error
+
+
+def _computed(parts: list[Any], scheduler: str, plan: Plan | None) -> list[Any]:
+    if scheduler in ("threads", "processes"):
+        workers = CPU_COUNT
+        if plan is not None:
+            held = _COPIES * raw_bytes(plan.encoding) * plan.shape.shard_rows
+            workers = max(min(workers, free_memory() // 2 // held), 1)
+        return list(compute(*parts, scheduler=scheduler, num_workers=workers, traverse=False))  # type: ignore[no-untyped-call]
+    try:
+        from distributed import Client  # noqa: PLC0415  # an extra
+    except ImportError:
+        raise UsageError("--scheduler needs dask.distributed", "pip install 'kdcache[cluster]'") from None
+    try:
+        client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no dask scheduler answers at {scheduler!r}: {error}",
+            "give threads, processes, or the address that `dask scheduler` prints, such as tcp://HOST:8786",
+        ) from None
+    with client:
+        return list(client.gather(client.compute(parts)))  # type: ignore[no-untyped-call]
 
 
 class _Sums(NamedTuple):
@@ -33,15 +106,15 @@ class _Sums(NamedTuple):
     top_probability: float
 
 
-def summarise(cache: Path, plan: Plan) -> Summary:
+def summarise(cache: Path, plan: Plan, scheduler: str = "threads") -> Summary:
     """What a teacher is like, from its cache alone: accuracy, mean sharpness (logsumexp), entropy and confidence."""
     labels = torch.from_numpy(layout.read_samples(cache, plan)[0].astype(np.int64))
-    parts = [
-        delayed(_sums)(cache, plan, view, shard, labels)
+    calls = [
+        (cache, plan, view, shard, of_shard(labels, plan, shard))
         for view in range(plan.views.count)
         for shard in range(plan.shards)
     ]
-    sums = [_Sums(*part) for part in compute(*parts, scheduler="threads")]  # type: ignore[no-untyped-call]
+    sums = over(_sums, calls, scheduler, plan)
     rows = plan.views.count * plan.dataset.samples
     labelled = sum(part.labelled for part in sums)
     return Summary(
@@ -52,10 +125,14 @@ def summarise(cache: Path, plan: Plan) -> Summary:
     )
 
 
-def _sums(cache: Path, plan: Plan, view: int, shard: int, labels: torch.Tensor) -> _Sums:
+def of_shard(labels: torch.Tensor, plan: Plan, shard: int) -> torch.Tensor:
+    """The labels of one shard: a copy, as what is sent to another process is sent with all that it is a part of."""
     ids = plan.shard_ids(shard)
-    rows = layout.read_rows(cache, plan, view, ids)
-    truth = labels[ids.start : ids.stop]
+    return labels[ids.start : ids.stop].clone()
+
+
+def _sums(cache: Path, plan: Plan, view: int, shard: int, truth: torch.Tensor) -> _Sums:
+    rows = layout.read_rows(cache, plan, view, plan.shard_ids(shard))
     if rows.indices is None:
         top_log_prob, predicted = decode(rows, truth, plan.encoding).log_softmax(dim=1).max(dim=1)
     else:
@@ -74,8 +151,7 @@ def _sums(cache: Path, plan: Plan, view: int, shard: int, labels: torch.Tensor) 
 def check_rows(cache: Path, plan: Plan, shards: list[tuple[int, int]]) -> list[Finding]:
     """What cannot be right in the rows of some (view, shard) of a cache."""
     labels = torch.from_numpy(layout.read_samples(cache, plan)[0].astype(np.int64))
-    parts = [delayed(check_shard_rows)(cache, plan, view, shard, labels) for view, shard in shards]
-    found: tuple[list[Finding], ...] = compute(*parts, scheduler="threads")  # type: ignore[no-untyped-call]
+    found = over(check_shard_rows, [(cache, plan, view, shard, labels) for view, shard in shards])
     return [finding for part in found for finding in part]
 
 
@@ -106,8 +182,7 @@ def measure_itself(cache: Path, plan: Plan) -> list[SelfFidelity]:
     basis = layout.read_basis(cache, plan)
     measured = []
     for view in range(plan.views.count):
-        parts = [delayed(_self_errors)(cache, plan, view, shard, labels, basis) for shard in range(plan.shards)]
-        sums = compute(*parts, scheduler="threads")  # type: ignore[no-untyped-call]
+        sums = over(_self_errors, [(cache, plan, view, shard, labels, basis) for shard in range(plan.shards)])
         for place, t in enumerate(TAIL_TEMPERATURES[1:]):
             mass, level = (math.fsum(part[place][kind] for part in sums) / plan.dataset.samples for kind in (0, 1))
             measured.append(SelfFidelity(view, t, mass, level))

@@ -8,7 +8,7 @@ stream   nowhere: read from the store block by block, in a block-shuffled order
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -54,9 +54,13 @@ class Placed(NamedTuple):
 
 
 def place_rows(
-    cache: Path, manifest: Manifest, device: torch.device | str, asked: Placement | Literal["auto"]
+    cache: Path,
+    manifest: Manifest,
+    device: torch.device | str,
+    asked: Placement | Literal["auto"],
+    views: Sequence[int],
 ) -> Placed:
-    """Bring the rows of a cache to where they are asked for, or to the best place that they fit.
+    """Bring the rows of some views of a cache to where they are asked for, or to the best place that they fit.
 
     Raises:
         UsageError: for a placement that is not known.
@@ -64,8 +68,8 @@ def place_rows(
         CorruptError: if the store is not as it was written.
     """
     plan = manifest.plan
-    records = Records(layout.read_rows(cache, plan, 0, range(1)))
-    size = records.width * plan.dataset.samples * plan.views.count
+    records = Records(layout.read_rows(cache, plan, views[0], range(1)))
+    size = records.width * plan.dataset.samples * len(views)
     placement, why = (asked, "as asked") if asked != "auto" else _best(size, _records_of(manifest), device)
     if placement not in PLACEMENTS:
         raise UsageError(f"there is no placement {placement!r}", f"take one of auto, {', '.join(PLACEMENTS)}")
@@ -73,11 +77,11 @@ def place_rows(
         block = plan.shape.chunk_rows * max(_BLOCK // (records.width * plan.shape.chunk_rows), 1)
         return Placed(Streamed(cache, plan, block, max(_STREAMED // (records.width * block), 1)), placement, why)
     if placement == "mmap":
-        return Placed(_mapped(cache, manifest, records), placement, why)
+        return Placed(_mapped(cache, manifest, records, views), placement, why)
     everything = range(plan.dataset.samples)
     reader = layout.RowReader(cache, plan)
-    rows = (reader.read(view, everything) for view in range(plan.views.count))
-    return Placed(Memory(tuple(r.to(device) if placement == "device" else r for r in rows)), placement, why)
+    where = device if placement == "device" else "cpu"
+    return Placed(Memory({view: reader.read(view, everything).to(where) for view in views}), placement, why)
 
 
 def _best(size: int, folder: Path, device: torch.device | str) -> tuple[Placement, str]:
@@ -103,7 +107,7 @@ def _records_of(manifest: Manifest) -> Path:
     return home() / "records" / manifest.digest.removeprefix("sha256:")
 
 
-def _mapped(cache: Path, manifest: Manifest, records: Records) -> Mapped:
+def _mapped(cache: Path, manifest: Manifest, records: Records, views: Sequence[int]) -> Mapped:
     plan = manifest.plan
     reader = layout.RowReader(cache, plan)
     rows = plan.shape.chunk_rows * max(_READ // (records.width * plan.shape.chunk_rows), 1)
@@ -113,4 +117,4 @@ def _mapped(cache: Path, manifest: Manifest, records: Records) -> Mapped:
             yield reader.read(view, range(start, min(start + rows, plan.dataset.samples)))
 
     size = records.width * plan.dataset.samples
-    return Mapped(record_files(_records_of(manifest), plan.views.count, size, read), records, plan.dataset.samples)
+    return Mapped(record_files(_records_of(manifest), views, size, read), records, plan.dataset.samples)

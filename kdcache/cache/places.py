@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -44,10 +44,10 @@ class Memory:
     """Rows in the memory of a device, or of the host.
 
     Args:
-        views: the rows of each view.
+        views: the rows of each view, by its number.
     """
 
-    def __init__(self, views: tuple[Rows, ...]) -> None:
+    def __init__(self, views: Mapping[int, Rows]) -> None:
         self.views = views
 
     def rows(self, ids: Tensor, view: int) -> Rows:
@@ -60,7 +60,7 @@ class Memory:
 
     def order(self, generator: torch.Generator) -> Tensor:
         """A random order of all ids, [N] int64."""
-        return torch.randperm(len(self.views[0]), generator=generator)
+        return torch.randperm(len(next(iter(self.views.values()))), generator=generator)
 
 
 class Ahead:

@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 
 from kdcache.cache import arrays, layout
+from kdcache.cache.address import source
 from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import decode
+from kdcache.cache.mirror import Views, check_pinned, files_of, mirror, unfinished_pull, views_here, wanted_views
 from kdcache.cache.placement import Placement, place_rows
 from kdcache.cache.places import Place
 from kdcache.cache.schema import MANIFEST, PLAN, Encoding, Manifest, read_manifest, read_plan
 from kdcache.cache.verify import check_files
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError
+from kdcache.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class CachedTeacher:
         labels: [N] int64, as they were encoded, on the device of the logits.
         encoding: of the rows.
         basis: of their tails, on the device; None where the encoding has none.
+        here: the views that were brought here; None for all.
     """
 
     place: Place
@@ -53,6 +57,7 @@ class CachedTeacher:
     labels: Tensor
     encoding: Encoding
     basis: TailBasis | None = None
+    here: tuple[int, ...] | None = None
 
     def __call__(self, ids: Tensor, view: int | Tensor = 0) -> Tensor:
         """The teacher's raw logits for samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
@@ -103,6 +108,11 @@ class CachedTeacher:
     def _check_view(self, view: int) -> None:
         if not 0 <= view < self.views:
             raise UsageError(f"the cache has no view {view}", f"ask for one of 0 to {self.views - 1}")
+        if self.here is not None and view not in self.here:
+            raise UsageError(
+                f"view {view} of the cache is not here: views {', '.join(map(str, self.here))} of {self.views} are",
+                "pull it too, or open the cache with it among its `views`",
+            )
 
 
 @dataclass(frozen=True)
@@ -114,12 +124,14 @@ class Cache:
         manifest: what it says of itself.
         labels: [N] int32, -1 where not known.
         sample_keys: [N] uint64, content keys of the samples.
+        views: the numbers of those that were opened, ascending: all, but in a folder that holds only some of them.
     """
 
     path: Path
     manifest: Manifest
     labels: npt.NDArray[np.int32]
     sample_keys: npt.NDArray[np.uint64]
+    views: tuple[int, ...]
 
     def __len__(self) -> int:
         return self.manifest.plan.dataset.samples
@@ -148,29 +160,57 @@ class Cache:
             IncompleteError: if the records of the placement mmap do not fit on the disk.
         """
         plan = self.manifest.plan
-        placed = place_rows(self.path, self.manifest, device, placement)
+        placed = place_rows(self.path, self.manifest, device, placement, self.views)
         labels = torch.from_numpy(self.labels.astype(np.int64)).to(device)
         basis = layout.read_basis(self.path, plan)
         basis = basis.to(device) if basis is not None else None
-        return CachedTeacher(*placed, plan.views.count, labels, plan.encoding, basis)
+        here = self.views if len(self.views) < plan.views.count else None
+        return CachedTeacher(*placed, plan.views.count, labels, plan.encoding, basis, here)
 
 
-def open_cache(path: str | Path) -> Cache:
+def open_cache(
+    path: str | Path, views: Views = None, digest: str | None = None, progress: Progress | None = None
+) -> Cache:
     """Open a sealed cache, and check every byte of it against its manifest.
 
+    Args:
+        path: its folder, or a URL, of which a copy is kept in kdcache's own folder. With `#sha256:...` behind it, or
+            with `digest`, it must have that root digest.
+        views: which are wanted: some, the first so many, or, with None, all that are there.
+        digest: that it must have.
+        progress: who is told how the copying goes.
+
     Raises:
-        UsageError: if there is no cache at `path`.
-        IncompleteError: if it was never sealed.
+        UsageError: if there is no cache at `path`, or it has no such view.
+        IncompleteError: if it was never sealed, or a view that is wanted is not there.
+        MismatchError: if it has another digest.
         CorruptError: if a file is missing or differs, or the manifest cannot be right.
     """
-    path = Path(path)
+    found = source(path, digest)
+    if found.is_remote:
+        here = mirror(found, None, views, progress)
+        return opened(here.folder, here.manifest, here.views)
+    path = Path(found.where)
     if not (path / MANIFEST).is_file():
         raise refusal(path)
     manifest = read_manifest(path / MANIFEST)
+    check_pinned(path, manifest.digest, found.digest)
     arrays.check_listed(path, manifest.plan, {name: record.size for name, record in manifest.files.items()})
-    check_files(path, manifest.files)
+    there = views_here(path, manifest.plan)
+    wanted = there if views is None else wanted_views(manifest.plan, views)
+    if absent := sorted(set(wanted) - set(there)):
+        raise IncompleteError(
+            f"{path} holds views {', '.join(map(str, there))} of {manifest.plan.views.count}, and not view {absent[0]}",
+            "pull it too: `kdcache pull URL DIR` brings what is missing",
+        )
+    check_files(path, files_of(manifest, wanted))
+    return opened(path, manifest, wanted)
+
+
+def opened(path: Path, manifest: Manifest, views: tuple[int, ...]) -> Cache:
+    """A cache whose manifest and files were checked."""
     labels, keys = layout.read_samples(path, manifest.plan)
-    return Cache(path, manifest, labels, keys)
+    return Cache(path, manifest, labels, keys, views)
 
 
 def refusal(path: Path) -> KdcacheError:
@@ -178,6 +218,8 @@ def refusal(path: Path) -> KdcacheError:
     if not path.exists():
         return UsageError(f"there is no cache {path}", "make one with `kdcache dump-teacher PIPELINE -o NAME.kdcache`")
     if not (path / PLAN).is_file():
+        if (unfinished := unfinished_pull(path)) is not None:
+            return unfinished
         if (path / arrays.STORE).is_dir():
             return CorruptError(f"{path / MANIFEST} is missing", arrays.AGAIN)
         return UsageError(f"{path} is not a cache: it holds neither manifest nor plan", "give the .kdcache folder")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import mmap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,12 @@ class Mapped:
     """Rows of record files, one a view.
 
     Args:
-        files: one a view.
+        files: one a view, by its number.
         records: how their rows lie in them.
         samples: N, rows of each.
     """
 
-    def __init__(self, files: list[Path], records: Records, samples: int) -> None:
+    def __init__(self, files: Mapping[int, Path], records: Records, samples: int) -> None:
         self._files, self._records, self._samples = files, records, samples
         self._open()
 
@@ -141,26 +141,28 @@ class Mapped:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def record_files(folder: Path, views: int, size: int, read: Callable[[int], Iterator[Rows]]) -> list[Path]:
+def record_files(
+    folder: Path, views: Sequence[int], size: int, read: Callable[[int], Iterator[Rows]]
+) -> dict[int, Path]:
     """The record file of each view: the one that lies in `folder`, if it is whole, or a new one.
 
     Args:
         folder: of the cache's root digest.
-        views: how many there are.
+        views: their numbers.
         size: bytes of a file.
         read: all rows of a view, in order, a part at a time.
 
     Raises:
         IncompleteError: if those that are to be made do not fit on the disk.
     """
-    files = [folder / f"view-{view}.records" for view in range(views)]
-    if all(map(_is_whole, files)):
+    files = {view: folder / f"view-{view}.records" for view in views}
+    if all(map(_is_whole, files.values())):
         return files
     folder.mkdir(parents=True, exist_ok=True)
     # The processes of a run come here together: one makes the files, the others wait, and find them whole.
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        wanted = [view for view, file in enumerate(files) if not _is_whole(file)]
+        wanted = [view for view, file in files.items() if not _is_whole(file)]
         for leftover in (*folder.glob("*.partial"), *(files[view] for view in wanted)):
             leftover.unlink(missing_ok=True)
         if len(wanted) * size > (free := free_disk(folder)):

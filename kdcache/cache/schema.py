@@ -177,6 +177,14 @@ class Fidelity(Record):
     total_variation: dict[str, float]
 
 
+class Lineage(Record):
+    """What a cache was made from, if not from a teacher: how, with what arguments, and its parents' root digests."""
+
+    operation: str
+    arguments: dict[str, Any]
+    parents: list[Digest]
+
+
 class Plan(Record):
     """Everything that is settled before the first row: a run that goes on must agree with all of it."""
 
@@ -194,6 +202,7 @@ class Plan(Record):
     versions: dict[str, str]
     licence: str
     notes: str
+    lineage: Annotated[Lineage | None, Field(exclude_if=lambda lineage: lineage is None)] = None
 
     @model_validator(mode="after")
     def _classes_agree(self) -> Plan:
@@ -277,13 +286,13 @@ def root_digest(manifest: Manifest) -> str:
     return f"sha256:{hashlib.sha256(canonical(zeroed)).hexdigest()}"
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read and check a manifest: its schema, its canonical bytes and its digest.
+def read_manifest(path: Path | str, data: bytes | None = None) -> Manifest:
+    """Read and check a manifest, or the `data` that were read from `path`: schema, canonical bytes and digest.
 
     Raises:
         CorruptError: if any byte of it is not as it was written.
     """
-    manifest = _read(path, Manifest)
+    manifest = _read(path, Manifest, data)
     if manifest.digest != root_digest(manifest):
         raise _damaged(path, "its digest does not fit its contents")
     return manifest
@@ -307,9 +316,9 @@ def read_file_record(path: Path) -> FileRecord:
 R = TypeVar("R", bound=Record)
 
 
-def _read(path: Path, kind: type[R]) -> R:
+def _read(path: Path | str, kind: type[R], data: bytes | None = None) -> R:
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes() if data is None else data
         content = json.loads(data)
         version = _version(content)
         if version not in (None, FORMAT_VERSION):
@@ -334,7 +343,7 @@ def _version(data: Any) -> Any:
     return plan.get("format_version") if isinstance(plan, dict) else None
 
 
-def _damaged(path: Path, why: str) -> CorruptError:
+def _damaged(path: Path | str, why: str) -> CorruptError:
     return CorruptError(
         f"{path} is damaged: {why}", "get the cache again from where it was made, or dump the teacher again"
     )

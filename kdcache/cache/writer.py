@@ -116,7 +116,7 @@ class CacheWriter:
         _make_folder(self.path.parent)
         with _unfinished(_beside(self.path)) as folder:
             self._create_store(folder, labels, keys, basis)
-            _put(folder / PLAN, self.plan)
+            put(folder / PLAN, canonical(self.plan))
             folder.rename(self.path)
         _flush(self.path.parent)
 
@@ -201,7 +201,7 @@ class CacheWriter:
             _flush(folder)
         marker = self.commit_path(view, shard)
         _make_folder(marker.parent)
-        _put(marker, Commit(files=records))
+        put(marker, canonical(Commit(files=records)))
 
     def seal(self, summary: Summary) -> Manifest:
         """Check that everything is there, and put the manifest in place.
@@ -222,7 +222,7 @@ class CacheWriter:
         check_files(self.path, files)
         files |= {name: record_of(self.path / name) for name in arrays.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
-        _put(self.path / MANIFEST, manifest)
+        put(self.path / MANIFEST, canonical(manifest))
         (self.path / PLAN).unlink()
         return manifest
 
@@ -245,7 +245,7 @@ def check_begun_alike(path: Path, then: Record, now: Record, name: str = "") -> 
     Raises:
         MismatchError: with every setting that differs, then and now.
     """
-    differ = _differences(then.model_dump(), now.model_dump(), name)
+    differ = [f"{key}: {old}, {new}" for key, old, new in differences(then.model_dump(), now.model_dump(), name)]
     if differ:
         raise MismatchError(
             "\n  ".join([f"{path} was begun with other settings (then, now):", *differ]),
@@ -255,16 +255,16 @@ def check_begun_alike(path: Path, then: Record, now: Record, name: str = "") -> 
         )
 
 
-def _differences(then: object, now: object, name: str = "") -> list[str]:
-    """What two nested dicts differ in, one `name: then, now` a line."""
+def differences(then: object, now: object, name: str = "") -> list[tuple[str, object, object]]:
+    """What two nested dicts differ in: (key, then, now), the key with those above it."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*then, *now])
         return [
-            line
+            found
             for key in keys
-            for line in _differences(then.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+            for found in differences(then.get(key), now.get(key), f"{name}.{key}" if name else str(key))
         ]
-    return [] if then == now else [f"{name}: {then}, {now}"]
+    return [] if then == now else [(name, then, now)]
 
 
 def _beside(path: Path) -> Path:
@@ -290,11 +290,11 @@ def _make_folder(path: Path) -> None:
         _flush(path.parent)
 
 
-def _put(path: Path, record: Record) -> None:
-    """Write a record in one step: after a crash the file is whole, or not there."""
+def put(path: Path, content: bytes) -> None:
+    """Write a file in one step: after a crash it is whole, or not there."""
     unfinished = _beside(path)
     with unfinished.open("wb") as opened:
-        opened.write(canonical(record))
+        opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
     unfinished.replace(path)

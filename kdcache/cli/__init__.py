@@ -8,7 +8,23 @@ from typing import Any
 
 import click
 
-from kdcache.cli import demo, evaluate, info, output, plan, stage_one, stage_two, sweep, verify
+from kdcache.cli import (
+    census,
+    convert,
+    demo,
+    derive,
+    doctor,
+    evaluate,
+    info,
+    output,
+    pipelines,
+    plan,
+    remote,
+    stage_one,
+    stage_two,
+    sweep,
+    verify,
+)
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, UsageError
 
 
@@ -46,16 +62,20 @@ def main() -> None:
     """Knowledge distillation with a teacher that runs only once.
 
     \b
-    Try it:      kdcache demo
+    Try it:      kdcache demo, kdcache doctor, kdcache pipelines
     Stage one:   kdcache train-teacher, kdcache dump-teacher
     Stage two:   kdcache train-student, kdcache sweep
-    Look:        kdcache info, kdcache plan, kdcache verify, kdcache evaluate
+    Look:        kdcache info, kdcache plan, kdcache verify, kdcache evaluate, kdcache summarise, kdcache diff
+    Caches:      kdcache select, kdcache merge, kdcache convert, kdcache card
+    Share:       kdcache push, kdcache pull, kdcache sign
 
     Exit codes: 0 ok, 2 usage, 3 incomplete, 4 mismatch, 5 corrupt, 130 interrupted.
     """
 
 
 main.add_command(demo.demo)
+main.add_command(doctor.doctor)
+main.add_command(pipelines.pipelines)
 main.add_command(stage_one.train_teacher)
 main.add_command(plan.plan)
 main.add_command(stage_one.dump_teacher)
@@ -64,3 +84,12 @@ main.add_command(sweep.sweep)
 main.add_command(evaluate.evaluate)
 main.add_command(info.info)
 main.add_command(verify.verify)
+main.add_command(remote.push)
+main.add_command(remote.pull)
+main.add_command(remote.sign)
+main.add_command(census.summarise)
+main.add_command(census.diff)
+main.add_command(derive.select)
+main.add_command(derive.merge)
+main.add_command(convert.convert)
+main.add_command(census.card)

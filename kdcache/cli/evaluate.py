@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import choose_device, device_option, json_option, read_pipeline, set_option
+from kdcache.cli.options import CacheName, choose_device, device_option, json_option, read_pipeline, set_option
 from kdcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("evaluate")
 @click.argument("networks", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]... [CHECKPOINT]...")
-@click.option("--cache", "cache_path", type=click.Path(path_type=Path), help="Compare with the teacher of this cache.")
+@click.option("--cache", "cache_name", type=CacheName(), help="Compare with the teacher of this cache.")
 @click.option(
     "--rows", type=click.IntRange(1), default=4096, show_default=True, help="How many rows of the cache are compared."
 )
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @json_option
 def evaluate(
     networks: tuple[Path, ...],
-    cache_path: Path | None,
+    cache_name: str | Path | None,
     rows: int,
     split: Literal["validation", "test"],
     pipeline: Path | None,
@@ -59,8 +59,8 @@ def evaluate(
     from kdcache.scorecard import score_networks
 
     trained = _trained(networks, pipeline, network, overrides)
-    cache = open_cache(cache_path) if cache_path is not None else None
     on, progress = choose_device(device), output.Terminal()
+    cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
     card = score_networks(trained, split, cache=cache, rows=rows, device=on, progress=progress)
     if as_json:
         scores = [score.as_record() for score in card.scores]

@@ -8,26 +8,36 @@ from typing import TYPE_CHECKING
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import json_option
+from kdcache.cli.options import cache_argument, digest_option, json_option
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
-    from kdcache.cache.schema import Fidelity
+    from kdcache.cache.schema import Fidelity, Manifest
 
 
 @click.command("info")
-@click.argument("cache", type=click.Path(path_type=Path))
+@cache_argument
+@digest_option
 @click.option("--fidelity", is_flag=True, help="Measure every view against its own records, without the teacher.")
 @json_option
-def info(cache: Path, fidelity: bool, as_json: bool) -> None:
+def info(cache: str | Path, digest: str | None, fidelity: bool, as_json: bool) -> None:
     """Say what a CACHE holds, who made it, and what its teacher is like; every byte is checked on the way.
+
+    Of a URL only the manifest is read, unless --fidelity needs the rows.
 
     \b
     Example: kdcache info runs/digits.kdcache
     """
     from kdcache.cache import open_cache
+    from kdcache.cache.address import source
+    from kdcache.cache.mirror import remote_manifest
 
-    opened = open_cache(cache)
+    found = source(cache, digest)
+    if found.is_remote and not fidelity:
+        manifest, data = remote_manifest(found)
+        _describe(found.where, manifest, _size(manifest) + len(data), manifest.plan.views.count, as_json)
+        return
+    opened = open_cache(cache, digest=digest, progress=output.Terminal())
     if fidelity:
         _measure(opened, as_json)
     else:
@@ -58,16 +68,25 @@ def _fidelity(measured: Fidelity) -> str:
     return f"total variation {by_temperature} (mean over {measured.rows:,} pilot rows)"
 
 
+def _size(manifest: Manifest) -> int:
+    return sum(record.size for record in manifest.files.values())
+
+
 def describe(cache: Cache, as_json: bool) -> None:
     """Print what the manifest of a cache says."""
-    manifest, plan = cache.manifest, cache.manifest.plan
+    _describe(str(cache.path), cache.manifest, cache.bytes_on_disk, len(cache.views), as_json)
+
+
+def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bool) -> None:
+    plan = manifest.plan
     rows = plan.views.count * plan.dataset.samples
-    per_row = cache.bytes_on_disk / rows
+    per_row = size / rows
+    only = f", {views} of them here" if views < plan.views.count else ""
     if as_json:
         output.as_json(
             {
-                "path": str(cache.path),
-                "bytes": cache.bytes_on_disk,
+                "path": where,
+                "bytes": size,
                 "bytes_per_row": round(per_row, 2),
                 **manifest.model_dump(exclude={"files"}),
             }
@@ -79,17 +98,17 @@ def describe(cache: Cache, as_json: bool) -> None:
     accuracy = manifest.summary.teacher_accuracy
     output.facts(
         {
-            "cache": str(cache.path),
+            "cache": where,
             "digest": manifest.digest,
             "teacher": f"{plan.teacher.name}, {plan.teacher.parameters:,} parameters, "
             f"{plan.teacher.weights_digest[:19]}...",
             "data set": f"{plan.dataset.name}/{plan.dataset.split}, {plan.dataset.samples:,} samples, "
-            f"{cache.num_classes} classes, {plan.dataset.digest[:19]}...",
-            "views": f"{plan.views.count}, seed {plan.views.seed}, "
+            f"{plan.encoding.num_classes} classes, {plan.dataset.digest[:19]}...",
+            "views": f"{plan.views.count}{only}, seed {plan.views.seed}, "
             + (" > ".join(name for step in plan.views.transform for name in step) or "no transform"),
             "kept": f"{kept}, {plan.encoding.dtype} log-probabilities",
             **({"fidelity": _fidelity(plan.fidelity)} if plan.fidelity else {}),
-            "size": f"{cache.bytes_on_disk:,} bytes, {per_row:.1f} a row, {plan.views.count * plan.shards} shard(s)",
+            "size": f"{size:,} bytes, {per_row:.1f} a row, {plan.views.count * plan.shards} shard(s)",
             "accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
             "sharpness": f"{manifest.summary.mean_sharpness:.3f} (mean logsumexp)",
             "confidence": f"{manifest.summary.mean_top_probability:.4f} (mean largest probability)",

@@ -29,14 +29,19 @@ _results = Console(highlight=False, soft_wrap=True)
 _messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def _shown(text: str) -> str:
+    """A text without what a terminal would obey: a cache from elsewhere may say anything of itself."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in text)
+
+
 def say(message: str) -> None:
     """A line about what goes on, to stderr."""
-    _messages.print(Text(message))
+    _messages.print(Text(_shown(message)))
 
 
 def result(text: str) -> None:
     """A line of the result, to stdout."""
-    _results.print(Text(text))
+    _results.print(Text(_shown(text)))
 
 
 def facts(pairs: Mapping[str, str]) -> None:
@@ -53,18 +58,18 @@ def as_json(content: Mapping[str, Any]) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table; its first column is text, the others are figures."""
-    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    drawn = Table(title=Text(_shown(title)), title_justify="left", box=None, pad_edge=False)
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="right" if number else "left", no_wrap=True)
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(Text(_shown(cell)) for cell in row))
     _tables.print(drawn)
 
 
 def error(mistake: KdcacheError) -> None:
     """What happened, and what to do."""
-    _messages.print(Text.assemble(("error: ", "bold red"), mistake.what))
-    _messages.print(Text.assemble(("fix: ", "bold green"), mistake.fix))
+    _messages.print(Text.assemble(("error: ", "bold red"), _shown(mistake.what)))
+    _messages.print(Text.assemble(("fix: ", "bold green"), _shown(mistake.fix)))
 
 
 class _BarTask:

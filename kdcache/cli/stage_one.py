@@ -78,6 +78,7 @@ def dump_teacher(
     """
     from kdcache.cache import open_cache
     from kdcache.cli import plan
+    from kdcache.cli.census import draw_card
     from kdcache.cli.info import describe
     from kdcache.dump import dump_teacher as dump
     from kdcache.dump import plan_for_teacher
@@ -104,4 +105,5 @@ def dump_teacher(
             progress=output.Terminal(),
         )
         if ranks.is_first:
+            draw_card(cache)
             describe(cache, as_json)

@@ -9,13 +9,17 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import (
+    caches_option,
     choose_device,
     device_option,
+    digest_option,
     json_option,
+    open_caches,
     out_option,
     pipeline_argument,
     read_pipeline,
     set_option,
+    views_shown,
 )
 
 if TYPE_CHECKING:
@@ -25,13 +29,8 @@ if TYPE_CHECKING:
 @click.command("train-student")
 @pipeline_argument
 @out_option
-@click.option(
-    "--cache",
-    "cache_paths",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="The teacher's cache; not needed with --loss ce. Several are joined to one teacher: see `join` in README.",
-)
+@caches_option
+@digest_option
 @click.option(
     "--loss",
     help="ce, kd, dtkd, ka+dtd, dtkd+dkd, ...: see README. Options that the file has for another loss go with it.",
@@ -46,6 +45,8 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-other-pixels", "other_pixels", is_flag=True, help="Train although the images are not what the teacher saw."
 )
+@click.option("--align", is_flag=True, help="Match samples by content, in whatever order they are; leave others out.")
+@click.option("--allow-missing", is_flag=True, help="The same, and train although the data set lacks some of them.")
 @click.option("--seed", type=int, help="[short for --set student.train.seed=...]")
 @set_option
 @device_option
@@ -53,10 +54,13 @@ if TYPE_CHECKING:
 def train_student(
     pipeline: Path,
     out: Path,
-    cache_paths: tuple[Path, ...],
+    cache_names: tuple[str | Path, ...],
+    digest: str | None,
     loss: str | None,
     placement: Placement | Literal["auto"],
     other_pixels: bool,
+    align: bool,
+    allow_missing: bool,
     seed: int | None,
     overrides: tuple[str, ...],
     device: str,
@@ -70,19 +74,21 @@ def train_student(
     \b
     Example: kdcache train-student pipelines/digits.yaml --cache runs/digits.kdcache --loss dtkd -o runs/student
     """
-    from kdcache.cache import open_cache
     from kdcache.ranks import is_first
     from kdcache.train import train_student as train
 
     resolved = read_pipeline(pipeline, overrides, loss, student__train__seed=seed)
+    progress = output.Terminal() if is_first() else None
     trained = train(
         resolved,
-        [open_cache(path) for path in cache_paths],
+        open_caches(cache_names, digest, views_shown(resolved), progress),
         out,
         device=choose_device(device),
         placement=placement,
         other_pixels=other_pixels,
-        progress=output.Terminal() if is_first() else None,
+        by_content=align,
+        allow_missing=allow_missing,
+        progress=progress,
     )
     if is_first():
         output.run_result(out, trained, as_json)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import choose_device, device_option, json_option, pipeline_argument, set_option
+from kdcache.cli.options import (
+    caches_option,
+    choose_device,
+    device_option,
+    digest_option,
+    json_option,
+    open_caches,
+    pipeline_argument,
+    set_option,
+    views_shown,
+)
 
 if TYPE_CHECKING:
     from kdcache.cache.placement import Placement
@@ -20,9 +30,8 @@ if TYPE_CHECKING:
 @click.command("sweep")
 @pipeline_argument
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the runs, and the table.")
-@click.option(
-    "--cache", "cache_paths", multiple=True, type=click.Path(path_type=Path), help="The teacher's; several are joined."
-)
+@caches_option
+@digest_option
 @click.option(
     "--over",
     multiple=True,
@@ -38,18 +47,23 @@ if TYPE_CHECKING:
     help="Where the cache's rows are held; auto with -j above 1 is mmap, which the processes share.",
 )
 @click.option("--allow-other-pixels", "other_pixels", is_flag=True, help="See train-student.")
+@click.option("--align", is_flag=True, help="See train-student.")
+@click.option("--allow-missing", is_flag=True, help="See train-student.")
 @set_option
 @device_option
 @json_option
 def sweep(
     pipeline: Path,
     out: Path,
-    cache_paths: tuple[Path, ...],
+    cache_names: tuple[str | Path, ...],
+    digest: str | None,
     over: tuple[str, ...],
     seeds: int,
     processes: int,
     placement: Placement | Literal["auto"],
     other_pixels: bool,
+    align: bool,
+    allow_missing: bool,
     overrides: tuple[str, ...],
     device: str,
     as_json: bool,
@@ -62,14 +76,15 @@ def sweep(
     \b
     Example: kdcache sweep pipelines/digits.yaml --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
     """
-    from kdcache.cache import open_cache
     from kdcache.errors import IncompleteError, InterruptedRun
     from kdcache.report import draw_accuracies
     from kdcache.sweep import combinations
     from kdcache.sweep import sweep as run
 
     points = combinations(pipeline, overrides, over)
-    caches = [open_cache(path) for path in cache_paths]
+    shown = [views_shown(point.pipeline) for point in points]
+    views = None if None in shown else max(filter(None, shown))
+    caches = open_caches(cache_names, digest, views, output.Terminal())
     try:
         found = run(
             points,
@@ -79,6 +94,8 @@ def sweep(
             device=choose_device(device),
             placement=placement,
             other_pixels=other_pixels,
+            by_content=align,
+            allow_missing=allow_missing,
             processes=processes,
             progress=output.Terminal(),
         )

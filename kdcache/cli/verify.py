@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import choose_device, device_option, json_option, read_pipeline, set_option
+from kdcache.cli.options import (
+    cache_argument,
+    choose_device,
+    device_option,
+    digest_option,
+    json_option,
+    read_pipeline,
+    set_option,
+)
 from kdcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,8 +24,14 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("cache", type=click.Path(path_type=Path))
+@cache_argument
 @click.argument("pipeline", type=click.Path(path_type=Path), required=False)
+@digest_option
+@click.option(
+    "--signed-by",
+    type=click.Path(path_type=Path),
+    help="A file of allowed signers, as ssh-keygen reads it; one must have signed.",
+)
 @click.option("--replay", is_flag=True, help="Make the views of PIPELINE's data set anew and compare their pixels.")
 @click.option("--teacher", is_flag=True, help="Run PIPELINE's teacher again on a sample of rows.")
 @click.option(
@@ -27,8 +41,10 @@ if TYPE_CHECKING:
 @device_option
 @json_option
 def verify(
-    cache: Path,
+    cache: str | Path,
     pipeline: Path | None,
+    digest: str | None,
+    signed_by: Path | None,
     replay: bool,
     teacher: bool,
     rows: int,
@@ -40,16 +56,22 @@ def verify(
 
     \b
     Example: kdcache verify runs/digits.kdcache pipelines/digits.yaml --replay
-    Exit codes: 3 not sealed, 4 another data set, other pixels or another teacher, 5 damaged.
+    Exit codes: 3 not sealed, 4 another cache, signer, data set or teacher, or other pixels, 5 damaged.
     """
+    from kdcache.cache.address import source
     from kdcache.cache.audit import audit
+    from kdcache.cache.mirror import check_pinned, mirror
+    from kdcache.cache.signatures import check_signature
 
     if pipeline is None and (replay or teacher or overrides):
         raise UsageError("--replay, --teacher and --set need a pipeline", f"kdcache verify {cache} PIPELINE ...")
     # What cannot be read as a pipeline is said before all files of the cache are read.
     resolved = read_pipeline(pipeline, overrides) if pipeline is not None else None
-    checked = audit(cache)
-    found: dict[str, Any] = {}
+    named = source(cache, digest)
+    path = mirror(named, None, None, output.Terminal()).folder if named.is_remote else Path(named.where)
+    found: dict[str, Any] = {"signed_by": check_signature(path, signed_by)} if signed_by is not None else {}
+    checked = audit(path)
+    check_pinned(path, checked.digest or "none, it is not sealed", named.digest)
     if resolved is not None and checked.failure is None:
         from kdcache.cache import open_cache
         from kdcache.datasets import load_split
@@ -57,7 +79,7 @@ def verify(
         from kdcache.recheck import replay as replay_views
         from kdcache.teachers import load_teacher
 
-        opened, progress = open_cache(cache), output.Terminal()
+        opened, progress = open_cache(path), output.Terminal()
         samples = load_split(resolved.dataset, "train")
         check_data(opened, samples, resolved.transform, progress)
         found["dataset"] = {"samples": len(samples)}
@@ -94,6 +116,7 @@ def _report(checked: Audit, found: dict[str, Any], as_json: bool) -> None:
         {
             "cache": str(checked.path),
             "digest": checked.digest or "not sealed",
+            **({"signed by": found["signed_by"]} if "signed_by" in found else {}),
             "files": f"{checked.files:,} read, {_count(len(checked.findings), 'finding')}",
             "rows": f"{checked.rows:,} looked at",
             **({"data set": f"the same {found['dataset']['samples']:,} samples"} if "dataset" in found else {}),

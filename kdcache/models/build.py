@@ -3,6 +3,7 @@
     torchvision:resnet18                        random weights, as many outputs as the data set has classes
     torchvision:resnet50@IMAGENET1K_V2          with torchvision's weights
     timm:resnet18, timm:resnet50@a1_in1k        the same of timm, an optional extra
+    cifar:resnet32x4, cifar:wrn_40_2, ...       models/cifar.py, the networks of the papers' CIFAR-100 pairs
     small:cnn, small:mlp                        models/small.py
     path/file.py:function                       function(num_classes=..., **args) -> torch.nn.Module
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from torch import nn
 
 from kdcache.errors import MismatchError, UsageError
-from kdcache.models import from_timm, from_torchvision
+from kdcache.models import cifar, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.construct import construct, place_of
 from kdcache.models.small import SmallCNN, SmallMLP
@@ -52,6 +53,8 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
         model = from_torchvision.build(name, spec, num_classes, shape[0])
     elif kind == "timm":
         model = from_timm.build(name, spec, num_classes, shape[0])
+    elif kind == "cifar":
+        model = cifar.build(name, spec, num_classes, shape[0])
     elif kind == "small":
         model = _small(name, spec, num_classes, shape)
     elif kind.endswith(".py"):
@@ -59,8 +62,8 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
     else:
         raise UsageError(
             f"unknown model {spec.model!r}",
-            "write torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME, timm:NAME@TAG, small:cnn, small:mlp or "
-            "path/file.py:function",
+            "write torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME, timm:NAME@TAG, cifar:NAME, small:cnn, "
+            "small:mlp or path/file.py:function",
         )
     if trained and spec.weights is not None:
         load_weights(model, Path(spec.weights))

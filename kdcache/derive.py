@@ -1,0 +1,185 @@
+"""What `select` and `merge` have in common: samples in new places, their fingerprints, and a plan with a lineage.
+
+A view of sample i is drawn from (seed, i, view). So a sample may change its place only where a transform draws nothing
+at random, and views of two seeds cannot lie in one cache, which has one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kdcache.cache import layout
+from kdcache.cache.basis import TailBasis
+from kdcache.cache.derivation import Piece, build, derive_shard
+from kdcache.cache.reader import Cache
+from kdcache.cache.schema import DatasetRecord, Encoding, Fidelity, Lineage, Plan, Request, Shape
+from kdcache.cache.writer import CacheWriter
+from kdcache.errors import MismatchError, UsageError
+from kdcache.fingerprints import Inputs, inputs_of
+from kdcache.progress import Progress
+from kdcache.recheck import compare_inputs
+from kdcache.samples import Samples
+from kdcache.views import View, batches, cut_range
+
+_BATCH = 64
+_PROVED = 32
+"""Images whose fingerprints are known, and that are looked at before those of others are believed."""
+
+Ids = npt.NDArray[np.int64]
+
+
+class Placed(NamedTuple):
+    """Samples of a cache, in the order in which a new cache has them."""
+
+    cache: Cache
+    ids: Ids
+
+
+class Encoded(NamedTuple):
+    """How the rows of the new cache are encoded, and whether that is another way than their parents'."""
+
+    request: Request
+    encoding: Encoding
+    fidelity: Fidelity | None
+    basis: TailBasis | None
+    recoded: bool
+
+
+def row_bytes(encoding: Encoding) -> int:
+    """Bytes of a row's log-probabilities."""
+    return encoding.top_k * np.dtype(encoding.dtype).itemsize
+
+
+def inputs_at(placed: list[Placed], shape: Shape, data: Samples | None, progress: Progress) -> tuple[Shape, Inputs]:
+    """The fingerprints of samples in new places, of a transform that draws nothing at random.
+
+    A cache has one of every so many samples; those that come to stand there may have had none. Where the shape can be
+    chosen so that all are known, it is; otherwise the images are looked at.
+
+    Args:
+        placed: which samples, one after the other.
+        shape: of the new cache, as its size suggests it.
+        data: the images; None if they are not at hand.
+        progress: who is told how it goes.
+
+    Returns:
+        The shape, and fingerprint j, which is of sample j * `fingerprint_stride`.
+
+    Raises:
+        UsageError: if the images are needed, and are not given.
+        MismatchError: if they are not those that the teacher saw.
+    """
+    kept = [layout.read_inputs(cache.path, cache.manifest.plan, 0) for cache, _ in placed]
+    strides = [cache.manifest.plan.shape.fingerprint_stride for cache, _ in placed]
+    known = np.concatenate([ids % stride == 0 for (_, ids), stride in zip(placed, strides, strict=True)])
+    every = Inputs.concatenate([
+        inputs.at(ids // stride)
+        for (_, ids), stride, inputs in zip(placed, strides, kept, strict=True)
+    ])  # fmt: skip
+    least = shape.fingerprint_stride
+    usable = (n for n in range(least, shape.shard_rows + 1) if shape.shard_rows % n == 0 and known[::n].all())
+    if data is None:
+        stride = next(usable, None)
+        if stride is None:
+            raise UsageError(
+                "fingerprints are missing: a cache keeps them of every so many samples, and those that come to stand "
+                "in these places had none",
+                "give the images, --data PIPELINE; those of its data set are then looked at again",
+            )
+        return shape.model_copy(update={"fingerprint_stride": stride}), every.at(slice(None, None, stride))
+    found = every.at(slice(None, None, least))
+    new = np.flatnonzero(~known[::least])
+    keys = np.concatenate([cache.sample_keys[ids] for cache, ids in placed])
+    places = _places_in(data, keys[new * least], progress)
+    for (cache, _), inputs, stride in zip(placed, kept, strides, strict=True):
+        _check_pixels(cache, inputs, stride, data, progress)
+    if len(new):
+        seen = _seen(placed[0].cache.manifest.plan, data, places)
+        for values, fresh in zip(found, seen, strict=True):
+            values[new] = fresh
+    return shape, found
+
+
+def _places_in(data: Samples, keys: npt.NDArray[np.uint64], progress: Progress) -> Ids:
+    """Where a data set has the images of these content keys."""
+    have = data.keys(progress)
+    order = np.argsort(have, kind="stable")
+    at = np.searchsorted(have, keys, sorter=order).clip(max=len(have) - 1)
+    places: Ids = order[at]
+    missing = np.flatnonzero(have[places] != keys)
+    if len(missing):
+        raise MismatchError(
+            f"{data.name}/{data.split} lacks {len(missing)} of the images, first that of the content key "
+            f"{keys[missing[0]]:016x}",
+            "give the data set that the cache was made from with --data",
+        )
+    return places
+
+
+def _check_pixels(cache: Cache, inputs: Inputs, stride: int, data: Samples, progress: Progress) -> None:
+    """That images of this data set are seen here as the teacher saw them."""
+    keys = cache.sample_keys[::stride]
+    common = np.flatnonzero(np.isin(keys, data.keys(progress)))[:_PROVED]
+    if not len(common):
+        raise MismatchError(
+            f"{data.name}/{data.split} has none of the images of which {cache.path} keeps a fingerprint",
+            "give the whole data set that the cache was made from with --data",
+        )
+    seen = _seen(cache.manifest.plan, data, _places_in(data, keys[common], progress))
+    then = inputs.at(common)
+    compare_inputs(cache, 0, torch.from_numpy(common * stride), then, seen)
+
+
+def _seen(plan: Plan, data: Samples, places: Ids) -> Inputs:
+    view = View(data, plan.views.transform, plan.views.seed)
+    cuts = [places[cut.start : cut.stop].tolist() for cut in cut_range(range(len(places)), _BATCH)]
+    return Inputs.concatenate([inputs_of(batch.images) for batch in batches(view, cuts)])
+
+
+def planned(
+    plan: Plan, dataset: DatasetRecord, views: int, encoded: Encoded, shape: Shape, lineage: Lineage, **others: str
+) -> Plan:
+    """The plan of a cache that is made of another one, or of several, of which this is the first one's."""
+    made = plan.model_copy(
+        update={
+            **others,
+            "dataset": dataset,
+            "views": plan.views.model_copy(update={"count": views}),
+            "request": encoded.request,
+            "encoding": encoded.encoding,
+            "fidelity": encoded.fidelity,
+            "shape": shape,
+            "lineage": lineage,
+        }
+    )
+    return Plan.model_validate(made.model_dump())
+
+
+def derive(
+    writer: CacheWriter,
+    placed: list[Placed],
+    inputs: list[Inputs],
+    classes: list[int] | None,
+    recoded: bool,
+    scheduler: str,
+) -> Cache:
+    """Write and seal the new cache; fingerprints are given a view each, `classes` as `Recoding` has them."""
+    plan, stride = writer.plan, writer.plan.shape.fingerprint_stride
+    ends = np.cumsum([len(part.ids) for part in placed])
+
+    def arguments(view: int, shard: int) -> tuple[Any, ...]:
+        ids, pieces = plan.shard_ids(shard), []
+        for part, end in zip(placed, ends.tolist(), strict=True):
+            begin = end - len(part.ids)
+            mine = part.ids[max(ids.start - begin, 0) : max(ids.stop - begin, 0)].copy()
+            if len(mine):
+                labels = torch.from_numpy(part.cache.labels[mine].astype(np.int64))
+                pieces.append(Piece(part.cache.path.absolute(), part.cache.manifest.plan, mine, labels))
+        prints = slice(ids.start // stride, -(-ids.stop // stride))
+        return pieces, inputs[view].at(prints), classes, recoded
+
+    return build(writer, derive_shard, arguments, scheduler)
