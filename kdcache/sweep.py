@@ -1,7 +1,7 @@
 """Many students of one cache: losses, networks, options and seeds, each combination a run of its own.
 
-One process holds the data set and the cache once, for all students. With several, the cache is mapped from the local
-disk, and so are the images, so that the processes share the memory that both take.
+One process holds the data set and the cache once, for all students. Several map both from the local disk: they share
+the memory that these take.
 """
 
 from __future__ import annotations
@@ -163,9 +163,7 @@ class _Room:
         caches: opened.
         device: where to train.
         placement: of the caches.
-        other_pixels: see `train_student`; as are the next two.
-        by_content: how samples are matched.
-        allow_missing: whether some may lack.
+        other_pixels, by_content, allow_missing: see `train_student`.
         made: lessons by what they depend on.
     """
 
@@ -233,9 +231,7 @@ def sweep(
         out: a folder with a run folder POINT/seedN for each; may be that of an earlier, smaller sweep.
         device: where to train.
         placement: where the rows are held; with several processes, `auto` is a mapped file.
-        other_pixels: see `train_student`; as are the next two.
-        by_content: match samples by content.
-        allow_missing: the same, and go on without some of them.
+        other_pixels, by_content, allow_missing: see `train_student`.
         processes: that train side by side.
         progress: who is told how it goes.
 
