@@ -21,10 +21,13 @@ from kdcache.losses.batch import Whole, labelled_shares, of_all_ranks, of_these
 from kdcache.mixing import Mixed
 from kdcache.pipeline import TrainSpec
 from kdcache.schedule import make_optimizer, make_schedule
-from kdcache.views import View, batches
+from kdcache.views import Batch, View, batches
 
 Teacher = Callable[[Tensor, int], Tensor]
 """(ids [B] int64, view) -> logits [B, C]: a `CachedTeacher`, or anything that answers like one."""
+
+_TOGETHER = 2**18
+"""Logits of a cached teacher that are decoded at once: they stay near the processor."""
 
 _LONGEST_WAIT = timedelta(hours=12)
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -165,23 +168,35 @@ class Learner:
         cuts = self._cuts(order)
         own = [cut[self.accelerator.process_index :: self.ranks] for cut in cuts]
         mine = [piece for cut in own for piece in cut]
+        # A live teacher is asked as the student goes; a cached one for some batches at once, which costs it less.
+        together = max(_TOGETHER // (train.samples.num_classes * len(mine[0])), 1) if knows else 1
+        windows = [mine[start : start + together] for start in range(0, len(mine), together)]
         if knows:
-            knows.expect(mine, train.view)
+            knows.expect([torch.cat(window) for window in windows], train.view)
+        answers = self._answers(teacher, windows, train.view)
         self.model.train()
         loaded = batches(train, [piece.tolist() for piece in mine], self.spec.workers, self.device)
         parts = []
         for cut in cuts:
-            pieces = [
-                self._piece(batch, train.view, teacher) for batch in itertools.islice(loaded, self.spec.accumulate)
-            ]
+            pieces = [self._piece(batch, next(answers)) for batch in itertools.islice(loaded, self.spec.accumulate)]
             parts.append(self._step(pieces, self._whole(torch.cat(cut), train, pieces), number))
             if on_step and len(parts) < len(cuts):
                 on_step()
         return self._of_all(parts)
 
-    def _piece(self, batch: Any, view: int, teacher: Teacher | None) -> Piece:
+    def _answers(
+        self, teacher: Teacher | None, windows: Sequence[list[Tensor]], view: int
+    ) -> Iterator[Tensor | None]:
+        """The teacher's logits of each piece, asked for a window of them at a time."""
+        for window in windows:
+            if teacher is None:
+                yield from [None] * len(window)
+            else:
+                logits = teacher(torch.cat(window) if len(window) > 1 else window[0], view).to(self.device)
+                yield from torch.split(logits, [len(piece) for piece in window])
+
+    def _piece(self, batch: Batch, teacher_logits: Tensor | None) -> Piece:
         images = batch.images.to(self.device, non_blocking=True, memory_format=self._layout)
-        teacher_logits = teacher(batch.ids, view).to(self.device) if teacher is not None else None
         mixed = batch.mixed.to(self.device) if batch.mixed is not None else None
         return Piece(images, batch.labels.to(self.device, non_blocking=True), mixed, teacher_logits)
 

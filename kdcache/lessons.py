@@ -85,7 +85,7 @@ def lessons_from_caches(
     """The data of a pipeline, and the teacher that caches of it are.
 
     Args:
-        pipeline: its `dataset`, `transform` and `join` are looked at.
+        pipeline: its `dataset`, `transform`, `join` and whether its `loss` uses a teacher are looked at.
         caches: one or several.
         device: where the logits are wanted.
         placement: where the rows are held; see `Cache.teacher`.
@@ -115,15 +115,18 @@ def lessons_from_caches(
                 "join caches that were dumped with the same transform, seed and number of views",
             )
         replayed.append(_replay(cache, samples, other_pixels, progress))
-    teachers = [cache.teacher(device, placement) for cache in caches]
+    teachers = [cache.teacher(device, placement) for cache in caches] if pipeline.loss.uses_teacher else []
     for each in teachers:
         progress.say(f"the cache is held: {each.placement} ({each.why})")
-    joined = JoinedTeacher(teachers, pipeline.join.weights, pipeline.join.combine)
-    whole = teachers[0] if len(teachers) == 1 else joined
-    teacher = whole if samples.ids is None else AlignedTeacher(whole, samples.ids, len(caches[0]))
+    teacher: Answers | None = None
+    if teachers:
+        joined = JoinedTeacher(teachers, pipeline.join.weights, pipeline.join.combine)
+        teacher = teachers[0] if len(teachers) == 1 else joined
+        if samples.ids is not None:
+            teacher = AlignedTeacher(teacher, samples.ids, len(caches[0]))
     record = {
         "caches": [cache.manifest.digest for cache in caches],
-        "placement": [teacher.placement for teacher in teachers],
+        "placement": [each.placement for each in teachers],
         "replay": replayed,
         **matched,
     }

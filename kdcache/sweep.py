@@ -176,8 +176,8 @@ class _Room:
     made: dict[str, Lessons]
 
     def lessons(self, pipeline: Pipeline, progress: Progress | None = None) -> Lessons:
-        """Of a pipeline's data set, transform and way to join caches."""
-        key = pipeline.model_dump_json(include={"dataset", "transform", "join"})
+        """Of a pipeline's data set, transform and way to join caches, and whether its loss needs them."""
+        key = f"{pipeline.loss.uses_teacher} {pipeline.model_dump_json(include={'dataset', 'transform', 'join'})}"
         if key not in self.made and self.caches:
             self.made[key] = lessons_from_caches(
                 pipeline,

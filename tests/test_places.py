@@ -905,7 +905,7 @@ def test_the_command_says_where_the_rows_are(digits: Cache, tmp_path: Path) -> N
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["placement"] == ["stream"]
     done = kdcache(*common, "-o", tmp_path / "c", "--loss", "ce")
     assert "held" not in done.stderr
-    assert json.loads((tmp_path / "c" / "metrics.json").read_text())["placement"] is None
+    assert json.loads((tmp_path / "c" / "metrics.json").read_text())["placement"] == []
 
 
 # Memory.
