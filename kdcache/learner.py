@@ -184,9 +184,7 @@ class Learner:
                 on_step()
         return self._of_all(parts)
 
-    def _answers(
-        self, teacher: Teacher | None, windows: Sequence[list[Tensor]], view: int
-    ) -> Iterator[Tensor | None]:
+    def _answers(self, teacher: Teacher | None, windows: Sequence[list[Tensor]], view: int) -> Iterator[Tensor | None]:
         """The teacher's logits of each piece, asked for a window of them at a time."""
         for window in windows:
             if teacher is None:

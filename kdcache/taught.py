@@ -16,6 +16,7 @@ from kdcache.mixing import split_mixing
 from kdcache.samples import Picture, Samples
 
 HARDEST = 16
+SHARPNESS = ("largest", "logsumexp")
 _ROWS_AT_ONCE = 4096
 
 
@@ -30,10 +31,6 @@ class Says(NamedTuple):
     def of(logits: Tensor) -> Says:
         """Of logits [R, C]."""
         return Says(logits.argmax(dim=1), sharpness_max(logits), sharpness_logsumexp(logits))
-
-    def at(self, which: Tensor) -> Says:
-        """Of some of the rows."""
-        return Says(*(values[which] for values in self))
 
 
 class Hard(NamedTuple):
@@ -93,6 +90,17 @@ class Taught:
         """[N] bool: labelled rows whose top class is not the label, which are those that KA changes."""
         return (self.labels >= 0) & (self.teacher.top != self.labels)
 
+    def sharpness(self, group: Group) -> dict[str, Tensor]:
+        """Of a group on the rows that it was shown, each [R], mean over the seeds: `largest` logit, `logsumexp`."""
+        each = [self.networks[place] for place in group.members]
+        return {kind: torch.stack([getattr(says, kind) for says in each]).mean(dim=0) for kind in SHARPNESS}
+
+    def by_class(self, num_classes: int) -> Tensor:
+        """Accuracy of the teacher on each class, [C] float64; NaN where no row has that label."""
+        known = self.labels >= 0
+        rows, right = (self.labels[which] for which in (known, known & ~self.wrong))
+        return torch.bincount(right, minlength=num_classes).double() / torch.bincount(rows, minlength=num_classes)
+
     def verdicts(self, group: Group) -> tuple[int, int, int]:
         """What a group says of the rows that KA changes: the label, the teacher's class, another; over all seeds."""
         here = self.wrong[self.ids]
@@ -151,7 +159,13 @@ def _hardest(samples: Samples | None, labels: Tensor, says: Says, log_prob: Tens
     known = (labels >= 0).nonzero().squeeze(1)
     worst = known[log_prob[known].argsort(stable=True)][:HARDEST].tolist()
     return [
-        Hard(id_, int(labels[id_]), int(says.top[id_]), float(log_prob[id_]), samples.images.picture(id_) if samples else None)
+        Hard(
+            id_,
+            int(labels[id_]),
+            int(says.top[id_]),
+            float(log_prob[id_]),
+            samples.images.picture(id_) if samples else None,
+        )
         for id_ in worst
     ]
 

@@ -20,6 +20,7 @@ from kdcache.cli import (
     pipelines,
     plan,
     remote,
+    report,
     stage_one,
     stage_two,
     sweep,
@@ -65,7 +66,8 @@ def main() -> None:
     Try it:      kdcache demo, kdcache doctor, kdcache pipelines
     Stage one:   kdcache train-teacher, kdcache dump-teacher
     Stage two:   kdcache train-student, kdcache sweep
-    Look:        kdcache info, kdcache plan, kdcache verify, kdcache evaluate, kdcache summarise, kdcache diff
+    Look:        kdcache info, kdcache plan, kdcache verify, kdcache evaluate, kdcache report,
+                 kdcache summarise, kdcache diff
     Caches:      kdcache select, kdcache merge, kdcache convert, kdcache card
     Share:       kdcache push, kdcache pull, kdcache sign
 
@@ -82,6 +84,7 @@ main.add_command(stage_one.dump_teacher)
 main.add_command(stage_two.train_student)
 main.add_command(sweep.sweep)
 main.add_command(evaluate.evaluate)
+main.add_command(report.report)
 main.add_command(info.info)
 main.add_command(verify.verify)
 main.add_command(remote.push)
