@@ -80,6 +80,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+SLOW = (
+    "test_readme",
+    "test_remote",
+    "test_operations",
+    "test_ranks",
+    "test_stage_one",
+    "test_places",
+    "test_benchmarks",
+)
+"""Files that take longest, begun with, so that no process is left with one of them in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=5, help="how often dump-teacher is killed at random moments")
 

@@ -141,7 +141,10 @@ def test_students_of_all_sources_are_compared_with_those_of_the_live_teacher() -
         "labels alone",
     ]
     assert list(table) == sources
-    assert [cell for cell in table["live"] if "." in cell] == table["live"][1::3] + table["live"][3::3]
+    for name, cells in table.items():
+        # Mean and spread for KD, and, with a teacher, for DTKD; then the difference to the live one.
+        figures = [cell for cell in cells if cell == "+-"]
+        assert len(figures) == (2 if name in ("live", "labels alone") else 3), cells
 
 
 def test_the_trainer_is_measured_against_plain_training_and_live_teachers() -> None:
@@ -152,4 +155,4 @@ def test_the_trainer_is_measured_against_plain_training_and_live_teachers() -> N
     assert [name for name in rows if "live teacher" in name] == [
         f"KD, live teacher of {times} x the student" for times in (1, 5, 20)
     ]
-    assert float(rows["everything"][-1]) > float(rows["the first step"][-1]) > 0 or rows["everything"][-1] != "0.00"
+    assert float(rows["everything"][-1]) > float(rows["Python and libraries"][-1]) > 0

@@ -142,7 +142,7 @@ def test_the_head_is_that_of_a_stable_sort_whatever_the_floats(data: st.DataObje
     largest = torch.finfo(torch.float32).max
     ties = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, largest, -largest])
     floats = ties | st.floats(allow_nan=False, allow_infinity=False, width=32)
-    values = data.draw(st.lists(floats, min_size=2, max_size=30))
+    values = torch.tensor(data.draw(st.lists(floats, min_size=2, max_size=30))).tolist()
     top_k = data.draw(st.integers(1, len(values) - 1))
     rows = encode(torch.tensor([values]), torch.tensor([-1]), encoding_of(len(values), top_k))
     assert rows.indices is not None

@@ -103,6 +103,7 @@ FLOORS = [
     "trained",
     "scorecard",
     "groups",
+    "results",
     "taught",
     "findings",
     "charts",

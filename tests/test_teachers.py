@@ -492,11 +492,11 @@ def test_training_refuses_what_is_no_single_network(tmp_path: Path) -> None:
         assert not list(tmp_path.glob("run*"))
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PIPELINES = (Path(__file__).parent.parent / "docs" / "PIPELINES.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_s_teachers_exist(tmp_path: Path) -> None:
-    block = next(block for block in README.split("```yaml\n")[1:] if "ensemble:" in block).partition("```")[0]
+def test_the_teachers_of_the_documentation_exist(tmp_path: Path) -> None:
+    block = next(block for block in PIPELINES.split("```yaml\n")[1:] if "ensemble:" in block).partition("```")[0]
     (tmp_path / "pipeline.yaml").write_text(f"dataset: {{name: imagenet}}\n{block}")
     outputs = [outputs_of(member) for member in load_pipeline(tmp_path / "pipeline.yaml").members]
     assert len(outputs) == 2

@@ -22,6 +22,11 @@ from kdcache.errors import UsageError
     show_default=True,
     help="How many cached images the networks are shown.",
 )
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A table such as docs/RESULTS.md: the accuracies of its recipes go into its last column.",
+)
 @click.option("--png", is_flag=True, help="The pictures as PNG too, in a folder beside the file.")
 @device_option
 @json_option
@@ -30,6 +35,7 @@ def report(
     out: Path,
     cache_name: str | Path | None,
     rows: int,
+    results: Path | None,
     png: bool,
     device: str,
     as_json: bool,
@@ -47,6 +53,7 @@ def report(
     from kdcache.chapters import write_report
     from kdcache.charts import save_png
     from kdcache.findings import gather
+    from kdcache.results import fill_results
     from kdcache.runs import check_free
 
     folder = out.with_name(f"{out.stem}-pictures")
@@ -58,6 +65,7 @@ def report(
     on, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
     found = gather(runs, cache, rows=rows, device=on, progress=progress)
+    table = fill_results(results.read_text(encoding="utf-8"), found.runs) if results is not None else None
     written = write_report(found)
     if png:
         folder.mkdir()
@@ -66,6 +74,8 @@ def report(
     unfinished = out.with_name(f"{out.name}.partial")
     unfinished.write_text(written.html, encoding="utf-8")
     unfinished.replace(out)
+    if results is not None and table is not None:
+        results.write_text(table[0], encoding="utf-8")
     if as_json:
         output.as_json({"report": str(out), "pictures": str(folder) if png else None, **found.as_record()})
         return
@@ -76,5 +86,6 @@ def report(
             "report": f"{out}, {out.stat().st_size:,} bytes",
             "runs": f"{len(found.runs)} in {len(found.groups)} groups",
             **({"pictures": str(folder)} if png else {}),
+            **({"results": f"{results}: {', '.join(table[1])}"} if table is not None else {}),
         }
     )
