@@ -52,7 +52,7 @@ def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
     return values
 
 
-@pytest.mark.parametrize("name", ["peers.py", "codec.py", "load.py", "students.py", "train.py"])
+@pytest.mark.parametrize("name", ["peers.py", "codec.py", "load.py"])
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
     words = printed(name, "--help")
     assert f"python benchmarks/{name}" in words
