@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as tvf
 
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.keys import keep_keys, kept_keys
@@ -139,7 +139,8 @@ class ItemImages:
         """The first element of item `index`."""
         image = self.dataset[index][0]
         if isinstance(image, np.ndarray) and image.ndim in (2, 3):
-            image = tvf.to_image(image).as_subclass(Tensor)
+            # As torchvision's to_image does it, which would cost every command a second of imports.
+            image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).contiguous()
         if isinstance(image, Image.Image) or (isinstance(image, Tensor) and image.ndim == 3):
             return image
         shape = f" {list(image.shape)}" if isinstance(image, Tensor | np.ndarray) else ""
@@ -159,8 +160,9 @@ class ItemImages:
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the first image."""
         image = self.picture(0)
-        tensor = image if isinstance(image, Tensor) else tvf.pil_to_tensor(image)
-        channels, height, width = tensor.shape
+        if isinstance(image, Image.Image):
+            return len(image.getbands()), image.height, image.width
+        channels, height, width = image.shape
         return channels, height, width
 
     def stamp(self) -> None:

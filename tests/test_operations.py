@@ -28,6 +28,7 @@ from kdcache.cache.census import take_census
 from kdcache.cache.codec import stated_classes, tail_log_mass
 from kdcache.cache.derivation import derive_shard
 from kdcache.cache.fidelity import total_variation
+from kdcache.convert import cache_of_logits
 from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.merge import merge
 from kdcache.recheck import replay
@@ -470,6 +471,16 @@ def test_a_cluster_makes_the_same_caches(tmp_path: Path, cluster: Any) -> None:
         there.manifest
         == select(open_cache(tmp_path / "here.kdcache"), tmp_path / "fewer here.kdcache", classes=fewer).manifest
     )
+    assert take_census(parts[0], scheduler=address) == take_census(parts[0])
+    assert compare(parts[0], parts[0], scheduler=address) == compare(parts[0], parts[0])
+    logits = np.random.default_rng(0).normal(0, 3, (37, CLASSES)).astype(np.float32)
+    np.save(tmp_path / "mine.npy", logits)
+    spec = CacheSpec(shard_rows=8)
+    there = cache_of_logits(
+        tmp_path / "mine.npy", samples, tmp_path / "mine there.kdcache", spec=spec, scheduler=address
+    )
+    here = cache_of_logits(tmp_path / "mine.npy", samples, tmp_path / "mine here.kdcache", spec=spec)
+    assert there.manifest == here.manifest
 
 
 def _write_and_die(fuse: Path, *arguments: Any) -> None:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from kdcache.cli import main
 from kdcache.losses.names import PARTS
 from kdcache.losses.spec import Loss
 from kdcache.pipeline import EnsembleSpec, Pipeline, StudentSpec, load_pipeline
@@ -140,6 +141,19 @@ def test_the_table_of_loss_names_is_what_they_stand_for() -> None:
         rows.append(f"| `{name}` | " + " | ".join(f"{value:g}" for value in weights) + f" | {'; '.join(said)} |")
     table = "\n".join(rows)
     assert table in LOSSES, f"put this table into docs/LOSSES.md:\n{table}"
+
+
+def test_commands_that_need_more_than_is_here_are_ones_that_can_be_given() -> None:
+    """Those that are only indented need GPUs or downloads: each is parsed, and not run."""
+    lines = [line.split() for line in README.splitlines() if re.match(r"    (kdcache|torchrun) ", line)]
+    assert len(lines) >= 7
+    for line in lines:
+        _, command, *arguments = line[line.index("kdcache") :]
+        there = {
+            "PIPELINE": str(ROOT / "pipelines" / "digits.yaml"),
+            "docs/RESULTS.md": str(ROOT / "docs" / "RESULTS.md"),
+        }
+        main.commands[command].make_context(command, [there.get(argument, argument) for argument in arguments])
 
 
 def test_the_first_screen_has_the_two_commands() -> None:
