@@ -92,11 +92,12 @@ def _turns(values: Ids) -> Ids:
 def aligned(samples: Samples, found: Alignment) -> Samples:
     """The samples of a data set that a cache has, in the cache's order."""
     ids = found.ids if len(found.missing) else None
-    images = _taken(samples.images, found.positions)
+    images = taken(samples.images, found.positions)
     return replace(samples, images=images, labels=samples.labels[found.positions], ids=ids)
 
 
-def _taken(images: Images, positions: Ids) -> Images:
+def taken(images: Images, positions: Ids) -> Images:
+    """Some images, in the order of their positions."""
     if isinstance(images, ArrayImages):
         return ArrayImages(images.pixels[torch.from_numpy(positions)])
     if isinstance(images, FileImages):

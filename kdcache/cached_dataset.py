@@ -19,9 +19,8 @@ from torch.utils.data import Dataset
 from kdcache.cache.reader import Cache
 from kdcache.errors import UsageError
 from kdcache.progress import Progress
-from kdcache.recheck import check_data, replay
+from kdcache.recheck import check_data, replay, view_of
 from kdcache.samples import Samples, wrap
-from kdcache.views import View
 
 _REPLAYED = 32
 
@@ -44,7 +43,7 @@ class CachedDataset(Dataset[Item]):
     Raises:
         MismatchError: if these are other images, another order or other labels than the cache's, or some views, made
             anew, are not what the teacher saw.
-        UsageError: if the cache's views mix two images.
+        UsageError: if the cache's views mix two images, or were drawn by code that kdcache has not got.
     """
 
     def __init__(self, dataset: Dataset[Any] | Samples, cache: Cache, progress: Progress | None = None) -> None:
@@ -52,7 +51,7 @@ class CachedDataset(Dataset[Item]):
         if not isinstance(dataset, Samples):
             dataset = wrap(dataset, cache.num_classes, plan.dataset.name, plan.dataset.split)
         check_data(cache, dataset, None, progress)
-        seen = View(dataset, plan.views.transform, plan.views.seed)
+        seen = view_of(cache, dataset)
         if seen.mixes:
             raise UsageError(
                 f"the views of {cache.path} mix two images, and an item has one label",

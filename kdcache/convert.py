@@ -39,7 +39,8 @@ from kdcache.pipeline import CacheSpec, Transform
 from kdcache.progress import Progress, Silent
 from kdcache.provenance import versions
 from kdcache.samples import Samples, check_same_samples, digest_of
-from kdcache.views import View, batches, cut_range, is_random
+from kdcache.transforms import is_random
+from kdcache.views import View, batches, cut_range
 
 _HOW = "write it with numpy.savez(path, logits=[N, C] floats), or numpy.save(path, logits)"
 _NO_WEIGHTS = f"sha256:{hashlib.sha256(b'').hexdigest()}"

@@ -18,6 +18,7 @@ from kdcache.cache.derivation import Piece, build, derive_shard
 from kdcache.cache.reader import Cache
 from kdcache.cache.schema import DatasetRecord, Encoding, Fidelity, Lineage, Plan, Request, Shape
 from kdcache.cache.writer import CacheWriter
+from kdcache.crops import recorded
 from kdcache.errors import MismatchError, UsageError
 from kdcache.fingerprints import Inputs, inputs_of
 from kdcache.progress import Progress
@@ -54,8 +55,10 @@ def row_bytes(encoding: Encoding) -> int:
     return encoding.top_k * np.dtype(encoding.dtype).itemsize
 
 
-def inputs_at(placed: list[Placed], shape: Shape, data: Samples | None, progress: Progress) -> tuple[Shape, Inputs]:
-    """The fingerprints of samples in new places, of a transform that draws nothing at random.
+def inputs_at(
+    placed: list[Placed], shape: Shape, data: Samples | None, progress: Progress
+) -> tuple[Shape, list[Inputs]]:
+    """The fingerprints of samples in new places, of a transform that draws nothing at random, one a view.
 
     A cache has one of every so many samples; those that come to stand there may have had none. Where the shape can be
     chosen so that all are known, it is; otherwise the images are looked at.
@@ -67,19 +70,25 @@ def inputs_at(placed: list[Placed], shape: Shape, data: Samples | None, progress
         progress: who is told how it goes.
 
     Returns:
-        The shape, and fingerprint j, which is of sample j * `fingerprint_stride`.
+        The shape, and of each view fingerprint j, which is of sample j * `fingerprint_stride`.
 
     Raises:
         UsageError: if the images are needed, and are not given.
         MismatchError: if they are not those that the teacher saw.
     """
-    kept = [layout.read_inputs(cache.path, cache.manifest.plan, 0) for cache, _ in placed]
+    views = range(placed[0].cache.manifest.plan.views.count)
+    kept = [[layout.read_inputs(cache.path, cache.manifest.plan, view) for view in views] for cache, _ in placed]
     strides = [cache.manifest.plan.shape.fingerprint_stride for cache, _ in placed]
     known = np.concatenate([ids % stride == 0 for (_, ids), stride in zip(placed, strides, strict=True)])
-    every = Inputs.concatenate([
-        inputs.at(ids // stride)
-        for (_, ids), stride, inputs in zip(placed, strides, kept, strict=True)
-    ])  # fmt: skip
+    every = [
+        Inputs.concatenate([
+            inputs[view].at(ids // stride)
+            for (_, ids), stride, inputs in zip(placed, strides, kept, strict=True)
+        ])
+        for view in views
+    ]  # fmt: skip
+    if recorded(placed[0].cache.manifest.plan.views.transform) == "seeds":
+        return shape, [inputs.at(slice(None, None, shape.fingerprint_stride)) for inputs in every]  # 0, all of them
     least = shape.fingerprint_stride
     usable = (n for n in range(least, shape.shard_rows + 1) if shape.shard_rows % n == 0 and known[::n].all())
     if data is None:
@@ -90,17 +99,23 @@ def inputs_at(placed: list[Placed], shape: Shape, data: Samples | None, progress
                 "in these places had none",
                 "give the images, --data PIPELINE; those of its data set are then looked at again",
             )
-        return shape.model_copy(update={"fingerprint_stride": stride}), every.at(slice(None, None, stride))
-    found = every.at(slice(None, None, least))
+        return shape.model_copy(update={"fingerprint_stride": stride}), [
+            inputs.at(slice(None, None, stride)) for inputs in every
+        ]
+    found = [inputs.at(slice(None, None, least)) for inputs in every]
     new = np.flatnonzero(~known[::least])
     keys = np.concatenate([cache.sample_keys[ids] for cache, ids in placed])
-    places = _places_in(data, keys[new * least], progress)
     for (cache, _), inputs, stride in zip(placed, kept, strides, strict=True):
-        _check_pixels(cache, inputs, stride, data, progress)
-    if len(new):
-        seen = _seen(placed[0].cache.manifest.plan, data, places)
-        for values, fresh in zip(found, seen, strict=True):
-            values[new] = fresh
+        _check_pixels(cache, inputs[0], stride, data, progress)
+    begin = 0
+    for cache, ids in placed:
+        here = new[(new * least >= begin) & (new * least < begin + len(ids))]
+        if len(here):
+            mine, places = ids[here * least - begin], _places_in(data, keys[here * least], progress)
+            for view in views:
+                for values, fresh in zip(found[view], _seen(cache, data, places, mine, view), strict=True):
+                    values[here] = fresh
+        begin += len(ids)
     return shape, found
 
 
@@ -129,13 +144,18 @@ def _check_pixels(cache: Cache, inputs: Inputs, stride: int, data: Samples, prog
             f"{data.name}/{data.split} has none of the images of which {cache.path} keeps a fingerprint",
             "give the whole data set that the cache was made from with --data",
         )
-    seen = _seen(cache.manifest.plan, data, _places_in(data, keys[common], progress))
+    seen = _seen(cache, data, _places_in(data, keys[common], progress), common * stride, 0)
     then = inputs.at(common)
     compare_inputs(cache, 0, torch.from_numpy(common * stride), then, seen)
 
 
-def _seen(plan: Plan, data: Samples, places: Ids) -> Inputs:
-    view = View(data, plan.views.transform, plan.views.seed)
+def _seen(cache: Cache, data: Samples, places: Ids, ids: Ids, number: int) -> Inputs:
+    """Fingerprints of the images at some places of a data set, seen as the samples `ids` of a cache."""
+    at = np.zeros(len(data), np.int64)
+    at[places] = ids
+    crops, views = cache.crops, cache.manifest.plan.views
+    boxes = None if crops is None else crops(number)[at]
+    view = View(data, views.transform, views.seed, number, crops=None if boxes is None else lambda _: boxes)
     cuts = [places[cut.start : cut.stop].tolist() for cut in cut_range(range(len(places)), _BATCH)]
     return Inputs.concatenate([inputs_of(batch.images) for batch in batches(view, cuts)])
 

@@ -30,7 +30,8 @@ from kdcache.running import RunningTeacher
 from kdcache.runs import check_trackers
 from kdcache.samples import Samples
 from kdcache.teachers import load_teacher
-from kdcache.views import View, transform_for_evaluation
+from kdcache.transforms import transform_for_evaluation
+from kdcache.views import View
 
 _WRITTEN = 64 * 2**20
 """Bytes that are written for the speed of a disk: more than its own buffer, and soon done."""

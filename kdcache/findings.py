@@ -18,7 +18,7 @@ from kdcache.evaluate import try_network
 from kdcache.groups import Finished, Group, Mean, find_runs, group_runs, read_run
 from kdcache.measures import Reliability, reliability
 from kdcache.progress import Progress, Silent
-from kdcache.recheck import check_data, replay
+from kdcache.recheck import check_data, replay, view_of
 from kdcache.samples import Samples
 from kdcache.scorecard import logits_of, same_split
 from kdcache.taught import Says, Taught, study
@@ -205,8 +205,7 @@ def _cached_images(runs: Sequence[Finished], cache: Cache, notes: list[str], pro
         return None
     check_data(cache, samples, None, progress)
     replay(cache, samples, _REPLAYED)
-    views = cache.manifest.plan.views
-    return View(samples, views.transform, views.seed)
+    return view_of(cache, samples)
 
 
 def _drift(run: Finished, found: OnTest) -> str:

@@ -14,6 +14,7 @@ from kdcache.align import AlignedTeacher, align, aligned, described
 from kdcache.cache.joined import JoinedTeacher
 from kdcache.cache.placement import Placement
 from kdcache.cache.reader import Cache, CachedTeacher
+from kdcache.crops import Crops
 from kdcache.datasets import load_held_out, load_split
 from kdcache.errors import MismatchError, UsageError
 from kdcache.mixing import split_mixing
@@ -21,7 +22,8 @@ from kdcache.pipeline import Pipeline, TrainSpec, Transform
 from kdcache.progress import Progress, Silent
 from kdcache.recheck import check_data, replay
 from kdcache.samples import Samples
-from kdcache.views import View, is_random
+from kdcache.transforms import is_random
+from kdcache.views import View
 
 _REPLAYED = 32
 """Images that are compared with what the teacher saw before the first step; `kdcache verify --replay` takes all."""
@@ -42,6 +44,8 @@ class Lessons:
         views: how many a cache has; None for a view of its own in every epoch.
         teacher: from the caches; None without.
         record: of caches, placement and replay, for the run folder.
+        crops: the boxes of what the teacher saw, where they are recorded.
+        level_known: whether the teacher's logits are known as they are, or but for a constant of each row.
     """
 
     samples: Samples
@@ -52,6 +56,8 @@ class Lessons:
     views: int | None = 1
     teacher: Answers | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    crops: Crops | None = None
+    level_known: bool = True
 
 
 def lessons_without_teacher(pipeline: Pipeline) -> Lessons:
@@ -114,6 +120,7 @@ def lessons_from_caches(
                 f"{cache.path} has other views than {caches[0].path}\n  {cache.manifest.plan.views}\n  {views}",
                 "join caches that were dumped with the same transform, seed and number of views",
             )
+        _check_same_boxes(caches[0], cache)
         replayed.append(_replay(cache, samples, other_pixels, progress))
     teachers = [cache.teacher(device, placement) for cache in caches] if pipeline.loss.uses_teacher else []
     for each in teachers:
@@ -139,7 +146,23 @@ def lessons_from_caches(
         _first_views(caches),
         teacher,
         record,
+        caches[0].crops,
+        all(cache.level_known for cache in caches),
     )
+
+
+def _check_same_boxes(first: Cache, other: Cache) -> None:
+    """That two teachers of the same views saw the same crops, where these are recorded."""
+    if first is other or first.crops is None or other.crops is None:
+        return
+    for view in sorted(set(first.views).intersection(other.views)):
+        differ = (first.crops(view) != other.crops(view)).any(axis=1)
+        if differ.any():
+            raise MismatchError(
+                f"the teacher of {other.path} saw another crop of sample {int(differ.argmax())} in view {view} than "
+                f"that of {first.path}",
+                "join caches whose teachers saw the same crops",
+            )
 
 
 def _matched(

@@ -18,7 +18,7 @@ from kdcache.derive import Encoded, Placed, derive, inputs_at, planned, row_byte
 from kdcache.errors import MismatchError, UsageError
 from kdcache.progress import Progress, Silent
 from kdcache.samples import Samples, digest_of
-from kdcache.views import is_random
+from kdcache.transforms import is_drawn
 
 
 def merge(
@@ -88,9 +88,9 @@ def merge(
     shape, inputs = inputs_at(placed, choose_shape(len(keys), row_bytes(plan.encoding)), data, listener)
     licence = _joined([cache.manifest.plan.licence for cache in caches], " AND ")
     notes = _joined([cache.manifest.plan.notes for cache in caches], "\n")
-    made = planned(plan, dataset, 1, encoded, shape, lineage, licence=licence, notes=notes)
+    made = planned(plan, dataset, plan.views.count, encoded, shape, lineage, licence=licence, notes=notes)
     writer = CacheWriter.begin(out, made, labels, keys, bases[0])
-    return derive(writer, placed, [inputs], None, encoded.recoded, scheduler)
+    return derive(writer, placed, inputs, None, encoded.recoded, scheduler)
 
 
 def _check_parts(first: Cache, other: Cache) -> None:
@@ -104,19 +104,22 @@ def _check_parts(first: Cache, other: Cache) -> None:
             f"{first.path} and {other.path} are of the same samples, {why}",
             "for more views: kdcache dump-teacher --extend; to learn from both: train-student --cache A --cache B",
         )
-    differ = [
-        f"{key}: {a}, {b}"
-        for key, a, b in differences(
-            {"teacher": one.teacher.model_dump(), "transform": one.views.transform, "classes": one.dataset.class_names},
-            {"teacher": two.teacher.model_dump(), "transform": two.views.transform, "classes": two.dataset.class_names},
-        )
-    ]
+    ours, theirs = (
+        {
+            "teacher": plan.teacher.model_dump(),
+            "transform": plan.views.transform,
+            "views": plan.views.count,
+            "classes": plan.dataset.class_names,
+        }
+        for plan in (one, two)
+    )
+    differ = [f"{key}: {a}, {b}" for key, a, b in differences(ours, theirs)]
     if differ:
         raise MismatchError(
             "\n  ".join([f"{first.path} and {other.path} are no parts of one cache:", *differ]),
             "merge caches of one teacher, one transform and the same classes in the same order",
         )
-    if is_random(one.views.transform):
+    if is_drawn(one.views.transform):
         raise UsageError(
             f"the samples of {other.path} would be numbered on from {len(first)}, and their views, which are drawn "
             "from (seed, sample, view), could not be replayed",

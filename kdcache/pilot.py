@@ -37,7 +37,8 @@ from kdcache.progress import Progress
 from kdcache.provenance import versions
 from kdcache.running import RunningTeacher, described_precision, refuse_not_finite
 from kdcache.samples import Samples
-from kdcache.views import View, batches, cut_range, is_random
+from kdcache.transforms import is_random
+from kdcache.views import View, batches, cut_range
 
 _NPZ = "write it with numpy.savez(path, logits=[N, C] floats, labels=[N] integers)"
 

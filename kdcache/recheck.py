@@ -52,6 +52,16 @@ def check_data(cache: Cache, samples: Samples, transform: Transform | None, prog
         )
 
 
+def view_of(cache: Cache, samples: Samples, view: int = 0) -> View:
+    """What the teacher of a cache saw of a data set, in one of its views.
+
+    Raises:
+        UsageError: if it was drawn by code that kdcache has not got.
+    """
+    views = cache.manifest.plan.views
+    return View(samples, views.transform, views.seed, view, crops=cache.crops)
+
+
 class Replay(NamedTuple):
     """How the pixels of a data set, as a student would load it, compare with those that the teacher saw.
 
@@ -92,7 +102,7 @@ def replay(
         for place in np.unique(which).tolist():
             number = cache.views[place]
             kept = layout.read_inputs(cache.path, plan, number)
-            view = View(samples, plan.views.transform, plan.views.seed, number)
+            view = view_of(cache, samples, number)
             ids = marked[numbers[which == place]].tolist()
             cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
             for batch in batches(view, cuts, workers):
@@ -184,7 +194,7 @@ def compare_with_teacher(
     found = []
     with (progress or Silent()).task("teacher", len(ids) * len(cache.views), "rows") as task:
         for view in cache.views:
-            seen = View(samples, plan.views.transform, plan.views.seed, view)
+            seen = view_of(cache, samples, view)
             parts = []
             for batch in batches(seen, cuts, spec.workers, device):
                 live = running(batch.images)

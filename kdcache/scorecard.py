@@ -17,7 +17,7 @@ from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.evaluate import check_logits, try_network
 from kdcache.pipeline import DatasetSpec
 from kdcache.progress import Progress, Silent
-from kdcache.recheck import check_data, replay
+from kdcache.recheck import check_data, replay, view_of
 from kdcache.samples import Samples, digest_of
 from kdcache.trained import Trained
 from kdcache.views import View, batches, cut_range
@@ -171,11 +171,10 @@ class _Taught(NamedTuple):
         samples = load_split(dataset, "train")
         check_data(cache, samples, None, progress)
         replay(cache, samples, _REPLAYED)
-        views = cache.manifest.plan.views
         ids = pilot_ids(len(samples), rows)
         # A part of the cache is asked for once: it is not worth bringing all of it anywhere.
         logits = cache.teacher(placement="stream")(torch.tensor(ids))
-        return _Taught(ids, logits, View(samples, views.transform, views.seed))
+        return _Taught(ids, logits, view_of(cache, samples))
 
 
 def _score(

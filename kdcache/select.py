@@ -21,7 +21,7 @@ from kdcache.extend import adopt_shards
 from kdcache.mixing import split_mixing
 from kdcache.progress import Progress, Silent
 from kdcache.samples import Samples, digest_of
-from kdcache.views import is_random
+from kdcache.transforms import is_drawn
 
 
 def select(
@@ -87,8 +87,8 @@ def select(
         inputs = [layout.read_inputs(cache.path, plan, view).at(first) for view in range(count)]
     else:
         shape = choose_shape(len(ids), row_bytes(encoded.encoding))
-        shape, of_view = inputs_at(placed, shape, data, progress or Silent())
-        inputs = [of_view]
+        shape, of_views = inputs_at(placed, shape, data, progress or Silent())
+        inputs = of_views[:count]
     made = planned(plan, dataset, count, encoded, shape, lineage)
     writer = CacheWriter.begin(out, made, numbers, keys, encoded.basis)
     if stays and not encoded.recoded:
@@ -118,7 +118,7 @@ def _check_ids(ids: Ids, cache: Cache) -> None:
             f"the samples are not some of 0 to {len(cache) - 1}, each at most once, and at least one",
             "give ordinals of the data set that was dumped, as `kdcache summarise` prints them",
         )
-    if not (ids == np.arange(len(ids))).all() and is_random(transform):
+    if not (ids == np.arange(len(ids))).all() and is_drawn(transform):
         moved = int(np.argmax(ids != np.arange(len(ids))))
         raise UsageError(
             f"sample {ids[moved]} would become sample {moved}, and its views, which are drawn from (seed, sample, "

@@ -31,7 +31,8 @@ from kdcache.pipeline import Pipeline, StudentSpec, TeacherSpec
 from kdcache.progress import Progress, Silent
 from kdcache.ranks import is_first
 from kdcache.runs import CHECKPOINT, check_free, check_trackers, run_folder
-from kdcache.views import View, is_random, seeded, transform_for_evaluation
+from kdcache.transforms import is_random, transform_for_evaluation
+from kdcache.views import View, seeded
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,13 @@ def _train(
     if not loss.uses_teacher and not bool((train.labels >= 0).any()):
         raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
     _check_loss(loss, train, progress)
+    if loss.needs_level and not lessons.level_known:
+        raise UsageError(
+            f"of this teacher only probabilities are known, so its logits but for a constant of each row; and "
+            f"{loss.needs_level} depends on that constant",
+            "take one that does not: set loss.normalisation to z_score, for dtkd loss.temperature.centre to true, or "
+            "take a loss such as kd",
+        )
     check_trackers(spec.train.trackers)
     eval_transform = transform_for_evaluation(pipeline.eval_transform, lessons.transform)
     validation, test = (
@@ -223,11 +231,15 @@ def _seen(
     own = spec.transform if isinstance(spec, StudentSpec) else None
     if own is None:
         labels = few_labels(lessons.samples, spec.train)
-        return View(lessons.samples, lessons.transform, lessons.seed, labels=labels), lessons.views, teacher
+        return _images(lessons, labels), lessons.views, teacher
     train = own_transform(lessons, own, spec.train)
     if teacher is not None:
         progress.say("note: the student sees images through student.transform: the teacher did not see these pixels")
     return train, None if is_random(own) else 1, OfFixedImages(teacher) if teacher is not None else None
+
+
+def _images(lessons: Lessons, labels: torch.Tensor) -> View:
+    return View(lessons.samples, lessons.transform, lessons.seed, labels=labels, crops=lessons.crops)
 
 
 def _check_loss(loss: Loss, train: View, progress: Progress) -> None:

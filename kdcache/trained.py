@@ -15,7 +15,8 @@ from kdcache.pipeline import ModelSpec, Pipeline, StudentSpec, TeacherSpec, Tran
 from kdcache.runs import CHECKPOINT
 from kdcache.samples import Samples
 from kdcache.teachers import load_teacher
-from kdcache.views import View, transform_for_evaluation
+from kdcache.transforms import transform_for_evaluation
+from kdcache.views import View
 
 Network = Literal["student", "teacher"]
 

@@ -7,29 +7,29 @@ A transform is data: a list of names and arguments of `torchvision.transforms.v2
 
 It goes into the manifest as it stands, so that the student can replay what the teacher saw. The last step may mix two
 images (`mixing.py`): what view v makes of sample i with what it makes of a partner, drawn from (seed, i, v) among all
-samples.
+samples. The first step may be a crop that was drawn elsewhere, and recorded (`crops.py`): its box is given.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
-from kdcache.errors import KdcacheError, UsageError
-from kdcache.mixing import MIXINGS, Mixed, Mixing, split_mixing
+from kdcache.crops import CROP, Crops, split_recorded
+from kdcache.errors import CorruptError, KdcacheError, UsageError
+from kdcache.mixing import Mixed, Mixing, split_mixing
 from kdcache.pipeline import Transform
 from kdcache.samples import ArrayImages, Picture, Samples
+from kdcache.transforms import NOT_BATCHED, build_transform, is_random
 
 
 class Batch(NamedTuple):
@@ -46,95 +46,6 @@ class Batch(NamedTuple):
     labels: Tensor
     ids: Tensor
     mixed: Mixed | None
-
-
-# What torchvision has that draws no random number. A name that is not here is taken to draw some: its images are then
-# made one by one from their own seeds, which is right for every transform and only slower for one that is fixed.
-_FIXED = {"CenterCrop", "ClampBoundingBoxes", "ClampKeyPoints", "ConvertBoundingBoxFormat", "ConvertImageDtype",
-          "FiveCrop", "Grayscale", "Identity", "LinearTransformation", "Normalize", "PILToTensor", "Pad", "RGB",
-          "Resize", "SanitizeBoundingBoxes", "SanitizeKeyPoints", "SetClampingMode", "TenCrop", "ToDtype", "ToImage",
-          "ToPILImage", "ToPureTensor", "ToTensor", "UniformTemporalSubsample"}  # fmt: skip
-
-# Of those, what takes a batch for one image too large, or for a film.
-_NOT_BATCHED = {"ToPILImage", "UniformTemporalSubsample"}
-
-
-def is_random(transform: Transform) -> bool:
-    """Whether a transform may draw random numbers."""
-    return not _FIXED.issuperset(name for step in transform for name in step)
-
-
-def transform_for_evaluation(said: Transform | None, seen: Transform) -> Transform:
-    """What images that are not for training go through: never something random, never something unsaid.
-
-    Args:
-        said: `eval_transform` of the pipeline.
-        seen: what training images go through, which is taken where nothing is said.
-
-    Raises:
-        UsageError: if it mixes images, or draws at random and nothing is said.
-    """
-    if said is not None:
-        if split_mixing(said)[1]:
-            raise UsageError(
-                "eval_transform mixes images, and accuracy is of images with one label", "remove its last step"
-            )
-        return said
-    if is_random(seen):
-        fixed = [step for step in seen if not is_random([step])]
-        raise UsageError(
-            "the transform draws at random, and validation and test images need one that does not",
-            f"say which: its fixed steps would be eval_transform: {json.dumps(fixed)}",
-        )
-    return seen
-
-
-def build_transform(transform: Transform) -> Callable[..., Any]:
-    """The transform that a list of names and arguments describes.
-
-    Raises:
-        UsageError: for a name that `torchvision.transforms.v2` has not, or arguments that it does not take.
-    """
-    steps = [_step(step) for step in transform]
-    return v2.Compose(steps) if steps else v2.Identity()  # type: ignore[no-any-return]  # torchvision is untyped
-
-
-def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
-    if not (isinstance(step, dict) and len(step) == 1 and all(isinstance(given, dict) for given in step.values())):
-        raise UsageError(
-            f"the step {step!r} of a transform is not one name with its arguments", "write it as - NAME: {KEY: VALUE}"
-        )
-    ((name, arguments),) = step.items()
-    kind = MIXINGS.get(name, vars(v2).get(name))
-    if not (name in MIXINGS or (inspect.isclass(kind) and issubclass(kind, v2.Transform))):
-        raise UsageError(
-            f"torchvision.transforms.v2 has no transform {name!r}",
-            "take a name from torchvision's list of v2 transforms",
-        )
-    try:
-        built: Callable[..., Any] = kind(**{key: _argument(key, value) for key, value in arguments.items()})
-    except (TypeError, ValueError, AttributeError) as error:
-        fix = f"see the arguments of torchvision.transforms.v2.{name}"
-        if name in MIXINGS:
-            fix = "give alpha alone: the loss is told of both labels and their shares"
-        raise UsageError(f"transform {name}: {error}", fix) from None
-    return built
-
-
-def _argument(key: str, value: Any) -> Any:
-    """What YAML cannot say: a torch type, a member of an enumeration, a transform inside another one."""
-    if key == "dtype" and isinstance(value, str):
-        dtype = vars(torch).get(value)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype {value!r} is not a torch type")
-        return dtype
-    if key == "interpolation" and isinstance(value, str):
-        return v2.InterpolationMode(value)
-    if key == "policy" and isinstance(value, str):
-        return v2.AutoAugmentPolicy(value)
-    if key == "transforms" and isinstance(value, list):
-        return [_step(step) for step in value]
-    return value
 
 
 @contextmanager
@@ -177,18 +88,32 @@ class View(Dataset[Batch]):
         seed: of the views.
         view: which one; may be set anew between epochs.
         labels: [N] int64 that take the place of the data set's, such as those of a student that may not know all.
+        crops: the boxes of a transform that begins with a recorded crop, by the samples' ids.
 
     Raises:
-        UsageError: for a transform that cannot be.
+        UsageError: for a transform that cannot be, or whose boxes are not given.
     """
 
     def __init__(
-        self, samples: Samples, transform: Transform, seed: int = 0, view: int = 0, labels: Tensor | None = None
+        self,
+        samples: Samples,
+        transform: Transform,
+        seed: int = 0,
+        view: int = 0,
+        labels: Tensor | None = None,
+        crops: Crops | None = None,
     ) -> None:
         self.samples, self.seed, self.view = samples, seed, view
         self.labels = torch.from_numpy(samples.labels.astype(np.int64)) if labels is None else labels
         self.transform = transform
-        steps, mixing = split_mixing(transform)
+        self._crop, rest = split_recorded(transform)
+        steps, mixing = split_mixing(rest)
+        if self._crop is not None and crops is None:
+            raise UsageError(
+                f"the transform begins with {CROP}, whose boxes are in a cache, and none is given",
+                "give a cache that was converted with its boxes, or begin the transform with another crop",
+            )
+        self._crops, self._boxes = crops, (-1, np.empty((0, 0), np.float32))
         self._transform = build_transform(steps)
         self._mixing = build_transform([mixing]) if mixing else None
         if mixing and samples.ids is not None:
@@ -197,7 +122,7 @@ class View(Dataset[Batch]):
                 "train on the whole data set, or from a cache of views that are not mixed",
             )
         self._random = is_random(steps)
-        alone = is_random(transform) or any(name in _NOT_BATCHED for step in transform for name in step)
+        alone = is_random(transform) or any(name in NOT_BATCHED for step in transform for name in step)
         self._arrays = samples.images if isinstance(samples.images, ArrayImages) and not alone else None
 
     def __len__(self) -> int:
@@ -207,6 +132,14 @@ class View(Dataset[Batch]):
     def mixes(self) -> bool:
         """Whether each image is mixed with another."""
         return self._mixing is not None
+
+    def boxes(self) -> npt.NDArray[np.float32] | None:
+        """The boxes of the view, [N, 5], read once; None where none are recorded."""
+        if self._crops is None or self._crop is None:
+            return None
+        if self._boxes[0] != self.view:
+            self._boxes = self.view, self._crops(self.view)
+        return self._boxes[1]
 
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images after the transform."""
@@ -246,14 +179,24 @@ class View(Dataset[Batch]):
         with self._seeded(index):
             return self._transformed(index)
 
+    def _id(self, index: int) -> int:
+        return index if self.samples.ids is None else int(self.samples.ids[index])
+
     def _seeded(self, index: int) -> AbstractContextManager[None]:
-        ids = self.samples.ids
-        return seeded(self.seed, index if ids is None else int(ids[index]), self.view)
+        return seeded(self.seed, self._id(index), self.view)
 
     def _transformed(self, index: int) -> Tensor:
         picture = self.samples.images.picture(index)
         if isinstance(picture, Tensor):
             picture = picture.clone()  # a transform may work in place, and must not change the data set
+        if self._crop is not None and (boxes := self.boxes()) is not None:
+            try:
+                picture = self._crop(picture, boxes[self._id(index)])
+            except ValueError as error:
+                raise CorruptError(
+                    f"sample {self._id(index)} of {self.samples.name}/{self.samples.split}, view {self.view}: {error}",
+                    "use the images that the boxes were drawn for",
+                ) from None
         return self._seen(picture, index)
 
     def _seen(self, picture: Picture, first: int) -> Tensor:
@@ -316,6 +259,7 @@ class _Fetched(Dataset[Any]):
 
     def __init__(self, view: View) -> None:
         self.view = view
+        view.boxes()  # here, so that forked workers share them
 
     def __getitems__(self, ids: Sequence[int]) -> Batch | KdcacheError:
         try:

@@ -22,7 +22,8 @@ from kdcache.measures import expected_calibration_error, negative_log_likelihood
 from kdcache.models import save_weights
 from kdcache.models.small import SmallMLP
 from kdcache.pipeline import DatasetSpec, Pipeline, Transform
-from kdcache.views import View, build_transform
+from kdcache.transforms import build_transform
+from kdcache.views import View
 
 Values = npt.NDArray[Any]
 

@@ -32,7 +32,8 @@ from kdcache.evaluate import check_logits, evaluate, try_network
 from kdcache.models import build_model, load_weights, preset_transform, save_weights, weights_digest
 from kdcache.pipeline import DatasetSpec, ModelSpec
 from kdcache.samples import ArrayImages, Samples
-from kdcache.views import View, build_transform
+from kdcache.transforms import build_transform
+from kdcache.views import View
 
 timm: Any = import_module("timm")  # whose types are not whole
 GREY = (1, 8, 8)

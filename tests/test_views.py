@@ -28,7 +28,8 @@ from torchvision.transforms import v2
 from kdcache.errors import CorruptError, KdcacheError, UsageError
 from kdcache.pipeline import Transform
 from kdcache.samples import ArrayImages, FileImages, Samples, wrap
-from kdcache.views import View, batches, build_transform, cut_range, is_random, seeded
+from kdcache.transforms import build_transform, is_random
+from kdcache.views import View, batches, cut_range, seeded
 
 TO_FLOAT: Transform = [{"ToImage": {}}, {"ToDtype": {"dtype": "float32", "scale": True}}]
 AUGMENT: Transform = [

@@ -16,6 +16,7 @@ import numpy as np
 
 from kdcache.cache.packed import codecs_of, unpacked
 from kdcache.cache.schema import Encoding, Plan, commit_file
+from kdcache.crops import BOX, recorded
 from kdcache.errors import CorruptError
 from kdcache.fingerprints import SKETCH_PARTS
 
@@ -87,17 +88,28 @@ def raw_bytes(encoding: Encoding) -> int:
 def row_arrays(plan: Plan) -> dict[str, Array]:
     """The arrays that hold rows, [V, N, ...]."""
     return {
-        name: Array(
-            shape=(plan.views.count, plan.dataset.samples, *part.width),
-            chunks=(1, plan.shape.chunk_rows, *part.width),
-            shards=(1, plan.shape.shard_rows, *part.width),
-            dtype=part.dtype,
-            names=("view", "sample", *("column" for _ in part.width)),
-            typesize=part.typesize,
-            columns=plan.encoding.statistics if name == "statistics" else None,
-        )
+        name: _of_rows(plan, part, plan.encoding.statistics if name == "statistics" else None)
         for name, part in row_parts(plan.encoding).items()
     }
+
+
+def _of_rows(plan: Plan, part: Part, columns: tuple[str, ...] | None = None) -> Array:
+    """An array with something of each row, [V, N, ...]."""
+    return Array(
+        shape=(plan.views.count, plan.dataset.samples, *part.width),
+        chunks=(1, plan.shape.chunk_rows, *part.width),
+        shards=(1, plan.shape.shard_rows, *part.width),
+        dtype=part.dtype,
+        names=("view", "sample", *("column" for _ in part.width)),
+        typesize=part.typesize,
+        columns=columns,
+    )
+
+
+def recorded_arrays(plan: Plan) -> dict[str, Array]:
+    """The array that says what each view was drawn from, where (seed, sample, view) does not: boxes, or seeds."""
+    parts = {"crops": Part((BOX,), "float32"), "seeds": Part((), "int32")}
+    return {name: _of_rows(plan, part) for name, part in parts.items() if name == recorded(plan.views.transform)}
 
 
 def input_arrays(plan: Plan) -> dict[str, Array]:
@@ -118,7 +130,7 @@ def input_arrays(plan: Plan) -> dict[str, Array]:
 
 def shard_arrays(plan: Plan) -> dict[str, Array]:
     """The arrays that are written a shard at a time."""
-    return row_arrays(plan) | input_arrays(plan)
+    return row_arrays(plan) | input_arrays(plan) | recorded_arrays(plan)
 
 
 def basis_arrays(plan: Plan) -> dict[str, Array]:
@@ -272,7 +284,7 @@ def check_shard(cache: Path, plan: Plan, view: int, shard: int) -> None:
     Raises:
         CorruptError: which names the first that is not.
     """
-    for name, array in row_arrays(plan).items():
+    for name, array in (row_arrays(plan) | recorded_arrays(plan)).items():
         check_whole(cache / shard_file(name, array, view, shard), array, _needed(plan, shard))
     for name, array in input_arrays(plan).items():
         check_whole(cache / shard_file(name, array, view, shard), array, 1)

@@ -23,6 +23,7 @@ from kdcache.cache.codec import Rows, decode, encode, stated_at
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.schema import STATISTICS, TAIL_TEMPERATURES, Encoding, Plan
 from kdcache.cache.writer import CacheWriter
+from kdcache.crops import recorded
 from kdcache.errors import InterruptedRun, KdcacheError
 from kdcache.fingerprints import Inputs
 
@@ -66,6 +67,12 @@ class Piece:
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         return Rows.concatenate(parts)[torch.from_numpy(place)]
+
+    def recorded(self, view: int) -> npt.NDArray[Any]:
+        """What a view of these samples was drawn from, where the parent keeps that."""
+        first, last = int(self.ids.min()), int(self.ids.max())
+        values: npt.NDArray[Any] = layout.read_recorded(self.path, self.plan, view, range(first, last + 1))
+        return values[self.ids - first]
 
     def logits(self, view: int, classes: list[int] | None = None) -> Tensor:
         """What the rows stand for, [B, C] float32, or of some classes."""
@@ -152,7 +159,8 @@ def derive_shard(
             before = layout.read_basis(piece.path, piece.plan)
             change = Recoding(piece.plan.encoding, before, writer.plan.encoding, basis, classes)
         parts.append(piece.rows(view, change))
-    writer.write(view, shard, Rows.concatenate(parts), inputs)
+    kept = np.concatenate([piece.recorded(view) for piece in pieces]) if recorded(writer.plan.views.transform) else None
+    writer.write(view, shard, Rows.concatenate(parts), inputs, kept)
 
 
 def build(
@@ -170,13 +178,28 @@ def build(
         scheduler: as `operations.over` takes it.
 
     Raises:
+        As `complete`.
+    """
+    todo = [(view, shard) for view in range(writer.plan.views.count) for shard in writer.pending(view)]
+    return complete(writer, function, [(*place, *arguments(*place)) for place in todo], scheduler)
+
+
+def complete(writer: CacheWriter, function: Callable[..., None], calls: list[tuple[Any, ...]], scheduler: str) -> Cache:
+    """Make calls that write what a cache has not got yet, and seal it.
+
+    Args:
+        writer: of the cache.
+        function: is given the folder, and what each call says.
+        calls: as said.
+        scheduler: as `operations.over` takes it.
+
+    Raises:
         InterruptedRun: on Ctrl-C; finished shards stay, and the same command goes on.
         KdcacheError: if a parent cannot be read; what this call began is deleted.
     """
     out, plan = writer.path, writer.plan
-    todo = [(view, shard) for view in range(plan.views.count) for shard in writer.pending(view)]
     try:
-        operations.over(function, [(out, *place, *arguments(*place)) for place in todo], scheduler, plan)
+        operations.over(function, [(out, *call) for call in calls], scheduler, plan)
         writer.seal(operations.summarise(out, plan, scheduler))
         cache = open_cache(out)
     except KdcacheError:

@@ -7,6 +7,7 @@ every array writes its chunks even where they hold nothing but the fill value, o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from kdcache.cache.arrays import (
     check_common,
     check_shard,
     input_arrays,
+    recorded_arrays,
     row_arrays,
     row_parts,
     sample_arrays,
@@ -34,6 +36,7 @@ from kdcache.cache.arrays import (
 from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import Rows, index_dtype
 from kdcache.cache.schema import Encoding, Plan
+from kdcache.crops import unit_of, wrong_boxes
 from kdcache.errors import CorruptError
 from kdcache.fingerprints import Inputs
 
@@ -90,14 +93,23 @@ def bytes_per_row(encoding: Encoding, rows: Rows) -> float:
     return sum(len(value) for key, value in stored.items() if not key.endswith(".json")) / len(rows)
 
 
-def write_shard(cache: Path, plan: Plan, view: int, shard: int, rows: Rows, inputs: Inputs) -> None:
+def write_shard(
+    cache: Path,
+    plan: Plan,
+    view: int,
+    shard: int,
+    rows: Rows,
+    inputs: Inputs,
+    recorded: npt.NDArray[Any] | None = None,
+) -> None:
     """Write all arrays of one shard. Whatever an interrupted run left there must have been deleted."""
     ids = plan.shard_ids(shard)
     group = zarr.open_group(cache / STORE, mode="r+", zarr_format=3)
     expected = shard_arrays(plan)
-    for name, tensor in rows.arrays().items():
+    of_rows = {name: tensor.cpu().contiguous().numpy() for name, tensor in rows.arrays().items()}
+    for name, values in (of_rows | dict.fromkeys(recorded_arrays(plan), recorded)).items():
         array = _array(group, name, expected[name]).with_config(_CONFIG)
-        array[view, ids.start : ids.stop] = tensor.cpu().contiguous().numpy().astype(array.dtype, copy=False)
+        array[view, ids.start : ids.stop] = np.asarray(values).astype(array.dtype, copy=False)
     start = ids.start // plan.shape.fingerprint_stride
     for name, values in inputs._asdict().items():
         array = _array(group, name, expected[name]).with_config(_CONFIG)
@@ -142,6 +154,37 @@ class RowReader:
 def read_rows(cache: Path, plan: Plan, view: int, ids: range) -> Rows:
     """The rows of a run of sample ids in one view."""
     return RowReader(cache, plan).read(view, ids)
+
+
+def read_recorded(cache: Path, plan: Plan, view: int, ids: range | None = None) -> npt.NDArray[Any]:
+    """What a view of some samples, or of all, was drawn from: boxes [B, 5] float32, or seeds [B] int32.
+
+    Raises:
+        CorruptError: if a box cannot be one, or the store is not as the plan has it.
+    """
+    ((name, expected),) = recorded_arrays(plan).items()
+    ids = range(plan.dataset.samples) if ids is None else ids
+    rows = plan.shape.shard_rows
+    for shard in range(ids.start // rows, -(-ids.stop // rows)):
+        check_shard(cache, plan, view, shard)
+    group = _open(cache, {name: expected})
+    values = _read(group, name, expected, (view, slice(ids.start, ids.stop)))
+    if name == "crops" and (wrong := wrong_boxes(values, unit_of(plan.views.transform))).any():
+        where = f"view {view}, sample {ids.start + int(wrong.argmax())}"
+        raise CorruptError(f"{cache} holds the box {values[wrong.argmax()].tolist()}, which is none: {where}", AGAIN)
+    return values
+
+
+@dataclass(frozen=True)
+class StoredCrops:
+    """The boxes of a cache, by view; may be sent to another process."""
+
+    cache: Path
+    plan: Plan
+
+    def __call__(self, view: int) -> npt.NDArray[np.float32]:
+        """[N, 5]."""
+        return read_recorded(self.cache, self.plan, view)
 
 
 def read_inputs(cache: Path, plan: Plan, view: int) -> Inputs:

@@ -29,6 +29,7 @@ from kdcache.cache.placement import Placement, place_rows
 from kdcache.cache.places import Place
 from kdcache.cache.schema import MANIFEST, PLAN, Encoding, Manifest, read_manifest, read_plan
 from kdcache.cache.verify import check_files
+from kdcache.crops import Crops, recorded
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError
 from kdcache.progress import Progress
 
@@ -145,6 +146,17 @@ class Cache:
     def bytes_on_disk(self) -> int:
         """Sum of the sizes of its files, the manifest's own included."""
         return sum(record.size for record in self.manifest.files.values()) + (self.path / MANIFEST).stat().st_size
+
+    @property
+    def crops(self) -> Crops | None:
+        """The boxes of its views, for `View`; None where these follow from the seed."""
+        plan = self.manifest.plan
+        return layout.StoredCrops(self.path.absolute(), plan) if recorded(plan.views.transform) == "crops" else None
+
+    @property
+    def level_known(self) -> bool:
+        """Whether the logits are known as they are; if not, but for a constant of each row."""
+        return self.manifest.plan.teacher.level is None
 
     def teacher(
         self, device: torch.device | str = "cpu", placement: Placement | Literal["auto"] = "auto"

@@ -20,8 +20,7 @@ FORMAT_VERSION: Literal[1] = 1
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 
-LARGEST_CHUNK = 16_384
-"""Rows of a chunk at most."""
+LARGEST_CHUNK = 16_384  # rows
 
 STATISTICS = ("label_log_prob", "logit_mean", "logit_std", "entropy")
 TAIL_TEMPERATURES = (1, 2, 4, 8)
@@ -91,6 +90,7 @@ class TeacherRecord(Record):
         weights_digest: over parameters and buffers.
         parameters: their number.
         precision: that it ran in.
+        level: "unknown" where only probabilities are known, and so the logits but for a constant of each row.
     """
 
     name: str
@@ -99,6 +99,7 @@ class TeacherRecord(Record):
     weights_digest: Digest
     parameters: Size
     precision: str
+    level: Annotated[Literal["unknown"] | None, Field(exclude_if=lambda level: level is None)] = None
 
 
 class DatasetRecord(Record):

@@ -17,6 +17,7 @@ from kdcache.cache import layout
 from kdcache.cache.arrays import AGAIN, STORE
 from kdcache.cache.codec import Rows, decode
 from kdcache.cache.schema import Encoding, FileRecord, Plan
+from kdcache.crops import recorded
 from kdcache.errors import CorruptError
 from kdcache.samples import digest_of
 
@@ -107,6 +108,8 @@ def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Ten
     try:
         rows = layout.read_rows(cache, plan, view, ids)
         basis = layout.read_basis(cache, plan)
+        if recorded(plan.views.transform):
+            layout.read_recorded(cache, plan, view, ids)
     except CorruptError as error:
         return [Finding(f"view {view}, shard {shard}", error.what)]
     bad: dict[str, list[int]] = {}

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -160,10 +161,12 @@ class CacheWriter:
         """The shards of a view that have no marker yet."""
         return [shard for shard in range(self.plan.shards) if not self.commit_path(view, shard).exists()]
 
-    def write(self, view: int, shard: int, rows: Rows, inputs: Inputs) -> None:
-        """Write one shard, whole."""
+    def write(
+        self, view: int, shard: int, rows: Rows, inputs: Inputs, recorded: npt.NDArray[Any] | None = None
+    ) -> None:
+        """Write one shard, whole; `recorded` is what its views were drawn from, where the plan has an array of that."""
         files = self._cleared(view, shard)
-        layout.write_shard(self.path, self.plan, view, shard, rows, inputs)
+        layout.write_shard(self.path, self.plan, view, shard, rows, inputs, recorded)
         self._commit(view, shard, {name: record_of(self.path / name) for name in files})
 
     def adopt(self, view: int, shard: int, source: Path, records: dict[str, FileRecord]) -> None:

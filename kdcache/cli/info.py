@@ -110,7 +110,9 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
             **({"fidelity": _fidelity(plan.fidelity)} if plan.fidelity else {}),
             "size": f"{size:,} bytes, {per_row:.1f} a row, {plan.views.count * plan.shards} shard(s)",
             "accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
-            "sharpness": f"{manifest.summary.mean_sharpness:.3f} (mean logsumexp)",
+            "sharpness": f"{manifest.summary.mean_sharpness:.3f} (mean logsumexp)"
+            if plan.teacher.level is None
+            else "not known: only probabilities are, and so the logits but for a constant of each row",
             "confidence": f"{manifest.summary.mean_top_probability:.4f} (mean largest probability)",
             "versions": ", ".join(f"{name} {number}" for name, number in plan.versions.items()),
             **({"licence": plan.licence} if plan.licence else {}),

@@ -274,6 +274,16 @@ class Loss(_Options):
         return isinstance(self.temperature, DTDFocal | DTDConfidence) or isinstance(self.divergence, DIST)
 
     @property
+    def needs_level(self) -> str | None:
+        """What of it changes with a constant that is added to a row of the teacher's logits, if anything does."""
+        if not self.uses_teacher or self.normalisation == "z_score":
+            return None
+        temperature = self.temperature
+        if (isinstance(temperature, DTKD) and not temperature.centre) or isinstance(temperature, DTDFocal):
+            return f"the temperature {temperature.kind}"
+        return "the divergence mse" if isinstance(self.divergence, MSE) else None
+
+    @property
     def acts_on_label(self) -> str | None:
         """The adjustment or divergence that acts on the one true class of an image, if there is one."""
         if isinstance(self.adjustment, ProbabilityShift | LabelSmoothing):
