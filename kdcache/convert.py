@@ -4,8 +4,7 @@ An npz file holds `logits` [N, C] or [V, N, C]; it may hold `labels` [N] and `sa
 with the data set, and the `seed` of its views, without which random views cannot be replayed. An npy file holds the
 logits alone.
 
-Files of other projects (FKD, TinyViT, ml-dr) are not read: the crops of which they keep a few probabilities are drawn
-by code of their own, so that no student could be shown here what the teacher saw; and there is no logsumexp in them.
+Files of other projects (FKD, TinyViT, ml-dr), which hold a few probabilities a row, are the matter of `foreign/`.
 """
 
 from __future__ import annotations

@@ -69,7 +69,9 @@ def card(cache: Cache, notes: str = "", picture: bool = False) -> str:
         "kept of a row": _encoding(plan),
         "size": f"{rows:,} rows, {cache.bytes_on_disk:,} bytes, {cache.bytes_on_disk / rows:.1f} a row",
         "teacher's accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
-        "sharpness": f"{summary.mean_sharpness:.3f}, mean logsumexp of the logits",
+        "sharpness": f"{summary.mean_sharpness:.3f}, mean logsumexp of the logits"
+        if plan.teacher.level is None
+        else "not known: only probabilities are, and so the logits but for a constant of each row",
         "confidence": f"{summary.mean_top_probability:.4f}, mean largest probability",
         "made with": ", ".join(f"{_plain(name)} {_plain(number)}" for name, number in plan.versions.items()),
         **_lineage(plan),

@@ -126,7 +126,7 @@ def open_tinyvit(folder: Path, samples: Samples) -> Opened:
         )
     top_k = kept.pop()
     found = [key for _, keys in _packages(folder / folder_of(top_k, 0)) for key in keys]
-    form = NUMBERS if all(key.isdecimal() for key in found) else NAMES
+    form = NUMBERS if all(re.fullmatch("0|[1-9][0-9]*", key) for key in found) else NAMES
     names = names_of(samples, form)
     if len(others := set(found).difference(names)):
         raise MismatchError(
