@@ -30,7 +30,7 @@ BOX = 5
 """Numbers of a box: top, left, height, width, and 1 where the crop is then flipped from left to right, else 0."""
 
 UNITS = ("fraction", "pixels")
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 _BEYOND = 2**-10
 """By how much rounded fractions, in float16 at the worst, may add up to more than a whole side."""
 
@@ -131,7 +131,8 @@ def wrong_boxes(boxes: npt.NDArray[np.float32], unit: str) -> npt.NDArray[np.boo
 
 def recorded(transform: Sequence[Step]) -> Literal["crops", "seeds"] | None:
     """What a cache of this transform keeps of each view of a sample, beside its row."""
-    first = next(iter(transform[0]), None) if transform and isinstance(transform[0], dict) else None
+    alone = transform and isinstance(transform[0], dict) and len(transform[0]) == 1
+    first = next(iter(transform[0])) if alone else None
     return "crops" if first == CROP else "seeds" if first == ELSEWHERE else None
 
 

@@ -49,6 +49,8 @@ from kdcache.pipeline import Pipeline, Transform, load_pipeline
 from kdcache.recheck import compare_with_teacher, replay, view_of
 from kdcache.select import select
 from kdcache.train import train_student
+from kdcache.transforms import transform_for_evaluation
+from kdcache.views import View
 
 CLASSES, COUNT, VIEWS, SIZE = 12, 26, 3, 8
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -157,6 +159,18 @@ def unpacked(path: Path) -> Any:
     return torch.load(path, "cpu", weights_only=False)
 
 
+def saved(path: Path, held: Any) -> None:
+    path.unlink(missing_ok=True)
+    torch.save(held, path)
+
+
+class Calls:
+    """What ends every process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (77,)
+
+
 # FKD
 
 
@@ -263,16 +277,19 @@ def test_classes_without_any_mass_get_the_least_that_there_is(images: Images, tm
 
 def test_a_student_is_trained_from_fkds_files_on_the_command_line(images: Images, tmp_path: Path) -> None:
     labels, out, run = fkd_of(images, tmp_path / "labels"), tmp_path / "c.kdcache", tmp_path / "run"
-    pipeline = images.write("fraction")
-    made = as_json("convert", labels, "--from", "fkd", "--pipeline", pipeline, "-o", out, "--name", "giant")
+    pipeline, held_out = images.write("fraction"), ["--set", "dataset.test=0.3"]
+    made = as_json("convert", labels, "--from", "fkd", "--pipeline", pipeline, *held_out, "-o", out, "--name", "giant")
     assert (made["plan"]["teacher"]["name"], made["plan"]["teacher"]["level"]) == ("giant", "unknown")
     assert "not known: only probabilities are" in kdcache("info", out).stdout
-    assert as_json("verify", out, pipeline, "--replay")["replay"]["rounded"] == 0
-    done = kdcache("train-student", pipeline, "--cache", out, "-o", run)
+    assert as_json("verify", out, pipeline, "--replay", *held_out)["replay"]["rounded"] == 0
+    done = kdcache("train-student", pipeline, "--cache", out, "-o", run, *held_out)
     assert done.exit_code == 0, done.output
-    summary = json.loads((run / "metrics.json").read_text())
-    assert summary["caches"] == [made["digest"]]
-    assert summary["replay"][0]["rounded"] == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["caches"] == [made["digest"]]
+    assert metrics["replay"][0]["rounded"] == 0
+    assert as_json("evaluate", run, "--cache", out)["scores"][0]["teacher"]["rows"] == len(open_cache(out))
+    done = kdcache("report", run, "--cache", out, "-o", tmp_path / "report.html")
+    assert done.exit_code == 0, done.output
 
 
 def test_what_a_student_learns_from_are_the_recorded_crops(
@@ -475,6 +492,25 @@ def test_what_ml_dr_has_changed_otherwise_is_refused_by_name(
     assert not (tmp_path / "c.kdcache").exists()
 
 
+def test_a_config_that_says_nothing_is_named(images: Images, tmp_path: Path) -> None:
+    folder = ml_dr_of(images, tmp_path / "reinforced")
+    plain: dict[str, Any] = {"random_horizontal_flip": {"p": 0.5}}
+    for held, why in (
+        ({"reinforce": {"image_augmentation": plain}}, "has the transforms random_horizontal_flip"),
+        ({"reinforce": {"image_augmentation": {"random_resized_crop": {}}}}, "has the transforms random_resized_crop"),
+        ({"reinforce": {"image_augmentation": plain | {"random_resized_crop": {"size": "x"}}}}, "size 'x' is"),
+        ({"reinforce": {"image_augmentation": [1]}}, "config.pth.tar does not say"),
+        ([], "config.pth.tar does not say"),
+        (Calls(), "config.pth.tar cannot be read"),
+    ):
+        saved(folder / "config.pth.tar", held)
+        with pytest.raises(KdcacheError, match=why):
+            cache_of_files(folder, "ml-dr", images.samples, tmp_path / "c.kdcache")
+    (folder / "config.pth.tar").unlink()
+    with pytest.raises(CorruptError, match=r"config\.pth\.tar is missing"):
+        cache_of_files(folder, "ml-dr", images.samples, tmp_path / "c.kdcache")
+
+
 def test_crops_behind_something_else_and_other_numbers_of_images_are_refused(images: Images, tmp_path: Path) -> None:
     resized = ml_dr_of(images, tmp_path / "resized", steps={"resize": {"size": 9}})
     with pytest.raises(UsageError, match="only crops of random_resized_crop"):
@@ -670,6 +706,7 @@ def test_files_are_written_on_the_command_line_and_read_again(images: Images, du
         "convert", dumped.path, "--to", "ml-dr", "--pipeline", pipeline, "-o", tmp_path / "out", "--top-k", 4
     )
     assert (said["samples"], said["views"], said["top_k"]) == (COUNT, VIEWS, 4)
+    assert torch.load(tmp_path / "out" / "9.pth.tar", weights_only=True)[0] == 9  # as torch reads files by now
     done = kdcache("convert", tmp_path / "out", "--from", "ml-dr", "--pipeline", pixels, "-o", tmp_path / "c.kdcache")
     assert done.exit_code == 0, done.output
     assert "4 classes a row" in kdcache(
@@ -723,11 +760,6 @@ def test_images_without_names_are_refused_for_fkd_and_numbered_for_ml_dr(tmp_pat
 # What cannot be
 
 
-def saved(path: Path, held: Any) -> None:
-    path.unlink(missing_ok=True)
-    torch.save(held, path)
-
-
 COORDS, FLIPS = np.full((VIEWS, 4), 0.25, np.float32), np.zeros(VIEWS, bool)
 PAIRS = np.stack([np.tile(np.arange(5.0), (VIEWS, 1)), np.full((VIEWS, 5), 0.1)], axis=1).astype(np.float32)
 
@@ -736,13 +768,6 @@ def off(values: Any, place: Any, value: float) -> Any:
     made = values.copy()
     made[place] = value
     return made
-
-
-class Calls:
-    """What ends every process that unpickles it."""
-
-    def __reduce__(self) -> Any:
-        return os._exit, (77,)
 
 
 WRONG_FKD: dict[str, tuple[Any, str]] = {
@@ -919,6 +944,18 @@ def test_other_transforms_than_of_such_crops_are_refused(images: Images, tmp_pat
     with pytest.raises(UsageError, match=why):
         cache_of_files(folder, "fkd", images.samples, tmp_path / "c.kdcache", transform=transform, spec=SPEC)
     assert not (tmp_path / "c.kdcache").exists()
+
+
+def test_a_recorded_crop_has_one_place(images: Images) -> None:
+    boxes = np.array([[[0, 0, 1, 1, 0]] * COUNT], np.float32)
+    astray: list[Transform] = [[*REST, FRACTIONS[0]], [FRACTIONS[0], *FRACTIONS], [*REST, {"DrawnElsewhere": {}}]]
+    for steps in astray:
+        with pytest.raises(UsageError, match="can only be the first step"):
+            View(images.samples, steps, crops=lambda view: boxes[view])
+    with pytest.raises(UsageError, match="there are no boxes of these images"):
+        transform_for_evaluation(FRACTIONS, FRACTIONS)
+    with pytest.raises(UsageError, match="need one that does not"):
+        transform_for_evaluation(None, FRACTIONS)
 
 
 @pytest.mark.parametrize(

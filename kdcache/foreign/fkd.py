@@ -10,7 +10,8 @@ k]: classes, then their probabilities (`marginal_smoothing_k5`, `_k10`, `margina
 
 The files do not say at what size, with what interpolation and normalisation the crops were seen, and FKD's own students
 see them otherwise than their teachers did: the transform is the user's to give. Nor do they say at what temperature
-(`--temp`) the probabilities were taken; that is 1 unless its maker set it.
+(`--temp`) the probabilities were taken; that is 1 unless its maker set it. Of a label outside the k classes the files
+know no more than of any other.
 
 Source: github.com/szq0214/FKD at afd5294, FKD/FKD_SLG/generate_soft_label.py, utils.py (writers), FKD/utils_FKD.py (the
 reader, whose rounding of boxes `crops.pixels_of` has).

@@ -20,7 +20,6 @@ from kdcache.cache.schema import DatasetRecord, Encoding, Lineage, Plan, Teacher
 from kdcache.cache.shape import choose_shape
 from kdcache.cache.writer import CacheWriter, check_place
 from kdcache.crops import CROP, recorded, split_recorded, unit_of
-from kdcache.derive import row_bytes
 from kdcache.errors import UsageError
 from kdcache.fingerprints import SKETCH_PARTS, Inputs, inputs_of
 from kdcache.foreign.fkd import open_fkd
@@ -44,6 +43,8 @@ _UNITS = {"fkd": "fraction", "ml-dr": "pixels"}
 _NO_WEIGHTS = f"sha256:{hashlib.sha256(b'').hexdigest()}"
 _LOGITS_AT_ONCE = 2**22
 _BATCH = 64
+_SAID, _RECORDED = 32, 64
+"""Bytes in memory of a probability, its class and copies of both, and of what else there is in a row."""
 
 
 def cache_of_files(
@@ -142,8 +143,8 @@ def _plan(
         encoding = Encoding(
             num_classes=classes, top_k=source.top_k, tail="none" if dense else "uniform", dtype=spec.dtype
         )
-        # All views of a shard are in memory at once where a file holds them all.
-        held = row_bytes(encoding) * (source.views if source.by_sample else 1)
+        # What is said of a row, and its box; of all views of a shard at once where a file holds them all.
+        held = (_SAID * source.top_k + _RECORDED) * (source.views if source.by_sample else 1)
         return Plan(
             teacher=TeacherRecord(
                 name=name or folder.absolute().name,
@@ -175,7 +176,8 @@ def _plan(
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(
-            f"no cache can be made of these files: {first['msg']}", "set cache.dtype to float16 or float32"
+            f"no cache can be made of these files: {first['msg']}",
+            "set cache.dtype to float16 or float32, and look at the transform",
         ) from None
 
 

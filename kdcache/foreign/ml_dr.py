@@ -10,8 +10,8 @@ FOLDER/config.pth.tar says which transforms these are, at what size, how normali
 What RandAugment, RandomErasing, MixUp or CutMix has changed as well could only be drawn by ml-dr's own code, and is
 refused; where they left a sample alone it is taken.
 
-The files are pickles of protocol 4, which torch's `weights_only` does not read: they are read here with no name that a
-pickle could call, by Python's own reader, whose memory is bounded by the file.
+Its files are pickles of protocol 4, which torch's `weights_only` does not read: they are read here with no name that a
+pickle could call, by Python's own reader, whose memory is bounded by the file. Those written here are of protocol 2.
 
 Source: github.com/apple/ml-dr at a21113c, reinforce.py (writer), dr/data.py, dr/transforms.py, dr/utils.py (readers).
 """
@@ -116,18 +116,15 @@ def open_ml_dr(folder: Path, samples: Samples) -> Opened:
             for name, given in config["reinforce"]["image_augmentation"].items()
             if given.get("enable", True)
         }
-        crop = (
-            {key: steps[_CROP][key] for key in ("size", "interpolation") if key in steps[_CROP]}
-            if _CROP in steps
-            else {}
-        )
+        crop = {key: value for key, value in steps.get(_CROP, {}).items() if key in ("size", "interpolation")}
     except (KeyError, TypeError, AttributeError):
         raise refused(folder / CONFIG, "does not say what is done to an image") from None
-    if "size" not in crop or (others := sorted(steps.keys() - _WITHOUT - set(_WITH_PARAMETERS))):
+    others = sorted(steps.keys() - _WITHOUT - set(_WITH_PARAMETERS))
+    if "size" not in crop or others:
         raise UsageError(
             f"{folder / CONFIG} has the transforms {', '.join(steps)}: only crops of random_resized_crop, which are "
             "the first thing that happens to an image, can be cut again",
-            f"reinforce the data set with random_resized_crop, and without {', '.join(others) if crop else 'others'}",
+            f"reinforce the data set with random_resized_crop{', and without ' if others else ''}{', '.join(others)}",
         )
     names = [name_of(number) for number in range(len(samples))]
     if (folder / name_of(len(samples))).exists() or not (folder / names[-1]).exists():
@@ -224,7 +221,8 @@ def write(path: Path, number: int, said: Said) -> None:
         }
         for values, classes, box in zip(*said, strict=True)
     ]
-    torch.save((number, each), path, pickle_protocol=4)
+    # Not protocol 4, which ml-dr takes and torch reads no more unless it is allowed to run what it finds.
+    torch.save((number, each), path)
 
 
 def _below_one(probabilities: Any) -> Any:

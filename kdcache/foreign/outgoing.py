@@ -66,8 +66,8 @@ def files_of_cache(
     if out.exists():
         raise UsageError(f"{out} exists already", "give another name with -o")
     kept = plan.encoding.top_k if top_k is None else top_k
-    if not 0 < kept <= plan.encoding.top_k:
-        raise UsageError(f"{kept} classes of a row are asked for, the cache keeps {plan.encoding.top_k}", "--top-k")
+    if not 0 < kept <= (most := plan.encoding.top_k):
+        raise UsageError(f"{kept} classes of a row are asked for, the cache keeps {most}", f"ask for 1 to {most}")
     if len(cache.views) < plan.views.count:
         raise UsageError(f"{cache.path} holds only {len(cache.views)} of {plan.views.count} views", "pull the others")
     unfinished = out.with_name(f"{out.name}.partial")
