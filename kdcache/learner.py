@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
 from kdcache.losses.batch import Whole, labelled_shares, of_all_ranks, of_these
+from kdcache.lost_process import told_of_lost_processes
 from kdcache.mixing import Mixed
 from kdcache.pipeline import TrainSpec
 from kdcache.schedule import make_optimizer, make_schedule
@@ -158,6 +159,9 @@ class Learner:
             number: counted from 1; the order of the samples follows from (seed, number).
             teacher: where the teacher's logits come from; None for a loss without one.
             on_step: called after each step but the last.
+
+        Raises:
+            IncompleteError: if a process that loads images dies.
         """
         generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + number)
         knows = teacher if isinstance(teacher, KnowsOrder) else None
@@ -177,11 +181,12 @@ class Learner:
         self.model.train()
         loaded = batches(train, [piece.tolist() for piece in mine], self.spec.workers, self.device)
         parts = []
-        for cut in cuts:
-            pieces = [self._piece(batch, next(answers)) for batch in itertools.islice(loaded, self.spec.accumulate)]
-            parts.append(self._step(pieces, self._whole(torch.cat(cut), train, pieces), number))
-            if on_step and len(parts) < len(cuts):
-                on_step()
+        with told_of_lost_processes():
+            for cut in cuts:
+                pieces = [self._piece(batch, next(answers)) for batch in itertools.islice(loaded, self.spec.accumulate)]
+                parts.append(self._step(pieces, self._whole(torch.cat(cut), train, pieces), number))
+                if on_step and len(parts) < len(cuts):
+                    on_step()
         return self._of_all(parts)
 
     def _answers(self, teacher: Teacher | None, windows: Sequence[list[Tensor]], view: int) -> Iterator[Tensor | None]:
