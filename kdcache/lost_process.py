@@ -26,9 +26,10 @@ def told_of_lost_processes(*ends: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, *ends) as error:
+    except Exception as error:
         said = str(error)
-        if said.startswith(_RAISED_THERE) or (isinstance(error, RuntimeError) and not said.startswith(_TORCH_SAYS)):
+        is_end = isinstance(error, ends) and not said.startswith(_RAISED_THERE)
+        if not (is_end or (isinstance(error, RuntimeError) and said.startswith(_TORCH_SAYS))):
             raise
         raise IncompleteError(
             f"a process that loads images died: {said or type(error).__name__}",
