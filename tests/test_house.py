@@ -111,6 +111,7 @@ FLOORS = [
     "page",
     "taught_chapters",
     "chapters",
+    "decoded",
     "lessons",
     "train",
     "mapped_images",
