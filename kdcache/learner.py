@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
 from kdcache.losses.batch import Whole, labelled_shares, of_all_ranks, of_these
+from kdcache.lost_process import told_of_lost_processes
 from kdcache.mixing import Mixed
 from kdcache.pipeline import TrainSpec
 from kdcache.schedule import make_optimizer, make_schedule
@@ -25,9 +26,6 @@ from kdcache.views import Batch, View, batches
 
 Teacher = Callable[[Tensor, int], Tensor]
 """(ids [B] int64, view) -> logits [B, C]: a `CachedTeacher`, or anything that answers like one."""
-
-_TOGETHER = 2**18
-"""Logits of a cached teacher that are decoded at once: they stay near the processor."""
 
 _LONGEST_WAIT = timedelta(hours=12)
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -158,6 +156,9 @@ class Learner:
             number: counted from 1; the order of the samples follows from (seed, number).
             teacher: where the teacher's logits come from; None for a loss without one.
             on_step: called after each step but the last.
+
+        Raises:
+            IncompleteError: if a process that loads images dies.
         """
         generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + number)
         knows = teacher if isinstance(teacher, KnowsOrder) else None
@@ -168,44 +169,36 @@ class Learner:
         cuts = self._cuts(order)
         own = [cut[self.accelerator.process_index :: self.ranks] for cut in cuts]
         mine = [piece for cut in own for piece in cut]
-        # A live teacher is asked as the student goes; a cached one for some batches at once, which costs it less.
-        together = max(_TOGETHER // (train.samples.num_classes * len(mine[0])), 1) if knows else 1
-        windows = [mine[start : start + together] for start in range(0, len(mine), together)]
         if knows:
-            knows.expect([torch.cat(window) for window in windows], train.view)
-        answers = self._answers(teacher, windows, train.view)
+            knows.expect(mine, train.view)
+        labelled = [int((train.labels[torch.cat(cut)] >= 0).sum()) for cut in cuts]
         self.model.train()
         loaded = batches(train, [piece.tolist() for piece in mine], self.spec.workers, self.device)
         parts = []
-        for cut in cuts:
-            pieces = [self._piece(batch, next(answers)) for batch in itertools.islice(loaded, self.spec.accumulate)]
-            parts.append(self._step(pieces, self._whole(torch.cat(cut), train, pieces), number))
-            if on_step and len(parts) < len(cuts):
-                on_step()
+        with told_of_lost_processes():
+            for cut, known in zip(cuts, labelled, strict=True):
+                pieces = [
+                    self._piece(batch, teacher, train.view) for batch in itertools.islice(loaded, self.spec.accumulate)
+                ]
+                whole = self._whole(sum(map(len, cut)), known, pieces)
+                parts.append(self._step(pieces, whole, number))
+                if on_step and len(parts) < len(cuts):
+                    on_step()
         return self._of_all(parts)
 
-    def _answers(self, teacher: Teacher | None, windows: Sequence[list[Tensor]], view: int) -> Iterator[Tensor | None]:
-        """The teacher's logits of each piece, asked for a window of them at a time."""
-        for window in windows:
-            if teacher is None:
-                yield from [None] * len(window)
-            else:
-                logits = teacher(torch.cat(window) if len(window) > 1 else window[0], view).to(self.device)
-                yield from torch.split(logits, [len(piece) for piece in window])
-
-    def _piece(self, batch: Batch, teacher_logits: Tensor | None) -> Piece:
+    def _piece(self, batch: Batch, teacher: Teacher | None, view: int) -> Piece:
         images = batch.images.to(self.device, non_blocking=True, memory_format=self._layout)
         mixed = batch.mixed.to(self.device) if batch.mixed is not None else None
-        return Piece(images, batch.labels.to(self.device, non_blocking=True), mixed, teacher_logits)
+        logits = teacher(batch.ids, view).to(self.device) if teacher is not None else None
+        return Piece(images, batch.labels.to(self.device, non_blocking=True), mixed, logits)
 
-    def _whole(self, ids: Tensor, train: View, pieces: Sequence[Piece]) -> Whole:
+    def _whole(self, rows: int, labelled: int, pieces: Sequence[Piece]) -> Whole:
         """What the batch of all pieces of all processes holds."""
-        labelled = (train.labels[ids] >= 0).sum()
-        shares = labelled
-        if train.mixes:  # with partners who may lie anywhere in the data set, and have no label
+        shares: Tensor | int = labelled
+        if pieces[0].mixed is not None:  # with partners who may lie anywhere in the data set, and have no label
             here = torch.stack([labelled_shares(piece.labels, piece.mixed).sum() for piece in pieces]).sum()
             shares = self.accelerator.reduce(here, "sum")
-        return Whole(len(ids), labelled, shares, of_all_ranks if self.ranks > 1 else of_these)
+        return Whole(rows, labelled, shares, of_all_ranks if self.ranks > 1 else of_these)
 
     def _step(self, pieces: Sequence[Piece], whole: Whole, epoch: int) -> LossParts:
         self.optimizer.zero_grad()

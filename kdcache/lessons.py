@@ -13,9 +13,10 @@ from torch import Tensor
 from kdcache.align import AlignedTeacher, align, aligned, described
 from kdcache.cache.joined import JoinedTeacher
 from kdcache.cache.placement import Placement
-from kdcache.cache.reader import Cache, CachedTeacher
+from kdcache.cache.reader import Cache
 from kdcache.crops import Crops
 from kdcache.datasets import load_held_out, load_split
+from kdcache.decoded import Answers, kept_decoded
 from kdcache.errors import MismatchError, UsageError
 from kdcache.mixing import split_mixing
 from kdcache.pipeline import Pipeline, TrainSpec, Transform
@@ -27,8 +28,6 @@ from kdcache.views import View
 
 _REPLAYED = 32
 """Images that are compared with what the teacher saw before the first step; `kdcache verify --replay` takes all."""
-
-Answers = CachedTeacher | JoinedTeacher | AlignedTeacher
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,8 @@ def lessons_from_caches(
         teacher = teachers[0] if len(teachers) == 1 else joined
         if samples.ids is not None:
             teacher = AlignedTeacher(teacher, samples.ids, len(caches[0]))
+        if all(each.placement != "stream" for each in teachers):
+            teacher = kept_decoded(teacher, len(samples), samples.num_classes)
     record = {
         "caches": [cache.manifest.digest for cache in caches],
         "placement": [each.placement for each in teachers],

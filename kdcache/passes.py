@@ -21,6 +21,7 @@ from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import Rows, encode_finite
 from kdcache.cache.schema import Plan
 from kdcache.fingerprints import Inputs, inputs_of
+from kdcache.lost_process import told_of_lost_processes
 from kdcache.progress import Task
 from kdcache.running import RunningTeacher, refuse_not_finite
 from kdcache.views import Batch, View, batches, cut_range
@@ -116,8 +117,9 @@ def run_pass(
     Raises:
         MismatchError: if the teacher does not return [B, C].
         CorruptError: if it returns NaN or infinities; names the sample.
+        IncompleteError: if a process that loads images dies.
     """
-    with _Background() as background:
+    with told_of_lost_processes(), _Background() as background:
         for view, group in groupby(shards, key=lambda shard: shard.view):
             numbers = [shard.number for shard in group]
             cuts = {number: cut_range(plan.shard_ids(number), plan.batch_size) for number in numbers}

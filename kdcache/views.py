@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdcache.crops import CROP, Crops, split_recorded
 from kdcache.errors import CorruptError, KdcacheError, UsageError
+from kdcache.lost_process import told_of_lost_processes
 from kdcache.mixing import Mixed, Mixing, split_mixing
 from kdcache.pipeline import Transform
 from kdcache.samples import ArrayImages, Picture, Samples
@@ -239,7 +240,11 @@ def cut_range(ids: range, batch_size: int) -> list[range]:
 def batches(
     view: View, cuts: Sequence[Sequence[int]], workers: int = 0, device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
-    """The batches of a view, in the order of `cuts`, loaded by `workers` processes ahead of the one that asks."""
+    """The batches of a view, in the order of `cuts`, loaded by `workers` processes ahead of the one that asks.
+
+    Raises:
+        IncompleteError: if one of these processes dies.
+    """
     loader: DataLoader[Any] = DataLoader(
         _Fetched(view),
         batch_sampler=cuts,  # type: ignore[arg-type]  # torch says lists, and takes ranges as well
@@ -248,10 +253,11 @@ def batches(
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # of the workers' seeds, which no view uses; the caller's is left alone
     )
-    for batch in loader:
-        if isinstance(batch, KdcacheError):
-            raise batch
-        yield batch
+    with told_of_lost_processes(*((ConnectionError, EOFError) if workers else ())):
+        for batch in loader:
+            if isinstance(batch, KdcacheError):
+                raise batch
+            yield batch
 
 
 class _Fetched(Dataset[Any]):

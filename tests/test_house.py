@@ -14,6 +14,7 @@ PACKAGE = Path(kdcache.__file__).parent
 # From the ground up: a module imports only from modules that stand before it.
 FLOORS = [
     "errors",
+    "lost_process",
     "shipped",
     "progress",
     "machine",
@@ -119,6 +120,7 @@ FLOORS = [
     "page",
     "taught_chapters",
     "chapters",
+    "decoded",
     "lessons",
     "train",
     "mapped_images",

@@ -246,7 +246,7 @@ def test_a_student_may_augment_what_a_teacher_of_fixed_images_saw(
     monkeypatch.setattr(type(two[0].teacher()), "__call__", watched)
     heard, resolved = Heard(), pipeline(CROPPED, "student.train.epochs=3", "student.train.batch_size=250")
     train_student(resolved, two[0], tmp_path / "run", progress=heard)
-    assert asked == [0] * 3
+    assert set(asked) == {0}
     assert any("the teacher did not see these pixels" in line for line in heard.lines)
     used = load_pipeline(tmp_path / "run" / "resolved.yaml")
     assert used.student is not None and resolved.student is not None

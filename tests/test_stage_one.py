@@ -41,6 +41,7 @@ from kdcache.cache import layout
 from kdcache.cache.writer import CacheWriter
 from kdcache.cli import main
 from kdcache.errors import CorruptError, IncompleteError, MismatchError
+from kdcache.lost_process import told_of_lost_processes
 from kdcache.running import RunningTeacher
 from kdcache.samples import ArrayImages, FileImages
 
@@ -159,7 +160,7 @@ def dump_with_a_broken_worker(out: Path, happens: Callable[[], object], told: Co
     ("happens", "kind", "words", "is_kept"),
     [
         (crash, "RuntimeError", "a bug in the data set", True),
-        (die, "RuntimeError", "DataLoader worker", True),
+        (die, "IncompleteError", "a process that loads images died", True),
         (refuse, "CorruptError", "image 20 is damaged", False),
     ],
 )
@@ -179,6 +180,28 @@ def test_what_ends_a_worker_reaches_the_user(
             open_cache(out)
         again = dump(out, transform=FLIP)
         assert again.manifest.digest == dump(tmp_path / "once.kdcache", transform=FLIP).manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), ()),
+        (ConnectionResetError(104, "Connection reset by peer"), (ConnectionError, EOFError)),
+        (EOFError(), (ConnectionError, EOFError)),
+    ],
+)
+def test_a_lost_process_is_told_of_whoever_notices_first(error: Exception, ends: tuple[type[Exception], ...]) -> None:
+    with pytest.raises(IncompleteError, match=r"a process that loads images died: \S"), told_of_lost_processes(*ends):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), EOFError("Caught EOFError in DataLoader worker process 0."), OSError("no")]
+)
+def test_what_the_data_set_raises_is_no_lost_process(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, told_of_lost_processes(ConnectionError, EOFError):
+        raise error
+    assert raised.value is error
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 3), (errno.EDQUOT, 3), (errno.EACCES, 2)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -40,9 +41,18 @@ _STALLED = 30
 _WRONG_TWICE = 2
 _DAMAGED_THERE = "tell whoever published it: it is to be pushed again"
 
+_CREDENTIALS = (
+    "give credentials as the tools of that store take them, such as AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, "
+    "AZURE_STORAGE_CONNECTION_STRING or HF_TOKEN"
+)
+
 _OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 T = TypeVar("T")
+
+
+# What went wrong is told once, by us; gcsfs logs it too, with tracebacks, where nobody has asked for its log.
+logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 
 class _Wrong(Exception):
@@ -90,6 +100,7 @@ class Store:
                 f"{url} is no URL that a cache can have", f"begin it with {', '.join(f'{name}://' for name in EXTRAS)}"
             )
         self._hub: Hub | None = None
+        self._tries_itself = scheme in ("gs", "az")  # its library does, for a minute
         self._whole_files = EXTRAS[scheme] in ("http", "hf")  # a server may give more than the range that is asked for
         try:
             if scheme == "hf":
@@ -97,6 +108,8 @@ class Store:
             self._fs = fsspec.filesystem("http" if self._hub else scheme, **self._options(scheme))
         except ImportError as error:
             raise UsageError(f"{url} cannot be reached: {error}", f"pip install 'kdcache[{EXTRAS[scheme]}]'") from None
+        except ValueError as error:  # adlfs, where it is told of no account
+            raise UsageError(f"{url} cannot be reached: {_said(error)}", _CREDENTIALS) from None
         self._root = "" if self._hub else self._fs._strip_protocol(self.url).rstrip("/")
         self._renames = scheme == "file"
 
@@ -239,9 +252,11 @@ class Store:
                 if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
                     raise
                 failed = _hopeless(where, attempt, error)
-                if failed or attempt == ATTEMPTS or self.stop.is_set():
+                tried_enough = attempt == ATTEMPTS or (self._tries_itself and not isinstance(error, _Wrong))
+                if failed or tried_enough or self.stop.is_set():
+                    times = "for a minute" if self._tries_itself else f"{attempt} times"
                     raise failed or IncompleteError(
-                        f"{where} could not be reached, tried {attempt} times: {_said(error)}",
+                        f"{where} could not be reached, tried {times}: {_said(error)}",
                         "run the same command again: it goes on where it stopped",
                     ) from None
             self.stop.wait(FIRST_WAIT * 2 ** (attempt - 1))
@@ -250,11 +265,10 @@ class Store:
 
 def _hopeless(where: str, attempt: int, error: Exception) -> KdcacheError | None:
     """What to say of a failure that another attempt would not mend."""
-    if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
-        return UsageError(
-            f"{where} may not be used: {_said(error)}",
-            "give credentials as the tools of that store take them, such as AWS_PROFILE or HF_TOKEN",
-        )
+    status = next((getattr(error, name) for name in ("status", "status_code", "code") if hasattr(error, name)), None)
+    forbidden = isinstance(error, PermissionError) or str(error).startswith("Forbidden: ")  # the latter of gcsfs
+    if forbidden or status in (401, 403):
+        return UsageError(f"{where} may not be used: {_said(error)}", _CREDENTIALS)
     if isinstance(error, _Wrong) and attempt >= _WRONG_TWICE:
         return CorruptError(f"{where} {error}", _DAMAGED_THERE)
     return None

@@ -65,6 +65,11 @@ class Whole(NamedTuple):
     sum: BatchSum = of_these
 
 
+def at_least_one(count: Tensor | int) -> Tensor | int:
+    """What a sum is divided by for a mean; where there is nothing to add up, the mean is 0."""
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
+
+
 def labelled_shares(labels: Tensor, mixed: Mixed | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Of how much of each sample the true class is known, [B]: 0 or 1, or where it is mixed anything between."""
     known = (labels >= 0).to(dtype)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.losses import adjustments, divergences, normalisations, temperatures
-from kdcache.losses.batch import Whole, whole_of
+from kdcache.losses.batch import Whole, at_least_one, whole_of
 from kdcache.losses.spec import Loss
 from kdcache.losses.temperatures import Temperatures
 from kdcache.mixing import Mixed
@@ -98,12 +98,12 @@ def cross_entropy(
         whole: the batch that these samples are part of; None where they are all of it.
     """
     told = partial(F.cross_entropy, student_logits, ignore_index=-1, label_smoothing=smoothing)
-    known = (whole or whole_of(labels, mixed, student_logits.dtype)).shares
+    known = at_least_one((whole or whole_of(labels, mixed, student_logits.dtype)).shares)
     if mixed is None:
-        return told(labels, reduction="sum") / torch.as_tensor(known).clamp_min(1)
+        return told(labels, reduction="sum") / known
     share = mixed.share.to(student_logits.dtype)
     own, partner = told(labels, reduction="none"), told(mixed.partner_labels, reduction="none")
-    return (share * own + (1 - share) * partner).sum() / torch.as_tensor(known).clamp_min(1)
+    return (share * own + (1 - share) * partner).sum() / known
 
 
 def warmup(epoch: int, warmup_epochs: float) -> float:
@@ -161,7 +161,7 @@ def _term_and_temperatures(
         "dist": {"batch_sum": whole.sum},
     }
     student_logits, teacher_logits = (NORMALISATIONS[loss.normalisation](z) for z in (student_logits, teacher_logits))
-    rows = torch.as_tensor(whole.labelled if loss.skips_unlabelled else whole.rows).clamp_min(1)
+    rows = at_least_one(whole.labelled if loss.skips_unlabelled else whole.rows)
 
     def chosen(functions: dict[str, Callable[..., Any]], axis: Any) -> Callable[..., Any]:
         return partial(functions[axis.kind], **axis.arguments(), **of_the_step.get(axis.kind, {}))

@@ -18,7 +18,7 @@ class _Options(BaseModel):
 
     def arguments(self) -> dict[str, Any]:
         """The options as keyword arguments of the function that `kind` names."""
-        return self.model_dump(exclude={"kind"})
+        return {name: value for name, value in self if name != "kind"}
 
 
 class NoAdjustment(_Options):

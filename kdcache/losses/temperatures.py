@@ -34,7 +34,8 @@ def _same_for_both(tau: Tensor) -> Temperatures:
 
 def constant(student_logits: Tensor, teacher_logits: Tensor, tau: float = 4.0) -> Temperatures:
     """One temperature for all: T_stu = T_tea = tau, weight tau^2 (Hinton, Vinyals & Dean 2015, 1503.02531)."""
-    return _same_for_both(student_logits.new_full((len(student_logits),), tau))
+    of_each = student_logits.new_full((len(student_logits), 1), tau)
+    return Temperatures(of_each, of_each, student_logits.new_full((len(student_logits),), tau**2))
 
 
 def sharpness_max(logits: Tensor) -> Tensor:
