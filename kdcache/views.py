@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from kdcache.errors import KdcacheError, UsageError
+from kdcache.limits import Bounded, check_batch, check_steps
 from kdcache.lost_process import told_of_lost_processes
-from kdcache.mixing import MIXINGS, Mixed, Mixing, split_mixing
+from kdcache.mixing import MIXINGS, Mixed, Mixing, split_mixing, step_names
 from kdcache.pipeline import Transform
 from kdcache.samples import ArrayImages, Picture, Samples
 
@@ -94,8 +95,10 @@ def build_transform(transform: Transform) -> Callable[..., Any]:
     """The transform that a list of names and arguments describes.
 
     Raises:
-        UsageError: for a name that `torchvision.transforms.v2` has not, or arguments that it does not take.
+        UsageError: for a name that `torchvision.transforms.v2` has not, arguments that it does not take, or more than
+            `limits.py` allows.
     """
+    check_steps(step_names(transform))
     steps = [_step(step) for step in transform]
     return v2.Compose(steps) if steps else v2.Identity()  # type: ignore[no-any-return]  # torchvision is untyped
 
@@ -119,7 +122,7 @@ def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
         if name in MIXINGS:
             fix = "give alpha alone: the loss is told of both labels and their shares"
         raise UsageError(f"transform {name}: {error}", fix) from None
-    return built
+    return built if name in MIXINGS else Bounded(built, name, arguments)
 
 
 def _argument(key: str, value: Any) -> Any:
@@ -224,38 +227,43 @@ class View(Dataset[Batch]):
             # One call for the whole batch gives the same pixels as one an image, many times faster.
             pixels = self._seen(self._arrays.pixels[which], int(which[0])).float()
             return Batch(pixels, self.labels[which], which, None)
+        count = len(ids)
         with _one_thread():
             if self._mixing is None:
-                return Batch(_stacked([self._one(int(index)) for index in ids]), self.labels[which], which, None)
-            each, shares, partners = zip(*(self._mixed(int(index), self._mixing) for index in ids), strict=True)
+                images = _stacked([self._one(int(index), count) for index in ids])
+                return Batch(images, self.labels[which], which, None)
+            each, shares, partners = zip(*(self._mixed(int(index), self._mixing, count) for index in ids), strict=True)
             mixed = Mixed(self.labels[list(partners)], torch.tensor(shares))
             return Batch(_stacked(each), self.labels[which], which, mixed)
 
-    def _mixed(self, index: int, mixing: Mixing) -> tuple[Tensor, float, int]:
+    def _mixed(self, index: int, mixing: Mixing, count: int) -> tuple[Tensor, float, int]:
         """An image mixed with another, the share of its own, and which the other is."""
         with self._seeded(index):
-            own = self._transformed(index)
+            own = self._transformed(index, count)
             partner = int(torch.randint(len(self), ()))
-            other = self._one(partner)
+            other = self._one(partner, count)
             _check_sizes([own, other])
             image, _, share = mixing(own, other, 1.0)
         return image, share, partner
 
-    def _one(self, index: int) -> Tensor:
+    def _one(self, index: int, count: int = 1) -> Tensor:
         if not self._random:
-            return self._transformed(index)
+            return self._transformed(index, count)
         with self._seeded(index):
-            return self._transformed(index)
+            return self._transformed(index, count)
 
     def _seeded(self, index: int) -> AbstractContextManager[None]:
         ids = self.samples.ids
         return seeded(self.seed, index if ids is None else int(ids[index]), self.view)
 
-    def _transformed(self, index: int) -> Tensor:
+    def _transformed(self, index: int, count: int) -> Tensor:
+        """An image, one of `count` that are to be held at once."""
         picture = self.samples.images.picture(index)
         if isinstance(picture, Tensor):
             picture = picture.clone()  # a transform may work in place, and must not change the data set
-        return self._seen(picture, index)
+        pixels = self._seen(picture, index)
+        check_batch(pixels.numel(), count)
+        return pixels
 
     def _seen(self, picture: Picture, first: int) -> Tensor:
         """What the transform makes of an image, or of a batch of them that begins with sample `first`."""
