@@ -18,11 +18,15 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from kdcache.cache.joined import JoinedTeacher
-from kdcache.cache.reader import CachedTeacher
+from kdcache.cache.reader import Cache, CachedTeacher
 from kdcache.errors import MismatchError
+from kdcache.progress import Progress
+from kdcache.recheck import check_data, replay, view_of
 from kdcache.samples import ArrayImages, FileImages, Images, ItemImages, Samples
+from kdcache.views import View
 
 _NAMED = 3
+_REPLAYED = 32
 
 Ids = npt.NDArray[np.int64]
 
@@ -124,6 +128,40 @@ def _name(samples: Samples, position: int) -> str:
 def _some(names: Iterable[str]) -> str:
     given = list(names)
     return ", ".join(given[:_NAMED]) + (", ..." if len(given) > _NAMED else "")
+
+
+class Shared(NamedTuple):
+    """What a data set and a cache have in common.
+
+    Attributes:
+        view: view 0 of it, as the teacher saw it, in the cache's order.
+        ids: [n] int64, of its samples in the cache.
+        note: how many they are, and of what; empty where each of the two has every sample of the other.
+    """
+
+    view: View
+    ids: Ids
+    note: str
+
+
+def shared(cache: Cache, samples: Samples, progress: Progress) -> Shared:
+    """The images of a cache among those of a data set, in whatever order that has them.
+
+    Raises:
+        MismatchError: if there is none, they are labelled otherwise, or their pixels are not what the teacher saw.
+    """
+    found = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
+    if not len(found.ids):
+        raise MismatchError(
+            f"no sample of {samples.name}/{samples.split} is in {cache.path}",
+            "give the cache of a teacher of this data set (`kdcache info CACHE` names its own)",
+        )
+    in_order = np.array_equal(found.positions, np.arange(len(samples)))
+    here = samples if in_order and not len(found.missing) else aligned(samples, found)
+    check_data(cache, here, None, progress)
+    replay(cache, here, _REPLAYED)
+    note = described(samples, found) if len(found.missing) or len(found.extra) else ""
+    return Shared(view_of(cache, here), found.ids, note)
 
 
 class AlignedTeacher:

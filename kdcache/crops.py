@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdcache.errors import UsageError
+from kdcache.limits import CHANNELS, MOST_VALUES
 
 Step = dict[str, dict[str, Any]]
 Crops = Callable[[int], npt.NDArray[np.float32]]
@@ -68,6 +69,8 @@ class RecordedCrop:
         sides = [size, size] if isinstance(size, int) else [*size]
         if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
             raise ValueError(f"size {size!r} is neither a number of pixels nor [height, width]")
+        if CHANNELS * sides[0] * sides[1] > MOST_VALUES:
+            raise ValueError(f"size {size!r} is of more than {MOST_VALUES // CHANNELS:,} pixels")
         if unit not in UNITS or interpolation not in _INTERPOLATIONS:
             raise ValueError(f"{unit!r} is no unit of {UNITS}, or {interpolation!r} none of {_INTERPOLATIONS}")
         self.size, self.interpolation, self.unit = sides, interpolation, unit

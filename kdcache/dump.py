@@ -12,6 +12,7 @@ from torch import nn
 
 from kdcache.cache import layout, operations
 from kdcache.cache.card import write_card
+from kdcache.cache.lock import release
 from kdcache.cache.planner import encoding_without_pilot, plan_encoding
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.schema import PLAN, read_plan
@@ -175,6 +176,8 @@ def dump_teacher(
         raise InterruptedRun(
             f"interrupted; {out} keeps its finished shards", "run the same command again to go on"
         ) from None
+    finally:
+        release(out)
     listener.say(f"time: {clock}")
     accuracy = cache.manifest.summary.teacher_accuracy
     if accuracy is not None and accuracy < _CHANCE / samples.num_classes:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdcache.align import Shared, shared
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.datasets import load_split
@@ -18,14 +19,12 @@ from kdcache.evaluate import try_network
 from kdcache.groups import Finished, Group, Mean, find_runs, group_runs, read_run
 from kdcache.measures import Reliability, reliability
 from kdcache.progress import Progress, Silent
-from kdcache.recheck import check_data, replay, view_of
 from kdcache.samples import Samples
 from kdcache.scorecard import logits_of, same_split
 from kdcache.taught import Says, Taught, study
 from kdcache.trained import Trained
 from kdcache.views import View
 
-_REPLAYED = 32
 _OTHER = 0.005
 """Accuracies on the test split that differ by more are not of the same network on the same images."""
 
@@ -144,27 +143,27 @@ def gather(
     notes = [f"{folder} is not finished, and left out." for folder in unfinished]
     runs = [read_run(folder) for folder in folders]
     test = _test_split(runs, notes)
-    seen = _cached_images(runs, cache, notes, progress) if cache is not None else None
-    ids = pilot_ids(len(cache), rows) if cache is not None else []
+    taught = _cached_images(runs, cache, notes, progress) if cache is not None else None
+    seen = taught.view if taught else None
+    places = pilot_ids(len(taught.view if taught else cache), rows) if cache is not None else []
     looked = []
     if test is not None or seen is not None:
         with progress.task("networks", len(runs), "networks") as task:
             for run in runs:
-                looked.append(_look(run.trained, test, seen, ids, device))
+                looked.append(_look(run.trained, test, seen, places, device))
                 task.advance(1, run.trained.name)
     tests = [found for found, _ in looked if found is not None]
     if test is not None:
         notes += [_drift(run, found) for run, found in zip(runs, tests, strict=True) if _drift(run, found)]
     networks = [says for _, says in looked if says is not None]
-    samples = seen.samples if seen else None
-    known = test or samples
+    known = test or (seen.samples if seen else None)
     return Findings(
         runs[0].pipeline.dataset.name,
         known.class_names if known else cache.manifest.plan.dataset.class_names if cache else (),
         runs,
         group_runs(runs),
         tests,
-        study(cache, samples, torch.tensor(ids), networks, runs) if cache is not None else None,
+        study(cache, taught, places, networks, runs) if cache is not None else None,
         notes,
     )
 
@@ -188,7 +187,7 @@ def _test_split(runs: Sequence[Finished], notes: list[str]) -> Samples | None:
     return samples
 
 
-def _cached_images(runs: Sequence[Finished], cache: Cache, notes: list[str], progress: Progress) -> View | None:
+def _cached_images(runs: Sequence[Finished], cache: Cache, notes: list[str], progress: Progress) -> Shared | None:
     digest = cache.manifest.digest
     others = [run for run in runs if run.uses_teacher and digest not in run.caches]
     if others:
@@ -203,9 +202,10 @@ def _cached_images(runs: Sequence[Finished], cache: Cache, notes: list[str], pro
             ) from None
         notes.append(f"The images of the cache are not at hand ({error.what}): no student is shown them.")
         return None
-    check_data(cache, samples, None, progress)
-    replay(cache, samples, _REPLAYED)
-    return view_of(cache, samples)
+    images = shared(cache, samples, progress)
+    if images.note:
+        notes.append(f"{images.note}: the networks are shown what both have.")
+    return images
 
 
 def _drift(run: Finished, found: OnTest) -> str:
@@ -223,7 +223,7 @@ def _look(
     trained: Trained,
     test: Samples | None,
     seen: View | None,
-    ids: list[int],
+    places: list[int],
     device: torch.device | str,
 ) -> tuple[OnTest | None, Says | None]:
     """A network on the labelled test images, and on samples of a cache as its teacher saw them."""
@@ -233,7 +233,7 @@ def _look(
     try_network(model, view, "cpu", f"network {trained.name}")
     model.to(device).eval()
     on_test = _on_test(trained, model, view, device) if test is not None else None
-    return on_test, Says.of(logits_of(trained, model, seen, ids, device)) if seen is not None else None
+    return on_test, Says.of(logits_of(trained, model, seen, places, device)) if seen is not None else None
 
 
 def _on_test(trained: Trained, model: nn.Module, view: View, device: torch.device | str) -> OnTest:

@@ -114,7 +114,7 @@ def split_mixing(transform: list[Step]) -> tuple[list[Step], Step | None]:
     """
     mixing = transform[-1] if transform and _mixes(transform[-1]) else None
     alone = transform if mixing is None else transform[:-1]
-    if astray := sorted(MIXINGS.keys() & set(_names(alone))):
+    if astray := sorted(MIXINGS.keys() & set(step_names(alone))):
         raise UsageError(
             f"{' and '.join(astray)} can only be the last step of a transform: it mixes two images that are done",
             "put it at the end; one of several is drawn by "
@@ -131,9 +131,9 @@ def _mixes(step: Any) -> bool:
     return name in MIXINGS or (isinstance(inner, list) and bool(inner) and all(map(_mixes, inner)))
 
 
-def _names(steps: Any) -> Iterator[str]:
+def step_names(steps: Any) -> Iterator[str]:
     """Of all steps, those inside other steps too."""
     for step in steps if isinstance(steps, list) else []:
         for name, arguments in step.items() if isinstance(step, dict) else []:
             yield name
-            yield from _names(arguments.get("transforms") if isinstance(arguments, dict) else None)
+            yield from step_names(arguments.get("transforms") if isinstance(arguments, dict) else None)

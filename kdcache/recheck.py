@@ -15,6 +15,7 @@ from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.errors import MismatchError
 from kdcache.fingerprints import Inputs, inputs_of
+from kdcache.limits import MOST_IN_A_BATCH, MOST_VALUES
 from kdcache.models import weights_digest
 from kdcache.pipeline import CacheSpec, Transform
 from kdcache.progress import Progress, Silent
@@ -25,7 +26,9 @@ from kdcache.views import View, batches, cut_range
 _LAST_BITS = 1e-5
 """Parts of a picture whose means are within this of one another differ by the rounding of another library at most."""
 
-_BATCH = 64
+_BATCH = MOST_IN_A_BATCH // MOST_VALUES
+"""So few that images of any size that a transform may make can be looked at."""
+
 _SUSPECT = 0.05
 """Mean total variation at T = 1 from which it is another teacher, or another way to run it."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache import costs, measures
+from kdcache.align import shared
 from kdcache.cache.fidelity import total_variation
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
@@ -17,13 +18,11 @@ from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.evaluate import check_logits, try_network
 from kdcache.pipeline import DatasetSpec
 from kdcache.progress import Progress, Silent
-from kdcache.recheck import check_data, replay, view_of
 from kdcache.samples import Samples, digest_of
 from kdcache.trained import Trained
 from kdcache.views import View, batches, cut_range
 
 _BATCH = 256
-_REPLAYED = 32
 _TOP = 5
 
 
@@ -85,6 +84,7 @@ class Scorecard(NamedTuple):
         split: which part of it.
         images: how many it has.
         labelled: how many of them have a label; the others are left out.
+        matched: samples of the cache that the data set has; None without a cache.
         scores: one a network.
     """
 
@@ -92,6 +92,7 @@ class Scorecard(NamedTuple):
     split: str
     images: int
     labelled: int
+    matched: int | None
     scores: list[Score]
 
 
@@ -109,7 +110,7 @@ def score_networks(
     Args:
         networks: one or several.
         split: which part of the data set.
-        cache: of the teacher that they are to be compared with.
+        cache: of the teacher that they are to be compared with, on the samples that it shares with the data set.
         rows: how many of its samples are compared.
         device: where the networks run.
         progress: who is told how it goes.
@@ -131,7 +132,8 @@ def score_networks(
         for network in networks:
             scores.append(_score(network, samples, labelled, taught, device))
             task.advance(1, network.name)
-    return Scorecard(samples.name, split, len(samples), len(labelled), scores)
+    matched = len(taught.view) if taught else None
+    return Scorecard(samples.name, split, len(samples), len(labelled), matched, scores)
 
 
 def same_split(specs: Sequence[DatasetSpec], split: Literal["validation", "test"]) -> Samples:
@@ -160,21 +162,22 @@ def _identity(samples: Samples) -> tuple[str, tuple[str, ...]]:
 
 
 class _Taught(NamedTuple):
-    """What the teacher of a cache said of some images: ids, logits [rows, C], and the images as it saw them."""
+    """What the teacher of a cache said of some images: their places in a view, which is as it saw them, and logits
+    [rows, C]."""
 
-    ids: list[int]
+    places: list[int]
     logits: Tensor
     view: View
 
     @staticmethod
     def by(cache: Cache, dataset: DatasetSpec, rows: int, progress: Progress) -> _Taught:
-        samples = load_split(dataset, "train")
-        check_data(cache, samples, None, progress)
-        replay(cache, samples, _REPLAYED)
-        ids = pilot_ids(len(samples), rows)
+        images = shared(cache, load_split(dataset, "train"), progress)
+        if images.note:
+            progress.say(f"note: {images.note}")
+        places = pilot_ids(len(images.view), rows)
         # A part of the cache is asked for once: it is not worth bringing all of it anywhere.
-        logits = cache.teacher(placement="stream")(torch.tensor(ids))
-        return _Taught(ids, logits, view_of(cache, samples))
+        logits = cache.teacher(placement="stream")(torch.from_numpy(images.ids[places]))
+        return _Taught(places, logits, images.view)
 
 
 def _score(
@@ -196,7 +199,7 @@ def _score(
         costs.multiply_adds(model, image),
         view.shape(),
         *costs.speed(model, image),
-        _compare(logits_of(network, model, taught.view, taught.ids, device), taught.logits) if taught else None,
+        _compare(logits_of(network, model, taught.view, taught.places, device), taught.logits) if taught else None,
     )
 
 

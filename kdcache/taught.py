@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache.align import Shared
 from kdcache.cache.reader import Cache
 from kdcache.groups import Finished, Group
 from kdcache.losses.temperatures import sharpness_logsumexp, sharpness_max
 from kdcache.mixing import split_mixing
-from kdcache.samples import Picture, Samples
+from kdcache.samples import Picture
 
 HARDEST = 16
 SHARPNESS = ("largest", "logsumexp")
@@ -118,14 +120,14 @@ class Taught:
 
 
 def study(
-    cache: Cache, samples: Samples | None, ids: Tensor, networks: Sequence[Says], runs: Sequence[Finished]
+    cache: Cache, images: Shared | None, places: list[int], networks: Sequence[Says], runs: Sequence[Finished]
 ) -> Taught:
     """Go once through view 0 of a cache.
 
     Args:
         cache: of the teacher.
-        samples: its images, if they are at hand.
-        ids: [R] int64, the samples that the networks were shown.
+        images: of its samples, if they are at hand.
+        places: R, those among the images that the networks were shown.
         networks: what they said.
         runs: whose networks they are.
     """
@@ -148,14 +150,14 @@ def study(
         mixed,
         says,
         log_prob,
-        ids,
+        torch.tensor(places) if images is None else torch.from_numpy(images.ids[places]),
         [*networks],
-        _hardest(samples, labels, says, log_prob),
+        _hardest(images, labels, says, log_prob),
         _cost(cache, runs),
     )
 
 
-def _hardest(samples: Samples | None, labels: Tensor, says: Says, log_prob: Tensor) -> list[Hard]:
+def _hardest(images: Shared | None, labels: Tensor, says: Says, log_prob: Tensor) -> list[Hard]:
     known = (labels >= 0).nonzero().squeeze(1)
     worst = known[log_prob[known].argsort(stable=True)][:HARDEST].tolist()
     return [
@@ -164,10 +166,17 @@ def _hardest(samples: Samples | None, labels: Tensor, says: Says, log_prob: Tens
             int(labels[id_]),
             int(says.top[id_]),
             float(log_prob[id_]),
-            samples.images.picture(id_) if samples else None,
+            _picture(images, id_) if images else None,
         )
         for id_ in worst
     ]
+
+
+def _picture(images: Shared, id_: int) -> Picture | None:
+    """Of a sample of the cache, if the data set has it."""
+    place = int(np.searchsorted(images.ids, id_))
+    there = place < len(images.ids) and images.ids[place] == id_
+    return images.view.samples.images.picture(place) if there else None
 
 
 def _cost(cache: Cache, runs: Sequence[Finished]) -> Cost:

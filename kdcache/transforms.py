@@ -12,7 +12,8 @@ from torchvision.transforms import v2
 
 from kdcache.crops import CROP, ELSEWHERE, recorded
 from kdcache.errors import UsageError
-from kdcache.mixing import MIXINGS, split_mixing
+from kdcache.limits import Bounded, check_steps
+from kdcache.mixing import MIXINGS, split_mixing, step_names
 from kdcache.pipeline import Transform
 
 # What torchvision has that draws no random number. A name that is not here is taken to draw some: its images are then
@@ -70,8 +71,10 @@ def build_transform(transform: Transform) -> Callable[..., Any]:
     """The transform that a list of names and arguments describes.
 
     Raises:
-        UsageError: for a name that `torchvision.transforms.v2` has not, or arguments that it does not take.
+        UsageError: for a name that `torchvision.transforms.v2` has not, arguments that it does not take, or more than
+            `limits.py` allows.
     """
+    check_steps(step_names(transform))
     steps = [_step(step) for step in transform]
     return v2.Compose(steps) if steps else v2.Identity()  # type: ignore[no-any-return]  # torchvision is untyped
 
@@ -97,7 +100,7 @@ def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
         if name in MIXINGS:
             fix = "give alpha alone: the loss is told of both labels and their shares"
         raise UsageError(f"transform {name}: {error}", fix) from None
-    return built
+    return built if name in MIXINGS else Bounded(built, name, arguments)
 
 
 def _argument(key: str, value: Any) -> Any:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdcache.crops import CROP, Crops, split_recorded
 from kdcache.errors import CorruptError, KdcacheError, UsageError
+from kdcache.limits import check_batch
 from kdcache.lost_process import told_of_lost_processes
 from kdcache.mixing import Mixed, Mixing, split_mixing
 from kdcache.pipeline import Transform
@@ -157,28 +158,30 @@ class View(Dataset[Batch]):
             # One call for the whole batch gives the same pixels as one an image, many times faster.
             pixels = self._seen(self._arrays.pixels[which], int(which[0])).float()
             return Batch(pixels, self.labels[which], which, None)
+        count = len(ids)
         with _one_thread():
             if self._mixing is None:
-                return Batch(_stacked([self._one(int(index)) for index in ids]), self.labels[which], which, None)
-            each, shares, partners = zip(*(self._mixed(int(index), self._mixing) for index in ids), strict=True)
+                images = _stacked([self._one(int(index), count) for index in ids])
+                return Batch(images, self.labels[which], which, None)
+            each, shares, partners = zip(*(self._mixed(int(index), self._mixing, count) for index in ids), strict=True)
             mixed = Mixed(self.labels[list(partners)], torch.tensor(shares))
             return Batch(_stacked(each), self.labels[which], which, mixed)
 
-    def _mixed(self, index: int, mixing: Mixing) -> tuple[Tensor, float, int]:
+    def _mixed(self, index: int, mixing: Mixing, count: int) -> tuple[Tensor, float, int]:
         """An image mixed with another, the share of its own, and which the other is."""
         with self._seeded(index):
-            own = self._transformed(index)
+            own = self._transformed(index, count)
             partner = int(torch.randint(len(self), ()))
-            other = self._one(partner)
+            other = self._one(partner, count)
             _check_sizes([own, other])
             image, _, share = mixing(own, other, 1.0)
         return image, share, partner
 
-    def _one(self, index: int) -> Tensor:
+    def _one(self, index: int, count: int = 1) -> Tensor:
         if not self._random:
-            return self._transformed(index)
+            return self._transformed(index, count)
         with self._seeded(index):
-            return self._transformed(index)
+            return self._transformed(index, count)
 
     def _id(self, index: int) -> int:
         return index if self.samples.ids is None else int(self.samples.ids[index])
@@ -186,7 +189,8 @@ class View(Dataset[Batch]):
     def _seeded(self, index: int) -> AbstractContextManager[None]:
         return seeded(self.seed, self._id(index), self.view)
 
-    def _transformed(self, index: int) -> Tensor:
+    def _transformed(self, index: int, count: int) -> Tensor:
+        """An image, one of `count` that are to be held at once."""
         picture = self.samples.images.picture(index)
         if isinstance(picture, Tensor):
             picture = picture.clone()  # a transform may work in place, and must not change the data set
@@ -198,7 +202,9 @@ class View(Dataset[Batch]):
                     f"sample {self._id(index)} of {self.samples.name}/{self.samples.split}, view {self.view}: {error}",
                     "use the images that the boxes were drawn for",
                 ) from None
-        return self._seen(picture, index)
+        pixels = self._seen(picture, index)
+        check_batch(pixels.numel(), count)
+        return pixels
 
     def _seen(self, picture: Picture, first: int) -> Tensor:
         """What the transform makes of an image, or of a batch of them that begins with sample `first`."""

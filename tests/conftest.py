@@ -81,19 +81,37 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 SLOW = (
-    "test_readme",
-    "test_remote",
-    "test_operations",
-    "test_ranks",
-    "test_stage_one",
-    "test_places",
     "test_benchmarks",
+    "test_readme",
+    "test_ranks",
+    "test_remote",
+    "test_places",
+    "test_operations",
+    "test_stage_one",
+    "test_faults",
+    "test_examples",
 )
 """Files that take longest, begun with, so that no process is left with one of them in the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+def pytest_configure() -> None:
+    # Each shard that is dumped waits for the disk some thirty times: most of the time that a small cache takes. Whether
+    # all is flushed, and in order, test_faults.py sees from the calls; no kill of a process depends on it.
+    if _has_room("/dev/shm"):  # noqa: S108
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")  # noqa: S108
+
+
+def _has_room(folder: str) -> bool:
+    """For what three runs of the tests leave; programs are among it, and are started there."""
+    try:
+        there = os.statvfs(folder)
+    except OSError:
+        return False
+    return there.f_bavail * there.f_frsize > 8 * 2**30 and not there.f_flag & os.ST_NOEXEC
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -140,8 +158,24 @@ def recipe(folder: Path, count: int = 12) -> Path:
 
 
 FORKS = multiprocessing.get_context("forkserver")
+# One server serves all tests of a process, and the last list that it is given is the one that counts.
 FORKS.set_forkserver_preload(
-    ["pytest", "zarr", "torch.distributed", "kdcache.dump", "kdcache.cli.stage_one", "kdcache.cache.reader"]
+    [
+        "pytest",
+        "hypothesis",
+        "click.testing",
+        "aiohttp",
+        "zarr",
+        "accelerate",
+        "torch.distributed",
+        "kdcache.cache.operations",
+        "kdcache.cli",
+        "kdcache.cli.stage_one",
+        "kdcache.dump",
+        "kdcache.report",
+        "kdcache.sweep",
+        "kdcache.train",
+    ]
 )
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -493,3 +494,102 @@ def test_nothing_that_is_printed_is_obeyed_by_a_terminal(capsys: pytest.CaptureF
         assert "naïve 金" in text
         assert not set(text) & set("\x1b\x07\x9b\r\x08")
     assert "[bold]not markup[/]" in printed.out
+
+
+# For programs: one JSON document on stdout, be it the result or the mistake.
+
+NOTHING = "nowhere.kdcache"
+
+MISTAKES: dict[str, tuple[int, list[str]]] = {
+    "demo": (2, ["--out", "file/demo"]),
+    "pipelines list": (2, []),
+    "train-teacher": (2, [RECIPE, "-o", "run", "--set", "teacher=null"]),
+    "plan": (2, []),
+    "dump-teacher": (2, ["nowhere.yaml", "-o", "c.kdcache"]),
+    "train-student": (2, [RECIPE, "--cache", NOTHING, "-o", "run"]),
+    "sweep": (2, [RECIPE, "--cache", NOTHING, "-o", "sweep"]),
+    "evaluate": (2, ["nowhere"]),
+    "report": (2, ["nowhere", "-o", "report.html"]),
+    "info": (5, ["damaged.kdcache"]),
+    "push": (2, [NOTHING, "file:///nowhere/at/all"]),
+    "pull": (2, ["nowhere", "there"]),
+    "sign": (2, [NOTHING, "--key", "file"]),
+    "summarise": (2, [NOTHING]),
+    "diff": (2, [NOTHING, NOTHING]),
+    "select": (2, [NOTHING, "-o", "c.kdcache"]),
+    "merge": (2, [NOTHING, NOTHING, "-o", "c.kdcache"]),
+    "convert": (2, ["nowhere.npz", "-o", "c.kdcache"]),
+    "card": (2, [NOTHING]),
+}
+SAY_IT_THEMSELVES = {"doctor", "verify"}
+
+
+def with_json(group: click.Group, before: str = "") -> set[str]:
+    """The names of all commands that have the option."""
+    found = set()
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= with_json(command, f"{before}{name} ")
+        elif any(parameter.name == "as_json" for parameter in command.params):
+            found.add(before + name)
+    return found
+
+
+def test_every_command_for_programs_is_looked_at() -> None:
+    assert with_json(main) == {*MISTAKES, *SAY_IT_THEMSELVES}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["--json first", "--json last"])
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_told_to_programs_too(
+    command: str, first: bool, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "damaged.kdcache").mkdir()
+    (tmp_path / "damaged.kdcache" / "manifest.json").write_text("{")
+    if command == "pipelines list":
+        monkeypatch.setattr("kdcache.cli.pipelines.recipes", raising)
+    code, arguments = MISTAKES[command]
+    said = refused(code, *command.split(), *arguments)
+    done = kdcache(*command.split(), *(["--json", *arguments] if first else [*arguments, "--json"]))
+    assert done.exit_code == code
+    assert done.stderr == said
+    mistake = json.loads(done.stdout)["error"]
+    assert mistake["exit_code"] == code
+    assert f"error: {mistake['what']}" in said
+    assert f"fix: {mistake['fix']}" in said
+
+
+def raising() -> None:
+    raise UsageError("there is no recipe", "install kdcache again")
+
+
+def test_mistakes_of_every_kind_have_their_exit_codes(work: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(work / "digits.kdcache", tmp_path / "c.kdcache"))
+    foreign = npz_recipe(tmp_path)
+    for code, arguments in (
+        (4, ["info", cache, "--digest", "sha256:" + "0" * 64]),
+        (4, ["train-student", foreign, "--cache", cache, "-o", tmp_path / "run", "--device", "cpu"]),
+        (4, ["verify", cache, foreign]),
+        (2, ["info", cache, "--digest", "odd"]),
+    ):
+        done = kdcache(*arguments, "--json")
+        assert (done.exit_code, json.loads(done.stdout)["error"]["exit_code"]) == (code, code)
+
+
+def test_a_result_that_tells_of_the_mistake_stays_the_only_document(work: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(work / "digits.kdcache", tmp_path / "c.kdcache"))
+    (cache / "commits/0/0.json").unlink()
+    done = kdcache("verify", cache, "--json")
+    assert done.exit_code == 5
+    assert json.loads(done.stdout)["whole"] is False
+    assert "commits/0/0.json: is missing" in done.stderr
+    done = kdcache("doctor", "nowhere.yaml", "--json")
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["well"] is False
+
+
+def test_of_several_processes_one_speaks_to_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert refused(2, "info", NOTHING, "--json")

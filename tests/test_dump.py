@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FLIP, TinyTeacher, tiny_samples
+from conftest import FLIP, TinyTeacher, exit_code, in_a_process, tiny_samples
 from torch import Tensor, nn
 
 from kdcache import Cache, CacheSpec, Samples, dump_teacher, open_cache
@@ -95,25 +93,16 @@ def test_two_runs_leave_the_same_bytes(whole: Cache, tmp_path: Path) -> None:
     assert files_of(again.path) == files_of(whole.path)
 
 
-DUMP = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from conftest import FLIP, TinyTeacher, tiny_samples
-from kdcache import CacheSpec, dump_teacher
-def dump(out, count, transform=None, **spec):
-    cache = dump_teacher(TinyTeacher(), tiny_samples(count), out, transform=transform, spec=CacheSpec(**spec))
-    print(cache.manifest.digest)
-"""
+def dump_with(workers: int, out: Path) -> None:
+    spec = CacheSpec(views=2, shard_rows=8, batch_size=3, workers=workers)
+    dump_teacher(TinyTeacher(), tiny_samples(37), out, transform=FLIP, spec=spec)
 
 
 def test_digest_does_not_depend_on_workers(tmp_path: Path) -> None:
-    lines = [
-        f"dump({str(tmp_path / str(workers))!r}, 37, FLIP, views=2, shard_rows=8, batch_size=3, workers={workers})"
-        for workers in (0, 2)
-    ]
-    command = [sys.executable, "-c", "\n".join([DUMP, *lines]), str(Path(__file__).parent)]
-    alone, shared = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    assert alone.startswith("sha256:")
+    for workers in (0, 2):
+        # In a process of its own, which has no threads yet when DataLoader forks it.
+        assert exit_code(in_a_process(dump_with, workers, tmp_path / str(workers))) == 0
+    alone, shared = (open_cache(tmp_path / str(workers)).manifest.digest for workers in (0, 2))
     assert shared == alone
 
 

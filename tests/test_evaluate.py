@@ -18,10 +18,12 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from kdcache import Cache, CacheSpec, costs, dump_teacher, load_split
 from kdcache.cache.planner import pilot_ids
+from kdcache.datasets import SPLITS
 from kdcache.measures import expected_calibration_error, negative_log_likelihood, top_k_accuracy
 from kdcache.models import save_weights
 from kdcache.models.small import SmallMLP
 from kdcache.pipeline import DatasetSpec, Pipeline, Transform
+from kdcache.samples import ArrayImages
 from kdcache.transforms import build_transform
 from kdcache.views import View
 
@@ -263,6 +265,55 @@ def test_agreement_is_with_the_teacher_on_the_pixels_that_it_saw(rows: int, work
     assert found["cache"] == work.cache.manifest.digest
 
 
+def rearranged(pipeline: Pipeline, path: Path, train: list[int], more: int = 0) -> Pipeline:
+    """The same held-out images in another file, and of the training images these, in this order, and some others."""
+    whole = [load_split(pipeline.dataset, split) for split in SPLITS]
+    chosen = [np.concatenate([train, np.full(more, -1)]).astype(int), *(np.arange(len(held)) for held in whole[1:])]
+    count = sum(map(len, chosen))
+    shares = (len(chosen[1]) / count, len(chosen[2]) / count)
+    dataset = pipeline.dataset.model_copy(update={"root": str(path), "validation": shares[0], "test": shares[1]})
+    # Labels that are positions say where a split's images are to stand.
+    np.savez(path, images=np.zeros((count, 4, 4), np.uint8), labels=np.arange(count))
+    images = np.random.default_rng(9).integers(0, 255, (count, 4, 4), np.uint8)
+    labels = np.zeros(count, np.int32)
+    for split, samples, which in zip(SPLITS, whole, chosen, strict=True):
+        places = load_split(dataset, split).labels[which >= 0]
+        assert isinstance(samples.images, ArrayImages)
+        images[places], labels[places] = (
+            samples.images.pixels[which[which >= 0], 0].numpy(),
+            samples.labels[which[which >= 0]],
+        )
+    np.savez(path, images=images, labels=labels, class_names=np.array(whole[0].class_names))
+    return pipeline.model_copy(update={"dataset": dataset})
+
+
+def test_a_data_set_in_another_order_agrees_with_the_cache_as_much(work: Work, tmp_path: Path) -> None:
+    moved = rearranged(work.pipeline, tmp_path / "mine.npz", [*reversed(range(60))])
+    reversed_run = run(tmp_path / "s", moved, work.student, network="student")
+    told_of = ("--cache", work.cache.path, "--rows", 23)
+    straight, turned = told(work.folder / "s", *told_of), told(reversed_run, *told_of)
+    assert turned["scores"][0]["teacher"] == straight["scores"][0]["teacher"]
+    assert turned["scores"][0]["top1"] == straight["scores"][0]["top1"]
+    assert turned["matched"] == straight["matched"] == 60
+
+
+def test_agreement_on_a_part_of_the_cache_is_with_the_teacher_there(work: Work, tmp_path: Path) -> None:
+    part = [i for i in np.random.default_rng(3).permutation(60).tolist() if i % 3]
+    moved = rearranged(work.pipeline, tmp_path / "mine.npz", part, more=7)
+    some = run(tmp_path / "s", moved, work.student, network="student")
+    made = kdcache("evaluate", some, "--cache", work.cache.path, "--json", "--device", "cpu")
+    assert "40 samples of the cache are in mine/train, 20 are missing (sample 0 of the cache, " in made.stderr
+    assert "7 of its own are left out" in made.stderr
+    whole = load_split(work.pipeline.dataset, "train")
+    images = torch.cat([View(whole, TURN)[i].images for i in sorted(part)])
+    student, teacher = (softmax(model(images).detach().numpy()) for model in (work.student, work.teacher))
+    found = json.loads(made.stdout)
+    assert found["matched"] == found["scores"][0]["teacher"]["rows"] == 40
+    assert found["scores"][0]["teacher"]["total_variation_t1"] == pytest.approx(
+        0.5 * abs(student - teacher).sum(1).mean(), abs=1e-6
+    )
+
+
 def test_the_table_says_what_json_says(work: Work) -> None:
     arguments = (work.folder / "s", work.folder / "t", "--cache", work.cache.path)
     text, found = ok("evaluate", *arguments), told(*arguments)
@@ -369,7 +420,7 @@ def test_networks_of_different_data_sets_are_refused_and_of_one_at_two_paths_not
     assert same[0]["top1"] == same[1]["top1"]
     for other in (elsewhere("other", seed=1), elsewhere("shorter", seed=0, test=0.2)):
         assert "are of different data sets" in refused(4, "evaluate", work.folder / "s", other)
-    assert "not those of the cache" in refused(4, "evaluate", tmp_path / "other", "--cache", work.cache.path)
+    assert "no sample of other/train is in" in refused(4, "evaluate", tmp_path / "other", "--cache", work.cache.path)
 
 
 def test_what_cannot_be_measured_is_refused(work: Work, tmp_path: Path) -> None:

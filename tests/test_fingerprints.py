@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import FLIP, TinyTeacher, tiny_samples
+from conftest import FLIP, TinyTeacher, exit_code, in_a_process, tiny_samples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -152,20 +150,15 @@ def test_batches_change_nothing(two_views: Made, tmp_path: Path) -> None:
         assert other.cache.manifest.files == files
 
 
-DUMP = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from conftest import FLIP, TinyTeacher, tiny_samples
-from kdcache import CacheSpec, dump_teacher
-spec = CacheSpec.model_validate_json(sys.argv[3])
-dump_teacher(TinyTeacher(), tiny_samples(100), sys.argv[2], transform=FLIP, spec=spec)
-"""
+def dump_two_views(out: Path, workers: int) -> None:
+    spec = TWO_VIEWS.model_copy(update={"workers": workers})
+    dump_teacher(TinyTeacher(), tiny_samples(100), out, transform=FLIP, spec=spec)
 
 
 def test_workers_change_nothing(two_views: Made, tmp_path: Path) -> None:
-    out, spec = tmp_path / "shared.kdcache", TWO_VIEWS.model_copy(update={"workers": 2})
+    out = tmp_path / "shared.kdcache"
     # In a process of its own, which has no threads yet when DataLoader forks it.
-    subprocess.run([sys.executable, "-c", DUMP, Path(__file__).parent, out, spec.model_dump_json()], check=True)
+    assert exit_code(in_a_process(dump_two_views, out, 2)) == 0
     shared = open_cache(out)
     assert shared.manifest.digest == two_views.cache.manifest.digest
     for view in range(2):

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -18,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import FLIP, TinyTeacher, tiny_samples
+from conftest import FLIP, FORKS, TinyTeacher, in_a_process, tiny_samples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import kdcache
@@ -632,20 +630,6 @@ def test_records_that_do_not_fit_are_refused_before_one_is_written(
     check_records(lowrank, kept_here)
 
 
-# Processes forked from a server that has imported torch, so that one costs a tenth of a second.
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["pytest", "hypothesis", "click.testing", "zarr", "kdcache.cli", "kdcache.train", "kdcache.dump"]
-)
-
-
-def in_a_process(target: Callable[..., None], *args: object) -> BaseProcess:
-    process = _FORKS.Process(target=target, args=args)
-    process.start()
-    return process
-
-
 def map_until_killed(cache: Path, kept: Path, at: int) -> None:
     """Make records, killed just before the `at`-th read of the store, or change of a file in kdcache's own folder."""
     os.environ["KDCACHE_HOME"] = str(kept)
@@ -715,7 +699,7 @@ def map_at_once(cache: Path, kept: Path, together: Any, told: Any) -> None:
 
 
 def test_processes_that_make_them_at_once_make_them_once(lowrank: Made, kept_here: Path) -> None:
-    together, told = _FORKS.Barrier(2), _FORKS.Queue()
+    together, told = FORKS.Barrier(2), FORKS.Queue()
     both = [in_a_process(map_at_once, lowrank.cache.path, kept_here, together, told) for _ in range(2)]
     answers = [told.get(timeout=60) for _ in both]
     for process in both:
@@ -980,7 +964,7 @@ def own_memory() -> int:
 
 @pytest.mark.parametrize("placed", FROM_DISK)
 def test_memory_does_not_grow_with_the_rows(placed: Placement, large: list[Path], kept_here: Path) -> None:
-    told, peaks = _FORKS.Queue(), []
+    told, peaks = FORKS.Queue(), []
     for cache in large:
         process = in_a_process(peak_of, cache, kept_here, placed, told)
         peaks.append(told.get(timeout=60))

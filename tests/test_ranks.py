@@ -100,7 +100,8 @@ def check_goes_on(out: Path, pipeline: Path, whole: Cache, count: int) -> None:
     """That what a kill left is no cache yet, and that `count` processes make of it what it was to be."""
     if (out / "manifest.json").exists():
         assert alone(pipeline, out) == 2, "it is sealed"
-        (out / "plan.json").unlink(missing_ok=True)
+        for leftover in ("plan.json", "writer.lock"):
+            (out / leftover).unlink(missing_ok=True)
     else:
         if out.exists():
             with pytest.raises(IncompleteError):

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import ok, refused
-from test_evaluate import CLEAN, TURN, network, reference, softmax
+from test_evaluate import CLEAN, TURN, network, rearranged, reference, softmax
 
 import kdcache
 from kdcache.charts import Chart, Line, as_svg, draw_lines, draw_verdicts, save_png
@@ -310,6 +310,60 @@ def test_rows_that_the_students_are_shown_may_be_fewer(work: Work, tmp_path: Pat
     assert "that are among the images they were shown" in text
 
 
+def test_a_data_set_in_another_order_makes_the_same_page(work: Work, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(work.runs("kd")[0], run)
+    moved = rearranged(read_run(run).pipeline, tmp_path / "mine0.npz", [*reversed(range(len(work.cache)))])
+    (run / "resolved.yaml").write_text(moved.to_yaml())
+    pages = []
+    for number, each in enumerate((work.runs("kd")[0], run)):
+        ok("report", each, "--cache", work.cache.path, "--rows", 31, "-o", tmp_path / f"{number}.html")
+        pages.append(Page((tmp_path / f"{number}.html").read_text()))
+    assert pages[1].tables == pages[0].tables
+    assert pages[1].sources == pages[0].sources
+    assert pages[1].text == pages[0].text
+
+
+def test_a_student_of_a_part_is_compared_on_that_part(work: Work, tmp_path: Path) -> None:
+    count = len(work.cache)
+    part = sorted(np.random.default_rng(4).permutation(count)[: count // 2].tolist())
+    moved = rearranged(work.pipeline, tmp_path / "mine0.npz", part[::-1], more=3)
+    (tmp_path / "mine.yaml").write_text(moved.to_yaml())
+    short = ("--set", "student.train.epochs=2", "--device", "cpu")
+    train = ("train-student", tmp_path / "mine.yaml", "--cache", work.cache.path, "-o", tmp_path / "run")
+    ok(*train, "--loss", "kd", "--allow-missing", *short)
+    found = gather([tmp_path / "run"], work.cache)
+    assert found.taught is not None
+    assert found.taught.cost.live == 2 * len(part)
+    assert found.taught.ids.tolist() == part
+    (note,) = found.notes
+    assert f"{len(part)} samples of the cache are in mine0/train, {count - len(part)} are missing" in note
+    assert "3 of its own are left out" in note
+
+    logits, labels = work.says(tmp_path / "run", "train")
+    teacher = work.teacher()
+    (group,) = found.students
+    expected = np.zeros((len(NAMES), len(NAMES)))
+    for id_ in part:
+        expected[teacher[id_].argmax(), logits[id_].argmax()] += 1
+    assert found.taught.disagreement(group, len(NAMES)).tolist() == expected.tolist()
+    verdicts = [0, 0, 0]
+    for id_ in part:
+        if labels[id_] >= 0 and teacher[id_].argmax() != labels[id_]:
+            said = logits[id_].argmax()
+            verdicts[0 if said == labels[id_] else 1 if said == teacher[id_].argmax() else 2] += 1
+    assert found.taught.verdicts(group) == tuple(verdicts)
+    assert found.taught.sharpness(group)["largest"].numpy() == pytest.approx(logits[part].max(axis=1), abs=1e-5)
+    assert int(found.taught.wrong.sum()) == work.told["changed_by_ka"], "the teacher is asked about all"
+
+    images = load_split(work.pipeline.dataset, "train").images
+    assert {one.id in part for one in found.taught.hardest} == {True, False}
+    for one in found.taught.hardest:
+        assert (one.picture is not None) is (one.id in part)
+        if one.picture is not None:
+            assert torch.equal(torch.as_tensor(one.picture), torch.as_tensor(images.picture(one.id)))
+
+
 # Groups.
 
 
@@ -525,7 +579,9 @@ def test_runs_of_different_data_sets_are_refused(work: Work, tmp_path: Path) -> 
     ok("train-student", path, "--loss", "ce", "--set", "student.train.epochs=1", "-o", tmp_path / "run")
     out = tmp_path / "r.html"
     assert "different data sets" in refused(4, "report", tmp_path / "run", work.runs("kd")[0], "-o", out)
-    assert "are not those of the cache" in refused(4, "report", tmp_path / "run", "--cache", work.cache.path, "-o", out)
+    assert "no sample of mine1/train is in" in refused(
+        4, "report", tmp_path / "run", "--cache", work.cache.path, "-o", out
+    )
     (tmp_path / "mine1.npz").unlink()
     assert "name different data sets" in refused(4, "report", tmp_path / "run", work.runs("kd")[0], "-o", out)
     assert "none of the runs says" in refused(4, "report", tmp_path / "run", "--cache", work.cache.path, "-o", out)

@@ -24,6 +24,7 @@ from trainers import meeting_place, together
 
 from kdcache import Cache, Pipeline, dump_teacher, load_pipeline, load_split, train_student
 from kdcache.cli import main
+from kdcache.decoded import DecodedTeacher
 from kdcache.errors import CorruptError, UsageError
 from kdcache.fit import Epoch
 from kdcache.report import draw_curves
@@ -79,16 +80,16 @@ def test_tensorboard_is_told_every_line_once_by_a_run_that_was_gone_on_with(
 ) -> None:
     resolved = pipeline("student.train.trackers=[tensorboard]")
     asked = 0
-    original = type(cache.teacher()).__call__
+    original = DecodedTeacher.__call__
 
     def interrupting(teacher: Any, *given: Any) -> Any:
         nonlocal asked
         asked += 1
-        if asked == 3:  # all batches of an epoch are asked for at once
+        if asked == 40:  # in the last of three epochs, each of 16 batches
             os.kill(os.getpid(), signal.SIGINT)
         return original(teacher, *given)
 
-    monkeypatch.setattr(type(cache.teacher()), "__call__", interrupting)
+    monkeypatch.setattr(DecodedTeacher, "__call__", interrupting)
     with pytest.raises(Exception, match="the run is kept in"):
         train_student(resolved, cache, tmp_path / "run")
     train_student(resolved, cache, tmp_path / "run")

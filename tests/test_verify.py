@@ -809,7 +809,7 @@ def test_what_is_said_to_programs(work: Work, copy: Path) -> None:
     unseal(copy, (0, 0))
     found = told(3, copy)
     assert (found["whole"], found["digest"], found["findings"]) == (False, None, [])
-    refused(4, "verify", work.cache, work.recipe, "--set", "dataset.validation=0.1", "--json")
+    refused(4, "verify", work.cache, work.recipe, "--set", "dataset.validation=0.1")
 
 
 def test_options_that_need_a_pipeline(work: Work) -> None:

@@ -549,7 +549,8 @@ def test_nothing_of_a_transform_is_evaluated(
     [
         ([], "ends in torch.uint8 images"),
         ([{"ToDtype": {"dtype": "uint8"}}], "ends in torch.uint8 images"),
-        ([{"FiveCrop": {"size": 4}}, TO_FLOAT[1]], "ends in tuple images"),
+        ([{"FiveCrop": {"size": 4}}, TO_FLOAT[1]], "cannot take sample 2 of noise/train: ToDtype is given a tuple"),
+        ([{"FiveCrop": {"size": 4}}], "ends in tuple images"),
         ([{"ToPILImage": {}}], "ends in Image images"),
         ([{"Normalize": {"mean": [0.5], "std": [0.5]}}], "cannot take sample 2 of noise/train: .*float"),
         ([{"RandomCrop": {"size": 9}}, TO_FLOAT[1]], r"cannot take sample 2 of noise/train: .*\(9, 9\) .*\(8, 8\)"),

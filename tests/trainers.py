@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 
-from conftest import FORKS, in_a_process
+from conftest import in_a_process
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
-
-FORKS.set_forkserver_preload(
-    ["pytest", "zarr", "torch.distributed", "kdcache.dump", "kdcache.cli.stage_one", "kdcache.train", "accelerate"]
-)
 
 
 def together(store: TCPStore, count: int, target: Callable[..., None], *args: object) -> list[BaseProcess]:

@@ -20,6 +20,7 @@ from kdcache.cache import layout, operations
 from kdcache.cache.basis import TailBasis, fit_coordinates, round_coordinates
 from kdcache.cache.card import write_card
 from kdcache.cache.codec import Rows, decode, encode, stated_at
+from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.schema import STATISTICS, TAIL_TEMPERATURES, Encoding, Plan
 from kdcache.cache.writer import CacheWriter
@@ -209,5 +210,7 @@ def complete(writer: CacheWriter, function: Callable[..., None], calls: list[tup
         raise InterruptedRun(
             f"interrupted; {out} keeps its finished shards", "run the same command again to go on"
         ) from None
+    finally:
+        release(out)
     write_card(cache)
     return cache

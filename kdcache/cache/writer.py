@@ -19,6 +19,7 @@ import numpy.typing as npt
 from kdcache.cache import arrays, layout
 from kdcache.cache.basis import TailBasis
 from kdcache.cache.codec import Rows
+from kdcache.cache.lock import LOCK, check_not_held, hold, release
 from kdcache.cache.schema import (
     MANIFEST,
     PLAN,
@@ -54,13 +55,14 @@ def check_place(path: Path) -> None:
     """That a cache can be begun at `path`, or gone on with.
 
     Raises:
-        UsageError: if it is something else, a sealed cache, or inside of one.
+        UsageError: if it is something else, a sealed cache, inside of one, or if another process writes it.
     """
     if (path / MANIFEST).exists():
         raise UsageError(f"{path} is already a sealed cache", "give another name with -o, or delete it first")
     check_outside(path)
     if path.exists() and not (path / PLAN).exists():
         raise UsageError(f"{path} exists and is not a cache", "give another name with -o")
+    check_not_held(path)
 
 
 class CacheWriter:
@@ -84,7 +86,7 @@ class CacheWriter:
         keys: npt.NDArray[np.uint64],
         basis: TailBasis | None = None,
     ) -> CacheWriter:
-        """Make a new cache, or go on with an unsealed one.
+        """Make a new cache, or go on with an unsealed one; no other process can, until it is sealed or `release`d.
 
         Args:
             path: the `.kdcache` folder.
@@ -94,30 +96,46 @@ class CacheWriter:
             basis: of the teacher's tail, where the plan has one.
 
         Raises:
-            UsageError: if `path` is something else, or a sealed cache.
+            UsageError: if `path` is something else, a sealed cache, or written by another process.
             MismatchError: if it is an unsealed cache that was begun with another plan; names what differs.
         """
         check_place(path)
         writer = cls(path, plan)
         writer.began = not path.exists()
-        if writer.began:
-            writer._create(labels, keys, basis)
-        else:
-            check_begun_alike(path, read_plan(path / PLAN), plan)
-            writer._mend(labels, keys, basis)
+        try:
+            if writer.began:
+                writer._create(labels, keys, basis)
+            else:
+                hold(path, path)
+                if (path / MANIFEST).exists():  # another process has sealed it, and let go
+                    (path / LOCK).unlink(missing_ok=True)
+                check_place(path)
+                check_begun_alike(path, read_plan(path / PLAN), plan)
+                writer._mend(labels, keys, basis)
+        except BaseException:
+            release(path)
+            raise
         return writer
 
     @classmethod
     def join(cls, path: Path) -> CacheWriter:
-        """Help with a cache that another process has begun."""
+        """Help with a cache that another process of the same run has begun, and holds."""
         return cls(path, read_plan(path / PLAN))
 
     def _create(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
         # Made beside its place and renamed, so that a folder of that name is always a cache with its plan.
         _make_folder(self.path.parent)
-        with _unfinished(_beside(self.path)) as folder:
+        folder = _beside(self.path)
+        folder.mkdir(exist_ok=True)
+        hold(self.path, folder)
+        with _unfinished(folder):
             self._create_store(folder, labels, keys, basis)
             put(folder / PLAN, canonical(self.plan))
+            if self.path.exists():
+                raise UsageError(
+                    f"{self.path} was begun by another process just now",
+                    "run the same command again, or give another name with -o",
+                )
             folder.rename(self.path)
         _flush(self.path.parent)
 
@@ -226,7 +244,9 @@ class CacheWriter:
         files |= {name: record_of(self.path / name) for name in arrays.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
         put(self.path / MANIFEST, canonical(manifest))
+        (self.path / LOCK).unlink(missing_ok=True)
         (self.path / PLAN).unlink()
+        release(self.path)
         return manifest
 
     def discard(self) -> None:
@@ -234,6 +254,7 @@ class CacheWriter:
         if self.began:
             # Under another name first, so that a kill in the middle leaves nothing that looks like a cache.
             shutil.rmtree(self.path.rename(_beside(self.path)))
+        release(self.path)
 
 
 def check_begun_alike(path: Path, then: Record, now: Record, name: str = "") -> None:
@@ -276,10 +297,14 @@ def _beside(path: Path) -> Path:
 
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """A new folder to work in; what is left in it in the end is deleted, and so is what a killed run left."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    """An empty folder to work in; what is left in it in the end is deleted, and so is what a killed run left."""
+    folder.mkdir(exist_ok=True)
     try:
+        for leftover in folder.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.name != LOCK:
+                leftover.unlink()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdcache.cli import output
 from kdcache.shipped import file_or_recipe
 
 if TYPE_CHECKING:
@@ -61,7 +62,14 @@ data_option = click.option(
     metavar="PIPELINE",
     help="Its data set has the images: those whose fingerprints are missing are looked at again.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,  # before what may be a mistake in another option
+    callback=output.owe_json,
+    help="Print the result as JSON, or the mistake.",
+)
 
 
 def read_pipeline(path: Path, overrides: tuple[str, ...], loss: str | None = None, **shortcuts: object) -> Pipeline:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from kdcache.train import Result
 
 _SECONDS_BETWEEN_LINES = 10
+_OWED = "kdcache.json"
 
 # A figure that a narrow terminal cuts off is worse than a line that wraps.
 _tables = Console(highlight=False, width=240)
@@ -51,8 +54,21 @@ def facts(pairs: Mapping[str, str]) -> None:
         result(f"{name:<{width}}  {value}")
 
 
+def owe_json(context: click.Context, _option: click.Parameter, wanted: bool) -> bool:
+    """Note whether a command is to print one JSON document to stdout; hands that on."""
+    context.meta[_OWED] = wanted
+    return wanted
+
+
+def _meta() -> dict[str, Any]:
+    """What is noted of the command that runs, if one does."""
+    context = click.get_current_context(silent=True)
+    return context.meta if context is not None else {}
+
+
 def as_json(content: Mapping[str, Any]) -> None:
     """A result for programs."""
+    _meta()[_OWED] = False
     result(json.dumps(content, indent=2))
 
 
@@ -67,7 +83,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def error(mistake: KdcacheError) -> None:
-    """What happened, and what to do."""
+    """What happened, and what to do; to stdout too, where JSON is wanted and none was printed.
+
+    A result and a mistake make no two documents: the result of `verify`, for one, says what is wrong itself.
+    """
+    # Of several processes that torchrun has started one speaks to programs.
+    if _meta().get(_OWED) and os.environ.get("RANK", "0") == "0":
+        as_json({"error": {"what": mistake.what, "fix": mistake.fix, "exit_code": mistake.exit_code}})
     _messages.print(Text.assemble(("error: ", "bold red"), _shown(mistake.what)))
     _messages.print(Text.assemble(("fix: ", "bold green"), _shown(mistake.fix)))
 
