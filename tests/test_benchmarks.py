@@ -150,7 +150,13 @@ def test_students_of_all_sources_are_compared_with_those_of_the_live_teacher() -
 def test_the_trainer_is_measured_against_plain_training_and_live_teachers() -> None:
     lines = printed("train.py", "--quick").splitlines()
     rows = {line.split("  ")[0]: line.split()[-4:] for line in lines if line}
-    ours = ("cross-entropy", "KD from the cache", "DTKD from the cache", "KD, decoded batch by batch")
+    ours = (
+        "cross-entropy",
+        "KD from the cache",
+        "DTKD from the cache",
+        "KD, decoded batch by batch",
+        "DTKD, logits in a tensor",
+    )
     for name in ("bare loop", *ours, "everything"):
         assert name in rows
     assert [name for name in rows if "live teacher" in name] == [
