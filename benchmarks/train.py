@@ -6,9 +6,10 @@ classes on images of 28. All take turns in one process, a ratio is the median of
 cross-entropy it is to be at most 1.03 on a CPU (1.02 on a GPU), cross-entropy to the bare loop at most 1.03.
 
 The logits of so small caches are decoded once and kept; of a large one they are decoded batch by batch, which has a row
-of its own, as has DTKD on logits that lie in a tensor: what the loss costs without any cache. Then the same trainer with a live teacher whose forward pass is as dear as 1, 5 and 20 of the student's,
-beside the cache. Last, how long the command `train-student` takes to its first step with a cache of 1000 classes that
-is on the disk, and where the time goes. (How fast rows are gathered and decoded: `codec.py`, `load.py`.)
+of its own, as has DTKD on logits that lie in a tensor: what the loss costs without any cache. Then the same trainer
+with a live teacher whose forward pass is as dear as 1, 5 and 20 of the student's, beside the cache. Last, how long the
+command `train-student` takes to its first step with a cache of 1000 classes that is on the disk, and where the time
+goes. (How fast rows are gathered and decoded: `codec.py`, `load.py`.)
 """
 
 from __future__ import annotations

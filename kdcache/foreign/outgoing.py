@@ -188,7 +188,7 @@ class _Boxes:
 
     def _drawn(self, picture: Picture, number: int, view: int) -> tuple[PixelBox, bool]:
         """What the first two steps draw for a view of a sample, in their order."""
-        crop, seed = self._steps[0], self._cache.manifest.plan.views.seed
+        crop, seed = self._steps[0].step, self._cache.manifest.plan.views.seed
         draw = getattr(crop, "make_params", None) or crop._get_params  # as torchvision 0.19 calls it
         with seeded(seed, number, view):
             drawn = draw([picture])
