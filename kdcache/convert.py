@@ -221,7 +221,9 @@ def _opened(source: Path, scratch: Path) -> Iterator[_Dense]:
                     beside = {name: arrays[name] for name in names}
             logits = np.load(npy, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-            raise UsageError(f"cannot read logits from {source}: {error}", _HOW) from None
+            raise UsageError(
+                f"cannot read logits from {source}: {error}", f"{_HOW}; files of others need --from"
+            ) from None
         if logits.ndim not in (2, 3) or logits.dtype.kind != "f" or not logits.size or logits.flags.f_contiguous:
             raise UsageError(f"{source} holds {logits.dtype} {list(logits.shape)} for logits", f"in C order: {_HOW}")
         views, rows, classes = logits.shape if logits.ndim == 3 else (1, *logits.shape)

@@ -55,8 +55,21 @@ def row_bytes(encoding: Encoding) -> int:
     return encoding.top_k * np.dtype(encoding.dtype).itemsize
 
 
+def check_views(cache: Cache, count: int) -> None:
+    """That the first `count` views of a cache are here: of one that was pulled, some may not be.
+
+    Raises:
+        UsageError: if one is not.
+    """
+    if missing := sorted(set(range(count)).difference(cache.views)):
+        raise UsageError(
+            f"view {missing[0]} is wanted, and {cache.path} holds only the views {', '.join(map(str, cache.views))}",
+            "select some of these (`--views`), or pull the others",
+        )
+
+
 def inputs_at(
-    placed: list[Placed], shape: Shape, data: Samples | None, progress: Progress
+    placed: list[Placed], shape: Shape, count: int, data: Samples | None, progress: Progress
 ) -> tuple[Shape, list[Inputs]]:
     """The fingerprints of samples in new places, of a transform that draws nothing at random, one a view.
 
@@ -66,6 +79,7 @@ def inputs_at(
     Args:
         placed: which samples, one after the other.
         shape: of the new cache, as its size suggests it.
+        count: how many views it is to have, the first ones.
         data: the images; None if they are not at hand.
         progress: who is told how it goes.
 
@@ -76,7 +90,7 @@ def inputs_at(
         UsageError: if the images are needed, and are not given.
         MismatchError: if they are not those that the teacher saw.
     """
-    views = range(placed[0].cache.manifest.plan.views.count)
+    views = range(count)
     kept = [[layout.read_inputs(cache.path, cache.manifest.plan, view) for view in views] for cache, _ in placed]
     strides = [cache.manifest.plan.shape.fingerprint_stride for cache, _ in placed]
     known = np.concatenate([ids % stride == 0 for (_, ids), stride in zip(placed, strides, strict=True)])

@@ -162,9 +162,9 @@ def _refused(what: str) -> UsageError:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in an argument, without their signs."""
+    """All numbers in an argument, without their signs; what is no number, and so below no limit, as the largest."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        yield min(abs(value), _AS_GOOD_AS_INFINITE)
+        yield min(_AS_GOOD_AS_INFINITE, abs(value))  # in this order: NaN is not below anything
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _numbers(inner)

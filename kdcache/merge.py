@@ -14,7 +14,7 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.schema import Lineage
 from kdcache.cache.shape import choose_shape
 from kdcache.cache.writer import CacheWriter, check_place, differences
-from kdcache.derive import Encoded, Placed, derive, inputs_at, planned, row_bytes
+from kdcache.derive import Encoded, Placed, check_views, derive, inputs_at, planned, row_bytes
 from kdcache.errors import MismatchError, UsageError
 from kdcache.progress import Progress, Silent
 from kdcache.samples import Samples, digest_of
@@ -53,6 +53,8 @@ def merge(
     for other in caches[1:]:
         _check_parts(first, other)
     plan = first.manifest.plan
+    for cache in caches:
+        check_views(cache, plan.views.count)
     bases = [layout.read_basis(cache.path, cache.manifest.plan) for cache in caches]
     alike = [
         cache.manifest.plan.encoding == plan.encoding and _same_basis(bases[0], basis)
@@ -85,7 +87,9 @@ def merge(
     )
     fidelity = plan.fidelity if all(cache.manifest.plan.fidelity == plan.fidelity for cache in caches) else None
     encoded = Encoded(plan.request, plan.encoding, fidelity if all(alike) else None, bases[0], not all(alike))
-    shape, inputs = inputs_at(placed, choose_shape(len(keys), row_bytes(plan.encoding)), data, listener)
+    shape, inputs = inputs_at(
+        placed, choose_shape(len(keys), row_bytes(plan.encoding)), plan.views.count, data, listener
+    )
     licence = _joined([cache.manifest.plan.licence for cache in caches], " AND ")
     notes = _joined([cache.manifest.plan.notes for cache in caches], "\n")
     made = planned(plan, dataset, plan.views.count, encoded, shape, lineage, licence=licence, notes=notes)

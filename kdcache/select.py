@@ -15,7 +15,7 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.schema import PLAN, Lineage, Plan, read_plan
 from kdcache.cache.shape import choose_shape
 from kdcache.cache.writer import CacheWriter, check_place
-from kdcache.derive import Encoded, Ids, Placed, derive, inputs_at, planned, row_bytes
+from kdcache.derive import Encoded, Ids, Placed, check_views, derive, inputs_at, planned, row_bytes
 from kdcache.errors import UsageError
 from kdcache.extend import adopt_shards
 from kdcache.mixing import split_mixing
@@ -60,6 +60,7 @@ def select(
     out, plan = Path(out).absolute(), cache.manifest.plan
     check_place(out)
     count = _count_of(views, plan)
+    check_views(cache, count)
     ids = np.arange(len(cache)) if samples is None else np.asarray(samples, np.int64)
     _check_ids(ids, cache)
     chosen = None if classes is None else _places(classes, plan.dataset.class_names)
@@ -87,8 +88,7 @@ def select(
         inputs = [layout.read_inputs(cache.path, plan, view).at(first) for view in range(count)]
     else:
         shape = choose_shape(len(ids), row_bytes(encoded.encoding))
-        shape, of_views = inputs_at(placed, shape, data, progress or Silent())
-        inputs = of_views[:count]
+        shape, inputs = inputs_at(placed, shape, count, data, progress or Silent())
     made = planned(plan, dataset, count, encoded, shape, lineage)
     writer = CacheWriter.begin(out, made, numbers, keys, encoded.basis)
     if stays and not encoded.recoded:

@@ -1,7 +1,7 @@
 """Many students of one cache: losses, networks, options and seeds, each combination a run of its own.
 
 One process holds the data set and the cache once, for all students. Several map both from the local disk: they share
-the memory that these take.
+the memory that these take. (What each keeps of a small cache's logits decoded, `decoded.py`, is its own.)
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class View(Dataset[Batch]):
         if self._crop is not None and crops is None:
             raise UsageError(
                 f"the transform begins with {CROP}, whose boxes are in a cache, and none is given",
-                "give a cache that was converted with its boxes, or begin the transform with another crop",
+                "only `kdcache convert --from` makes caches of such crops: begin the transform with another one",
             )
         self._crops, self._boxes = crops, (-1, np.empty((0, 0), np.float32))
         self._transform = build_transform(steps)

@@ -561,6 +561,19 @@ def test_a_mistake_is_told_to_programs_too(
     assert f"fix: {mistake['fix']}" in said
 
 
+@pytest.mark.parametrize(
+    "mistyped",
+    [["nosuch"], ["info"], ["info", "--nonsense", "c"], ["convert", "fkd", "--from", "foo", "-o", "c"], ["diff", "a"]],
+)
+def test_what_is_mistyped_is_told_to_programs_too(mistyped: list[str]) -> None:
+    done = kdcache(*mistyped, "--json")
+    assert done.exit_code == 2
+    mistake = json.loads(done.stdout)["error"]
+    assert mistake["exit_code"] == 2
+    assert mistake["what"] in done.stderr
+    assert kdcache(*mistyped).stdout == ""
+
+
 def raising() -> None:
     raise UsageError("there is no recipe", "install kdcache again")
 

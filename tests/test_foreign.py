@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -280,8 +281,15 @@ def test_a_student_is_trained_from_fkds_files_on_the_command_line(images: Images
     pipeline, held_out = images.write("fraction"), ["--set", "dataset.test=0.3"]
     made = as_json("convert", labels, "--from", "fkd", "--pipeline", pipeline, *held_out, "-o", out, "--name", "giant")
     assert (made["plan"]["teacher"]["name"], made["plan"]["teacher"]["level"]) == ("giant", "unknown")
-    assert "not known: only probabilities are" in kdcache("info", out).stdout
+    about = kdcache("info", out).stdout
+    assert "not known: only probabilities are" in about
+    assert "not run by kdcache" in about
     assert as_json("verify", out, pipeline, "--replay", *held_out)["replay"]["rounded"] == 0
+    assert (
+        "images are what the cache was converted with" in kdcache("verify", out, pipeline, "--replay", *held_out).stdout
+    )
+    done = kdcache("verify", out, pipeline, "--teacher", *held_out)
+    assert (done.exit_code, "nothing is known of the teacher" in done.stderr) == (2, True)
     done = kdcache("train-student", pipeline, "--cache", out, "-o", run, *held_out)
     assert done.exit_code == 0, done.output
     metrics = json.loads((run / "metrics.json").read_text())
@@ -481,7 +489,13 @@ def test_ml_drs_crops_and_probabilities_are_the_caches(
 @pytest.mark.parametrize("compress", [True, False])
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rand_augment", [(3, 0.5)]), ("random_erase", (1, 2, 3, 4)), ("mixup", 0.3), ("cutmix", [0.3, 1, 2, 3, 4])],
+    [
+        ("rand_augment", [(3, 0.5)]),
+        ("random_erase", (1, 2, 3, 4)),
+        ("random_erase", 5),
+        ("mixup", 0.3),
+        ("cutmix", [0.3, 1, 2, 3, 4]),
+    ],
 )
 def test_what_ml_dr_has_changed_otherwise_is_refused_by_name(
     images: Images, tmp_path: Path, name: str, value: Any, compress: bool
@@ -507,8 +521,18 @@ def test_a_config_that_says_nothing_is_named(images: Images, tmp_path: Path) -> 
         with pytest.raises(KdcacheError, match=why):
             cache_of_files(folder, "ml-dr", images.samples, tmp_path / "c.kdcache")
     (folder / "config.pth.tar").unlink()
-    with pytest.raises(CorruptError, match=r"config\.pth\.tar is missing"):
+    with pytest.raises(UsageError, match=r"no folder of ml-dr's files .* has no config\.pth\.tar"):
         cache_of_files(folder, "ml-dr", images.samples, tmp_path / "c.kdcache")
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_another_transform_than_the_config_states_is_refused(images: Images, tmp_path: Path, place: int) -> None:
+    folder = ml_dr_of(images, tmp_path / "reinforced")
+    other: Transform = [{name: {**given} for name, given in step.items()} for step in PIXELS]
+    ((_, given),) = other[place].items()
+    given |= {"size": 9} if place == 0 else {"mean": [0.1, 0.2, 0.9]}
+    with pytest.raises(MismatchError, match="not what the files of ml-dr say"):
+        cache_of_files(folder, "ml-dr", images.samples, tmp_path / "c.kdcache", transform=other, spec=SPEC)
 
 
 def test_crops_behind_something_else_and_other_numbers_of_images_are_refused(images: Images, tmp_path: Path) -> None:
@@ -792,11 +816,28 @@ WRONG_FKD: dict[str, tuple[Any, str]] = {
     "hard labels": ([COORDS, FLIPS, np.zeros(VIEWS, np.int64)], "hard labels"),
     "words": (["a", "b", "c"], "holds coords"),
     "objects": ([COORDS, FLIPS, np.array([{}])], "cannot be read"),
+    "one crop many times": (
+        [
+            torch.tensor(COORDS[:1]).expand(10**6, 4),
+            torch.zeros(1).expand(10**6),
+            torch.tensor(PAIRS[:1]).expand(10**6, 2, 5),
+        ],
+        "is too small for coords",
+    ),
     "code": ([COORDS, FLIPS, Calls()], "cannot be read"),
 }
 
 
-@pytest.mark.parametrize("what", [*WRONG_FKD, "no file", "no bytes", "half of it", "other bytes"])
+def with_zeros(path: Path) -> None:
+    """With a million zeros beside what it holds."""
+    with zipfile.ZipFile(path) as packed:
+        members = {name: packed.read(name) for name in packed.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, held in members.items():
+            packed.writestr(name, held + (b"." * 10**6 if name.endswith(".pkl") else b""))
+
+
+@pytest.mark.parametrize("what", [*WRONG_FKD, "no file", "no bytes", "half of it", "other bytes", "zeros, compressed"])
 def test_files_of_fkd_that_cannot_be_are_named(images: Images, tmp_path: Path, what: str) -> None:
     folder = fkd_of(images, tmp_path / "labels")
     path = folder / "train" / images.paths[11].parent.name / f"{images.paths[11].stem}.tar"
@@ -808,6 +849,8 @@ def test_files_of_fkd_that_cannot_be_are_named(images: Images, tmp_path: Path, w
         saved(path, held)
     elif what == "no file":
         path.unlink()
+    elif what == "zeros, compressed":
+        with_zeros(path)
     else:
         path.write_bytes(
             {"no bytes": b"", "half of it": whole[: len(whole) // 2], "other bytes": b"PK" + whole[9:]}[what]
@@ -825,11 +868,21 @@ def one(**changes: Any) -> Any:
     return (9, [ONE, ONE | changes, ONE])
 
 
+def deep(levels: int) -> Any:
+    """Four of what is four of what is four ...: a few bytes, as each is one list four times."""
+    values: Any = 0.4
+    for _ in range(levels):
+        values = [values] * 4
+    return values
+
+
 WRONG_ML_DR: dict[str, tuple[Any, str]] = {
     "another number": ((8, [ONE] * VIEWS), "is of sample 8"),
     "fewer": ((9, [ONE] * 2), "2 reinforcements"),
     "none": ((9, []), "no reinforcement"),
     "no pair": ([9], "does not hold a number"),
+    "a number too long to be told": ((10**5_000, [ONE] * VIEWS), "does not hold a number"),
+    "probabilities of probabilities": ((9, [ONE | {"prob": (deep(60), [3, 2, 1, 0])}] * VIEWS), "does not hold 4 prob"),
     "a box of three": (one(params=[(1, 2, 3), False]), "other parameters for reinforcement 1"),
     "a box of halves": (one(params=[(1, 2, 3.5, 4), False]), "other parameters"),
     "a box of words": (one(params=[("1", 2, 3, 4), False]), "other parameters"),
@@ -844,7 +897,17 @@ WRONG_ML_DR: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", [*WRONG_ML_DR, "no file", "half of it", "a memo of a billion"])
+def hostile_pickle(body: bytes) -> bytes:
+    return pickle.PROTO + b"\x05" + pickle.NONE + body + pickle.STOP
+
+
+HOSTILE_ML_DR = {
+    "a memo of a billion": (pickle.LONG_BINPUT + struct.pack("<I", 2**31), "does not hold a number"),
+    "bytes that are not there": (pickle.BYTEARRAY8 + struct.pack("<Q", 10**9), r"cannot be read \(KeyError\)"),
+}
+
+
+@pytest.mark.parametrize("what", [*WRONG_ML_DR, *HOSTILE_ML_DR, "no file", "half of it", "zeros, compressed"])
 def test_files_of_ml_dr_that_cannot_be_are_named(images: Images, tmp_path: Path, what: str) -> None:
     folder = ml_dr_of(images, tmp_path / "reinforced")
     samples = images.samples
@@ -853,13 +916,12 @@ def test_files_of_ml_dr_that_cannot_be_are_named(images: Images, tmp_path: Path,
         path.unlink()
     elif what == "half of it":
         path.write_bytes(path.read_bytes()[:300])
-    elif what == "a memo of a billion":
-        hostile = pickle.PROTO + b"\x04" + pickle.NONE + pickle.LONG_BINPUT + struct.pack("<I", 2**31) + pickle.STOP
-        import zipfile
-
+    elif what in HOSTILE_ML_DR:
+        body, why = HOSTILE_ML_DR[what]
         with zipfile.ZipFile(path, "w") as packed:
-            packed.writestr("archive/data.pkl", hostile)
-        why = "does not hold a number"
+            packed.writestr("archive/data.pkl", hostile_pickle(body))
+    elif what == "zeros, compressed":
+        with_zeros(path)
     else:
         path.unlink()
         torch.save(held, path, pickle_protocol=4)
@@ -1068,6 +1130,11 @@ def test_a_mirror_brings_the_boxes_of_the_views_that_are_asked_for(
     assert replay(cache, images.samples).rounded == 0
     assert cache.crops is not None
     np.testing.assert_array_equal(cache.crops(1), boxes_of(images)[1])
+    backwards = np.arange(COUNT)[::-1]
+    turned = select(cache, tmp_path / "turned.kdcache", views=[0, 1], samples=backwards, data=images.samples)
+    torch.testing.assert_close(logits_of(turned, 1), logits_of(cropped, 1).flip(0), rtol=0, atol=0)
+    with pytest.raises(UsageError, match="view 2 is wanted"):
+        select(cache, tmp_path / "all.kdcache", samples=backwards, data=images.samples)
 
 
 def test_caches_of_other_crops_are_not_joined(images: Images, cropped: Cache, tmp_path: Path) -> None:

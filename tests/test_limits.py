@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,11 @@ def replay_hostile(folder: Path) -> None:
 def test_a_hostile_cache_is_refused_in_little_memory(tmp_path: Path) -> None:
     process = in_a_process(replay_hostile, tmp_path)
     assert exit_code(process, seconds=30) == 0
+
+
+def test_what_is_no_number_hides_no_number() -> None:
+    with pytest.raises(UsageError, match="asks for too much"):
+        build_transform([{"RandomResizedCrop": {"antialias": math.nan, "size": 9_000}}])(torch.rand(3, 4, 4))
 
 
 @pytest.mark.parametrize("depth", [60, 70, 400])

@@ -780,7 +780,7 @@ def test_a_cache_of_the_pipeline_passes_all_checks(work: Work) -> None:
     assert "100 images are what the teacher saw, to the bit" in text
     assert "50 rows a view" in text
     found = told(0, work.cache, work.recipe, "--replay", "--teacher", "--rows", 7, "--device", "cpu")
-    assert found["replay"] == {"checked": 100, "rounded": 0}
+    assert found["replay"] == {"checked": 100, "rounded": 0, "teacher_seen": True}
     assert [(one["view"], one["temperature"], one["rows"]) for one in found["teacher"]] == [
         (view, t, 7) for view in (0, 1) for t in (1, 2, 4, 8)
     ]

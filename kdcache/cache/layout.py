@@ -103,6 +103,8 @@ def write_shard(
     recorded: npt.NDArray[Any] | None = None,
 ) -> None:
     """Write all arrays of one shard. Whatever an interrupted run left there must have been deleted."""
+    if (recorded is None) == bool(recorded_arrays(plan)):
+        raise ValueError("what the views were drawn from is kept exactly where a plan has an array for it")
     ids = plan.shard_ids(shard)
     group = zarr.open_group(cache / STORE, mode="r+", zarr_format=3)
     expected = shard_arrays(plan)

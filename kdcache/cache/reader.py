@@ -154,6 +154,11 @@ class Cache:
         return layout.StoredCrops(self.path.absolute(), plan) if recorded(plan.views.transform) == "crops" else None
 
     @property
+    def teacher_seen(self) -> bool:
+        """Whether kdcache ran the teacher; if not, what it saw of an image, and what it is, is known by hearsay."""
+        return self.manifest.plan.teacher.parameters > 0
+
+    @property
     def level_known(self) -> bool:
         """Whether the logits are known as they are; if not, but for a constant of each row."""
         return self.manifest.plan.teacher.level is None

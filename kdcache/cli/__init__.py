@@ -32,14 +32,23 @@ from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, UsageE
 class _Main(click.Group):
     """A group whose mistakes end in one message and an exit code, never in a traceback."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--json" in args:  # what is mistyped is found before any option of a command is looked at
+            output.owe_json(ctx, None, True)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as mistyped:
+            output.mistake_as_json(UsageError(mistyped.format_message(), "see --help of the command"))
+            raise
         except KdcacheError as mistake:
             failed: KdcacheError = mistake
         except KeyboardInterrupt:
             failed = InterruptedRun(
-                "interrupted; nothing half-written was kept", "run the same command again; it begins anew"
+                "interrupted; nothing half-written was kept",
+                "run the same command again: it begins anew, or goes on with what was whole before",
             )
         except OSError as problem:
             failed = _mistake(problem)

@@ -101,7 +101,9 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
             "cache": where,
             "digest": manifest.digest,
             "teacher": f"{plan.teacher.name}, {plan.teacher.parameters:,} parameters, "
-            f"{plan.teacher.weights_digest[:19]}...",
+            f"{plan.teacher.weights_digest[:19]}..."
+            if plan.teacher.parameters
+            else f"{plan.teacher.name}, not run by kdcache: its weights are not known",
             "data set": f"{plan.dataset.name}/{plan.dataset.split}, {plan.dataset.samples:,} samples, "
             f"{plan.encoding.num_classes} classes, {plan.dataset.digest[:19]}...",
             "views": f"{plan.views.count}{only}, seed {plan.views.seed}, "

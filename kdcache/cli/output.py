@@ -54,7 +54,7 @@ def facts(pairs: Mapping[str, str]) -> None:
         result(f"{name:<{width}}  {value}")
 
 
-def owe_json(context: click.Context, _option: click.Parameter, wanted: bool) -> bool:
+def owe_json(context: click.Context, _option: click.Parameter | None, wanted: bool) -> bool:
     """Note whether a command is to print one JSON document to stdout; hands that on."""
     context.meta[_OWED] = wanted
     return wanted
@@ -87,11 +87,16 @@ def error(mistake: KdcacheError) -> None:
 
     A result and a mistake make no two documents: the result of `verify`, for one, says what is wrong itself.
     """
+    mistake_as_json(mistake)
+    _messages.print(Text.assemble(("error: ", "bold red"), _shown(mistake.what)))
+    _messages.print(Text.assemble(("fix: ", "bold green"), _shown(mistake.fix)))
+
+
+def mistake_as_json(mistake: KdcacheError) -> None:
+    """What happened, and what to do, to stdout, if JSON is wanted there and none was printed."""
     # Of several processes that torchrun has started one speaks to programs.
     if _meta().get(_OWED) and os.environ.get("RANK", "0") == "0":
         as_json({"error": {"what": mistake.what, "fix": mistake.fix, "exit_code": mistake.exit_code}})
-    _messages.print(Text.assemble(("error: ", "bold red"), _shown(mistake.what)))
-    _messages.print(Text.assemble(("fix: ", "bold green"), _shown(mistake.fix)))
 
 
 class _BarTask:

@@ -80,12 +80,18 @@ def verify(
         from kdcache.teachers import load_teacher
 
         opened, progress = open_cache(path), output.Terminal()
+        if teacher and not opened.teacher_seen:
+            raise UsageError(
+                f"nothing is known of the teacher of {path} but what it said: {opened.manifest.plan.teacher.precision}",
+                "leave --teacher out",
+            )
         samples = load_split(resolved.dataset, "train")
         check_data(opened, samples, resolved.transform, progress)
         found["dataset"] = {"samples": len(samples)}
         if replay:
             workers = resolved.cache.workers
-            found["replay"] = replay_views(opened, samples, workers=workers, progress=progress)._asdict()
+            replayed = replay_views(opened, samples, workers=workers, progress=progress)
+            found["replay"] = {**replayed._asdict(), "teacher_seen": opened.teacher_seen}
         if teacher:
             model = load_teacher(resolved, progress).model
             on = choose_device(device)
@@ -133,8 +139,9 @@ def _count(number: int, what: str) -> str:
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
 
 
-def _replayed(checked: int, rounded: int) -> str:
-    same = f"{checked:,} images are what the teacher saw"
+def _replayed(checked: int, rounded: int, teacher_seen: bool) -> str:
+    saw = "the teacher saw" if teacher_seen else "the cache was converted with (what its teacher saw is not known)"
+    same = f"{checked:,} images are what {saw}"
     return f"{same}, {rounded:,} of them but for rounding" if rounded else f"{same}, to the bit"
 
 

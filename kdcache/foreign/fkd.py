@@ -19,6 +19,7 @@ reader, whose rounding of boxes `crops.pixels_of` has).
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ import torch
 
 from kdcache.crops import BOX, wrong_boxes
 from kdcache.errors import UsageError
-from kdcache.foreign.said import Floats, Opened, Said, checked, refused
+from kdcache.foreign.said import Floats, Opened, Said, check_first, checked, refused
 from kdcache.samples import FileImages, Samples
 
 _LARGEST = 2**30
@@ -89,6 +90,7 @@ def open_fkd(folder: Path, samples: Samples) -> Opened:
         KdcacheError: if the file of the first image is not there or not well.
     """
     names = names_of(samples)
+    check_first(folder, names[0], "FKD")
     first = _read(folder / names[0], samples.num_classes).probabilities
     return Opened(FKDFiles(folder.absolute(), samples.num_classes, *first.shape), names, None)
 
@@ -132,6 +134,10 @@ def loaded(path: Path) -> Any:
     if path.stat().st_size > _LARGEST:
         raise refused(path, f"is too large, {path.stat().st_size:,} bytes")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as packed:
+                if sum(member.file_size for member in packed.infolist()) > path.stat().st_size:
+                    raise ValueError("compressed, as torch.save never does, to any size")
         return torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # whatever the bytes of a broken file make torch stumble over
         raise refused(
@@ -145,6 +151,9 @@ def _read(path: Path, num_classes: int) -> Said:
     if not (isinstance(held, list | tuple) and len(held) == _PARTS):
         raise refused(path, "does not hold coords, flips and output")
     coords, flips, output = (_numbers(part) for part in held)
+    # A tensor may repeat what it has, and a file of a few bytes be of any size.
+    if coords.nbytes + flips.nbytes + output.nbytes > path.stat().st_size:
+        raise refused(path, f"is too small for coords {coords.shape}, flips {flips.shape} and output {output.shape}")
     count = len(coords) if coords.ndim else 0
     if coords.shape != (count, 4) or flips.shape != (count,) or output.shape[:1] != (count,) or not count:
         raise refused(path, f"holds coords {coords.shape}, flips {flips.shape} and output {output.shape}")
@@ -169,7 +178,11 @@ def _probabilities(path: Path, output: npt.NDArray[Any], num_classes: int) -> tu
         every = np.broadcast_to(np.arange(num_classes), output.shape)
         return output.astype(np.float32), every.copy()
     if output.shape[1:2] != (2,) or output.ndim > _PARTS or not 0 < output[0, 0].size <= num_classes:
-        raise refused(path, f"holds an output {output.shape}, neither [V, 2, k] nor all {num_classes} classes")
+        raise refused(
+            path,
+            f"holds an output {output.shape}, neither [V, 2, k] with k of {num_classes} classes at most nor [V, "
+            f"{num_classes}]; if all files do, the data set has another number of classes than the teacher",
+        )
     pairs = output.reshape(len(output), 2, -1).astype(np.float64)
     with np.errstate(invalid="ignore"):
         classes = np.nan_to_num(pairs[:, 0], nan=-1, posinf=-1, neginf=-1)

@@ -20,7 +20,7 @@ from kdcache.cache.schema import DatasetRecord, Encoding, Lineage, Plan, Teacher
 from kdcache.cache.shape import choose_shape
 from kdcache.cache.writer import CacheWriter, check_place
 from kdcache.crops import CROP, recorded, split_recorded, unit_of
-from kdcache.errors import UsageError
+from kdcache.errors import MismatchError, UsageError
 from kdcache.fingerprints import SKETCH_PARTS, Inputs, inputs_of
 from kdcache.foreign.fkd import open_fkd
 from kdcache.foreign.ml_dr import open_ml_dr
@@ -118,13 +118,23 @@ def _transform(layout: str, opened: Opened, said: Transform | None) -> Transform
             + (f"begins otherwise: {shown[:1]}" if shown else "is not said: they do not say how the crops were seen"),
             f"begin `transform` of the pipeline so, and go on with its normalisation: {example}",
         )
-    split_recorded(shown)
+    if _known(shown) != _known(shown if opened.transform is None else opened.transform):
+        raise MismatchError(
+            f"the transform is not what the files of {layout} say of it\n  here  {shown}\n  there {opened.transform}",
+            "leave `transform` out of the pipeline",
+        )
     if is_drawn(shown):
         raise UsageError(
             f"the transform draws at random behind its recorded crop: {shown[1:]}",
             "leave such steps out: what the teacher said is of the crop alone",
         )
     return shown
+
+
+def _known(transform: Transform) -> tuple[list[int], Transform]:
+    """All that files can say of a transform: how pixels are resampled is not always in them."""
+    crop, rest = split_recorded(transform)
+    return crop.size if crop is not None else [], rest
 
 
 def _plan(

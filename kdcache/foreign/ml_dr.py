@@ -24,7 +24,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ import torch
 from kdcache.crops import CROP, wrong_boxes
 from kdcache.errors import MismatchError, UsageError
 from kdcache.foreign.fkd import loaded
-from kdcache.foreign.said import Opened, Said, checked, refused
+from kdcache.foreign.said import Opened, Said, check_first, checked, refused
 from kdcache.pipeline import Transform
 from kdcache.samples import Samples
 
@@ -44,13 +44,19 @@ _WITH_PARAMETERS = (_CROP, _FLIP, "rand_augment", "random_erase", *_MIXING)
 
 _WITHOUT = {"uint8", "to_tensor", "normalize"}
 _LARGEST = 2**26
+_NESTED = (list, tuple, dict, set, frozenset)
 
 
 class _Plain(pickle._Unpickler):
     """Lists, tuples, dicts, strings and numbers: no name of any module can be found.
 
-    Python's own, for which a number in the file is a key, where C's makes a table as long as a number says.
+    Python's own, for which a number in the file is a key, where C's makes a table as long as a number says; without the
+    one kind of bytes that it makes room for before it has looked how many there are.
     """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
@@ -82,11 +88,17 @@ class MLDRFiles:
             raise refused(path, f"is of sample {number}")
         if len(each) != self.views:
             raise refused(path, f"holds {len(each)} reinforcements, the first file has {self.views}")
+        # A pickle may name one list any number of times, and a file of a few bytes hold any number of numbers.
+        if self.views * self.top_k > path.stat().st_size:
+            raise refused(path, f"is too small for {self.views} reinforcements of {self.top_k} classes")
         boxes = np.array([_box(path, view, one, self.steps) for view, one in enumerate(each)], np.float32)
         if (wrong := wrong_boxes(boxes, "pixels")).any():
             raise refused(path, f"holds the box {boxes[wrong.argmax()].tolist()}, which is none in pixels")
         try:
             pairs = [one["prob"] for one in each]
+            parts = [part for values, kept in pairs for part in (values, kept)]
+            if any(len(part) != self.top_k or any(isinstance(number, _NESTED) for number in part) for part in parts):
+                raise ValueError("no list of so many numbers")
             probabilities = np.array([values for values, _ in pairs], np.float32)
             classes = np.array([kept for _, kept in pairs])
         except (ValueError, TypeError, OverflowError, KeyError):
@@ -109,6 +121,7 @@ def open_ml_dr(folder: Path, samples: Samples) -> Opened:
         KdcacheError: if there is no config, its transform begins otherwise than with a random resized crop, or the
             number of files is not that of the images.
     """
+    check_first(folder, CONFIG, "ml-dr")
     config = loaded(folder / CONFIG)
     try:
         steps = {
@@ -131,7 +144,8 @@ def open_ml_dr(folder: Path, samples: Samples) -> Opened:
         raise MismatchError(
             f"{samples.name}/{samples.split} has {len(samples)} images, and {folder} has not as many files: ml-dr "
             "numbers all training images",
-            "give the data set that was reinforced, nothing held out: --set dataset.validation=0 and dataset.test=0",
+            "give the data set that was reinforced; if it is this one, with nothing held out: --set "
+            "dataset.validation=0 and dataset.test=0",
         )
     drawing = tuple(name for name in _WITH_PARAMETERS if name in steps)
     number, each = _read(folder / names[0])
@@ -161,14 +175,15 @@ def _read(path: Path) -> tuple[int, list[Any]]:
     try:
         with zipfile.ZipFile(path) as packed:
             (member,) = (info for info in packed.infolist() if info.filename.endswith("/data.pkl"))
-            if member.file_size > _LARGEST:
+            if member.file_size > min(_LARGEST, path.stat().st_size):  # it is not compressed
                 raise ValueError("too large")
             held = _Plain(io.BytesIO(packed.read(member))).load()
     except Exception as error:  # whatever the bytes of a broken file make zipfile and pickle stumble over
         raise refused(
             path, f"cannot be read ({type(error).__name__}): it is damaged, was written by joblib, or is no plain data"
         ) from error
-    if not (isinstance(held, tuple) and len(held) == 2 and type(held[0]) is int and isinstance(held[1], list)):
+    is_pair = isinstance(held, tuple) and len(held) == 2 and type(held[0]) is int and isinstance(held[1], list)
+    if not (is_pair and 0 <= held[0] < 2**63):
         raise refused(path, "does not hold a number and a list of reinforcements")
     if not held[1]:
         raise refused(path, "holds no reinforcement")
@@ -188,8 +203,8 @@ def _box(path: Path, view: int, one: Any, steps: tuple[str, ...]) -> list[float]
         raise refused(path, f"holds other parameters for reinforcement {view} than {', '.join(steps)} have")
     for name in steps[1:]:
         value = values.get(name)
-        erased = name != "random_erase" or value is None or value[0] != -1
-        if name != _FLIP and value is not None and erased:
+        spared = name == "random_erase" and isinstance(value, list | tuple) and [*value[:1]] == [-1]
+        if name != _FLIP and value is not None and not spared:
             raise UsageError(
                 f"reinforcement {view} in {path} was changed by {name}, which is drawn by ml-dr's own code: no student "
                 "could be shown here what the teacher saw",

@@ -6,9 +6,9 @@ drawn again. So the reader's crop is the one that the teacher saw, with its flip
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -70,16 +70,14 @@ def files_of_cache(
         raise UsageError(f"{kept} classes of a row are asked for, the cache keeps {most}", f"ask for 1 to {most}")
     if len(cache.views) < plan.views.count:
         raise UsageError(f"{cache.path} holds only {len(cache.views)} of {plan.views.count} views", "pull the others")
-    unfinished = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        unfinished = Path(scratch) / out.name
         if target == "tinyvit":
             _write_epochs(cache, unfinished, samples, kept, listener)
         else:
             _write_samples(cache, target, unfinished, _images(cache, target, samples, listener), kept, listener)
         unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return kept
 
 

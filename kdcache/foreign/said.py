@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcache.errors import CorruptError
+from kdcache.errors import CorruptError, UsageError
 from kdcache.pipeline import Transform
 
 LEAST = 2.0**-24
@@ -97,7 +97,20 @@ def checked(path: Path, probabilities: Floats, classes: npt.NDArray[np.int64], n
 
 def refused(path: Path, what: str) -> CorruptError:
     """A file that cannot be used."""
-    return CorruptError(f"{path} {what}", "get the file again from where it was made, or leave its folder out")
+    return CorruptError(f"{path} {what}", "get the file again from where it was made")
+
+
+def check_first(folder: Path, name: str, layout: str) -> None:
+    """That a folder is one of a layout at all.
+
+    Raises:
+        UsageError: if the first of the files that it would have is not there.
+    """
+    if not (folder / name).is_file():
+        raise UsageError(
+            f"{folder} is no folder of {layout}'s files for this data set: it has no {name}",
+            f"give the folder that {layout}'s students read, with --from for what wrote it (fkd, ml-dr or tinyvit)",
+        )
 
 
 def logits_of(probabilities: Tensor, classes: Tensor, num_classes: int) -> Tensor:

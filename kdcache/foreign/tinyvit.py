@@ -117,6 +117,11 @@ def open_tinyvit(folder: Path, samples: Samples) -> Opened:
         for path in (folder.iterdir() if folder.is_dir() else ())
         if (name := re.fullmatch(r"logits_top(\d+)_epoch(\d+)", path.name))
     }
+    if not epochs:
+        raise UsageError(
+            f"{folder} has no folder logits_topK_epochE",
+            "give the one that TinyViT's DISTILL.TEACHER_LOGITS_PATH names",
+        )
     kept = set(epochs.values())
     if sorted(epochs) != list(range(len(epochs))) or len(kept) != 1 or not 0 < min(kept) <= samples.num_classes:
         raise UsageError(
@@ -162,7 +167,7 @@ def write(folder: Path, epoch: int, names: list[str], parts: Iterator[Said], top
     """The folder of an epoch; the parts, one after the other, have arrays [1, B, ...]."""
     made = folder / folder_of(top_k, epoch)
     made.mkdir(parents=True)
-    (made / "rank0-keys.txt").write_text("".join(f"{name}\n" for name in names))
+    (made / "rank0-keys.txt").write_text("".join(f"{name}\n" for name in names), "utf-8")
     with (made / "rank0-values.bin").open("wb") as opened:
         for said in parts:
             kept = np.zeros(said.classes.shape[1], record(top_k))
