@@ -157,6 +157,10 @@ def recipe(folder: Path, count: int = 12) -> Path:
     return folder / "tiny.yaml"
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell has it in the background; all that tests start and then interrupt would be deaf as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 FORKS = multiprocessing.get_context("forkserver")
 # One server serves all tests of a process, and the last list that it is given is the one that counts.
 FORKS.set_forkserver_preload(
