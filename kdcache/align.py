@@ -21,12 +21,11 @@ from kdcache.cache.joined import JoinedTeacher
 from kdcache.cache.reader import Cache, CachedTeacher
 from kdcache.errors import MismatchError
 from kdcache.progress import Progress
-from kdcache.recheck import check_data, replay, view_of
+from kdcache.recheck import A_FEW, check_data, replay, view_of
 from kdcache.samples import ArrayImages, FileImages, Images, ItemImages, Samples
 from kdcache.views import View
 
 _NAMED = 3
-_REPLAYED = 32
 
 Ids = npt.NDArray[np.int64]
 
@@ -159,7 +158,7 @@ def shared(cache: Cache, samples: Samples, progress: Progress) -> Shared:
     in_order = np.array_equal(found.positions, np.arange(len(samples)))
     here = samples if in_order and not len(found.missing) else aligned(samples, found)
     check_data(cache, here, None, progress)
-    replay(cache, here, _REPLAYED)
+    replay(cache, here, A_FEW)
     note = described(samples, found) if len(found.missing) or len(found.extra) else ""
     return Shared(view_of(cache, here), found.ids, note)
 

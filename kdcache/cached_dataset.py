@@ -19,10 +19,8 @@ from torch.utils.data import Dataset
 from kdcache.cache.reader import Cache
 from kdcache.errors import UsageError
 from kdcache.progress import Progress
-from kdcache.recheck import check_data, replay, view_of
+from kdcache.recheck import A_FEW, check_data, replay, view_of
 from kdcache.samples import Samples, wrap
-
-_REPLAYED = 32
 
 Item = tuple[Tensor, int, int, int]
 """(image [channels, H, W] float32, label, -1 where not known, id, view), which DataLoader makes tensors of."""
@@ -57,7 +55,7 @@ class CachedDataset(Dataset[Item]):
                 f"the views of {cache.path} mix two images, and an item has one label",
                 "train with kdcache train-student, or from a cache of views that are not mixed",
             )
-        replay(cache, dataset, _REPLAYED)
+        replay(cache, dataset, A_FEW)
         self.views = plan.views.count
         self._seen = seen
         # In shared memory: a worker that persists would go on with the view that it was started with.

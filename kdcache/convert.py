@@ -9,7 +9,6 @@ Files of other projects (FKD, TinyViT, ml-dr), which hold a few probabilities a 
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -26,25 +25,24 @@ from kdcache.cache.codec import Rows, decode, encode, not_finite
 from kdcache.cache.derivation import build
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
-from kdcache.cache.schema import PLAN, DatasetRecord, Lineage, Plan, TeacherRecord, read_plan
+from kdcache.cache.schema import PLAN, Lineage, Plan, read_plan
 from kdcache.cache.shape import choose_shape
 from kdcache.cache.verify import record_of
 from kdcache.cache.writer import CacheWriter, check_outside, check_place
 from kdcache.derive import row_bytes
 from kdcache.errors import CorruptError, MismatchError, UsageError
-from kdcache.fingerprints import Inputs, inputs_of
-from kdcache.pilot import Pilot, choose, request_of, views_of
+from kdcache.fingerprints import Inputs
+from kdcache.pilot import Pilot, choose, record_of_data, request_of, teacher_by_hearsay, views_of
 from kdcache.pipeline import CacheSpec, Transform
 from kdcache.progress import Progress, Silent
 from kdcache.provenance import versions
+from kdcache.recheck import fingerprints_of
 from kdcache.samples import Samples, check_same_samples, digest_of
 from kdcache.transforms import is_random
-from kdcache.views import View, batches, cut_range
+from kdcache.views import View, cut_range
 
 _HOW = "write it with numpy.savez(path, logits=[N, C] floats), or numpy.save(path, logits)"
-_NO_WEIGHTS = f"sha256:{hashlib.sha256(b'').hexdigest()}"
 _ROWS_AT_ONCE = 2048
-_BATCH = 64
 
 
 class _Dense(NamedTuple):
@@ -111,21 +109,8 @@ def cache_of_logits(
         begun = read_plan(out / PLAN) if (out / PLAN).exists() else None
         chosen = choose(out, begun, spec, samples.num_classes, pilot)
         plan = Plan(
-            teacher=TeacherRecord(
-                name=name or source.stem,
-                arguments={},
-                code_digest=None,
-                weights_digest=_NO_WEIGHTS,
-                parameters=0,
-                precision=f"unknown, kept in {dense.dtype}",
-            ),
-            dataset=DatasetRecord(
-                name=samples.name,
-                split=samples.split,
-                samples=len(samples),
-                class_names=samples.class_names,
-                digest=digest_of(keys, samples.labels),
-            ),
+            teacher=teacher_by_hearsay(name or source.stem, f"in {dense.dtype}"),
+            dataset=record_of_data(samples, digest_of(keys, samples.labels)),
             views=views,
             request=request_of(spec),
             encoding=chosen.encoding,
@@ -139,7 +124,8 @@ def cache_of_logits(
                 operation="convert", arguments={"file": source.name, "sha256": record_of(source).sha256}, parents=[]
             ),
         )
-        inputs = [_inputs(View(samples, transform, seed, view), plan) for view in range(plan.views.count)]
+        marked = range(0, len(samples), plan.shape.fingerprint_stride)
+        inputs = [fingerprints_of(View(samples, transform, seed, view), marked) for view in range(plan.views.count)]
         writer = CacheWriter.begin(out, plan, samples.labels, keys, chosen.basis)
         stride = plan.shape.fingerprint_stride
 
@@ -169,12 +155,6 @@ def _encode_shard(
 
 def _not_finite(source: Path, sample: int) -> CorruptError:
     return CorruptError(f"{source} holds NaN or infinite logits for sample {sample}", "correct the logits")
-
-
-def _inputs(view: View, plan: Plan) -> Inputs:
-    ids = range(0, len(view), plan.shape.fingerprint_stride)
-    cuts = [list(ids[cut.start : cut.stop]) for cut in cut_range(range(len(ids)), _BATCH)]
-    return Inputs.concatenate([inputs_of(batch.images) for batch in batches(view, cuts)])
 
 
 def _check_fits(

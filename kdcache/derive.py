@@ -20,13 +20,12 @@ from kdcache.cache.schema import DatasetRecord, Encoding, Fidelity, Lineage, Pla
 from kdcache.cache.writer import CacheWriter
 from kdcache.crops import recorded
 from kdcache.errors import MismatchError, UsageError
-from kdcache.fingerprints import Inputs, inputs_of
+from kdcache.fingerprints import Inputs
 from kdcache.progress import Progress
-from kdcache.recheck import compare_inputs
+from kdcache.recheck import compare_inputs, fingerprints_of
 from kdcache.samples import Samples
-from kdcache.views import View, batches, cut_range
+from kdcache.views import View
 
-_BATCH = 64
 _PROVED = 32
 """Images whose fingerprints are known, and that are looked at before those of others are believed."""
 
@@ -121,13 +120,14 @@ def inputs_at(
     keys = np.concatenate([cache.sample_keys[ids] for cache, ids in placed])
     for (cache, _), inputs, stride in zip(placed, kept, strides, strict=True):
         _check_pixels(cache, inputs[0], stride, data, progress)
-    begin = 0
+    places, begin = _places_in(data, keys[new * least], progress), 0
     for cache, ids in placed:
-        here = new[(new * least >= begin) & (new * least < begin + len(ids))]
-        if len(here):
-            mine, places = ids[here * least - begin], _places_in(data, keys[here * least], progress)
+        mine = (new * least >= begin) & (new * least < begin + len(ids))
+        if mine.any():
+            here = new[mine]
             for view in views:
-                for values, fresh in zip(found[view], _seen(cache, data, places, mine, view), strict=True):
+                seen = _seen(cache, data, places[mine], ids[here * least - begin], view)
+                for values, fresh in zip(found[view], seen, strict=True):
                     values[here] = fresh
         begin += len(ids)
     return shape, found
@@ -170,8 +170,7 @@ def _seen(cache: Cache, data: Samples, places: Ids, ids: Ids, number: int) -> In
     crops, views = cache.crops, cache.manifest.plan.views
     boxes = None if crops is None else crops(number)[at]
     view = View(data, views.transform, views.seed, number, crops=None if boxes is None else lambda _: boxes)
-    cuts = [places[cut.start : cut.stop].tolist() for cut in cut_range(range(len(places)), _BATCH)]
-    return Inputs.concatenate([inputs_of(batch.images) for batch in batches(view, cuts)])
+    return fingerprints_of(view, places.tolist())
 
 
 def planned(

@@ -21,13 +21,10 @@ from kdcache.errors import MismatchError, UsageError
 from kdcache.mixing import split_mixing
 from kdcache.pipeline import Pipeline, TrainSpec, Transform
 from kdcache.progress import Progress, Silent
-from kdcache.recheck import check_data, replay
+from kdcache.recheck import A_FEW, check_data, replay
 from kdcache.samples import Samples
 from kdcache.transforms import is_random
 from kdcache.views import View
-
-_REPLAYED = 32
-"""Images that are compared with what the teacher saw before the first step; `kdcache verify --replay` takes all."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,7 @@ def _held_out(pipeline: Pipeline, split: Literal["validation", "test"], samples:
 def _replay(cache: Cache, samples: Samples, other_pixels: bool, progress: Progress) -> dict[str, Any]:
     """A look at some images before the first step, for the record of the run."""
     try:
-        found = replay(cache, samples, _REPLAYED)
+        found = replay(cache, samples, A_FEW)
     except MismatchError as error:
         if not other_pixels:
             raise MismatchError(error.what, f"{error.fix}; or say --allow-other-pixels") from None

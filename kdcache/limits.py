@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -87,11 +88,23 @@ class Bounded:
         check_batch(math.prod(made), batch)
         return self.step(*images)
 
+    # Read once, and not for each of millions of images.
+
+    @cached_property
+    def _size(self) -> list[float]:
+        return [*_numbers(self.arguments.get("size"))]
+
+    @cached_property
+    def _most(self) -> dict[str, float]:
+        return {key: _largest(value) for key, value in self.arguments.items()}
+
+    @cached_property
+    def _means(self) -> int:
+        return max(len([*_numbers(self.arguments.get(key))]) for key in ("mean", "std"))
+
     def _made(self, channels: int, height: int, width: int) -> tuple[float, float, float]:
         """[channels, H, W] at most, while the step is at work or when it is done."""
-        size = [*_numbers(self.arguments.get("size"))]
-        largest = {key: _largest(value) for key, value in self.arguments.items()}
-        scale, side = 1.0, 0.0
+        size, largest, scale, side = self._size, self._most, 1.0, 0.0
         match self.name:
             case "Pad" | "RandomCrop":
                 around, side = 2 * largest.get("padding", 0.0), max(size, default=0.0)
@@ -108,7 +121,7 @@ class Bounded:
                 side = math.hypot(height, width) + 2  # its corners are rounded outward
             case "Normalize":
                 # Of one channel it makes as many as there are means.
-                channels = max(channels, *(len([*_numbers(self.arguments.get(key))]) for key in ("mean", "std")))
+                channels = max(channels, self._means)
             case "ElasticTransform":
                 pass  # its alpha is no side
             case _:

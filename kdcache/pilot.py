@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -242,13 +243,7 @@ def plan_cache(
                 parameters=sum(p.numel() for p in model.parameters()),
                 precision=described_precision(spec),
             ),
-            dataset=DatasetRecord(
-                name=samples.name,
-                split=samples.split,
-                samples=len(samples),
-                class_names=samples.class_names,
-                digest=digest,
-            ),
+            dataset=record_of_data(samples, digest),
             views=views,
             request=request_of(spec),
             encoding=choice.encoding,
@@ -261,6 +256,30 @@ def plan_cache(
         )
     except ValidationError as error:
         raise _not_to_be(error) from None
+
+
+def teacher_by_hearsay(name: str, kept: str, level: Literal["unknown"] | None = None) -> TeacherRecord:
+    """A teacher that kdcache has not run: nothing is known of it but what was `kept` of its logits."""
+    return TeacherRecord(
+        name=name,
+        arguments={},
+        code_digest=None,
+        weights_digest=f"sha256:{hashlib.sha256(b'').hexdigest()}",
+        parameters=0,
+        precision=f"unknown, kept {kept}",
+        level=level,
+    )
+
+
+def record_of_data(samples: Samples, digest: str) -> DatasetRecord:
+    """What a cache says of the data set that it is of."""
+    return DatasetRecord(
+        name=samples.name,
+        split=samples.split,
+        samples=len(samples),
+        class_names=samples.class_names,
+        digest=digest,
+    )
 
 
 def _not_to_be(error: ValidationError) -> UsageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,9 @@ _LAST_BITS = 1e-5
 
 _BATCH = MOST_IN_A_BATCH // MOST_VALUES
 """So few that images of any size that a transform may make can be looked at."""
+
+A_FEW = 32
+"""Images that are compared before anything is made of a cache; `kdcache verify --replay` takes all."""
 
 _SUSPECT = 0.05
 """Mean total variation at T = 1 from which it is another teacher, or another way to run it."""
@@ -63,6 +67,12 @@ def view_of(cache: Cache, samples: Samples, view: int = 0) -> View:
     """
     views = cache.manifest.plan.views
     return View(samples, views.transform, views.seed, view, crops=cache.crops)
+
+
+def fingerprints_of(view: View, ids: Sequence[int]) -> Inputs:
+    """What some images leave behind of themselves in a cache, in that order."""
+    cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
+    return Inputs.concatenate([inputs_of(batch.images) for batch in batches(view, cuts)])
 
 
 class Replay(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -83,31 +84,18 @@ def convert(
         return
     resolved = read_pipeline(pipeline, overrides)
     samples = load_split(resolved.dataset, "train")
-    if layout is not None:
-        from kdcache.foreign import cache_of_files
+    from kdcache.foreign import cache_of_files
 
-        made = cache_of_files(
-            source,
-            layout,
-            samples,
-            out,
-            name=name,
-            transform=resolved.transform,
-            spec=resolved.cache,
-            scheduler=scheduler,
-            progress=output.Terminal(),
-        )
-    else:
-        made = cache_of_logits(
-            source,
-            samples,
-            out,
-            name=name,
-            transform=resolved.transform,
-            spec=resolved.cache,
-            scheduler=scheduler,
-            progress=output.Terminal(),
-        )
+    make = partial(cache_of_logits, source) if layout is None else partial(cache_of_files, source, layout)
+    made = make(
+        samples,
+        out,
+        name=name,
+        transform=resolved.transform,
+        spec=resolved.cache,
+        scheduler=scheduler,
+        progress=output.Terminal(),
+    )
     describe(made, as_json)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +15,24 @@ from kdcache.align import taken
 from kdcache.cache.codec import Rows, encode
 from kdcache.cache.derivation import complete
 from kdcache.cache.reader import Cache
-from kdcache.cache.schema import DatasetRecord, Encoding, Lineage, Plan, TeacherRecord, ViewsRecord
+from kdcache.cache.schema import Encoding, Lineage, Plan, ViewsRecord
 from kdcache.cache.shape import choose_shape
 from kdcache.cache.writer import CacheWriter, check_place
 from kdcache.crops import CROP, recorded, split_recorded, unit_of
 from kdcache.errors import MismatchError, UsageError
-from kdcache.fingerprints import SKETCH_PARTS, Inputs, inputs_of
+from kdcache.fingerprints import SKETCH_PARTS, Inputs
 from kdcache.foreign.fkd import open_fkd
 from kdcache.foreign.ml_dr import open_ml_dr
 from kdcache.foreign.said import Opened, Source, as_rows, logits_of
 from kdcache.foreign.tinyvit import open_tinyvit
-from kdcache.pilot import request_of
+from kdcache.pilot import record_of_data, request_of, teacher_by_hearsay
 from kdcache.pipeline import CacheSpec, Transform
 from kdcache.progress import Progress, Silent
 from kdcache.provenance import versions
+from kdcache.recheck import fingerprints_of
 from kdcache.samples import Samples, digest_of
 from kdcache.transforms import is_drawn
-from kdcache.views import View, batches, cut_range
+from kdcache.views import View, cut_range
 
 SOURCES: dict[str, Callable[[Path, Samples], Opened]] = {
     "fkd": open_fkd,
@@ -40,9 +40,7 @@ SOURCES: dict[str, Callable[[Path, Samples], Opened]] = {
     "tinyvit": open_tinyvit,
 }
 _UNITS = {"fkd": "fraction", "ml-dr": "pixels"}
-_NO_WEIGHTS = f"sha256:{hashlib.sha256(b'').hexdigest()}"
 _LOGITS_AT_ONCE = 2**22
-_BATCH = 64
 _SAID, _RECORDED = 32, 64
 """Bytes in memory of a probability, its class and copies of both, and of what else there is in a row."""
 
@@ -156,22 +154,8 @@ def _plan(
         # What is said of a row, and its box; of all views of a shard at once where a file holds them all.
         held = (_SAID * source.top_k + _RECORDED) * (source.views if source.by_sample else 1)
         return Plan(
-            teacher=TeacherRecord(
-                name=name or folder.absolute().name,
-                arguments={},
-                code_digest=None,
-                weights_digest=_NO_WEIGHTS,
-                parameters=0,
-                precision=f"unknown, kept by {layout}",
-                level="unknown",
-            ),
-            dataset=DatasetRecord(
-                name=samples.name,
-                split=samples.split,
-                samples=len(samples),
-                class_names=samples.class_names,
-                digest=digest,
-            ),
+            teacher=teacher_by_hearsay(name or folder.absolute().name, f"by {layout}", level="unknown"),
+            dataset=record_of_data(samples, digest),
             views=ViewsRecord(count=source.views, seed=0, transform=transform),
             request=request_of(spec.model_copy(update=asked)),
             encoding=encoding,
@@ -230,5 +214,4 @@ def _inputs(plan: Plan, marked: Samples, view: int, kept: Any) -> Inputs:
     if recorded(plan.views.transform) == "seeds":
         return Inputs(np.zeros(len(marked), np.uint32), np.zeros((len(marked), SKETCH_PARTS), np.float32))
     seen = View(marked, plan.views.transform, plan.views.seed, view, crops=lambda _: kept)
-    cuts = cut_range(range(len(marked)), _BATCH)
-    return Inputs.concatenate([inputs_of(batch.images) for batch in batches(seen, cuts)])
+    return fingerprints_of(seen, range(len(marked)))

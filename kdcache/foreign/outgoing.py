@@ -25,7 +25,7 @@ from kdcache.foreign import fkd, ml_dr, tinyvit
 from kdcache.foreign.said import Said, most_probable
 from kdcache.pipeline import Transform
 from kdcache.progress import Progress, Silent
-from kdcache.recheck import check_data, replay
+from kdcache.recheck import A_FEW, check_data, replay
 from kdcache.samples import Picture, Samples
 from kdcache.transforms import build_transform, is_random
 from kdcache.views import cut_range, seeded
@@ -34,7 +34,6 @@ TARGETS = ("fkd", "ml-dr", "tinyvit")
 _AT_ONCE = 2**22
 """Numbers of logits, and of probabilities of all views, that are in memory at once."""
 
-_REPLAYED = 32
 _DRAWN, _FLIP = "RandomResizedCrop", "RandomHorizontalFlip"
 
 
@@ -86,7 +85,7 @@ def _images(cache: Cache, target: str, samples: Samples | None, progress: Progre
         raise UsageError(f"the files of {target} are of images, and none are given", "give the data set: --pipeline P")
     _check_crops(cache.manifest.plan.views.transform)
     check_data(cache, samples, None, progress)
-    replay(cache, samples, _REPLAYED)
+    replay(cache, samples, A_FEW)
     return samples
 
 
@@ -109,7 +108,7 @@ def _write_samples(cache: Cache, target: str, out: Path, samples: Samples, top_k
     plan = cache.manifest.plan
     views = range(plan.views.count)
     transform = plan.views.transform
-    boxes = _Boxes(cache, samples, "fraction" if target == "fkd" else "pixels")
+    rows, boxes = _MostProbable(cache, top_k), _Boxes(cache, samples, "fraction" if target == "fkd" else "pixels")
     names = fkd.names_of(samples) if target == "fkd" else [ml_dr.name_of(number) for number in range(len(samples))]
     out.mkdir(parents=True)
     if target == "fkd":
@@ -119,7 +118,7 @@ def _write_samples(cache: Cache, target: str, out: Path, samples: Samples, top_k
         ml_dr.write_config(out, samples, len(views), top_k, size, normal)
     with progress.task(f"files of {target}", len(samples), "files") as task:
         for ids in cut_range(range(len(samples)), max(_AT_ONCE // (len(views) * max(top_k, BOX)), 1)):
-            of_views = [_most_probable(cache, view, ids, top_k) for view in views]
+            of_views = [rows.of(view, ids) for view in views]
             probabilities, classes = (np.stack(parts) for parts in zip(*of_views, strict=True))
             kept = boxes.of(ids)
             for place, number in enumerate(ids):
@@ -140,16 +139,23 @@ def _check_names(samples: Samples, names: Sequence[str]) -> None:
         )
 
 
-def _most_probable(cache: Cache, view: int, ids: range, top_k: int) -> tuple[Any, Any]:
-    """(probabilities, classes) [B, k] of a view of some samples."""
-    plan = cache.manifest.plan
-    reader, basis = layout.RowReader(cache.path, plan), layout.read_basis(cache.path, plan)
-    parts = []
-    for some in cut_range(ids, max(_AT_ONCE // plan.encoding.num_classes, 1)):
-        labels = torch.from_numpy(cache.labels[some.start : some.stop].astype(np.int64))
-        parts.append(most_probable(decode(reader.read(view, some), labels, plan.encoding, basis), top_k))
-    probabilities, classes = (np.concatenate(values) for values in zip(*parts, strict=True))
-    return probabilities, classes
+class _MostProbable:
+    """The most probable classes of a cache's rows."""
+
+    def __init__(self, cache: Cache, top_k: int) -> None:
+        plan = cache.manifest.plan
+        self._labels, self._encoding, self._top_k = cache.labels, plan.encoding, top_k
+        self._reader, self._basis = layout.RowReader(cache.path, plan), layout.read_basis(cache.path, plan)
+
+    def of(self, view: int, ids: range) -> tuple[Any, Any]:
+        """(probabilities, classes) [B, k] of a view of some samples."""
+        parts = []
+        for some in cut_range(ids, max(_AT_ONCE // self._encoding.num_classes, 1)):
+            labels = torch.from_numpy(self._labels[some.start : some.stop].astype(np.int64))
+            logits = decode(self._reader.read(view, some), labels, self._encoding, self._basis)
+            parts.append(most_probable(logits, self._top_k))
+        probabilities, classes = (np.concatenate(values) for values in zip(*parts, strict=True))
+        return probabilities, classes
 
 
 class _Boxes:
@@ -231,9 +237,11 @@ def _write_epochs(cache: Cache, out: Path, samples: Samples | None, top_k: int, 
     (arguments,) = transform[0].values()
     names = tinyvit.names_of(samples, str(arguments.get("keys")), len(cache))
 
+    rows = _MostProbable(cache, top_k)
+
     def said(view: int) -> Iterator[Said]:
         for ids in cut_range(range(len(cache)), plan.shape.chunk_rows):
-            probabilities, classes = _most_probable(cache, view, ids, top_k)
+            probabilities, classes = rows.of(view, ids)
             seeds = layout.read_recorded(cache.path, plan, view, ids)
             yield Said(probabilities[None], classes[None], seeds[None])
 
