@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from kdcache import open_cache
-from kdcache.cache.codec import encode
+from kdcache.cache.format.codec import encode
 from kdcache.cache.planner import USUAL_FIDELITY, described
 from kdcache.cli import output
 

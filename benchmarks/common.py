@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.cache import operations
-from kdcache.cache.basis import TailBasis
-from kdcache.cache.codec import Rows, encode
+from kdcache.cache import summary
+from kdcache.cache.format.codec import Rows, encode
+from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs
+from kdcache.cache.format.schema import DatasetRecord, Encoding, Plan, Request, TeacherRecord, ViewsRecord
+from kdcache.cache.format.sharding import choose_shape
+from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import Candidate, plan_encoding
-from kdcache.cache.schema import DatasetRecord, Encoding, Plan, Request, TeacherRecord, ViewsRecord
-from kdcache.cache.shape import choose_shape
 from kdcache.cache.writer import CacheWriter
-from kdcache.fingerprints import SKETCH_PARTS, Inputs
 
 _DIRECTIONS = 256
 _DECAY = 24.0
@@ -105,7 +105,7 @@ def write_cache(path: Path, pool: Pool, samples: int) -> Written:
         began = time.perf_counter()
         writer.write(0, shard, rows, inputs)
         seconds += time.perf_counter() - began
-    writer.seal(operations.summarise(path, plan))
+    writer.seal(summary.summarise(path, plan))
     return Written(path, plan, seconds)
 
 

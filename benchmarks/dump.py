@@ -33,10 +33,11 @@ from torchvision.models import resnet50
 
 from kdcache import CacheSpec, Samples, dump_teacher
 from kdcache.cli import output
+from kdcache.config.schema import Transform
+from kdcache.data.loader import batches, cut_range
+from kdcache.data.views import View
 from kdcache.models.small import SmallCNN
-from kdcache.pipeline import Transform
-from kdcache.progress import Silent, Task
-from kdcache.views import View, batches, cut_range
+from kdcache.runtime.progress import Silent, Task
 
 _BOUNDS = {"cpu": 1.05, "cuda": 1.03}
 _DIFFERENT = 256

@@ -16,12 +16,12 @@ import torch
 from common import request
 from torch import Tensor
 
-from kdcache.cache import layout
-from kdcache.cache.basis import TailBasis
-from kdcache.cache.codec import decode, encode
 from kdcache.cache.fidelity import TEMPERATURES, gradient_error
+from kdcache.cache.format import zarr_store
+from kdcache.cache.format.codec import decode, encode
+from kdcache.cache.format.schema import Encoding
+from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import described, plan_encoding
-from kdcache.cache.schema import Encoding
 from kdcache.cli import output
 
 ROWS = Path(__file__).parent.parent / "tests" / "reference" / "glyphs300.npz"
@@ -44,7 +44,7 @@ def main() -> None:
         rows = encode(teacher[held], labels[held], encoding, basis)
         raw = sum(value.numel() * value.element_size() for value in rows.arrays().values()) / len(rows)
         decoded = decode(rows, labels[held], encoding, basis)
-        return row(name, raw, layout.bytes_per_row(encoding, rows), decoded)
+        return row(name, raw, zarr_store.bytes_per_row(encoding, rows), decoded)
 
     def planned(**settings: Any) -> list[str]:
         choice = plan_encoding(teacher[~held], labels[~held], request(**settings))

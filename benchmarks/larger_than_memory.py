@@ -34,7 +34,7 @@ import torch
 from common import encoded, planned, write_cache
 
 from kdcache import open_cache
-from kdcache.cache.placement import Placement
+from kdcache.cache.placement.choose import Placement
 from kdcache.cli import output
 
 _BATCH = 256
@@ -91,7 +91,7 @@ def main() -> None:
     asked = arguments.parse_args()
     rows, classes, passes = (2000, 100, 1) if asked.quick else (asked.rows, 1000, asked.passes)
     pool = encoded(planned(classes, top_k=4, rank=48), min(rows, 20_000))
-    _PROCESSES.set_forkserver_preload(["kdcache.cache.reader", "kdcache.cache.operations", "kdcache.cache.planner"])
+    _PROCESSES.set_forkserver_preload(["kdcache.cache.reader", "kdcache.cache.parallel", "kdcache.cache.planner"])
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         os.environ["KDCACHE_HOME"] = folder  # which all processes are given
         sizes = (rows, 10 * rows)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from common import encoded, in_turn, planned, write_cache
 
-from kdcache.cache import layout
+from kdcache.cache.format import zarr_store
 from kdcache.cache.planner import Candidate, described
 from kdcache.cli import output
 
@@ -48,12 +48,12 @@ def main() -> None:
 def _row(chosen: Candidate, folder: Path, samples: int, distinct: int, rounds: int) -> list[str]:
     written = write_cache(folder / "made-up.kdcache", encoded(chosen, distinct), samples)
     everything = range(samples)
-    arrays = layout.read_rows(written.path, written.plan, 0, everything).arrays()
+    arrays = zarr_store.read_rows(written.path, written.plan, 0, everything).arrays()
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values.numpy())
     works = {
         "np.load": lambda: [np.load(folder / f"{name}.npy") for name in arrays],
-        "load": lambda: layout.read_rows(written.path, written.plan, 0, everything),
+        "load": lambda: zarr_store.read_rows(written.path, written.plan, 0, everything),
     }
     seconds = in_turn(works, rounds)
     raw = sum(values.numel() * values.element_size() for values in arrays.values())

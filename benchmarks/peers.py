@@ -56,9 +56,9 @@ from common import request
 from glyphs import Logits
 from torch import Tensor
 
-from kdcache.cache import layout
-from kdcache.cache.codec import decode, encode
 from kdcache.cache.fidelity import TEMPERATURES, gradient_error, total_variation
+from kdcache.cache.format import zarr_store
+from kdcache.cache.format.codec import decode, encode
 from kdcache.cache.planner import MEASURED_AT, USUAL_FIDELITY, described, plan_encoding
 from kdcache.cli import output
 
@@ -152,7 +152,7 @@ def planned(pilot: Logits, measured: Logits) -> Kept:
     decoded = decode(rows, measured.labels, chosen.encoding, chosen.basis)
     raw = sum(value.numel() * value.element_size() for value in rows.arrays().values()) / len(rows)
     name = f"kdcache, planned for {USUAL_FIDELITY}: {described(chosen)}"
-    return Kept(name, raw, layout.bytes_per_row(chosen.encoding, rows), 0, lambda _: decoded)
+    return Kept(name, raw, zarr_store.bytes_per_row(chosen.encoding, rows), 0, lambda _: decoded)
 
 
 def dense(logits: Tensor) -> Kept:

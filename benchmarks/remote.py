@@ -28,12 +28,12 @@ from urllib.parse import urlsplit
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from common import encoded, planned, write_cache
-from remote_servers import FileServer
+from helpers.remote_servers import FileServer
 
-from kdcache.cache.remote import pull
-from kdcache.cache.schema import read_manifest
-from kdcache.cache.stores import THREADS
-from kdcache.cache.verify import damaged_files
+from kdcache.cache.format.integrity import damaged_files
+from kdcache.cache.format.read_records import read_manifest
+from kdcache.cache.push_pull import pull
+from kdcache.cache.remote.object_store import THREADS
 from kdcache.cli import output
 
 LATENCY = 0.03
@@ -94,7 +94,7 @@ def main() -> None:
         rounds = 1 if quick else 3
         pulled = seconds(lambda to: pull(url, to / "c"), rounds, room)
         plain = seconds(lambda to: plain_download(url, [*files], to), rounds, room)
-        with patch("kdcache.cache.verify.ThreadPoolExecutor", lambda: ThreadPoolExecutor(1)):
+        with patch("kdcache.cache.format.integrity.ThreadPoolExecutor", lambda: ThreadPoolExecutor(1)):
             verified = seconds(lambda _: damaged_files(path, files), 3, room)
         server.kill()
     works = {"pull, checked": pulled, f"plain download, {THREADS} connections": plain, "verify, one thread": verified}

@@ -39,12 +39,12 @@ from torch.utils.data import TensorDataset
 
 from kdcache import CacheSpec, Samples, dump_teacher, wrap
 from kdcache.cli import output
-from kdcache.evaluate import evaluate
-from kdcache.fit import fit
-from kdcache.learner import Teacher
+from kdcache.config.schema import TrainSpec
+from kdcache.data.views import View
 from kdcache.losses import Loss
-from kdcache.pipeline import TrainSpec
-from kdcache.views import View
+from kdcache.models.evaluate import evaluate
+from kdcache.train.loop import fit
+from kdcache.train.step import Teacher
 
 _TRAIN = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono-Bold", "DejaVuSerif-Bold",
           "DejaVuSerif-Italic", "STIXGeneralBol")  # fmt: skip

@@ -34,14 +34,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
 from kdcache import Samples, open_cache
+from kdcache.cache.decoded_teacher import kept_decoded
 from kdcache.cli import output
-from kdcache.decoded import kept_decoded
-from kdcache.learner import Learner, Teacher
+from kdcache.config.schema import TrainSpec
+from kdcache.data.images import ArrayImages
+from kdcache.data.views import View
 from kdcache.losses import Loss
 from kdcache.models.small import SmallCNN
-from kdcache.pipeline import TrainSpec
-from kdcache.samples import ArrayImages
-from kdcache.views import View
+from kdcache.train.step import Learner, Teacher
 
 _BOUNDS = {"cpu": 1.03, "cuda": 1.02}
 _TIMES = (1, 5, 20)

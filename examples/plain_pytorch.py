@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import kdcache
-from kdcache.evaluate import evaluate
-from kdcache.pipeline import DatasetSpec
-from kdcache.views import View
+from kdcache.config.schema import DatasetSpec
+from kdcache.data.views import View
+from kdcache.models.evaluate import evaluate
 
 EPOCHS = 10
 

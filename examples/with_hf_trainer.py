@@ -14,8 +14,9 @@ from torch.utils.data import TensorDataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import kdcache
-from kdcache.pipeline import DatasetSpec
-from kdcache.views import View, batches
+from kdcache.config.schema import DatasetSpec
+from kdcache.data.loader import batches
+from kdcache.data.views import View
 
 EPOCHS = 10
 

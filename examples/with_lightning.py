@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kdcache
-from kdcache.pipeline import DatasetSpec
-from kdcache.views import View, batches
+from kdcache.config.schema import DatasetSpec
+from kdcache.data.loader import batches
+from kdcache.data.views import View
 
 EPOCHS = 10
 

@@ -11,36 +11,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdcache.cache.reader import Cache, CachedTeacher, open_cache
-    from kdcache.cached_dataset import CachedDataset
-    from kdcache.datasets import load_split
-    from kdcache.dump import dump_teacher
+    from kdcache.cache.reader import Cache, open_cache
+    from kdcache.cache.teacher import CachedTeacher
+    from kdcache.config.loader import load_pipeline
+    from kdcache.config.schema import CacheSpec, Pipeline
+    from kdcache.data.cached_dataset import CachedDataset
+    from kdcache.data.datasets import load_split
+    from kdcache.data.samples import Samples, wrap
+    from kdcache.dump.dump import dump_teacher
     from kdcache.errors import KdcacheError
     from kdcache.losses import Loss, distillation_loss
     from kdcache.models import build_model
-    from kdcache.pipeline import CacheSpec, Pipeline, load_pipeline
-    from kdcache.samples import Samples, wrap
-    from kdcache.train import train_student, train_teacher
+    from kdcache.train.train import train_student, train_teacher
 
 # Resolved on first use: `kdcache --help` need not wait for torch.
 _HOME = {
     "Cache": "kdcache.cache.reader",
-    "CacheSpec": "kdcache.pipeline",
-    "CachedDataset": "kdcache.cached_dataset",
-    "CachedTeacher": "kdcache.cache.reader",
+    "CacheSpec": "kdcache.config.schema",
+    "CachedDataset": "kdcache.data.cached_dataset",
+    "CachedTeacher": "kdcache.cache.teacher",
     "KdcacheError": "kdcache.errors",
     "Loss": "kdcache.losses",
-    "Pipeline": "kdcache.pipeline",
-    "Samples": "kdcache.samples",
+    "Pipeline": "kdcache.config.schema",
+    "Samples": "kdcache.data.samples",
     "build_model": "kdcache.models",
     "distillation_loss": "kdcache.losses",
-    "dump_teacher": "kdcache.dump",
-    "load_pipeline": "kdcache.pipeline",
-    "load_split": "kdcache.datasets",
+    "dump_teacher": "kdcache.dump.dump",
+    "load_pipeline": "kdcache.config.loader",
+    "load_split": "kdcache.data.datasets",
     "open_cache": "kdcache.cache.reader",
-    "train_student": "kdcache.train",
-    "train_teacher": "kdcache.train",
-    "wrap": "kdcache.samples",
+    "train_student": "kdcache.train.train",
+    "train_teacher": "kdcache.train.train",
+    "wrap": "kdcache.data.samples",
 }
 
 __all__ = [

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from kdcache.dump import dump_teacher
+from kdcache.config.loader import load_pipeline
+from kdcache.dump.dump import dump_teacher
 from kdcache.errors import InterruptedRun
-from kdcache.pipeline import load_pipeline
-from kdcache.progress import Progress
-from kdcache.report import draw_accuracies
-from kdcache.runs import check_free
-from kdcache.shipped import shipped
-from kdcache.sweep import Point, Summary, sweep
-from kdcache.teachers import load_teacher
-from kdcache.train import train_teacher
+from kdcache.models.teacher import load_teacher
+from kdcache.runtime.package_data import package_data
+from kdcache.runtime.progress import Progress
+from kdcache.train.plots import draw_accuracies
+from kdcache.train.run_folder import check_free
+from kdcache.train.sweep import Point, Summary, sweep
+from kdcache.train.train import train_teacher
 
 LOSSES = ("ce", "kd", "dtkd", "ka+dtd")
 
@@ -63,7 +63,7 @@ def run_demo(out: Path, seeds: int, device: torch.device | str, progress: Progre
 
 
 def _run(out: Path, seeds: int, device: torch.device | str, progress: Progress) -> Demo:
-    recipe = shipped("pipelines/digits.yaml")
+    recipe = package_data("pipelines/digits.yaml")
     pipeline = load_pipeline(recipe, [f"teacher.weights={json.dumps(str(out / 'teacher' / 'model.safetensors'))}"])
     progress.say("stage one: train a teacher, and run it once over the training images")
     teacher = train_teacher(pipeline, out / "teacher", device=device, progress=progress)

@@ -16,22 +16,22 @@ from accelerate.commands.config.config_args import default_config_file
 from torch import nn
 
 from kdcache.cache.planner import encoding_without_pilot, plan_encoding
-from kdcache.datasets import SPLITS, load_held_out, load_split
-from kdcache.dump import check_room
+from kdcache.config.schema import Pipeline, TrainSpec, Transform
+from kdcache.data.datasets import SPLITS, load_held_out, load_split
+from kdcache.data.samples import Samples
+from kdcache.data.transforms import transform_for_evaluation
+from kdcache.data.views import View
+from kdcache.dump.dump import check_room
+from kdcache.dump.plan import measured, request_of, run_pilot, views_of
 from kdcache.errors import KdcacheError, MismatchError, UsageError
-from kdcache.evaluate import check_logits, try_network
-from kdcache.machine import existing, free_disk, free_memory
 from kdcache.models import build_model
-from kdcache.pilot import measured, request_of, run_pilot, views_of
-from kdcache.pipeline import Pipeline, TrainSpec, Transform
-from kdcache.progress import Progress
-from kdcache.provenance import versions
-from kdcache.running import RunningTeacher
-from kdcache.runs import check_trackers
-from kdcache.samples import Samples
-from kdcache.teachers import load_teacher
-from kdcache.transforms import transform_for_evaluation
-from kdcache.views import View
+from kdcache.models.checks import check_logits, try_network
+from kdcache.models.inference import RunningTeacher
+from kdcache.models.teacher import load_teacher
+from kdcache.runtime.progress import Progress
+from kdcache.runtime.resources import existing, free_disk, free_memory
+from kdcache.runtime.versions import versions
+from kdcache.train.run_folder import check_trackers
 
 _WRITTEN = 64 * 2**20
 """Bytes that are written for the speed of a disk: more than its own buffer, and soon done."""

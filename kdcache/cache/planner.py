@@ -15,11 +15,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kdcache.cache import layout
-from kdcache.cache.basis import TailBasis, choose_scale, fit_coordinates, principal_components
-from kdcache.cache.codec import decode, encode, stated_classes
 from kdcache.cache.fidelity import TEMPERATURES, total_variation
-from kdcache.cache.schema import Encoding, Fidelity, Request
+from kdcache.cache.format import zarr_store
+from kdcache.cache.format.codec import decode, encode, stated_classes
+from kdcache.cache.format.schema import Encoding, Fidelity, Request
+from kdcache.cache.format.tail_basis import TailBasis, choose_scale, fit_coordinates, principal_components
 from kdcache.errors import UsageError
 
 FEW_CLASSES = 64
@@ -227,4 +227,4 @@ class _Bench:
         decoded = decode(rows, self.held_labels, encoding, basis)
         variation = {t: float(total_variation(self.held, decoded, t).mean()) for t in TEMPERATURES}
         on_cpu = basis.to("cpu") if basis is not None else None
-        return Candidate(encoding, step, layout.bytes_per_row(encoding, rows), variation, on_cpu)
+        return Candidate(encoding, step, zarr_store.bytes_per_row(encoding, rows), variation, on_cpu)

@@ -10,7 +10,6 @@ gathered there, and decoded on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,102 +17,18 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from kdcache.cache import arrays, layout
-from kdcache.cache.address import source
-from kdcache.cache.basis import TailBasis
-from kdcache.cache.codec import decode
-from kdcache.cache.mirror import Views, check_pinned, files_of, mirror, unfinished_pull, views_here, wanted_views
-from kdcache.cache.placement import Placement, place_rows
-from kdcache.cache.places import Place
-from kdcache.cache.schema import MANIFEST, PLAN, Encoding, Manifest, read_manifest, read_plan
-from kdcache.cache.verify import check_files
-from kdcache.crops import Crops, recorded
+from kdcache.cache.format import array_specs, zarr_store
+from kdcache.cache.format.integrity import check_files
+from kdcache.cache.format.read_records import read_manifest, read_plan
+from kdcache.cache.format.recorded_views import Crops, recorded
+from kdcache.cache.format.schema import MANIFEST, PLAN, Manifest
+from kdcache.cache.placement.choose import Placement, place_rows
+from kdcache.cache.remote.address import source
+from kdcache.cache.remote.mirror import Views, check_pinned, files_of, mirror, unfinished_pull, views_here, wanted_views
+from kdcache.cache.teacher import CachedTeacher
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError
-from kdcache.progress import Progress
-
-
-@dataclass(frozen=True)
-class CachedTeacher:
-    """The teacher that a cache is: a callable from sample ids to logits.
-
-    It may be used in workers of a DataLoader, forked or spawned.
-
-    Attributes:
-        place: where the encoded rows are.
-        placement: which kind of place that is: device, host, mmap or stream.
-        why: that one, in a few words.
-        views: how many there are.
-        labels: [N] int64, as they were encoded, on the device of the logits.
-        encoding: of the rows.
-        basis: of their tails, on the device; None where the encoding has none.
-        here: the views that were brought here; None for all.
-    """
-
-    place: Place
-    placement: Placement
-    why: str
-    views: int
-    labels: Tensor
-    encoding: Encoding
-    basis: TailBasis | None = None
-    here: tuple[int, ...] | None = None
-
-    def __call__(self, ids: Tensor, view: int | Tensor = 0) -> Tensor:
-        """The teacher's raw logits for samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
-
-        `view` may be a tensor [B] too, such as a batch of a `CachedDataset` holds: of each sample its own.
-
-        Raises:
-            UsageError: for an id or a view that the cache has not, and for anything but ids, such as a mask.
-        """
-        if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
-            raise UsageError(f"ids are {ids.dtype} {list(ids.shape)}", "pass sample ids, an int64 tensor [B]")
-        if isinstance(view, Tensor):
-            return self._of_views(ids, view)
-        self._check_view(view)
-        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < len(self.labels)):
-            raise UsageError(
-                f"ids run from {int(ids.min())} to {int(ids.max())}, the cache's from 0 to {len(self.labels) - 1}",
-                "ask for the ordinals of the samples in the data set that was dumped",
-            )
-        ids, device = ids.long(), self.labels.device
-        rows = self.place.rows(ids, view).to(device)
-        return decode(rows, self.labels[ids.to(device)], self.encoding, self.basis)
-
-    def _of_views(self, ids: Tensor, views: Tensor) -> Tensor:
-        if views.shape != ids.shape or views.dtype not in (torch.int64, torch.int32):
-            raise UsageError(
-                f"views are {views.dtype} {list(views.shape)} for {len(ids)} ids",
-                "pass one view, or an int64 tensor [B] with the view of each id",
-            )
-        found = sorted(set(views.tolist()))
-        if len(found) <= 1:
-            return self(ids, *found)
-        logits = torch.empty(len(ids), self.encoding.num_classes, device=self.labels.device)
-        for view in found:
-            of_view = views == view
-            logits[of_view.to(logits.device)] = self(ids[of_view.to(ids.device)], view)
-        return logits
-
-    def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
-        """Be told which batches of ids [B] int64 will be asked for, in this order: what is on disk is read ahead."""
-        self._check_view(view)
-        self.place.expect(batches, view)
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """A random order of all ids, [N] int64, that the rows' place serves quickly: block-shuffled for a stream."""
-        return self.place.order(generator)
-
-    def _check_view(self, view: int) -> None:
-        if not 0 <= view < self.views:
-            raise UsageError(f"the cache has no view {view}", f"ask for one of 0 to {self.views - 1}")
-        if self.here is not None and view not in self.here:
-            raise UsageError(
-                f"view {view} of the cache is not here: views {', '.join(map(str, self.here))} of {self.views} are",
-                "pull it too, or open the cache with it among its `views`",
-            )
+from kdcache.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -151,7 +66,7 @@ class Cache:
     def crops(self) -> Crops | None:
         """The boxes of its views, for `View`; None where these follow from the seed."""
         plan = self.manifest.plan
-        return layout.StoredCrops(self.path.absolute(), plan) if recorded(plan.views.transform) == "crops" else None
+        return zarr_store.StoredCrops(self.path.absolute(), plan) if recorded(plan.views.transform) == "crops" else None
 
     @property
     def teacher_seen(self) -> bool:
@@ -179,7 +94,7 @@ class Cache:
         plan = self.manifest.plan
         placed = place_rows(self.path, self.manifest, device, placement, self.views)
         labels = torch.from_numpy(self.labels.astype(np.int64)).to(device)
-        basis = layout.read_basis(self.path, plan)
+        basis = zarr_store.read_basis(self.path, plan)
         basis = basis.to(device) if basis is not None else None
         here = self.views if len(self.views) < plan.views.count else None
         return CachedTeacher(*placed, plan.views.count, labels, plan.encoding, basis, here)
@@ -212,7 +127,7 @@ def open_cache(
         raise refusal(path)
     manifest = read_manifest(path / MANIFEST)
     check_pinned(path, manifest.digest, found.digest)
-    arrays.check_listed(path, manifest.plan, {name: record.size for name, record in manifest.files.items()})
+    array_specs.check_listed(path, manifest.plan, {name: record.size for name, record in manifest.files.items()})
     there = views_here(path, manifest.plan)
     wanted = there if views is None else wanted_views(manifest.plan, views)
     if absent := sorted(set(wanted) - set(there)):
@@ -226,7 +141,7 @@ def open_cache(
 
 def opened(path: Path, manifest: Manifest, views: tuple[int, ...]) -> Cache:
     """A cache whose manifest and files were checked."""
-    labels, keys = layout.read_samples(path, manifest.plan)
+    labels, keys = zarr_store.read_samples(path, manifest.plan)
     return Cache(path, manifest, labels, keys, views)
 
 
@@ -237,8 +152,8 @@ def refusal(path: Path) -> KdcacheError:
     if not (path / PLAN).is_file():
         if (unfinished := unfinished_pull(path)) is not None:
             return unfinished
-        if (path / arrays.STORE).is_dir():
-            return CorruptError(f"{path / MANIFEST} is missing", arrays.AGAIN)
+        if (path / array_specs.STORE).is_dir():
+            return CorruptError(f"{path / MANIFEST} is missing", array_specs.AGAIN)
         return UsageError(f"{path} is not a cache: it holds neither manifest nor plan", "give the .kdcache folder")
     plan = read_plan(path / PLAN)
     total = plan.views.count * plan.shards

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.cache import arrays, layout
-from kdcache.cache.basis import TailBasis
-from kdcache.cache.codec import Rows
-from kdcache.cache.lock import LOCK, check_not_held, hold, release
-from kdcache.cache.schema import (
+from kdcache.cache.format import array_specs, zarr_store
+from kdcache.cache.format.codec import Rows
+from kdcache.cache.format.fingerprints import Inputs
+from kdcache.cache.format.integrity import check_files, record_of
+from kdcache.cache.format.read_records import read_commit, read_plan
+from kdcache.cache.format.schema import (
     MANIFEST,
     PLAN,
     Commit,
@@ -31,13 +32,11 @@ from kdcache.cache.schema import (
     Summary,
     canonical,
     commit_file,
-    read_commit,
-    read_plan,
     seal,
 )
-from kdcache.cache.verify import check_files, record_of
+from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.lock import LOCK, check_not_held, hold, release
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
-from kdcache.fingerprints import Inputs
 
 
 def check_outside(path: Path) -> None:
@@ -46,7 +45,7 @@ def check_outside(path: Path) -> None:
     Raises:
         UsageError: if it does.
     """
-    inside = next((folder for folder in path.absolute().parents if (folder / arrays.STORE).is_dir()), None)
+    inside = next((folder for folder in path.absolute().parents if (folder / array_specs.STORE).is_dir()), None)
     if inside is not None:
         raise UsageError(f"{path} lies inside the cache {inside}", "give a folder outside of it with -o")
 
@@ -142,15 +141,15 @@ class CacheWriter:
     def _create_store(
         self, folder: Path, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None
     ) -> None:
-        layout.create_store(folder, self.plan, labels, keys, basis)
+        zarr_store.create_store(folder, self.plan, labels, keys, basis)
         for path in folder.rglob("*"):
             _flush(path)
 
     def _mend(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
         """Make good what was damaged since it was written, or it would be sealed, or never be."""
-        with _unfinished(_beside(self.path / arrays.STORE)) as folder:
+        with _unfinished(_beside(self.path / array_specs.STORE)) as folder:
             self._create_store(folder, labels, keys, basis)
-            for name in arrays.common_files(self.plan):
+            for name in array_specs.common_files(self.plan):
                 _make_folder((self.path / name).parent)
                 (folder / name).replace(self.path / name)
         for path in (self.path.parent, self.path, *self.path.rglob("*")):
@@ -164,7 +163,7 @@ class CacheWriter:
     def _is_whole(self, view: int, shard: int) -> bool:
         try:
             files = read_commit(self.commit_path(view, shard)).files
-            if sorted(files) != sorted(arrays.shard_files(self.plan, view, shard)):
+            if sorted(files) != sorted(array_specs.shard_files(self.plan, view, shard)):
                 return False
             check_files(self.path, files)
         except (FileNotFoundError, CorruptError):
@@ -184,7 +183,7 @@ class CacheWriter:
     ) -> None:
         """Write one shard, whole; `recorded` is what its views were drawn from, where the plan has an array of that."""
         files = self._cleared(view, shard)
-        layout.write_shard(self.path, self.plan, view, shard, rows, inputs, recorded)
+        zarr_store.write_shard(self.path, self.plan, view, shard, rows, inputs, recorded)
         self._commit(view, shard, {name: record_of(self.path / name) for name in files})
 
     def adopt(self, view: int, shard: int, source: Path, records: dict[str, FileRecord]) -> None:
@@ -206,7 +205,7 @@ class CacheWriter:
 
     def _cleared(self, view: int, shard: int) -> list[str]:
         """The files of a shard, of which nothing is left that an interrupted run may have written."""
-        files = sorted(arrays.shard_files(self.plan, view, shard))
+        files = sorted(array_specs.shard_files(self.plan, view, shard))
         for name in files:
             leftover = self.path / name
             _make_folder(leftover.parent)
@@ -241,7 +240,7 @@ class CacheWriter:
                 files |= read_commit(marker).files
                 files[marker.relative_to(self.path).as_posix()] = record_of(marker)
         check_files(self.path, files)
-        files |= {name: record_of(self.path / name) for name in arrays.common_files(self.plan)}
+        files |= {name: record_of(self.path / name) for name in array_specs.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
         put(self.path / MANIFEST, canonical(manifest))
         (self.path / LOCK).unlink(missing_ok=True)

@@ -9,21 +9,21 @@ from typing import Any
 import click
 
 from kdcache.cli import (
-    census,
     convert,
     demo,
-    derive,
     doctor,
+    dump_teacher,
     evaluate,
     info,
+    inspect,
     output,
     pipelines,
     plan,
-    remote,
     report,
-    stage_one,
-    stage_two,
+    select_merge,
+    share,
     sweep,
+    train,
     verify,
 )
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, UsageError
@@ -87,21 +87,21 @@ def main() -> None:
 main.add_command(demo.demo)
 main.add_command(doctor.doctor)
 main.add_command(pipelines.pipelines)
-main.add_command(stage_one.train_teacher)
+main.add_command(train.train_teacher)
 main.add_command(plan.plan)
-main.add_command(stage_one.dump_teacher)
-main.add_command(stage_two.train_student)
+main.add_command(dump_teacher.dump_teacher)
+main.add_command(train.train_student)
 main.add_command(sweep.sweep)
 main.add_command(evaluate.evaluate)
 main.add_command(report.report)
 main.add_command(info.info)
 main.add_command(verify.verify)
-main.add_command(remote.push)
-main.add_command(remote.pull)
-main.add_command(remote.sign)
-main.add_command(census.summarise)
-main.add_command(census.diff)
-main.add_command(derive.select)
-main.add_command(derive.merge)
+main.add_command(share.push)
+main.add_command(share.pull)
+main.add_command(share.sign)
+main.add_command(inspect.summarise)
+main.add_command(inspect.diff)
+main.add_command(select_merge.select)
+main.add_command(select_merge.merge)
 main.add_command(convert.convert)
-main.add_command(census.card)
+main.add_command(inspect.card)

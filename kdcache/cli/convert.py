@@ -57,8 +57,8 @@ def convert(
     Example: kdcache convert mine.kdcache --to ml-dr --pipeline mine.yaml -o reinforced --top-k 10
     """
     from kdcache.cache import open_cache
-    from kdcache.convert import cache_of_logits, logits_of_cache
-    from kdcache.datasets import load_split
+    from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
+    from kdcache.data.datasets import load_split
 
     if layout and target:
         raise UsageError("--from makes a cache, and --to is of a cache", "do one, and then the other")
@@ -84,7 +84,7 @@ def convert(
         return
     resolved = read_pipeline(pipeline, overrides)
     samples = load_split(resolved.dataset, "train")
-    from kdcache.foreign import cache_of_files
+    from kdcache.curate.foreign import cache_of_files
 
     make = partial(cache_of_logits, source) if layout is None else partial(cache_of_files, source, layout)
     made = make(
@@ -110,8 +110,8 @@ def _write_files(
 ) -> None:
     """Write a cache in another project's layout, and say what was written."""
     from kdcache.cache import open_cache
-    from kdcache.datasets import load_split
-    from kdcache.foreign import files_of_cache
+    from kdcache.curate.foreign import files_of_cache
+    from kdcache.data.datasets import load_split
 
     cache = open_cache(source)
     samples = None if pipeline is None else load_split(read_pipeline(pipeline, overrides).dataset, "train")

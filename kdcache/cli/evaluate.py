@@ -13,8 +13,8 @@ from kdcache.errors import UsageError
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
-    from kdcache.scorecard import Score, Scorecard
-    from kdcache.trained import Network, Trained
+    from kdcache.evaluation.networks import Network, Trained
+    from kdcache.evaluation.scorecard import Score, Scorecard
 
 
 @click.command("evaluate")
@@ -56,7 +56,7 @@ def evaluate(
     import torch
 
     from kdcache.cache import open_cache
-    from kdcache.scorecard import score_networks
+    from kdcache.evaluation.scorecard import score_networks
 
     trained = _trained(networks, pipeline, network, overrides)
     on, progress = choose_device(device), output.Terminal()
@@ -74,7 +74,7 @@ def _trained(
     paths: tuple[Path, ...], pipeline: Path | None, network: Network | None, overrides: tuple[str, ...]
 ) -> list[Trained]:
     """The networks that the arguments name, in their order."""
-    from kdcache.trained import from_pipeline, from_run
+    from kdcache.evaluation.networks import from_pipeline, from_run
 
     if pipeline is None or network is None:
         files = [path for path in paths if path.is_file()]
@@ -93,8 +93,8 @@ def _trained(
 def _print(card: Scorecard, cache: Cache | None, device: str) -> None:
     import torch
 
-    from kdcache.costs import BATCH
-    from kdcache.measures import BINS
+    from kdcache.evaluation.costs import BATCH
+    from kdcache.evaluation.metrics import BINS
 
     top5 = ["top-5"] if card.scores[0].top5 is not None else []
     columns = ["", "top-1", *top5, "NLL", "ECE", "parameters", "multiply-adds", "ms", "images/s"]

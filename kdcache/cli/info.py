@@ -12,7 +12,7 @@ from kdcache.cli.options import cache_argument, digest_option, json_option
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
-    from kdcache.cache.schema import Fidelity, Manifest
+    from kdcache.cache.format.schema import Fidelity, Manifest
 
 
 @click.command("info")
@@ -29,8 +29,8 @@ def info(cache: str | Path, digest: str | None, fidelity: bool, as_json: bool) -
     Example: kdcache info runs/digits.kdcache
     """
     from kdcache.cache import open_cache
-    from kdcache.cache.address import source
-    from kdcache.cache.mirror import remote_manifest
+    from kdcache.cache.remote.address import source
+    from kdcache.cache.remote.mirror import remote_manifest
 
     found = source(cache, digest)
     if found.is_remote and not fidelity:
@@ -46,7 +46,7 @@ def info(cache: str | Path, digest: str | None, fidelity: bool, as_json: bool) -
 
 def _measure(cache: Cache, as_json: bool) -> None:
     """Print how near decoded rows are to what was recorded of them."""
-    from kdcache.cache.operations import measure_itself
+    from kdcache.cache.inspect.self_fidelity import measure_itself
 
     plan = cache.manifest.plan
     measured = measure_itself(cache.path, plan)

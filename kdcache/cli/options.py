@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kdcache.cli import output
-from kdcache.shipped import file_or_recipe
+from kdcache.config.recipes import file_or_recipe
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
-    from kdcache.pipeline import Pipeline
-    from kdcache.progress import Progress
+    from kdcache.config.schema import Pipeline
+    from kdcache.runtime.progress import Progress
 
 
 class CacheName(click.ParamType[str | Path]):
@@ -74,7 +74,7 @@ json_option = click.option(
 
 def read_pipeline(path: Path, overrides: tuple[str, ...], loss: str | None = None, **shortcuts: object) -> Pipeline:
     """The pipeline, with `--set` and then the options that are short for one; those that are None were not given."""
-    from kdcache.pipeline import load_pipeline
+    from kdcache.config.loader import load_pipeline
 
     short = [f"{key.replace('__', '.')}={value}" for key, value in shortcuts.items() if value is not None]
     return load_pipeline(file_or_recipe(path), [*overrides, *short], loss)

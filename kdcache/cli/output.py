@@ -20,8 +20,8 @@ from rich.text import Text
 from kdcache.errors import KdcacheError
 
 if TYPE_CHECKING:
-    from kdcache.progress import Task
-    from kdcache.train import Result
+    from kdcache.runtime.progress import Task
+    from kdcache.train.train import Result
 
 _SECONDS_BETWEEN_LINES = 10
 _OWED = "kdcache.json"

@@ -9,8 +9,8 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import json_option
+from kdcache.config.recipes import recipe, recipes
 from kdcache.errors import UsageError
-from kdcache.shipped import recipe, recipes
 
 
 @click.group("pipelines")
@@ -30,7 +30,7 @@ def list_recipes(as_json: bool) -> None:
     \b
     Example: kdcache pipelines list
     """
-    from kdcache.pipeline import load_pipeline
+    from kdcache.config.loader import load_pipeline
 
     rows = {}
     for name, path in recipes().items():

@@ -12,7 +12,7 @@ from kdcache.cli.options import choose_device, device_option, json_option, read_
 
 if TYPE_CHECKING:
     from kdcache.cache.planner import Choice
-    from kdcache.pilot import Planned
+    from kdcache.dump.plan import Planned
 
 
 @click.command("plan")
@@ -35,9 +35,9 @@ def plan(
     \b
     Example: kdcache plan --logits teacher.npz --fidelity 0.01
     """
-    from kdcache.dump import plan_for_teacher
+    from kdcache.dump.dump import plan_for_teacher
+    from kdcache.dump.plan import plan_for_logits
     from kdcache.errors import UsageError
-    from kdcache.pilot import plan_for_logits
 
     if pipeline is not None and logits is None:
         resolved = read_pipeline(pipeline, overrides, cache__fidelity=fidelity)

@@ -50,11 +50,11 @@ def report(
     Example: kdcache report runs/sweep runs/digits-student --cache runs/digits.kdcache -o runs/report.html
     """
     from kdcache.cache import open_cache
-    from kdcache.chapters import write_report
-    from kdcache.charts import save_png
-    from kdcache.findings import gather
-    from kdcache.results import fill_results
-    from kdcache.runs import check_free
+    from kdcache.evaluation.published_results import fill_results
+    from kdcache.evaluation.report.charts import save_png
+    from kdcache.evaluation.report.collect import gather
+    from kdcache.evaluation.report.sections import write_report
+    from kdcache.train.run_folder import check_free
 
     folder = out.with_name(f"{out.stem}-pictures")
     check_free(out)

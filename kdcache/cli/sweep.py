@@ -23,8 +23,8 @@ from kdcache.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from kdcache.cache.placement import Placement
-    from kdcache.sweep import Summary
+    from kdcache.cache.placement.choose import Placement
+    from kdcache.train.sweep import Summary
 
 
 @click.command("sweep")
@@ -77,9 +77,9 @@ def sweep(
     Example: kdcache sweep pipelines/digits.yaml --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
     """
     from kdcache.errors import IncompleteError, InterruptedRun
-    from kdcache.report import draw_accuracies
-    from kdcache.sweep import combinations
-    from kdcache.sweep import sweep as run
+    from kdcache.train.plots import draw_accuracies
+    from kdcache.train.sweep import combinations
+    from kdcache.train.sweep import sweep as run
 
     points = combinations(pipeline, overrides, over)
     shown = [views_shown(point.pipeline) for point in points]

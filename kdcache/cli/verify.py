@@ -20,7 +20,7 @@ from kdcache.cli.options import (
 from kdcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from kdcache.cache.audit import Audit
+    from kdcache.cache.inspect.audit import Audit
 
 
 @click.command("verify")
@@ -58,10 +58,10 @@ def verify(
     Example: kdcache verify runs/digits.kdcache pipelines/digits.yaml --replay
     Exit codes: 3 not sealed, 4 another cache, signer, data set or teacher, or other pixels, 5 damaged.
     """
-    from kdcache.cache.address import source
-    from kdcache.cache.audit import audit
-    from kdcache.cache.mirror import check_pinned, mirror
-    from kdcache.cache.signatures import check_signature
+    from kdcache.cache.inspect.audit import audit
+    from kdcache.cache.remote.address import source
+    from kdcache.cache.remote.mirror import check_pinned, mirror
+    from kdcache.cache.remote.signatures import check_signature
 
     if pipeline is None and (replay or teacher or overrides):
         raise UsageError("--replay, --teacher and --set need a pipeline", f"kdcache verify {cache} PIPELINE ...")
@@ -74,10 +74,11 @@ def verify(
     check_pinned(path, checked.digest or "none, it is not sealed", named.digest)
     if resolved is not None and checked.failure is None:
         from kdcache.cache import open_cache
-        from kdcache.datasets import load_split
-        from kdcache.recheck import check_data, compare_with_teacher
-        from kdcache.recheck import replay as replay_views
-        from kdcache.teachers import load_teacher
+        from kdcache.data.datasets import load_split
+        from kdcache.data.replay import check_data
+        from kdcache.data.replay import replay as replay_views
+        from kdcache.dump.check_teacher import compare_with_teacher
+        from kdcache.models.teacher import load_teacher
 
         opened, progress = open_cache(path), output.Terminal()
         if teacher and not opened.teacher_seen:

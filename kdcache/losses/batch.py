@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from kdcache.mixing import Mixed
-
 BatchSum = Callable[[Tensor], Tensor]
 """[B, ...] -> [...]: the sum over the samples of the whole batch, differentiable.
 
@@ -88,3 +86,19 @@ def whole_of(labels: Tensor, mixed: Mixed | None = None, dtype: torch.dtype = to
         dtype: that the shares are added up in.
     """
     return Whole(len(labels), (labels >= 0).sum(), labelled_shares(labels, mixed, dtype).sum())
+
+
+class Mixed(NamedTuple):
+    """What is known of a batch of mixed images beside their own labels.
+
+    Attributes:
+        partner_labels: [B] int64, -1 where not known.
+        share: [B] float32, how much of an image is of its own label; the rest is of its partner's.
+    """
+
+    partner_labels: Tensor
+    share: Tensor
+
+    def to(self, device: torch.device | str) -> Mixed:
+        """The same on another device."""
+        return Mixed(*(part.to(device, non_blocking=True) for part in self))

@@ -25,15 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.losses import adjustments, divergences, normalisations, temperatures
-from kdcache.losses.batch import Whole, at_least_one, whole_of
-from kdcache.losses.spec import Loss
+from kdcache.losses import adjustments, divergences, normalizations, temperatures
+from kdcache.losses.batch import Mixed, Whole, at_least_one, whole_of
+from kdcache.losses.config import Loss
 from kdcache.losses.temperatures import Temperatures
-from kdcache.mixing import Mixed
 
 NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": normalisations.none,
-    "z_score": normalisations.z_score,
+    "none": normalizations.none,
+    "z_score": normalizations.z_score,
 }
 ADJUSTMENTS: dict[str, Callable[..., Tensor]] = {
     "none": adjustments.none,

@@ -2,8 +2,8 @@
 
 from kdcache.models.build import build_model, outputs_of, preset_transform
 from kdcache.models.checkpoints import load_weights, save_weights, weights_digest
+from kdcache.models.class_mapping import ChosenOutputs, compare_names, read_groups, record_of_groups
 from kdcache.models.ensemble import Ensemble
-from kdcache.models.outputs import ChosenOutputs, compare_names, read_groups, record_of_groups
 
 __all__ = [
     "ChosenOutputs",

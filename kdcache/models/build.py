@@ -19,12 +19,12 @@ from pathlib import Path
 
 from torch import nn
 
+from kdcache.config.schema import ModelSpec, Transform
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models import cifar, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.construct import construct, place_of
 from kdcache.models.small import SmallCNN, SmallMLP
-from kdcache.pipeline import ModelSpec, Transform
 
 
 def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], trained: bool = False) -> nn.Module:

@@ -13,11 +13,11 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdcache.config.schema import ModelSpec
 from kdcache.errors import UsageError
 from kdcache.models.cifar_blocks import conv, draw_classifier, draw_convolutions, pooled, projection, stage
 from kdcache.models.cifar_light import MobileNetV2, ShuffleNetV1, ShuffleNetV2
 from kdcache.models.construct import Fit, check_channels, construct
-from kdcache.pipeline import ModelSpec
 
 
 class BasicBlock(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdcache.config.schema import ModelSpec
 from kdcache.errors import KdcacheError, MismatchError, UsageError
-from kdcache.pipeline import ModelSpec
 
 SMALLEST_SIDE = 32
 """Side, in pixels, up to which images are enlarged for the networks of libraries: their strides want large ones."""

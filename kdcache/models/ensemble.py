@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kdcache.evaluate import check_logits
+from kdcache.models.checks import check_logits
 
 
 class Ensemble(nn.Module):

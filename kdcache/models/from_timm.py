@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.datasets import photograph_transform
+from kdcache.config.schema import ModelSpec, Transform
+from kdcache.data.datasets import photograph_transform
 from kdcache.errors import UsageError
 from kdcache.models.checkpoints import read_state
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct
-from kdcache.pipeline import ModelSpec, Transform
 
 
 def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torchvision import models as tv
 
-from kdcache.datasets import photograph_transform
+from kdcache.config.schema import ModelSpec, Transform
+from kdcache.data.datasets import photograph_transform
 from kdcache.errors import UsageError
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct
-from kdcache.pipeline import ModelSpec, Transform
 
 _AUXILIARY = ("googlenet", "inception_v3")
 """These have further outputs in training, which no loss here takes; `args: {aux_logits: true}` keeps them."""

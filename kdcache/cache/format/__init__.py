@@ -1,0 +1,1 @@
+"""Format version 1 on disk: schema, codec, Zarr arrays, integrity (docs/FORMAT.md)."""

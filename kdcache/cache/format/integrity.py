@@ -1,0 +1,197 @@
+"""Whether a cache is what its manifest says: its files, and what the rows in them may hold at all."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.cache.format import zarr_store
+from kdcache.cache.format.array_specs import AGAIN, STORE
+from kdcache.cache.format.codec import Rows, decode
+from kdcache.cache.format.fingerprints import digest_of
+from kdcache.cache.format.recorded_views import recorded
+from kdcache.cache.format.schema import Encoding, FileRecord, Plan
+from kdcache.errors import CorruptError
+
+NOT_LISTED = "is not in the manifest"
+_ROWS_AT_ONCE = 4096
+
+
+class Finding(NamedTuple):
+    """Something that cannot be right.
+
+    Attributes:
+        where: a file, or a view, shard and sample.
+        what: is wrong there.
+    """
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and sha256 of a file."""
+    with path.open("rb") as opened:
+        sha = hashlib.file_digest(opened, "sha256").hexdigest()
+        return FileRecord(size=opened.tell(), sha256=sha)
+
+
+def check_files(cache: Path, expected: dict[str, FileRecord]) -> None:
+    """That every file is there, with the size and the bytes that were written.
+
+    zarr itself would read a missing or an empty chunk as zeros, without a word.
+
+    Raises:
+        CorruptError: which names the first file that differs, and how many do.
+    """
+    raise_first(cache, damaged_files(cache, expected), f"files of {len(expected)}")
+
+
+def raise_first(cache: Path, findings: list[Finding], of: str) -> None:
+    """Refuse a cache in which something was found.
+
+    Raises:
+        CorruptError: which names the first finding, and says how many there are.
+    """
+    if findings:
+        more = f" ({len(findings)} {of} are not as they were written)" if len(findings) > 1 else ""
+        raise CorruptError(f"{cache} is damaged: {findings[0].where} {findings[0].what}{more}", AGAIN)
+
+
+def damaged_files(cache: Path, expected: dict[str, FileRecord]) -> list[Finding]:
+    """Every file that is missing or differs from its record; several are read at once."""
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(lambda item: _problem(cache, *item), expected.items())
+    return [Finding(name, what) for name, what in zip(expected, problems, strict=True) if what]
+
+
+def _problem(cache: Path, name: str, expected: FileRecord) -> str | None:
+    path = cache / name
+    if path.is_symlink() or not path.is_file():
+        return "is missing or not a plain file"
+    if path.stat().st_size != expected.size:
+        return f"has {path.stat().st_size} bytes, {expected.size} were written"
+    if record_of(path).sha256 != expected.sha256:
+        return "holds other bytes than were written"
+    return None
+
+
+def strangers(cache: Path, listed: dict[str, FileRecord]) -> list[Finding]:
+    """Files among those of a cache that its manifest does not list, and that no digest covers."""
+    found = (path for part in (STORE, "commits") for path in sorted((cache / part).rglob("*")) if not path.is_dir())
+    names = (path.relative_to(cache).as_posix() for path in found)
+    return [Finding(name, NOT_LISTED) for name in names if name not in listed]
+
+
+def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Tensor) -> list[Finding]:
+    """What cannot be right in the rows of one shard: of each kind the first row, and how many there are.
+
+    Args:
+        cache: its folder.
+        plan: of the cache.
+        view: which view.
+        shard: which shard of it.
+        labels: [N] int64.
+    """
+    ids = plan.shard_ids(shard)
+    try:
+        rows = zarr_store.read_rows(cache, plan, view, ids)
+        basis = zarr_store.read_basis(cache, plan)
+        if recorded(plan.views.transform):
+            zarr_store.read_recorded(cache, plan, view, ids)
+    except CorruptError as error:
+        return [Finding(f"view {view}, shard {shard}", error.what)]
+    bad: dict[str, list[int]] = {}
+    for start in range(0, len(ids), _ROWS_AT_ONCE):
+        some = rows[start : start + _ROWS_AT_ONCE]
+        first = ids.start + start
+        truth = labels[first : first + len(some)]
+        for what, wrong in _wrong(some, truth, plan.encoding):
+            bad.setdefault(what, []).extend((wrong.nonzero().squeeze(1) + first).tolist())
+        wrong = ~decode(some, truth, plan.encoding, basis).isfinite().all(dim=1)
+        bad.setdefault("does not decode to finite logits", []).extend((wrong.nonzero().squeeze(1) + first).tolist())
+    return [
+        Finding(f"view {view}, shard {shard}, sample {where[0]}", f"{what} ({len(where)} rows of the shard)")
+        for what, where in bad.items()
+        if where
+    ]
+
+
+def _wrong(rows: Rows, labels: Tensor, encoding: Encoding) -> Iterator[tuple[str, Tensor]]:
+    """What rows may not be, and for each of them, [B] bool, whether it is."""
+    # Log-probabilities are rounded by 2^-11 of themselves: their sum by so much of the entropy, log C at most.
+    rounding = 2**-11 * (2 + math.log(encoding.num_classes))
+    columns = dict(zip(encoding.statistics, rows.statistics.float().unbind(dim=1), strict=True))
+    known, label_log_prob = labels >= 0, columns["label_log_prob"]
+    yield "the logsumexp is NaN or infinite", ~rows.logsumexp.isfinite()
+    yield "a statistic is NaN or infinite", ~rows.statistics.isfinite().all(dim=1)
+    entropy = columns["entropy"]
+    yield (
+        "the entropy is not between 0 and log C",
+        (entropy < 0) | (entropy > math.log(encoding.num_classes) + rounding),
+    )
+    yield "the standard deviation of the logits is negative", columns["logit_std"] < 0
+    yield "the label's log-probability is above 0", known & (label_log_prob > 0)
+    yield "a row without a label has a label's log-probability", ~known & (label_log_prob != 0)
+    if encoding.dtype == "uint8":
+        yield "the largest log-probability is above 0", columns["log_prob_max"] > 0
+        yield "the range of the log-probabilities is negative", columns["log_prob_range"] < 0
+        return
+    head = rows.log_probs.float()
+    yield "a log-probability is NaN or infinite", ~head.isfinite().all(dim=1)
+    yield "a log-probability is above 0", (head > 0).any(dim=1)
+    stated = head.double().exp().sum(dim=1)
+    if rows.indices is None:
+        yield "the probabilities do not add up to 1", (stated - 1).abs() > rounding
+        return
+    yield "the log-probabilities do not descend", (head.diff(dim=1) > 0).any(dim=1)
+    yield "a class stands twice in the head", (rows.indices.sort(dim=1).values.diff(dim=1) == 0).any(dim=1)
+    in_head = (rows.indices.long() == labels.unsqueeze(1)).any(dim=1)
+    tail = columns["tail_log_mass_t1"].double().exp()
+    stated = stated + torch.where(known & ~in_head, label_log_prob.double().exp(), 0.0)
+    yield "head, label and tail do not add up to 1", (stated + tail - 1).abs() > rounding
+    # A head in float32 may reach lower than the label's float16.
+    above = label_log_prob > head[:, -1].clamp_min(torch.finfo(torch.float16).min) * (1 - 2**-10)
+    yield "a label outside the head is above the head's last", known & ~in_head & above
+    for name, values in columns.items():
+        if name.startswith("tail_log_mass"):
+            yield f"{name} is above 0", values > rounding
+
+
+def check_inputs(cache: Path, plan: Plan, views: Iterable[int]) -> list[Finding]:
+    """What cannot be right in the fingerprints of the teacher's input, in some views."""
+    found = []
+    for view in views:
+        try:
+            sketches = zarr_store.read_inputs(cache, plan, view).sketches
+        except CorruptError as error:
+            found.append(Finding(f"view {view}, fingerprints", error.what))
+            continue
+        wrong = ~np.isfinite(sketches).all(axis=1)
+        if wrong.any():
+            sample = int(wrong.argmax()) * plan.shape.fingerprint_stride
+            found.append(Finding(f"view {view}, sample {sample}", f"its sketch is NaN or infinite ({wrong.sum()} are)"))
+    return found
+
+
+def check_samples(cache: Path, plan: Plan) -> list[Finding]:
+    """What cannot be right in what is kept of the samples: their labels and content keys."""
+    try:
+        labels, keys = zarr_store.read_samples(cache, plan)
+    except CorruptError as error:
+        return [Finding("labels and sample_keys", error.what)]
+    digest = digest_of(keys, labels)
+    if digest != plan.dataset.digest:
+        return [Finding("labels and sample_keys", f"have the digest {digest}, not {plan.dataset.digest}")]
+    return []

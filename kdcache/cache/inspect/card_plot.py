@@ -1,0 +1,37 @@
+"""The picture on a cache's card: histograms of sharpness and confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_BINS = 50
+
+
+def draw_census(sharpness: Mapping[float, int], confidence: Sequence[int], path: Path) -> None:
+    """A PNG of how sharp and how confident a teacher is: a histogram of each.
+
+    Args:
+        sharpness: rows by bin, [lower bound of the bin] -> rows; the bins are fine, and some are put together here.
+        confidence: rows by bin of the largest probability, from 0 to 1.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    left.hist(list(sharpness), bins=_BINS, weights=list(sharpness.values()), color="C0")
+    left.set_xlabel("sharpness: logsumexp of the logits")
+    left.set_ylabel("rows")
+    edges = [place / len(confidence) for place in range(len(confidence))]
+    right.bar(edges, confidence, width=1 / len(confidence), align="edge", color="C1")
+    right.set_xlabel("confidence: largest probability")
+    right.set_xlim(0, 1)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    # Without the version of matplotlib in it, the picture changes only with the rows.
+    figure.savefig(path, dpi=100, metadata={"Software": None})

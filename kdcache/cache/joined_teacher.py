@@ -1,0 +1,66 @@
+"""Several caches of one data set as one teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kdcache.cache.teacher import CachedTeacher
+from kdcache.errors import UsageError
+
+Combine = Literal["logits", "probabilities", "confidence"]
+
+
+class JoinedTeacher:
+    """The teachers of several caches, as one callable from sample ids to logits.
+
+    `logits`: their weighted mean. `probabilities`: the weighted mean p of their softmaxes, as logits log p + s, where s
+    is the weighted mean of their logsumexps, so that DTKD finds it as sharp as its members are on average.
+    `confidence`: of each sample, the logits of the teacher whose largest probability at T = 1, times its weight, is
+    largest; the first of several.
+
+    Args:
+        teachers: of the same samples and views.
+        weights: how much each counts; only their ratios matter. None: all the same.
+        combine: as above.
+
+    Raises:
+        UsageError: if there are not as many weights as teachers.
+    """
+
+    def __init__(
+        self, teachers: Sequence[CachedTeacher], weights: Sequence[float] | None = None, combine: Combine = "logits"
+    ) -> None:
+        if weights is not None and len(weights) != len(teachers):
+            raise UsageError(
+                f"{len(weights)} weights were given for {len(teachers)} caches", "set join.weights to one a cache"
+            )
+        self.teachers, self.combine = tuple(teachers), combine
+        self.shares = [weight / sum(weights) for weight in weights] if weights else [1 / len(teachers)] * len(teachers)
+
+    def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
+        """Logits of samples `ids` [B] int64 in a view: [B, C] float32, on the device of the teachers."""
+        logits = torch.stack([teacher(ids, view) for teacher in self.teachers])
+        shares = logits.new_tensor(self.shares)[:, None, None]
+        if self.combine == "logits":
+            return (shares * logits).sum(dim=0)
+        log_probs = logits.log_softmax(dim=2)
+        if self.combine == "confidence":
+            most = (shares[:, :, 0].log() + log_probs.amax(dim=2)).argmax(dim=0)
+            return logits[most, torch.arange(len(ids), device=logits.device)]
+        sharpness = (shares * logits.logsumexp(dim=2, keepdim=True)).sum(dim=0)
+        return (log_probs + shares.log()).logsumexp(dim=0) + sharpness
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """A random order of all ids, [N] int64: one that a teacher which is read as a stream serves quickly."""
+        streamed = [teacher for teacher in self.teachers if teacher.placement == "stream"]
+        return (streamed or self.teachers)[0].order(generator)
+
+    def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Be told which batches of ids [B] int64 will be asked for, in this order."""
+        announced = list(batches)
+        for teacher in self.teachers:
+            teacher.expect(announced, view)

@@ -1,0 +1,1 @@
+"""Pipeline files: what they may say, and how they are read."""

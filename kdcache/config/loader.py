@@ -1,0 +1,55 @@
+"""Read a pipeline file, apply overrides, and report every problem with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from pydantic import BaseModel, ValidationError
+
+from kdcache.config.schema import Pipeline
+from kdcache.config.yaml_lines import Place, override, read_yaml, refusal
+from kdcache.errors import UsageError
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = (), loss: str | None = None) -> Pipeline:
+    """Read a pipeline file, apply `KEY=VALUE` overrides, and check all of it.
+
+    Args:
+        path: the YAML file.
+        overrides: such as `student.train.epochs=5`; the value is read as YAML.
+        loss: name of a loss; where the file's is another, its options go with it.
+
+    Raises:
+        UsageError: with every problem of the file and of the overrides, each with its line or its `--set`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read the pipeline {path}: {reason}", "give the path of a YAML file") from None
+    data, lines = read_yaml(text, str(path))
+    data = data or {}
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} holds no sections but a {type(data).__name__}", "see pipelines/digits.yaml")
+    places: dict[Place, str] = {place: f"{path}:{line}" for place, line in lines.items()}
+    if loss is not None and (not isinstance(data.get("loss"), dict) or data["loss"].get("name") != loss):
+        data["loss"] = {"name": loss}
+        places["loss",] = places["loss", "name"] = f"--loss {loss}"
+    for given in overrides:
+        override(data, given, places)
+    try:
+        return Pipeline.model_validate(data)
+    except ValidationError as error:
+        raise refusal(error, places, str(path), _keys(Pipeline)) from None
+
+
+def _keys(section: type[BaseModel]) -> set[str]:
+    """Every key of a section and of those inside it."""
+    found = set(section.model_fields)
+    for field in section.model_fields.values():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= _keys(kind)
+    return found

@@ -1,0 +1,193 @@
+"""A data set that is another copy of the one a cache was made from: ordered otherwise, a part of it, or with more.
+
+Samples are matched by their content keys. What comes out is in the order of the cache, so that a sample's ordinal is
+its id there, and all that is seeded by it, or asked for by it, is as it was. Only where samples of the cache are
+missing do the ordinals differ from the ids, which `Samples.ids` then says, and an `AlignedTeacher` hears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from kdcache.cache.joined_teacher import JoinedTeacher
+from kdcache.cache.reader import Cache
+from kdcache.cache.teacher import CachedTeacher
+from kdcache.data.images import ArrayImages, FileImages, Images, ItemImages
+from kdcache.data.replay import A_FEW, check_data, replay, view_of
+from kdcache.data.samples import Samples
+from kdcache.data.views import View
+from kdcache.errors import MismatchError
+from kdcache.runtime.progress import Progress
+
+_NAMED = 3
+
+Ids = npt.NDArray[np.int64]
+
+
+class Alignment(NamedTuple):
+    """Which sample of a data set is which of a cache.
+
+    Attributes:
+        ids: [n] int64, of the cache's samples that the data set has, ascending.
+        positions: [n] int64, where it has them.
+        missing: int64, the cache's samples that it has not.
+        extra: int64, positions of those of its samples that no sample of the cache needs.
+    """
+
+    ids: Ids
+    positions: Ids
+    missing: Ids
+    extra: Ids
+
+
+def align(
+    keys: npt.NDArray[np.uint64],
+    labels: npt.NDArray[np.int32],
+    cached_keys: npt.NDArray[np.uint64],
+    cached_labels: npt.NDArray[np.int32],
+) -> Alignment:
+    """Match samples [M] of a data set with those [N] of a cache, by content key and label.
+
+    Of several samples with the same key and label any may stand for any: they are taken in turn, and if there are
+    fewer than in the cache, the last once more.
+
+    Raises:
+        MismatchError: if a sample has other labels in the data set than in the cache.
+    """
+    same = np.unique(np.concatenate([keys, cached_keys]), return_inverse=True)[1].astype(np.int64)
+    width = int(max(labels.max(), cached_labels.max())) + 2
+    pairs, cached = np.split(same * width + np.concatenate([labels, cached_labels]) + 1, [len(keys)])
+    order = np.argsort(pairs, kind="stable")
+    ordered = pairs[order]
+    start = np.searchsorted(ordered, cached, "left")
+    count = np.searchsorted(ordered, cached, "right") - start
+    there = count > 0
+    relabelled = np.flatnonzero(~there & np.isin(cached_keys, keys))
+    if len(relabelled):
+        first = relabelled[0]
+        here = int(np.flatnonzero(keys == cached_keys[first])[0])
+        raise MismatchError(
+            f"sample {here} of the data set has label {labels[here]}, and is sample {first} of the cache with label "
+            f"{cached_labels[first]} ({len(relabelled)} samples are labelled otherwise)",
+            "use the labels that the cache was made with, or dump the teacher again",
+        )
+    positions = order[(start + np.minimum(_turns(cached), count - 1))[there]]
+    unused = np.ones(len(keys), bool)
+    unused[positions] = False
+    return Alignment(np.flatnonzero(there), positions, np.flatnonzero(~there), np.flatnonzero(unused))
+
+
+def _turns(values: Ids) -> Ids:
+    """How many equal values come before each one."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    turns = np.empty_like(order)
+    turns[order] = np.arange(len(values)) - np.searchsorted(ordered, ordered, "left")
+    return turns
+
+
+def aligned(samples: Samples, found: Alignment) -> Samples:
+    """The samples of a data set that a cache has, in the cache's order."""
+    ids = found.ids if len(found.missing) else None
+    images = taken(samples.images, found.positions)
+    return replace(samples, images=images, labels=samples.labels[found.positions], ids=ids)
+
+
+def taken(images: Images, positions: Ids) -> Images:
+    """Some images, in the order of their positions."""
+    if isinstance(images, ArrayImages):
+        return ArrayImages(images.pixels[torch.from_numpy(positions)])
+    if isinstance(images, FileImages):
+        return FileImages([images.paths[position] for position in positions])
+    if isinstance(images, ItemImages):
+        return ItemImages(Subset(images.dataset, positions.tolist()), len(positions))
+    raise TypeError(f"images of the kind {type(images).__name__} cannot be put in another order")
+
+
+def described(samples: Samples, found: Alignment) -> str:
+    """How many samples are matched, missing and extra, and which, in a line."""
+    parts = [f"{len(found.ids):,} samples of the cache are in {samples.name}/{samples.split}"]
+    if len(found.missing):
+        parts.append(f"{len(found.missing):,} are missing ({_some(f'sample {i} of the cache' for i in found.missing)})")
+    if len(found.extra):
+        parts.append(f"{len(found.extra):,} of its own are left out ({_some(_name(samples, i) for i in found.extra)})")
+    return ", ".join(parts)
+
+
+def _name(samples: Samples, position: int) -> str:
+    return str(samples.images.paths[position]) if isinstance(samples.images, FileImages) else f"sample {position}"
+
+
+def _some(names: Iterable[str]) -> str:
+    given = list(names)
+    return ", ".join(given[:_NAMED]) + (", ..." if len(given) > _NAMED else "")
+
+
+class Shared(NamedTuple):
+    """What a data set and a cache have in common.
+
+    Attributes:
+        view: view 0 of it, as the teacher saw it, in the cache's order.
+        ids: [n] int64, of its samples in the cache.
+        note: how many they are, and of what; empty where each of the two has every sample of the other.
+    """
+
+    view: View
+    ids: Ids
+    note: str
+
+
+def shared(cache: Cache, samples: Samples, progress: Progress) -> Shared:
+    """The images of a cache among those of a data set, in whatever order that has them.
+
+    Raises:
+        MismatchError: if there is none, they are labelled otherwise, or their pixels are not what the teacher saw.
+    """
+    found = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
+    if not len(found.ids):
+        raise MismatchError(
+            f"no sample of {samples.name}/{samples.split} is in {cache.path}",
+            "give the cache of a teacher of this data set (`kdcache info CACHE` names its own)",
+        )
+    in_order = np.array_equal(found.positions, np.arange(len(samples)))
+    here = samples if in_order and not len(found.missing) else aligned(samples, found)
+    check_data(cache, here, None, progress)
+    replay(cache, here, A_FEW)
+    note = described(samples, found) if len(found.missing) or len(found.extra) else ""
+    return Shared(view_of(cache, here), found.ids, note)
+
+
+class AlignedTeacher:
+    """A teacher that is asked by ordinals of samples in a data set, and answers for their ids in its cache.
+
+    Args:
+        teacher: of the cache.
+        ids: [n] int64, ascending, of each sample in the cache.
+        count: N, samples of the cache.
+    """
+
+    def __init__(self, teacher: CachedTeacher | JoinedTeacher, ids: Ids, count: int) -> None:
+        self._teacher, self._ids = teacher, torch.from_numpy(ids)
+        self._place = torch.full((count,), -1)
+        self._place[self._ids] = torch.arange(len(ids))
+
+    def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
+        """Logits [B, C] of the samples at ordinals `ids` [B] int64 in a view."""
+        return self._teacher(self._ids[ids.cpu()], view)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """A random order of all ordinals, [n] int64: the teacher's, without what is missing."""
+        places = self._place[self._teacher.order(generator)]
+        return places[places >= 0]
+
+    def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Be told which batches of ordinals will be asked for."""
+        self._teacher.expect((self._ids[batch.cpu()] for batch in batches), view)

@@ -1,0 +1,94 @@
+"""The images that a cached teacher saw, for training loops of other people.
+
+data = CachedDataset(dataset, cache)
+for epoch in range(epochs):
+    data.set_epoch(epoch)
+    for images, labels, ids, views in DataLoader(data, batch_size=64, shuffle=True):
+        teacher_logits = teacher(ids, views)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kdcache.cache.reader import Cache
+from kdcache.data.replay import A_FEW, check_data, replay, view_of
+from kdcache.data.samples import Samples, wrap
+from kdcache.errors import UsageError
+from kdcache.runtime.progress import Progress
+
+Item = tuple[Tensor, int, int, int]
+"""(image [channels, H, W] float32, label, -1 where not known, id, view), which DataLoader makes tensors of."""
+
+
+class CachedDataset(Dataset[Item]):
+    """The data set that a cache was made from, seen as its teacher saw it.
+
+    A change of the view reaches the workers of a DataLoader too, those that persist as well, with the next batch that
+    they begin.
+
+    Args:
+        dataset: kdcache's `Samples`, or any map-style data set of (image, label) pairs, in the order in which it was
+            dumped, before the cache's transform. Of such a one each item is read twice, to compare it with the cache.
+        cache: of a teacher.
+        progress: who is told how the comparison goes.
+
+    Raises:
+        MismatchError: if these are other images, another order or other labels than the cache's, or some views, made
+            anew, are not what the teacher saw.
+        UsageError: if the cache's views mix two images, or were drawn by code that kdcache has not got.
+    """
+
+    def __init__(self, dataset: Dataset[Any] | Samples, cache: Cache, progress: Progress | None = None) -> None:
+        plan = cache.manifest.plan
+        if not isinstance(dataset, Samples):
+            dataset = wrap(dataset, cache.num_classes, plan.dataset.name, plan.dataset.split)
+        check_data(cache, dataset, None, progress)
+        seen = view_of(cache, dataset)
+        if seen.mixes:
+            raise UsageError(
+                f"the views of {cache.path} mix two images, and an item has one label",
+                "train with kdcache train-student, or from a cache of views that are not mixed",
+            )
+        replay(cache, dataset, A_FEW)
+        self.views = plan.views.count
+        self._seen = seen
+        # In shared memory: a worker that persists would go on with the view that it was started with.
+        self._view = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # in torch
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    @property
+    def view(self) -> int:
+        """Which view the items are of."""
+        return int(self._view)
+
+    def set_view(self, view: int) -> None:
+        """Yield this view from now on.
+
+        Raises:
+            UsageError: if the cache has not got it.
+        """
+        if not 0 <= view < self.views:
+            raise UsageError(f"the cache has no view {view}", f"ask for one of 0 to {self.views - 1}")
+        self._view.fill_(view)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Yield the view of an epoch, counted from 0: `epoch` mod the number of views."""
+        self.set_view(epoch % self.views)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.__getitems__([range(len(self))[index]])[0]
+
+    def __getitems__(self, ids: Sequence[int]) -> list[Item]:
+        """Several items at once, which DataLoader asks for: the transform may take them together."""
+        self._seen.view = view = self.view
+        batch = self._seen.__getitems__(ids)
+        items = zip(batch.images, batch.labels.tolist(), batch.ids.tolist(), strict=True)
+        return [(image, label, index, view) for image, label, index in items]

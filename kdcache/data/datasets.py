@@ -1,0 +1,249 @@
+"""Named data sets, from where the field keeps them, each with its splits."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zipfile
+from collections.abc import Callable, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchvision import datasets as tv
+
+from kdcache.config.schema import DatasetSpec, Transform
+from kdcache.data.images import ArrayImages, FileImages
+from kdcache.data.samples import Samples, check_labels
+from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.runtime.package_data import package_data
+
+Split = Literal["train", "validation", "test"]
+MOST_CHANNELS = 4
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def _array_transform(mean: Sequence[float], std: Sequence[float]) -> Transform:
+    return [
+        {"ToDtype": {"dtype": "float32", "scale": True}},
+        {"Normalize": {"mean": list(mean), "std": list(std)}},
+    ]
+
+
+def photograph_transform(
+    resize: int = 256,
+    crop: int = 224,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+    interpolation: str = "bilinear",
+) -> Transform:
+    """The centre crop that torchvision's ImageNet weights are evaluated with, as data."""
+    return [
+        {"Resize": {"size": [resize], "interpolation": interpolation}},
+        {"CenterCrop": {"size": crop}},
+        {"ToImage": {}},
+        *_array_transform(mean, std),
+    ]
+
+
+def _lacking(spec: DatasetSpec) -> list[Split]:
+    """The splits that a set does not have of its own."""
+    if spec.name in ("imagenet", "image-folder"):
+        return [split for split, folder in _folders(spec).items() if folder is None]
+    own: dict[str, tuple[Split, ...]] = {"digits": SPLITS, "cifar10": ("train", "test"), "cifar100": ("train", "test")}
+    return [split for split in SPLITS if split not in own.get(spec.name, ("train",))]
+
+
+def _share(count: int, split: Split, spec: DatasetSpec) -> npt.NDArray[np.int64]:
+    """The ids of `split` among `count` training images, from which the splits that the set lacks are held out.
+
+    The order in which they are drawn is that of the hashes of the ids: the same on every machine and for every version
+    of every library, which no generator's permutation promises.
+    """
+    order = sorted(range(count), key=lambda i: hashlib.blake2b(i.to_bytes(8, "little"), digest_size=8).digest())
+    start = 0
+    for name in _lacking(spec):
+        size = round(count * (spec.validation if name == "validation" else spec.test))
+        if split == name:
+            return np.sort(np.array(order[start : start + size], np.int64))
+        start += size
+    return np.sort(np.array(order[start:], np.int64))
+
+
+def _digits(spec: DatasetSpec, split: Split) -> Samples:
+    with gzip.open(package_data("data/digits/digits.csv.gz"), "rt") as lines:
+        table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
+    rows = {"train": slice(0, 1000), "validation": slice(1000, 1297), "test": slice(1297, 1797)}[split]
+    # 17 levels, stretched to the range in which 8-bit images are looked at.
+    pixels = torch.from_numpy((table[rows, :64] * 15).astype(np.uint8)).reshape(-1, 1, 8, 8)
+    labels = table[rows, 64].astype(np.int32)
+    return Samples(
+        "digits", split, ArrayImages(pixels), labels, tuple("0123456789"), _array_transform([0.2869], [0.3531])
+    )
+
+
+def _cifar(spec: DatasetSpec, split: Split) -> Samples:
+    root = Path(spec.root or f"data/{spec.name}")
+    kind, archive = {
+        "cifar10": (tv.CIFAR10, "cifar-10-python.tar.gz"),
+        "cifar100": (tv.CIFAR100, "cifar-100-python.tar.gz"),
+    }[spec.name]
+    try:
+        raw = kind(str(root), train=split != "test", download=True)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise UsageError(
+            f"{spec.name} is neither in {root} nor can it be downloaded: {error}",
+            f"put {archive} (from https://www.cs.toronto.edu/~kriz/cifar.html) or its unpacked folder into {root}, "
+            "or give the folder that has it: --set dataset.root=FOLDER",
+        ) from None
+    ids = _share(len(raw.targets), split, spec) if split != "test" else np.arange(len(raw.targets))
+    pixels = torch.from_numpy(raw.data[ids]).permute(0, 3, 1, 2).contiguous()
+    mean, std = {
+        "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+        "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+    }[spec.name]
+    labels = np.array(raw.targets, np.int32)[ids]
+    return Samples(spec.name, split, ArrayImages(pixels), labels, tuple(raw.classes), _array_transform(mean, std))
+
+
+_FOLDER_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("val", "validation", "valid"),
+    "test": ("test",),
+}
+
+
+def _folders(spec: DatasetSpec) -> dict[Split, Path | None]:
+    """Which folder holds which split of a set of class folders."""
+    root = Path(spec.root or f"data/{spec.name}")
+    found = {s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in _FOLDER_NAMES.items()}
+    if spec.name == "imagenet":
+        # The labels of ImageNet's test set are not public: its validation set is everybody's test set.
+        found = {"train": found["train"], "validation": None, "test": found["validation"]}
+    if found["train"] is None or (spec.name == "imagenet" and found["test"] is None):
+        folders = "train/ and val/" if spec.name == "imagenet" else "train/ (and if you have them val/ and test/)"
+        raise UsageError(
+            f"{root} does not hold {spec.name}" if root.is_dir() else f"there is no folder {root}",
+            f"put {folders} there, each with one folder of images a class, or --set dataset.root=FOLDER",
+        )
+    return found
+
+
+def _folder(spec: DatasetSpec, split: Split) -> Samples:
+    found = _folders(spec)
+    try:
+        folder = tv.ImageFolder(str(found[split] or found["train"]))
+        train_classes = tuple(tv.folder.find_classes(str(found["train"]))[0])
+    except OSError as error:
+        raise UsageError(str(error), "make one folder a class, with at least one image in each") from None
+    classes = tuple(folder.classes)
+    if classes != train_classes:
+        odd = sorted(set(classes) ^ set(train_classes))
+        raise MismatchError(
+            f"{found[split]} has other class folders than {found['train']}: {', '.join(odd[:5])}",
+            "make the class folders of all splits the same",
+        )
+    own = found[split] is not None and split != "train"
+    ids = np.arange(len(folder.samples)) if own else _share(len(folder.samples), split, spec)
+    return Samples(
+        spec.name,
+        split,
+        FileImages([folder.samples[i][0] for i in ids]),
+        np.array(folder.targets, np.int32)[ids],
+        classes,
+        photograph_transform(),
+    )
+
+
+def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """What an npz file holds; nothing in it is unpickled."""
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", "give the npz file: --set dataset.root=FILE")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip archive, or the end of it is missing")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # whatever the bytes of a broken file make numpy stumble over
+        raise CorruptError(
+            f"cannot read {path} as an npz file: {error}", "write it with numpy.savez(path, images=..., labels=...)"
+        ) from error
+
+
+def _npz(spec: DatasetSpec, split: Split) -> Samples:
+    path = Path(spec.root or "")
+    arrays = _arrays(path)
+    if "images" not in arrays or "labels" not in arrays:
+        raise UsageError(
+            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, not images and labels",
+            "write it with numpy.savez(path, images=[N, H, W] or [N, H, W, channels], labels=[N])",
+        )
+    images, labels = arrays["images"], arrays["labels"]
+    if images.ndim not in (3, 4) or images.dtype != np.uint8 or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise UsageError(
+            f"{path} has images {list(images.shape)} {images.dtype} and labels {list(labels.shape)} {labels.dtype}",
+            "images must be uint8 [N, H, W] or [N, H, W, channels], labels integers [N]",
+        )
+    if len(images) != len(labels):
+        raise MismatchError(f"{path} has {len(images)} images and {len(labels)} labels", "give one label an image")
+    names = _class_names(path, arrays.get("class_names"), labels)
+    check_labels(labels, len(names), str(path))
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.shape[3] > MOST_CHANNELS:
+        raise UsageError(
+            f"{path} has images {list(images.shape)}, which would be {images.shape[3]} channels",
+            "channels come last: [N, H, W, channels], as numpy.moveaxis(images, 1, -1) makes them",
+        )
+    ids = _share(len(images), split, spec)
+    channels = images.shape[3]
+    return Samples(
+        path.stem,
+        split,
+        ArrayImages(torch.from_numpy(images[ids]).permute(0, 3, 1, 2).contiguous()),
+        labels[ids].astype(np.int32),
+        names,
+        _array_transform([0.5] * channels, [0.5] * channels),
+    )
+
+
+def _class_names(path: Path, names: npt.NDArray[Any] | None, labels: npt.NDArray[np.integer[Any]]) -> tuple[str, ...]:
+    if names is not None:
+        if names.ndim != 1:
+            raise UsageError(f"{path} has class_names {list(names.shape)}", "store one name a class: [classes]")
+        return tuple(str(name) for name in names)
+    largest = int(labels.max(initial=0))
+    if largest >= max(len(labels), 2):
+        raise MismatchError(
+            f"{path} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",
+            "correct the labels, or store class_names=[one name a class] beside them",
+        )
+    return tuple(str(label) for label in range(largest + 1))
+
+
+_READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {
+    "digits": _digits,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "imagenet": _folder,
+    "image-folder": _folder,
+    "npz": _npz,
+}
+
+
+def load_split(spec: DatasetSpec, split: Split) -> Samples:
+    """One split of a named data set.
+
+    Raises:
+        KdcacheError: where the set is not there or not well, with what to put where.
+    """
+    return _READERS[spec.name](spec, split)
+
+
+def load_held_out(spec: DatasetSpec, split: Literal["validation", "test"]) -> Samples | None:
+    """The validation or the test split; None where the set has none of its own and nothing is held out for it."""
+    fraction = spec.validation if split == "validation" else spec.test
+    return None if fraction == 0 and split in _lacking(spec) else load_split(spec, split)

@@ -1,0 +1,181 @@
+"""Where pixels come from: arrays in memory, mapped files, image files, or the items of a Dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kdcache.errors import CorruptError, UsageError
+
+Picture = Tensor | Image.Image
+
+
+class Images(Protocol):
+    """Where the pixels are."""
+
+    parallel: ClassVar[bool]
+    """Whether several threads may read at once."""
+
+    def __len__(self) -> int: ...
+
+    def picture(self, index: int) -> Picture:
+        """Image `index`: a tensor [channels, H, W] or a PIL image."""
+
+    def content(self, index: int) -> bytes:
+        """The bytes that the content key of image `index` is made of."""
+
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images; of the first one, where they differ."""
+
+    def stamp(self) -> str | None:
+        """A name for the files that the images are in, another one whenever one of them is written; None without."""
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images in memory: a tensor [N, channels, H, W]."""
+
+    parallel: ClassVar[bool] = True
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def picture(self, index: int) -> Tensor:
+        """Image `index` as a tensor [channels, H, W]."""
+        return self.pixels[index]
+
+    def content(self, index: int) -> bytes:
+        """Type, shape and pixels of image `index`."""
+        pixels = self.pixels[index].contiguous().numpy()
+        return f"{pixels.dtype.str}{pixels.shape}".encode() + pixels.tobytes()
+
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    def stamp(self) -> None:
+        """They are in memory."""
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Images in files, decoded one at a time to RGB."""
+
+    parallel: ClassVar[bool] = True
+    paths: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def picture(self, index: int) -> Image.Image:
+        """Image `index`, as PIL reads it."""
+        try:
+            with Image.open(self.paths[index]) as image:
+                return image.convert("RGB")
+        except Exception as error:  # whatever the bytes of a broken file make Pillow stumble over
+            raise self._unreadable(index, error) from error
+
+    def content(self, index: int) -> bytes:
+        """The bytes of the file: another encoding of the same picture is another sample."""
+        try:
+            return Path(self.paths[index]).read_bytes()
+        except OSError as error:
+            raise self._unreadable(index, error) from error
+
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the first image."""
+        width, height = self.picture(0).size
+        return 3, height, width
+
+    def stamp(self) -> str:
+        """Of paths, sizes and times: no file can be written and leave the time of its last change as it was."""
+        sha = hashlib.sha256()
+        for index, path in enumerate(self.paths):
+            try:
+                found = Path(path).stat()
+            except OSError as error:
+                raise self._unreadable(index, error) from error
+            parts = (path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+            sha.update(repr(parts).encode())
+        return sha.hexdigest()
+
+    def _unreadable(self, index: int, error: Exception) -> CorruptError:
+        return CorruptError(f"cannot read the image {self.paths[index]}: {error}", "replace or remove it")
+
+
+@dataclass(frozen=True)
+class ItemImages:
+    """The images of any `torch.utils.data.Dataset` of (image, label) pairs, as `wrap` takes it."""
+
+    parallel: ClassVar[bool] = False
+    dataset: Dataset[Any]
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def picture(self, index: int) -> Picture:
+        """The first element of item `index`."""
+        image = self.dataset[index][0]
+        if isinstance(image, np.ndarray) and image.ndim in (2, 3):
+            # As torchvision's to_image does it, which would cost every command a second of imports.
+            image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).contiguous()
+        if isinstance(image, Image.Image) or (isinstance(image, Tensor) and image.ndim == 3):
+            return image
+        shape = f" {list(image.shape)}" if isinstance(image, Tensor | np.ndarray) else ""
+        raise UsageError(
+            f"item {index} of the data set holds a {type(image).__name__}{shape} for an image",
+            "return a tensor [channels, H, W], a numpy array [H, W] or [H, W, channels], or a PIL image",
+        )
+
+    def content(self, index: int) -> bytes:
+        """Type, shape and values of the image."""
+        image = self.picture(index)
+        if isinstance(image, Image.Image) and image.mode == "P":
+            image = image.convert("RGBA")  # numbers of a palette say nothing without it
+        array = np.ascontiguousarray(image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
+        return f"{array.dtype.str}{array.shape}".encode() + array.tobytes()
+
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the first image."""
+        image = self.picture(0)
+        if isinstance(image, Image.Image):
+            return len(image.getbands()), image.height, image.width
+        channels, height, width = image.shape
+        return channels, height, width
+
+    def stamp(self) -> None:
+        """Where they come from is the data set's own matter."""
+
+
+@dataclass(frozen=True)
+class MappedImages(ArrayImages):
+    """Images in a file of the bare pixels that is mapped into memory: processes that map it share what it takes."""
+
+    path: Path
+
+    def __reduce__(self) -> Any:
+        return _map, (self.path, self.pixels.shape, self.pixels.dtype)
+
+
+def map_images(images: ArrayImages, path: Path) -> MappedImages:
+    """Images in memory, written to a file and mapped from there."""
+    images.pixels.contiguous().numpy().tofile(path)
+    return _map(path, images.pixels.shape, images.pixels.dtype)
+
+
+def _map(path: Path, shape: Sequence[int], dtype: torch.dtype) -> MappedImages:
+    pixels = torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype)
+    return MappedImages(pixels.view(*shape), path)

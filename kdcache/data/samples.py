@@ -1,0 +1,191 @@
+"""What a data set is to kdcache: images, labels, content keys, and a digest that says whether two copies are the same.
+
+`Samples` are in a fixed order: a sample's ordinal is its id in every cache. Each has a 64-bit content key, so that
+another copy, another order, or another version of the set is noticed before it does harm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+from kdcache.config.schema import Transform
+from kdcache.data.content_keys import keep_keys, kept_keys
+from kdcache.data.images import Images, ItemImages
+from kdcache.errors import MismatchError, UsageError
+from kdcache.runtime.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One split of a data set, in a fixed order.
+
+    Attributes:
+        name: of the data set.
+        split: which part.
+        images: where the pixels are.
+        labels: [N] int32, -1 where not known.
+        class_names: one a class; their number is the number of classes.
+        transform: what is done to an image where the pipeline does not say (`views.py` has the form).
+        ids: [N] int64, ascending, by which the views of samples are seeded where these are some of a cache's and their
+            ids there are not their ordinals here.
+    """
+
+    name: str
+    split: str
+    images: Images
+    labels: npt.NDArray[np.int32]
+    class_names: tuple[str, ...]
+    transform: Transform
+    ids: npt.NDArray[np.int64] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != len(self.images):
+            raise MismatchError(
+                f"{self.name}/{self.split} has {len(self.images)} images and {len(self.labels)} labels",
+                "give one label an image, -1 where it is not known",
+            )
+        if len(self.labels) == 0:
+            raise UsageError(f"{self.name}/{self.split} holds no image", "check dataset.root and the split fractions")
+        check_labels(self.labels, self.num_classes, f"{self.name}/{self.split}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def keys(self, progress: Progress | None = None) -> npt.NDArray[np.uint64]:
+        """The 64-bit content keys of all samples, [N] uint64: BLAKE2b-64 of each image's content.
+
+        Files are read once on a machine: their keys are kept in kdcache's own folder, for as long as no file changes.
+        """
+        stamp = self.images.stamp()
+        if stamp is not None and (kept := kept_keys(stamp, len(self))) is not None:
+            return kept
+        keys = self._computed_keys(progress or Silent())
+        if stamp is not None:
+            keep_keys(stamp, keys)
+        return keys
+
+    def _computed_keys(self, progress: Progress) -> npt.NDArray[np.uint64]:
+        with (
+            progress.task(f"content keys of {self.name}/{self.split}", len(self), "images") as task,
+            ThreadPoolExecutor(max_workers=None if self.images.parallel else 1) as pool,
+        ):
+            blocks = [range(start, min(start + 256, len(self))) for start in range(0, len(self), 256)]
+            keys = np.empty(len(self), np.uint64)
+            for block, of_block in zip(blocks, pool.map(self._keys_of, blocks), strict=True):
+                keys[block.start : block.stop] = of_block
+                task.advance(len(block))
+        return keys
+
+    def _keys_of(self, ids: range) -> npt.NDArray[np.uint64]:
+        digests = (hashlib.blake2b(self.images.content(index), digest_size=8).digest() for index in ids)
+        return np.frombuffer(b"".join(digests), "<u8")
+
+
+def check_labels(labels: npt.NDArray[np.integer[Any]], num_classes: int, where: str) -> None:
+    """That labels run from 0 to `num_classes - 1`, or are -1 where not known.
+
+    Raises:
+        MismatchError: which names the first that does not.
+    """
+    out = np.flatnonzero((labels < -1) | (labels >= num_classes))
+    if len(out):
+        raise MismatchError(
+            f"label out of range in {where}: sample {out[0]} has label {labels[out[0]]}, "
+            f"classes run from 0 to {num_classes - 1} ({len(out)} such samples)",
+            "correct the labels, or give the right number of classes; -1 marks a label that is not known",
+        )
+
+
+def wrap(
+    dataset: Dataset[Any],
+    num_classes: int,
+    name: str = "dataset",
+    split: str = "train",
+    transform: Transform | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Samples:
+    """Any map-style `torch.utils.data.Dataset` of (image, label) pairs, as kdcache's own sets.
+
+    Args:
+        dataset: with `__len__` and `__getitem__`; images are tensors [channels, H, W], numpy arrays [H, W] or
+            [H, W, channels], or PIL images; labels are integers.
+        num_classes: labels run from 0 to `num_classes - 1`; -1 marks an unknown label.
+        name: what the manifest calls it.
+        split: which part of it this is.
+        transform: as in a pipeline file; None leaves the images as the data set gives them.
+        class_names: for the manifest; "0", "1", ... if not given.
+
+    Raises:
+        UsageError: if it is no such data set.
+        MismatchError: for a label out of range, or a class name too many or too few.
+    """
+    names = tuple(str(c) for c in (range(num_classes) if class_names is None else class_names))
+    if len(names) != num_classes:
+        raise MismatchError(f"{len(names)} class names for {num_classes} classes", "give one name a class")
+    try:
+        length = len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
+    except TypeError:
+        raise UsageError(f"{type(dataset).__name__} has no length", "give a map-style data set") from None
+    labels = np.array([_label(dataset[index], index) for index in range(length)])
+    check_labels(labels, num_classes, f"{name}/{split}")
+    return Samples(name, split, ItemImages(dataset, length), labels.astype(np.int32), names, transform or [])
+
+
+def _label(item: Any, index: int) -> int:
+    try:
+        return operator.index(item[1])
+    except (TypeError, ValueError, LookupError):
+        raise UsageError(
+            f"item {index} of the data set is no pair of an image and a whole number", "return (image, label)"
+        ) from None
+
+
+def check_same_samples(
+    samples: Samples,
+    keys: npt.NDArray[np.uint64],
+    cached_keys: npt.NDArray[np.uint64],
+    cached_labels: npt.NDArray[np.int32],
+) -> None:
+    """That row i of a cache belongs to sample i of a data set.
+
+    Raises:
+        MismatchError: which says whether it is another set, another order, or another labelling, and where it begins.
+    """
+    here = f"{samples.name}/{samples.split}"
+    if len(keys) != len(cached_keys):
+        raise MismatchError(
+            f"the cache holds {len(cached_keys)} samples, {here} has {len(keys)}",
+            "use the data set and the split that the cache was made from (`kdcache info CACHE` names them)",
+        )
+    differ = np.flatnonzero(keys != cached_keys)
+    if len(differ):
+        if np.array_equal(np.sort(keys), np.sort(cached_keys)):
+            raise MismatchError(
+                f"{here} holds the cache's samples in another order, first at sample {differ[0]}",
+                "do not shuffle the data set; shuffling is the sampler's work",
+            )
+        raise MismatchError(
+            f"{len(differ)} of {len(keys)} samples of {here} are not those of the cache, first sample {differ[0]}",
+            "use the data set that the cache was made from, or dump the teacher on this one",
+        )
+    differ = np.flatnonzero(samples.labels != cached_labels)
+    if len(differ):
+        raise MismatchError(
+            f"sample {differ[0]} of {here} has label {samples.labels[differ[0]]}, in the cache "
+            f"{cached_labels[differ[0]]} ({len(differ)} labels differ)",
+            "use the labels that the cache was made with, or dump the teacher again",
+        )

@@ -1,0 +1,124 @@
+"""Compare cached logits with those of the teacher that is said to have made them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.cache.fidelity import TEMPERATURES, divergence, gradient_error, total_variation
+from kdcache.cache.format.codec import decode, encode
+from kdcache.cache.planner import pilot_ids
+from kdcache.cache.reader import Cache
+from kdcache.config.schema import CacheSpec
+from kdcache.data.loader import batches, cut_range
+from kdcache.data.replay import view_of
+from kdcache.data.samples import Samples
+from kdcache.errors import MismatchError
+from kdcache.models import weights_digest
+from kdcache.models.inference import RunningTeacher, described_precision, refuse_not_finite
+from kdcache.runtime.progress import Progress, Silent
+
+_SUSPECT = 0.05
+"""Mean total variation at T = 1 from which it is another teacher, or another way to run it."""
+
+
+class Agreement(NamedTuple):
+    """How near cached logits are to those of the live teacher, on a sample of rows of one view.
+
+    Attributes:
+        view: which one.
+        temperature: T.
+        rows: how many.
+        total_variation: mean over the rows.
+        divergence: mean KL(live || cached), in nats.
+        top1: share of rows with the same largest class.
+        gradient_error: of KD, relative, for a student that has learned nothing.
+    """
+
+    view: int
+    temperature: int
+    rows: int
+    total_variation: float
+    divergence: float
+    top1: float
+    gradient_error: float
+
+
+def compare_with_teacher(
+    cache: Cache,
+    model: nn.Module,
+    samples: Samples,
+    spec: CacheSpec | None = None,
+    rows: int = 512,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> list[Agreement]:
+    """Run the teacher again on some rows of every view.
+
+    Args:
+        cache: what is to be verified.
+        model: the teacher; put into evaluation mode.
+        samples: the data set that the cache was made from.
+        spec: in what precision it runs, and how many processes load images; None for the usual.
+        rows: how many of each view, spread over the data set.
+        device: where the teacher runs.
+        progress: who is told how it goes.
+
+    Raises:
+        MismatchError: if it has other weights, or says something else than the cache.
+    """
+    plan, spec = cache.manifest.plan, spec or CacheSpec()
+    if (digest := weights_digest(model)) != plan.teacher.weights_digest:
+        raise MismatchError(
+            f"this teacher has the weights {digest}, the cache is of {plan.teacher.weights_digest}",
+            "give the teacher that the cache was made with (`kdcache info CACHE` names it)",
+        )
+    if (precision := described_precision(spec)) != plan.teacher.precision:
+        raise MismatchError(
+            f"the teacher would run in {precision}, the cache's ran in {plan.teacher.precision}",
+            "set cache.precision, cache.channels_last and cache.compile as they were",
+        )
+    running = RunningTeacher(model, plan.encoding.num_classes, spec, device)
+    ids = pilot_ids(len(samples), rows)
+    cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
+    teacher = cache.teacher(device)
+    found = []
+    with (progress or Silent()).task("teacher", len(ids) * len(cache.views), "rows") as task:
+        for view in cache.views:
+            seen = view_of(cache, samples, view)
+            parts = []
+            for batch in batches(seen, cuts, spec.workers, device):
+                live = running(batch.images)
+                refuse_not_finite(live.isfinite().all(dim=1).cpu(), batch.ids)
+                truth = teacher.labels[batch.ids.to(device)]
+                again = decode(encode(live, truth, plan.encoding, teacher.basis), truth, plan.encoding, teacher.basis)
+                parts.append((live, again, teacher(batch.ids, view)))
+                task.advance(len(batch.ids))
+            live, again, cached = (torch.cat(logits) for logits in zip(*parts, strict=True))
+            _check_same_teacher(_agreement(view, 1, again, cached))
+            found += [_agreement(view, t, live, cached) for t in TEMPERATURES]
+    return found
+
+
+def _check_same_teacher(encoded: Agreement) -> None:
+    """Refuse another teacher; `encoded` compares with live logits after the same encoding, which may lose much."""
+    if encoded.total_variation > _SUSPECT:
+        raise MismatchError(
+            f"in view {encoded.view} the teacher says something else than the cache: mean total variation "
+            f"{encoded.total_variation:.4f} at T = 1, the same class in {encoded.top1:.1%} of {encoded.rows} rows",
+            "run the teacher as the cache's was: its code, precision, library versions (`kdcache info CACHE`)",
+        )
+
+
+def _agreement(view: int, temperature: int, live: Tensor, cached: Tensor) -> Agreement:
+    return Agreement(
+        view,
+        temperature,
+        len(live),
+        float(total_variation(live, cached, temperature).mean()),
+        float(divergence(live, cached, temperature).mean()),
+        float((live.argmax(dim=1) == cached.argmax(dim=1)).float().mean()),
+        gradient_error(live, cached, torch.zeros_like(live), temperature),
+    )

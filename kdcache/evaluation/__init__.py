@@ -1,0 +1,1 @@
+"""Measure trained networks, and write the report about them."""

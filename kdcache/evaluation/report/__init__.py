@@ -1,0 +1,1 @@
+"""The HTML report: collect the data, draw the charts, write the sections."""

@@ -1,0 +1,162 @@
+"""What the outputs of a network stand for, where they are not the classes of the data set one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.config.schema import ModelSpec
+from kdcache.errors import MismatchError, UsageError
+from kdcache.models.build import categories_of
+
+Groups = list[list[int]]
+"""For each class of the data set, the outputs of a network that stand for it."""
+
+_LISTED = 64
+"""A record lists so many classes one by one, and of more a digest."""
+
+
+class ChosenOutputs(nn.Module):
+    """A network of which some outputs stand for the classes of a data set.
+
+    The logits of several outputs of one class are joined by logsumexp: the class's probability is then the sum of
+    theirs. The outputs that stand for no class drop out, as if the network had never had them.
+
+    Args:
+        network: returns logits [B, `outputs`].
+        outputs: how many it is said to have.
+        groups: which of them stand for each class.
+    """
+
+    def __init__(self, network: nn.Module, outputs: int, groups: Groups) -> None:
+        super().__init__()
+        self.network = network
+        self.outputs = outputs
+        # Classes of equally many outputs are joined in one step; `places` brings them back into order.
+        self.sizes = sorted({len(group) for group in groups})
+        by_size = {size: [c for c, group in enumerate(groups) if len(group) == size] for size in self.sizes}
+        # Buffers, so that the digest of the weights tells one choice of outputs from another.
+        for size, classes in by_size.items():
+            self.register_buffer(f"outputs_{size}", torch.tensor([groups[c] for c in classes]))
+        order = torch.tensor([c for classes in by_size.values() for c in classes])
+        self.register_buffer("places", order.argsort())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, H, W] -> logits [B, C] float32."""
+        logits = self.network(images)
+        if not isinstance(logits, Tensor) or logits.shape != (len(images), self.outputs):
+            found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise MismatchError(
+                f"the network whose outputs are chosen returned {found} for {len(images)} images, not "
+                f"[{len(images)}, {self.outputs}]",
+                "set teacher.outputs to the number of outputs that it has",
+            )
+        logits = logits.float()
+        joined = [logits[:, self.get_buffer(f"outputs_{size}")].logsumexp(dim=2) for size in self.sizes]
+        return torch.cat(joined, dim=1)[:, self.get_buffer("places")]
+
+
+def read_groups(classes: list[int | list[int]] | str, outputs: int, num_classes: int) -> Groups:
+    """Which outputs stand for which class, as `teacher.classes` says it.
+
+    Args:
+        classes: the list, or the path of a text file with the outputs of one class a line.
+        outputs: how many the network has.
+        num_classes: C, of the data set.
+
+    Raises:
+        UsageError: if the file cannot be read, or an output is given twice: it would count twice in every softmax.
+        MismatchError: if there are not C entries, or an output that the network has not.
+    """
+    groups = _from_file(Path(classes)) if isinstance(classes, str) else [_listed(entry) for entry in classes]
+    where = f"teacher.classes ({classes})" if isinstance(classes, str) else "teacher.classes"
+    if len(groups) != num_classes:
+        raise MismatchError(
+            f"{where} has {len(groups)} entries, the data set has {num_classes} classes",
+            "give one entry for each class of the data set, in its order",
+        )
+    for number, group in enumerate(groups):
+        if max(group) >= outputs:
+            raise MismatchError(
+                f"{where} gives class {number} the output {max(group)}, the network has outputs 0 to {outputs - 1}",
+                "count outputs from 0; or correct teacher.outputs",
+            )
+    output, times = Counter(output for group in groups for output in group).most_common(1)[0]
+    if times > 1:
+        places = [str(number) for number, group in enumerate(groups) for one in group if one == output]
+        raise UsageError(
+            f"{where} gives output {output} to more than one class: {', '.join(places)}"
+            if len(set(places)) > 1
+            else f"{where} gives class {places[0]} output {output} twice",
+            "give each output once",
+        )
+    return groups
+
+
+def _listed(entry: int | list[int]) -> list[int]:
+    return [entry] if isinstance(entry, int) else entry
+
+
+def _from_file(path: Path) -> Groups:
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(
+            f"cannot read teacher.classes from {path}: {reason}", "give a text file, a line a class"
+        ) from None
+    groups = []
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words or not all(word.isascii() and word.isdecimal() for word in words):
+            raise UsageError(
+                f"{path}:{number}: {line!r} is not the number of an output, or several with blanks between",
+                "write the outputs of one class on each line, counted from 0",
+            )
+        groups.append([int(word) for word in words])
+    return groups
+
+
+def record_of_groups(groups: Groups) -> list[int | list[int]] | str:
+    """The groups as a record has them: a list, or the digest of a long one."""
+    plain = [group[0] if len(group) == 1 else group for group in groups]
+    if len(plain) <= _LISTED:
+        return plain
+    return f"sha256:{hashlib.sha256(json.dumps(plain).encode()).hexdigest()}"
+
+
+def compare_names(spec: ModelSpec, groups: Groups | None, class_names: tuple[str, ...]) -> str | None:
+    """A remark on what the weights that a model names call their outputs, if that is not what the data set does.
+
+    Args:
+        spec: the model.
+        groups: which of its outputs stand for each class; None for all, in order.
+        class_names: of the data set.
+
+    Raises:
+        MismatchError: if both have the same names, in another order.
+    """
+    categories = categories_of(spec)
+    if categories is None or (groups is None and len(categories) != len(class_names)):
+        return None  # of other classes altogether, which `build_model` refuses
+    chosen = groups or [[output] for output in range(len(categories))]
+    there = [" / ".join(categories[output] for output in group) for group in chosen]
+    differ = [c for c, (one, other) in enumerate(zip(class_names, there, strict=True)) if _bare(one) != _bare(other)]
+    if not differ:
+        return None
+    first = f"class {differ[0]} is {class_names[differ[0]]!r} in the data set and {there[differ[0]]!r} in {spec.model}"
+    if sorted(map(_bare, class_names)) == sorted(map(_bare, there)):
+        raise MismatchError(
+            f"the data set has the classes of {spec.model} in another order: {first}",
+            "say in teacher.classes which output stands for each class",
+        )
+    return f"note: {len(differ)} of {len(there)} classes go by another name: {first}; make sure that they mean the same"
+
+
+def _bare(name: str) -> str:
+    return name.casefold().replace("_", " ").strip()

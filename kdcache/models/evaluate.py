@@ -1,0 +1,45 @@
+"""How good a network is on a split."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kdcache.data.loader import batches, cut_range
+from kdcache.data.views import View
+from kdcache.errors import UsageError
+
+
+class Score(NamedTuple):
+    """Over the labelled samples of a split: accuracy in [0, 1], mean negative log-likelihood in nats."""
+
+    accuracy: float
+    loss: float
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", batch_size: int = 512) -> Score:
+    """Accuracy and negative log-likelihood of a network on a view, in evaluation mode.
+
+    Raises:
+        UsageError: if no sample has a label.
+    """
+    was_training = model.training
+    model.eval()
+    correct, summed, labelled = 0, 0.0, 0
+    cuts = [list(cut) for cut in cut_range(range(len(view)), batch_size)]
+    for batch in batches(view, cuts, 0, device):
+        logits = model(batch.images.to(device)).float()
+        truth = batch.labels.to(device)
+        correct += int((logits.argmax(dim=1) == truth).sum())
+        summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
+        labelled += int((truth >= 0).sum())
+    model.train(was_training)
+    if not labelled:
+        raise UsageError(
+            f"no sample of {view.samples.name}/{view.samples.split} has a label", "evaluate on a labelled split"
+        )
+    return Score(correct / labelled, summed / labelled)

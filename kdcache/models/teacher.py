@@ -1,0 +1,112 @@
+"""The teacher that a pipeline names, with its weights, and the images that it is to see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from kdcache.cache.format.integrity import record_of
+from kdcache.config.schema import EnsembleSpec, Pipeline, TrainedSpec, Transform
+from kdcache.data.datasets import load_split
+from kdcache.data.samples import Samples
+from kdcache.data.views import View
+from kdcache.errors import MismatchError
+from kdcache.models import (
+    ChosenOutputs,
+    Ensemble,
+    build_model,
+    compare_names,
+    outputs_of,
+    preset_transform,
+    read_groups,
+    record_of_groups,
+)
+from kdcache.runtime.progress import Progress, Silent
+
+
+class Identity(NamedTuple):
+    """What tells a teacher from another beside its weights; see `TeacherRecord`."""
+
+    name: str
+    arguments: dict[str, Any]
+    code_digest: str | None
+
+
+class LoadedTeacher(NamedTuple):
+    """What the `dataset` and `teacher` sections of a pipeline name."""
+
+    model: nn.Module
+    identity: Identity
+    samples: Samples
+    transform: Transform
+
+
+def load_teacher(pipeline: Pipeline, progress: Progress | None = None) -> LoadedTeacher:
+    """The trained teacher of a pipeline, and the training images that it is to see.
+
+    Raises:
+        KdcacheError: if one is not there, or they do not fit.
+    """
+    specs = pipeline.members
+    samples = load_split(pipeline.dataset, "train")
+    transform = _preset(specs, samples) if pipeline.transform is None else pipeline.transform
+    shape = View(samples, transform).shape()
+    loaded = [_load(spec, samples, shape, progress or Silent()) for spec in specs]
+    models, identities = [model for model, _ in loaded], [identity for _, identity in loaded]
+    if not isinstance(pipeline.teacher, EnsembleSpec):
+        return LoadedTeacher(models[0], identities[0], samples, transform)
+    combine, members = pipeline.teacher.combine, pipeline.teacher.ensemble
+    weights = [member.weight for member in members]
+    model = Ensemble(models, weights, combine, [member.model for member in members], samples.num_classes)
+    return LoadedTeacher(model, _together(identities, weights, combine), samples, transform)
+
+
+def _preset(specs: list[TrainedSpec], samples: Samples) -> Transform:
+    """What the teacher sees where the pipeline does not say it."""
+    first, *others = [(spec.model, preset_transform(spec) or samples.transform) for spec in specs]
+    for name, preset in others:
+        if preset != first[1]:
+            raise MismatchError(
+                f"the teacher's members want images prepared in different ways\n"
+                f"  {first[0]}: {first[1]}\n  {name}: {preset}",
+                "say in `transform` what all of them are to see",
+            )
+    return first[1]
+
+
+def _load(
+    spec: TrainedSpec, samples: Samples, shape: tuple[int, int, int], progress: Progress
+) -> tuple[nn.Module, Identity]:
+    """One network that returns logits of the data set's classes, and what its record will say of it."""
+    outputs, groups = samples.num_classes, None
+    arguments = spec.args
+    if spec.classes is not None:
+        outputs = outputs_of(spec) or spec.outputs or outputs
+        groups = read_groups(spec.classes, outputs, samples.num_classes)
+        arguments = {"args": spec.args, "outputs": outputs, "classes": record_of_groups(groups)}
+    if remark := compare_names(spec, groups, samples.class_names):
+        progress.say(remark)
+    model = build_model(spec, outputs, shape, trained=True)
+    path, _, _ = spec.model.partition(":")
+    code = f"sha256:{record_of(Path(path)).sha256}" if path.endswith(".py") else None
+    # Of a teacher from a file the name is kept, not where the file lay on this machine.
+    identity = Identity(spec.model.rpartition("/")[2], _without_folders(arguments), code)
+    return (model if groups is None else ChosenOutputs(model, outputs, groups)), identity
+
+
+def _without_folders(given: Any) -> Any:
+    """Arguments of a constructor with the name alone of each file or folder that is given by its whole path."""
+    if isinstance(given, dict):
+        return {key: _without_folders(value) for key, value in given.items()}
+    if isinstance(given, list):
+        return [_without_folders(value) for value in given]
+    return Path(given).name if isinstance(given, str) and Path(given).expanduser().is_absolute() else given
+
+
+def _together(identities: list[Identity], weights: list[float], combine: str) -> Identity:
+    """What the record of an ensemble will say of its members."""
+    members = [{**one._asdict(), "weight": weight} for one, weight in zip(identities, weights, strict=True)]
+    name = " + ".join(one.name for one in identities)
+    return Identity(name, {"members": members, "combine": combine}, None)

@@ -1,0 +1,1 @@
+"""Stage two: train students from a cache, and teachers from labels."""

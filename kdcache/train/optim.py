@@ -1,0 +1,59 @@
+"""Optimizers, and the learning rate as a function of how far training has come."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from kdcache.config.schema import TrainSpec
+
+_ONECYCLE_RISE = 0.3
+_ONECYCLE_START, _ONECYCLE_END = 1 / 25, 1 / (25 * 1e4)
+
+
+def rate(done: int, steps: int, spec: TrainSpec) -> float:
+    """The learning rate, as a factor of `spec.lr`, of the step after `done` steps, `steps` of which are an epoch.
+
+    constant    1
+    multistep   decay to the power of the milestones that are passed
+    cosine      from 1 down to 0 along half a cosine
+    onecycle    from 1/25 up to 1 and down to 4e-6, along half a cosine each (Smith & Topin 2018, 1708.07120; the shape
+                and the figures are those of torch's OneCycleLR, the momentum stays)
+
+    The first three come after a line from 0, which itself is no step's rate, to 1 over `spec.warmup_epochs`.
+    """
+    at = done / steps
+    if spec.schedule == "onecycle":
+        top = spec.warmup_epochs or _ONECYCLE_RISE * spec.epochs
+        if at < top:
+            return _along_cosine(_ONECYCLE_START, 1.0, at / top)
+        return _along_cosine(1.0, _ONECYCLE_END, (at - top) / (spec.epochs - top))
+    if at < spec.warmup_epochs:
+        return min((done + 1) / (steps * spec.warmup_epochs), 1.0)
+    if spec.schedule == "multistep":
+        return spec.decay ** sum(at >= milestone for milestone in spec.milestones)
+    if spec.schedule == "cosine":
+        return _along_cosine(1.0, 0.0, (at - spec.warmup_epochs) / (spec.epochs - spec.warmup_epochs))
+    return 1.0
+
+
+def _along_cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+def make_schedule(optimizer: Optimizer, spec: TrainSpec, steps: int) -> LambdaLR:
+    """The schedule of an optimizer that takes `steps` steps an epoch; stepped after each of them."""
+    return LambdaLR(optimizer, partial(rate, steps=steps, spec=spec))
+
+
+def make_optimizer(model: nn.Module, spec: TrainSpec, theta: nn.Parameter | None = None) -> Optimizer:
+    """The optimizer that a pipeline describes, of the model and of what its loss learns."""
+    parameters = [*model.parameters(), *([] if theta is None else [theta])]
+    if spec.optimizer == "adamw":
+        return AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
+    nesterov = spec.nesterov and spec.momentum > 0
+    return SGD(parameters, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, weight_decay=spec.weight_decay)

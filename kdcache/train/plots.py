@@ -1,0 +1,97 @@
+"""Pictures of what was found."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_DOTS_BELOW = 40
+
+_LONG_NAME = 12
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A PNG of a run's lines of metrics.csv: losses on the left, accuracy on the right.
+
+    Args:
+        rows: `fit.Epoch`, one an epoch, as a dict.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    validated = any(row["validation_accuracy"] is not None for row in rows)
+    losses, *accuracy = figure.subplots(1, 1 + validated, squeeze=False)[0]
+    epochs = [row["epoch"] for row in rows]
+    dots = "o-" if len(rows) < _DOTS_BELOW else "-"
+
+    def line(axes: Axes, key: str, label: str, colour: str, factor: float = 1.0) -> None:
+        values = [math.nan if row[key] is None else factor * row[key] for row in rows]
+        if not all(math.isnan(value) for value in values):
+            axes.plot(epochs, values, dots, markersize=3, color=colour, label=label)
+
+    line(losses, "loss", "training: total", "C0")
+    line(losses, "cross_entropy", "training: labels", "C1")
+    line(losses, "distillation", "training: teacher, before warm-up", "C2")
+    line(losses, "validation_loss", "validation: labels", "C3")
+    losses.set_ylabel("loss, nats")
+    for axes in accuracy:
+        line(axes, "validation_accuracy", "validation", "C3", 100)
+        axes.set_ylabel("accuracy, %")
+    for axes in (losses, *accuracy):
+        axes.set_xlabel("epoch")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path, dpi=120)
+
+
+def draw_accuracies(
+    by_point: Mapping[str, Sequence[float]],
+    teacher: float | None,
+    title: str,
+    path: Path,
+    label: str = "loss of the student",
+) -> None:
+    """A PNG of test accuracies: a dot a seed, a bar at the mean of each column, a line for the teacher.
+
+    Args:
+        by_point: accuracies in [0, 1], one a seed.
+        teacher: its accuracy on the same split, if it is known.
+        title: one line.
+        path: of the PNG.
+        label: of what the columns are.
+    """
+    figure = Figure(figsize=(max(7, 1.2 * len(by_point)), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if teacher is not None:
+        axes.axhline(100 * teacher, color="0.4", linestyle="--", linewidth=1, label=f"teacher, {teacher:.1%}")
+        axes.legend(loc="lower right", frameon=False)
+    for place, accuracies in enumerate(by_point.values()):
+        percent = [100 * accuracy for accuracy in accuracies]
+        if not percent:
+            continue
+        # Dots of one column stand side by side, so that equal accuracies can be told apart.
+        offsets = [0.1 * (i - (len(percent) - 1) / 2) for i in range(len(percent))]
+        axes.plot([place + offset for offset in offsets], percent, "o", color=f"C{place}", alpha=0.7)
+        mean = statistics.mean(percent)
+        axes.hlines(mean, place - 0.35, place + 0.35, color=f"C{place}", linewidth=2.5)
+        axes.annotate(f"{mean:.1f}", (place + 0.38, mean), va="center", fontsize=9)
+    names = list(by_point)
+    axes.set_xticks(range(len(names)), names)
+    if max(map(len, names)) > _LONG_NAME:
+        axes.tick_params(axis="x", labelrotation=20)
+    axes.set_xlim(-0.6, len(names) - 0.3)
+    axes.set_xlabel(label)
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,165 @@
+"""Every benchmark runs, and prints the table that it promises, with figures that hang together."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers.paths import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+COLUMNS = re.compile(r"\s{2,}")
+
+
+@functools.cache
+def printed(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(BENCHMARKS / name), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def tables(name: str) -> list[dict[str, list[str]]]:
+    """The tables of a benchmark: what a line is about, to its cells in the other columns; of the heading, ""."""
+    found: list[dict[str, list[str]]] = []
+    for line in printed(name, "--quick").splitlines():
+        first, *cells = COLUMNS.split(line.strip())
+        if first in ("kept", "work"):
+            found.append({"": cells})
+        elif found and cells:
+            found[-1][first] = cells
+    return found
+
+
+def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
+    """A column of figures, by what the line is about; percentages as fractions."""
+    where = table[""].index(column)
+    values = {}
+    for name, cells in table.items():
+        if name:
+            cell = cells[where].replace(",", "")
+            values[name] = float(cell.rstrip("%")) / (100 if cell.endswith("%") else 1)
+    assert all(math.isfinite(value) and value >= 0 for value in values.values()), values
+    return values
+
+
+@pytest.mark.parametrize("name", ["peers.py", "codec.py", "load.py"])
+def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
+    words = printed(name, "--help")
+    assert f"python benchmarks/{name}" in words
+    assert "--quick" in words
+
+
+PEERS = {
+    "dense, float16",
+    "top 16, renormalised",
+    "top 16, even tail",
+    "FKD, top 5, float32",
+    "FKD, top 5, float16",
+    "FKD, top 10, float32",
+    "FKD, top 5, another cache for every T",
+    "TinyViT, top 10",
+    "ml-dr, top 10",
+}
+
+
+def test_peers_are_measured_on_made_rows_and_on_those_of_a_trained_teacher() -> None:
+    found = tables("peers.py")
+    assert len(found) == 2
+    for table in found:
+        assert set(table) > PEERS
+        (ours,) = (name for name in table if name.startswith("kdcache, planned for 0.02"))
+        (even,) = (name for name in table if name.endswith("the least within 0.02"))
+        raw, files = figures(table, "raw"), figures(table, "files")
+        worst, at_4, error = (figures(table, column) for column in ("worst TV", "TV T=4", "T=4"))
+        for name in worst:
+            assert worst[name] >= at_4[name]
+        assert worst[even] <= 0.02
+        assert worst[ours] <= 0.03, "planned on other rows than these"
+        assert files[ours] < raw[ours] < min(files[even], files["dense, float16"])
+        assert error["dense, float16"] < error[ours] < 0.2 * min(error[name] for name in PEERS - {"dense, float16"})
+        assert (raw["TinyViT, top 10"], raw["FKD, top 5, float32"], raw["FKD, top 5, float16"]) == (40, 40, 20)
+        assert figures(table, "replay")[ours] == 0
+        assert figures(table, "T=1")["FKD, top 5, float32"] == pytest.approx(
+            figures(table, "T=1")["FKD, top 5, another cache for every T"]
+        )
+        for t in (1, 2, 4, 8):
+            figures(table, f"T={t}")
+
+
+def test_one_set_of_rows_can_be_measured_alone() -> None:
+    rows = BENCHMARKS.parent / "tests" / "reference" / "glyphs300.npz"
+    alone = printed("peers.py", str(rows))
+    assert alone.startswith("glyphs300.npz: 300 classes, 500 rows")
+    assert alone in printed("peers.py", "--quick")
+
+
+def test_ratios_of_the_codec_are_those_of_the_times_beside_them() -> None:
+    (table,) = tables("codec.py")
+    heading = table.pop("")
+    assert heading == ["time", "beside", "time", "ratio", "bound"]
+    assert [name.split(":")[0] for name in table] == ["encode", "gather and decode"]
+    for time, _, beside, ratio, bound in table.values():
+        assert float(time) > 0
+        assert float(ratio.rstrip("%")) / 100 == pytest.approx(float(time) / float(beside), rel=0.05)
+        assert bound == "2.00%"
+
+
+def test_load_reports_sizes_ratio_and_speed() -> None:
+    (table,) = tables("load.py")
+    assert [name.split(",")[0] for name in table if name] == ["top 4", "top 16"]
+    raw, files = figures(table, "raw"), figures(table, "files")
+    plain, load, ratio = (figures(table, column) for column in ("np.load", "load", "ratio"))
+    for name in raw:
+        assert 0.3 * raw[name] < files[name] < raw[name]
+        assert plain[name] > 0
+        assert ratio[name] == pytest.approx(load[name] / plain[name], rel=0.2)
+    # A row of top 4 and rank 48 is 4 * 2 + 4 * 2 (or 1) + 4 + 8 * 2 + 48 bytes; top 16 as much, in another way.
+    assert raw["top 4, rank 48, step 0.2"] == pytest.approx(20_000 * 80 / 1e6, abs=0.01)
+    assert raw["top 16, uniform tail"] == pytest.approx(20_000 * 68 / 1e6, abs=0.01)
+    assert all(figures(table, "written, rows/s").values())
+
+
+def test_students_of_all_sources_are_compared_with_those_of_the_live_teacher() -> None:
+    table = {line.split("  ")[0]: line.split() for line in printed("students.py", "--quick").splitlines()[2:]}
+    sources = [
+        "live",
+        "default cache",
+        "fidelity 0.005",
+        "dense cache",
+        "top 16, renormalised",
+        "top 16, even tail",
+        "labels alone",
+    ]
+    assert list(table) == sources
+    for name, cells in table.items():
+        # Mean and spread for KD, and, with a teacher, for DTKD; then the difference to the live one.
+        figures = [cell for cell in cells if cell == "+-"]
+        assert len(figures) == (2 if name in ("live", "labels alone") else 3), cells
+
+
+def test_the_trainer_is_measured_against_plain_training_and_live_teachers() -> None:
+    lines = printed("train.py", "--quick").splitlines()
+    rows = {line.split("  ")[0]: line.split()[-4:] for line in lines if line}
+    ours = (
+        "cross-entropy",
+        "KD from the cache",
+        "DTKD from the cache",
+        "KD, decoded batch by batch",
+        "DTKD, logits in a tensor",
+    )
+    for name in ("bare loop", *ours, "everything"):
+        assert name in rows
+    assert [name for name in rows if "live teacher" in name] == [
+        f"KD, live teacher of {times} x the student" for times in (1, 5, 20)
+    ]
+    assert float(rows["everything"][-1]) > float(rows["Python and libraries"][-1]) > 0

@@ -1,0 +1,92 @@
+"""The scripts in examples/ run as their docstrings say, learn, and ask the teacher in each epoch for its view."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.paths import ROOT
+from torch.nn import functional as F
+
+from kdcache import Cache, CacheSpec, dump_teacher, load_split
+from kdcache.config.schema import DatasetSpec
+from kdcache.data.views import View
+from kdcache.models.small import SmallMLP
+
+EXAMPLES = ROOT / "examples"
+
+# Of the libraries' own code, which ours cannot mend.
+FILTERS = {
+    "plain_pytorch": [],
+    "with_lightning": [
+        "ignore::FutureWarning:lightning.pytorch.utilities._pytree",
+        "ignore::UserWarning:lightning.pytorch.trainer.connectors.data_connector",  # too few workers for many cores
+    ],
+    "with_hf_trainer": [],
+}
+
+LISTENING = """
+import json, runpy, sys
+from kdcache import CachedTeacher
+
+asked, answer = [], CachedTeacher.__call__
+
+def listen(teacher, ids, view=0):
+    if not isinstance(view, int):  # with one, it is the teacher who asks itself
+        asked.append(view.unique().tolist())
+    return answer(teacher, ids, view)
+
+CachedTeacher.__call__ = listen
+script = sys.argv.pop(1)
+runpy.run_path(script, run_name="__main__")
+print(json.dumps(asked))
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Two views of the digits by a teacher that knows them."""
+    samples = load_split(DatasetSpec(name="digits"), "train")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = SmallMLP(10, 1, 8, 8, width=64)
+        images, labels, *_ = View(samples, samples.transform).__getitems__(range(len(samples)))
+        optimizer = torch.optim.AdamW(teacher.parameters(), lr=0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            torch.autograd.backward(F.cross_entropy(teacher(images), labels))
+            optimizer.step()
+    transform = [{"RandomCrop": {"size": 8, "padding": 1}}, *samples.transform]
+    out = tmp_path_factory.mktemp("examples") / "digits.kdcache"
+    return dump_teacher(teacher, samples, out, transform=transform, spec=CacheSpec(views=2))
+
+
+def test_every_example_is_run() -> None:
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert scripts == {*FILTERS, "read_with_tensorstore"}  # which test_format.py runs
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_example(name: str, cache: Cache, tmp_path: Path) -> None:
+    script = EXAMPLES / f"{name}.py"
+    assert f"python examples/{name}.py " in script.read_text().split('"""')[1]
+    warnings = [part for one in ("error", *FILTERS[name]) for part in ("-W", one)]
+    command = [sys.executable, *warnings, "-c", LISTENING, str(script), str(cache.path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # so small a network is slower on more
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *_, said, asked = done.stdout.splitlines()
+    found = re.fullmatch(r"test accuracy (\d+\.\d+)%", said)
+    assert found is not None, done.stdout
+    assert float(found[1]) > 85
+    batches = -(-len(cache) // 64)
+    assert json.loads(asked) == [[epoch % 2] for epoch in range(10) for _ in range(batches)]
+    assert list(tmp_path.iterdir()) == []

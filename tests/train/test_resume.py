@@ -1,0 +1,335 @@
+"""A run that was killed or interrupted anywhere, and gone on with, ends as one that never was: to the byte."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from helpers.processes import command_line, exit_code, in_a_process, kill_at
+from helpers.trainers import meeting_place, together
+
+from kdcache.cli import main
+
+EPOCHS = 4
+
+NETWORKS = """
+import os, random, resource, signal, numpy, torch
+from torch import nn
+
+class Teacher(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        weight = torch.randn(16, num_classes, generator=torch.Generator().manual_seed(1))
+        self.register_buffer("weight", weight)
+
+    def forward(self, images):
+        return images.flatten(1) @ self.weight
+
+class Student(nn.Module):
+    # Draws from every generator there is. At the step that the environment names something happens.
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Dropout(0.3), nn.ReLU())
+        self.classifier = nn.Linear(12, num_classes)
+        self.steps = 0
+        random.seed(1)
+        numpy.random.seed(1)
+
+    def forward(self, images):
+        logits = self.classifier(self.layers(images))
+        if self.training:
+            self.steps += 1
+            logits = logits + 0.1 * (random.random() + numpy.random.random())
+            if self.steps == int(os.environ.get("STEP", "-1")):
+                exec(os.environ["HAPPENS"])
+        return logits
+"""
+STEPS = 5  # an epoch: 84 images in batches of 20
+CTRL_C = "os.kill(os.getpid(), signal.SIGINT)"
+
+
+@pytest.fixture(scope="module")
+def home_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline over 120 images in two views, and its cache."""
+    folder = tmp_path_factory.mktemp("resume")
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 9, (120, 4, 4), np.uint8), draw.integers(0, 5, 120)
+    np.savez(folder / "tiny.npz", images=images, labels=labels)
+    (folder / "networks.py").write_text(NETWORKS)
+    (folder / "tiny.yaml").write_text(
+        f"dataset: {{name: npz, root: {folder / 'tiny.npz'}, validation: 0.2, test: 0.1}}\n"
+        "transform: [RandomHorizontalFlip: {p: 0.5}, ToDtype: {dtype: float32}]\n"
+        "eval_transform: [ToDtype: {dtype: float32}]\n"
+        f"teacher: {{model: '{folder / 'networks.py'}:Teacher'}}\n"
+        "cache: {views: 2, seed: 3}\n"
+        "student:\n"
+        f"  model: '{folder / 'networks.py'}:Student'\n"
+        f"  train: {{epochs: {EPOCHS}, batch_size: 20, lr: 0.1, schedule: onecycle, ema: 0.8, view_order: random,\n"
+        "    patience: 3, seed: 5}\n"
+        "loss: {name: ctkd, temperature: {ramp_epochs: 2}}\n"
+    )
+    done = command("dump-teacher", folder / "tiny.yaml", "-o", folder / "tiny.kdcache")
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, arguments), "--device", "cpu"])
+
+
+def arguments(home: Path, out: Path, *more: object) -> list[object]:
+    return ["train-student", home / "tiny.yaml", "--cache", home / "tiny.kdcache", "-o", out, *more]
+
+
+def train(home: Path, out: Path, *more: object) -> Result:
+    return command(*arguments(home, out, *more))
+
+
+@pytest.fixture(scope="module")
+def whole(home_of_all: Path) -> Path:
+    """The run folder of a run that was never interrupted."""
+    done = train(home_of_all, home_of_all / "whole")
+    assert done.exit_code == 0, done.output
+    assert json.loads((home_of_all / "whole" / "metrics.json").read_text())["epochs"] == EPOCHS
+    return home_of_all / "whole"
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file of a run folder, but for how long it took."""
+    held: dict[str, Any] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    metrics = json.loads(held["metrics.json"])
+    assert metrics.pop("seconds") > 0
+    return {**held, "metrics.json": metrics}
+
+
+def unfinished(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def epochs_kept(out: Path) -> int:
+    state = unfinished(out) / "state.pt"
+    return len(torch.load(state, weights_only=True)["rows"]) if state.is_file() else 0
+
+
+def train_as_a_rank(
+    rank: int, environment: dict[str, str], said: Path, out: Path, kill: tuple[str, bool] | None, *arguments: object
+) -> None:
+    if kill is not None:
+        kill_at(unfinished(out), *kill)
+    command_line(said, environment, *arguments, "--device", "cpu")
+
+
+def train_alone(said: Path, out: Path, kill: tuple[str, bool] | None, *arguments: object) -> None:
+    train_as_a_rank(0, {}, said, out, kill, *arguments)
+
+
+def test_killed_at_every_commit_of_every_epoch_it_ends_as_if_it_never_was(
+    home_of_all: Path, whole: Path, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "run", tmp_path / "said"
+
+    def runs(kill: tuple[str, bool] | None) -> int:
+        process = in_a_process(train_alone, said, out, kill, *arguments(home_of_all, out))
+        return exit_code(process)
+
+    for epoch in range(1, EPOCHS + 1):
+        for after in (False, True):
+            assert runs(("/state.pt.partial", after)) == -signal.SIGKILL, said.read_text()
+            assert epochs_kept(out) == epoch - 1 + after
+            assert not out.exists()
+    for commit in ("/model.partial", "/metrics.json.partial"):
+        assert runs((commit, True)) == -signal.SIGKILL, said.read_text()
+        assert epochs_kept(out) == EPOCHS
+    assert runs(("/state.pt", False)) == -signal.SIGKILL
+    assert runs(None) == 0, said.read_text()
+    assert said.read_text().count(f"going on after epoch {EPOCHS} of {EPOCHS}") == 4
+    assert contents(out) == contents(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "said"]
+
+
+@pytest.mark.parametrize("commit", ["/state.pt", "/begun.json", ""])
+def test_killed_while_the_folder_is_put_in_its_place_it_ends_with_the_same(
+    commit: str, home_of_all: Path, whole: Path, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "run", tmp_path / "said"
+    killed = in_a_process(train_alone, said, out, (commit, commit != ""), *arguments(home_of_all, out))
+    assert exit_code(killed) == -signal.SIGKILL
+    assert not out.exists()
+    assert train(home_of_all, out).exit_code == 0
+    assert contents(out) == contents(whole)
+
+
+def test_ctrl_c_in_a_later_epoch_keeps_the_run_and_says_how_to_go_on(
+    home_of_all: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setenv("HAPPENS", CTRL_C)
+    monkeypatch.setenv("STEP", str(STEPS + 2))
+    stopped = train(home_of_all, out)
+    assert stopped.exit_code == 130
+    assert f"the run is kept in {unfinished(out)}" in stopped.stderr
+    assert "run the same command again: it goes on there" in stopped.stderr
+    assert epochs_kept(out) == 1
+    monkeypatch.setenv("STEP", str(2 * STEPS + 1))  # of this process: in the fourth epoch
+    assert train(home_of_all, out).exit_code == 130
+    assert epochs_kept(out) == 3
+    monkeypatch.delenv("STEP")
+    done = train(home_of_all, out)
+    assert done.exit_code == 0
+    assert "going on after epoch 3 of 4" in done.stderr
+    assert contents(out) == contents(whole)
+
+
+def test_ctrl_c_in_the_first_epoch_leaves_nothing(
+    home_of_all: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HAPPENS", CTRL_C)
+    monkeypatch.setenv("STEP", "2")
+    stopped = train(home_of_all, tmp_path / "run")
+    assert stopped.exit_code == 130
+    assert "nothing half-written was kept" in stopped.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def interrupted(home_of_all: Path, tmp_path: Path) -> Path:
+    """The name of a run that was interrupted in its third epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HAPPENS", CTRL_C)
+        patch.setenv("STEP", str(2 * STEPS + 1))
+        assert train(home_of_all, tmp_path / "run").exit_code == 130
+    return tmp_path / "run"
+
+
+def test_another_command_for_its_folder_is_refused_and_changes_nothing(
+    home_of_all: Path, whole: Path, interrupted: Path
+) -> None:
+    for words, *others in (
+        ("student.train.lr was 0.1, and is 0.2 now", "--set", "student.train.lr=0.2"),
+        ("loss.name was ctkd, and is kd now", "--loss", "kd"),
+        ("student.train.epochs was 4, and is 9 now", "--set", "student.train.epochs=9"),
+    ):
+        refused = train(home_of_all, interrupted, *others)
+        assert refused.exit_code == 4
+        assert f"{unfinished(interrupted)} holds another run that was interrupted: {words}" in refused.stderr
+        assert epochs_kept(interrupted) == 2
+    assert train(home_of_all, interrupted).exit_code == 0
+    assert contents(interrupted) == contents(whole)
+
+
+def test_another_cache_is_another_run(home_of_all: Path, interrupted: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.kdcache"
+    assert command("dump-teacher", home_of_all / "tiny.yaml", "-o", other, "--set", "cache.dtype=uint8").exit_code == 0
+    refused = command("train-student", home_of_all / "tiny.yaml", "--cache", other, "-o", interrupted)
+    # The pipeline says how a cache is dumped, too; the cache that is at hand is another one all the same.
+    assert refused.exit_code == 4
+    assert "caches was ['" in refused.stderr
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
+def test_a_damaged_state_is_refused_and_kept(damage: str, home_of_all: Path, interrupted: Path) -> None:
+    state = unfinished(interrupted) / "state.pt"
+    whole = state.read_bytes()
+    state.write_bytes(
+        {"cut": whole[: len(whole) // 2], "flipped": bytes(b ^ 255 for b in whole[:64]) + whole[64:], "emptied": b""}[
+            damage
+        ]
+    )
+    refused = train(home_of_all, interrupted)
+    assert refused.exit_code == 5
+    assert f"cannot read {state}" in refused.stderr
+    assert f"delete {unfinished(interrupted)}, and begin anew" in refused.stderr
+    state.write_bytes(whole)
+    assert train(home_of_all, interrupted).exit_code == 0
+
+
+def test_a_run_that_diverges_leaves_nothing(
+    home_of_all: Path, interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HAPPENS", "logits.mul_(float('nan'))")
+    for step, out in ((1, tmp_path / "new"), (STEPS + 1, tmp_path / "later"), (1, interrupted)):
+        monkeypatch.setenv("STEP", str(step))
+        failed = train(home_of_all, out)
+        assert failed.exit_code == 5
+        assert "the loss became nan in epoch" in failed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+UNREADABLE = "from kdcache.errors import CorruptError; raise CorruptError('cannot read image 3', 'mend it')"
+
+
+@pytest.mark.parametrize(("happens", "code"), [(UNREADABLE, 5), ("raise RuntimeError('out of memory')", 1)])
+def test_a_failure_that_may_be_mended_keeps_what_there_is(
+    happens: str, code: int, home_of_all: Path, whole: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HAPPENS", happens)
+    monkeypatch.setenv("STEP", "2")
+    assert train(home_of_all, interrupted).exit_code == code
+    assert epochs_kept(interrupted) == 2
+    assert train(home_of_all, interrupted.with_name("new")).exit_code == code
+    assert not list(interrupted.parent.glob("new*"))
+    monkeypatch.delenv("STEP")
+    assert train(home_of_all, interrupted).exit_code == 0
+    assert contents(interrupted) == contents(whole)
+
+
+def test_a_full_disk_keeps_the_state_before_and_can_be_gone_on_with(
+    home_of_all: Path, whole: Path, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "run", tmp_path / "said"
+    full = {"STEP": str(2 * STEPS + 1), "HAPPENS": "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"}
+    process = in_a_process(command_line, said, full, *arguments(home_of_all, out, "--device", "cpu"))
+    assert exit_code(process) == 3, said.read_text()
+    assert "make room there, and run the same command again" in said.read_text()
+    assert epochs_kept(out) == 2
+    assert train(home_of_all, out).exit_code == 0
+    assert contents(out) == contents(whole)
+
+
+def test_patience_counts_the_epochs_before_an_interruption(
+    home_of_all: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = ["--set", "student.train.epochs=30", "--set", "student.train.lr=1e-9", "--set", "student.train.ema=null"]
+    assert train(home_of_all, tmp_path / "whole", *patient).exit_code == 0
+    rows = list(csv.DictReader((tmp_path / "whole" / "metrics.csv").read_text().splitlines()))
+    assert len(rows) < 30
+    monkeypatch.setenv("HAPPENS", CTRL_C)
+    monkeypatch.setenv("STEP", str((len(rows) - 1) * STEPS + 1))
+    assert train(home_of_all, tmp_path / "run", *patient).exit_code == 130
+    monkeypatch.delenv("STEP")
+    assert train(home_of_all, tmp_path / "run", *patient).exit_code == 0
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_two_processes_of_which_one_is_killed_go_on_to_what_two_would_have_come_to(
+    home_of_all: Path, tmp_path: Path
+) -> None:
+    def runs(out: Path, kill: tuple[str, bool] | None = None) -> list[int]:
+        store = meeting_place()
+        given = arguments(home_of_all, out, "--loss", "dtd+dist")
+        processes = together(store, 2, train_as_a_rank, tmp_path / "said", out, kill, *given)
+        codes = [exit_code(processes[0])]
+        if codes != [0]:
+            processes[1].kill()  # as torchrun does
+        return [*codes, exit_code(processes[1])]
+
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert runs(whole) == [0, 0], (tmp_path / "said").read_text()
+    assert runs(out, ("/state.pt.partial", True))[0] == -signal.SIGKILL
+    assert epochs_kept(out) == 1
+    assert runs(out) == [0, 0], (tmp_path / "said").read_text()
+    assert contents(out) == contents(whole)
+
+
+def test_a_finished_run_is_not_begun_anew(home_of_all: Path, whole: Path) -> None:
+    before = contents(whole)
+    refused = train(home_of_all, whole)
+    assert (refused.exit_code, f"{whole} exists" in refused.stderr) == (2, True)
+    assert contents(whole) == before
