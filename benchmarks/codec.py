@@ -46,16 +46,16 @@ def main() -> None:
     logits = made_up_logits(batch, classes, seed=0).to(device)
     labels = logits.argmax(dim=1)
     basis = chosen.basis.to(device) if chosen.basis is not None else None
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
 
     @torch.no_grad()
     def infer() -> None:
         network.eval()(images)
 
     def step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(network.train()(images), labels).backward()  # type: ignore[no-untyped-call]  # torch's
-        optimiser.step()
+        optimizer.step()
 
     with tempfile.TemporaryDirectory() as folder:
         cache = write_cache(Path(folder) / "made-up.kdcache", encoded(chosen, min(samples, 20_000)), samples)

@@ -17,7 +17,7 @@ from kdcache.cache import summary
 from kdcache.cache.format.codec import Rows, encode
 from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs
 from kdcache.cache.format.schema import DatasetRecord, Encoding, Plan, Request, TeacherRecord, ViewsRecord
-from kdcache.cache.format.sharding import choose_shape
+from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import Candidate, plan_encoding
 from kdcache.cache.writer import CacheWriter
@@ -105,7 +105,7 @@ def write_cache(path: Path, pool: Pool, samples: int) -> Written:
         began = time.perf_counter()
         writer.write(0, shard, rows, inputs)
         seconds += time.perf_counter() - began
-    writer.seal(summary.summarise(path, plan))
+    writer.seal(summary.summarize(path, plan))
     return Written(path, plan, seconds)
 
 
@@ -120,7 +120,7 @@ def _plan(encoding: Encoding, samples: int) -> Plan:
         request=request(),
         encoding=encoding,
         fidelity=None,
-        shape=choose_shape(samples, encoding.top_k * np.dtype(encoding.dtype).itemsize),
+        shape=choose_sharding(samples, encoding.top_k * np.dtype(encoding.dtype).itemsize),
         batch_size=256,
         versions={},
         licence="",

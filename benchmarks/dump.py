@@ -3,7 +3,7 @@
 The pass of `dump-teacher` (loading, teacher, encoding, fingerprints, writing, flushing) beside a bare loop of the same
 DataLoader and the same forward pass that throws its output away. The teacher is torchvision's ResNet-50 with random
 weights and 1000 classes, of which is kept what is planned for it; the images, 224 pixels, are made beforehand, and
-flipped, scaled and normalised one by one. Each round runs both, now the one first and now the other; the ratio is the
+flipped, scaled and normalized one by one. Each round runs both, now the one first and now the other; the ratio is the
 median over the rounds. It is to be at most 1.05 on a CPU and 1.03 on a GPU.
 
 What comes before the pass (content keys, pilot, plan) and after it (sealing) is given apart, as a share of the pass.
@@ -50,7 +50,7 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MadeImages:
-    """Colour noise, as many images as one likes: those after the first 256 are the same again."""
+    """Color noise, as many images as one likes: those after the first 256 are the same again."""
 
     parallel: ClassVar[bool] = True
 
@@ -113,7 +113,7 @@ class Bench:
         torch.manual_seed(0)
         self.model = (SmallCNN(classes, 3) if asked.quick else resnet50(num_classes=classes)).to(self.device).eval()
         self.spec = CacheSpec(
-            batch_size=batch, shard_rows=4 * batch, workers=asked.workers, precision=asked.precision, pilot_rows=128
+            batch_size=batch, shard_rows=4 * batch, num_workers=asked.workers, precision=asked.precision, pilot_rows=128
         )
 
     def dump(self, folder: Path) -> tuple[float, float, float]:
@@ -129,7 +129,7 @@ class Bench:
         dtype = _AUTOCAST[self.spec.precision]
         began = time.perf_counter()
         cuts = cut_range(range(len(self.samples)), self.spec.batch_size)
-        for batch in batches(View(self.samples, _TRANSFORM), cuts, self.spec.workers, self.device):
+        for batch in batches(View(self.samples, _TRANSFORM), cuts, self.spec.num_workers, self.device):
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                 self.model(batch.images.to(self.device, non_blocking=True))
         if self.device.type == "cuda":
@@ -172,7 +172,7 @@ def _print_times(bench: Bench, turns: list[Turn]) -> None:
     on = torch.cuda.get_device_name(bench.device) if kind == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     output.table(
         f"{type(bench.model).__name__}, {bench.spec.precision}, {len(bench.samples):,} images in batches of "
-        f"{bench.spec.batch_size}, {bench.spec.workers} workers, {len(turns)} rounds; on {on}; in seconds",
+        f"{bench.spec.batch_size}, {bench.spec.num_workers} workers, {len(turns)} rounds; on {on}; in seconds",
         ["work", "pass", "bare loop", "ratio", "from", "to", "bound", "before", "after"],
         [
             [

@@ -55,7 +55,7 @@ def main() -> None:
     top = teacher[held].topk(16)
     alone = torch.full_like(teacher[held], -1e9).scatter(1, top.indices, top.values)
     table = [
-        row("top 16, renormalised", 16 * 4, None, alone),
+        row("top 16, renormalized", 16 * 4, None, alone),
         ours("top 16, uniform tail", Encoding(num_classes=classes, top_k=16, tail="uniform", dtype="float16")),
         planned(top_k=4, rank=48),
         planned(fidelity=0.02),

@@ -113,13 +113,13 @@ def network(classes: int, width: int, features: int) -> nn.Sequential:
 def trained(network: nn.Sequential, typefaces: Typefaces, steps: int, seed: int) -> nn.Sequential:
     """A network after so many steps of cross-entropy on new images; in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.2, total_steps=steps)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
     for _ in range(steps):
         images, labels = typefaces.images(_BATCH, generator)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]  # torch's
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     return network.eval()
 

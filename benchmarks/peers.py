@@ -119,7 +119,7 @@ def _print(name: str, rows: Logits) -> None:
     for kept in [
         planned(Logits(*(values[~held] for values in rows)), measured),
         dense(true),
-        top_renormalised(true, 16),
+        top_renormalized(true, 16),
         top_even(true, 16),
         least_even(true),
         fkd(true, 5),
@@ -161,11 +161,11 @@ def dense(logits: Tensor) -> Kept:
     return Kept("dense, float16", 2 * logits.shape[1], 2 * logits.shape[1], 0, lambda _: stored.float())
 
 
-def top_renormalised(logits: Tensor, top_k: int) -> Kept:
+def top_renormalized(logits: Tensor, top_k: int) -> Kept:
     """The largest logits in float16 and their classes in int16; the others have no probability."""
     top = logits.topk(top_k)
     decoded = torch.full_like(logits, -math.inf).scatter(1, top.indices, top.values.half().float())
-    return Kept(f"top {top_k}, renormalised", 4 * top_k, 4 * top_k, 0, lambda _: decoded)
+    return Kept(f"top {top_k}, renormalized", 4 * top_k, 4 * top_k, 0, lambda _: decoded)
 
 
 def top_even(logits: Tensor, top_k: int) -> Kept:

@@ -9,7 +9,7 @@ from
     default cache        as `dump-teacher` makes it when nothing is asked for (fidelity 0.02)
     fidelity 0.005       a cache that is asked to be nearer
     dense cache          every class, float32
-    top 16, renormalised another loss: the teacher's 16 largest classes alone (`truncated`), from the default cache
+    top 16, renormalized another loss: the teacher's 16 largest classes alone (`truncated`), from the default cache
     top 16, even tail    another loss: a cache of 16 classes, the rest of the mass spread evenly (--tail uniform)
     labels alone         cross-entropy, no teacher
 
@@ -123,7 +123,7 @@ def _sources(teacher: nn.Module, train: Samples, folder: Path) -> dict[str, Sour
         "default cache": Source(default, {}, small),
         "fidelity 0.005": Source(near, {}, nearer),
         "dense cache": Source(dense, {}, large),
-        "top 16, renormalised": Source(default, {"adjustment": {"kind": "truncation", "top": 16}}, None),
+        "top 16, renormalized": Source(default, {"adjustment": {"kind": "truncation", "top": 16}}, None),
         "top 16, even tail": Source(even, {}, of_even),
         "labels alone": Source(None, {}, None),
     }

@@ -41,7 +41,7 @@ from kdcache.data.images import ArrayImages
 from kdcache.data.views import View
 from kdcache.losses import Loss
 from kdcache.models.small import SmallCNN
-from kdcache.train.step import Learner, Teacher
+from kdcache.train.step import Teacher, Trainer
 
 _BOUNDS = {"cpu": 1.03, "cuda": 1.02}
 _TIMES = (1, 5, 20)
@@ -49,7 +49,7 @@ _CE, _KD, _DTKD = ({"name": name} for name in ("ce", "kd", "dtkd"))
 _TRACE = """
 import time; began = time.perf_counter()
 import sys, json
-import kdcache.cli.stage_two, kdcache.train, kdcache.learner
+import kdcache.cli.stage_two, kdcache.train, kdcache.trainer
 marks = {"Python and libraries": time.perf_counter() - began}
 def timed(owner, name, label):
     original = getattr(owner, name)
@@ -68,13 +68,13 @@ timed(kdcache.lessons, "check_data", "content keys of all images")
 timed(kdcache.lessons, "_replay", "replaying 32 images")
 timed(kdcache.cache.reader.Cache, "teacher", "bringing the rows into memory")
 class First(BaseException): pass
-step = kdcache.learner.Learner._step
+step = kdcache.trainer.Trainer._step
 def first(*args):
     began_step = time.perf_counter()
     step(*args)
     marks["the first step"] = time.perf_counter() - began_step
     raise First
-kdcache.learner.Learner._step = first
+kdcache.trainer.Trainer._step = first
 try:
     kdcache.cli.main(sys.argv[1:], standalone_mode=False)
 except First:
@@ -144,9 +144,9 @@ def _measure(case: Case, device: str, rounds: int, folder: Path) -> None:
     spec = TrainSpec(batch_size=case.batch, schedule="constant")
 
     def ours(given: dict[str, str], teacher: Teacher | None = None) -> Callable[[], object]:
-        learner = Learner(copy.deepcopy(first), spec, Loss.model_validate(given), len(samples), device)
+        trainer = Trainer(copy.deepcopy(first), spec, Loss.model_validate(given), len(samples), device)
         view, numbers = View(samples, []), iter(range(1, 10**6))
-        return lambda: learner.epoch(view, next(numbers), teacher)
+        return lambda: trainer.epoch(view, next(numbers), teacher)
 
     works: dict[str, Callable[[], object]] = {
         "bare loop": _bare(copy.deepcopy(first), samples, spec, device),

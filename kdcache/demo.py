@@ -18,7 +18,7 @@ from kdcache.runtime.package_data import package_data
 from kdcache.runtime.progress import Progress
 from kdcache.train.plots import draw_accuracies
 from kdcache.train.run_folder import check_free
-from kdcache.train.sweep import Point, Summary, sweep
+from kdcache.train.sweep import Point, SweepSummary, sweep
 from kdcache.train.train import train_teacher
 
 LOSSES = ("ce", "kd", "dtkd", "ka+dtd")
@@ -37,7 +37,7 @@ class Demo:
     digest: str
     teacher_labels: int
     student_labels: int
-    students: list[Summary]
+    students: list[SweepSummary]
 
 
 def run_demo(out: Path, seeds: int, device: torch.device | str, progress: Progress) -> Demo:

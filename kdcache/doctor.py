@@ -26,7 +26,7 @@ from kdcache.dump.plan import measured, request_of, run_pilot, views_of
 from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.models import build_model
 from kdcache.models.checks import check_logits, try_network
-from kdcache.models.inference import RunningTeacher
+from kdcache.models.inference import InferenceModel
 from kdcache.models.teacher import load_teacher
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.resources import existing, free_disk, free_memory
@@ -37,7 +37,7 @@ _WRITTEN = 64 * 2**20
 """Bytes that are written for the speed of a disk: more than its own buffer, and soon done."""
 
 
-class Finding(NamedTuple):
+class Check(NamedTuple):
     """One thing that was looked at: what it is, what was found, and the mistake if it is not well."""
 
     what: str
@@ -45,25 +45,23 @@ class Finding(NamedTuple):
     problem: KdcacheError | None = None
 
 
-def examine_machine(out: Path) -> Iterator[Finding]:
+def examine_machine(out: Path) -> Iterator[Check]:
     """What there is, whatever the pipeline.
 
     Args:
         out: the folder that caches and runs are to be written to, which need not be there yet.
     """
-    yield Finding("versions", ", ".join(f"{name} {number}" for name, number in versions().items()))
-    yield Finding("extras", _extras())
-    yield Finding("devices", _devices())
+    yield Check("versions", ", ".join(f"{name} {number}" for name, number in versions().items()))
+    yield Check("extras", _extras())
+    yield Check("devices", _devices())
     configured = Path(default_config_file)
-    yield Finding("accelerate", str(configured) if configured.is_file() else "not configured; one process, one device")
-    yield Finding("memory", f"{free_memory() / 1e9:,.1f} GB free")
-    yield Finding("disk", f"{free_disk(out) / 1e9:,.1f} GB free in {out}")
+    yield Check("accelerate", str(configured) if configured.is_file() else "not configured; one process, one device")
+    yield Check("memory", f"{free_memory() / 1e9:,.1f} GB free")
+    yield Check("disk", f"{free_disk(out) / 1e9:,.1f} GB free in {out}")
     yield _tried("write speed", lambda: _write_speed(out))
 
 
-def examine_pipeline(
-    pipeline: Pipeline, out: Path, device: torch.device | str, progress: Progress
-) -> Iterator[Finding]:
+def examine_pipeline(pipeline: Pipeline, out: Path, device: torch.device | str, progress: Progress) -> Iterator[Check]:
     """Whether a pipeline can run here; what it would download is downloaded.
 
     Args:
@@ -84,18 +82,18 @@ def examine_pipeline(
         yield _tried("student", lambda: _student(pipeline, loaded[0], seen[-1], device))
 
 
-def _tried(what: str, look: Callable[[], str]) -> Finding:
+def _tried(what: str, look: Callable[[], str]) -> Check:
     try:
-        return Finding(what, look())
+        return Check(what, look())
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
         problem: KdcacheError = MismatchError(
             f"a batch does not fit the memory of the device: {first}",
-            "set cache.batch_size lower for the teacher, student.train.accumulate higher for the student",
+            "lower cache.batch_size for the teacher; raise student.train.gradient_accumulation_steps for the student",
         )
     except KdcacheError as mistake:
         problem = mistake
-    return Finding(what, problem.what, problem)
+    return Check(what, problem.what, problem)
 
 
 def _extras() -> str:
@@ -159,7 +157,7 @@ def _teacher(
     rows = len(samples) * views_of(spec, transform).count
     view = View(samples, transform, spec.seed)
     try_network(model.to(device), view, device, "teacher")
-    teacher = RunningTeacher(model, samples.num_classes, spec, device)
+    teacher = InferenceModel(model, samples.num_classes, spec, device)
     pilot = run_pilot(teacher, view, spec, progress, spec.batch_size)
     every = encoding_without_pilot(samples.num_classes, request_of(spec))
     if every is not None:
@@ -190,7 +188,7 @@ def _student(pipeline: Pipeline, samples: Samples, seen: Transform, device: torc
 
 
 def _first_piece(model: nn.Module, view: View, spec: TrainSpec, device: torch.device | str) -> float:
-    count = min(-(-spec.batch_size // spec.accumulate), len(view))
+    count = min(-(-spec.batch_size // spec.gradient_accumulation_steps), len(view))
     images = view.__getitems__(range(count)).images.to(device)
     began = time.perf_counter()
     logits = check_logits(model.train()(images), count, view.samples.num_classes, "student")

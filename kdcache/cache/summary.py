@@ -16,14 +16,14 @@ from kdcache.cache.parallel import of_shard, over
 
 
 class _Sums(NamedTuple):
-    labelled: int
+    labeled: int
     correct: int
     sharpness: float
     entropy: float
     top_probability: float
 
 
-def summarise(cache: Path, plan: Plan, scheduler: str = "threads") -> Summary:
+def summarize(cache: Path, plan: Plan, scheduler: str = "threads") -> Summary:
     """What a teacher is like, from its cache alone: accuracy, mean sharpness (logsumexp), entropy and confidence."""
     labels = torch.from_numpy(zarr_store.read_samples(cache, plan)[0].astype(np.int64))
     calls = [
@@ -33,9 +33,9 @@ def summarise(cache: Path, plan: Plan, scheduler: str = "threads") -> Summary:
     ]
     sums = over(_sums, calls, scheduler, plan)
     rows = plan.views.count * plan.dataset.samples
-    labelled = sum(part.labelled for part in sums)
+    labeled = sum(part.labeled for part in sums)
     return Summary(
-        teacher_accuracy=sum(part.correct for part in sums) / labelled if labelled else None,
+        teacher_accuracy=sum(part.correct for part in sums) / labeled if labeled else None,
         mean_sharpness=math.fsum(part.sharpness for part in sums) / rows,
         mean_entropy=math.fsum(part.entropy for part in sums) / rows,
         mean_top_probability=math.fsum(part.top_probability for part in sums) / rows,
@@ -50,7 +50,7 @@ def _sums(cache: Path, plan: Plan, view: int, shard: int, truth: torch.Tensor) -
         top_log_prob, predicted = rows.log_probs[:, 0].float(), rows.indices[:, 0].long()
     entropy = rows.statistics[:, plan.encoding.statistics.index("entropy")]
     return _Sums(
-        labelled=int((truth >= 0).sum()),
+        labeled=int((truth >= 0).sum()),
         correct=int((predicted == truth).sum()),
         # Exact sums: torch's depend, in their last bit, on how many threads the machine has.
         sharpness=math.fsum(rows.logsumexp.tolist()),

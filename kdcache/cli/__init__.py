@@ -76,7 +76,7 @@ def main() -> None:
     Stage one:   kdcache train-teacher, kdcache dump-teacher
     Stage two:   kdcache train-student, kdcache sweep
     Look:        kdcache info, kdcache plan, kdcache verify, kdcache evaluate, kdcache report,
-                 kdcache summarise, kdcache diff
+                 kdcache summarize, kdcache diff
     Caches:      kdcache select, kdcache merge, kdcache convert, kdcache card
     Share:       kdcache push, kdcache pull, kdcache sign
 
@@ -99,7 +99,7 @@ main.add_command(verify.verify)
 main.add_command(share.push)
 main.add_command(share.pull)
 main.add_command(share.sign)
-main.add_command(inspect.summarise)
+main.add_command(inspect.summarize)
 main.add_command(inspect.diff)
 main.add_command(select_merge.select)
 main.add_command(select_merge.merge)

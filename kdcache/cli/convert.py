@@ -48,7 +48,7 @@ def convert(
     With --from and --to: the files of FKD, ml-dr and TinyViT. Crops and flips that FKD and ml-dr have recorded are
     replayed; what ml-dr's RandAugment, RandomErasing or mixing has changed is refused. What TinyViT's seeds draw can
     only be drawn by TinyViT: such a cache has rows for your own loop, and no images. These files hold probabilities:
-    losses that need the level of the teacher's logits, such as dtkd if not centred, are refused.
+    losses that need the level of the teacher's logits, such as dtkd if not centered, are refused.
 
     \b
     Example: kdcache convert runs/digits.kdcache -o logits.npz

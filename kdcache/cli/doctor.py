@@ -32,7 +32,7 @@ def doctor(pipeline: Path | None, out: Path, overrides: tuple[str, ...], device:
     \b
     Example: kdcache doctor pipelines/digits.yaml
     """
-    from kdcache.doctor import Finding, examine_machine, examine_pipeline
+    from kdcache.doctor import Check, examine_machine, examine_pipeline
 
     if pipeline is None and overrides:
         raise UsageError("--set needs a pipeline", "kdcache doctor PIPELINE --set KEY=VALUE")
@@ -41,7 +41,7 @@ def doctor(pipeline: Path | None, out: Path, overrides: tuple[str, ...], device:
         chosen = choose_device(device)
         resolved = read_pipeline(pipeline, overrides) if pipeline is not None else None
     except KdcacheError as mistake:
-        findings.append(Finding("pipeline", mistake.what, mistake))
+        findings.append(Check("pipeline", mistake.what, mistake))
     else:
         if resolved is not None:
             findings += examine_pipeline(resolved, out, chosen, output.Terminal())

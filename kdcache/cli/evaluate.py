@@ -13,8 +13,8 @@ from kdcache.errors import UsageError
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
-    from kdcache.evaluation.networks import Network, Trained
-    from kdcache.evaluation.scorecard import Score, Scorecard
+    from kdcache.evaluation.networks import Network, NetworkRef
+    from kdcache.evaluation.scorecard import NetworkScore, Scorecard
 
 
 @click.command("evaluate")
@@ -72,7 +72,7 @@ def evaluate(
 
 def _trained(
     paths: tuple[Path, ...], pipeline: Path | None, network: Network | None, overrides: tuple[str, ...]
-) -> list[Trained]:
+) -> list[NetworkRef]:
     """The networks that the arguments name, in their order."""
     from kdcache.evaluation.networks import from_pipeline, from_run
 
@@ -100,12 +100,12 @@ def _print(card: Scorecard, cache: Cache | None, device: str) -> None:
     columns = ["", "top-1", *top5, "NLL", "ECE", "parameters", "multiply-adds", "ms", "images/s"]
     columns += ["same class", "TV, T=1", "TV, T=4"] if cache else []
     output.table(
-        f"{card.dataset}/{card.split}, {card.labelled:,} labelled images",
+        f"{card.dataset}/{card.split}, {card.labeled:,} labeled images",
         columns,
         [_row(score) for score in card.scores],
     )
     output.result("")
-    left_out = card.images - card.labelled
+    left_out = card.images - card.labeled
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     facts = {
         **({"left out": f"{left_out:,} images without a label"} if left_out else {}),
@@ -122,7 +122,7 @@ def _print(card: Scorecard, cache: Cache | None, device: str) -> None:
     output.facts(facts)
 
 
-def _row(score: Score) -> list[str]:
+def _row(score: NetworkScore) -> list[str]:
     like = score.teacher
     return [
         score.name,

@@ -1,4 +1,4 @@
-"""What the rows of caches say: `kdcache summarise`, `kdcache diff` and `kdcache card`."""
+"""What the rows of caches say: `kdcache summarize`, `kdcache diff` and `kdcache card`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _worst_option = click.option(
 )
 
 
-@click.command("summarise")
+@click.command("summarize")
 @cache_argument
 @_worst_option
 @click.option(
@@ -30,11 +30,11 @@ _worst_option = click.option(
 )  # fmt: skip
 @scheduler_option
 @json_option
-def summarise(cache: str | Path, worst: int, threshold: float, scheduler: str, as_json: bool) -> None:
+def summarize(cache: str | Path, worst: int, threshold: float, scheduler: str, as_json: bool) -> None:
     """Count the rows of a CACHE: its classes, how sharp the teacher is, the hardest samples, and likely wrong labels.
 
     \b
-    Example: kdcache summarise runs/digits.kdcache --worst 20
+    Example: kdcache summarize runs/digits.kdcache --worst 20
     """
     from kdcache.cache import open_cache
     from kdcache.cache.inspect.summary import take_census

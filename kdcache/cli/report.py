@@ -52,7 +52,7 @@ def report(
     from kdcache.cache import open_cache
     from kdcache.evaluation.published_results import fill_results
     from kdcache.evaluation.report.charts import save_png
-    from kdcache.evaluation.report.collect import gather
+    from kdcache.evaluation.report.collect import collect
     from kdcache.evaluation.report.sections import write_report
     from kdcache.train.run_folder import check_free
 
@@ -64,7 +64,7 @@ def report(
         raise UsageError(f"there is no folder {out.parent}", "make it, or give another file with -o")
     on, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
-    found = gather(runs, cache, rows=rows, device=on, progress=progress)
+    found = collect(runs, cache, rows=rows, device=on, progress=progress)
     table = fill_results(results.read_text(encoding="utf-8"), found.runs) if results is not None else None
     written = write_report(found)
     if png:

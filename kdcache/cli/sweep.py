@@ -24,7 +24,7 @@ from kdcache.cli.options import (
 
 if TYPE_CHECKING:
     from kdcache.cache.placement.choose import Placement
-    from kdcache.train.sweep import Summary
+    from kdcache.train.sweep import SweepSummary
 
 
 @click.command("sweep")
@@ -122,7 +122,7 @@ def sweep(
         )
 
 
-def _facts(point: Summary) -> dict[str, object]:
+def _facts(point: SweepSummary) -> dict[str, object]:
     return {
         "point": point.point,
         "test_mean": point.mean,
@@ -137,7 +137,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def _print(found: list[Summary], out: Path, seeds: int) -> None:
+def _print(found: list[SweepSummary], out: Path, seeds: int) -> None:
     rows = []
     for point in found:
         low, high = min(point.accuracies, default=None), max(point.accuracies, default=None)

@@ -90,7 +90,7 @@ def verify(
         check_data(opened, samples, resolved.transform, progress)
         found["dataset"] = {"samples": len(samples)}
         if replay:
-            workers = resolved.cache.workers
+            workers = resolved.cache.num_workers
             replayed = replay_views(opened, samples, workers=workers, progress=progress)
             found["replay"] = {**replayed._asdict(), "teacher_seen": opened.teacher_seen}
         if teacher:

@@ -36,9 +36,9 @@ class DatasetSpec(Section):
     """Which data set."""
     root: str | None = None
     """Folder of the data set, or for `npz` the file; relative to the current folder."""
-    validation: Fraction = 0.1
+    validation_fraction: Fraction = 0.1
     """Part of the training images held out for model selection, where the set has no validation split of its own."""
-    test: Fraction = 0.1
+    test_fraction: Fraction = 0.1
     """Part of the images held out for the final test, where the set has no test split of its own."""
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -46,8 +46,11 @@ class DatasetSpec(Section):
             yield ("root", "name"), f"is needed for {self.name}"
         if self.name == "digits" and self.root is not None:
             yield ("root", "name"), "digits comes with kdcache and has no root"
-        if self.validation + self.test >= 1:
-            yield ("validation", "test"), f"{self.validation} and test {self.test} leave nothing to train on"
+        if self.validation_fraction + self.test_fraction >= 1:
+            yield (
+                ("validation_fraction", "test_fraction"),
+                (f"{self.validation_fraction} and test_fraction {self.test_fraction} leave nothing to train on"),
+            )
 
 
 class TrainSpec(Section):
@@ -57,7 +60,7 @@ class TrainSpec(Section):
     """Passes over the training images."""
     batch_size: Count = 64
     """Images a step, of all processes together."""
-    accumulate: Count = 1
+    gradient_accumulation_steps: Count = 1
     """Pieces that a process goes through a step in, one after the other, where a whole one does not fit its memory."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Which optimizer."""
@@ -74,16 +77,16 @@ class TrainSpec(Section):
     warmup_epochs: NotNegative = 0.0
     """Epochs over which the learning rate grows from 0; of onecycle, to its highest (0: three tenths of all)."""
     milestones: list[Count] = Field(default=[])
-    """Epochs after which a multistep schedule multiplies the rate by `decay`."""
-    decay: Positive = 0.1
+    """Epochs after which a multistep schedule multiplies the rate by `gamma`."""
+    gamma: Positive = 0.1
     """Factor of a multistep schedule."""
     label_smoothing: Fraction = 0.0
     """Of the cross-entropy with the labels."""
-    clip: Positive | None = None
+    max_grad_norm: Positive | None = None
     """Largest norm of a step's gradient, all parameters together."""
-    ema: Fraction | None = None
+    ema_decay: Fraction | None = None
     """Validate and keep the exponential moving average of the weights, of which so much stays at each step."""
-    patience: Count | None = None
+    early_stopping_patience: Count | None = None
     """Stop after so many epochs without a better validation accuracy."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What training computes in: float32, or mixed precision. Validation and test are in float32."""
@@ -98,7 +101,7 @@ class TrainSpec(Section):
     logits alone. None shows all."""
     seed: Seed = 0
     """Of the initial weights, the order of the images and the choice of labels."""
-    workers: NotNegativeInt = 0
+    num_workers: NotNegativeInt = 0
     """Processes that load images."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]] = (
         Field(default=[])
@@ -110,8 +113,11 @@ class TrainSpec(Section):
             yield ("milestones", "schedule"), "belong to schedule: multistep, which needs at least one"
         if self.warmup_epochs >= self.epochs:
             yield ("warmup_epochs", "epochs"), f"{self.warmup_epochs} leave nothing of {self.epochs} epochs"
-        if self.accumulate > self.batch_size:
-            yield ("accumulate", "batch_size"), f"{self.accumulate} pieces cannot be made of {self.batch_size} images"
+        if self.gradient_accumulation_steps > self.batch_size:
+            yield (
+                ("gradient_accumulation_steps", "batch_size"),
+                (f"{self.batch_size} images cannot be split into {self.gradient_accumulation_steps} micro-batches"),
+            )
 
 
 class ModelSpec(Section):
@@ -215,7 +221,7 @@ class CacheSpec(Section):
     """Rows of a shard, the unit that is written at once; None lets kdcache choose."""
     batch_size: Count = 256
     """Images that the teacher sees at once."""
-    workers: NotNegativeInt = 0
+    num_workers: NotNegativeInt = 0
     """Processes that load images."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the teacher computes in: float32, or mixed precision (autocast)."""
@@ -223,7 +229,7 @@ class CacheSpec(Section):
     """Lay images and weights out with the channels last, which convolutions on a GPU are quicker with."""
     compile: bool = False
     """Compile the teacher with torch.compile."""
-    licence: str = ""
+    license: str = ""
     """Under which the cache may be used; goes into the manifest."""
     notes: str = ""
     """Anything that its users should know; goes into the manifest."""

@@ -26,7 +26,7 @@ from kdcache.cache.format.fingerprints import Inputs, digest_of
 from kdcache.cache.format.integrity import record_of
 from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
-from kdcache.cache.format.sharding import choose_shape
+from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter, check_outside, check_place
@@ -117,10 +117,10 @@ def cache_of_logits(
             request=request_of(spec),
             encoding=chosen.encoding,
             fidelity=chosen.fidelity,
-            shape=choose_shape(len(samples), row_bytes(chosen.encoding), spec.shard_rows),
+            shape=choose_sharding(len(samples), row_bytes(chosen.encoding), spec.shard_rows),
             batch_size=spec.batch_size,
             versions=versions(),
-            licence=spec.licence,
+            licence=spec.license,
             notes=spec.notes,
             lineage=Lineage(
                 operation="convert", arguments={"file": source.name, "sha256": record_of(source).sha256}, parents=[]

@@ -15,11 +15,11 @@ import torch
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.format.recorded_views import recorded
-from kdcache.cache.format.schema import DatasetRecord, Encoding, Fidelity, Lineage, Plan, Request, Shape
+from kdcache.cache.format.schema import DatasetRecord, Encoding, Fidelity, Lineage, Plan, Request, Sharding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.curate.recode import Piece, build, derive_shard
+from kdcache.curate.recode import ParentRows, build, derive_shard
 from kdcache.data.replay import compare_inputs, fingerprints_of
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
@@ -32,7 +32,7 @@ _PROVED = 32
 Ids = npt.NDArray[np.int64]
 
 
-class Placed(NamedTuple):
+class ParentSelection(NamedTuple):
     """Samples of a cache, in the order in which a new cache has them."""
 
     cache: Cache
@@ -68,8 +68,8 @@ def check_views(cache: Cache, count: int) -> None:
 
 
 def inputs_at(
-    placed: list[Placed], shape: Shape, count: int, data: Samples | None, progress: Progress
-) -> tuple[Shape, list[Inputs]]:
+    placed: list[ParentSelection], shape: Sharding, count: int, data: Samples | None, progress: Progress
+) -> tuple[Sharding, list[Inputs]]:
     """The fingerprints of samples in new places, of a transform that draws nothing at random, one a view.
 
     A cache has one of every so many samples; those that come to stand there may have had none. Where the shape can be
@@ -174,7 +174,7 @@ def _seen(cache: Cache, data: Samples, places: Ids, ids: Ids, number: int) -> In
 
 
 def planned(
-    plan: Plan, dataset: DatasetRecord, views: int, encoded: Encoded, shape: Shape, lineage: Lineage, **others: str
+    plan: Plan, dataset: DatasetRecord, views: int, encoded: Encoded, shape: Sharding, lineage: Lineage, **others: str
 ) -> Plan:
     """The plan of a cache that is made of another one, or of several, of which this is the first one's."""
     made = plan.model_copy(
@@ -194,7 +194,7 @@ def planned(
 
 def derive(
     writer: CacheWriter,
-    placed: list[Placed],
+    placed: list[ParentSelection],
     inputs: list[Inputs],
     classes: list[int] | None,
     recoded: bool,
@@ -211,7 +211,7 @@ def derive(
             mine = part.ids[max(ids.start - begin, 0) : max(ids.stop - begin, 0)].copy()
             if len(mine):
                 labels = torch.from_numpy(part.cache.labels[mine].astype(np.int64))
-                pieces.append(Piece(part.cache.path.absolute(), part.cache.manifest.plan, mine, labels))
+                pieces.append(ParentRows(part.cache.path.absolute(), part.cache.manifest.plan, mine, labels))
         prints = slice(ids.start // stride, -(-ids.stop // stride))
         return pieces, inputs[view].at(prints), classes, recoded
 

@@ -11,11 +11,11 @@ import torch
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.schema import Lineage
-from kdcache.cache.format.sharding import choose_shape
+from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter, check_place, differences
-from kdcache.curate.derive import Encoded, Placed, check_views, derive, inputs_at, planned, row_bytes
+from kdcache.curate.derive import Encoded, ParentSelection, check_views, derive, inputs_at, planned, row_bytes
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn
 from kdcache.errors import MismatchError, UsageError
@@ -68,7 +68,7 @@ def merge(
             f"rows of {other.path} are encoded {what} than those of {first.path}",
             "add --reencode: what they decode to is then encoded as the first cache's rows are, which costs fidelity",
         )
-    placed = [Placed(cache, np.arange(len(cache))) for cache in caches]
+    placed = [ParentSelection(cache, np.arange(len(cache))) for cache in caches]
     keys = np.concatenate([cache.sample_keys for cache in caches])
     labels = np.concatenate([cache.labels for cache in caches])
     if twice := len(keys) - len(np.unique(keys)):
@@ -89,7 +89,7 @@ def merge(
     fidelity = plan.fidelity if all(cache.manifest.plan.fidelity == plan.fidelity for cache in caches) else None
     encoded = Encoded(plan.request, plan.encoding, fidelity if all(alike) else None, bases[0], not all(alike))
     shape, inputs = inputs_at(
-        placed, choose_shape(len(keys), row_bytes(plan.encoding)), plan.views.count, data, listener
+        placed, choose_sharding(len(keys), row_bytes(plan.encoding)), plan.views.count, data, listener
     )
     licence = _joined([cache.manifest.plan.licence for cache in caches], " AND ")
     notes = _joined([cache.manifest.plan.notes for cache in caches], "\n")

@@ -35,7 +35,7 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParentRows:
     """Rows of a parent, in the order in which they are wanted.
 
     Attributes:
@@ -110,7 +110,7 @@ class Recoding:
         """
         logits = decode(rows, labels, self.before, self.basis_before)
         if self.classes is not None:
-            return encode(logits[:, self.classes], relabelled(labels, self.classes), self.after, self.basis)
+            return encode(logits[:, self.classes], relabeled(labels, self.classes), self.after, self.basis)
         if rows.indices is not None and self.after.top_k <= self.before.top_k:
             return self._shorter(rows, rows.indices, labels, logits)
         made = encode(logits, labels, self.after, self.basis)
@@ -141,7 +141,7 @@ class Recoding:
         return Rows(log_probs.to(_DTYPES[self.after.dtype]), indices[:, :k], rows.logsumexp, statistics, tail)
 
 
-def relabelled(labels: Tensor, classes: list[int]) -> Tensor:
+def relabeled(labels: Tensor, classes: list[int]) -> Tensor:
     """Labels [B] int64 as places in `classes`, -1 where they are not among them."""
     places = torch.full((max([*classes, int(labels.max())]) + 2,), -1)
     places[classes] = torch.arange(len(classes))
@@ -149,7 +149,7 @@ def relabelled(labels: Tensor, classes: list[int]) -> Tensor:
 
 
 def derive_shard(
-    out: Path, view: int, shard: int, pieces: list[Piece], inputs: Inputs, classes: list[int] | None, recoded: bool
+    out: Path, view: int, shard: int, pieces: list[ParentRows], inputs: Inputs, classes: list[int] | None, recoded: bool
 ) -> None:
     """Write one shard of a cache that was begun at `out`: the rows of pieces of its parents, one after the other."""
     writer = CacheWriter.join(out)
@@ -202,7 +202,7 @@ def complete(writer: CacheWriter, function: Callable[..., None], calls: list[tup
     out, plan = writer.path, writer.plan
     try:
         parallel.over(function, [(out, *call) for call in calls], scheduler, plan)
-        writer.seal(summary.summarise(out, plan, scheduler))
+        writer.seal(summary.summarize(out, plan, scheduler))
         cache = open_cache(out)
     except KdcacheError:
         writer.discard()

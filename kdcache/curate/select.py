@@ -13,12 +13,12 @@ from kdcache.cache.format import zarr_store
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
-from kdcache.cache.format.sharding import choose_shape
+from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter, check_place
-from kdcache.curate.derive import Encoded, Ids, Placed, check_views, derive, inputs_at, planned, row_bytes
-from kdcache.curate.recode import Piece, relabelled
+from kdcache.curate.derive import Encoded, Ids, ParentSelection, check_views, derive, inputs_at, planned, row_bytes
+from kdcache.curate.recode import ParentRows, relabeled
 from kdcache.data.mixing import split_mixing
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn
@@ -67,7 +67,7 @@ def select(
     _check_ids(ids, cache)
     chosen = None if classes is None else _places(classes, plan.dataset.class_names)
     labels = torch.from_numpy(cache.labels[ids].astype(np.int64))
-    kept_labels = labels if chosen is None else relabelled(labels, chosen)
+    kept_labels = labels if chosen is None else relabeled(labels, chosen)
     asked = {
         **({} if views is None else {"views": count}),
         **({} if classes is None else {"classes": list(classes)}),
@@ -84,12 +84,12 @@ def select(
         update={"samples": len(ids), "class_names": names, "digest": digest_of(keys, numbers)}
     )
     stays = bool((ids == np.arange(len(ids))).all())
-    placed = [Placed(cache, ids)]
+    placed = [ParentSelection(cache, ids)]
     if stays:
         shape, first = plan.shape, slice(-(-len(ids) // plan.shape.fingerprint_stride))
         inputs = [zarr_store.read_inputs(cache.path, plan, view).at(first) for view in range(count)]
     else:
-        shape = choose_shape(len(ids), row_bytes(encoded.encoding))
+        shape = choose_sharding(len(ids), row_bytes(encoded.encoding))
         shape, inputs = inputs_at(placed, shape, count, data, progress or Silent())
     made = planned(plan, dataset, count, encoded, shape, lineage)
     writer = CacheWriter.begin(out, made, numbers, keys, encoded.basis)
@@ -118,7 +118,7 @@ def _check_ids(ids: Ids, cache: Cache) -> None:
     if not len(ids) or ids.min() < 0 or ids.max() >= len(cache) or len(np.unique(ids)) < len(ids):
         raise UsageError(
             f"the samples are not some of 0 to {len(cache) - 1}, each at most once, and at least one",
-            "give ordinals of the data set that was dumped, as `kdcache summarise` prints them",
+            "give ordinals of the data set that was dumped, as `kdcache summarize` prints them",
         )
     if not (ids == np.arange(len(ids))).all() and is_drawn(transform):
         moved = int(np.argmax(ids != np.arange(len(ids))))
@@ -168,8 +168,8 @@ def _encoded(
         return Encoded(request, every, None, None, recoded=True)
     some = ids[pilot_ids(len(ids), request.pilot_rows)]
     labels = torch.from_numpy(cache.labels[some].astype(np.int64))
-    logits = Piece(cache.path, plan, some, labels).logits(0, classes)
-    choice = plan_encoding(logits, labels if classes is None else relabelled(labels, classes), request)
+    logits = ParentRows(cache.path, plan, some, labels).logits(0, classes)
+    choice = plan_encoding(logits, labels if classes is None else relabeled(labels, classes), request)
     # Against rows that are an estimate themselves nothing can be measured that a student of the teacher should know.
     true = was.dense and was.dtype != "uint8"
     chosen = choice.chosen

@@ -70,13 +70,13 @@ def align(
     start = np.searchsorted(ordered, cached, "left")
     count = np.searchsorted(ordered, cached, "right") - start
     there = count > 0
-    relabelled = np.flatnonzero(~there & np.isin(cached_keys, keys))
-    if len(relabelled):
-        first = relabelled[0]
+    relabeled = np.flatnonzero(~there & np.isin(cached_keys, keys))
+    if len(relabeled):
+        first = relabeled[0]
         here = int(np.flatnonzero(keys == cached_keys[first])[0])
         raise MismatchError(
             f"sample {here} of the data set has label {labels[here]}, and is sample {first} of the cache with label "
-            f"{cached_labels[first]} ({len(relabelled)} samples are labelled otherwise)",
+            f"{cached_labels[first]} ({len(relabeled)} samples are labeled otherwise)",
             "use the labels that the cache was made with, or dump the teacher again",
         )
     positions = order[(start + np.minimum(_turns(cached), count - 1))[there]]
@@ -149,7 +149,7 @@ def shared(cache: Cache, samples: Samples, progress: Progress) -> Shared:
     """The images of a cache among those of a data set, in whatever order that has them.
 
     Raises:
-        MismatchError: if there is none, they are labelled otherwise, or their pixels are not what the teacher saw.
+        MismatchError: if there is none, they are labeled otherwise, or their pixels are not what the teacher saw.
     """
     found = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
     if not len(found.ids):

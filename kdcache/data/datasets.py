@@ -40,7 +40,7 @@ def photograph_transform(
     std: Sequence[float] = (0.229, 0.224, 0.225),
     interpolation: str = "bilinear",
 ) -> Transform:
-    """The centre crop that torchvision's ImageNet weights are evaluated with, as data."""
+    """The center crop that torchvision's ImageNet weights are evaluated with, as data."""
     return [
         {"Resize": {"size": [resize], "interpolation": interpolation}},
         {"CenterCrop": {"size": crop}},
@@ -66,7 +66,7 @@ def _share(count: int, split: Split, spec: DatasetSpec) -> npt.NDArray[np.int64]
     order = sorted(range(count), key=lambda i: hashlib.blake2b(i.to_bytes(8, "little"), digest_size=8).digest())
     start = 0
     for name in _lacking(spec):
-        size = round(count * (spec.validation if name == "validation" else spec.test))
+        size = round(count * (spec.validation_fraction if name == "validation" else spec.test_fraction))
         if split == name:
             return np.sort(np.array(order[start : start + size], np.int64))
         start += size
@@ -245,5 +245,5 @@ def load_split(spec: DatasetSpec, split: Split) -> Samples:
 
 def load_held_out(spec: DatasetSpec, split: Literal["validation", "test"]) -> Samples | None:
     """The validation or the test split; None where the set has none of its own and nothing is held out for it."""
-    fraction = spec.validation if split == "validation" else spec.test
+    fraction = spec.validation_fraction if split == "validation" else spec.test_fraction
     return None if fraction == 0 and split in _lacking(spec) else load_split(spec, split)

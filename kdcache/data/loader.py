@@ -20,7 +20,7 @@ _RAISED_THERE = "Caught "
 
 
 @contextmanager
-def told_of_lost_processes(*ends: type[Exception]) -> Iterator[None]:
+def report_lost_workers(*ends: type[Exception]) -> Iterator[None]:
     """Tell of a death inside in words that help.
 
     Args:
@@ -38,7 +38,7 @@ def told_of_lost_processes(*ends: type[Exception]) -> Iterator[None]:
             raise
         raise IncompleteError(
             f"a process that loads images died: {said or type(error).__name__}",
-            "the same command goes on; where memory ran out, with fewer of them (`workers`)",
+            "the same command goes on; where memory ran out, with fewer of them (`num_workers`)",
         ) from error
 
 
@@ -50,7 +50,7 @@ def cut_range(ids: range, batch_size: int) -> list[range]:
 def batches(
     view: View, cuts: Sequence[Sequence[int]], workers: int = 0, device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
-    """The batches of a view, in the order of `cuts`, loaded by `workers` processes ahead of the one that asks.
+    """The batches of a view, in the order of `cuts`, loaded by `num_workers` processes ahead of the one that asks.
 
     Raises:
         IncompleteError: if one of these processes dies.
@@ -63,7 +63,7 @@ def batches(
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # of the workers' seeds, which no view uses; the caller's is left alone
     )
-    with told_of_lost_processes(*((ConnectionError, EOFError) if workers else ())):
+    with report_lost_workers(*((ConnectionError, EOFError) if workers else ())):
         for batch in loader:
             if isinstance(batch, KdcacheError):
                 raise batch

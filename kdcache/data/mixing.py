@@ -82,8 +82,8 @@ def _beta(alpha: float) -> Beta:
 
 def _within(side: int, reach: int) -> slice:
     """As far as `reach` to both sides of a place that is drawn, within [0, side)."""
-    centre = int(torch.randint(side, (1,)))
-    return slice(max(centre - reach, 0), min(centre + reach, side))
+    center = int(torch.randint(side, (1,)))
+    return slice(max(center - reach, 0), min(center + reach, side))
 
 
 MIXINGS: dict[str, Callable[..., Mixing]] = {"MixUp": MixUp, "CutMix": CutMix}

@@ -163,7 +163,7 @@ def check_same_samples(
     """That row i of a cache belongs to sample i of a data set.
 
     Raises:
-        MismatchError: which says whether it is another set, another order, or another labelling, and where it begins.
+        MismatchError: which says whether it is another set, another order, or another labeling, and where it begins.
     """
     here = f"{samples.name}/{samples.split}"
     if len(keys) != len(cached_keys):

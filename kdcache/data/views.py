@@ -33,7 +33,7 @@ from kdcache.data.samples import Samples
 from kdcache.data.transform_limits import check_batch
 from kdcache.data.transforms import NOT_BATCHED, build_transform, is_random
 from kdcache.errors import CorruptError, UsageError
-from kdcache.losses.batch import Mixed
+from kdcache.losses.batch import MixedLabels
 
 
 class Batch(NamedTuple):
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     ids: Tensor
-    mixed: Mixed | None
+    mixed: MixedLabels | None
 
 
 @contextmanager
@@ -166,7 +166,7 @@ class View(Dataset[Batch]):
                 images = _stacked([self._one(int(index), count) for index in ids])
                 return Batch(images, self.labels[which], which, None)
             each, shares, partners = zip(*(self._mixed(int(index), self._mixing, count) for index in ids), strict=True)
-            mixed = Mixed(self.labels[list(partners)], torch.tensor(shares))
+            mixed = MixedLabels(self.labels[list(partners)], torch.tensor(shares))
             return Batch(_stacked(each), self.labels[which], which, mixed)
 
     def _mixed(self, index: int, mixing: Mixing, count: int) -> tuple[Tensor, float, int]:

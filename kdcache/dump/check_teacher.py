@@ -17,14 +17,14 @@ from kdcache.data.replay import view_of
 from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError
 from kdcache.models import weights_digest
-from kdcache.models.inference import RunningTeacher, described_precision, refuse_not_finite
+from kdcache.models.inference import InferenceModel, described_precision, refuse_not_finite
 from kdcache.runtime.progress import Progress, Silent
 
 _SUSPECT = 0.05
 """Mean total variation at T = 1 from which it is another teacher, or another way to run it."""
 
 
-class Agreement(NamedTuple):
+class TeacherAgreement(NamedTuple):
     """How near cached logits are to those of the live teacher, on a sample of rows of one view.
 
     Attributes:
@@ -54,7 +54,7 @@ def compare_with_teacher(
     rows: int = 512,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> list[Agreement]:
+) -> list[TeacherAgreement]:
     """Run the teacher again on some rows of every view.
 
     Args:
@@ -80,7 +80,7 @@ def compare_with_teacher(
             f"the teacher would run in {precision}, the cache's ran in {plan.teacher.precision}",
             "set cache.precision, cache.channels_last and cache.compile as they were",
         )
-    running = RunningTeacher(model, plan.encoding.num_classes, spec, device)
+    running = InferenceModel(model, plan.encoding.num_classes, spec, device)
     ids = pilot_ids(len(samples), rows)
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
     teacher = cache.teacher(device)
@@ -89,7 +89,7 @@ def compare_with_teacher(
         for view in cache.views:
             seen = view_of(cache, samples, view)
             parts = []
-            for batch in batches(seen, cuts, spec.workers, device):
+            for batch in batches(seen, cuts, spec.num_workers, device):
                 live = running(batch.images)
                 refuse_not_finite(live.isfinite().all(dim=1).cpu(), batch.ids)
                 truth = teacher.labels[batch.ids.to(device)]
@@ -102,7 +102,7 @@ def compare_with_teacher(
     return found
 
 
-def _check_same_teacher(encoded: Agreement) -> None:
+def _check_same_teacher(encoded: TeacherAgreement) -> None:
     """Refuse another teacher; `encoded` compares with live logits after the same encoding, which may lose much."""
     if encoded.total_variation > _SUSPECT:
         raise MismatchError(
@@ -112,8 +112,8 @@ def _check_same_teacher(encoded: Agreement) -> None:
         )
 
 
-def _agreement(view: int, temperature: int, live: Tensor, cached: Tensor) -> Agreement:
-    return Agreement(
+def _agreement(view: int, temperature: int, live: Tensor, cached: Tensor) -> TeacherAgreement:
+    return TeacherAgreement(
         view,
         temperature,
         len(live),

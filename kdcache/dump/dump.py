@@ -26,12 +26,12 @@ from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.dump.extend import check_extends
 from kdcache.dump.plan import Pilot, Planned, choose, measured, plan_cache, request_of, run_pilot, views_of
-from kdcache.dump.teacher_pass import Clock, Shard, run_pass
+from kdcache.dump.teacher_pass import PhaseTimer, Shard, run_pass
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError
 from kdcache.models import weights_digest
 from kdcache.models.checks import try_network
-from kdcache.models.inference import RunningTeacher
-from kdcache.models.teacher import Identity, load_teacher
+from kdcache.models.inference import InferenceModel
+from kdcache.models.teacher import TeacherIdentity, load_teacher
 from kdcache.runtime.distributed import Ranks
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.resources import free_disk
@@ -72,7 +72,7 @@ def plan_for_teacher(
         return Planned(every, None, rows)
     view = View(loaded.samples, loaded.transform, spec.seed)
     try_network(loaded.model.to(device), view, device, "teacher")
-    teacher = RunningTeacher(loaded.model, loaded.samples.num_classes, spec, device)
+    teacher = InferenceModel(loaded.model, loaded.samples.num_classes, spec, device)
     if every is not None:
         pilot = run_pilot(teacher, view, spec, progress, _TIMED * spec.batch_size)
         planned = Planned(every, None, rows, measured(every, pilot), pilot.rows_per_second)
@@ -105,7 +105,7 @@ def dump_teacher(
     samples: Samples,
     out: str | Path,
     *,
-    name: str | Identity = "teacher",
+    name: str | TeacherIdentity = "teacher",
     transform: Transform | None = None,
     spec: CacheSpec | None = None,
     extends: Cache | None = None,
@@ -143,21 +143,21 @@ def dump_teacher(
     """
     out, spec, ranks = Path(out), spec or CacheSpec(), ranks or Ranks()
     listener: Progress = progress if progress and ranks.is_first else Silent()
-    teacher = name if isinstance(name, Identity) else Identity(name, {}, None)
+    teacher = name if isinstance(name, TeacherIdentity) else TeacherIdentity(name, {}, None)
     transform = samples.transform if transform is None else transform
     view_of = partial(View, samples, transform, spec.seed)
-    clock = Clock()
+    clock = PhaseTimer()
     try:
         with clock.on("before the pass"):
             settle = partial(_settle, model, samples, out, teacher, transform, spec, extends, device, listener)
             writer, todo = _begin(out, settle, model, ranks)
-            running = RunningTeacher(model, samples.num_classes, spec, device)
+            running = InferenceModel(model, samples.num_classes, spec, device)
             basis = zarr_store.read_basis(out, writer.plan)
             basis = basis.to(device) if basis is not None else None
         rows = sum(len(writer.plan.shard_ids(shard.number)) for shard in todo)
         try:
             with listener.task("teacher" + ranks.named(), rows, "rows") as task:
-                run_pass(running, view_of, writer.plan, basis, todo, spec.workers, writer.write, task, clock)
+                run_pass(running, view_of, writer.plan, basis, todo, spec.num_workers, writer.write, task, clock)
         except IncompleteError:
             raise
         except KdcacheError:
@@ -168,7 +168,7 @@ def dump_teacher(
         if ranks.is_first:
             with clock.on("sealing"):
                 _wait_for_files(writer, ranks)
-                writer.seal(summary.summarise(out, writer.plan))
+                writer.seal(summary.summarize(out, writer.plan))
         ranks.wait()
         with clock.on("sealing"):
             cache = open_cache(out)
@@ -213,7 +213,7 @@ def _settle(
     model: nn.Module,
     samples: Samples,
     out: Path,
-    teacher: Identity,
+    teacher: TeacherIdentity,
     transform: Transform,
     spec: CacheSpec,
     extends: Cache | None,
@@ -233,7 +233,7 @@ def _settle(
         path, begun = extends.path, extends.manifest.plan
 
     def pilot() -> Pilot:
-        return run_pilot(RunningTeacher(model, samples.num_classes, spec, device), view, spec, progress)
+        return run_pilot(InferenceModel(model, samples.num_classes, spec, device), view, spec, progress)
 
     chosen = choose(path, begun, spec, samples.num_classes, pilot)
     shape = extends.manifest.plan.shape if extends else None

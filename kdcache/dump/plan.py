@@ -23,11 +23,11 @@ from kdcache.cache.format.schema import (
     Fidelity,
     Plan,
     Request,
-    Shape,
+    Sharding,
     TeacherRecord,
     ViewsRecord,
 )
-from kdcache.cache.format.sharding import choose_shape
+from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import Choice, encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.writer import check_begun_alike
@@ -38,8 +38,8 @@ from kdcache.data.transforms import is_random
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.models import weights_digest
-from kdcache.models.inference import RunningTeacher, described_precision, refuse_not_finite
-from kdcache.models.teacher import Identity
+from kdcache.models.inference import InferenceModel, described_precision, refuse_not_finite
+from kdcache.models.teacher import TeacherIdentity
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.versions import versions
 
@@ -75,7 +75,7 @@ class Pilot(NamedTuple):
 
 
 def run_pilot(
-    teacher: RunningTeacher, view: View, spec: CacheSpec, progress: Progress, rows: int | None = None
+    teacher: InferenceModel, view: View, spec: CacheSpec, progress: Progress, rows: int | None = None
 ) -> Pilot:
     """Run the teacher on rows that are spread over the data set.
 
@@ -95,7 +95,7 @@ def run_pilot(
     parts = []
     began = time.perf_counter()
     with progress.task("pilot", len(ids), "rows") as task:
-        for batch in batches(view, cuts, spec.workers, teacher.device):
+        for batch in batches(view, cuts, spec.num_workers, teacher.device):
             logits = teacher(batch.images)
             refuse_not_finite(logits.isfinite().all(dim=1).cpu(), batch.ids)
             parts.append((logits, batch.labels.to(teacher.device)))
@@ -214,14 +214,14 @@ def views_of(spec: CacheSpec, transform: Transform) -> ViewsRecord:
 
 
 def plan_cache(
-    teacher: Identity,
+    teacher: TeacherIdentity,
     model: nn.Module,
     samples: Samples,
     digest: str,
     spec: CacheSpec,
     views: ViewsRecord,
     choice: Chosen,
-    shape: Shape | None = None,
+    shape: Sharding | None = None,
 ) -> Plan:
     """What a cache will be, before the teacher has run over it; `shape` is that of a cache that it extends.
 
@@ -242,10 +242,10 @@ def plan_cache(
             request=request_of(spec),
             encoding=choice.encoding,
             fidelity=choice.fidelity,
-            shape=shape or choose_shape(len(samples), row_bytes, spec.shard_rows),
+            shape=shape or choose_sharding(len(samples), row_bytes, spec.shard_rows),
             batch_size=spec.batch_size,
             versions=versions(),
-            licence=spec.licence,
+            licence=spec.license,
             notes=spec.notes,
         )
     except ValidationError as error:

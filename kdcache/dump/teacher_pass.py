@@ -21,9 +21,9 @@ from kdcache.cache.format.codec import Rows, encode_finite
 from kdcache.cache.format.fingerprints import Inputs, inputs_of
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.data.loader import batches, cut_range, told_of_lost_processes
+from kdcache.data.loader import batches, cut_range, report_lost_workers
 from kdcache.data.views import Batch, View
-from kdcache.models.inference import RunningTeacher, refuse_not_finite
+from kdcache.models.inference import InferenceModel, refuse_not_finite
 from kdcache.runtime.progress import Task
 
 _WAITING_TO_BE_WRITTEN = 2
@@ -39,7 +39,7 @@ class Shard(NamedTuple):
     number: int
 
 
-class Clock:
+class PhaseTimer:
     """Where the time of the main thread goes."""
 
     def __init__(self) -> None:
@@ -60,14 +60,14 @@ class Clock:
         return f"{total:.1f} s: {', '.join(shares)}"
 
 
-class _Background:
+class WriterThread:
     """A thread that does one thing after the other; who gives it too much has to wait."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdcache-writer")
         self._given: deque[Future[None]] = deque()
 
-    def __enter__(self) -> _Background:
+    def __enter__(self) -> WriterThread:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,7 +91,7 @@ class _Background:
 
 
 def run_pass(
-    teacher: RunningTeacher,
+    teacher: InferenceModel,
     view_of: Callable[[int], View],
     plan: Plan,
     basis: TailBasis | None,
@@ -99,7 +99,7 @@ def run_pass(
     workers: int,
     write: Write,
     task: Task,
-    clock: Clock,
+    clock: PhaseTimer,
 ) -> None:
     """Run the teacher over some shards, in order, and write each as soon as it is whole.
 
@@ -119,14 +119,14 @@ def run_pass(
         CorruptError: if it returns NaN or infinities; names the sample.
         IncompleteError: if a process that loads images dies.
     """
-    with told_of_lost_processes(), _Background() as background:
+    with report_lost_workers(), WriterThread() as background:
         for view, group in groupby(shards, key=lambda shard: shard.view):
             numbers = [shard.number for shard in group]
             cuts = {number: cut_range(plan.shard_ids(number), plan.batch_size) for number in numbers}
             every = [cut for number in numbers for cut in cuts[number]]
             loaded = batches(view_of(view), every, workers, teacher.device)
             for number in numbers:
-                made = _Made(teacher, plan, basis)
+                made = ShardBuilder(teacher, plan, basis)
                 for _ in cuts[number]:
                     background.check()  # a full disk is told of before the teacher has made more for nothing
                     with clock.on("waiting for data"):
@@ -146,10 +146,10 @@ def _writing(write: Write, view: int, number: int, rows: Rows, inputs: Inputs) -
     return lambda: write(view, number, rows, inputs)
 
 
-class _Made:
+class ShardBuilder:
     """A shard in the making: its rows stay on the teacher's device until it is whole."""
 
-    def __init__(self, teacher: RunningTeacher, plan: Plan, basis: TailBasis | None) -> None:
+    def __init__(self, teacher: InferenceModel, plan: Plan, basis: TailBasis | None) -> None:
         self._teacher, self._plan, self._basis = teacher, plan, basis
         self._rows: list[Rows] = []
         self._inputs: list[Inputs] = []

@@ -58,7 +58,7 @@ def multiply_adds(model: nn.Module, image: Tensor) -> int:
     """Multiplications, each with its addition, of one image [1, channels, H, W] on the network's device.
 
     Counted are convolutions, products of matrices and attention, by torch's own counter of floating-point operations,
-    which has two for each; not what is done to each element alone, normalisation and pooling.
+    which has two for each; not what is done to each element alone, normalization and pooling.
     """
     counter = FlopCounterMode(display=False)
     with _evaluating(model), torch.no_grad(), _plain_attention(), counter:

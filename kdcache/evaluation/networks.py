@@ -25,7 +25,7 @@ _PIPELINE, _METRICS = "resolved.yaml", "metrics.json"
 
 
 @dataclass(frozen=True)
-class Trained:
+class NetworkRef:
     """A network that has been trained, not yet built.
 
     Attributes:
@@ -43,7 +43,7 @@ class Trained:
         """Processes that load images, as its pipeline has them for this network."""
         section = getattr(self.pipeline, self.network)
         trained = isinstance(section, TeacherSpec | StudentSpec)
-        return section.train.workers if trained else self.pipeline.cache.workers
+        return section.train.num_workers if trained else self.pipeline.cache.num_workers
 
     def load(self, samples: Samples) -> tuple[nn.Module, View]:
         """The network with its weights, and the samples as it is to see them.
@@ -63,7 +63,7 @@ class Trained:
         return transform_for_evaluation(self.pipeline.eval_transform, seen)
 
 
-def from_run(folder: Path) -> Trained:
+def from_run(folder: Path) -> NetworkRef:
     """The network that `train-student` or `train-teacher` left in a run folder.
 
     Raises:
@@ -89,7 +89,7 @@ def from_run(folder: Path) -> Trained:
             f"{folder / _METRICS} does not say of which network the run is: an older kdcache made it", _said(folder)
         )
     pipeline = load_pipeline(folder / _PIPELINE)
-    return Trained(str(folder), _with_weights(pipeline, network, folder / CHECKPOINT), network)
+    return NetworkRef(str(folder), _with_weights(pipeline, network, folder / CHECKPOINT), network)
 
 
 def _said(folder: Path) -> str:
@@ -100,17 +100,17 @@ def _said(folder: Path) -> str:
     )
 
 
-def from_pipeline(pipeline: Pipeline, network: Network, checkpoint: Path | None) -> Trained:
+def from_pipeline(pipeline: Pipeline, network: Network, checkpoint: Path | None) -> NetworkRef:
     """A network of a pipeline, with the weights of a checkpoint; of the teacher, the pipeline may name them itself.
 
     Raises:
         UsageError: if the pipeline lacks the network, or a student's checkpoint is not given.
     """
     if checkpoint is not None:
-        return Trained(str(checkpoint), _with_weights(pipeline, network, checkpoint), network)
+        return NetworkRef(str(checkpoint), _with_weights(pipeline, network, checkpoint), network)
     if network == "student":
         raise UsageError("a student's weights are in no pipeline", "give its checkpoint, RUN/model.safetensors")
-    return Trained(" + ".join(spec.model for spec in pipeline.members), pipeline, network)
+    return NetworkRef(" + ".join(spec.model for spec in pipeline.members), pipeline, network)
 
 
 def _with_weights(pipeline: Pipeline, network: Network, checkpoint: Path) -> Pipeline:

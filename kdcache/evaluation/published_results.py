@@ -10,12 +10,12 @@ from kdcache.config.loader import load_pipeline
 from kdcache.config.recipes import recipes
 from kdcache.config.schema import Pipeline, TeacherSpec
 from kdcache.errors import UsageError
-from kdcache.evaluation.runs import Finished, Mean
+from kdcache.evaluation.runs import Mean, RunRecord
 
 _ROW = re.compile(r"^\| `([^`|]+)` \|.*\|$")
 
 
-def fill_results(text: str, runs: Sequence[Finished]) -> tuple[str, list[str]]:
+def fill_results(text: str, runs: Sequence[RunRecord]) -> tuple[str, list[str]]:
     """A table with the runs' test accuracies in the last cell of the rows of their recipes.
 
     A run is of a recipe if data set, teacher and student are; whatever else was set is for its folder to say, which
@@ -49,7 +49,7 @@ def fill_results(text: str, runs: Sequence[Finished]) -> tuple[str, list[str]]:
     return "\n".join(row(line) for line in text.split("\n")), filled
 
 
-def _is_of(run: Finished, recipe: Pipeline) -> bool:
+def _is_of(run: RunRecord, recipe: Pipeline) -> bool:
     return run.trained.network == "student" and _pair(run.pipeline) == _pair(recipe)
 
 
@@ -58,15 +58,15 @@ def _pair(pipeline: Pipeline) -> tuple[str, str | None, str | None]:
     return pipeline.dataset.name, teacher, pipeline.student.model if pipeline.student else None
 
 
-def _cell(runs: Sequence[Finished]) -> str:
-    by_loss: dict[str, list[Finished]] = {}
+def _cell(runs: Sequence[RunRecord]) -> str:
+    by_loss: dict[str, list[RunRecord]] = {}
     for run in runs:
         if run.accuracy is not None:
             by_loss.setdefault(run.pipeline.loss.name, []).append(run)
     return "; ".join(_figure(loss, of_loss) for loss, of_loss in by_loss.items())
 
 
-def _figure(loss: str, runs: Sequence[Finished]) -> str:
+def _figure(loss: str, runs: Sequence[RunRecord]) -> str:
     mean = Mean.of(run.accuracy for run in runs)
     assert mean is not None, "the accuracy of each is known"  # noqa: S101  # and the type checker must be told
     spread = "" if mean.spread is None else f" ± {100 * mean.spread:.2f}"

@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 from kdcache.config.loader import load_pipeline
 from kdcache.config.schema import Pipeline
 from kdcache.errors import CorruptError, UsageError
-from kdcache.evaluation.networks import Trained, from_run
+from kdcache.evaluation.networks import NetworkRef, from_run
 
 _POINT, _METRICS, _ROWS = "point.json", "metrics.json", "metrics.csv"
 
 # What two runs may differ in and be the same experiment all the same.
-_NO_MATTER = {"train.seed", "train.workers", "train.trackers"}
+_NO_MATTER = {"train.seed", "train.num_workers", "train.trackers"}
 
 Row = dict[str, float | None]
 
 
-class Finished(NamedTuple):
+class RunRecord(NamedTuple):
     """A run that came to its end.
 
     Attributes:
@@ -41,7 +41,7 @@ class Finished(NamedTuple):
         rows: of metrics.csv, one an epoch.
     """
 
-    trained: Trained
+    trained: NetworkRef
     pipeline: Pipeline
     seed: int
     accuracy: float | None
@@ -122,7 +122,7 @@ def _in_order(path: Path) -> tuple[int, str]:
     return int(number.group()) if number else 0, path.name
 
 
-def read_run(folder: Path) -> Finished:
+def read_run(folder: Path) -> RunRecord:
     """What a run folder says.
 
     Raises:
@@ -140,7 +140,7 @@ def read_run(folder: Path) -> Finished:
             ]
         if not rows:
             raise ValueError(f"{_ROWS} has no line")
-        return Finished(
+        return RunRecord(
             trained,
             pipeline,
             int(metrics["seed"]),
@@ -159,7 +159,7 @@ def read_run(folder: Path) -> Finished:
         ) from None
 
 
-def group_runs(runs: Sequence[Finished]) -> list[Group]:
+def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """The runs put together by what their pipelines and caches say, in the order in which they are given."""
     settings = [_settings(run) for run in runs]
     members: dict[str, list[int]] = {}
@@ -191,7 +191,7 @@ def _label(parts: list[str], peers: Sequence[list[str]]) -> str:
     return ", ".join(part for part in parts if part not in common)
 
 
-def _settings(run: Finished) -> dict[str, str]:
+def _settings(run: RunRecord) -> dict[str, str]:
     """All that a run depends on but the seed, flat."""
     network = run.trained.network
     whole = run.pipeline.model_dump(mode="json")

@@ -20,7 +20,7 @@ from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.evaluation import costs, metrics
-from kdcache.evaluation.networks import Trained
+from kdcache.evaluation.networks import NetworkRef
 from kdcache.models.checks import check_logits, try_network
 from kdcache.runtime.progress import Progress, Silent
 
@@ -44,7 +44,7 @@ class LikeTeacher(NamedTuple):
     total_variation_t4: float
 
 
-class Score(NamedTuple):
+class NetworkScore(NamedTuple):
     """What was found of a network; `measures` and `costs` say how.
 
     Attributes:
@@ -85,7 +85,7 @@ class Scorecard(NamedTuple):
         dataset: its name.
         split: which part of it.
         images: how many it has.
-        labelled: how many of them have a label; the others are left out.
+        labeled: how many of them have a label; the others are left out.
         matched: samples of the cache that the data set has; None without a cache.
         scores: one a network.
     """
@@ -93,13 +93,13 @@ class Scorecard(NamedTuple):
     dataset: str
     split: str
     images: int
-    labelled: int
+    labeled: int
     matched: int | None
-    scores: list[Score]
+    scores: list[NetworkScore]
 
 
 def score_networks(
-    networks: Sequence[Trained],
+    networks: Sequence[NetworkRef],
     split: Literal["validation", "test"] = "test",
     *,
     cache: Cache | None = None,
@@ -125,17 +125,17 @@ def score_networks(
     """
     progress = progress or Silent()
     samples = same_split([network.pipeline.dataset for network in networks], split)
-    labelled = torch.from_numpy(samples.labels >= 0).nonzero().squeeze(1).tolist()
-    if not labelled:
-        raise UsageError(f"no sample of {samples.name}/{samples.split} has a label", "evaluate on a labelled split")
+    labeled = torch.from_numpy(samples.labels >= 0).nonzero().squeeze(1).tolist()
+    if not labeled:
+        raise UsageError(f"no sample of {samples.name}/{samples.split} has a label", "evaluate on a labeled split")
     taught = _Taught.by(cache, networks[0].pipeline.dataset, rows, progress) if cache is not None else None
     scores = []
     with progress.task("networks", len(networks), "networks") as task:
         for network in networks:
-            scores.append(_score(network, samples, labelled, taught, device))
+            scores.append(_score(network, samples, labeled, taught, device))
             task.advance(1, network.name)
     matched = len(taught.view) if taught else None
-    return Scorecard(samples.name, split, len(samples), len(labelled), matched, scores)
+    return Scorecard(samples.name, split, len(samples), len(labeled), matched, scores)
 
 
 def same_split(specs: Sequence[DatasetSpec], split: Literal["validation", "test"]) -> Samples:
@@ -183,15 +183,15 @@ class _Taught(NamedTuple):
 
 
 def _score(
-    network: Trained, samples: Samples, labelled: list[int], taught: _Taught | None, device: torch.device | str
-) -> Score:
+    network: NetworkRef, samples: Samples, labeled: list[int], taught: _Taught | None, device: torch.device | str
+) -> NetworkScore:
     model, view = network.load(samples)
     try_network(model, view, "cpu", f"network {network.name}")
     model.to(device).eval()
-    logits = logits_of(network, model, view, labelled, device)
-    labels = view.labels[labelled]
+    logits = logits_of(network, model, view, labeled, device)
+    labels = view.labels[labeled]
     image = view[0].images.to(device)
-    return Score(
+    return NetworkScore(
         network.name,
         metrics.top_k_accuracy(logits, labels, 1),
         metrics.top_k_accuracy(logits, labels, _TOP) if samples.num_classes > _TOP else None,
@@ -206,7 +206,7 @@ def _score(
 
 
 @torch.inference_mode()
-def logits_of(network: Trained, model: nn.Module, view: View, ids: list[int], device: torch.device | str) -> Tensor:
+def logits_of(network: NetworkRef, model: nn.Module, view: View, ids: list[int], device: torch.device | str) -> Tensor:
     """What a network in evaluation mode says of some samples, [len(ids), C] float32 on the CPU."""
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
     parts = []

@@ -23,7 +23,7 @@ def probability_shift(teacher_logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         teacher_logits: [B, C].
-        labels: [B] int64; rows labelled -1 are left alone.
+        labels: [B] int64; rows labeled -1 are left alone.
 
     Source: Wen, Lai & Qian 2019 (1911.07471), "probability shift".
     """
@@ -44,7 +44,7 @@ def label_smoothing(teacher_logits: Tensor, labels: Tensor, smoothing: float = 0
 
     Args:
         teacher_logits: [B, C].
-        labels: [B] int64; rows labelled -1 are left alone.
+        labels: [B] int64; rows labeled -1 are left alone.
         smoothing: probability that the label gives away, between 0 and 1.
 
     Source: Wen, Lai & Qian 2019 (1911.07471), "label smooth regularization".
@@ -60,7 +60,7 @@ def label_smoothing(teacher_logits: Tensor, labels: Tensor, smoothing: float = 0
 def truncation(teacher_logits: Tensor, labels: Tensor, top: int = 16) -> Tensor:
     """The `top` largest logits alone: softmax then shares all mass among them, and the other classes get exactly 0.
 
-    An ablation: what a cache of the top j, renormalised, teaches, at whatever temperature. The others are set 10,000
+    An ablation: what a cache of the top j, renormalized, teaches, at whatever temperature. The others are set 10,000
     below the least that is kept, which no float tells from 0 in a softmax, and which unlike -inf never makes a NaN.
 
     Args:

@@ -47,18 +47,18 @@ def batch_mean(rows: Tensor, batch_sum: BatchSum) -> Tensor:
     return batch_sum(rows) / batch_sum(rows.new_ones(len(rows)))
 
 
-class Whole(NamedTuple):
+class BatchTotals(NamedTuple):
     """The batch that some samples are part of. The losses of its parts, and their gradients, add up to its own.
 
     Attributes:
         rows: how many samples it has.
-        labelled: how many of them have a label.
-        shares: of how much the true class is known: `labelled`; of mixed images the sum of their labelled shares.
+        labeled: how many of them have a label.
+        shares: of how much the true class is known: `labeled`; of mixed images the sum of their labeled shares.
         sum: over all of its samples; for DTD and DIST.
     """
 
     rows: Tensor | int
-    labelled: Tensor | int
+    labeled: Tensor | int
     shares: Tensor | int
     sum: BatchSum = of_these
 
@@ -68,7 +68,7 @@ def at_least_one(count: Tensor | int) -> Tensor | int:
     return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
 
 
-def labelled_shares(labels: Tensor, mixed: Mixed | None, dtype: torch.dtype = torch.float32) -> Tensor:
+def labeled_shares(labels: Tensor, mixed: MixedLabels | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Of how much of each sample the true class is known, [B]: 0 or 1, or where it is mixed anything between."""
     known = (labels >= 0).to(dtype)
     if mixed is None:
@@ -77,7 +77,7 @@ def labelled_shares(labels: Tensor, mixed: Mixed | None, dtype: torch.dtype = to
     return share * known + (1 - share) * (mixed.partner_labels >= 0)
 
 
-def whole_of(labels: Tensor, mixed: Mixed | None = None, dtype: torch.dtype = torch.float32) -> Whole:
+def batch_totals(labels: Tensor, mixed: MixedLabels | None = None, dtype: torch.dtype = torch.float32) -> BatchTotals:
     """A batch that is all here.
 
     Args:
@@ -85,10 +85,10 @@ def whole_of(labels: Tensor, mixed: Mixed | None = None, dtype: torch.dtype = to
         mixed: partners' labels and own shares, where each image is mixed with another.
         dtype: that the shares are added up in.
     """
-    return Whole(len(labels), (labels >= 0).sum(), labelled_shares(labels, mixed, dtype).sum())
+    return BatchTotals(len(labels), (labels >= 0).sum(), labeled_shares(labels, mixed, dtype).sum())
 
 
-class Mixed(NamedTuple):
+class MixedLabels(NamedTuple):
     """What is known of a batch of mixed images beside their own labels.
 
     Attributes:
@@ -99,6 +99,6 @@ class Mixed(NamedTuple):
     partner_labels: Tensor
     share: Tensor
 
-    def to(self, device: torch.device | str) -> Mixed:
+    def to(self, device: torch.device | str) -> MixedLabels:
         """The same on another device."""
-        return Mixed(*(part.to(device, non_blocking=True) for part in self))
+        return MixedLabels(*(part.to(device, non_blocking=True) for part in self))

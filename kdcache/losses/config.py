@@ -60,17 +60,17 @@ class DTKD(_Options):
     kind: Literal["dtkd"] = "dtkd"
     tau: Positive = 4.0
     sharpness: Literal["max", "logsumexp"] = "max"
-    centre: bool = False
+    center: bool = False
     detach: bool = False
-    equalise: Literal["published", "exact"] = "published"
+    equalize: Literal["published", "exact"] = "published"
     sharpness_floor: Positive = 1e-3
 
     @model_validator(mode="after")
-    def _exact_is_of_centred_logsumexps(self) -> DTKD:
-        if self.equalise == "exact" and not (self.sharpness == "logsumexp" and self.centre):
+    def _exact_is_of_centered_logsumexps(self) -> DTKD:
+        if self.equalize == "exact" and not (self.sharpness == "logsumexp" and self.center):
             raise ValueError(
-                "equalise: exact is for the logsumexps of centred logits (the published form does make the largest "
-                "logits equal): set sharpness: logsumexp and centre: true with it"
+                "equalize: exact is for the logsumexps of centered logits (the published form does make the largest "
+                "logits equal): set sharpness: logsumexp and center: true with it"
             )
         return self
 
@@ -82,7 +82,7 @@ class DTDFocal(_Options):
     tau: Positive = 4.0
     beta: NotNegative = 40.0
     gamma: Positive = 2.0
-    lowest: Positive = 1.0
+    min_temperature: Positive = 1.0
 
 
 class DTDConfidence(_Options):
@@ -91,14 +91,14 @@ class DTDConfidence(_Options):
     kind: Literal["dtd_cwsm"] = "dtd_cwsm"
     tau: Positive = 4.0
     beta: NotNegative = 0.5
-    lowest: Positive = 1.0
+    min_temperature: Positive = 1.0
 
 
 class CTKD(_Options):
     """`losses.temperatures.ctkd`."""
 
     kind: Literal["ctkd"] = "ctkd"
-    lowest: Positive = 1.0
+    min_temperature: Positive = 1.0
     span: Positive = 20.0
     ramp_epochs: Positive = 10.0
 
@@ -186,14 +186,14 @@ class Loss(_Options):
     """Of the same divergence at a constant temperature, beside a dynamic one."""
     warmup_epochs: NotNegative = 0.0
     """Epochs over which the teacher's weight grows to its full size."""
-    normalisation: Literal["none", "z_score"] = "none"
-    """Of both logits, in front of all else: `none`, or `z_score` (logit standardisation)."""
+    normalization: Literal["none", "z_score"] = "none"
+    """Of both logits, in front of all else: `none`, or `z_score` (logit standardization)."""
     adjustment: Adjustment
     """`kind: none`, `probability_shift`, `label_smoothing` (`smoothing`) or `truncation` (`top`)."""
     temperature: Temperature
-    """`kind: constant` (`tau`), `dtkd` (`tau`, `sharpness`, `centre`, `detach`, `equalise`, `sharpness_floor`),
-    `dtd_flsw` (`tau`, `beta`, `gamma`, `lowest`), `dtd_cwsm` (`tau`, `beta`, `lowest`) or `ctkd` (`lowest`, `span`,
-    `ramp_epochs`)."""
+    """`kind: constant` (`tau`), `dtkd` (`tau`, `sharpness`, `center`, `detach`, `equalize`, `sharpness_floor`),
+    `dtd_flsw` (`tau`, `beta`, `gamma`, `min_temperature`), `dtd_cwsm` (`tau`, `beta`, `min_temperature`) or
+    `ctkd` (`min_temperature`, `span`, `ramp_epochs`)."""
     divergence: Divergence
     """`kind: kl`, `reverse_kl`, `jensen_shannon`, `dkd` (`alpha`, `beta`), `dist` (`beta`, `gamma`), `plackett_luce`,
     `ofa` (`eps`), `mse` or `cosine`."""
@@ -215,10 +215,10 @@ class Loss(_Options):
         if not self.uses_teacher:
             if self.ce_weight == 0:
                 yield "ce_weight and the kd weights are all 0: there is nothing to learn"
-            axes = (self.normalisation, self.adjustment, self.temperature, self.divergence)
+            axes = (self.normalization, self.adjustment, self.temperature, self.divergence)
             if axes != ("none", NoAdjustment(), ConstantTemperature(), KL()) or self.warmup_epochs:
                 yield (
-                    "the kd weights are 0, so normalisation, adjustment, temperature, divergence and warmup_epochs "
+                    "the kd weights are 0, so normalization, adjustment, temperature, divergence and warmup_epochs "
                     "would have no effect"
                 )
         if self.plain_kd_weight and self.temperature.kind == "constant":
@@ -264,7 +264,7 @@ class Loss(_Options):
         return 1.0 if isinstance(self.temperature, CTKD) else self.temperature.tau
 
     @property
-    def skips_unlabelled(self) -> bool:
+    def skips_unlabeled(self) -> bool:
         """Whether the teacher's term leaves out samples without a label."""
         return self.divergence.kind == "dkd"
 
@@ -276,10 +276,10 @@ class Loss(_Options):
     @property
     def needs_level(self) -> str | None:
         """What of it changes with a constant that is added to a row of the teacher's logits, if anything does."""
-        if not self.uses_teacher or self.normalisation == "z_score":
+        if not self.uses_teacher or self.normalization == "z_score":
             return None
         temperature = self.temperature
-        if (isinstance(temperature, DTKD) and not temperature.centre) or isinstance(temperature, DTDFocal):
+        if (isinstance(temperature, DTKD) and not temperature.center) or isinstance(temperature, DTDFocal):
             return f"the temperature {temperature.kind}"
         return "the divergence mse" if isinstance(self.divergence, MSE) else None
 

@@ -4,9 +4,9 @@
          + warmup(epoch) * ( kd_weight       * mean_i w_i   * D( A(u_i / T_tea_i), v_i / T_stu_i )
                            + plain_kd_weight * mean_i tau^2 * D( A(u_i / tau),     v_i / tau ) )
 
-with v the student's and u the teacher's raw logits, both standardised first where asked, y the labels, A the
+with v the student's and u the teacher's raw logits, both standardized first where asked, y the labels, A the
 adjustment, (T_stu, T_tea, w) the temperatures and D the divergence. Of DKD, which needs labels, mean_i is over the
-labelled samples, as it is of CE. Nothing here knows of caches: give it the live teacher's logits or the cached ones.
+labeled samples, as it is of CE. Nothing here knows of caches: give it the live teacher's logits or the cached ones.
 
 Of a mixed image both see the mixture, and only CE(v, y) becomes share * CE(v, y) + (1 - share) * CE(v, y'), y' the
 partner's label. What acts on the one true class has none to act on: KA, DKD, OFA and Plackett-Luce are refused.
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.losses import adjustments, divergences, normalizations, temperatures
-from kdcache.losses.batch import Mixed, Whole, at_least_one, whole_of
+from kdcache.losses.batch import BatchTotals, MixedLabels, at_least_one, batch_totals
 from kdcache.losses.config import Loss
 from kdcache.losses.temperatures import Temperatures
 
@@ -81,13 +81,13 @@ class LossParts(NamedTuple):
 def cross_entropy(
     student_logits: Tensor,
     labels: Tensor,
-    mixed: Mixed | None = None,
+    mixed: MixedLabels | None = None,
     smoothing: float = 0.0,
-    whole: Whole | None = None,
+    whole: BatchTotals | None = None,
 ) -> Tensor:
-    """Mean cross-entropy over the labelled samples of a batch; 0 where none is labelled.
+    """Mean cross-entropy over the labeled samples of a batch; 0 where none is labeled.
 
-    Of mixed images it is the mean over their labelled shares, which are not scaled up where they come to less than one.
+    Of mixed images it is the mean over their labeled shares, which are not scaled up where they come to less than one.
 
     Args:
         student_logits: [B, C].
@@ -97,7 +97,7 @@ def cross_entropy(
         whole: the batch that these samples are part of; None where they are all of it.
     """
     told = partial(F.cross_entropy, student_logits, ignore_index=-1, label_smoothing=smoothing)
-    known = at_least_one((whole or whole_of(labels, mixed, student_logits.dtype)).shares)
+    known = at_least_one((whole or batch_totals(labels, mixed, student_logits.dtype)).shares)
     if mixed is None:
         return told(labels, reduction="sum") / known
     share = mixed.share.to(student_logits.dtype)
@@ -122,7 +122,7 @@ def distillation_term(
     loss: Loss,
     epoch: int = 1,
     theta: Tensor | None = None,
-    whole: Whole | None = None,
+    whole: BatchTotals | None = None,
 ) -> Tensor:
     """kd_weight * mean_i w_i * D(...) + plain_kd_weight * mean_i tau^2 * D(...), before the warm-up; a scalar.
 
@@ -138,7 +138,7 @@ def distillation_term(
     Raises:
         ValueError: if CTKD has no theta.
     """
-    whole = whole or whole_of(labels)
+    whole = whole or batch_totals(labels)
     return _term_and_temperatures(student_logits, teacher_logits, labels, loss, epoch, theta, whole)[0]
 
 
@@ -149,7 +149,7 @@ def _term_and_temperatures(
     loss: Loss,
     epoch: int,
     theta: Tensor | None,
-    whole: Whole,
+    whole: BatchTotals,
 ) -> tuple[Tensor, Temperatures]:
     if loss.temperature.kind == "ctkd" and theta is None:
         raise ValueError(f"the loss {loss.name!r} learns its temperature: make theta with learned_temperature(loss)")
@@ -159,8 +159,8 @@ def _term_and_temperatures(
         "dtd_cwsm": {"batch_sum": whole.sum},
         "dist": {"batch_sum": whole.sum},
     }
-    student_logits, teacher_logits = (NORMALISATIONS[loss.normalisation](z) for z in (student_logits, teacher_logits))
-    rows = at_least_one(whole.labelled if loss.skips_unlabelled else whole.rows)
+    student_logits, teacher_logits = (NORMALISATIONS[loss.normalization](z) for z in (student_logits, teacher_logits))
+    rows = at_least_one(whole.labeled if loss.skips_unlabeled else whole.rows)
 
     def chosen(functions: dict[str, Callable[..., Any]], axis: Any) -> Callable[..., Any]:
         return partial(functions[axis.kind], **axis.arguments(), **of_the_step.get(axis.kind, {}))
@@ -184,9 +184,9 @@ def distillation_loss(
     labels: Tensor,
     loss: Loss,
     epoch: int = 1,
-    mixed: Mixed | None = None,
+    mixed: MixedLabels | None = None,
     theta: Tensor | None = None,
-    whole: Whole | None = None,
+    whole: BatchTotals | None = None,
     label_smoothing: float = 0.0,
 ) -> LossParts:
     """The whole loss of a batch.
@@ -208,7 +208,7 @@ def distillation_loss(
     """
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()
-    whole = whole or whole_of(labels, mixed, student_logits.dtype)
+    whole = whole or batch_totals(labels, mixed, student_logits.dtype)
     ce = cross_entropy(student_logits, labels, mixed, label_smoothing, whole)
     if not loss.uses_teacher:
         none = torch.zeros_like(ce)

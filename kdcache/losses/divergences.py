@@ -61,7 +61,7 @@ def dkd(
         alpha * KL((p_y, 1 - p_y) || (q_y, 1 - q_y)) + beta * KL(p without y || q without y)
 
     With beta = 1 - p_y it would be KD. 1 - q_y is a logsumexp over the others and no difference, so that a student who
-    is sure of the label gives no log 0. A row labelled -1 has no true class to treat apart: it gives 0.
+    is sure of the label gives no log 0. A row labeled -1 has no true class to treat apart: it gives 0.
 
     Args:
         student_scaled: [B, C], C at least 2.
@@ -120,7 +120,7 @@ def dist(
 
 
 def cosine(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
-    """1 - cos(p, q) of each sample: DIST's rows, not centred. (Of logits a temperature would make no difference.)
+    """1 - cos(p, q) of each sample: DIST's rows, not centered. (Of logits a temperature would make no difference.)
 
     Source: none of its own; the cosine embedding loss of DistilBERT (Sanh et al. 2019, 1910.01108) on probabilities.
     """
@@ -143,7 +143,7 @@ def plackett_luce(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor
 
         sum_k p_(k) * (logsumexp of v over the k-th and all later classes - v_(k))
 
-    (k) is the true class for k = 1, then the others by falling teacher logit; a row labelled -1 has the teacher's order
+    (k) is the true class for k = 1, then the others by falling teacher logit; a row labeled -1 has the teacher's order
     alone. Not 0 where student and teacher are equal: no finite logits make the order certain.
 
     Args:
@@ -166,7 +166,7 @@ def ofa(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor, eps: flo
 
         -sum_j ((p_j + [j = y])^eps - [j = y]) * log q_j
 
-    With eps = 1 it is KD's cross-entropy, and so it is, with p^eps, for a row labelled -1. Not 0 where student and
+    With eps = 1 it is KD's cross-entropy, and so it is, with p^eps, for a row labeled -1. Not 0 where student and
     teacher are equal.
 
     Args:
@@ -184,7 +184,7 @@ def ofa(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor, eps: flo
 
 
 def mse(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the classes of the squared difference of the logits: twice what T^2 * KL of centred ones tends to.
+    """Mean over the classes of the squared difference of the logits: twice what T^2 * KL of centered ones tends to.
 
     It sees a shift of the logits, which no softmax does.
 

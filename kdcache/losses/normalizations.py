@@ -11,7 +11,7 @@ def none(logits: Tensor) -> Tensor:
 
 
 def z_score(logits: Tensor) -> Tensor:
-    """Logit standardisation: each row less its mean, over its standard deviation.
+    """Logit standardization: each row less its mean, over its standard deviation.
 
     The student need not have the teacher's logit range any more, only its shape. Of a row of equal logits the result is
     0; its gradient is finite, if large (1e7), for the 1e-7 stands beside the deviation.

@@ -3,7 +3,7 @@
 A name is parts joined by `+`, in any order; each part sets one axis, and what no part sets stays plain:
 
     ce                                                  the labels alone, no teacher
-    zscore                                              the normalisation in front
+    zscore                                              the normalization in front
     ka | lsr | truncated                                the adjustment axis
     kd | dtkd | dtd | cwsm | ctkd                       the temperature axis; kd is the constant one
     rkl | js | dkd | dist | pld | ofa | mse | cosine    the divergence axis
@@ -25,7 +25,7 @@ def _constant(tau: float) -> dict[str, Any]:
 # stand in the place of kd's KL. A pipeline file may set every one of them otherwise. Where two parts of a name say
 # different things, the later one in this list is heard.
 _PLAIN: dict[str, Any] = {
-    "normalisation": "none",
+    "normalization": "none",
     "adjustment": {"kind": "none"},
     "temperature": {"kind": "constant"},
     "divergence": {"kind": "kl"},
@@ -35,7 +35,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "ka": {"adjustment": {"kind": "probability_shift"}},
     "lsr": {"adjustment": {"kind": "label_smoothing"}},
     "truncated": {"adjustment": {"kind": "truncation"}},
-    "zscore": {"normalisation": "z_score", "kd_weight": 9.0, "temperature": _constant(2.0)},
+    "zscore": {"normalization": "z_score", "kd_weight": 9.0, "temperature": _constant(2.0)},
     "rkl": {"divergence": {"kind": "reverse_kl"}},
     "js": {"divergence": {"kind": "jensen_shannon"}},
     "dkd": {"divergence": {"kind": "dkd"}, "ce_weight": 1.0, "kd_weight": 1.0, "warmup_epochs": 20.0},

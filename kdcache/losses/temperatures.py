@@ -56,9 +56,9 @@ def dtkd(
     teacher_logits: Tensor,
     tau: float = 4.0,
     sharpness: str = "max",
-    centre: bool = False,
+    center: bool = False,
     detach: bool = False,
-    equalise: str = "published",
+    equalize: str = "published",
     sharpness_floor: float = 1e-3,
 ) -> Temperatures:
     """DTKD: the sharper of the two is softened more, so that both are about equally sharp.
@@ -72,13 +72,13 @@ def dtkd(
     published results all the same, which were trained with the form above; so it is what stands here.
 
     GUARD. The form is not shift-invariant and has no meaning where a sharpness is not positive: y <= 0 < x gives a
-    negative T_stu and a negative weight (the KL would then be maximised), x + y = 0 divides by zero. Sharpness is
+    negative T_stu and a negative weight (the KL would then be maximized), x + y = 0 divides by zero. Sharpness is
     therefore raised to `sharpness_floor` first, which changes nothing where x, y >= sharpness_floor and joins on
     continuously: a sharpness of no account gets a temperature near 0, two of them get tau each. With few classes
-    (P(max <= 0) is about 2^-C) `centre=True` is the better remedy: the largest centred logit is never negative.
+    (P(max <= 0) is about 2^-C) `center=True` is the better remedy: the largest centered logit is never negative.
 
     EXACT. The published form does make the largest logits equal, x / T_tea = y / T_stu. It does not make the logsumexps
-    equal, which are not proportional to 1 / T; `equalise="exact"` solves for the delta of T_tea = tau + delta,
+    equal, which are not proportional to 1 / T; `equalize="exact"` solves for the delta of T_tea = tau + delta,
     T_stu = tau - delta that does.
 
     Args:
@@ -86,19 +86,19 @@ def dtkd(
         teacher_logits: [B, C] raw logits.
         tau: reference temperature.
         sharpness: "max" (authors' code) or "logsumexp" (the paper).
-        centre: subtract each row's mean first.
+        center: subtract each row's mean first.
         detach: keep the temperatures out of the student's gradient; the authors' code does not.
-        equalise: "published", or "exact", which is for the logsumexps of centred logits.
+        equalize: "published", or "exact", which is for the logsumexps of centered logits.
         sharpness_floor: smallest sharpness that enters the form, in units of a logit. For "exact": where at tau neither
             logsumexp is so far above that of even logits, both get tau.
 
     Source: Wei & Bai 2024 (2404.12711); code github.com/JinYu1998/DTKD at 9ebaa97, mdistiller/distillers/DTKD.py.
     """
     student, teacher = (student_logits.detach() if detach else student_logits), teacher_logits
-    if centre:
+    if center:
         student, teacher = (z - z.mean(dim=1, keepdim=True) for z in (student, teacher))
-    if equalise == "exact":
-        delta = _equalising_shift(student, teacher, tau, sharpness_floor)
+    if equalize == "exact":
+        delta = _equalizing_shift(student, teacher, tau, sharpness_floor)
         return Temperatures((tau - delta).unsqueeze(1), (tau + delta).unsqueeze(1), (tau + delta) * (tau - delta))
     x = SHARPNESS[sharpness](teacher).clamp_min(sharpness_floor)
     y = SHARPNESS[sharpness](student).clamp_min(sharpness_floor)
@@ -108,13 +108,13 @@ def dtkd(
 
 
 _COLDEST = 1e-3
-"""Of tau: the lowest temperature that `equalise="exact"` looks at, met where one of the two is flat."""
+"""Of tau: the min_temperature temperature that `equalize="exact"` looks at, met where one of the two is flat."""
 
 
-def _equalising_shift(v: Tensor, u: Tensor, tau: float, floor: float) -> Tensor:
+def _equalizing_shift(v: Tensor, u: Tensor, tau: float, floor: float) -> Tensor:
     """[B], the delta with logsumexp(u / (tau + delta)) = logsumexp(v / (tau - delta)), u and v with rows of mean 0.
 
-    The mean of a centred row under any of its own softmaxes is at least 0, so its logsumexp falls as its temperature
+    The mean of a centered row under any of its own softmaxes is at least 0, so its logsumexp falls as its temperature
     rises: the difference of both falls with delta, and bisection finds its one zero. A Newton step from there adds the
     last figures and, by the implicit function theorem, the derivative.
     """
@@ -149,7 +149,7 @@ def dtd_flsw(
     tau: float = 4.0,
     beta: float = 40.0,
     gamma: float = 2.0,
-    lowest: float = 1.0,
+    min_temperature: float = 1.0,
     batch_sum: BatchSum = of_these,
 ) -> Temperatures:
     """DTD with focal-loss-style weights: samples on which student and teacher disagree get a lower temperature.
@@ -157,7 +157,7 @@ def dtd_flsw(
         w_i = (1 - cos(v_i, u_i))^gamma    tau_i = tau + beta * (mean(w) - w_i)
 
     GUARD. Nothing in the paper keeps tau_i positive, and no published copy clamps it (beta = 40, gamma = 2 reaches -48
-    on the reference rows): tau_i is raised to `lowest`.
+    on the reference rows): tau_i is raised to `min_temperature`.
 
     Args:
         student_logits: [B, C]; detached, temperatures carry no gradient.
@@ -165,7 +165,7 @@ def dtd_flsw(
         tau: tau_0, the mean temperature of a batch before the clamp.
         beta: how far temperatures spread.
         gamma: focus on the samples that disagree most.
-        lowest: lower bound of tau_i.
+        min_temperature: lower bound of tau_i.
         batch_sum: sums over the whole batch, if part of it is elsewhere.
 
     Source: Wen, Lai & Qian 2019 (1911.07471); norms + 1e-4 as in TextBrewer.
@@ -175,7 +175,7 @@ def dtd_flsw(
     u = u / (u.norm(dim=1, keepdim=True) + 1e-4)
     # Rounding can carry the cosine of two equal rows past 1, and a negative base has no real power.
     w = (1 - (v * u).sum(dim=1)).clamp_min(0).pow(gamma)
-    return _same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(lowest))
+    return _same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(min_temperature))
 
 
 def dtd_cwsm(
@@ -183,7 +183,7 @@ def dtd_cwsm(
     teacher_logits: Tensor,
     tau: float = 4.0,
     beta: float = 0.5,
-    lowest: float = 1.0,
+    min_temperature: float = 1.0,
     batch_sum: BatchSum = of_these,
 ) -> Temperatures:
     """DTD with confidence weights: samples on which the student is unsure get a lower temperature.
@@ -191,14 +191,14 @@ def dtd_cwsm(
         w_i = 1 / (max softmax(v_i) + 1e-3)    tau_i = tau + beta * (mean(w) - w_i)
 
     GUARD. w reaches C, so tau_i goes far below 0 with many classes (C = 100, beta = 1, tau_0 = 8 gives -35), and no
-    published copy clamps it: tau_i is raised to `lowest`.
+    published copy clamps it: tau_i is raised to `min_temperature`.
 
     Args: as `dtd_flsw`, of which this takes no `gamma`.
 
     Source: Wen, Lai & Qian 2019 (1911.07471).
     """
     w = 1 / (student_logits.detach().softmax(dim=1).amax(dim=1) + 1e-3)
-    return _same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(lowest))
+    return _same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(min_temperature))
 
 
 def ctkd(
@@ -206,13 +206,13 @@ def ctkd(
     teacher_logits: Tensor,
     theta: Tensor,
     epoch: int,
-    lowest: float = 1.0,
+    min_temperature: float = 1.0,
     span: float = 20.0,
     ramp_epochs: float = 10.0,
 ) -> Temperatures:
     """CTKD: one temperature that is learned with the student, against it: ever harder, as in a curriculum.
 
-        tau = lowest + span * sigmoid(theta)
+        tau = min_temperature + span * sigmoid(theta)
         d loss / d theta is multiplied by -(1 - cos(pi * min(epoch / ramp_epochs, 1))) / 2
 
     Args:
@@ -220,7 +220,7 @@ def ctkd(
         teacher_logits: [B, C].
         theta: [1], a parameter that the optimizer of the student moves too; begins at 1.
         epoch: counted from 1.
-        lowest: lower bound of tau.
+        min_temperature: lower bound of tau.
         span: how far tau can rise above it.
         ramp_epochs: epochs until theta's gradient is reversed in full.
 
@@ -229,5 +229,5 @@ def ctkd(
     """
     reversal = (1 - math.cos(math.pi * min(epoch / ramp_epochs, 1.0))) / 2
     reversed_theta = theta.detach() - reversal * (theta - theta.detach())
-    tau = lowest + span * reversed_theta.to(student_logits.dtype).sigmoid()
+    tau = min_temperature + span * reversed_theta.to(student_logits.dtype).sigmoid()
     return _same_for_both(tau.expand(len(student_logits)))

@@ -7,7 +7,7 @@
     small:cnn, small:mlp                        models/small.py
     path/file.py:function                       function(num_classes=..., **args) -> torch.nn.Module
 
-Small images and grey ones need no change of the network: they are repeated to three channels and enlarged on their way
+Small images and gray ones need no change of the network: they are repeated to three channels and enlarged on their way
 in, by a hook that leaves the network and its state dict as they are.
 """
 

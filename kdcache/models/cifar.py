@@ -101,7 +101,7 @@ class ResNet50(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """A block whose normalisations stand in front of its convolutions; only the projection sees what they give."""
+    """A block whose normalizations stand in front of its convolutions; only the projection sees what they give."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
-    """One of these networks, with random weights; grey images are repeated to its three channels.
+    """One of these networks, with random weights; gray images are repeated to its three channels.
 
     Raises:
         KdcacheError: for a name or arguments that it has not, or images of other channels.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the sides of an image, but for its stride; a normalisation after it has the bias."""
+    """A convolution that keeps the sides of an image, but for its stride; a normalization after it has the bias."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False)
 
 

@@ -48,7 +48,7 @@ def check_channels(spec: ModelSpec, images: int, network: int = 3) -> None:
     """That images of so many channels can be given to a network of a library.
 
     Raises:
-        MismatchError: if they are neither grey nor of the network's own number of channels.
+        MismatchError: if they are neither gray nor of the network's own number of channels.
     """
     if images not in (1, network):
         raise MismatchError(
@@ -57,7 +57,7 @@ def check_channels(spec: ModelSpec, images: int, network: int = 3) -> None:
 
 
 class Fit:
-    """A forward pre-hook that repeats grey images to the network's channels and enlarges small ones."""
+    """A forward pre-hook that repeats gray images to the network's channels and enlarges small ones."""
 
     def __init__(self, height: int, width: int, channels: int = 3) -> None:
         self.size = (height, width)

@@ -13,15 +13,15 @@ from kdcache.data.views import View
 from kdcache.errors import UsageError
 
 
-class Score(NamedTuple):
-    """Over the labelled samples of a split: accuracy in [0, 1], mean negative log-likelihood in nats."""
+class SplitScore(NamedTuple):
+    """Over the labeled samples of a split: accuracy in [0, 1], mean negative log-likelihood in nats."""
 
     accuracy: float
     loss: float
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", batch_size: int = 512) -> Score:
+def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", batch_size: int = 512) -> SplitScore:
     """Accuracy and negative log-likelihood of a network on a view, in evaluation mode.
 
     Raises:
@@ -29,17 +29,17 @@ def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", b
     """
     was_training = model.training
     model.eval()
-    correct, summed, labelled = 0, 0.0, 0
+    correct, summed, labeled = 0, 0.0, 0
     cuts = [list(cut) for cut in cut_range(range(len(view)), batch_size)]
     for batch in batches(view, cuts, 0, device):
         logits = model(batch.images.to(device)).float()
         truth = batch.labels.to(device)
         correct += int((logits.argmax(dim=1) == truth).sum())
         summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
-        labelled += int((truth >= 0).sum())
+        labeled += int((truth >= 0).sum())
     model.train(was_training)
-    if not labelled:
+    if not labeled:
         raise UsageError(
-            f"no sample of {view.samples.name}/{view.samples.split} has a label", "evaluate on a labelled split"
+            f"no sample of {view.samples.name}/{view.samples.split} has a label", "evaluate on a labeled split"
         )
-    return Score(correct / labelled, summed / labelled)
+    return SplitScore(correct / labeled, summed / labeled)

@@ -12,7 +12,7 @@ from kdcache.models.checks import check_logits
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class RunningTeacher:
+class InferenceModel:
     """A callable from images to logits.
 
     Args:

@@ -26,7 +26,7 @@ from kdcache.models import (
 from kdcache.runtime.progress import Progress, Silent
 
 
-class Identity(NamedTuple):
+class TeacherIdentity(NamedTuple):
     """What tells a teacher from another beside its weights; see `TeacherRecord`."""
 
     name: str
@@ -38,7 +38,7 @@ class LoadedTeacher(NamedTuple):
     """What the `dataset` and `teacher` sections of a pipeline name."""
 
     model: nn.Module
-    identity: Identity
+    identity: TeacherIdentity
     samples: Samples
     transform: Transform
 
@@ -78,7 +78,7 @@ def _preset(specs: list[TrainedSpec], samples: Samples) -> Transform:
 
 def _load(
     spec: TrainedSpec, samples: Samples, shape: tuple[int, int, int], progress: Progress
-) -> tuple[nn.Module, Identity]:
+) -> tuple[nn.Module, TeacherIdentity]:
     """One network that returns logits of the data set's classes, and what its record will say of it."""
     outputs, groups = samples.num_classes, None
     arguments = spec.args
@@ -92,7 +92,7 @@ def _load(
     path, _, _ = spec.model.partition(":")
     code = f"sha256:{record_of(Path(path)).sha256}" if path.endswith(".py") else None
     # Of a teacher from a file the name is kept, not where the file lay on this machine.
-    identity = Identity(spec.model.rpartition("/")[2], _without_folders(arguments), code)
+    identity = TeacherIdentity(spec.model.rpartition("/")[2], _without_folders(arguments), code)
     return (model if groups is None else ChosenOutputs(model, outputs, groups)), identity
 
 
@@ -105,8 +105,8 @@ def _without_folders(given: Any) -> Any:
     return Path(given).name if isinstance(given, str) and Path(given).expanduser().is_absolute() else given
 
 
-def _together(identities: list[Identity], weights: list[float], combine: str) -> Identity:
+def _together(identities: list[TeacherIdentity], weights: list[float], combine: str) -> TeacherIdentity:
     """What the record of an ensemble will say of its members."""
     members = [{**one._asdict(), "weight": weight} for one, weight in zip(identities, weights, strict=True)]
     name = " + ".join(one.name for one in identities)
-    return Identity(name, {"members": members, "combine": combine}, None)
+    return TeacherIdentity(name, {"members": members, "combine": combine}, None)

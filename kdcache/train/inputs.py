@@ -28,7 +28,7 @@ from kdcache.runtime.progress import Progress, Silent
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TrainingInputs:
     """Everything that students of one data set, one transform and the same caches have in common.
 
     Attributes:
@@ -56,7 +56,7 @@ class Lessons:
     level_known: bool = True
 
 
-def lessons_without_teacher(pipeline: Pipeline) -> Lessons:
+def inputs_without_teacher(pipeline: Pipeline) -> TrainingInputs:
     """The data of a pipeline alone.
 
     Raises:
@@ -64,7 +64,7 @@ def lessons_without_teacher(pipeline: Pipeline) -> Lessons:
     """
     samples = load_split(pipeline.dataset, "train")
     transform = samples.transform if pipeline.transform is None else pipeline.transform
-    return Lessons(
+    return TrainingInputs(
         samples,
         _held_out(pipeline, "validation", samples),
         _held_out(pipeline, "test", samples),
@@ -73,7 +73,7 @@ def lessons_without_teacher(pipeline: Pipeline) -> Lessons:
     )
 
 
-def lessons_from_caches(
+def inputs_from_caches(
     pipeline: Pipeline,
     caches: Sequence[Cache],
     *,
@@ -83,7 +83,7 @@ def lessons_from_caches(
     by_content: bool = False,
     allow_missing: bool = False,
     progress: Progress | None = None,
-) -> Lessons:
+) -> TrainingInputs:
     """The data of a pipeline, and the teacher that caches of it are.
 
     Args:
@@ -135,7 +135,7 @@ def lessons_from_caches(
         "replay": replayed,
         **matched,
     }
-    return Lessons(
+    return TrainingInputs(
         samples,
         _held_out(pipeline, "validation", samples),
         _held_out(pipeline, "test", samples),
@@ -254,7 +254,7 @@ class OfFixedImages:
         self._teacher.expect(batches, 0)
 
 
-def own_transform(lessons: Lessons, own: Transform, spec: TrainSpec) -> View:
+def own_transform(lessons: TrainingInputs, own: Transform, spec: TrainSpec) -> View:
     """The training images as a student sees them that augments on its own.
 
     Raises:

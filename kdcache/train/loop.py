@@ -2,7 +2,7 @@
 
 One step is one batch, however many processes share it and in however many pieces each goes through its part: the
 losses of the pieces are divided by what the whole batch holds, so that they, and their gradients, add up to its own.
-What is different with several processes is what is drawn in the network (dropout), and batch normalisation, which sees
+What is different with several processes is what is drawn in the network (dropout), and batch normalization, which sees
 a piece at a time.
 """
 
@@ -25,9 +25,9 @@ from kdcache.config.schema import TrainSpec
 from kdcache.data.views import View
 from kdcache.errors import CorruptError
 from kdcache.losses import Loss, LossParts
-from kdcache.models.evaluate import Score, evaluate
+from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.progress import Progress, Silent
-from kdcache.train.step import Learner, Teacher
+from kdcache.train.step import Teacher, Trainer
 
 
 class Epoch(NamedTuple):
@@ -52,7 +52,7 @@ class Diverged(CorruptError):
     """The loss became NaN or infinite (exit code 5)."""
 
 
-class Keeper(Protocol):
+class Checkpointer(Protocol):
     """Who keeps what an interrupted run goes on with."""
 
     def load(self) -> dict[str, Any] | None:
@@ -71,7 +71,7 @@ class _Best:
 
 
 @dataclass
-class _Course:
+class TrainingState:
     """How far a run has come."""
 
     rows: list[Epoch] = field(default_factory=list)
@@ -86,14 +86,16 @@ class _Course:
             self.best = _Best(epoch, copy.deepcopy(network.state_dict()))
 
     def is_over(self, spec: TrainSpec) -> bool:
-        """Whether all epochs are done, or none of the last `patience` was the best."""
+        """Whether all epochs are done, or none of the last `early_stopping_patience` was the best."""
         if self.best is None:
             return False
         waited = self.rows[-1].epoch - self.best.epoch.epoch
-        return len(self.rows) >= spec.epochs or (spec.patience is not None and waited >= spec.patience)
+        return len(self.rows) >= spec.epochs or (
+            spec.early_stopping_patience is not None and waited >= spec.early_stopping_patience
+        )
 
 
-class Trained(NamedTuple):
+class TrainingResult(NamedTuple):
     """What came of training; the network holds the weights of the best epoch.
 
     Attributes:
@@ -118,9 +120,9 @@ def fit(
     views: int | None = 1,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[Epoch], None] | None = None,
-    keeper: Keeper | None = None,
+    checkpointer: Checkpointer | None = None,
     progress: Progress | None = None,
-) -> Trained:
+) -> TrainingResult:
     """Train a network, and leave in it the weights of its best epoch on the validation split.
 
     Args:
@@ -128,12 +130,12 @@ def fit(
         train: images and labels.
         validation: for the selection, by the first process; None keeps the last epoch's weights.
         spec: optimizer, schedule, seed.
-        loss: what is minimised.
+        loss: what is minimized.
         teacher: where the teacher's logits come from.
         views: how many an epoch's one is of; None gives every epoch a view of its own.
         device: where to train.
         on_epoch: called with each line of metrics, also with those of a run that is gone on with.
-        keeper: who keeps the state after each epoch, and has that of a run to go on with.
+        checkpointer: who keeps the state after each epoch, and has that of a run to go on with.
         progress: who is told how it goes.
 
     Raises:
@@ -141,35 +143,35 @@ def fit(
         UsageError: if a batch cannot be shared out.
     """
     progress = progress or Silent()
-    learner = Learner(model, spec, loss, len(train), device)
-    course = _Course()
-    if keeper and (state := _kept(learner, keeper)) is not None:
-        course = _resume(learner, state)
-        progress.say(f"going on after epoch {len(course.rows)} of {spec.epochs}")
+    trainer = Trainer(model, spec, loss, len(train), device)
+    state = TrainingState()
+    if checkpointer and (saved := _kept(trainer, checkpointer)) is not None:
+        state = _resume(trainer, saved)
+        progress.say(f"going on after epoch {len(state.rows)} of {spec.epochs}")
         if on_epoch:
-            for epoch in course.rows:
+            for epoch in state.rows:
                 on_epoch(epoch)
-    with progress.task("training", (spec.epochs - len(course.rows)) * learner.steps, "steps") as task:
+    with progress.task("training", (spec.epochs - len(state.rows)) * trainer.steps, "steps") as task:
         note = ""
-        while not course.is_over(spec):
-            began, number = time.perf_counter(), len(course.rows) + 1
+        while not state.is_over(spec):
+            began, number = time.perf_counter(), len(state.rows) + 1
             train.view = view_of(number, views, spec)
-            lr = float(learner.schedule.get_last_lr()[0])
-            parts = learner.epoch(train, number, teacher, lambda: task.advance(1, note))  # noqa: B023  # called at once
-            epoch = _line(learner, number, train.view, lr, parts, validation)
-            course.take(epoch, learner.shown)
-            course.seconds += time.perf_counter() - began
+            lr = float(trainer.schedule.get_last_lr()[0])
+            parts = trainer.epoch(train, number, teacher, lambda: task.advance(1, note))  # noqa: B023  # called at once
+            epoch = _line(trainer, number, train.view, lr, parts, validation)
+            state.take(epoch, trainer.shown)
+            state.seconds += time.perf_counter() - began
             if on_epoch:
                 on_epoch(epoch)
-            if keeper:
-                _keep(learner, course, keeper)
+            if checkpointer:
+                _keep(trainer, state, checkpointer)
             note = f"epoch {number} of {spec.epochs}, loss {epoch.loss:.3f}"
             if epoch.validation_accuracy is not None:
                 note += f", validation {epoch.validation_accuracy:.1%}"
             task.advance(1, note)
-    assert course.best is not None, "there is at least one epoch"  # noqa: S101  # and the type checker must be told
-    model.load_state_dict(course.best.weights)
-    return Trained(course.best.epoch, course.rows, course.seconds)
+    assert state.best is not None, "there is at least one epoch"  # noqa: S101  # and the type checker must be told
+    model.load_state_dict(state.best.weights)
+    return TrainingResult(state.best.epoch, state.rows, state.seconds)
 
 
 def view_of(epoch: int, views: int | None, spec: TrainSpec) -> int:
@@ -183,53 +185,53 @@ def view_of(epoch: int, views: int | None, spec: TrainSpec) -> int:
 
 
 def _line(
-    learner: Learner, number: int, view: int, lr: float, parts: list[LossParts], validation: View | None
+    trainer: Trainer, number: int, view: int, lr: float, parts: list[LossParts], validation: View | None
 ) -> Epoch:
     means = LossParts(*(torch.stack(values).double().mean() for values in zip(*parts, strict=True)))
     if not math.isfinite(total := means.total.item()):
         raise Diverged(f"the loss became {total} in epoch {number}", "lower train.lr, or the weights of the loss")
-    score: list[Score | None] = [None]
-    if validation is not None and learner.accelerator.is_main_process:
-        score = [evaluate(learner.shown, validation, learner.device)]
-    if learner.ranks > 1:
+    score: list[SplitScore | None] = [None]
+    if validation is not None and trainer.accelerator.is_main_process:
+        score = [evaluate(trainer.shown, validation, trainer.device)]
+    if trainer.ranks > 1:
         broadcast_object_list(score)
     accuracy, log_likelihood = score[0] or (None, None)
     ce, distilled, *temperatures = (value.item() for value in means[1:])
-    student, teacher = temperatures if learner.loss.uses_teacher else (None, None)
+    student, teacher = temperatures if trainer.loss.uses_teacher else (None, None)
     return Epoch(number, view, lr, total, ce, distilled, student, teacher, accuracy, log_likelihood)
 
 
-def _kept(learner: Learner, keeper: Keeper) -> dict[str, Any] | None:
+def _kept(trainer: Trainer, checkpointer: Checkpointer) -> dict[str, Any] | None:
     """What the first process has kept, to all of them."""
-    kept = [keeper.load() if learner.accelerator.is_main_process else None]
-    if learner.ranks > 1:
+    kept = [checkpointer.load() if trainer.accelerator.is_main_process else None]
+    if trainer.ranks > 1:
         broadcast_object_list(kept)
     return kept[0]
 
 
-def _keep(learner: Learner, course: _Course, keeper: Keeper) -> None:
-    generators = gather_object([_generators(learner.device)])
-    if not learner.accelerator.is_main_process or course.best is None:
+def _keep(trainer: Trainer, state: TrainingState, checkpointer: Checkpointer) -> None:
+    generators = gather_object([_generators(trainer.device)])
+    if not trainer.accelerator.is_main_process or state.best is None:
         return
-    keeper.save(
+    checkpointer.save(
         {
-            "learner": learner.state_dict(),
-            "rows": [list(row) for row in course.rows],
-            "best": course.best.epoch.epoch,
-            "weights": course.best.weights,
-            "seconds": course.seconds,
+            "trainer": trainer.state_dict(),
+            "rows": [list(row) for row in state.rows],
+            "best": state.best.epoch.epoch,
+            "weights": state.best.weights,
+            "seconds": state.seconds,
             "generators": generators,
         }
     )
 
 
-def _resume(learner: Learner, state: dict[str, Any]) -> _Course:
-    learner.load_state_dict(state["learner"])
+def _resume(trainer: Trainer, state: dict[str, Any]) -> TrainingState:
+    trainer.load_state_dict(state["trainer"])
     # Of a run with fewer processes the others draw what they have been seeded with.
-    if learner.accelerator.process_index < len(state["generators"]):
-        _put_back(state["generators"][learner.accelerator.process_index], learner.device)
+    if trainer.accelerator.process_index < len(state["generators"]):
+        _put_back(state["generators"][trainer.accelerator.process_index], trainer.device)
     rows = [Epoch(*row) for row in state["rows"]]
-    return _Course(rows, _Best(rows[state["best"] - 1], state["weights"]), state["seconds"])
+    return TrainingState(rows, _Best(rows[state["best"] - 1], state["weights"]), state["seconds"])
 
 
 def _generators(device: torch.device) -> dict[str, Any]:

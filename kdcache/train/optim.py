@@ -35,7 +35,7 @@ def rate(done: int, steps: int, spec: TrainSpec) -> float:
     if at < spec.warmup_epochs:
         return min((done + 1) / (steps * spec.warmup_epochs), 1.0)
     if spec.schedule == "multistep":
-        return spec.decay ** sum(at >= milestone for milestone in spec.milestones)
+        return spec.gamma ** sum(at >= milestone for milestone in spec.milestones)
     if spec.schedule == "cosine":
         return _along_cosine(1.0, 0.0, (at - spec.warmup_epochs) / (spec.epochs - spec.warmup_epochs))
     return 1.0

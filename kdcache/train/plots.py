@@ -32,10 +32,10 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     epochs = [row["epoch"] for row in rows]
     dots = "o-" if len(rows) < _DOTS_BELOW else "-"
 
-    def line(axes: Axes, key: str, label: str, colour: str, factor: float = 1.0) -> None:
+    def line(axes: Axes, key: str, label: str, color: str, factor: float = 1.0) -> None:
         values = [math.nan if row[key] is None else factor * row[key] for row in rows]
         if not all(math.isnan(value) for value in values):
-            axes.plot(epochs, values, dots, markersize=3, color=colour, label=label)
+            axes.plot(epochs, values, dots, markersize=3, color=color, label=label)
 
     line(losses, "loss", "training: total", "C0")
     line(losses, "cross_entropy", "training: labels", "C1")

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdcache.config.schema import TrainSpec
-from kdcache.data.loader import batches, told_of_lost_processes
+from kdcache.data.loader import batches, report_lost_workers
 from kdcache.data.views import Batch, View
 from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
-from kdcache.losses.batch import Mixed, Whole, labelled_shares, of_all_ranks, of_these
+from kdcache.losses.batch import BatchTotals, MixedLabels, labeled_shares, of_all_ranks, of_these
 from kdcache.train.optim import make_optimizer, make_schedule
 
 Teacher = Callable[[Tensor, int], Tensor]
@@ -41,12 +41,12 @@ class KnowsOrder(Protocol):
         """These batches of ids will be asked for."""
 
 
-class Piece(NamedTuple):
+class MicroBatch(NamedTuple):
     """What a process goes through at once: images [B, channels, H, W], labels [B], the teacher's logits [B, C]."""
 
     images: Tensor
     labels: Tensor
-    mixed: Mixed | None
+    mixed: MixedLabels | None
     teacher_logits: Tensor | None
 
 
@@ -84,13 +84,13 @@ class _Network(nn.Module):
         return logits
 
 
-class Learner:
+class Trainer:
     """A network, its optimizer, schedule and average, and what the loss learns itself.
 
     Args:
         model: moved to the device.
         spec: how it is trained; batches are shared out among the processes.
-        loss: what is minimised.
+        loss: what is minimized.
         count: N, the images of an epoch.
         device: where to train.
 
@@ -116,8 +116,8 @@ class Learner:
         self.schedule = make_schedule(optimizer, spec, self.steps)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.average: AveragedModel | None = None
-        if spec.ema is not None:
-            self.average = AveragedModel(model, multi_avg_fn=_average_step(spec.ema), use_buffers=True)
+        if spec.ema_decay is not None:
+            self.average = AveragedModel(model, multi_avg_fn=_average_step(spec.ema_decay), use_buffers=True)
         if spec.compile:
             model.compile()
         self._network = self.accelerator.prepare_model(_Network(model, self.theta))
@@ -132,7 +132,7 @@ class Learner:
 
     def _cuts(self, order: Tensor) -> list[tuple[Tensor, ...]]:
         """The batches of an order of ids [N], each in the pieces that the processes go through one after the other."""
-        pieces = self.ranks * self.spec.accumulate
+        pieces = self.ranks * self.spec.gradient_accumulation_steps
         cuts = list(torch.split(order, self.spec.batch_size))
         if len(cuts) > 1 and len(cuts[-1]) < min(2 * pieces, len(cuts[0])):
             # Batch norm cannot be trained on a batch of one; the next epoch's order leaves out other samples.
@@ -140,8 +140,9 @@ class Learner:
         if len(cuts[0]) < pieces:
             raise UsageError(
                 f"a batch of {len(cuts[0])} images cannot be shared out in {pieces} pieces ({self.ranks} processes, "
-                f"accumulate {self.spec.accumulate})",
-                "raise train.batch_size, the images of all processes together, or lower train.accumulate",
+                f"gradient_accumulation_steps {self.spec.gradient_accumulation_steps})",
+                "raise train.batch_size (images per step over all processes), or lower "
+                "train.gradient_accumulation_steps",
             )
         return [torch.tensor_split(cut, pieces) for cut in cuts]
 
@@ -170,14 +171,15 @@ class Learner:
         mine = [piece for cut in own for piece in cut]
         if knows:
             knows.expect(mine, train.view)
-        labelled = [int((train.labels[torch.cat(cut)] >= 0).sum()) for cut in cuts]
+        labeled = [int((train.labels[torch.cat(cut)] >= 0).sum()) for cut in cuts]
         self.model.train()
-        loaded = batches(train, [piece.tolist() for piece in mine], self.spec.workers, self.device)
+        loaded = batches(train, [piece.tolist() for piece in mine], self.spec.num_workers, self.device)
         parts = []
-        with told_of_lost_processes():
-            for cut, known in zip(cuts, labelled, strict=True):
+        with report_lost_workers():
+            for cut, known in zip(cuts, labeled, strict=True):
                 pieces = [
-                    self._piece(batch, teacher, train.view) for batch in itertools.islice(loaded, self.spec.accumulate)
+                    self._piece(batch, teacher, train.view)
+                    for batch in itertools.islice(loaded, self.spec.gradient_accumulation_steps)
                 ]
                 whole = self._whole(sum(map(len, cut)), known, pieces)
                 parts.append(self._step(pieces, whole, number))
@@ -185,21 +187,21 @@ class Learner:
                     on_step()
         return self._of_all(parts)
 
-    def _piece(self, batch: Batch, teacher: Teacher | None, view: int) -> Piece:
+    def _piece(self, batch: Batch, teacher: Teacher | None, view: int) -> MicroBatch:
         images = batch.images.to(self.device, non_blocking=True, memory_format=self._layout)
         mixed = batch.mixed.to(self.device) if batch.mixed is not None else None
         logits = teacher(batch.ids, view).to(self.device) if teacher is not None else None
-        return Piece(images, batch.labels.to(self.device, non_blocking=True), mixed, logits)
+        return MicroBatch(images, batch.labels.to(self.device, non_blocking=True), mixed, logits)
 
-    def _whole(self, rows: int, labelled: int, pieces: Sequence[Piece]) -> Whole:
+    def _whole(self, rows: int, labeled: int, pieces: Sequence[MicroBatch]) -> BatchTotals:
         """What the batch of all pieces of all processes holds."""
-        shares: Tensor | int = labelled
+        shares: Tensor | int = labeled
         if pieces[0].mixed is not None:  # with partners who may lie anywhere in the data set, and have no label
-            here = torch.stack([labelled_shares(piece.labels, piece.mixed).sum() for piece in pieces]).sum()
+            here = torch.stack([labeled_shares(piece.labels, piece.mixed).sum() for piece in pieces]).sum()
             shares = self.accelerator.reduce(here, "sum")
-        return Whole(rows, labelled, shares, of_all_ranks if self.ranks > 1 else of_these)
+        return BatchTotals(rows, labeled, shares, of_all_ranks if self.ranks > 1 else of_these)
 
-    def _step(self, pieces: Sequence[Piece], whole: Whole, epoch: int) -> LossParts:
+    def _step(self, pieces: Sequence[MicroBatch], whole: BatchTotals, epoch: int) -> LossParts:
         self.optimizer.zero_grad()
         if len(pieces) > 1 and self.loss.is_of_the_batch:
             parts = self._logits_first(pieces, whole, epoch)
@@ -213,8 +215,8 @@ class Learner:
             parts = LossParts(
                 *(torch.stack([value.detach() for value in values]).sum() for values in zip(*each, strict=True))
             )
-        if self.spec.clip is not None:
-            self.accelerator.clip_grad_norm_(self._network.parameters(), self.spec.clip)
+        if self.spec.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self._network.parameters(), self.spec.max_grad_norm)
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
@@ -222,7 +224,7 @@ class Learner:
             self.average.update_parameters(self.model)
         return parts
 
-    def _loss(self, logits: Tensor, piece: Piece, whole: Whole, epoch: int) -> LossParts:
+    def _loss(self, logits: Tensor, piece: MicroBatch, whole: BatchTotals, epoch: int) -> LossParts:
         return distillation_loss(
             logits,
             piece.teacher_logits,
@@ -235,7 +237,7 @@ class Learner:
             self.spec.label_smoothing,
         )
 
-    def _reduced_with_the_last(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Any]]:
+    def _reduced_with_the_last(self, pieces: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Any]]:
         """The pieces, each with the context in which its gradients are kept here, or, the last, brought together."""
         for number, piece in enumerate(pieces, 1):
             yield piece, nullcontext() if number == len(pieces) else self.accelerator.no_sync(self._network)
@@ -244,7 +246,7 @@ class Learner:
         # Gradients of several processes are averaged, and those of their losses add up to the whole batch's.
         self.accelerator.backward(total * self.ranks if self.ranks > 1 else total)
 
-    def _logits_first(self, pieces: Sequence[Piece], whole: Whole, epoch: int) -> LossParts:
+    def _logits_first(self, pieces: Sequence[MicroBatch], whole: BatchTotals, epoch: int) -> LossParts:
         """A step of a loss that needs the logits of all pieces at once, in the memory of one.
 
         The logits of all come first, without a graph; then the loss's gradient with respect to them; then each piece
@@ -314,11 +316,11 @@ def _average_step(keep: float) -> Callable[[Any, Any, Any], None]:
     return step
 
 
-def _joined(pieces: Sequence[Piece]) -> Piece:
+def _joined(pieces: Sequence[MicroBatch]) -> MicroBatch:
     images, labels, mixed, teacher_logits = zip(*pieces, strict=True)
-    return Piece(
+    return MicroBatch(
         images[0],
         torch.cat(labels),
-        Mixed(*(torch.cat(parts) for parts in zip(*mixed, strict=True))) if mixed[0] is not None else None,
+        MixedLabels(*(torch.cat(parts) for parts in zip(*mixed, strict=True))) if mixed[0] is not None else None,
         torch.cat(teacher_logits) if teacher_logits[0] is not None else None,
     )

@@ -29,9 +29,9 @@ from kdcache.config.yaml_lines import read_yaml
 from kdcache.data.images import ArrayImages, map_images
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
-from kdcache.train.inputs import Lessons, lessons_from_caches, lessons_without_teacher
+from kdcache.train.inputs import TrainingInputs, inputs_from_caches, inputs_without_teacher
 from kdcache.train.run_folder import check_trackers
-from kdcache.train.train import teach
+from kdcache.train.train import train_on
 
 _POINT = "point.json"
 
@@ -72,7 +72,7 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Summary:
+class SweepSummary:
     """The students of one combination over the seeds; `spread` is the standard deviation (n - 1), 0 for one seed."""
 
     point: str
@@ -164,7 +164,7 @@ class _Room:
         device: where to train.
         placement: of the caches.
         other_pixels, by_content, allow_missing: see `train_student`.
-        made: lessons by what they depend on.
+        made: inputs by what they depend on.
     """
 
     caches: Sequence[Cache]
@@ -173,13 +173,13 @@ class _Room:
     other_pixels: bool
     by_content: bool
     allow_missing: bool
-    made: dict[str, Lessons]
+    made: dict[str, TrainingInputs]
 
-    def lessons(self, pipeline: Pipeline, progress: Progress | None = None) -> Lessons:
+    def inputs(self, pipeline: Pipeline, progress: Progress | None = None) -> TrainingInputs:
         """Of a pipeline's data set, transform and way to join caches, and whether its loss needs them."""
         key = f"{pipeline.loss.uses_teacher} {pipeline.model_dump_json(include={'dataset', 'transform', 'join'})}"
         if key not in self.made and self.caches:
-            self.made[key] = lessons_from_caches(
+            self.made[key] = inputs_from_caches(
                 pipeline,
                 self.caches,
                 device=self.device,
@@ -190,17 +190,17 @@ class _Room:
                 progress=progress,
             )
         elif key not in self.made:
-            self.made[key] = lessons_without_teacher(pipeline)
+            self.made[key] = inputs_without_teacher(pipeline)
         return self.made[key]
 
-    def teach(self, job: _Job, progress: Progress | None = None) -> Student:
+    def train_on(self, job: _Job, progress: Progress | None = None) -> Student:
         """Train a student; what is wrong with it alone does not end the sweep."""
         student = job.point.pipeline.section("student")
         train = student.train.model_copy(update={"seed": job.seed})
         pipeline = job.point.pipeline.model_copy(update={"student": student.model_copy(update={"train": train})})
-        lessons = self.lessons(pipeline, progress)
+        inputs = self.inputs(pipeline, progress)
         try:
-            teach(pipeline, lessons, job.folder, device=self.device)
+            train_on(pipeline, inputs, job.folder, device=self.device)
         except InterruptedRun:
             raise
         except KdcacheError as error:
@@ -221,7 +221,7 @@ def sweep(
     allow_missing: bool = False,
     processes: int = 1,
     progress: Progress | None = None,
-) -> list[Summary]:
+) -> list[SweepSummary]:
     """Train a student for each combination and seed; those whose run folder is there already are taken as they are.
 
     Args:
@@ -263,7 +263,7 @@ def sweep(
             trained[job.folder] = student
             note = "failed" if student.test is None else f"{student.test:.1%}"
             task.advance(1, f"{student.point}, seed {student.seed}: {note}")
-    return [Summary(point.name, [trained[job.folder] for job in jobs if job.point is point]) for point in points]
+    return [SweepSummary(point.name, [trained[job.folder] for job in jobs if job.point is point]) for point in points]
 
 
 def _seeds(pipeline: Pipeline, count: int) -> range:
@@ -298,16 +298,16 @@ def _found(job: _Job) -> Student:
 def _each(room: _Room, jobs: Sequence[_Job], processes: int, progress: Progress) -> Iterator[tuple[_Job, Student]]:
     if processes == 1 or len(jobs) < 2:
         for job in jobs:
-            yield job, room.teach(job, progress)
+            yield job, room.train_on(job, progress)
         return
     for job in jobs:
-        room.lessons(job.point.pipeline, progress)  # what does not fit is said here, once
+        room.inputs(job.point.pipeline, progress)  # what does not fit is said here, once
     with TemporaryDirectory(prefix="kdcache-sweep-") as folder:
-        made = {key: _mapped(lessons, Path(folder) / str(n)) for n, (key, lessons) in enumerate(room.made.items())}
+        made = {key: _mapped(inputs, Path(folder) / str(n)) for n, (key, inputs) in enumerate(room.made.items())}
         worker = replace(room, caches=[], made=made)
         pool = ProcessPoolExecutor(processes, get_context("spawn"), _enter_worker, (worker, processes))
         try:
-            futures = {pool.submit(_teach_in_worker, job): job for job in jobs}
+            futures = {pool.submit(_train_in_worker, job): job for job in jobs}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
@@ -319,17 +319,17 @@ def _each(room: _Room, jobs: Sequence[_Job], processes: int, progress: Progress)
             pool.shutdown(cancel_futures=True)
 
 
-def _mapped(lessons: Lessons, folder: Path) -> Lessons:
-    """Lessons that processes may be given: images in memory become images in a file that all of them map."""
+def _mapped(inputs: TrainingInputs, folder: Path) -> TrainingInputs:
+    """TrainingInputs that processes may be given: images in memory become images in a file that all of them map."""
     folder.mkdir()
 
     def split(name: str) -> Any:
-        samples = getattr(lessons, name)
+        samples = getattr(inputs, name)
         if samples is None or not isinstance(samples.images, ArrayImages):
             return samples
         return replace(samples, images=map_images(samples.images, folder / name))
 
-    return replace(lessons, **{name: split(name) for name in ("samples", "validation", "test")})
+    return replace(inputs, **{name: split(name) for name in ("samples", "validation", "test")})
 
 
 _here: _Room | None = None
@@ -342,6 +342,6 @@ def _enter_worker(room: _Room, processes: int) -> None:
     _here = room
 
 
-def _teach_in_worker(job: _Job) -> Student:
+def _train_in_worker(job: _Job) -> Student:
     assert _here is not None, "a process is given its room first"  # noqa: S101
-    return _here.teach(job)
+    return _here.train_on(job)

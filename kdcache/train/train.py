@@ -20,15 +20,15 @@ from kdcache.losses import Loss
 from kdcache.losses.config import Truncation
 from kdcache.models import build_model
 from kdcache.models.checks import try_network
-from kdcache.models.evaluate import Score, evaluate
+from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.distributed import is_first
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.inputs import (
-    Lessons,
     OfFixedImages,
+    TrainingInputs,
     few_labels,
-    lessons_from_caches,
-    lessons_without_teacher,
+    inputs_from_caches,
+    inputs_without_teacher,
     own_transform,
 )
 from kdcache.train.loop import Epoch, fit
@@ -50,7 +50,7 @@ class Result:
 
     model: nn.Module
     best: Epoch
-    test: Score | None
+    test: SplitScore | None
     seconds: float
     checkpoint: Path
 
@@ -74,8 +74,8 @@ def train_teacher(
     spec = pipeline.section("teacher")
     check_free(Path(out))
     loss = Loss.model_validate({"name": "ce"})
-    lessons = lessons_without_teacher(pipeline)
-    return _train(pipeline, spec, loss, lessons, Path(out), device, progress or Silent())
+    inputs = inputs_without_teacher(pipeline)
+    return _train(pipeline, spec, loss, inputs, Path(out), device, progress or Silent())
 
 
 def train_student(
@@ -114,7 +114,7 @@ def train_student(
     check_free(Path(out))
     caches = [] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
     if caches:
-        lessons = lessons_from_caches(
+        inputs = inputs_from_caches(
             pipeline,
             caches,
             device=device,
@@ -131,57 +131,57 @@ def train_student(
             f"the loss {pipeline.loss.name} needs a teacher", "give its cache with --cache, or take --loss ce"
         )
     else:
-        lessons = lessons_without_teacher(pipeline)
-    return teach(pipeline, lessons, out, device=device, progress=progress)
+        inputs = inputs_without_teacher(pipeline)
+    return train_on(pipeline, inputs, out, device=device, progress=progress)
 
 
-def teach(
+def train_on(
     pipeline: Pipeline,
-    lessons: Lessons,
+    inputs: TrainingInputs,
     out: str | Path,
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Result:
-    """Train the pipeline's student on lessons that several students may have in common; see `train_student`."""
+    """Train the pipeline's student on inputs that several students may have in common; see `train_student`."""
     spec = pipeline.section("student")
     check_free(Path(out))
-    return _train(pipeline, spec, pipeline.loss, lessons, Path(out), device, progress or Silent())
+    return _train(pipeline, spec, pipeline.loss, inputs, Path(out), device, progress or Silent())
 
 
 def _train(
     pipeline: Pipeline,
     spec: TeacherSpec | StudentSpec,
     loss: Loss,
-    lessons: Lessons,
+    inputs: TrainingInputs,
     out: Path,
     device: torch.device | str,
     progress: Progress,
 ) -> Result:
-    samples = lessons.samples
-    train, views, teacher = _seen(spec, loss, lessons, progress)
+    samples = inputs.samples
+    train, views, teacher = _seen(spec, loss, inputs, progress)
     if not loss.uses_teacher and not bool((train.labels >= 0).any()):
         raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
     _check_loss(loss, train, progress)
-    if loss.needs_level and not lessons.level_known:
+    if loss.needs_level and not inputs.level_known:
         raise UsageError(
             f"of this teacher only probabilities are known, so its logits but for a constant of each row; and "
             f"{loss.needs_level} depends on that constant",
-            "take one that does not: set loss.normalisation to z_score, for dtkd loss.temperature.centre to true, or "
+            "take one that does not: set loss.normalization to z_score, for dtkd loss.temperature.center to true, or "
             "take a loss such as kd",
         )
     check_trackers(spec.train.trackers)
-    eval_transform = transform_for_evaluation(pipeline.eval_transform, lessons.transform)
+    eval_transform = transform_for_evaluation(pipeline.eval_transform, inputs.transform)
     validation, test = (
-        None if held is None else View(held, eval_transform) for held in (lessons.validation, lessons.test)
+        None if held is None else View(held, eval_transform) for held in (inputs.validation, inputs.test)
     )
-    used = pipeline.model_copy(update={"transform": lessons.transform, "eval_transform": eval_transform, "loss": loss})
+    used = pipeline.model_copy(update={"transform": inputs.transform, "eval_transform": eval_transform, "loss": loss})
     torch_device = torch.device(device)
     begun_with = {
-        "caches": lessons.record.get("caches", []),
+        "caches": inputs.record.get("caches", []),
         "device": torch_device.type,
         # The order of the images is another one where rows are read as a stream.
-        "streamed": "stream" in lessons.record.get("placement", []),
+        "streamed": "stream" in inputs.record.get("placement", []),
     }
     with (
         run_folder(out, used, begun_with, spec.train.trackers) as run,
@@ -202,7 +202,7 @@ def _train(
             views=views,
             device=device,
             on_epoch=run.epoch,
-            keeper=run,
+            checkpointer=run,
             progress=progress,
         )
         score = evaluate(model, test, device) if test is not None and is_first() else None
@@ -215,32 +215,32 @@ def _train(
                 "best": trained.best._asdict(),
                 "epochs": len(trained.epochs),
                 "test": score._asdict() if score else None,
-                "labelled": int((train.labels >= 0).sum()),
+                "labeled": int((train.labels >= 0).sum()),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "seconds": round(trained.seconds, 3),
-                **lessons.record,
+                **inputs.record,
             },
         )
     return Result(model, trained.best, score, trained.seconds, out / CHECKPOINT)
 
 
 def _seen(
-    spec: TeacherSpec | StudentSpec, loss: Loss, lessons: Lessons, progress: Progress
+    spec: TeacherSpec | StudentSpec, loss: Loss, inputs: TrainingInputs, progress: Progress
 ) -> tuple[View, int | None, Teacher | None]:
     """The training images as the network sees them, how many views of them there are, and who teaches."""
-    teacher = lessons.teacher if loss.uses_teacher else None
+    teacher = inputs.teacher if loss.uses_teacher else None
     own = spec.transform if isinstance(spec, StudentSpec) else None
     if own is None:
-        labels = few_labels(lessons.samples, spec.train)
-        return _images(lessons, labels), lessons.views, teacher
-    train = own_transform(lessons, own, spec.train)
+        labels = few_labels(inputs.samples, spec.train)
+        return _images(inputs, labels), inputs.views, teacher
+    train = own_transform(inputs, own, spec.train)
     if teacher is not None:
         progress.say("note: the student sees images through student.transform: the teacher did not see these pixels")
     return train, None if is_random(own) else 1, OfFixedImages(teacher) if teacher is not None else None
 
 
-def _images(lessons: Lessons, labels: torch.Tensor) -> View:
-    return View(lessons.samples, lessons.transform, lessons.seed, labels=labels, crops=lessons.crops)
+def _images(inputs: TrainingInputs, labels: torch.Tensor) -> View:
+    return View(inputs.samples, inputs.transform, inputs.seed, labels=labels, crops=inputs.crops)
 
 
 def _check_loss(loss: Loss, train: View, progress: Progress) -> None:
@@ -257,13 +257,13 @@ def _check_loss(loss: Loss, train: View, progress: Progress) -> None:
             f"{train.samples.num_classes} classes",
             "set loss.adjustment.top to fewer, or remove the truncation",
         )
-    if loss.skips_unlabelled and (unlabelled := int((train.labels < 0).sum())):
-        if unlabelled == len(train.labels):
+    if loss.skips_unlabeled and (unlabeled := int((train.labels < 0).sum())):
+        if unlabeled == len(train.labels):
             raise UsageError(
-                f"no training image has a label, and the divergence {loss.divergence.kind} is of labelled ones alone",
+                f"no training image has a label, and the divergence {loss.divergence.kind} is of labeled ones alone",
                 "take another divergence, such as kl",
             )
         progress.say(
-            f"note: of the {unlabelled} images without a label nothing is learned: the divergence "
-            f"{loss.divergence.kind} is of labelled ones alone"
+            f"note: of the {unlabeled} images without a label nothing is learned: the divergence "
+            f"{loss.divergence.kind} is of labeled ones alone"
         )

@@ -27,7 +27,7 @@ from kdcache import CacheSpec, Samples, dump_teacher, open_cache
 from kdcache.cache.format.codec import decode, encode
 from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import canonical
-from kdcache.cache.format.sharding import choose_shape
+from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.data.images import ArrayImages
 from kdcache.errors import UsageError
@@ -279,7 +279,7 @@ def test_shards_of_several_chunks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 1000, 9000, 60_000, 1_281_167, 14_000_000])
 def test_shards_are_several_and_neither_huge_nor_many(count: int) -> None:
-    shape = choose_shape(count, row_bytes=32)
+    shape = choose_sharding(count, row_bytes=32)
     assert shape.chunk_rows <= 16_384
     assert shape.shard_rows <= 131_072
     assert -(-count // shape.shard_rows) >= min(4, count // 1024)
@@ -289,7 +289,7 @@ def test_shards_are_several_and_neither_huge_nor_many(count: int) -> None:
 @pytest.mark.parametrize("shard_rows", [None, 100, 100_000])
 def test_shards_of_wide_rows_fit_into_memory(shard_rows: int | None) -> None:
     # Every one of 70,000 classes in float32, of a large set: blosc refuses buffers of 2 GiB.
-    shape = choose_shape(1_000_000, row_bytes=70_000 * 4, shard_rows=shard_rows)
+    shape = choose_sharding(1_000_000, row_bytes=70_000 * 4, shard_rows=shard_rows)
     assert shape.chunk_rows * 70_000 * 4 <= 2**30
     assert shape.shard_rows >= (shard_rows or 1000)
     assert shape.shard_rows <= (shard_rows + shape.chunk_rows if shard_rows else 2**30 // (70_000 * 4))
@@ -385,7 +385,7 @@ def test_views_are_flips_of_the_image_and_differ(two_views: Made) -> None:
 
 def test_manifest_says_what_was_done(tmp_path: Path) -> None:
     samples, teacher = tiny_samples(), TinyTeacher()
-    spec = CacheSpec(top_k=3, tail="uniform", views=2, seed=5, shard_rows=16, licence="CC0-1.0", notes="for a test")
+    spec = CacheSpec(top_k=3, tail="uniform", views=2, seed=5, shard_rows=16, license="CC0-1.0", notes="for a test")
     cache = dump_teacher(teacher, samples, tmp_path / "c.kdcache", name="linear", transform=FLIP, spec=spec)
     said = json.loads((cache.path / "manifest.json").read_text())
     plan, weights = said["plan"], teacher.weight.numpy()

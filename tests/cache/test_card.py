@@ -40,7 +40,7 @@ def header(text: str) -> dict[str, Any]:
 
 
 def test_a_dump_leaves_a_card_that_says_what_the_manifest_says(tmp_path: Path) -> None:
-    cache = dump(tmp_path / "c.kdcache", views=2, seed=7, licence="CC-BY-4.0", notes="of a test")
+    cache = dump(tmp_path / "c.kdcache", views=2, seed=7, license="CC-BY-4.0", notes="of a test")
     text, manifest = (cache.path / "README.md").read_text(), cache.manifest
     assert header(text) == {
         "license": "cc-by-4.0",
@@ -80,7 +80,7 @@ def test_a_dump_leaves_a_card_that_says_what_the_manifest_says(tmp_path: Path) -
     ],
 )
 def test_the_hub_reads_the_licence(tmp_path: Path, licence: str, fields: dict[str, str]) -> None:
-    text = card(dump(tmp_path / "c.kdcache", licence=licence))
+    text = card(dump(tmp_path / "c.kdcache", license=licence))
     assert {key: value for key, value in header(text).items() if key.startswith("license")} == fields
 
 

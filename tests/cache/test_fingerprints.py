@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kdcache import Cache, CacheSpec, Samples, dump_teacher, open_cache
 from kdcache.cache.format.fingerprints import Inputs, inputs_of
-from kdcache.cache.format.sharding import choose_shape
+from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.zarr_store import read_inputs
 from kdcache.config.schema import Transform
 from kdcache.data.images import ArrayImages
@@ -41,7 +41,7 @@ def samples_of(pixels: Tensor) -> Samples:
     return Samples("pixels", "train", ArrayImages(pixels), np.zeros(len(pixels), np.int32), ("a", "b"), [])
 
 
-def coloured(count: int) -> Samples:
+def colored(count: int) -> Samples:
     generator = torch.Generator().manual_seed(0)
     return samples_of(torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator))
 
@@ -109,13 +109,13 @@ def two_views(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make(tmp_path_factory.mktemp("two"), tiny_samples(100), TinyTeacher(), FLIP, TWO_VIEWS)
 
 
-@pytest.fixture(scope="module", params=["one view", "two views", "two views in colour"])
+@pytest.fixture(scope="module", params=["one view", "two views", "two views in color"])
 def made(request: pytest.FixtureRequest, two_views: Made, tmp_path_factory: pytest.TempPathFactory) -> Made:
     if request.param == "one view":
         return make(tmp_path_factory.mktemp("one"), tiny_samples(100), TinyTeacher())
     if request.param == "two views":
         return two_views
-    return make(tmp_path_factory.mktemp("colour"), coloured(100), linear(3, 8, 8), AUGMENT, TWO_VIEWS)
+    return make(tmp_path_factory.mktemp("color"), colored(100), linear(3, 8, 8), AUGMENT, TWO_VIEWS)
 
 
 def test_fingerprints_are_of_the_pixels_that_the_teacher_saw_and_the_view_gives(made: Made) -> None:
@@ -152,7 +152,7 @@ def test_batches_change_nothing(two_views: Made, tmp_path: Path) -> None:
 
 
 def dump_two_views(out: Path, workers: int) -> None:
-    spec = TWO_VIEWS.model_copy(update={"workers": workers})
+    spec = TWO_VIEWS.model_copy(update={"num_workers": workers})
     dump_teacher(TinyTeacher(), tiny_samples(100), out, transform=FLIP, spec=spec)
 
 
@@ -169,7 +169,7 @@ def test_workers_change_nothing(two_views: Made, tmp_path: Path) -> None:
 
 TINY: dict[str, tuple[list[list[list[float]]], list[float]]] = {
     "one pixel": ([[[0.5]]], [0.5] * 8),
-    "one pixel in colour": ([[[0.0]], [[0.25]], [[0.5]]], [2.0 / 3] * 8),
+    "one pixel in color": ([[[0.0]], [[0.25]], [[0.5]]], [2.0 / 3] * 8),
     "two by three": ([[[0, 1, 2], [4, 6, 8]]], [0, 0.5, 1.5, 2, 4, 5, 7, 8]),
     "one row": ([[[1, 3, 5, 7]]], [1, 3, 5, 7, 1, 3, 5, 7]),
 }
@@ -254,7 +254,7 @@ def test_the_last_bit_of_any_pixel_changes_the_fingerprint_and_hardly_the_sketch
 def test_the_stride_is_the_largest_that_leaves_a_shard_sixteen(
     samples: int, row_bytes: int, shard_rows: int | None
 ) -> None:
-    shape = choose_shape(samples, row_bytes, shard_rows)
+    shape = choose_sharding(samples, row_bytes, shard_rows)
     filled = min(shape.shard_rows, samples)
     strides = np.arange(1, shape.shard_rows + 1)
     strides = strides[shape.shard_rows % strides == 0]

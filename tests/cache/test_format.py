@@ -441,29 +441,29 @@ def test_keys_and_digest_of_golden_samples_follow_from_their_images(name: str, c
 
 
 def test_keys_of_every_kind_of_image_are_those_of_the_table(tmp_path: Path) -> None:
-    colours = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    grey = colours[:, :, 0].copy()
+    colors = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    gray = colors[:, :, 0].copy()
     pairs: list[tuple[Any, bytes]] = [
         (torch.arange(6.0).reshape(1, 2, 3), b"<f4(1, 2, 3)" + struct.pack("<6f", *range(6))),
-        (colours, b"|u1(3, 2, 4)" + bytes(colours[:, :, band].tobytes()[i] for band in range(3) for i in range(8))),
-        (grey.astype(np.int64), b"<i8(1, 2, 4)" + struct.pack("<8q", *range(0, 24, 3))),
-        (Image.fromarray(colours), b"|u1(2, 4, 3)" + bytes(range(24))),
-        (Image.fromarray(grey), b"|u1(2, 4)" + bytes(range(0, 24, 3))),
+        (colors, b"|u1(3, 2, 4)" + bytes(colors[:, :, band].tobytes()[i] for band in range(3) for i in range(8))),
+        (gray.astype(np.int64), b"<i8(1, 2, 4)" + struct.pack("<8q", *range(0, 24, 3))),
+        (Image.fromarray(colors), b"|u1(2, 4, 3)" + bytes(range(24))),
+        (Image.fromarray(gray), b"|u1(2, 4)" + bytes(range(0, 24, 3))),
     ]
     items: Any = [(image, 0) for image, _ in pairs]
     assert wrap(items, num_classes=1).keys().tolist() == [key_of(content) for _, content in pairs]
-    Image.fromarray(colours).save(tmp_path / "picture.png")
+    Image.fromarray(colors).save(tmp_path / "picture.png")
     images = FileImages([str(tmp_path / "picture.png")])
     assert images.content(0) == (tmp_path / "picture.png").read_bytes()
 
 
 def sketch_of(image: Array) -> Array:
     """A sketch of [channels, height, width], cell by cell."""
-    grey = (image.astype(np.float64) * np.arange(1, len(image) + 1)[:, None, None]).mean(axis=0)
-    height, width = grey.shape
+    gray = (image.astype(np.float64) * np.arange(1, len(image) + 1)[:, None, None]).mean(axis=0)
+    height, width = gray.shape
     rows = [slice(a * height // 2, -(-(a + 1) * height // 2)) for a in range(2)]
     columns = [slice(b * width // 4, -(-(b + 1) * width // 4)) for b in range(4)]
-    return np.array([grey[cell].mean() for cell in product(rows, columns)], np.float32)
+    return np.array([gray[cell].mean() for cell in product(rows, columns)], np.float32)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (1, 5, 7), (3, 8, 6)])

@@ -41,7 +41,7 @@ def test_a_second_run_is_refused_while_the_first_is_alive_and_goes_on_at_once_wh
     workers: int, tmp_path: Path
 ) -> None:
     recipe(tmp_path)
-    more = ("--set", f"cache.workers={workers}")
+    more = ("--set", f"cache.num_workers={workers}")
     out, marker = tmp_path / "c.kdcache", tmp_path / "c.kdcache" / "commits" / "0" / "0.json"
     first = begin(tmp_path, 1, {**STAY, "OUT": str(out)}, *more)
     try:

@@ -255,8 +255,8 @@ def test_parts_of_a_data_set_are_the_cache_of_the_whole(
     samples = tiny_samples(37, CLASSES)
     whole = of_all(**kept)
     parts = [
-        dump(tmp_path / "a.kdcache", part(samples, range(cut)), licence="MIT", **kept),
-        dump(tmp_path / "b.kdcache", part(samples, range(cut, 37)), licence="CC0-1.0", notes="b", **kept),
+        dump(tmp_path / "a.kdcache", part(samples, range(cut)), license="MIT", **kept),
+        dump(tmp_path / "b.kdcache", part(samples, range(cut, 37)), license="CC0-1.0", notes="b", **kept),
     ]
     together = merge(parts, tmp_path / "ab.kdcache")
     is_sound(together)
@@ -309,7 +309,7 @@ def test_what_does_not_belong_together_is_refused_with_the_reason(tmp_path: Path
     assert not out.exists()
 
 
-# summarise and diff
+# summarize and diff
 
 
 @pytest.mark.parametrize("views", [1, 2])

@@ -37,7 +37,7 @@ from kdcache import Cache, CacheSpec, dump_teacher, open_cache, train_student
 from kdcache.cache.format import sharding, zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode
 from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs
-from kdcache.cache.format.schema import Encoding, Shape
+from kdcache.cache.format.schema import Encoding, Sharding
 from kdcache.cache.placement import choose, mmap, prefetch, stream
 from kdcache.cache.placement.choose import PLACEMENTS, Placement
 from kdcache.cache.teacher import CachedTeacher
@@ -370,10 +370,10 @@ def test_the_order_is_of_all_ids_and_follows_from_the_seed(placed: Placement, co
 @pytest.mark.parametrize(("size", "mixed"), [(CHUNK, 1), (CHUNK, 3), (3 * CHUNK, 2), (CHUNK, 100)])
 def test_a_block_shuffled_order_mixes_whole_blocks(size: int, mixed: int, lowrank: Made) -> None:
     place = stream.Streamed(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
-    first_groups, neighbours = set(), 0
+    first_groups, neighbors = set(), 0
     for seed in range(20):
         order = place.order(torch.Generator().manual_seed(seed)).tolist()
-        neighbours += sum(a // size == b // size for a, b in itertools.pairwise(order))
+        neighbors += sum(a // size == b // size for a, b in itertools.pairwise(order))
         first_groups.add(tuple(order[: mixed * size]))
         while order:
             blocks = list(dict.fromkeys(one // size for one in order))[:mixed]
@@ -382,8 +382,8 @@ def test_a_block_shuffled_order_mixes_whole_blocks(size: int, mixed: int, lowran
             order = order[len(whole) :]
     assert len(first_groups) > 15, "blocks and rows are drawn at random"
     if mixed > 1:
-        # In a random order of so many blocks of four, so many neighbours are of one block.
-        assert neighbours < 1.3 * 20 * COUNT * (size - 1) / (min(mixed * size, COUNT) - 1)
+        # In a random order of so many blocks of four, so many neighbors are of one block.
+        assert neighbors < 1.3 * 20 * COUNT * (size - 1) / (min(mixed * size, COUNT) - 1)
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
@@ -916,7 +916,7 @@ def large_cache(path: Path, like: Cache, samples: int) -> Path:
             "dataset": plan.dataset.model_copy(
                 update={"samples": samples, "class_names": tuple(map(str, range(1000)))}
             ),
-            "shape": Shape(shard_rows=16_384, chunk_rows=1024, fingerprint_stride=16_384),
+            "shape": Sharding(shard_rows=16_384, chunk_rows=1024, fingerprint_stride=16_384),
         }
     )
     writer = CacheWriter.begin(path, plan, np.zeros(samples, np.int32), np.zeros(samples, np.uint64))

@@ -58,7 +58,7 @@ def lowrank(top_k: int, rank: int) -> tuple[Encoding, TailBasis]:
     return choice.chosen.encoding, choice.chosen.basis
 
 
-def renormalised(top_k: int) -> Tensor:
+def renormalized(top_k: int) -> Tensor:
     """What caches of the top k alone give: nothing outside, the rest divided by their sum."""
     top = TEACHER[HELD].topk(top_k)
     return torch.full_like(TEACHER[HELD], -1e9).scatter(1, top.indices, top.values)
@@ -78,13 +78,13 @@ def plain_projection(top_k: int, rank: int) -> Tensor:
 
 
 def test_a_cache_of_the_top_16_alone_trains_with_another_gradient() -> None:
-    at_1, _, at_4, _ = errors(renormalised(16))
+    at_1, _, at_4, _ = errors(renormalized(16))
     assert at_1 < 0.05
     assert at_4 > 2, "the 240% of the design, measured again"
 
 
 def test_the_fitted_tail_is_far_nearer_than_the_top_alone_in_the_same_bytes() -> None:
-    fitted, alone = errors(through(*lowrank(4, 48))), errors(renormalised(16))
+    fitted, alone = errors(through(*lowrank(4, 48))), errors(renormalized(16))
     assert all(ours < other / 5 for ours, other in zip(fitted[:1], alone[:1], strict=True))
     assert all(ours < other / 50 for ours, other in zip(fitted[2:], alone[2:], strict=True))
     assert max(fitted) < 0.06

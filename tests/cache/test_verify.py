@@ -32,7 +32,7 @@ from kdcache.cache.format.codec import decode, encode
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.integrity import NOT_LISTED, _wrong
 from kdcache.cache.format.read_records import read_manifest
-from kdcache.cache.format.schema import MANIFEST, PLAN, Encoding, Shape, canonical, commit_file
+from kdcache.cache.format.schema import MANIFEST, PLAN, Encoding, Sharding, canonical, commit_file
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.zarr_store import read_inputs
 from kdcache.cache.inspect.audit import Audit, audit
@@ -51,8 +51,8 @@ Values = npt.NDArray[Any]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Two views of twelve samples: a shard of two chunks, and one whose second chunk holds nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        shape = Shape(shard_rows=8, chunk_rows=4, fingerprint_stride=1)
-        patch.setattr("kdcache.dump.plan.choose_shape", lambda *_: shape)
+        shape = Sharding(shard_rows=8, chunk_rows=4, fingerprint_stride=1)
+        patch.setattr("kdcache.dump.plan.choose_sharding", lambda *_: shape)
         out = tmp_path_factory.mktemp("whole") / "whole.kdcache"
         return dump_teacher(TinyTeacher(), tiny_samples(12, labels=LABELS), out, transform=FLIP, spec=SPEC)
 
@@ -432,7 +432,7 @@ def test_a_chunk_that_a_shard_says_it_has_not_is_found(name: str, chunks: int, c
 
 @st.composite
 def encoded(draw: st.DrawFn) -> tuple[Tensor, Tensor, Encoding, TailBasis | None]:
-    """Logits of many kinds and sizes, a third of them labelled with the teacher's choice, and any encoding."""
+    """Logits of many kinds and sizes, a third of them labeled with the teacher's choice, and any encoding."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**63 - 1)))
     size, classes = draw(st.integers(1, 8)), draw(st.integers(2, 300))
     normal = torch.randn(size, classes, generator=generator)
@@ -642,7 +642,7 @@ class OneClassFarBelow(TinyTeacher):
 
 
 def dense_figures(live: Tensor, cached: Tensor, t: float) -> list[float]:
-    """What `Agreement` holds of a view at a temperature, from logits in float64."""
+    """What `TeacherAgreement` holds of a view at a temperature, from logits in float64."""
     live, cached = live.double(), cached.double()
     p, p_cached = (np.exp(x.numpy() / t) / np.exp(x.numpy() / t).sum(axis=1, keepdims=True) for x in (live, cached))
     gradients = []
@@ -695,7 +695,7 @@ def test_a_teacher_of_other_weights_is_refused(seen: Made) -> None:
     assert seen.cache.manifest.plan.teacher.weights_digest in caught.value.what
 
 
-def test_a_teacher_of_other_behaviour_is_refused(seen: Made) -> None:
+def test_a_teacher_of_other_behavior_is_refused(seen: Made) -> None:
     with pytest.raises(MismatchError, match="in view 0 the teacher says something else") as caught:
         compare_with_teacher(seen.cache, Mirrored(), seen.samples)
     live, cached = Mirrored()(seen.images(0)), seen.live(0)
@@ -758,7 +758,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     (folder / "net.py").write_text(NETWORK)
     recipe = folder / "recipe.yaml"
     recipe.write_text(
-        f"dataset: {{name: npz, root: {folder / 'pictures.npz'}, validation: 0.0, test: 0.0}}\n"
+        f"dataset: {{name: npz, root: {folder / 'pictures.npz'}, validation_fraction: 0.0, test_fraction: 0.0}}\n"
         "transform: [{RandomCrop: {size: 8, padding: 1}}, {ToDtype: {dtype: float32, scale: true}}]\n"
         "eval_transform: [{ToDtype: {dtype: float32, scale: true}}]\n"
         f"teacher: {{model: '{folder / 'net.py'}:make'}}\n"
@@ -811,7 +811,7 @@ def test_what_is_said_to_programs(work: Work, copy: Path) -> None:
     unseal(copy, (0, 0))
     found = told(3, copy)
     assert (found["whole"], found["digest"], found["findings"]) == (False, None, [])
-    refused(4, "verify", work.cache, work.recipe, "--set", "dataset.validation=0.1")
+    refused(4, "verify", work.cache, work.recipe, "--set", "dataset.validation_fraction=0.1")
 
 
 def test_options_that_need_a_pipeline(work: Work) -> None:
@@ -830,10 +830,10 @@ def test_another_data_set_is_refused(work: Work, tmp_path: Path) -> None:
     other = work.images.copy()
     other[7, 0, 0] ^= 1
     assert "1 of 50 samples" in refused(4, *arguments, *work.other(tmp_path, other))
-    relabelled = work.labels.copy()
-    relabelled[9] = 3
+    relabeled = work.labels.copy()
+    relabeled[9] = 3
     assert "sample 9 of pictures/train has label 3, in the cache 9" in refused(
-        4, *arguments, *work.other(tmp_path, labels=relabelled)
+        4, *arguments, *work.other(tmp_path, labels=relabeled)
     )
     assert "has 40" in refused(4, *arguments, *work.other(tmp_path, work.images[:40], work.labels[:40]))
 

@@ -478,7 +478,7 @@ MISTAKES: dict[str, tuple[int, list[str]]] = {
     "push": (2, [NOTHING, "file:///nowhere/at/all"]),
     "pull": (2, ["nowhere", "there"]),
     "sign": (2, [NOTHING, "--key", "file"]),
-    "summarise": (2, [NOTHING]),
+    "summarize": (2, [NOTHING]),
     "diff": (2, [NOTHING, NOTHING]),
     "select": (2, [NOTHING, "-o", "c.kdcache"]),
     "merge": (2, [NOTHING, NOTHING, "-o", "c.kdcache"]),

@@ -102,7 +102,7 @@ pipelines = st.builds(
     transform=st.none()
     | st.lists(st.dictionaries(word, st.dictionaries(word, value, max_size=2), max_size=2), max_size=2),
     teacher=st.none() | st.builds(TeacherSpec, **models) | st.builds(TeacherSpec, **chosen) | ensembles,
-    cache=st.builds(CacheSpec, top_k=st.integers(1, 10**6) | st.just("all"), licence=text, notes=text),
+    cache=st.builds(CacheSpec, top_k=st.integers(1, 10**6) | st.just("all"), license=text, notes=text),
     student=st.none() | st.builds(StudentSpec, **models),
     loss=st.builds(dict, name=st.sampled_from(NAMES), ce_weight=st.floats(0.1, 9)),
 )
@@ -204,9 +204,9 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
         "dataset:\n"
         "  name: digits\n"
         "  root: elsewhere\n"
-        "  validation: 0.6\n"
-        "  test: 0.5\n"
-        "  colour: blue\n"
+        "  validation_fraction: 0.6\n"
+        "  test_fraction: 0.5\n"
+        "  color: blue\n"
         "transform: [{ToImage: {}}, {Resize: 3}]\n"
         "teacher:\n"
         "  train:\n"
@@ -224,8 +224,8 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
     assert sorted(found) == sorted(
         [
             "mine.yaml:3: dataset.root: digits comes with kdcache and has no root",
-            "mine.yaml:4: dataset.validation: 0.6 and test 0.5 leave nothing to train on",
-            "mine.yaml:6: dataset.colour: unknown key",
+            "mine.yaml:4: dataset.validation_fraction: 0.6 and test 0.5 leave nothing to train on",
+            "mine.yaml:6: dataset.color: unknown key",
             "mine.yaml:7: transform.1.Resize: Input should be a valid dictionary",
             "mine.yaml:8: teacher.model: is required",
             "mine.yaml:10: teacher.train.milestones: belong to schedule: multistep, which needs at least one",
@@ -248,9 +248,15 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
         ("dataset: {name: npz}", "dataset.root: is needed for npz"),
         ("dataset: {name: image-folder}", "dataset.root: is needed for image-folder"),
         ("dataset: {name: npz, root: 3}", "dataset.root: Input should be a valid string"),
-        ("dataset: {name: imagenet, validation: 1.0}", "dataset.validation: Input should be less than 1"),
-        ("dataset: {name: imagenet, test: -0.1}", "dataset.test: Input should be greater than or equal to 0"),
-        ("dataset: {name: imagenet, test: .nan}", "dataset.test: Input should be"),
+        (
+            "dataset: {name: imagenet, validation_fraction: 1.0}",
+            "dataset.validation_fraction: Input should be less than 1",
+        ),
+        (
+            "dataset: {name: imagenet, test_fraction: -0.1}",
+            "dataset.test_fraction: Input should be greater than or equal to 0",
+        ),
+        ("dataset: {name: imagenet, test_fraction: .nan}", "dataset.test_fraction: Input should be"),
         ("dataset: null", "dataset: must have keys of its own"),
         ("teacher: {model: x, train: {schedule: multistep}}", "teacher.train.milestones: belong to schedule"),
         ("teacher: {model: x, train: {lr: 0}}", "teacher.train.lr: Input should be greater than 0"),
@@ -442,7 +448,7 @@ def test_a_problem_that_set_made_is_told_as_its_own(tmp_path: Path) -> None:
         "a.b=3",
         "teacher={model: x, foo: 1, train: {schedule: multistep}}",
         "student.train.lr=high",
-        "cache.licence=",
+        "cache.license=",
     )
     assert sorted(problems(tmp_path, GOOD + "cache: {views: -5}\n", *overrides)) == sorted(
         [
@@ -453,7 +459,7 @@ def test_a_problem_that_set_made_is_told_as_its_own(tmp_path: Path) -> None:
             "belong to schedule: multistep, which needs at least one",
             "--set student.train.lr=high: student.model: is required",
             "--set student.train.lr=high: student.train.lr: Input should be a valid number",
-            "--set cache.licence=: cache.licence: Input should be a valid string",
+            "--set cache.license=: cache.license: Input should be a valid string",
             "mine.yaml:3: cache.views: Input should be greater than or equal to 1",
         ]
     )

@@ -71,7 +71,7 @@ def test_the_pairs_are_trained_as_published(pair: tuple[str, str], published: tu
     assert (read.loss.ce_weight, read.loss.warmup_epochs, read.loss.tau) == (1.0, 20.0, 4.0)
     for section, rate in ((read.section("teacher"), 0.05), (read.section("student"), lr)):
         train = section.train.model_dump()
-        said = {"epochs": 240, "batch_size": 64, "lr": rate, "milestones": [150, 180, 210], "decay": 0.1}
+        said = {"epochs": 240, "batch_size": 64, "lr": rate, "milestones": [150, 180, 210], "gamma": 0.1}
         said |= {"schedule": "multistep", "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "optimizer": "sgd"}
         assert {key: train[key] for key in said} == said
     others = losses(name)
@@ -140,7 +140,12 @@ def generated(name: str, folder: Path) -> list[str]:
     images = rng.integers(0, 256, (12, side, side, 3), np.uint8)
     names = np.array([f"class {number}" for number in range(classes)])
     np.savez(folder / "images.npz", images=images, labels=rng.integers(0, classes, 12), class_names=names)
-    return [f"dataset.root={folder / 'images.npz'}", "dataset.name=npz", "dataset.test=0.2", "dataset.validation=0.1"]
+    return [
+        f"dataset.root={folder / 'images.npz'}",
+        "dataset.name=npz",
+        "dataset.test_fraction=0.2",
+        "dataset.validation_fraction=0.1",
+    ]
 
 
 def in_small(name: str, folder: Path) -> Pipeline:
@@ -151,7 +156,7 @@ def in_small(name: str, folder: Path) -> Pipeline:
     sets = generated(name, folder)
     read = load_pipeline(path)
     batch = 500 if read.dataset.name == "digits" else 6
-    small = {"batch_size": batch, "workers": 0, "precision": "fp32"}
+    small = {"batch_size": batch, "num_workers": 0, "precision": "fp32"}
     for key, value in {**small, "views": 2}.items():
         sets.append(f"cache.{key}={value}")
     for who in ("teacher", "student"):

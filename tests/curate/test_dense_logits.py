@@ -191,7 +191,7 @@ def test_every_command_on_whole_caches(tmp_path: Path) -> None:
     assert {line["key"] for line in found["manifest"]} >= {"lineage.operation", "digest"}
     assert found["rows"]["variations"][0]["mean"] == 0
     assert as_json("diff", one, two)["why_not"].startswith("they hold other samples")
-    census = as_json("summarise", whole, "--worst", 2)
+    census = as_json("summarize", whole, "--worst", 2)
     assert census["rows"] == 12
     assert len(census["hardest"]) == 2
     of_classes = tmp_path / "three.kdcache"
@@ -201,7 +201,7 @@ def test_every_command_on_whole_caches(tmp_path: Path) -> None:
     assert open_cache(of_classes).labels.tolist() == [0, 1, 2, 0, 1]
     assert as_json("convert", whole, "-o", tmp_path / "out.npy")["shape"] == [12, 10]
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), logits_of(open_cache(a)))
-    for command in (["summarise", whole], ["diff", a, whole], ["diff", one, two], ["card", whole]):
+    for command in (["summarize", whole], ["diff", a, whole], ["diff", one, two], ["card", whole]):
         done = kdcache(*command)
         assert done.exit_code == 0, done.output
         assert done.stdout

@@ -100,7 +100,12 @@ class Images:
     def write(self, unit: str | None) -> Path:
         shown = {"fraction": FRACTIONS, "pixels": PIXELS}.get(unit or "")
         said = {
-            "dataset": {"name": "image-folder", "root": str(self.root / "data"), "validation": 0, "test": 0},
+            "dataset": {
+                "name": "image-folder",
+                "root": str(self.root / "data"),
+                "validation_fraction": 0,
+                "test_fraction": 0,
+            },
             "eval_transform": [{"Resize": {"size": [SIZE, SIZE]}}, *REST],
             "cache": {"shard_rows": 8, "dtype": "float32"},
             "student": {"model": "small:mlp", "train": {"epochs": 2, "batch_size": 8}},
@@ -182,7 +187,7 @@ def fkd_of(images: Images, folder: Path, k: int = 5, kind: str = "marginal", coo
         width, height = images.image(number).size
         of_image = np.array(images.boxes[number]) / [height, width, height, width]
         values, classes = images.top(number, k)
-        if kind == "renormalised":
+        if kind == "renormalized":
             values = values / values.sum(axis=1, keepdims=True)
         output: Any = np.stack([classes, values], axis=1).astype(np.float32)
         if kind == "smoothing":
@@ -208,14 +213,14 @@ def fkd_shows(images: Images, folder: Path, number: int, view: int) -> Tensor:
     return torch.as_tensor(v1_functional.normalize(v1_functional.to_tensor(cut), MEAN, STD))
 
 
-def fkd_says(output: Any, renormalised: bool = False) -> Tensor:
+def fkd_says(output: Any, renormalized: bool = False) -> Tensor:
     """FKD's soft labels of all classes."""
     said: Tensor = torch.as_tensor(output)
     if said.shape[1:] == (CLASSES,):
         return said
     pairs = said if said.ndim == 3 else said.unsqueeze(2)
     classes, values = pairs[:, 0].long(), pairs[:, 1]
-    if renormalised:
+    if renormalized:
         return torch.zeros(len(pairs), CLASSES).scatter(1, classes, values / values.sum(dim=1, keepdim=True))
     even = (1 - values.sum(dim=1, keepdim=True)) / (CLASSES - values.shape[1])
     return even.expand(-1, CLASSES).scatter(1, classes, values)
@@ -267,11 +272,11 @@ def test_a_box_that_reaches_beyond_the_image_by_its_rounding_ends_there() -> Non
 
 
 def test_classes_without_any_mass_get_the_least_that_there_is(images: Images, tmp_path: Path) -> None:
-    cache = from_fkd(images, tmp_path, kind="renormalised")
+    cache = from_fkd(images, tmp_path, kind="renormalized")
     path = images.paths[0]
     _, _, output = unpacked(tmp_path / "labels" / "train" / path.parent.name / f"{path.stem}.tar")
     found = cache.teacher()(torch.tensor([0]), 1).double().softmax(dim=1)[0]
-    expected = fkd_says(output, renormalised=True)[1].double()
+    expected = fkd_says(output, renormalized=True)[1].double()
     assert (found - expected).abs().max() < 1e-6
     others = found[expected == 0]
     assert len(others) == CLASSES - 5
@@ -280,7 +285,7 @@ def test_classes_without_any_mass_get_the_least_that_there_is(images: Images, tm
 
 def test_a_student_is_trained_from_fkds_files_on_the_command_line(images: Images, tmp_path: Path) -> None:
     labels, out, run = fkd_of(images, tmp_path / "labels"), tmp_path / "c.kdcache", tmp_path / "run"
-    pipeline, held_out = images.write("fraction"), ["--set", "dataset.test=0.3"]
+    pipeline, held_out = images.write("fraction"), ["--set", "dataset.test_fraction=0.3"]
     made = as_json("convert", labels, "--from", "fkd", "--pipeline", pipeline, *held_out, "-o", out, "--name", "giant")
     assert (made["plan"]["teacher"]["name"], made["plan"]["teacher"]["level"]) == ("giant", "unknown")
     about = kdcache("info", out).stdout
@@ -353,7 +358,7 @@ def test_some_of_the_samples_keep_their_own_crops(images: Images, tmp_path: Path
 
 LOSSES: list[dict[str, Any]] = [
     *({"name": name} for name in ["ce", *PARTS, "zscore+dtkd", "zscore+mse", "dtkd+dkd", "ka+dtd", "dtkd+mse"]),
-    *({"name": name, "temperature": {"centre": True}} for name in ("dtkd", "dtkd+mse", "dtkd+dist")),
+    *({"name": name, "temperature": {"center": True}} for name in ("dtkd", "dtkd+mse", "dtkd+dist")),
 ]
 
 
@@ -373,7 +378,7 @@ def test_what_needs_the_level_is_what_changes_with_it(settings: dict[str, Any]) 
     assert changes == (loss.needs_level is not None)
 
 
-def test_losses_that_need_the_level_are_refused_and_centred_ones_train(images: Images, tmp_path: Path) -> None:
+def test_losses_that_need_the_level_are_refused_and_centered_ones_train(images: Images, tmp_path: Path) -> None:
     cache = from_fkd(images, tmp_path)
     pipeline = images.write("fraction")
     for name, what in (("dtkd", "temperature dtkd"), ("dtd", "dtd_flsw"), ("mse", "divergence mse")):
@@ -382,9 +387,9 @@ def test_losses_that_need_the_level_are_refused_and_centred_ones_train(images: I
         assert "only probabilities are known" in done.stderr
         assert what in done.stderr
         assert not (tmp_path / "no").exists()
-    centred = ["--loss", "dtkd", "--set", "loss.temperature.centre=true"]
+    centered = ["--loss", "dtkd", "--set", "loss.temperature.center=true"]
     for number, loss in enumerate(
-        (["--loss", "zscore+ka"], centred, ["--loss", "truncated", "--set", "loss.adjustment.top=5"])
+        (["--loss", "zscore+ka"], centered, ["--loss", "truncated", "--set", "loss.adjustment.top=5"])
     ):
         done = kdcache("train-student", pipeline, "--cache", cache.path, "-o", tmp_path / f"run{number}", *loss)
         assert done.exit_code == 0, done.output
@@ -612,7 +617,7 @@ def test_tinyvits_rows_can_be_read_and_written_again(images: Images, tmp_path: P
 def test_whatever_needs_no_images_works_with_tinyvits_rows(images: Images, tmp_path: Path) -> None:
     out, pipeline = tmp_path / "c.kdcache", images.write(None)
     cache = cache_of_files(tinyvit_of(images, tmp_path / "logits"), "tinyvit", images.samples, out, spec=SPEC)
-    for command in (["info", out], ["verify", out], ["summarise", out], ["diff", out, out], ["card", out]):
+    for command in (["info", out], ["verify", out], ["summarize", out], ["diff", out, out], ["card", out]):
         done = kdcache(*command)
         assert done.exit_code == 0, done.output
     chosen = np.array([20, 3, 11, 7])
@@ -651,7 +656,7 @@ DRAWN: Transform = [{"RandomResizedCrop": {"size": SIZE}}, {"RandomHorizontalFli
 
 
 class Seeing(TinyTeacher):
-    """Sees all of an image of 8 x 8 in colour."""
+    """Sees all of an image of 8 x 8 in color."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images.mean(dim=1).reshape(len(images), 16, -1).mean(dim=2)) / 2

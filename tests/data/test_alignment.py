@@ -28,7 +28,7 @@ from kdcache.data.replay import check_data, replay
 from kdcache.data.samples import Samples, wrap
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
-from kdcache.train.inputs import lessons_from_caches
+from kdcache.train.inputs import inputs_from_caches
 
 RANDOM: Transform = [{"RandomHorizontalFlip": {"p": 0.5}}, {"ToDtype": {"dtype": "float32", "scale": True}}]
 
@@ -44,10 +44,10 @@ def test_every_sample_is_matched_with_one_of_its_key_and_label(data: st.DataObje
     cached = data.draw(st.lists(pairs, min_size=1, max_size=20))
     own = data.draw(st.lists(pairs, min_size=1, max_size=20))
     own_keys = {key for key, _ in own}
-    relabelled = [pair for pair in cached if pair not in own and pair[0] in own_keys]
+    relabeled = [pair for pair in cached if pair not in own and pair[0] in own_keys]
     given_own, given_cached = (arrays([k for k, _ in some], [y for _, y in some]) for some in (own, cached))
-    if relabelled:
-        with pytest.raises(MismatchError, match=f"{len(relabelled)} samples are labelled otherwise"):
+    if relabeled:
+        with pytest.raises(MismatchError, match=f"{len(relabeled)} samples are labeled otherwise"):
             align(*given_own, *given_cached)
         return
     found = align(*given_own, *given_cached)
@@ -149,7 +149,7 @@ def copy_of(work: Path, folder: Path, which: list[int], more: int = 0) -> Path:
     np.savez(folder / "theirs.npz", images=np.concatenate([pixels, others]), labels=labels)
     text = (work / "mine.yaml").read_text()
     recipe = folder / "theirs.yaml"
-    head = f"dataset: {{name: npz, root: {folder / 'theirs.npz'}, validation: 0, test: 0}}\n"
+    head = f"dataset: {{name: npz, root: {folder / 'theirs.npz'}, validation_fraction: 0, test_fraction: 0}}\n"
     recipe.write_text(head + text.split("\n", 1)[1])
     return recipe
 
@@ -187,7 +187,7 @@ def test_a_part_is_trained_on_if_asked_for(work: Path, tmp_path: Path) -> None:
     assert record["replay"][0]["checked"] > 0
 
     pipeline = load_pipeline(theirs)
-    lessons = lessons_from_caches(pipeline, [cache], allow_missing=True)
+    lessons = inputs_from_caches(pipeline, [cache], allow_missing=True)
     teacher, ids = lessons.teacher, lessons.samples.ids
     assert teacher is not None
     assert ids is not None

@@ -70,7 +70,7 @@ def test_digits_are_the_lines_of_the_file_in_order() -> None:
     assert set(labels.tolist()) == set(range(10))
     assert pixels.shape == (1797, 1, 8, 8)
     assert pixels.dtype == np.uint8
-    # The grey levels 0 to 16 of the file, times 15.
+    # The gray levels 0 to 16 of the file, times 15.
     assert (pixels.reshape(-1, 64) == 15 * np.array([line[:64] for line in lines])).all()
 
 
@@ -81,7 +81,7 @@ def test_the_file_of_digits_is_the_one_of_scikit_learn() -> None:
     assert lines_of_digits()[0][:9] == [0, 0, 5, 13, 9, 1, 0, 0, 0]
 
 
-def test_digits_are_standardised_by_their_own_transform() -> None:
+def test_digits_are_standardized_by_their_own_transform() -> None:
     images = View(load_split(DIGITS, "train"), load_split(DIGITS, "train").transform).__getitems__(range(1000)).images
     assert abs(float(images.mean())) < 0.01
     assert abs(float(images.std()) - 1) < 0.01
@@ -167,14 +167,14 @@ def test_held_out_splits_are_disjoint_whole_and_always_the_same(
 
 
 def test_nothing_held_out_is_no_split(tmp_path: Path) -> None:
-    spec = counted(tmp_path / "c.npz", 50, validation=0.0, test=0.2)
+    spec = counted(tmp_path / "c.npz", 50, validation_fraction=0.0, test_fraction=0.2)
     assert load_held_out(spec, "validation") is None
     held_out = load_held_out(spec, "test")
     assert held_out is not None
     assert len(held_out) == 10
     assert len(load_split(spec, "train")) == 40
     # A set with a split of its own has it whatever the fraction says.
-    own = load_held_out(DatasetSpec(name="digits", validation=0.0, test=0.0), "validation")
+    own = load_held_out(DatasetSpec(name="digits", validation_fraction=0.0, test_fraction=0.0), "validation")
     assert own is not None
     assert len(own) == 297
 
@@ -238,8 +238,8 @@ def test_cifar_is_read_from_its_own_files(
         assert splits[split].labels.tolist() == labels[ids].tolist()
     assert (pixels_of(splits["test"]) == list(files.values())[-1].reshape(-1, 3, 32, 32)).all()
     assert splits["test"].class_names == tuple(f"class {i}" for i in range(classes))
-    assert load_held_out(DatasetSpec(name=kind, root=str(tmp_path), validation=0.0), "validation") is None
-    assert len(load_split(DatasetSpec(name=kind, root=str(tmp_path), validation=0.0), "train")) == 100
+    assert load_held_out(DatasetSpec(name=kind, root=str(tmp_path), validation_fraction=0.0), "validation") is None
+    assert len(load_split(DatasetSpec(name=kind, root=str(tmp_path), validation_fraction=0.0), "train")) == 100
 
 
 def test_another_fraction_for_the_test_takes_nothing_from_cifar(
@@ -247,8 +247,8 @@ def test_another_fraction_for_the_test_takes_nothing_from_cifar(
 ) -> None:
     cifar_folder(tmp_path, "cifar10")
     trust_md5(monkeypatch, tmp_path)
-    assert len(load_split(DatasetSpec(name="cifar10", root=str(tmp_path), test=0.5), "train")) == 90
-    assert len(load_split(DatasetSpec(name="cifar10", root=str(tmp_path), test=0.5), "test")) == 10
+    assert len(load_split(DatasetSpec(name="cifar10", root=str(tmp_path), test_fraction=0.5), "train")) == 90
+    assert len(load_split(DatasetSpec(name="cifar10", root=str(tmp_path), test_fraction=0.5), "test")) == 10
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def folders(root: Path, **splits: int) -> Path:
 @pytest.mark.parametrize("name", ["image-folder", "imagenet"])
 def test_a_folder_is_read_in_the_order_of_its_names(name: Literal["image-folder", "imagenet"], tmp_path: Path) -> None:
     folders(tmp_path, train=8, val=3)
-    spec = DatasetSpec(name=name, root=str(tmp_path), validation=0.0, test=0.0)
+    spec = DatasetSpec(name=name, root=str(tmp_path), validation_fraction=0.0, test_fraction=0.0)
     samples = load_split(spec, "train")
     expected = sorted((tmp_path / "train").rglob("*.png"))
     assert isinstance(samples.images, FileImages)
@@ -326,14 +326,14 @@ def test_an_image_folder_has_the_splits_it_has_and_holds_out_the_others(tmp_path
     sizes = {
         root.name: {split: len(samples) for split, samples in splits_of(spec).items()}
         for root in (everything, some, one)
-        for spec in [DatasetSpec(name="image-folder", root=str(root), validation=0.2, test=0.1)]
+        for spec in [DatasetSpec(name="image-folder", root=str(root), validation_fraction=0.2, test_fraction=0.1)]
     }
     assert sizes == {
         "all": {"train": 59, "validation": 11, "test": 8},
         "some": {"train": 53, "validation": 11, "test": 6},
         "one": {"train": 41, "validation": 12, "test": 6},
     }
-    held = splits_of(DatasetSpec(name="image-folder", root=str(one), validation=0.2, test=0.1))
+    held = splits_of(DatasetSpec(name="image-folder", root=str(one), validation_fraction=0.2, test_fraction=0.1))
     everyone = sorted((one / "train").rglob("*.png"))
     for split, ids in ids_held_out(59, 0.2, 0.1).items():
         images = held[split].images
@@ -343,23 +343,27 @@ def test_an_image_folder_has_the_splits_it_has_and_holds_out_the_others(tmp_path
 
 def test_the_validation_images_of_imagenet_are_its_test(tmp_path: Path) -> None:
     folders(tmp_path, train=20, val=4)
-    spec = DatasetSpec(name="imagenet", root=str(tmp_path), validation=0.1)
+    spec = DatasetSpec(name="imagenet", root=str(tmp_path), validation_fraction=0.1)
     sizes = {split: len(samples) for split, samples in splits_of(spec).items()}
     assert sizes == {"train": 53, "validation": 6, "test": 11}
     test = load_split(spec, "test").images
     assert isinstance(test, FileImages)
     assert all(Path(path).is_relative_to(tmp_path / "val") for path in test.paths)
-    assert load_held_out(DatasetSpec(name="imagenet", root=str(tmp_path), validation=0.0), "validation") is None
+    assert (
+        load_held_out(DatasetSpec(name="imagenet", root=str(tmp_path), validation_fraction=0.0), "validation") is None
+    )
 
 
 def test_a_grey_or_transparent_file_is_read_as_rgb(tmp_path: Path) -> None:
-    grey = np.arange(30, dtype=np.uint8).reshape(5, 6)
+    gray = np.arange(30, dtype=np.uint8).reshape(5, 6)
     for name in ("train/a/0.png", "train/b/0.png"):
         (tmp_path / name).parent.mkdir(parents=True)
-    Image.fromarray(grey).save(tmp_path / "train/a/0.png")
-    Image.fromarray(grey).convert("RGBA").save(tmp_path / "train/b/0.png")
-    samples = load_split(DatasetSpec(name="image-folder", root=str(tmp_path), validation=0.0, test=0.0), "train")
-    assert (pixels_of(samples) == grey[None, :, :, None]).all()
+    Image.fromarray(gray).save(tmp_path / "train/a/0.png")
+    Image.fromarray(gray).convert("RGBA").save(tmp_path / "train/b/0.png")
+    samples = load_split(
+        DatasetSpec(name="image-folder", root=str(tmp_path), validation_fraction=0.0, test_fraction=0.0), "train"
+    )
+    assert (pixels_of(samples) == gray[None, :, :, None]).all()
 
 
 def refused(kind: type[KdcacheError], code: int, words: str, spec: DatasetSpec, split: Split = "train") -> str:
@@ -414,7 +418,7 @@ def test_a_broken_image_is_named(which: int, tmp_path: Path) -> None:
     folders(tmp_path, train=2)
     path = tmp_path / "train" / "ant" / "1.png"
     path.write_bytes(list(damaged(path.read_bytes()))[which])
-    spec = DatasetSpec(name="image-folder", root=str(tmp_path), validation=0.0, test=0.0)
+    spec = DatasetSpec(name="image-folder", root=str(tmp_path), validation_fraction=0.0, test_fraction=0.0)
     images = load_split(spec, "train").images
     images.picture(0)
     with pytest.raises(CorruptError, match=f"cannot read the image {path}: .") as caught:
@@ -431,13 +435,15 @@ def test_a_broken_image_is_named(which: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(9, 5, 4), (9, 5, 4, 1), (9, 5, 4, 3)])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_npz_file_holds_grey_or_colour_images(
+def test_an_npz_file_holds_grey_or_color_images(
     shape: tuple[int, ...], save: Callable[..., None], tmp_path: Path
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     labels = np.array([0, 1, 2, -1, 2, 1, 0, 1, 2], np.int64)
     save(tmp_path / "mine.npz", images=images, labels=labels)
-    samples = load_split(DatasetSpec(name="npz", root=str(tmp_path / "mine.npz"), validation=0.0, test=0.0), "train")
+    samples = load_split(
+        DatasetSpec(name="npz", root=str(tmp_path / "mine.npz"), validation_fraction=0.0, test_fraction=0.0), "train"
+    )
     assert (samples.name, samples.split, samples.class_names) == ("mine", "train", ("0", "1", "2"))
     assert samples.labels.tolist() == labels.tolist()
     assert samples.labels.dtype == np.int32
@@ -534,7 +540,7 @@ def test_a_damaged_npz_file_is_read_right_or_refused(
     data[int(place * len(data))] = byte
     path = tmp_path_factory.getbasetemp() / "damaged.npz"
     path.write_bytes(data)
-    spec = DatasetSpec(name="npz", root=str(path), validation=0.0, test=0.0)
+    spec = DatasetSpec(name="npz", root=str(path), validation_fraction=0.0, test_fraction=0.0)
     try:
         samples = load_split(spec, "train")
     except KdcacheError:
@@ -688,10 +694,10 @@ def test_samples_that_are_not_the_cache_s_are_told_from_one_another() -> None:
     assert refusal(others, labels).startswith(
         "2 of 500 samples of digits/test are not those of the cache, first sample 40"
     )
-    relabelled = labels.copy()
-    relabelled[[3, 9]] = [(labels[3] + 1) % 10, -1]
-    assert refusal(keys, relabelled) == (
-        f"sample 3 of digits/test has label {labels[3]}, in the cache {relabelled[3]} (2 labels differ)"
+    relabeled = labels.copy()
+    relabeled[[3, 9]] = [(labels[3] + 1) % 10, -1]
+    assert refusal(keys, relabeled) == (
+        f"sample 3 of digits/test has label {labels[3]}, in the cache {relabeled[3]} (2 labels differ)"
     )
 
 

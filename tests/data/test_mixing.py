@@ -1,4 +1,4 @@
-"""Mixed views: torchvision's MixUp and CutMix, and a partner that follows from seed, sample and view alone."""
+"""MixedLabels views: torchvision's MixUp and CutMix, and a partner that follows from seed, sample and view alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kdcache.data.mixing import MIXINGS
 from kdcache.data.replay import Replay, replay
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
-from kdcache.losses.batch import Mixed
+from kdcache.losses.batch import MixedLabels
 
 COUNT, HEIGHT, WIDTH = 40, 12, 9
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (COUNT, 3, HEIGHT, WIDTH), np.uint8))
@@ -46,7 +46,7 @@ def samples_of(pixels: Tensor = PIXELS) -> Samples:
     return Samples("noise", "train", ArrayImages(pixels), labels, tuple("abcde"), [])
 
 
-def mixed_of(view: View, ids: list[int]) -> tuple[Tensor, Mixed]:
+def mixed_of(view: View, ids: list[int]) -> tuple[Tensor, MixedLabels]:
     batch = view.__getitems__(ids)
     assert batch.mixed is not None
     return batch.images, batch.mixed
@@ -173,7 +173,7 @@ def test_mixings_one_after_the_other_have_one_share() -> None:
 
 
 def plain(count: int, side: int = 32) -> Samples:
-    """Images of one colour, which is the sample's id."""
+    """Images of one color, which is the sample's id."""
     return samples_of(torch.arange(count, dtype=torch.float32).reshape(-1, 1, 1, 1).expand(-1, 1, side, side))
 
 
@@ -201,18 +201,18 @@ def test_the_share_of_cutmix_is_the_area_outside_a_box_that_shows_the_partner() 
     images, mixed = mixed_of(View(plain(count), [{"CutMix": {"alpha": 1}}]), list(range(count)))
     boxes = 0
     for index, image in enumerate(images[:, 0]):
-        colours = set(image.flatten().tolist()) - {index}
-        assert len(colours) <= 1
+        colors = set(image.flatten().tolist()) - {index}
+        assert len(colors) <= 1
         if expected_partner(index, count=count) == index:
             continue  # its box cannot be seen
         inside = image != index
         assert mixed.share[index].item() == pytest.approx(1 - inside.float().mean().item(), abs=1e-6)
-        if colours:
+        if colors:
             boxes += 1
             rows, columns = inside.any(dim=1), inside.any(dim=0)
             assert torch.equal(inside, rows[:, None] & columns[None, :])
             assert all((side.diff().abs() == 1).sum() <= 2 for side in (rows.int(), columns.int()))
-            assert mixed.partner_labels[index] == colours.pop() % 5
+            assert mixed.partner_labels[index] == colors.pop() % 5
     assert boxes > 0.9 * count
 
 
@@ -382,6 +382,6 @@ def test_replay_names_the_first_mixture_that_a_changed_image_shows_in(made: Path
 
 
 def test_workers_change_no_byte_of_the_cache(made: Path, tmp_path: Path) -> None:
-    spec = SPEC.model_copy(update={"workers": 1})
+    spec = SPEC.model_copy(update={"num_workers": 1})
     again = dump_teacher(TinyTeacher(), tiny_samples(100), tmp_path / "c.kdcache", transform=EITHER, spec=spec)
     assert again.manifest.digest == open_cache(made).manifest.digest

@@ -88,7 +88,7 @@ def test_two_runs_leave_the_same_bytes(whole: Cache, tmp_path: Path) -> None:
 
 
 def dump_with(workers: int, out: Path) -> None:
-    spec = CacheSpec(views=2, shard_rows=8, batch_size=3, workers=workers)
+    spec = CacheSpec(views=2, shard_rows=8, batch_size=3, num_workers=workers)
     dump_teacher(TinyTeacher(), tiny_samples(37), out, transform=FLIP, spec=spec)
 
 
@@ -109,7 +109,7 @@ class OneLogitOff(BatchMinded):
         return logits
 
 
-def relabelled() -> Samples:
+def relabeled() -> Samples:
     labels = tiny_samples().labels.tolist()
     labels[20] = (labels[20] + 1) % 10
     return tiny_samples(labels=labels)
@@ -124,9 +124,9 @@ def repainted() -> Samples:
 
 CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "one logit": lambda: {"model": OneLogitOff()},
-    "one label": lambda: {"samples": relabelled()},
+    "one label": lambda: {"samples": relabeled()},
     "one pixel": lambda: {"samples": repainted()},
-    "transform": lambda: {"transform": [{"Identity": {}}]},
+    "transform": lambda: {"transform": [{"TeacherIdentity": {}}]},
     "seed": lambda: {"spec": SPEC.model_copy(update={"seed": 1})},
     "k": lambda: {"spec": SPEC.model_copy(update={"top_k": 4})},
     "type": lambda: {"spec": SPEC.model_copy(update={"dtype": "float32"})},
@@ -204,9 +204,9 @@ OTHERS: dict[str, tuple[Callable[[], dict[str, Any]], str, str, str]] = {
         hashlib.sha256(b"weight\0torch.float32\0[16, 10]\0" + TinyTeacher(seed=2).weight.numpy().tobytes()).hexdigest(),
     ),
     "seed": (lambda: {"spec": SPEC.model_copy(update={"seed": 77})}, "views.seed", "0", "77"),
-    "transform": (lambda: {"transform": [{"Identity": {}}]}, "views.transform", "[]", "Identity"),
+    "transform": (lambda: {"transform": [{"TeacherIdentity": {}}]}, "views.transform", "[]", "TeacherIdentity"),
     "batches": (lambda: {"spec": SPEC.model_copy(update={"batch_size": 4})}, "batch_size", "5", "4"),
-    "label": (lambda: {"samples": relabelled()}, "dataset.digest", "sha256:", "sha256:"),
+    "label": (lambda: {"samples": relabeled()}, "dataset.digest", "sha256:", "sha256:"),
     "image": (lambda: {"samples": repainted()}, "dataset.digest", "sha256:", "sha256:"),
 }
 

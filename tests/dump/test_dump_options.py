@@ -31,9 +31,9 @@ from kdcache.cache.format import zarr_store
 from kdcache.cache.writer import CacheWriter
 from kdcache.cli import main
 from kdcache.data.images import ArrayImages, FileImages
-from kdcache.data.loader import told_of_lost_processes
+from kdcache.data.loader import report_lost_workers
 from kdcache.errors import CorruptError, IncompleteError, MismatchError
-from kdcache.models.inference import RunningTeacher
+from kdcache.models.inference import InferenceModel
 
 SPEC = CacheSpec(top_k=3, rank=2, pilot_rows=8, shard_rows=8, batch_size=5, seed=3)
 """Of 37 samples: four shards of 8 rows in batches of 5 and 3, and one shard of 5 rows in one batch."""
@@ -93,7 +93,7 @@ def test_ctrl_c_ends_a_run_with_workers_within_seconds_and_says_how_to_go_on(pip
     out, said = tmp_path / "c.kdcache", tmp_path / "said"
     slow = {"SAMPLE": "10", "HAPPENS": "time.sleep(60)"}
     arguments = ("dump-teacher", pipeline, "-o", out, "--device", "cpu")
-    process = in_a_process(command_line, said, slow, *arguments, "--set", "cache.workers=2")
+    process = in_a_process(command_line, said, slow, *arguments, "--set", "cache.num_workers=2")
     until((out / "commits/0/0.json").exists)
     assert process.pid is not None
     began = time.monotonic()
@@ -141,7 +141,7 @@ def dump_with_a_broken_worker(out: Path, happens: Callable[[], object], told: Co
     images = Broken(given.images.pixels, happens)
     samples = Samples(given.name, given.split, images, given.labels, given.class_names, [])
     try:
-        dump(out, samples=samples, transform=FLIP, spec=SPEC.model_copy(update={"workers": 2}))
+        dump(out, samples=samples, transform=FLIP, spec=SPEC.model_copy(update={"num_workers": 2}))
     except Exception as error:  # noqa: BLE001
         told.send((type(error).__name__, str(error)))
 
@@ -181,7 +181,7 @@ def test_what_ends_a_worker_reaches_the_user(
     ],
 )
 def test_a_lost_process_is_told_of_whoever_notices_first(error: Exception, ends: tuple[type[Exception], ...]) -> None:
-    with pytest.raises(IncompleteError, match=r"a process that loads images died: \S"), told_of_lost_processes(*ends):
+    with pytest.raises(IncompleteError, match=r"a process that loads images died: \S"), report_lost_workers(*ends):
         raise error
 
 
@@ -189,7 +189,7 @@ def test_a_lost_process_is_told_of_whoever_notices_first(error: Exception, ends:
     "error", [RuntimeError("shapes differ"), EOFError("Caught EOFError in DataLoader worker process 0."), OSError("no")]
 )
 def test_what_the_data_set_raises_is_no_lost_process(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, told_of_lost_processes(ConnectionError, EOFError):
+    with pytest.raises(type(error)) as raised, report_lost_workers(ConnectionError, EOFError):
         raise error
     assert raised.value is error
 
@@ -268,7 +268,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "batches": ({"batch_size": 4}, "batch_size: 5, 4"),
     "seed": ({"seed": 4}, "views.seed: 3, 4"),
     "views": ({"views": 2}, "views.count: 1, 2"),
-    "licence": ({"licence": "CC0"}, "licence: , CC0"),
+    "licence": ({"license": "CC0"}, "licence: , CC0"),
 }
 
 
@@ -306,7 +306,7 @@ def test_going_on_with_any_other_setting_is_refused_with_both_values(begun: Path
             dump(begun, **{"transform": FLIP, **given})
         assert files_of(begun) == before
     once = dump(tmp_path / "once.kdcache", transform=FLIP)
-    more_workers = SPEC.model_copy(update={"workers": 0})
+    more_workers = SPEC.model_copy(update={"num_workers": 0})
     assert dump(begun, transform=FLIP, spec=more_workers).manifest.digest == once.manifest.digest
 
 
@@ -412,7 +412,7 @@ def repainted(samples: Samples) -> Samples:
     return samples
 
 
-def relabelled(count: int) -> Samples:
+def relabeled(count: int) -> Samples:
     labels = tiny_samples(count).labels.tolist()
     labels[20] = (labels[20] + 1) % 10
     return tiny_samples(count, labels=labels)
@@ -429,7 +429,7 @@ NO_EXTENSION: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "nothing more": (lambda: {"spec": SPEC}, "has 1 views of 37 samples; 1 of 37 are asked for"),
     "fewer samples": (lambda: {"samples": tiny_samples(36)}, "has 1 views of 37 samples; 3 of 36 are asked for"),
     "an image": (lambda: {"samples": repainted(tiny_samples(53))}, "sample 20 is not the one that .* has there"),
-    "a label": (lambda: {"samples": relabelled(53)}, "sample 20 is not the one that .* has there, or has another"),
+    "a label": (lambda: {"samples": relabeled(53)}, "sample 20 is not the one that .* has there, or has another"),
     "an image of as many": (lambda: {"samples": repainted(tiny_samples())}, "sample 20 is not the one that"),
 }
 
@@ -585,7 +585,7 @@ def test_a_compiled_teacher_is_what_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_logits_come_back_in_float32_whatever_the_network_returns() -> None:
-    running = RunningTeacher(TinyTeacher().bfloat16(), 10, CacheSpec(precision="bf16"), "cpu")
+    running = InferenceModel(TinyTeacher().bfloat16(), 10, CacheSpec(precision="bf16"), "cpu")
     logits = running(torch.ones(2, 1, 4, 4, dtype=torch.bfloat16))
     assert logits.dtype == torch.float32
     assert not logits.requires_grad

@@ -161,7 +161,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     folder = tmp_path_factory.mktemp("work")
     pipeline = Pipeline.model_validate(
         {
-            "dataset": {"name": "npz", "root": str(pixels(folder / "mine.npz")), "validation": 0.2, "test": 0.3},
+            "dataset": {
+                "name": "npz",
+                "root": str(pixels(folder / "mine.npz")),
+                "validation_fraction": 0.2,
+                "test_fraction": 0.3,
+            },
             "transform": TURN,
             "eval_transform": CLEAN,
             "teacher": {
@@ -195,7 +200,7 @@ def test_figures_are_those_of_the_networks_on_the_split(split: str, work: Work) 
     images, labels = work.seen(split, CLEAN)
     known = labels >= 0
     assert 0 < known.sum() < len(labels) == found["images"]
-    assert (found["split"], found["labelled"]) == (split, known.sum())
+    assert (found["split"], found["labeled"]) == (split, known.sum())
     for score, model, width in zip(found["scores"], (work.student, work.teacher), (6, 24), strict=True):
         logits = model(images).detach().numpy()[known]
         for measure, value in reference(logits, labels[known]).items():
@@ -258,8 +263,8 @@ def test_the_table_says_what_json_says(work: Work) -> None:
     arguments = (work.folder / "s", work.folder / "t", "--cache", work.cache.path)
     text, found = ok("evaluate", *arguments), told(*arguments)
     lines = text.splitlines()
-    assert f"{found['labelled']} labelled images" in lines[0]
-    assert f"{found['images'] - found['labelled']} images without a label" in text
+    assert f"{found['labeled']} labeled images" in lines[0]
+    assert f"{found['images'] - found['labeled']} images without a label" in text
     assert "15 bins" in text
     assert "on 60 of its 60 images, view 0" in text
     for line, score in zip(lines[2:4], found["scores"], strict=True):
@@ -358,7 +363,7 @@ def test_networks_of_different_data_sets_are_refused_and_of_one_at_two_paths_not
 
     same = told(work.folder / "s", elsewhere("mine", seed=0))["scores"]
     assert same[0]["top1"] == same[1]["top1"]
-    for other in (elsewhere("other", seed=1), elsewhere("shorter", seed=0, test=0.2)):
+    for other in (elsewhere("other", seed=1), elsewhere("shorter", seed=0, test_fraction=0.2)):
         assert "are of different data sets" in refused(4, "evaluate", work.folder / "s", other)
     assert "no sample of other/train is in" in refused(4, "evaluate", tmp_path / "other", "--cache", work.cache.path)
 
@@ -374,11 +379,11 @@ def test_what_cannot_be_measured_is_refused(work: Work, tmp_path: Path) -> None:
         return run(tmp_path / name, pipeline, work.student, network="student")
 
     dataset = work.pipeline.dataset.model_dump()
-    none = changed("none", dataset={**dataset, "test": 0})
+    none = changed("none", dataset={**dataset, "test_fraction": 0})
     assert "has no test split" in refused(2, "evaluate", none)
     blind = pixels(tmp_path / "blind.npz", labels=np.full(120, -1), class_names=np.array(list("abcdefgh")))
-    unlabelled = changed("unlabelled", dataset={**dataset, "root": str(blind)})
-    assert "has a label" in refused(2, "evaluate", unlabelled)
+    unlabeled = changed("unlabeled", dataset={**dataset, "root": str(blind)})
+    assert "has a label" in refused(2, "evaluate", unlabeled)
     assert "draws at random" in refused(2, "evaluate", changed("random", eval_transform=None))
     assert "mixes images" in refused(2, "evaluate", changed("mixed", eval_transform=[*CLEAN, {"MixUp": {}}]))
 

@@ -32,7 +32,7 @@ from kdcache.data.images import Picture
 from kdcache.data.views import View
 from kdcache.evaluation.metrics import reliability
 from kdcache.evaluation.report.charts import Chart, Line, as_svg, draw_lines, draw_verdicts, save_png
-from kdcache.evaluation.report.collect import gather
+from kdcache.evaluation.report.collect import collect
 from kdcache.evaluation.report.html import samples as shown_samples
 from kdcache.evaluation.runs import Mean, Row, find_runs, group_runs, read_run
 from kdcache.models.small import SmallMLP
@@ -138,7 +138,7 @@ def dataset(folder: Path, names: tuple[str, ...], count: int = 160, seed: int = 
     images[np.arange(count), labels // 4 % 4, labels % 4] += 190
     path = folder / f"mine{seed}.npz"
     np.savez(path, images=images, labels=np.where(np.arange(count) % 10, labels, -1), class_names=np.array(names))
-    return {"name": "npz", "root": str(path), "validation": 0.2, "test": 0.3}
+    return {"name": "npz", "root": str(path), "validation_fraction": 0.2, "test_fraction": 0.3}
 
 
 def recipe(folder: Path, names: tuple[str, ...], **changed: Any) -> tuple[Path, Pipeline]:
@@ -237,7 +237,7 @@ def test_what_ka_changes_is_what_a_loop_finds(work: Work) -> None:
     wrong = [i for i, label in enumerate(labels) if label >= 0 and teacher[i] != label]
     assert 0 < len(wrong) < (labels >= 0).sum() < len(labels)
     assert work.told["changed_by_ka"] == len(wrong)
-    assert f"in {len(wrong)} of {(labels >= 0).sum()} labelled rows of view 0" in work.page.text
+    assert f"in {len(wrong)} of {(labels >= 0).sum()} labeled rows of view 0" in work.page.text
     kinds = np.zeros(3)
     for row in of_students[1:]:
         counts = [0, 0, 0]
@@ -269,7 +269,7 @@ def test_sharpness_is_of_the_rows_that_the_students_were_shown(work: Work) -> No
 
 
 def test_disagreement_is_that_of_a_loop(work: Work) -> None:
-    found = gather([work.folder / "sweep"], work.cache)
+    found = collect([work.folder / "sweep"], work.cache)
     assert found.taught is not None
     teacher = work.teacher().argmax(axis=1)
     for group in found.students:
@@ -332,7 +332,7 @@ def test_a_student_of_a_part_is_compared_on_that_part(work: Work, tmp_path: Path
     short = ("--set", "student.train.epochs=2", "--device", "cpu")
     train = ("train-student", tmp_path / "mine.yaml", "--cache", work.cache.path, "-o", tmp_path / "run")
     ok(*train, "--loss", "kd", "--allow-missing", *short)
-    found = gather([tmp_path / "run"], work.cache)
+    found = collect([tmp_path / "run"], work.cache)
     assert found.taught is not None
     assert found.taught.cost.live == 2 * len(part)
     assert found.taught.ids.tolist() == part
@@ -412,7 +412,7 @@ def test_names_are_text_wherever_they_stand(work: Work) -> None:
     assert page.tags.isdisjoint({"script", "b", "iframe", "link", "object", "image"})
     for name in NAMES:
         assert name in page.text
-    # In a picture, cut off: neither a formula nor left out nor turned into a colour.
+    # In a picture, cut off: neither a formula nor left out nor turned into a color.
     texts = [element for svg in re.findall(r"<svg.*?</svg>", work.html, re.DOTALL) for element in _texts(svg)]
     for name in NAMES:
         assert {name.strip(), name.strip()[:11] + "…"} & {text.strip() for text in texts}, name
@@ -512,7 +512,7 @@ def test_a_network_that_is_no_longer_what_it_was_is_told_of(work: Work, tmp_path
     said = metrics(tmp_path / "run")
     said["test"]["accuracy"] += 0.25
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(said))
-    (note,) = gather([tmp_path / "run"]).notes
+    (note,) = collect([tmp_path / "run"]).notes
     assert f"had a test accuracy of {said['test']['accuracy']:.2%}" in note
     assert f"has {said['test']['accuracy'] - 0.25:.2%} here" in note
 
@@ -627,11 +627,11 @@ ROOM = """<!doctype html><title>room</title>
 addEventListener("load", () => {{
   const told = [...document.querySelectorAll("iframe")].map(frame => {{
     const inner = frame.contentWindow, page = inner.document.documentElement;
-    const colours = selector => [...inner.document.querySelectorAll(selector)].map(
+    const colors = selector => [...inner.document.querySelectorAll(selector)].map(
       found => {{ const it = inner.getComputedStyle(found); return [it.color, it.backgroundColor, it.fill]; }}
     );
     const widest = [...inner.document.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().right);
-    return {{width: inner.innerWidth, scroll: page.scrollWidth, body: colours("body")[0], texts: colours("svg text"),
+    return {{width: inner.innerWidth, scroll: page.scrollWidth, body: colors("body")[0], texts: colors("svg text"),
              widest: Math.max(...widest), images: [...inner.document.images].map(image => image.naturalWidth)}};
   }});
   document.querySelector("pre").textContent = JSON.stringify(told);
@@ -648,9 +648,9 @@ def look(room: Path, *options: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Of `rgb(r, g, b)`, by WCAG."""
-    parts = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    parts = [int(value) / 255 for value in re.findall(r"\d+", color)[:3]]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -81,9 +81,9 @@ def setting(value: object, *keys: str) -> Callable[[Any], None]:
 
 
 FORGED: dict[str, Callable[[Any], object]] = {
-    "unknown key": setting(1, "colour"),
-    "unknown key of the plan": setting(1, "plan", "colour"),
-    "unknown key of a file": setting(1, "files", SHARD_FILE, "colour"),
+    "unknown key": setting(1, "color"),
+    "unknown key of the plan": setting(1, "plan", "color"),
+    "unknown key of a file": setting(1, "files", SHARD_FILE, "color"),
     "key missing": lambda manifest: manifest["plan"].pop("licence") and None,
     "list": lambda manifest: [manifest],
     "number": lambda _: 5,

@@ -30,7 +30,7 @@ def published(name: str) -> Reference:
 
 @st.composite
 def batches(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Batch:
-    """Student's and teacher's logits and labels; the teacher is right on about half of the labelled samples."""
+    """Student's and teacher's logits and labels; the teacher is right on about half of the labeled samples."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**63 - 1)))
     shape = draw(st.integers(1, 8)), draw(st.integers(2, 40))
     student, teacher = (
@@ -67,5 +67,5 @@ def assert_all_agree(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], t
         assert_agree(one, other, tolerance)
 
 
-def unlabelled(logits: Tensor) -> Tensor:
+def unlabeled(logits: Tensor) -> Tensor:
     return torch.full((len(logits),), -1)

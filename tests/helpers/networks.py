@@ -62,7 +62,9 @@ def rearranged(pipeline: Pipeline, path: Path, train: list[int], more: int = 0) 
     chosen = [np.concatenate([train, np.full(more, -1)]).astype(int), *(np.arange(len(held)) for held in whole[1:])]
     count = sum(map(len, chosen))
     shares = (len(chosen[1]) / count, len(chosen[2]) / count)
-    dataset = pipeline.dataset.model_copy(update={"root": str(path), "validation": shares[0], "test": shares[1]})
+    dataset = pipeline.dataset.model_copy(
+        update={"root": str(path), "validation_fraction": shares[0], "test_fraction": shares[1]}
+    )
     # Labels that are positions say where a split's images are to stand.
     np.savez(path, images=np.zeros((count, 4, 4), np.uint8), labels=np.arange(count))
     images = np.random.default_rng(9).integers(0, 255, (count, 4, 4), np.uint8)

@@ -45,7 +45,7 @@ def recipe(folder: Path, count: int = 12) -> Path:
     np.savez(folder / "tiny.npz", images=images, labels=np.arange(count) % 10)
     (folder / "teacher.py").write_text(TEACHER)
     (folder / "tiny.yaml").write_text(
-        f"dataset: {{name: npz, root: {folder / 'tiny.npz'}, validation: 0, test: 0}}\n"
+        f"dataset: {{name: npz, root: {folder / 'tiny.npz'}, validation_fraction: 0, test_fraction: 0}}\n"
         "transform: [RandomHorizontalFlip: {p: 0.5}, ToDtype: {dtype: float32}]\n"
         f"teacher: {{model: '{folder / 'teacher.py'}:Teacher'}}\n"
         "cache: {top_k: 3, rank: 2, pilot_rows: 8, shard_rows: 8, batch_size: 5, views: 2, seed: 3}\n"

@@ -20,7 +20,7 @@ from helpers.loss_cases import (
     published,
     some,
     teacher_alone,
-    unlabelled,
+    unlabeled,
     with_gradient,
 )
 from hypothesis import given
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kdcache.losses import cross_entropy, distillation_loss, distillation_term, learned_temperature
 from kdcache.losses.adjustments import label_smoothing, probability_shift
-from kdcache.losses.batch import Mixed
+from kdcache.losses.batch import MixedLabels
 from kdcache.losses.distillation import warmup
 from kdcache.losses.divergences import kl
 from kdcache.losses.presets import PARTS
@@ -81,18 +81,19 @@ def test_probability_shift_is_the_published_one(reference: Reference, tau: int) 
     assert_all_agree(result, (reference[f"ka_ps_kl_T{tau}_loss"], reference[f"ka_ps_kl_T{tau}_grad"]))
 
 
-@pytest.mark.parametrize("lowest", [1e-6, 1.0, 8.0])
+@pytest.mark.parametrize("min_temperature", [1e-6, 1.0, 8.0])
 @pytest.mark.parametrize("temperatures", ["flsw_tau_beta1_gamma1", "flsw_tau_beta40_gamma2", "cwsm_tau_beta05"])
 def test_dtd_temperatures_are_the_published_ones_above_the_clamp(
-    reference: Reference, temperatures: str, lowest: float
+    reference: Reference, temperatures: str, min_temperature: float
 ) -> None:
     student, teacher = reference["student"], reference["teacher"]
+    clamp = {"min_temperature": min_temperature}
     ours = {
-        "flsw_tau_beta1_gamma1": lambda: dtd_flsw(student, teacher, tau=8, beta=1, gamma=1, lowest=lowest),
-        "flsw_tau_beta40_gamma2": lambda: dtd_flsw(student, teacher, tau=8, beta=40, gamma=2, lowest=lowest),
-        "cwsm_tau_beta05": lambda: dtd_cwsm(student, teacher, tau=8, beta=0.5, lowest=lowest),
+        "flsw_tau_beta1_gamma1": lambda: dtd_flsw(student, teacher, tau=8, beta=1, gamma=1, **clamp),
+        "flsw_tau_beta40_gamma2": lambda: dtd_flsw(student, teacher, tau=8, beta=40, gamma=2, **clamp),
+        "cwsm_tau_beta05": lambda: dtd_cwsm(student, teacher, tau=8, beta=0.5, **clamp),
     }[temperatures]()
-    expected = reference[f"dtd_{temperatures}"].clamp_min(lowest)
+    expected = reference[f"dtd_{temperatures}"].clamp_min(min_temperature)
     assert_all_agree(ours, (expected.unsqueeze(1), expected.unsqueeze(1), expected.square()))
 
 
@@ -122,7 +123,7 @@ def test_kl_is_that_of_the_probabilities_and_never_negative(batch: Batch, tau: f
 
 def test_kl_survives_probabilities_that_underflow() -> None:
     teacher, student = torch.tensor([[0.0, -1e4]]), torch.tensor([[-1e4, 0.0]])
-    value, gradient = with_gradient(lambda v: kl(v, teacher, unlabelled(v)).sum(), student)
+    value, gradient = with_gradient(lambda v: kl(v, teacher, unlabeled(v)).sum(), student)
     assert value == 1e4
     assert torch.equal(gradient, torch.tensor([[-1.0, 1.0]]))
 
@@ -138,7 +139,7 @@ HAZARDS = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"sharpness": "logsumexp"}, {"centre": True}, {"detach": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sharpness": "logsumexp"}, {"center": True}, {"detach": True}], ids=str)
 @pytest.mark.parametrize("hazard", HAZARDS)
 def test_dtkd_stays_finite_where_its_form_has_no_meaning(hazard: str, options: dict[str, Any]) -> None:
     student, teacher = (torch.tensor([row]) for row in HAZARDS[hazard])
@@ -148,7 +149,7 @@ def test_dtkd_stays_finite_where_its_form_has_no_meaning(hazard: str, options: d
         assert (value > 0).all()
     assert_agree(temperatures.student + temperatures.teacher, torch.tensor([[8.0]]), 1e-6)
     loss = teacher_alone("dtkd", **options)
-    total, gradient = with_gradient(lambda v: distillation_term(v, teacher, unlabelled(v), loss), student)
+    total, gradient = with_gradient(lambda v: distillation_term(v, teacher, unlabeled(v), loss), student)
     assert total.isfinite()
     assert total >= 0
     assert gradient.isfinite().all()
@@ -172,17 +173,17 @@ def test_the_guard_of_dtkd_changes_nothing_above_its_floor(batch: Batch, tau: fl
 @pytest.mark.parametrize("sharpness", ["max", "logsumexp"])
 @some
 @given(batch=batches(), shifts=st.tuples(st.floats(-50, 50), st.floats(-50, 50)))
-def test_centred_dtkd_does_not_see_a_shift_of_the_logits(
+def test_centered_dtkd_does_not_see_a_shift_of_the_logits(
     sharpness: str, batch: Batch, shifts: tuple[float, float]
 ) -> None:
     student, teacher, labels = batch
-    loss = teacher_alone("dtkd", sharpness=sharpness, centre=True)
+    loss = teacher_alone("dtkd", sharpness=sharpness, center=True)
     result = with_gradient(lambda v: distillation_term(v, teacher, labels, loss), student)
     shifted = with_gradient(lambda v: distillation_term(v, teacher + shifts[1], labels, loss), student + shifts[0])
     assert_all_agree(shifted, result)
 
 
-def test_uncentred_dtkd_sees_a_shift_of_the_logits() -> None:
+def test_uncentered_dtkd_sees_a_shift_of_the_logits() -> None:
     student, teacher = torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[5.0, 1.0, 0.0]])
     moved = dtkd(student + 10, teacher, tau=4).student
     assert_agree(moved, torch.tensor([[2 * 13 * 4 / 18]]), 1e-6)
@@ -218,9 +219,11 @@ def test_confidence_weights_are_clamped() -> None:
     w = 1 / (student.softmax(dim=1).amax(dim=1) + 1e-3)
     unclamped = 8 + 1.0 * (w.mean() - w)
     assert unclamped.min() < -35
-    for lowest in (1.0, 2.5):
-        t = dtd_cwsm(student, student, tau=8, beta=1, lowest=lowest)
-        expected = torch.stack([unclamped[0], unclamped[0], torch.tensor(lowest), torch.tensor(lowest)])
+    for min_temperature in (1.0, 2.5):
+        t = dtd_cwsm(student, student, tau=8, beta=1, min_temperature=min_temperature)
+        expected = torch.stack(
+            [unclamped[0], unclamped[0], torch.tensor(min_temperature), torch.tensor(min_temperature)]
+        )
         assert_all_agree(t, (expected.unsqueeze(1), expected.unsqueeze(1), expected.square()))
 
 
@@ -244,18 +247,18 @@ def test_dtd_temperatures_carry_no_gradient(reference: Reference, rule: str) -> 
         return (tau.square() * p * (p.log() - (v / tau).log_softmax(dim=1))).sum(dim=1).mean()
 
     loss = teacher_alone(rule)
-    result = with_gradient(lambda v: distillation_term(v, teacher, unlabelled(v), loss), student)
+    result = with_gradient(lambda v: distillation_term(v, teacher, unlabeled(v), loss), student)
     assert_all_agree(result, with_gradient(with_fixed_temperatures, student))
 
 
-# DTKD's temperatures that really equalise
+# DTKD's temperatures that really equalize
 
 
 @few
 @given(batch=batches(), tau=TAU)
 def test_exact_temperatures_make_the_logsumexps_equal(batch: Batch, tau: float) -> None:
     student, teacher = (z - z.mean(dim=1, keepdim=True) for z in batch[:2])
-    t_student, t_teacher, weight = dtkd(*batch[:2], tau=tau, sharpness="logsumexp", centre=True, equalise="exact")
+    t_student, t_teacher, weight = dtkd(*batch[:2], tau=tau, sharpness="logsumexp", center=True, equalize="exact")
     assert_agree(t_student + t_teacher, torch.full_like(t_student, 2 * tau))
     assert_agree(weight, (t_student * t_teacher).squeeze(1))
     assert (t_student > 0).all()
@@ -272,8 +275,8 @@ def test_exact_temperatures_make_the_logsumexps_equal(batch: Batch, tau: float) 
 
 def test_published_temperatures_do_not_make_the_logsumexps_equal(reference: Reference) -> None:
     student, teacher = (reference[name] - reference[name].mean(dim=1, keepdim=True) for name in ("student", "teacher"))
-    for equalise, equal in (("published", False), ("exact", True)):
-        t = dtkd(student, teacher, sharpness="logsumexp", centre=True, equalise=equalise)
+    for equalize, equal in (("published", False), ("exact", True)):
+        t = dtkd(student, teacher, sharpness="logsumexp", center=True, equalize=equalize)
         x, y = (teacher / t.teacher).logsumexp(dim=1), (student / t.student).logsumexp(dim=1)
         assert torch.allclose(x, y, rtol=1e-3) is equal
     largest = dtkd(student, teacher, sharpness="max")
@@ -283,8 +286,8 @@ def test_published_temperatures_do_not_make_the_logsumexps_equal(reference: Refe
 @pytest.mark.parametrize("hazard", HAZARDS)
 def test_exact_dtkd_stays_finite(hazard: str) -> None:
     student, teacher = (torch.tensor([row]) for row in HAZARDS[hazard])
-    loss = teacher_alone("dtkd", sharpness="logsumexp", centre=True, equalise="exact")
-    total, gradient = with_gradient(lambda v: distillation_term(v, teacher, unlabelled(v), loss), student)
+    loss = teacher_alone("dtkd", sharpness="logsumexp", center=True, equalize="exact")
+    total, gradient = with_gradient(lambda v: distillation_term(v, teacher, unlabeled(v), loss), student)
     assert total.isfinite()
     assert total >= 0
     assert gradient.isfinite().all()
@@ -295,9 +298,9 @@ def test_exact_dtkd_stays_finite(hazard: str) -> None:
     [
         ("dtkd", {}),
         ("dtkd", {"sharpness": "logsumexp"}),
-        ("dtkd", {"sharpness": "logsumexp", "centre": True, "equalise": "exact"}),
+        ("dtkd", {"sharpness": "logsumexp", "center": True, "equalize": "exact"}),
         ("dtkd+dkd", {}),
-        ("dtkd+dist", {"centre": True}),
+        ("dtkd+dist", {"center": True}),
         ("zscore+dtkd+ka", {}),
         ("dtkd+lsr+js", {}),
         ("dtkd+mse", {}),
@@ -318,7 +321,7 @@ def test_the_gradient_goes_through_the_temperatures_too(name: str, options: dict
 
 def test_ctkd_is_kd_at_the_temperature_that_it_has_learned(reference: Reference) -> None:
     student, teacher, labels = reference["student"], reference["teacher"], reference["labels"]
-    loss = loss_of("ctkd", temperature={"lowest": 2.0, "span": 3.0})
+    loss = loss_of("ctkd", temperature={"min_temperature": 2.0, "span": 3.0})
     theta = learned_temperature(loss)
     assert theta is not None
     assert theta.tolist() == [1.0]
@@ -386,7 +389,7 @@ def test_label_smoothing_replaces_the_wrong_rows_alone(batch: Batch, smoothing: 
 
 
 @pytest.mark.parametrize("adjust", [probability_shift, label_smoothing])
-def test_adjustments_leave_rows_that_are_right_or_unlabelled(adjust: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_adjustments_leave_rows_that_are_right_or_unlabeled(adjust: Callable[[Tensor, Tensor], Tensor]) -> None:
     teacher = torch.tensor([[1.0, 5.0, 2.0], [4.0, 3.0, 0.0], [0.0, 1.0, 7.0]])
     assert torch.equal(adjust(teacher, torch.tensor([1, -1, 2])), teacher)
     assert torch.equal(probability_shift(teacher, torch.tensor([2, 1, 0]))[:, 0], torch.tensor([1.0, 3.0, 7.0]))
@@ -428,7 +431,7 @@ def test_cross_entropy_skips_samples_without_a_label() -> None:
 
 def test_cross_entropy_without_any_label_is_zero() -> None:
     student = torch.tensor([[2.0, 0.0], [5.0, 1.0]])
-    value, gradient = with_gradient(lambda v: cross_entropy(v, unlabelled(v)), student)
+    value, gradient = with_gradient(lambda v: cross_entropy(v, unlabeled(v)), student)
     assert value == 0
     assert torch.equal(gradient, torch.zeros_like(student))
 
@@ -482,14 +485,14 @@ def test_the_order_of_a_batch_does_not_matter(name: str, batch: Batch, seed: int
     assert_all_agree(permuted, (value, gradient[order]))
 
 
-# Mixed images
+# MixedLabels images
 
 
 @st.composite
-def mixtures(draw: st.DrawFn, rows: int, classes: int) -> Mixed:
+def mixtures(draw: st.DrawFn, rows: int, classes: int) -> MixedLabels:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**63 - 1)))
     partners = torch.randint(-1, classes, (rows,), generator=generator)
-    return Mixed(partners, torch.rand(rows, generator=generator))
+    return MixedLabels(partners, torch.rand(rows, generator=generator))
 
 
 @some
@@ -506,7 +509,7 @@ def test_cross_entropy_of_mixtures_is_that_of_the_mixed_labels(batch: Batch, dat
     expected = with_gradient(lambda v: -(told * v.log_softmax(dim=1)).sum() / max(told.sum().item(), 1.0), student)
     assert_all_agree(with_gradient(lambda v: cross_entropy(v, labels, mixed), student), expected)
     for label in (labels, mixed.partner_labels):  # all of an image one's own, or all its partner's
-        whole = Mixed(mixed.partner_labels, (torch.full_like(mixed.share, float(label is labels))))
+        whole = MixedLabels(mixed.partner_labels, (torch.full_like(mixed.share, float(label is labels))))
         assert_agree(cross_entropy(student, labels, whole), cross_entropy(student, label))
 
 
@@ -526,6 +529,6 @@ def test_only_the_cross_entropy_knows_that_images_are_mixed(name: str, batch: Ba
 @pytest.mark.parametrize("kind", ["probability_shift", "label_smoothing"])
 def test_a_teacher_is_not_adjusted_on_images_of_two_labels(kind: str) -> None:
     student, teacher, labels = torch.zeros(2, 3), torch.eye(3)[:2], torch.tensor([1, 1])
-    mixed = Mixed(torch.tensor([0, 2]), torch.tensor([0.5, 0.25]))
+    mixed = MixedLabels(torch.tensor([0, 2]), torch.tensor([0.5, 0.25]))
     with pytest.raises(ValueError, match=f"{kind} needs one label an image"):
         distillation_loss(student, teacher, labels, loss_of("kd", adjustment={"kind": kind}), mixed=mixed)

@@ -1,4 +1,4 @@
-"""Each divergence, truncation and standardisation against another way to compute it, and what holds for all."""
+"""Each divergence, truncation and standardization against another way to compute it, and what holds for all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helpers.loss_cases import (
     few,
     loss_of,
     published,
-    unlabelled,
+    unlabeled,
     with_gradient,
 )
 from hypothesis import given
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from kdcache.losses import Loss, distillation_term
 from kdcache.losses.adjustments import truncation
-from kdcache.losses.batch import BatchSum, Whole, of_these
+from kdcache.losses.batch import BatchSum, BatchTotals, of_these
 from kdcache.losses.distillation import DIVERGENCES
 from kdcache.losses.divergences import cosine, dist, dkd, jensen_shannon, kl, mse, ofa, plackett_luce, reverse_kl
 from kdcache.losses.normalizations import z_score
@@ -75,9 +75,9 @@ def test_ofa_is_the_published_one(reference: Reference) -> None:
     assert_published(reference, "ofa", of_teacher({"kind": "ofa"}, 1.0))
 
 
-def test_logit_standardisation_is_the_published_one(reference: Reference) -> None:
+def test_logit_standardization_is_the_published_one(reference: Reference) -> None:
     # The published figure is without the T^2 of the sum.
-    loss = of_teacher({"kind": "kl"}, 2.0, normalisation="z_score")
+    loss = of_teacher({"kind": "kl"}, 2.0, normalization="z_score")
     assert_published(reference, "logit_standardization_T2", loss, scale=1 / 4)
 
 
@@ -152,7 +152,7 @@ def test_ofa_without_a_label_or_a_power_is_cross_entropy_with_the_teacher(batch:
     student, teacher, labels = batch
     log_q, p = student.log_softmax(dim=1), teacher.softmax(dim=1)
     assert_agree(ofa(student, teacher, labels, eps=1), -(p * log_q).sum(dim=1), 1e-8)
-    assert_agree(ofa(student, teacher, unlabelled(student), eps), -(p**eps * log_q).sum(dim=1))
+    assert_agree(ofa(student, teacher, unlabeled(student), eps), -(p**eps * log_q).sum(dim=1))
 
 
 def test_mse_is_twice_what_kl_tends_to_in_the_heat(reference: Reference) -> None:
@@ -189,9 +189,9 @@ def test_neither_the_order_of_classes_nor_of_samples_matters(name: str, batch: B
     student, teacher, labels = batch
     generator = torch.Generator().manual_seed(seed)
     rows, classes = (torch.randperm(size, generator=generator) for size in student.shape)
-    relabelled = torch.where(labels >= 0, classes.argsort()[labels.clamp_min(0)], -1)
+    relabeled = torch.where(labels >= 0, classes.argsort()[labels.clamp_min(0)], -1)
     value = DIVERGENCES[name](student, teacher, labels)
-    permuted = DIVERGENCES[name](student[rows][:, classes], teacher[rows][:, classes], relabelled[rows])
+    permuted = DIVERGENCES[name](student[rows][:, classes], teacher[rows][:, classes], relabeled[rows])
     assert_agree(permuted, value[rows])
     assert (value >= -1e-14).all()
 
@@ -230,10 +230,10 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("normalisation", ["none", "z_score"])
+@pytest.mark.parametrize("normalization", ["none", "z_score"])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_extreme_logits_give_finite_losses(name: str, normalisation: str) -> None:
-    loss = of_teacher({"kind": name}, 1.0, normalisation=normalisation)
+def test_extreme_logits_give_finite_losses(name: str, normalization: str) -> None:
+    loss = of_teacher({"kind": name}, 1.0, normalization=normalization)
     pairs = [(v, u, label) for (v, u), label in itertools.product(EXTREMES.values(), (-1, 0, 1, 2))]
     for batch in [pairs, *([pair] for pair in pairs[::3])]:  # a batch of one has columns that do not vary
         students, teachers, labels = (torch.tensor(part) for part in zip(*batch, strict=True))
@@ -247,7 +247,7 @@ def test_extreme_logits_give_finite_losses(name: str, normalisation: str) -> Non
 # Labels that are not known
 
 
-def test_dkd_is_the_mean_over_labelled_samples(reference: Reference) -> None:
+def test_dkd_is_the_mean_over_labeled_samples(reference: Reference) -> None:
     student, teacher, labels = reference["student"], reference["teacher"], reference["labels"].clone()
     labels[::3] = -1
     loss = of_teacher({"kind": "dkd"}, 4.0)
@@ -257,7 +257,7 @@ def test_dkd_is_the_mean_over_labelled_samples(reference: Reference) -> None:
     assert_agree(result[0], value)
     assert_agree(result[1][known], gradient)
     assert (result[1][~known] == 0).all()
-    nothing = with_gradient(lambda v: distillation_term(v, teacher, unlabelled(v), loss), student)
+    nothing = with_gradient(lambda v: distillation_term(v, teacher, unlabeled(v), loss), student)
     assert_all_agree(nothing, (torch.zeros_like(value), torch.zeros_like(student)))
 
 
@@ -286,12 +286,12 @@ def test_truncation_shares_all_mass_among_the_top(batch: Batch, top: int, tau: f
     torch.testing.assert_close(distillation_term(student, teacher, labels, loss), expected, rtol=1e-8, atol=1e-8)
 
 
-# Standardisation
+# Standardization
 
 
 @few
 @given(batch=batches(), scale=st.floats(0.1, 10), shift=st.floats(-10, 10))
-def test_standardised_logits_have_forgotten_scale_and_shift(batch: Batch, scale: float, shift: float) -> None:
+def test_standardized_logits_have_forgotten_scale_and_shift(batch: Batch, scale: float, shift: float) -> None:
     logits = batch[0]
     standard = z_score(logits)
     assert_agree(z_score(scale * logits + shift), standard, 1e-3)
@@ -299,11 +299,11 @@ def test_standardised_logits_have_forgotten_scale_and_shift(batch: Batch, scale:
     assert_agree(standard.std(dim=1), torch.ones(len(logits), dtype=torch.float64), 1e-3)
 
 
-def test_standardisation_stands_in_front_of_all_else(reference: Reference) -> None:
+def test_standardization_stands_in_front_of_all_else(reference: Reference) -> None:
     student, teacher, labels = (reference[name] for name in ("student", "teacher", "labels"))
     for name in ("dtkd", "dtd+ka", "cwsm+dist"):
-        standardised = distillation_term(student, teacher, labels, loss_of(name, normalisation="z_score"))
-        assert_agree(standardised, distillation_term(z_score(student), z_score(teacher), labels, loss_of(name)))
+        standardized = distillation_term(student, teacher, labels, loss_of(name, normalization="z_score"))
+        assert_agree(standardized, distillation_term(z_score(student), z_score(teacher), labels, loss_of(name)))
 
 
 # Statistics of a batch that is in several places
@@ -341,7 +341,7 @@ def test_a_batch_in_parts_gives_the_loss_of_the_whole(reference: Reference, name
     def in_four(v: Tensor, elsewhere: bool = True) -> Tensor:
         def one(part: slice, batch_sum: BatchSum) -> Tensor:
             total = batch_sum if elsewhere else of_these
-            whole = Whole(16, int((labels >= 0).sum()), 16, total)
+            whole = BatchTotals(16, int((labels >= 0).sum()), 16, total)
             return distillation_term(v[part], teacher[part], labels[part], loss, whole=whole)
 
         return torch.stack(in_parts(one, [slice(0, 3), slice(3, 4), slice(4, 11), slice(11, 16)])).sum()

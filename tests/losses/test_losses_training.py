@@ -19,7 +19,7 @@ from kdcache.errors import UsageError
 from kdcache.losses import Loss, distillation_loss, learned_temperature
 from kdcache.runtime.progress import Silent
 from kdcache.train.loop import Epoch, fit
-from kdcache.train.step import Learner
+from kdcache.train.step import Trainer
 
 PLAIN = TrainSpec(epochs=3, batch_size=37, lr=0.5, momentum=0.0, nesterov=False, weight_decay=0.0, schedule="constant")
 
@@ -38,13 +38,13 @@ def network() -> nn.Module:
 def test_the_temperature_of_ctkd_is_trained_beside_the_student_and_against_it() -> None:
     loss = Loss.model_validate({"name": "ctkd", "temperature": {"ramp_epochs": 2.0}})
     model = network()
-    learner = Learner(model, PLAIN, loss, 37)
+    trainer = Trainer(model, PLAIN, loss, 37)
     train = View(tiny_samples(), [])
     # By hand, a step an epoch: the student goes down the loss, theta up, by half its slope and then by all of it.
     by_hand, at = copy.deepcopy(model), torch.ones(1, requires_grad=True)
     batch = train.__getitems__(list(range(37)))
     for epoch, reversal in ((1, 0.5), (2, 1.0), (3, 1.0)):
-        learner.epoch(train, epoch, live)
+        trainer.epoch(train, epoch, live)
         tau = 1 + 20 * at.sigmoid()
         logits = by_hand(batch.images)
         p = (live(batch.ids, 0) / tau).softmax(dim=1)
@@ -56,8 +56,8 @@ def test_the_temperature_of_ctkd_is_trained_beside_the_student_and_against_it() 
                 parameter.sub_(slope, alpha=0.5)
             at += 0.5 * reversal * of_theta
         assert abs(reversal * of_theta.item()) > 1e-3
-        assert learner.theta is not None
-        torch.testing.assert_close(learner.theta, at, rtol=1e-4, atol=1e-6, check_device=False)
+        assert trainer.theta is not None
+        torch.testing.assert_close(trainer.theta, at, rtol=1e-4, atol=1e-6, check_device=False)
     for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -104,7 +104,7 @@ def pipeline(*overrides: str) -> Pipeline:
     ("words", "overrides"),
     [
         ("truncation to the top 16 would cut nothing off: .* has 10 classes", ["loss.name=truncated"]),
-        ("no training image has a label, and the divergence dkd is of labelled ones alone",
+        ("no training image has a label, and the divergence dkd is of labeled ones alone",
          ["loss.name=dkd", "student.train.labels_per_class=0"]),
     ],
 )  # fmt: skip

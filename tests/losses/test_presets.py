@@ -81,7 +81,7 @@ def test_names_that_mean_nothing_are_refused(name: str, message: str) -> None:
         ({"name": "dkd", "divergence": {"gamma": 2}}, "gamma\n  Extra inputs are not permitted"),
         ({"name": "ofa", "divergence": {"eps": 0.5}}, "greater than or equal to 1"),
         ({"name": "truncated", "adjustment": {"top": 0}}, "greater than or equal to 1"),
-        ({"normalisation": "max"}, "'none' or 'z_score'"),
+        ({"normalization": "max"}, "'none' or 'z_score'"),
         ({"temperature": {"tau": 0}}, "greater than 0"),
         ({"adjustment": {"smoothing": 0.1}}, "smoothing\n  Extra inputs are not permitted"),
         ({"kd_weight": -1}, "greater than or equal to 0"),
@@ -92,14 +92,14 @@ def test_names_that_mean_nothing_are_refused(name: str, message: str) -> None:
         ({"name": "ce", "temperature": {"tau": 8}}, "would have no effect"),
         ({"name": "ce", "adjustment": {"kind": "label_smoothing"}}, "would have no effect"),
         ({"name": "ce", "warmup_epochs": 5}, "would have no effect"),
-        ({"name": "ce", "normalisation": "z_score"}, "would have no effect"),
+        ({"name": "ce", "normalization": "z_score"}, "would have no effect"),
         ({"name": "ce", "divergence": {"kind": "dist"}}, "would have no effect"),
         ({"name": "dkd", "divergence": {"alpha": 0, "beta": 0}}, "alpha and beta of dkd are both 0"),
         ({"name": "dist", "divergence": {"beta": 0, "gamma": 0}}, "beta and gamma of dist are both 0"),
         ({"name": "dkd+truncated", "adjustment": {"top": 1}}, "top: 1 may leave none"),
         ({"name": "mse", "temperature": {"tau": 4}}, "take kind: constant with tau: 1"),
         ({"name": "ctkd", "plain_kd_weight": 1}, "ctkd has none"),
-        ({"name": "dtkd", "temperature": {"equalise": "exact"}}, "set sharpness: logsumexp and centre: true"),
+        ({"name": "dtkd", "temperature": {"equalize": "exact"}}, "set sharpness: logsumexp and center: true"),
         ({"name": "ce", "kd_weight": 0.0, "ce_weight": 0.0, "warmup_epochs": 1}, "nothing to learn; .* no effect"),
     ],
     ids=str,
@@ -111,7 +111,7 @@ def test_options_that_are_unknown_or_without_effect_are_refused(given: dict[str,
 
 def test_an_option_without_a_kind_keeps_the_named_one() -> None:
     loss = loss_of("ka+dtd", temperature={"tau": 8})
-    assert loss.temperature.model_dump() == {"kind": "dtd_flsw", "tau": 8, "beta": 40, "gamma": 2, "lowest": 1}
+    assert loss.temperature.model_dump() == {"kind": "dtd_flsw", "tau": 8, "beta": 40, "gamma": 2, "min_temperature": 1}
     assert loss.adjustment.kind == "probability_shift"
 
 
@@ -128,7 +128,7 @@ def test_parts_that_say_different_things_are_heard_in_the_order_of_the_list() ->
         assert (loss.temperature.kind, loss.divergence.kind) == ("dtkd", "dkd")
         assert (loss.ce_weight, loss.kd_weight, loss.plain_kd_weight, loss.warmup_epochs) == (1, 3, 1, 20)
     loss = loss_of("dkd+zscore+dtd+ka")
-    axes = (loss.normalisation, loss.adjustment.kind, loss.temperature.kind, loss.divergence.kind)
+    axes = (loss.normalization, loss.adjustment.kind, loss.temperature.kind, loss.divergence.kind)
     assert axes == ("z_score", "probability_shift", "dtd_flsw", "dkd")
     assert (loss.ce_weight, loss.kd_weight) == (1, 1)
 
@@ -148,16 +148,16 @@ def test_the_whole_grid_is_refused_with_a_reason_or_gives_finite_losses(divergen
     student, teacher = (3 * torch.randn(6, 20, generator=generator) for _ in range(2))
     student.requires_grad_()
     labels = torch.tensor([3, -1, 19, 0, -1, 7])
-    normalisations = itertools.cycle(NORMALISATIONS)
+    normalizations = itertools.cycle(NORMALISATIONS)
     for adjustment, temperature in itertools.product(ADJUSTMENTS, TEMPERATURES):
-        normalisation = next(normalisations)
+        normalization = next(normalizations)
         given: dict[str, Any] = {"adjustment": {"kind": adjustment}, "divergence": {"kind": divergence}}
         given["temperature"] = {"kind": temperature, **({"tau": 1.0} if temperature == "constant" else {})}
         if not makes_sense(adjustment, temperature, divergence):
             with pytest.raises(ValidationError, match=r"Value error, .{40,}"):
-                loss_of(normalisation=normalisation, **given)
+                loss_of(normalization=normalization, **given)
             continue
-        loss = loss_of(normalisation=normalisation, **given)
+        loss = loss_of(normalization=normalization, **given)
         parts = distillation_loss(student, teacher, labels, loss, theta=learned_temperature(loss))
         (gradient,) = torch.autograd.grad(parts.total, student)
         assert parts.total.isfinite()

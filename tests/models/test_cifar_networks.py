@@ -123,8 +123,8 @@ def test_images_of_other_sizes_and_grey_ones_are_taken(name: str, shape: tuple[i
 
 def test_grey_images_are_the_same_as_three_equal_channels() -> None:
     model = network("resnet8").eval()
-    grey = torch.rand(2, 1, 32, 32)
-    assert torch.equal(model(grey), model(grey.repeat(1, 3, 1, 1)))
+    gray = torch.rand(2, 1, 32, 32)
+    assert torch.equal(model(gray), model(gray.repeat(1, 3, 1, 1)))
 
 
 def test_what_a_network_cannot_take_is_refused() -> None:

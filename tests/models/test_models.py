@@ -69,7 +69,7 @@ def test_a_torchvision_network_takes_small_grey_images_and_stays_itself(name: st
     assert list(model.state_dict()) == list(shapes)
 
 
-def test_large_colour_images_reach_the_network_unchanged() -> None:
+def test_large_color_images_reach_the_network_unchanged() -> None:
     model = network("torchvision:squeezenet1_1", shape=(3, 40, 40)).eval()
     with torch.random.fork_rng():
         own = tv.squeezenet1_1(num_classes=7).eval()
@@ -100,7 +100,7 @@ FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "effic
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_of_torchvision_takes_small_grey_images(name: str) -> None:
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # googlenet and inception_v3 announce another initialisation
+        warnings.simplefilter("ignore", FutureWarning)  # googlenet and inception_v3 announce another initialization
         model = network(f"torchvision:{name}")
         for mode in (True, False):
             assert model.train(mode)(torch.rand(2, 1, 8, 8)).shape == (2, 7)
@@ -170,8 +170,8 @@ def test_a_timm_network_takes_small_grey_images_and_stays_itself() -> None:
     own.load_state_dict(model.state_dict())
     large = torch.rand(2, 3, 40, 33)
     assert torch.equal(model(large), own(large))
-    grey = torch.rand(2, 1, 8, 8)
-    assert torch.equal(model(grey), own(nn.functional.interpolate(grey.repeat(1, 3, 1, 1), (32, 32), mode="bilinear")))
+    gray = torch.rand(2, 1, 8, 8)
+    assert torch.equal(model(gray), own(nn.functional.interpolate(gray.repeat(1, 3, 1, 1), (32, 32), mode="bilinear")))
 
 
 def test_a_timm_network_of_other_channels_takes_images_that_have_them() -> None:
@@ -679,7 +679,7 @@ def test_the_digest_does_not_see_how_a_tensor_lies_in_memory() -> None:
 
 
 class Table(nn.Module):
-    """Says of each image the row of a table that its first pixel names."""
+    """Predictions of each image the row of a table that its first pixel names."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()

@@ -37,15 +37,15 @@ from kdcache.models import (
     save_weights,
     weights_digest,
 )
-from kdcache.models.teacher import Identity, LoadedTeacher, load_teacher
+from kdcache.models.teacher import LoadedTeacher, TeacherIdentity, load_teacher
 from kdcache.runtime.progress import Silent
 
 Array = npt.NDArray[np.float64]
 Combine = Literal["logits", "probabilities"]
 
 
-class Says(nn.Module):
-    """Says the same logits [B, C] of whatever it is shown."""
+class FixedLogits(nn.Module):
+    """FixedLogits the same logits [B, C] of whatever it is shown."""
 
     def __init__(self, logits: Any) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def test_an_ensemble_says_the_weighted_mean_of_logits_or_of_probabilities(
     share = (np.array(weights[:members]) / sum(weights[:members]))[:, None, None]
     exact = logits.astype(np.float64)
     for combine in ("logits", "probabilities"):
-        teacher = ensemble([Says(one) for one in logits], classes, weights[:members], combine=combine)
+        teacher = ensemble([FixedLogits(one) for one in logits], classes, weights[:members], combine=combine)
         found = teacher(torch.zeros(batch, 1, 2, 2)).numpy().astype(np.float64)
         if combine == "logits":
             assert np.allclose(found, (share * exact).sum(axis=0), rtol=1e-5, atol=1e-5 * scale)
@@ -96,13 +96,15 @@ def test_an_ensemble_says_the_weighted_mean_of_logits_or_of_probabilities(
 
 
 def test_probabilities_that_underflow_are_still_told_apart() -> None:
-    teacher = ensemble([Says([[1000.0, 0.0, -1000.0]]), Says([[1000.0, -500.0, 0.0]])], 3, combine="probabilities")
+    teacher = ensemble(
+        [FixedLogits([[1000.0, 0.0, -1000.0]]), FixedLogits([[1000.0, -500.0, 0.0]])], 3, combine="probabilities"
+    )
     expected = torch.tensor([[1000.0, -math.log(2), -math.log(2)]])
     assert torch.allclose(teacher(torch.zeros(1, 1, 2, 2)), expected, atol=1e-4)  # whose last bits are of 1000
 
 
 def test_members_in_half_precision_are_combined_in_float32() -> None:
-    class Half(Says):
+    class Half(FixedLogits):
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images).half()
 
@@ -126,7 +128,7 @@ def test_a_member_that_does_not_fit_is_named(says: object, words: str) -> None:
             return says
 
     with pytest.raises(MismatchError, match=words):
-        ensemble([Says(np.zeros((2, 3))), Odd()], 3)(torch.zeros(2, 1, 2, 2))
+        ensemble([FixedLogits(np.zeros((2, 3))), Odd()], 3)(torch.zeros(2, 1, 2, 2))
 
 
 def test_an_ensemble_s_digest_tells_members_their_order_their_weights_and_how_they_combine() -> None:
@@ -190,7 +192,7 @@ def test_a_class_has_the_probability_of_its_outputs_among_those_that_are_chosen(
 ) -> None:
     outputs, groups = grouping
     logits = (9 * np.random.default_rng(seed).normal(size=(batch, outputs))).astype(np.float32)
-    found = ChosenOutputs(Says(logits), outputs, groups)(torch.zeros(batch, 1, 2, 2)).numpy()
+    found = ChosenOutputs(FixedLogits(logits), outputs, groups)(torch.zeros(batch, 1, 2, 2)).numpy()
     probabilities = softmax(logits.astype(np.float64))
     of_class = np.stack([probabilities[:, group].sum(axis=1) for group in groups], axis=1)
     expected = of_class / of_class.sum(axis=1, keepdims=True)
@@ -201,7 +203,7 @@ def test_a_class_has_the_probability_of_its_outputs_among_those_that_are_chosen(
 
 
 def test_the_digest_tells_one_choice_of_outputs_from_another() -> None:
-    network = Says(np.zeros((1, 6)))
+    network = FixedLogits(np.zeros((1, 6)))
     choices: list[list[list[int]]] = [
         [[0], [1], [2]], [[0], [2], [1]], [[0], [1], [3]], [[0, 1], [2], [3]], [[2], [0, 1], [3]], [[0, 2], [1], [3]],
     ]  # fmt: skip
@@ -211,7 +213,7 @@ def test_the_digest_tells_one_choice_of_outputs_from_another() -> None:
 
 def test_a_network_with_other_outputs_than_it_is_said_to_have_is_refused() -> None:
     for says, words in [(np.zeros((2, 4)), r"returned \[2, 4\] for 2 images, not \[2, 5\]"), (None, "a tuple for 2")]:
-        network = nn.Identity() if says is None else Says(says)
+        network = nn.Identity() if says is None else FixedLogits(says)
         images = (torch.zeros(2, 5), torch.zeros(2, 5)) if says is None else torch.zeros(2, 1, 2, 2)
         with pytest.raises(MismatchError, match=words) as caught:
             ChosenOutputs(network, 5, [[0], [1]])(images)
@@ -403,7 +405,7 @@ def test_a_teacher_of_other_classes_is_loaded_with_those_that_are_chosen(
         said = found.model.eval()(images)
     assert torch.equal(said[:, :9], logits[:, 0:900:100])
     assert torch.allclose(said[:, 9], torch.logaddexp(logits[:, 1], logits[:, 2]))
-    assert found.identity == Identity(
+    assert found.identity == TeacherIdentity(
         "torchvision:squeezenet1_1@IMAGENET1K_V1".rpartition("/")[2],
         {"args": {}, "outputs": 1000, "classes": choice},
         None,

@@ -61,7 +61,7 @@ def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
 
 PEERS = {
     "dense, float16",
-    "top 16, renormalised",
+    "top 16, renormalized",
     "top 16, even tail",
     "FKD, top 5, float32",
     "FKD, top 5, float16",
@@ -136,7 +136,7 @@ def test_students_of_all_sources_are_compared_with_those_of_the_live_teacher() -
         "default cache",
         "fidelity 0.005",
         "dense cache",
-        "top 16, renormalised",
+        "top 16, renormalized",
         "top 16, even tail",
         "labels alone",
     ]

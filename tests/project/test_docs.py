@@ -168,7 +168,7 @@ def test_the_table_of_loss_names_is_what_they_stand_for() -> None:
         loss = Loss.model_validate({"name": name})
         axes = (loss.temperature, loss.adjustment, loss.divergence)
         said = [_options(axis) for axis in axes if axis.kind not in ("none", "kl")]
-        said += [f"normalisation {loss.normalisation}"] * (loss.normalisation != "none")
+        said += [f"normalization {loss.normalization}"] * (loss.normalization != "none")
         weights = (loss.ce_weight, loss.kd_weight, loss.plain_kd_weight, loss.warmup_epochs)
         rows.append(f"| `{name}` | " + " | ".join(f"{value:g}" for value in weights) + f" | {'; '.join(said)} |")
     table = "\n".join(rows)

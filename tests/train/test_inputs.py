@@ -25,7 +25,7 @@ from kdcache.errors import MismatchError, UsageError
 from kdcache.models.ensemble import Ensemble
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.runtime.progress import Silent
-from kdcache.train.inputs import OfFixedImages, lessons_from_caches
+from kdcache.train.inputs import OfFixedImages, inputs_from_caches
 
 RECIPE = ROOT / "pipelines" / "digits.yaml"
 DENSE = CacheSpec(dtype="float32", views=2, seed=5)
@@ -181,7 +181,7 @@ def test_caches_of_other_views_are_not_joined(two: list[Cache], tmp_path: Path) 
     ]
     for pair in ([two[0], others[0]], others):
         with pytest.raises(MismatchError, match="has other views than") as caught:
-            lessons_from_caches(pipeline(), pair)
+            inputs_from_caches(pipeline(), pair)
         assert "same transform, seed and number of views" in caught.value.fix
 
 

@@ -64,15 +64,16 @@ def home_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "tiny.npz", images=images, labels=labels)
     (folder / "networks.py").write_text(NETWORKS)
     (folder / "tiny.yaml").write_text(
-        f"dataset: {{name: npz, root: {folder / 'tiny.npz'}, validation: 0.2, test: 0.1}}\n"
+        f"dataset: {{name: npz, root: {folder / 'tiny.npz'}, validation_fraction: 0.2, test_fraction: 0.1}}\n"
         "transform: [RandomHorizontalFlip: {p: 0.5}, ToDtype: {dtype: float32}]\n"
         "eval_transform: [ToDtype: {dtype: float32}]\n"
         f"teacher: {{model: '{folder / 'networks.py'}:Teacher'}}\n"
         "cache: {views: 2, seed: 3}\n"
         "student:\n"
         f"  model: '{folder / 'networks.py'}:Student'\n"
-        f"  train: {{epochs: {EPOCHS}, batch_size: 20, lr: 0.1, schedule: onecycle, ema: 0.8, view_order: random,\n"
-        "    patience: 3, seed: 5}\n"
+        f"  train: {{epochs: {EPOCHS}, batch_size: 20, lr: 0.1, schedule: onecycle, ema_decay: 0.8,\n"
+        "    view_order: random,\n"
+        "    early_stopping_patience: 3, seed: 5}\n"
         "loss: {name: ctkd, temperature: {ramp_epochs: 2}}\n"
     )
     done = command("dump-teacher", folder / "tiny.yaml", "-o", folder / "tiny.kdcache")
@@ -296,7 +297,14 @@ def test_a_full_disk_keeps_the_state_before_and_can_be_gone_on_with(
 def test_patience_counts_the_epochs_before_an_interruption(
     home_of_all: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patient = ["--set", "student.train.epochs=30", "--set", "student.train.lr=1e-9", "--set", "student.train.ema=null"]
+    patient = [
+        "--set",
+        "student.train.epochs=30",
+        "--set",
+        "student.train.lr=1e-9",
+        "--set",
+        "student.train.ema_decay=null",
+    ]
     assert train(home_of_all, tmp_path / "whole", *patient).exit_code == 0
     rows = list(csv.DictReader((tmp_path / "whole" / "metrics.csv").read_text().splitlines()))
     assert len(rows) < 30

@@ -151,7 +151,7 @@ def test_a_run_without_validation_has_curves_and_no_accuracies(tmp_path: Path) -
     np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 9, (40, 4, 4), np.uint8),
              labels=np.arange(40) % 4)  # fmt: skip
     (tmp_path / "few.yaml").write_text(
-        f"dataset: {{name: npz, root: {tmp_path / 'few.npz'}, validation: 0, test: 0}}\n"
+        f"dataset: {{name: npz, root: {tmp_path / 'few.npz'}, validation_fraction: 0, test_fraction: 0}}\n"
         "student: {model: 'small:mlp', train: {epochs: 2}}\nloss: {name: ce}\n"
     )
     result = train_student(load_pipeline(tmp_path / "few.yaml"), None, tmp_path / "run")

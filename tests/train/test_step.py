@@ -26,16 +26,16 @@ from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.errors import UsageError
 from kdcache.losses import Loss, distillation_loss, learned_temperature
-from kdcache.models.evaluate import Score, evaluate
+from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.train.loop import Epoch, fit, view_of
 from kdcache.train.optim import rate
-from kdcache.train.step import Learner
+from kdcache.train.step import Trainer
 
 # 37 images in batches of 13, 13 and 11; three in ten of them without a label.
 COUNT, BATCH, EPOCHS = 37, 13, 2
 LABELS = [-1 if i % 10 in (1, 4, 8) else (3 * i + 1) % 10 for i in range(COUNT)]
-SPEC = TrainSpec(epochs=EPOCHS, batch_size=BATCH, lr=0.2, clip=0.2)
+SPEC = TrainSpec(epochs=EPOCHS, batch_size=BATCH, lr=0.2, max_grad_norm=0.2)
 AS_THEY_ARE: Transform = []
 MIXUP: Transform = [{"MixUp": {"alpha": 0.5}}]
 
@@ -127,13 +127,13 @@ def by_hand(case: Case) -> Outcome:
 
 def by_the_trainer(case: Case, accumulate: int) -> Outcome:
     model, train = Double(), View(samples(), case.transform)
-    learner = Learner(model, case.spec.model_copy(update={"accumulate": accumulate}), case.of, COUNT)
+    trainer = Trainer(model, case.spec.model_copy(update={"gradient_accumulation_steps": accumulate}), case.of, COUNT)
     steps = [
         step
         for number in range(1, EPOCHS + 1)
-        for step in learner.epoch(train, number, live if case.of.uses_teacher else None)
+        for step in trainer.epoch(train, number, live if case.of.uses_teacher else None)
     ]
-    learned = [*model.parameters(), *([] if learner.theta is None else [learner.theta])]
+    learned = [*model.parameters(), *([] if trainer.theta is None else [trainer.theta])]
     return Outcome([value.detach() for value in learned], [[value.item() for value in step] for step in steps])
 
 
@@ -166,7 +166,7 @@ def test_mixed_images_whose_partners_alone_lack_labels() -> None:
     labels[order_of(1)[:6]] = -1  # all in the first batch
     train = View(samples(), MIXUP, labels=labels)
     spec = TrainSpec(batch_size=BATCH, lr=1e-9)
-    steps = Learner(Double(), spec, Loss.model_validate({"name": "ce"}), COUNT).epoch(train, 1)
+    steps = Trainer(Double(), spec, Loss.model_validate({"name": "ce"}), COUNT).epoch(train, 1)
     missing = 0
     for step, ids in zip(steps, torch.split(order_of(1), BATCH), strict=True):
         batch = train.__getitems__(ids.tolist())
@@ -200,9 +200,9 @@ class Drawing(nn.Module):
 def test_both_passes_over_the_pieces_see_the_same_and_leave_what_one_leaves() -> None:
     model, train = Drawing(), View(samples(), [])
     twin = copy.deepcopy(model)
-    learner = Learner(model, TrainSpec(batch_size=COUNT, accumulate=3), CASES["dtd+dist"].of, COUNT)
+    trainer = Trainer(model, TrainSpec(batch_size=COUNT, gradient_accumulation_steps=3), CASES["dtd+dist"].of, COUNT)
     torch.manual_seed(6)
-    learner.epoch(train, 1, live)
+    trainer.epoch(train, 1, live)
     ended = torch.get_rng_state()
     assert len(model.said) == 6
     for first, second in zip(model.said[:3], model.said[3:], strict=True):
@@ -218,8 +218,8 @@ def test_both_passes_over_the_pieces_see_the_same_and_leave_what_one_leaves() ->
 
 
 def test_smoothed_labels_are_those_of_torch() -> None:
-    train, spec = View(samples(), []), SMOOTHED.model_copy(update={"accumulate": 3})
-    steps = Learner(Double(), spec, CASES["ce, smoothed"].of, COUNT).epoch(train, 1)
+    train, spec = View(samples(), []), SMOOTHED.model_copy(update={"gradient_accumulation_steps": 3})
+    steps = Trainer(Double(), spec, CASES["ce, smoothed"].of, COUNT).epoch(train, 1)
     batch = train.__getitems__(order_of(1)[:BATCH].tolist())
     expected = F.cross_entropy(Double()(batch.images), batch.labels, ignore_index=-1, label_smoothing=0.1)
     assert steps[0].total.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -229,14 +229,14 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"a batch of 2 images cannot be shared out in 3 pieces \(1 processes, "
     ) as caught:
-        Learner(Double(), TrainSpec(batch_size=3, accumulate=3), CASES["kd"].of, 2)
-    assert "lower train.accumulate" in caught.value.fix
+        Trainer(Double(), TrainSpec(batch_size=3, gradient_accumulation_steps=3), CASES["kd"].of, 2)
+    assert "lower train.gradient_accumulation_steps" in caught.value.fix
 
 
 def test_a_last_batch_is_left_out_where_it_is_short_and_leaves_pieces_of_one() -> None:
     def steps(count: int, batch_size: int, accumulate: int) -> int:
-        spec = TrainSpec(batch_size=batch_size, accumulate=accumulate)
-        return Learner(Double(), spec, CASES["kd"].of, count).steps
+        spec = TrainSpec(batch_size=batch_size, gradient_accumulation_steps=accumulate)
+        return Trainer(Double(), spec, CASES["kd"].of, count).steps
 
     assert [steps(count, 13, 3) for count in (18, 19, 26)] == [1, 2, 2]
     assert [steps(count, 4, 4) for count in (35, 36, 3 + 1)] == [8, 9, 1]
@@ -285,36 +285,36 @@ def test_the_average_is_that_of_the_weights_and_of_running_statistics_and_intege
             self.register_buffer("table", torch.arange(100))
 
     model, train, steps = Indexed(), View(samples(), []), []
-    spec = TrainSpec(batch_size=BATCH, lr=0.5, ema=0.9)
-    learner = Learner(model, spec, CASES["ce, smoothed"].of, COUNT)
+    spec = TrainSpec(batch_size=BATCH, lr=0.5, ema_decay=0.9)
+    trainer = Trainer(model, spec, CASES["ce, smoothed"].of, COUNT)
 
     def keep() -> None:
         steps.append(copy.deepcopy(model.state_dict()))
 
     for number in (1, 2):
-        learner.epoch(train, number, on_step=keep)
+        trainer.epoch(train, number, on_step=keep)
         keep()  # of the last step it is not told
     expected = steps[0]
     for now in steps[1:]:
         for name, value in now.items():
             expected[name] = 0.9 * expected[name] + 0.1 * value if value.is_floating_point() else value
     assert len(steps) == 6
-    for name, value in learner.shown.state_dict().items():
+    for name, value in trainer.shown.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
         if value.numel() > 1 and value.is_floating_point():
             assert not torch.allclose(value, steps[-1][name], rtol=1e-3), "the average is the last of them"
-    assert set(learner.shown.state_dict()) == set(model.state_dict())
+    assert set(trainer.shown.state_dict()) == set(model.state_dict())
 
 
 def test_the_average_is_what_is_validated_and_kept() -> None:
     train = View(digits(), digits().transform)
     model, rows = SmallMLP(10, 1, 8, 8), list[Epoch]()
     frozen = copy.deepcopy(model)
-    spec = TrainSpec(epochs=1, ema=0.999999, batch_size=1000)
+    spec = TrainSpec(epochs=1, ema_decay=0.999999, batch_size=1000)
     done = fit(model, train, train, spec, CASES["ce, smoothed"].of, on_epoch=rows.append)
     # One step: the average begins with the weights after it.
-    assert evaluate(model, train) == Score(done.best.validation_accuracy or 0, done.best.validation_loss or 0)
-    fit(frozen, train, train, spec.model_copy(update={"epochs": 2, "ema": 0.999999}), CASES["ce, smoothed"].of)
+    assert evaluate(model, train) == SplitScore(done.best.validation_accuracy or 0, done.best.validation_loss or 0)
+    fit(frozen, train, train, spec.model_copy(update={"epochs": 2, "ema_decay": 0.999999}), CASES["ce, smoothed"].of)
     for ours, theirs in zip(frozen.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
@@ -324,8 +324,8 @@ def test_it_stops_when_no_epoch_of_patience_was_better() -> None:
     rows: list[Epoch] = []
     # After the first step, which is 0.5 long, none moves a weight: no epoch is better than the first.
     spec = TrainSpec.model_validate(
-        {"epochs": 20, "patience": 3, "batch_size": 500, "lr": 0.5, "momentum": 0, "weight_decay": 0,
-         "schedule": "multistep", "milestones": [1], "decay": 1e-12}
+        {"epochs": 20, "early_stopping_patience": 3, "batch_size": 500, "lr": 0.5, "momentum": 0, "weight_decay": 0,
+         "schedule": "multistep", "milestones": [1], "gamma": 1e-12}
     )  # fmt: skip
     torch.manual_seed(0)
     done = fit(SmallMLP(10, 1, 8, 8), seen, seen, spec, CASES["ce, smoothed"].of, on_epoch=rows.append)
@@ -335,7 +335,7 @@ def test_it_stops_when_no_epoch_of_patience_was_better() -> None:
 
 
 def test_without_a_validation_split_patience_never_ends_a_run() -> None:
-    spec = TrainSpec(epochs=4, patience=1, batch_size=BATCH)
+    spec = TrainSpec(epochs=4, early_stopping_patience=1, batch_size=BATCH)
     done = fit(Double(), View(samples(), []), None, spec, CASES["ce, smoothed"].of)
     assert (len(done.epochs), done.best.epoch) == (4, 4)
 
@@ -370,7 +370,7 @@ def test_an_epoch_sees_the_view_that_was_drawn_for_it() -> None:
 
 
 class Watched(nn.Module):
-    """Says what its layers compute in, while it is trained and while it is validated."""
+    """Predictions what its layers compute in, while it is trained and while it is validated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -389,7 +389,7 @@ def test_bf16_is_for_training_alone_and_the_network_stays_as_it_was() -> None:
     seen: list[set[torch.dtype]] = []
     for precision in ("fp32", "bf16", "fp32"):
         model = Watched()
-        spec = TrainSpec.model_validate({"epochs": 2, "batch_size": 100, "precision": precision, "ema": 0.5})
+        spec = TrainSpec.model_validate({"epochs": 2, "batch_size": 100, "precision": precision, "ema_decay": 0.5})
         done = fit(model, train, train, spec, CASES["kd"].of, teacher=lambda ids, _: torch.zeros(len(ids), 10))
         assert done.epochs[-1].cross_entropy < 2.3
         assert model.dtypes == {
@@ -411,7 +411,7 @@ def test_validation_of_a_bf16_run_is_in_float32() -> None:
 
 def test_fp16_without_a_gpu_is_refused() -> None:
     with pytest.raises(UsageError, match="fp16 needs a GPU") as caught:
-        Learner(Double(), TrainSpec(precision="fp16"), CASES["kd"].of, COUNT)
+        Trainer(Double(), TrainSpec(precision="fp16"), CASES["kd"].of, COUNT)
     assert "bf16" in caught.value.fix
 
 

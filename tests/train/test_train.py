@@ -34,12 +34,12 @@ from kdcache.data.views import Batch, View
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
 from kdcache.losses import Loss, distillation_term
 from kdcache.models import build_model
-from kdcache.models.evaluate import Score, evaluate
+from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.train.inputs import few_labels
 from kdcache.train.loop import fit
 from kdcache.train.optim import make_optimizer, rate
-from kdcache.train.step import Learner
+from kdcache.train.step import Trainer
 
 RECIPE = ROOT / "pipelines" / "digits.yaml"
 Live = Callable[[Tensor, int], Tensor]
@@ -91,8 +91,8 @@ def test_an_epoch_from_a_dense_cache_is_an_epoch_with_the_live_teacher(
         spec = TrainSpec(batch_size=50)
         loss = Loss.model_validate({"name": loss_name, "warmup_epochs": 0.0})
         view = View(samples, samples.transform, labels=few_labels(samples, TrainSpec(labels_per_class=20)))
-        learner = Learner(student, spec, loss, len(view))
-        return [step.total.item() for step in learner.epoch(view, 1, source)]
+        trainer = Trainer(student, spec, loss, len(view))
+        return [step.total.item() for step in trainer.epoch(view, 1, source)]
 
     from_cache, from_live = losses(cached), losses(live)
     assert len(from_cache) == 20
@@ -135,7 +135,7 @@ def test_the_run_folder_says_what_was_done(cache: kdcache.Cache, tmp_path: Path)
     assert load_pipeline(run / "resolved.yaml") == used
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["caches"] == [cache.manifest.digest]
-    assert metrics["labelled"] == 30
+    assert metrics["labeled"] == 30
     assert metrics["test"]["accuracy"] == result.test.accuracy if result.test else False
     assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__.split("+")[0]
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
@@ -243,9 +243,9 @@ def test_an_epoch_of_mixed_views_is_an_epoch_with_the_live_teacher_and_mixed_lab
     torch.manual_seed(1)
     student = SmallMLP(10, 1, 8, 8)
     live = copy.deepcopy(student)
-    learner = Learner(student, spec, loss, len(samples))
+    trainer = Trainer(student, spec, loss, len(samples))
     train = View(samples, views.transform, views.seed, 1, labels)
-    found = [step.total.item() for step in learner.epoch(train, 1, mixed_cache.teacher())]
+    found = [step.total.item() for step in trainer.epoch(train, 1, mixed_cache.teacher())]
 
     # By hand, with the live teacher, and with labels mixed as torchvision does: one-hot, weighed, added.
     optimizer = make_optimizer(live, spec)
@@ -257,7 +257,7 @@ def test_an_epoch_of_mixed_views_is_an_epoch_with_the_live_teacher_and_mixed_lab
         told = torch.zeros(50, 11)
         told[range(50), own] += mixed.share
         told[range(50), mixed.partner_labels] += 1 - mixed.share
-        told = told[:, :10]  # what is not known is labelled -1, the last
+        told = told[:, :10]  # what is not known is labeled -1, the last
         logits = live(images)
         ce = -(told * logits.log_softmax(dim=1)).sum() / told.sum().clamp_min(1)
         with torch.no_grad():
@@ -275,7 +275,7 @@ def test_an_epoch_of_mixed_views_is_an_epoch_with_the_live_teacher_and_mixed_lab
 def test_a_student_of_mixed_views_is_trained_and_its_pixels_are_checked(
     mixed_cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = kdcache.train_student(mixing("student.train.workers=1"), mixed_cache, tmp_path / "run")
+    result = kdcache.train_student(mixing("student.train.num_workers=1"), mixed_cache, tmp_path / "run")
     assert result.test is not None
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["replay"] == [{"checked": 32, "rounded": 0}]
@@ -341,7 +341,7 @@ def rates_of(schedule: dict[str, object], steps: int, other: Callable[[SGD], LRS
 
 def test_schedules_are_those_of_torch() -> None:
     rates_of({"schedule": "constant"}, 7, lambda o: ConstantLR(o, factor=1.0))
-    rates_of({"schedule": "multistep", "milestones": [3, 8], "decay": 0.5}, 7, lambda o: MultiStepLR(o, [21, 56], 0.5))
+    rates_of({"schedule": "multistep", "milestones": [3, 8], "gamma": 0.5}, 7, lambda o: MultiStepLR(o, [21, 56], 0.5))
     rates_of({"schedule": "cosine"}, 7, lambda o: CosineAnnealingLR(o, 70))
     rates_of({"schedule": "constant", "warmup_epochs": 4.0}, 5, lambda o: LinearLR(o, 1 / 20, total_iters=19))
 
@@ -383,8 +383,8 @@ def test_a_last_batch_of_one_is_left_out_and_nothing_else() -> None:
     for size, expected in ((4, 2), (5, 2), (9, 1), (16, 1)):
         spec = TrainSpec(batch_size=size)
         loss = Loss.model_validate({"name": "ce"})
-        learner = Learner(network, spec, loss, len(samples))
-        assert learner.steps == len(learner.epoch(View(samples, []), 1)) == expected
+        trainer = Trainer(network, spec, loss, len(samples))
+        assert trainer.steps == len(trainer.epoch(View(samples, []), 1)) == expected
 
 
 def test_a_loss_that_diverges_stops_the_run_and_leaves_nothing(cache: kdcache.Cache, tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_loss_that_diverges_stops_the_run_and_leaves_nothing(cache: kdcache.Ca
 def test_a_teacher_is_trained_and_dumped_through_the_pipeline(tmp_path: Path) -> None:
     resolved = pipeline(f"teacher.weights={tmp_path / 't' / 'model.safetensors'}")
     result = kdcache.train_teacher(resolved, tmp_path / "t")
-    assert isinstance(result.test, Score)
+    assert isinstance(result.test, SplitScore)
     assert result.test.accuracy > 0.3
     from kdcache.models.teacher import load_teacher
 

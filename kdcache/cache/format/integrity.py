@@ -25,7 +25,7 @@ NOT_LISTED = "is not in the manifest"
 _ROWS_AT_ONCE = 4096
 
 
-class Finding(NamedTuple):
+class Problem(NamedTuple):
     """Something that cannot be right.
 
     Attributes:
@@ -58,7 +58,7 @@ def check_files(cache: Path, expected: dict[str, FileRecord]) -> None:
     raise_first(cache, damaged_files(cache, expected), f"files of {len(expected)}")
 
 
-def raise_first(cache: Path, findings: list[Finding], of: str) -> None:
+def raise_first(cache: Path, findings: list[Problem], of: str) -> None:
     """Refuse a cache in which something was found.
 
     Raises:
@@ -69,11 +69,11 @@ def raise_first(cache: Path, findings: list[Finding], of: str) -> None:
         raise CorruptError(f"{cache} is damaged: {findings[0].where} {findings[0].what}{more}", AGAIN)
 
 
-def damaged_files(cache: Path, expected: dict[str, FileRecord]) -> list[Finding]:
+def damaged_files(cache: Path, expected: dict[str, FileRecord]) -> list[Problem]:
     """Every file that is missing or differs from its record; several are read at once."""
     with ThreadPoolExecutor() as pool:
         problems = pool.map(lambda item: _problem(cache, *item), expected.items())
-    return [Finding(name, what) for name, what in zip(expected, problems, strict=True) if what]
+    return [Problem(name, what) for name, what in zip(expected, problems, strict=True) if what]
 
 
 def _problem(cache: Path, name: str, expected: FileRecord) -> str | None:
@@ -87,14 +87,14 @@ def _problem(cache: Path, name: str, expected: FileRecord) -> str | None:
     return None
 
 
-def strangers(cache: Path, listed: dict[str, FileRecord]) -> list[Finding]:
+def strangers(cache: Path, listed: dict[str, FileRecord]) -> list[Problem]:
     """Files among those of a cache that its manifest does not list, and that no digest covers."""
     found = (path for part in (STORE, "commits") for path in sorted((cache / part).rglob("*")) if not path.is_dir())
     names = (path.relative_to(cache).as_posix() for path in found)
-    return [Finding(name, NOT_LISTED) for name in names if name not in listed]
+    return [Problem(name, NOT_LISTED) for name in names if name not in listed]
 
 
-def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Tensor) -> list[Finding]:
+def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Tensor) -> list[Problem]:
     """What cannot be right in the rows of one shard: of each kind the first row, and how many there are.
 
     Args:
@@ -111,7 +111,7 @@ def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Ten
         if recorded(plan.views.transform):
             zarr_store.read_recorded(cache, plan, view, ids)
     except CorruptError as error:
-        return [Finding(f"view {view}, shard {shard}", error.what)]
+        return [Problem(f"view {view}, shard {shard}", error.what)]
     bad: dict[str, list[int]] = {}
     for start in range(0, len(ids), _ROWS_AT_ONCE):
         some = rows[start : start + _ROWS_AT_ONCE]
@@ -122,7 +122,7 @@ def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Ten
         wrong = ~decode(some, truth, plan.encoding, basis).isfinite().all(dim=1)
         bad.setdefault("does not decode to finite logits", []).extend((wrong.nonzero().squeeze(1) + first).tolist())
     return [
-        Finding(f"view {view}, shard {shard}, sample {where[0]}", f"{what} ({len(where)} rows of the shard)")
+        Problem(f"view {view}, shard {shard}, sample {where[0]}", f"{what} ({len(where)} rows of the shard)")
         for what, where in bad.items()
         if where
     ]
@@ -169,29 +169,29 @@ def _wrong(rows: Rows, labels: Tensor, encoding: Encoding) -> Iterator[tuple[str
             yield f"{name} is above 0", values > rounding
 
 
-def check_inputs(cache: Path, plan: Plan, views: Iterable[int]) -> list[Finding]:
+def check_inputs(cache: Path, plan: Plan, views: Iterable[int]) -> list[Problem]:
     """What cannot be right in the fingerprints of the teacher's input, in some views."""
     found = []
     for view in views:
         try:
             sketches = zarr_store.read_inputs(cache, plan, view).sketches
         except CorruptError as error:
-            found.append(Finding(f"view {view}, fingerprints", error.what))
+            found.append(Problem(f"view {view}, fingerprints", error.what))
             continue
         wrong = ~np.isfinite(sketches).all(axis=1)
         if wrong.any():
             sample = int(wrong.argmax()) * plan.shape.fingerprint_stride
-            found.append(Finding(f"view {view}, sample {sample}", f"its sketch is NaN or infinite ({wrong.sum()} are)"))
+            found.append(Problem(f"view {view}, sample {sample}", f"its sketch is NaN or infinite ({wrong.sum()} are)"))
     return found
 
 
-def check_samples(cache: Path, plan: Plan) -> list[Finding]:
+def check_samples(cache: Path, plan: Plan) -> list[Problem]:
     """What cannot be right in what is kept of the samples: their labels and content keys."""
     try:
         labels, keys = zarr_store.read_samples(cache, plan)
     except CorruptError as error:
-        return [Finding("labels and sample_keys", error.what)]
+        return [Problem("labels and sample_keys", error.what)]
     digest = digest_of(keys, labels)
     if digest != plan.dataset.digest:
-        return [Finding("labels and sample_keys", f"have the digest {digest}, not {plan.dataset.digest}")]
+        return [Problem("labels and sample_keys", f"have the digest {digest}, not {plan.dataset.digest}")]
     return []

@@ -105,7 +105,7 @@ class TeacherRecord(Record):
 
 
 class DatasetRecord(Record):
-    """What it ran on, and by what another copy of it can be recognised."""
+    """What it ran on, and by what another copy of it can be recognized."""
 
     name: str
     split: str
@@ -136,7 +136,7 @@ class ViewsRecord(Record):
             raise ValueError(f"it cannot be written as JSON: {error}") from None
 
 
-class Shape(Record):
+class Sharding(Record):
     """How rows are laid out in files.
 
     Attributes:
@@ -150,7 +150,7 @@ class Shape(Record):
     fingerprint_stride: Annotated[int, Field(ge=1)]
 
     @model_validator(mode="after")
-    def _whole(self) -> Shape:
+    def _whole(self) -> Sharding:
         for name in ("chunk_rows", "fingerprint_stride"):
             if self.shard_rows % getattr(self, name):
                 raise ValueError(f"shard_rows is not a multiple of {name}")
@@ -199,7 +199,7 @@ class Plan(Record):
     request: Request
     encoding: Encoding
     fidelity: Fidelity | None
-    shape: Shape
+    shape: Sharding
     batch_size: Annotated[int, Field(ge=1)]
     """Rows of a teacher batch: with another one the last bits of the logits may differ."""
     versions: dict[str, str]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from kdcache.cache.format.schema import LARGEST_CHUNK, Shape
+from kdcache.cache.format.schema import LARGEST_CHUNK, Sharding
 
 _FINGERPRINTS = 16
 
 
-def choose_shape(samples: int, row_bytes: int, shard_rows: int | None = None) -> Shape:
+def choose_sharding(samples: int, row_bytes: int, shard_rows: int | None = None) -> Sharding:
     """Rows of a shard and of a chunk for N samples whose log-probabilities take `row_bytes` each.
 
     Eight shards or more where the set is large enough, so that little is lost to a kill and several ranks have work; at
@@ -22,7 +22,7 @@ def choose_shape(samples: int, row_bytes: int, shard_rows: int | None = None) ->
         shard_rows = -(-shard_rows // chunk_rows) * chunk_rows
     else:
         chunk_rows = shard_rows
-    return Shape(shard_rows=shard_rows, chunk_rows=chunk_rows, fingerprint_stride=_stride(shard_rows, samples))
+    return Sharding(shard_rows=shard_rows, chunk_rows=chunk_rows, fingerprint_stride=_stride(shard_rows, samples))
 
 
 def _rounded(rows: int) -> int:

@@ -59,12 +59,12 @@ def principal_components(logits: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     In float64 and through the smaller of the two Gram matrices, so that neither many classes nor many rows are dear.
     """
     mean = logits.double().mean(dim=0)
-    centred = logits.double() - mean
-    rows, classes = centred.shape
+    centered = logits.double() - mean
+    rows, classes = centered.shape
     if classes <= rows:
-        vectors = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :rank].T
+        vectors = torch.linalg.eigh(centered.T @ centered).eigenvectors.flip(1)[:, :rank].T
     else:
-        vectors = torch.linalg.eigh(centred @ centred.T).eigenvectors.flip(1)[:, :rank].T @ centred
+        vectors = torch.linalg.eigh(centered @ centered.T).eigenvectors.flip(1)[:, :rank].T @ centered
         vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-30)
     signs = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
     return (vectors * signs).half(), mean.float()

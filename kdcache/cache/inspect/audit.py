@@ -11,7 +11,7 @@ import torch
 from kdcache.cache.format import array_specs, zarr_store
 from kdcache.cache.format.integrity import (
     NOT_LISTED,
-    Finding,
+    Problem,
     check_inputs,
     check_samples,
     check_shard_rows,
@@ -45,7 +45,7 @@ class Audit:
     digest: str | None
     files: int
     rows: int
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Problem] = field(default_factory=list)
     incomplete: IncompleteError | None = None
 
     @property
@@ -92,7 +92,7 @@ def audit(path: Path) -> Audit:
         raise incomplete
     plan = read_plan(path / PLAN)
     written: dict[str, FileRecord] = {}
-    markers: list[Finding] = []
+    markers: list[Problem] = []
     committed = []
     for view in range(plan.views.count):
         for shard in range(plan.shards):
@@ -103,7 +103,7 @@ def audit(path: Path) -> Audit:
                     written |= listed
                     committed.append((view, shard))
                 else:
-                    markers.append(Finding(marker, "lists other files than those of its shard"))
+                    markers.append(Problem(marker, "lists other files than those of its shard"))
     findings = markers + damaged_files(path, written)
     found, rows = _contents(path, plan, committed, findings)
     return Audit(path, None, len(written) + len(committed) + len(markers) + 1, rows, findings + found, incomplete)
@@ -120,8 +120,8 @@ def _partial(path: Path, plan: Plan, views: tuple[int, ...]) -> IncompleteError 
 
 
 def _contents(
-    path: Path, plan: Plan, shards: list[tuple[int, int]], damaged: list[Finding]
-) -> tuple[list[Finding], int]:
+    path: Path, plan: Plan, shards: list[tuple[int, int]], damaged: list[Problem]
+) -> tuple[list[Problem], int]:
     """What is wrong in the contents of files that are as they were written, and how many rows were looked at."""
     names = {finding.where for finding in damaged}
     if not names.isdisjoint(array_specs.common_files(plan)):
@@ -133,7 +133,7 @@ def _contents(
     return found, sum(len(plan.shard_ids(shard)) for _, shard in whole)
 
 
-def check_rows(cache: Path, plan: Plan, shards: list[tuple[int, int]]) -> list[Finding]:
+def check_rows(cache: Path, plan: Plan, shards: list[tuple[int, int]]) -> list[Problem]:
     """What cannot be right in the rows of some (view, shard) of a cache."""
     labels = torch.from_numpy(zarr_store.read_samples(cache, plan)[0].astype(np.int64))
     found = over(check_shard_rows, [(cache, plan, view, shard, labels) for view, shard in shards])

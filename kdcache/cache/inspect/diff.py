@@ -51,7 +51,7 @@ class Variation(NamedTuple):
     quantiles: dict[float, float]
 
 
-class Agreement(NamedTuple):
+class LogitAgreement(NamedTuple):
     """How far two teachers agree, row by row.
 
     Attributes:
@@ -77,7 +77,7 @@ class Difference(NamedTuple):
     """
 
     manifest: list[tuple[str, object, object]]
-    agreement: Agreement | None
+    agreement: LogitAgreement | None
     why_not: str | None
 
 
@@ -109,7 +109,7 @@ def compare(first: Cache, second: Cache, worst: int = 10, scheduler: str = "thre
     return Difference(differ, _agreement(first, second, worst, scheduler), None)
 
 
-def _agreement(first: Cache, second: Cache, worst: int, scheduler: str) -> Agreement:
+def _agreement(first: Cache, second: Cache, worst: int, scheduler: str) -> LogitAgreement:
     one, two = first.manifest.plan, second.manifest.plan
     views = min(one.views.count, two.views.count)
     labels = [torch.from_numpy(cache.labels.astype(np.int64)) for cache in (first, second)]
@@ -131,7 +131,7 @@ def _agreement(first: Cache, second: Cache, worst: int, scheduler: str) -> Agree
         Row(view, id_, f"{first.sample_keys[id_]:016x}", (names[a], others[b]), -minus)
         for minus, view, id_, a, b in sorted(found for part in parts for found in part.worst)[:worst]
     ]
-    return Agreement(rows, sum(part.same for part in parts) / rows, variations, named)
+    return LogitAgreement(rows, sum(part.same for part in parts) / rows, variations, named)
 
 
 def _quantile(bins: npt.NDArray[np.int64], share: float) -> float:

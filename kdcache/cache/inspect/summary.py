@@ -190,13 +190,13 @@ def _count(path: Path, plan: Plan, shard: int, truth: Tensor, worst: int, thresh
         margins += torch.where(tops[view] == truth, 0.0, (top_log_prob - label).clamp_min(0)) / views
     top = tops.mode(dim=0).values
     lines = zip(log_probs.tolist(), ids, truth.tolist(), top.tolist(), margins.tolist(), strict=True)
-    labelled = [line for line in lines if line[2] >= 0]
+    labeled = [line for line in lines if line[2] >= 0]
     suspects = sorted(
         (-margin, id_, label, of_top, log_prob)
-        for log_prob, id_, label, of_top, margin in labelled
+        for log_prob, id_, label, of_top, margin in labeled
         if margin >= threshold
     )
-    return _Counted(by_class, fine, confidences, sorted(labelled)[:worst], suspects[:worst], len(suspects))
+    return _Counted(by_class, fine, confidences, sorted(labeled)[:worst], suspects[:worst], len(suspects))
 
 
 def _top(rows: Rows, labels: Tensor, plan: Plan, basis: TailBasis | None) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ _READ = 2**23
 """Bytes of rows that are read at once to be written as records."""
 
 
-class Placed(NamedTuple):
+class PlacedRows(NamedTuple):
     """Rows in their place.
 
     Attributes:
@@ -59,7 +59,7 @@ def place_rows(
     device: torch.device | str,
     asked: Placement | Literal["auto"],
     views: Sequence[int],
-) -> Placed:
+) -> PlacedRows:
     """Bring the rows of some views of a cache to where they are asked for, or to the best place that they fit.
 
     Raises:
@@ -75,13 +75,13 @@ def place_rows(
         raise UsageError(f"there is no placement {placement!r}", f"take one of auto, {', '.join(PLACEMENTS)}")
     if placement == "stream":
         block = plan.shape.chunk_rows * max(_BLOCK // (records.width * plan.shape.chunk_rows), 1)
-        return Placed(Streamed(cache, plan, block, max(_STREAMED // (records.width * block), 1)), placement, why)
+        return PlacedRows(Streamed(cache, plan, block, max(_STREAMED // (records.width * block), 1)), placement, why)
     if placement == "mmap":
-        return Placed(_mapped(cache, manifest, records, views), placement, why)
+        return PlacedRows(_mapped(cache, manifest, records, views), placement, why)
     everything = range(plan.dataset.samples)
     reader = zarr_store.RowReader(cache, plan)
     where = device if placement == "device" else "cpu"
-    return Placed(Memory({view: reader.read(view, everything).to(where) for view in views}), placement, why)
+    return PlacedRows(Memory({view: reader.read(view, everything).to(where) for view in views}), placement, why)
 
 
 def _best(size: int, folder: Path, device: torch.device | str) -> tuple[Placement, str]:

@@ -11,7 +11,7 @@ from kdcache.errors import UsageError
 _PINNED = re.compile(r"(?P<where>.*)#(?P<digest>sha256:[^#]*)")
 
 
-class Source(NamedTuple):
+class CacheAddress(NamedTuple):
     """What a user names as a cache.
 
     Attributes:
@@ -28,7 +28,7 @@ class Source(NamedTuple):
         return "://" in self.where
 
 
-def source(given: str | Path, digest: str | None = None) -> Source:
+def source(given: str | Path, digest: str | None = None) -> CacheAddress:
     """What a user named, with the digest that follows a `#`, or that was given beside it.
 
     Raises:
@@ -41,4 +41,4 @@ def source(given: str | Path, digest: str | None = None) -> Source:
             raise UsageError(f"{one!r} is no digest", "give sha256: and 64 digits, as `kdcache info` prints it")
     if pinned and digest and pinned != digest:
         raise UsageError(f"{given} is pinned to one digest, and {digest} is asked for", "give one digest")
-    return Source(where, pinned or digest)
+    return CacheAddress(where, pinned or digest)

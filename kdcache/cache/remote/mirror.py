@@ -19,7 +19,7 @@ from kdcache.cache.format import array_specs
 from kdcache.cache.format.integrity import damaged_files
 from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import MANIFEST, FileRecord, Manifest, Plan, commit_file
-from kdcache.cache.remote.address import Source
+from kdcache.cache.remote.address import CacheAddress
 from kdcache.cache.remote.object_store import Store, in_parallel
 from kdcache.cache.remote.signatures import LARGEST_SIGNATURE, SIGNATURE
 from kdcache.errors import CorruptError, IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
@@ -92,7 +92,7 @@ def check_pinned(where: str | Path, found: str, pinned: str | None) -> None:
         )
 
 
-def remote_manifest(found: Source, store: Store | None = None) -> tuple[Manifest, bytes]:
+def remote_manifest(found: CacheAddress, store: Store | None = None) -> tuple[Manifest, bytes]:
     """The manifest of a cache in a store, checked, and its bytes; in at most two requests.
 
     Raises:
@@ -113,7 +113,7 @@ def remote_manifest(found: Source, store: Store | None = None) -> tuple[Manifest
     return manifest, data
 
 
-def mirror(found: Source, folder: Path | None, views: Views, progress: Progress | None = None) -> Mirrored:
+def mirror(found: CacheAddress, folder: Path | None, views: Views, progress: Progress | None = None) -> Mirrored:
     """Bring a cache here, or what is not here yet of the views that are wanted.
 
     Args:

@@ -22,7 +22,7 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.writer import check_outside
 from kdcache.config.schema import Transform
 from kdcache.curate.foreign import fkd, ml_dr, tinyvit
-from kdcache.curate.foreign.sparse_labels import Said, most_probable
+from kdcache.curate.foreign.sparse_labels import SparseSoftLabels, most_probable
 from kdcache.data.images import Picture
 from kdcache.data.loader import cut_range
 from kdcache.data.recorded_crop import PixelBox, pixels_of, sides_of, split_recorded
@@ -125,7 +125,7 @@ def _write_samples(cache: Cache, target: str, out: Path, samples: Samples, top_k
             probabilities, classes = (np.stack(parts) for parts in zip(*of_views, strict=True))
             kept = boxes.of(ids)
             for place, number in enumerate(ids):
-                said = Said(probabilities[:, place], classes[:, place], kept[:, place])
+                said = SparseSoftLabels(probabilities[:, place], classes[:, place], kept[:, place])
                 if target == "fkd":
                     fkd.write(out / names[number], said)
                 else:
@@ -205,7 +205,7 @@ class _Boxes:
 
 
 def _stated(transform: Transform) -> tuple[list[int], dict[str, Any]]:
-    """(size, normalisation) that ml-dr's config can state, and nothing else that the transform does.
+    """(size, normalization) that ml-dr's config can state, and nothing else that the transform does.
 
     Raises:
         UsageError: if it does something else.
@@ -216,7 +216,7 @@ def _stated(transform: Transform) -> tuple[list[int], dict[str, Any]]:
     normal = rest[2].get("Normalize") if len(rest) == len(plain) + 1 else {}
     if crop.get("interpolation", "bilinear") != "bilinear" or rest[:2] != plain or normal is None or len(rest) > 3:
         raise UsageError(
-            f"ml-dr's reader cuts bilinearly and then scales and normalises alone, and this teacher saw {transform}",
+            f"ml-dr's reader cuts bilinearly and then scales and normalizes alone, and this teacher saw {transform}",
             f"only {plain} and perhaps Normalize can follow the crop",
         )
     size = crop["size"]
@@ -242,11 +242,11 @@ def _write_epochs(cache: Cache, out: Path, samples: Samples | None, top_k: int, 
 
     rows = _MostProbable(cache, top_k)
 
-    def said(view: int) -> Iterator[Said]:
+    def said(view: int) -> Iterator[SparseSoftLabels]:
         for ids in cut_range(range(len(cache)), plan.shape.chunk_rows):
             probabilities, classes = rows.of(view, ids)
             seeds = zarr_store.read_recorded(cache.path, plan, view, ids)
-            yield Said(probabilities[None], classes[None], seeds[None])
+            yield SparseSoftLabels(probabilities[None], classes[None], seeds[None])
 
     with progress.task("epochs", plan.views.count, "epochs") as task:
         for view in range(plan.views.count):

@@ -8,7 +8,7 @@ coords are top, left, height, width as fractions of the image's height and width
 k]: classes, then their probabilities (`marginal_smoothing_k5`, `_k10`, `marginal_renorm_k5`); [V, 2]: one of each
 (`smoothing`); or all probabilities [V, C]. The `hard` labels are none. Crop v of an image is view v.
 
-The files do not say at what size, with what interpolation and normalisation the crops were seen, and FKD's own students
+The files do not say at what size, with what interpolation and normalization the crops were seen, and FKD's own students
 see them otherwise than their teachers did: the transform is the user's to give. Nor do they say at what temperature
 (`--temp`) the probabilities were taken; that is 1 unless its maker set it. Of a label outside the k classes the files
 know no more than of any other.
@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 
 from kdcache.cache.format.recorded_views import wrong_boxes
-from kdcache.curate.foreign.sparse_labels import Floats, Opened, Said, check_first, checked, refused
+from kdcache.curate.foreign.sparse_labels import Floats, Opened, SparseSoftLabels, check_first, checked, refused
 from kdcache.data.images import FileImages
 from kdcache.data.samples import Samples
 from kdcache.errors import UsageError
@@ -69,8 +69,8 @@ class FKDFiles:
     top_k: int
     by_sample: bool = True
 
-    def read(self, names: Sequence[str], views: Sequence[int]) -> Said:
-        """See `Source`."""
+    def read(self, names: Sequence[str], views: Sequence[int]) -> SparseSoftLabels:
+        """See `SoftLabelSource`."""
         found = [_read(self.folder / name, self.num_classes) for name in names]
         for name, each in zip(names, found, strict=True):
             if each.probabilities.shape != (self.views, self.top_k):
@@ -80,7 +80,7 @@ class FKDFiles:
                     f"has {self.views} with {self.top_k}",
                 )
         parts = (np.stack(values, axis=1)[list(views)] for values in zip(*found, strict=True))
-        return Said(*parts)
+        return SparseSoftLabels(*parts)
 
 
 def open_fkd(folder: Path, samples: Samples) -> Opened:
@@ -117,7 +117,7 @@ def names_of(samples: Samples) -> list[str]:
     return [*of_name]
 
 
-def write(path: Path, said: Said) -> None:
+def write(path: Path, said: SparseSoftLabels) -> None:
     """One file; `said` is of one sample, its arrays [V, ...]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     output = np.stack([said.classes.astype(np.float32), said.probabilities], axis=1)
@@ -146,7 +146,7 @@ def loaded(path: Path) -> Any:
         ) from error
 
 
-def _read(path: Path, num_classes: int) -> Said:
+def _read(path: Path, num_classes: int) -> SparseSoftLabels:
     """What a file says of one sample: arrays [V, ...]."""
     held = loaded(path)
     if not (isinstance(held, list | tuple) and len(held) == _PARTS):
@@ -163,7 +163,7 @@ def _read(path: Path, num_classes: int) -> Said:
         raise refused(path, f"holds the box {boxes[wrong.argmax()].tolist()}, which is none in fractions of an image")
     probabilities, classes = _probabilities(path, output, num_classes)
     checked(path, probabilities, classes, num_classes)
-    return Said(probabilities, classes, boxes)
+    return SparseSoftLabels(probabilities, classes, boxes)
 
 
 def _numbers(part: Any) -> npt.NDArray[Any]:

@@ -15,13 +15,13 @@ from kdcache.cache.format.codec import Rows, encode
 from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs, digest_of
 from kdcache.cache.format.recorded_views import CROP, recorded, unit_of
 from kdcache.cache.format.schema import Encoding, Lineage, Plan, ViewsRecord
-from kdcache.cache.format.sharding import choose_shape
+from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter, check_place
 from kdcache.config.schema import CacheSpec, Transform
 from kdcache.curate.foreign.fkd import open_fkd
 from kdcache.curate.foreign.ml_dr import open_ml_dr
-from kdcache.curate.foreign.sparse_labels import Opened, Source, as_rows, logits_of
+from kdcache.curate.foreign.sparse_labels import Opened, SoftLabelSource, as_rows, logits_of
 from kdcache.curate.foreign.tinyvit import open_tinyvit
 from kdcache.curate.recode import complete
 from kdcache.data.alignment import taken
@@ -70,7 +70,7 @@ def cache_of_files(
         out: folder of the cache.
         name: of the teacher; None for that of the folder.
         transform: what a student is to be shown, which begins with a recorded crop; None for what the files say.
-        spec: `dtype`, `shard_rows`, `licence` and `notes` are taken; the rest is what the files have.
+        spec: `dtype`, `shard_rows`, `license` and `notes` are taken; the rest is what the files have.
         scheduler: as `operations.over` takes it.
         progress: who is told how it goes.
 
@@ -116,7 +116,7 @@ def _transform(layout: str, opened: Opened, said: Transform | None) -> Transform
         raise UsageError(
             f"the files of {layout} hold boxes in {unit}, and the transform "
             + (f"begins otherwise: {shown[:1]}" if shown else "is not said: they do not say how the crops were seen"),
-            f"begin `transform` of the pipeline so, and go on with its normalisation: {example}",
+            f"begin `transform` of the pipeline so, and go on with its normalization: {example}",
         )
     if _known(shown) != _known(shown if opened.transform is None else opened.transform):
         raise MismatchError(
@@ -140,7 +140,7 @@ def _known(transform: Transform) -> tuple[list[int], Transform]:
 def _plan(
     folder: Path,
     layout: str,
-    source: Source,
+    source: SoftLabelSource,
     samples: Samples,
     digest: str,
     transform: Transform,
@@ -162,10 +162,10 @@ def _plan(
             request=request_of(spec.model_copy(update=asked)),
             encoding=encoding,
             fidelity=None,
-            shape=choose_shape(len(samples), held, spec.shard_rows),
+            shape=choose_sharding(len(samples), held, spec.shard_rows),
             batch_size=spec.batch_size,
             versions=versions(),
-            licence=spec.licence,
+            licence=spec.license,
             notes=spec.notes,
             lineage=Lineage(operation="convert", arguments={"from": layout, "folder": folder.name}, parents=[]),
         )
@@ -188,7 +188,7 @@ def _write_shard(
     out: Path,
     shard: int,
     views: list[int],
-    source: Source,
+    source: SoftLabelSource,
     names: list[str],
     labels: torch.Tensor,
     marked: Samples,

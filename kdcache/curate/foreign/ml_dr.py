@@ -5,7 +5,7 @@ FOLDER/NUMBER.pth.tar, numbered as the training images are, is what torch.save m
     (NUMBER, [{"params": [(top, left, height, width), flip], "prob": ([k probabilities], [k classes])}, ...])
 
 with boxes in pixels; `params` may also be a dict of (this image's, its partner's) by the names of the transforms.
-FOLDER/config.pth.tar says which transforms these are, at what size, how normalised. Reinforcement v is view v.
+FOLDER/config.pth.tar says which transforms these are, at what size, how normalized. Reinforcement v is view v.
 
 What RandAugment, RandomErasing, MixUp or CutMix has changed as well could only be drawn by ml-dr's own code, and is
 refused; where they left a sample alone it is taken.
@@ -32,7 +32,7 @@ import torch
 from kdcache.cache.format.recorded_views import CROP, wrong_boxes
 from kdcache.config.schema import Transform
 from kdcache.curate.foreign.fkd import loaded
-from kdcache.curate.foreign.sparse_labels import Opened, Said, check_first, checked, refused
+from kdcache.curate.foreign.sparse_labels import Opened, SparseSoftLabels, check_first, checked, refused
 from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError, UsageError
 
@@ -76,12 +76,12 @@ class MLDRFiles:
     top_k: int
     by_sample: bool = True
 
-    def read(self, names: Sequence[str], views: Sequence[int]) -> Said:
-        """See `Source`."""
+    def read(self, names: Sequence[str], views: Sequence[int]) -> SparseSoftLabels:
+        """See `SoftLabelSource`."""
         found = [self._of_one(name) for name in names]
-        return Said(*(np.stack(values, axis=1)[list(views)] for values in zip(*found, strict=True)))
+        return SparseSoftLabels(*(np.stack(values, axis=1)[list(views)] for values in zip(*found, strict=True)))
 
-    def _of_one(self, name: str) -> Said:
+    def _of_one(self, name: str) -> SparseSoftLabels:
         path = self.folder / name
         number, each = _read(path)
         if name != name_of(number):
@@ -106,7 +106,7 @@ class MLDRFiles:
         if not probabilities.shape == classes.shape == (self.views, self.top_k) or classes.dtype.kind != "i":
             raise refused(path, f"does not hold {self.top_k} probabilities and classes a reinforcement, as the first")
         checked(path, probabilities, classes.astype(np.int64), self.num_classes)
-        return Said(probabilities, classes.astype(np.int64), boxes)
+        return SparseSoftLabels(probabilities, classes.astype(np.int64), boxes)
 
 
 def name_of(number: int) -> str:
@@ -145,7 +145,7 @@ def open_ml_dr(folder: Path, samples: Samples) -> Opened:
             f"{samples.name}/{samples.split} has {len(samples)} images, and {folder} has not as many files: ml-dr "
             "numbers all training images",
             "give the data set that was reinforced; if it is this one, with nothing held out: --set "
-            "dataset.validation=0 and dataset.test=0",
+            "dataset.validation_fraction=0 and dataset.test_fraction=0",
         )
     drawing = tuple(name for name in _WITH_PARAMETERS if name in steps)
     number, each = _read(folder / names[0])
@@ -227,7 +227,7 @@ def _of_this_image(params: Any, steps: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def write(path: Path, number: int, said: Said) -> None:
+def write(path: Path, number: int, said: SparseSoftLabels) -> None:
     """One file; `said` is of one sample, its arrays [V, ...]."""
     each = [
         {

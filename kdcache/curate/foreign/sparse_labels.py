@@ -2,7 +2,7 @@
 
 They say nothing of the level of the logits, and of the classes that they leave out only how much mass these have
 together. It is spread evenly (`uniform`); but no class that a file leaves out gets more than the least of those that it
-keeps, and none at all less than 2^-24 / C: a file that was renormalised, or rounded, says that they have nothing, and a
+keeps, and none at all less than 2^-24 / C: a file that was renormalized, or rounded, says that they have nothing, and a
 logarithm of nothing would drown every temperature above 1. So at T = 1 a row is what the file says, to 2^-24; at higher
 temperatures the floor speaks, where the file is silent. `loss: truncated` is the reading without a floor.
 """
@@ -30,7 +30,7 @@ _MORE_THAN_ONE = 0.01
 Floats = npt.NDArray[np.float32]
 
 
-class Said(NamedTuple):
+class SparseSoftLabels(NamedTuple):
     """What files say of B samples in V views.
 
     Attributes:
@@ -44,7 +44,7 @@ class Said(NamedTuple):
     recorded: npt.NDArray[Any]
 
 
-class Source(Protocol):
+class SoftLabelSource(Protocol):
     """Files of another project; small, and may be sent to another process."""
 
     @property
@@ -59,7 +59,7 @@ class Source(Protocol):
     def by_sample(self) -> bool:
         """Whether a file holds all views of a sample, and is read once for all of them."""
 
-    def read(self, names: Sequence[str], views: Sequence[int]) -> Said:
+    def read(self, names: Sequence[str], views: Sequence[int]) -> SparseSoftLabels:
         """What is said of some samples, by the names that the project has for them, in some views.
 
         Raises:
@@ -70,7 +70,7 @@ class Source(Protocol):
 class Opened(NamedTuple):
     """A source, the name that it has for each sample, and the transform that its files state; None if they do not."""
 
-    source: Source
+    source: SoftLabelSource
     names: list[str]
     transform: Transform | None
 
@@ -135,6 +135,6 @@ def most_probable(logits: Tensor, top_k: int) -> tuple[Floats, npt.NDArray[np.in
     return values[:, :top_k].float().numpy(), classes[:, :top_k].numpy()
 
 
-def as_rows(said: Said, place: int) -> tuple[Tensor, Tensor]:
+def as_rows(said: SparseSoftLabels, place: int) -> tuple[Tensor, Tensor]:
     """(probabilities, classes) of one view, as tensors [B, k]."""
     return torch.from_numpy(said.probabilities[place]), torch.from_numpy(said.classes[place])

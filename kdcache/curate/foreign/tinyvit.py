@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from kdcache.cache.format.recorded_views import ELSEWHERE
 from kdcache.config.schema import Transform
-from kdcache.curate.foreign.sparse_labels import Opened, Said, checked, refused
+from kdcache.curate.foreign.sparse_labels import Opened, SparseSoftLabels, checked, refused
 from kdcache.data.images import FileImages
 from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError, UsageError
@@ -61,10 +61,10 @@ class TinyViTFiles:
     top_k: int
     by_sample: bool = False
 
-    def read(self, names: Sequence[str], views: Sequence[int]) -> Said:
-        """See `Source`."""
+    def read(self, names: Sequence[str], views: Sequence[int]) -> SparseSoftLabels:
+        """See `SoftLabelSource`."""
         kept = np.stack([self._of_epoch(names, view) for view in views])
-        return Said(
+        return SparseSoftLabels(
             kept["probabilities"].astype(np.float32), kept["classes"].astype(np.int64), kept["seed"].astype(np.int32)
         )
 
@@ -137,8 +137,8 @@ def open_tinyvit(folder: Path, samples: Samples) -> Opened:
     if len(others := set(found).difference(names)):
         raise MismatchError(
             f"{folder} has {len(others)} images that {samples.name}/{samples.split} has not, such as {min(others)}",
-            "give the data set that TinyViT was run on, with nothing held out: --set dataset.validation=0 and "
-            "dataset.test=0",
+            "give the data set that TinyViT was run on, with nothing held out: --set dataset.validation_fraction=0 and "
+            "dataset.test_fraction=0",
         )
     source = TinyViTFiles(folder.absolute(), samples.num_classes, len(epochs), top_k)
     source.read(names[:1], [0])
@@ -164,7 +164,7 @@ def names_of(samples: Samples | None, form: str, count: int | None = None) -> li
     return names
 
 
-def write(folder: Path, epoch: int, names: list[str], parts: Iterator[Said], top_k: int) -> None:
+def write(folder: Path, epoch: int, names: list[str], parts: Iterator[SparseSoftLabels], top_k: int) -> None:
     """The folder of an epoch; the parts, one after the other, have arrays [1, B, ...]."""
     made = folder / folder_of(top_k, epoch)
     made.mkdir(parents=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from kdcache.evaluation.metrics import Reliability
 from kdcache.evaluation.runs import Row
 
-_GREY = "0.5"
+_GRAY = "0.5"
 """Legible on white and on black."""
 _DASHES = ["-", "--", "-.", ":"]
 _COLOURS = 10
@@ -65,7 +65,7 @@ def _drawing() -> Iterator[None]:
 
 @_drawing()
 def as_svg(chart: Chart) -> str:
-    """An SVG element, its text as text, black in whatever colour the text around it has."""
+    """An SVG element, its text as text, black in whatever color the text around it has."""
     held = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with mpl.rc_context({"svg.hashsalt": chart.name}):
@@ -97,12 +97,12 @@ def save_png(chart: Chart, folder: Path) -> Path:
 
 
 def _style(group: int) -> dict[str, Any]:
-    """Of so many lines that each is another: colours first, then dashes."""
+    """Of so many lines that each is another: colors first, then dashes."""
     return {"color": f"C{group % _COLOURS}", "linestyle": _DASHES[group // _COLOURS % len(_DASHES)]}
 
 
-def colour_of(group: int) -> str:
-    """The colour that a group has in all pictures."""
+def color_of(group: int) -> str:
+    """The color that a group has in all pictures."""
     return mpl.colors.to_hex(_style(group)["color"])
 
 
@@ -179,7 +179,7 @@ def draw_sharpness(teacher: Tensor, students: Sequence[tuple[int, str, Tensor]],
     figure, axes = _figure(len(students) + 1)
     parts = torch.tensor_split(teacher.argsort(stable=True), min(_PARTS, len(teacher)))
     across = [float(teacher[part].mean()) for part in parts]
-    (even,) = axes.plot(across, across, color=_GREY, linestyle="--", linewidth=1)
+    (even,) = axes.plot(across, across, color=_GRAY, linestyle="--", linewidth=1)
     handles: dict[str, Any] = {"as sharp as the teacher": even}
     for group, label, sharpness in students:
         means = [float(sharpness[part].mean()) for part in parts]
@@ -199,10 +199,10 @@ def draw_reliability(found: Reliability, group: int, label: str, name: str) -> C
     shares = (found.rows / found.rows.sum()).tolist()
     here = found.rows > 0
     accuracy = torch.where(here, found.correct / found.rows.clamp_min(1), 0).tolist()
-    shown = axes.bar(left, shares, width, align="edge", color=_GREY, alpha=0.35)
+    shown = axes.bar(left, shares, width, align="edge", color=_GRAY, alpha=0.35)
     inner = [place + 0.15 * width for place in left]
     right = axes.bar(inner, accuracy, 0.7 * width, align="edge", color=_style(group)["color"], alpha=0.75)
-    axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1)
+    axes.plot([0, 1], [0, 1], color=_GRAY, linestyle="--", linewidth=1)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_xlabel("confidence")
@@ -244,9 +244,9 @@ def draw_verdicts(verdicts: Sequence[tuple[str, tuple[int, int, int]]], name: st
     figure, axes = _figure(3, 0.9 + 0.26 * len(verdicts))
     start = [0.0] * len(verdicts)
     handles = {}
-    for kind, colour in enumerate(("C2", "C3", _GREY)):
+    for kind, color in enumerate(("C2", "C3", _GRAY)):
         shares = [100 * counts[kind] / max(sum(counts), 1) for _, counts in verdicts]
-        bars = axes.barh(range(len(verdicts)), shares, 0.7, start, color=colour, alpha=0.8)
+        bars = axes.barh(range(len(verdicts)), shares, 0.7, start, color=color, alpha=0.8)
         handles[("the label", "the teacher's class", "another class")[kind]] = bars
         start = [before + share for before, share in zip(start, shares, strict=True)]
     axes.set_yticks(range(len(verdicts)), [_short(label, 26) for label, _ in verdicts], fontsize=8)
@@ -259,7 +259,7 @@ def draw_verdicts(verdicts: Sequence[tuple[str, tuple[int, int, int]]], name: st
 
 @_drawing()
 def draw_disagreement(counts: Tensor, names: Sequence[str], label: str, name: str) -> Chart:
-    """Rows by the teacher's class and the student's, [M, M]; what they agree on is not coloured."""
+    """Rows by the teacher's class and the student's, [M, M]; what they agree on is not colored."""
     figure, axes = _figure(0, 1.6 + 0.27 * len(names))
     most = max(int((counts - counts.diag().diag()).max()), 1)
     for row, line in enumerate(counts.tolist()):
@@ -268,8 +268,8 @@ def draw_disagreement(counts: Tensor, names: Sequence[str], label: str, name: st
                 shade = 0.1 + 0.6 * count / most
                 axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor="C1", alpha=shade, linewidth=0))
             if count:
-                colour = _GREY if row == column else "black"
-                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
+                color = _GRAY if row == column else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=7)
     ticks = [_short(each, _LONGEST_CLASS) for each in names]
     _name_columns(axes, ticks)
     axes.set_yticks(range(len(names)), ticks)

@@ -18,9 +18,9 @@ from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.evaluation.metrics import Reliability, reliability
-from kdcache.evaluation.networks import Trained
-from kdcache.evaluation.report.teacher_stats import Says, Taught, study
-from kdcache.evaluation.runs import Finished, Group, Mean, find_runs, group_runs, read_run
+from kdcache.evaluation.networks import NetworkRef
+from kdcache.evaluation.report.teacher_stats import Predictions, TeacherStats, study
+from kdcache.evaluation.runs import Group, Mean, RunRecord, find_runs, group_runs, read_run
 from kdcache.evaluation.scorecard import logits_of, same_split
 from kdcache.models.checks import try_network
 from kdcache.runtime.progress import Progress, Silent
@@ -30,7 +30,7 @@ _OTHER = 0.005
 
 
 class OnTest(NamedTuple):
-    """A network on the labelled test images: by confidence, and by class ([C] int64 each)."""
+    """A network on the labeled test images: by confidence, and by class ([C] int64 each)."""
 
     calibration: Reliability
     rows: Tensor
@@ -38,7 +38,7 @@ class OnTest(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Findings:
+class ReportData:
     """All that a report shows.
 
     Attributes:
@@ -53,13 +53,13 @@ class Findings:
 
     dataset: str
     class_names: tuple[str, ...]
-    runs: list[Finished]
+    runs: list[RunRecord]
     groups: list[Group]
     tests: list[OnTest]
-    taught: Taught | None
+    taught: TeacherStats | None
     notes: list[str]
 
-    def members(self, group: Group) -> list[Finished]:
+    def members(self, group: Group) -> list[RunRecord]:
         """The runs of a group."""
         return [self.runs[place] for place in group.members]
 
@@ -117,14 +117,14 @@ class Findings:
         }
 
 
-def gather(
+def collect(
     paths: Sequence[Path],
     cache: Cache | None = None,
     *,
     rows: int = 4096,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> Findings:
+) -> ReportData:
     """Look at runs, and at the teacher of a cache.
 
     Args:
@@ -157,7 +157,7 @@ def gather(
         notes += [_drift(run, found) for run, found in zip(runs, tests, strict=True) if _drift(run, found)]
     networks = [says for _, says in looked if says is not None]
     known = test or (seen.samples if seen else None)
-    return Findings(
+    return ReportData(
         runs[0].pipeline.dataset.name,
         known.class_names if known else cache.manifest.plan.dataset.class_names if cache else (),
         runs,
@@ -168,7 +168,7 @@ def gather(
     )
 
 
-def _test_split(runs: Sequence[Finished], notes: list[str]) -> Samples | None:
+def _test_split(runs: Sequence[RunRecord], notes: list[str]) -> Samples | None:
     specs = [run.pipeline.dataset for run in runs]
     try:
         samples = same_split(specs, "test")
@@ -187,7 +187,7 @@ def _test_split(runs: Sequence[Finished], notes: list[str]) -> Samples | None:
     return samples
 
 
-def _cached_images(runs: Sequence[Finished], cache: Cache, notes: list[str], progress: Progress) -> Shared | None:
+def _cached_images(runs: Sequence[RunRecord], cache: Cache, notes: list[str], progress: Progress) -> Shared | None:
     digest = cache.manifest.digest
     others = [run for run in runs if run.uses_teacher and digest not in run.caches]
     if others:
@@ -208,7 +208,7 @@ def _cached_images(runs: Sequence[Finished], cache: Cache, notes: list[str], pro
     return images
 
 
-def _drift(run: Finished, found: OnTest) -> str:
+def _drift(run: RunRecord, found: OnTest) -> str:
     """A warning, if a network is not as good as it was when it was trained."""
     now = int(found.correct.sum()) / int(found.rows.sum())
     if run.accuracy is None or abs(now - run.accuracy) <= _OTHER:
@@ -220,25 +220,25 @@ def _drift(run: Finished, found: OnTest) -> str:
 
 
 def _look(
-    trained: Trained,
+    trained: NetworkRef,
     test: Samples | None,
     seen: View | None,
     places: list[int],
     device: torch.device | str,
-) -> tuple[OnTest | None, Says | None]:
-    """A network on the labelled test images, and on samples of a cache as its teacher saw them."""
+) -> tuple[OnTest | None, Predictions | None]:
+    """A network on the labeled test images, and on samples of a cache as its teacher saw them."""
     samples = test or (seen.samples if seen else None)
     assert samples is not None, "a network is loaded for something"  # noqa: S101
     model, view = trained.load(samples)
     try_network(model, view, "cpu", f"network {trained.name}")
     model.to(device).eval()
     on_test = _on_test(trained, model, view, device) if test is not None else None
-    return on_test, Says.of(logits_of(trained, model, seen, places, device)) if seen is not None else None
+    return on_test, Predictions.of(logits_of(trained, model, seen, places, device)) if seen is not None else None
 
 
-def _on_test(trained: Trained, model: nn.Module, view: View, device: torch.device | str) -> OnTest:
-    labelled = (view.labels >= 0).nonzero().squeeze(1)
-    logits, labels = logits_of(trained, model, view, labelled.tolist(), device), view.labels[labelled]
+def _on_test(trained: NetworkRef, model: nn.Module, view: View, device: torch.device | str) -> OnTest:
+    labeled = (view.labels >= 0).nonzero().squeeze(1)
+    logits, labels = logits_of(trained, model, view, labeled.tolist(), device), view.labels[labeled]
     classes = view.samples.num_classes
     right = labels[logits.argmax(dim=1) == labels]
     return OnTest(

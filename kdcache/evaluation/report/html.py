@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdcache.data.images import Picture
-from kdcache.evaluation.report.charts import Chart, as_svg, colour_of
+from kdcache.evaluation.report.charts import Chart, as_svg, color_of
 from kdcache.evaluation.runs import Group
 
 Part = str | Sequence[Chart | None]
@@ -94,8 +94,8 @@ def paragraph(text: str, kind: str = "") -> Html:
 
 
 def named(group: Group) -> Html:
-    """The label of a group, with its colour in the pictures before it."""
-    return Html(f'<span class="swatch" style="background: {colour_of(group.number)}"></span>{markup(group.label)}')
+    """The label of a group, with its color in the pictures before it."""
+    return Html(f'<span class="swatch" style="background: {color_of(group.number)}"></span>{markup(group.label)}')
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:

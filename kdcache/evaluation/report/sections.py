@@ -11,7 +11,7 @@ from torch import Tensor
 from kdcache.evaluation.metrics import BINS
 from kdcache.evaluation.report import charts, teacher_sections
 from kdcache.evaluation.report.charts import Chart, Line
-from kdcache.evaluation.report.collect import Findings
+from kdcache.evaluation.report.collect import ReportData
 from kdcache.evaluation.report.html import CLASSES_SHOWN, Part, document, heading, named, paragraph, pictures, table
 from kdcache.evaluation.runs import Mean
 
@@ -32,7 +32,7 @@ class Report:
     charts: list[Chart]
 
 
-def write_report(findings: Findings) -> Report:
+def write_report(findings: ReportData) -> Report:
     """The page of what was found, and its pictures; the same findings make the same bytes."""
     drawn: list[Chart] = []
     parts = []
@@ -46,7 +46,7 @@ def write_report(findings: Findings) -> Report:
     return Report(document(f"{findings.dataset}: {_count(len(findings.runs), 'run')}", parts), drawn)
 
 
-def _chapters(found: Findings) -> Iterator[Part]:
+def _chapters(found: ReportData) -> Iterator[Part]:
     taught = found.taught
     for note in found.notes:
         yield paragraph(note, "note")
@@ -72,7 +72,7 @@ def _chapters(found: Findings) -> Iterator[Part]:
         )
 
 
-def over_seeds(found: Findings) -> Iterator[Part]:
+def over_seeds(found: ReportData) -> Iterator[Part]:
     """The table."""
     yield heading("Over seeds")
     rows = []
@@ -97,7 +97,7 @@ def over_seeds(found: Findings) -> Iterator[Part]:
     )
 
 
-def learning_curves(found: Findings) -> Iterator[Part]:
+def learning_curves(found: ReportData) -> Iterator[Part]:
     """Losses and accuracy over the epochs."""
     yield heading("Learning curves")
     yield paragraph("A line a run.", "faint")
@@ -109,7 +109,7 @@ def learning_curves(found: Findings) -> Iterator[Part]:
     ]
 
 
-def temperatures(found: Findings) -> Iterator[Part]:
+def temperatures(found: ReportData) -> Iterator[Part]:
     """DTKD's picture; nothing where all temperatures are constant."""
     if not (lines := [*filter(_moves, _lines(found))]):
         return
@@ -122,7 +122,7 @@ def temperatures(found: Findings) -> Iterator[Part]:
     yield [charts.draw_lines(lines, both, "temperatures", "mean temperature")]
 
 
-def by_class(found: Findings) -> Iterator[Part]:
+def by_class(found: ReportData) -> Iterator[Part]:
     """Networks on the test split, and the teacher where it was."""
     taught = found.taught
     lines = [(group, found.by_class(group)) for group in found.groups] if found.tests else []
@@ -155,7 +155,7 @@ def by_class(found: Findings) -> Iterator[Part]:
     yield [charts.draw_classes(drawn, found.class_names, "classes")]
 
 
-def calibration(found: Findings) -> Iterator[Part]:
+def calibration(found: ReportData) -> Iterator[Part]:
     """Reliability diagrams."""
     yield heading("Calibration")
     yield paragraph(
@@ -168,7 +168,7 @@ def calibration(found: Findings) -> Iterator[Part]:
     ]
 
 
-def cost(found: Findings) -> Iterator[Part]:
+def cost(found: ReportData) -> Iterator[Part]:
     """Training, and the teacher's passes."""
     yield heading("Cost")
     yield table(
@@ -191,7 +191,7 @@ def cost(found: Findings) -> Iterator[Part]:
     yield paragraph(f"The cache is {taught.digest}.", "faint")
 
 
-def _lines(found: Findings) -> list[Line]:
+def _lines(found: ReportData) -> list[Line]:
     return [Line(group.number, group.label, run.rows) for group in found.groups for run in found.members(group)]
 
 

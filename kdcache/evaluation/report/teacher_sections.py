@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from kdcache.evaluation.report import charts
-from kdcache.evaluation.report.collect import Findings
+from kdcache.evaluation.report.collect import ReportData
 from kdcache.evaluation.report.html import CLASSES_SHOWN, Part, heading, named, paragraph, samples, table
-from kdcache.evaluation.report.teacher_stats import SHARPNESS, Taught
+from kdcache.evaluation.report.teacher_stats import SHARPNESS, TeacherStats
 
 _MOST_CONFUSED = 12
 
 
-def sharpness(found: Findings, taught: Taught) -> Iterator[Part]:
+def sharpness(found: ReportData, taught: TeacherStats) -> Iterator[Part]:
     """Students against the teacher."""
     yield heading("Sharpness")
     students = found.students if taught.networks else []
@@ -52,7 +52,7 @@ def sharpness(found: Findings, taught: Taught) -> Iterator[Part]:
         ]
 
 
-def adjusted(found: Findings, taught: Taught) -> Iterator[Part]:
+def adjusted(found: ReportData, taught: TeacherStats) -> Iterator[Part]:
     """Where the teacher is wrong, and what the students say there."""
     yield heading("Where KA changes the teacher")
     known, wrong = int((taught.labels >= 0).sum()), taught.wrong
@@ -63,7 +63,7 @@ def adjusted(found: Findings, taught: Taught) -> Iterator[Part]:
         return
     changed = int(wrong.sum())
     yield paragraph(
-        f"The teacher's top class is not the label in {changed:,} of {known:,} labelled rows of view 0 "
+        f"The teacher's top class is not the label in {changed:,} of {known:,} labeled rows of view 0 "
         f"({changed / known:.2%}). There KA swaps the two, or takes the smoothed label."
     )
     taught_runs = [run for run in found.runs if run.uses_teacher]
@@ -94,7 +94,7 @@ def adjusted(found: Findings, taught: Taught) -> Iterator[Part]:
     those = "" if len(most) == touched else f", the {len(most)} of {touched:,} with most of these rows"
     yield paragraph(f"By class{those}:")
     yield table(
-        ["class", "labelled rows", "changed", "share", "most often said instead"],
+        ["class", "labeled rows", "changed", "share", "most often said instead"],
         [
             [
                 found.class_names[place],
@@ -108,7 +108,7 @@ def adjusted(found: Findings, taught: Taught) -> Iterator[Part]:
     )
 
 
-def disagreement(found: Findings, taught: Taught) -> Iterator[Part]:
+def disagreement(found: ReportData, taught: TeacherStats) -> Iterator[Part]:
     """The most confused classes."""
     students, names = found.students, found.class_names
     if not students or not taught.networks:
@@ -138,7 +138,7 @@ def disagreement(found: Findings, taught: Taught) -> Iterator[Part]:
     ]
 
 
-def hardest(found: Findings, taught: Taught) -> Iterator[Part]:
+def hardest(found: ReportData, taught: TeacherStats) -> Iterator[Part]:
     """With their pictures."""
     if not taught.hardest:
         return

@@ -14,7 +14,7 @@ from kdcache.cache.reader import Cache
 from kdcache.data.alignment import Shared
 from kdcache.data.images import Picture
 from kdcache.data.mixing import split_mixing
-from kdcache.evaluation.runs import Finished, Group
+from kdcache.evaluation.runs import Group, RunRecord
 from kdcache.losses.temperatures import sharpness_logsumexp, sharpness_max
 
 HARDEST = 16
@@ -22,7 +22,7 @@ SHARPNESS = ("largest", "logsumexp")
 _ROWS_AT_ONCE = 4096
 
 
-class Says(NamedTuple):
+class Predictions(NamedTuple):
     """What a network says of some rows: its top class [R] int64, its largest logit and its logsumexp [R] float32."""
 
     top: Tensor
@@ -30,12 +30,12 @@ class Says(NamedTuple):
     logsumexp: Tensor
 
     @staticmethod
-    def of(logits: Tensor) -> Says:
+    def of(logits: Tensor) -> Predictions:
         """Of logits [R, C]."""
-        return Says(logits.argmax(dim=1), sharpness_max(logits), sharpness_logsumexp(logits))
+        return Predictions(logits.argmax(dim=1), sharpness_max(logits), sharpness_logsumexp(logits))
 
 
-class Hard(NamedTuple):
+class HardSample(NamedTuple):
     """A sample whose label the teacher finds improbable; its picture before the transform, where it is at hand."""
 
     id: int
@@ -62,7 +62,7 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherStats:
     """The teacher of a cache on view 0 of all its samples, and the runs' networks on some of them.
 
     Attributes:
@@ -80,16 +80,16 @@ class Taught:
     digest: str
     labels: Tensor
     mixed: bool
-    teacher: Says
+    teacher: Predictions
     log_prob: Tensor
     ids: Tensor
-    networks: list[Says]
-    hardest: list[Hard]
+    networks: list[Predictions]
+    hardest: list[HardSample]
     cost: Cost
 
     @property
     def wrong(self) -> Tensor:
-        """[N] bool: labelled rows whose top class is not the label, which are those that KA changes."""
+        """[N] bool: labeled rows whose top class is not the label, which are those that KA changes."""
         return (self.labels >= 0) & (self.teacher.top != self.labels)
 
     def sharpness(self, group: Group) -> dict[str, Tensor]:
@@ -120,8 +120,8 @@ class Taught:
 
 
 def study(
-    cache: Cache, images: Shared | None, places: list[int], networks: Sequence[Says], runs: Sequence[Finished]
-) -> Taught:
+    cache: Cache, images: Shared | None, places: list[int], networks: Sequence[Predictions], runs: Sequence[RunRecord]
+) -> TeacherStats:
     """Go once through view 0 of a cache.
 
     Args:
@@ -139,12 +139,12 @@ def study(
     said, log_probs = [], []
     for some in torch.split(torch.arange(len(cache)), _ROWS_AT_ONCE):
         logits = teacher(some)
-        said.append(Says.of(logits))
+        said.append(Predictions.of(logits))
         own = logits.double().log_softmax(dim=1).gather(1, labels[some].clamp_min(0)[:, None]).squeeze(1)
         log_probs.append(own.masked_fill(labels[some] < 0, torch.nan))
-    says = Says(*(torch.cat(values) for values in zip(*said, strict=True)))
+    says = Predictions(*(torch.cat(values) for values in zip(*said, strict=True)))
     log_prob = torch.cat(log_probs)
-    return Taught(
+    return TeacherStats(
         cache.manifest.digest,
         labels,
         mixed,
@@ -157,11 +157,11 @@ def study(
     )
 
 
-def _hardest(images: Shared | None, labels: Tensor, says: Says, log_prob: Tensor) -> list[Hard]:
+def _hardest(images: Shared | None, labels: Tensor, says: Predictions, log_prob: Tensor) -> list[HardSample]:
     known = (labels >= 0).nonzero().squeeze(1)
     worst = known[log_prob[known].argsort(stable=True)][:HARDEST].tolist()
     return [
-        Hard(
+        HardSample(
             id_,
             int(labels[id_]),
             int(says.top[id_]),
@@ -179,7 +179,7 @@ def _picture(images: Shared, id_: int) -> Picture | None:
     return images.view.samples.images.picture(place) if there else None
 
 
-def _cost(cache: Cache, runs: Sequence[Finished]) -> Cost:
+def _cost(cache: Cache, runs: Sequence[RunRecord]) -> Cost:
     taught = [run for run in runs if run.uses_teacher and cache.manifest.digest in run.caches]
     live = sum(run.epochs * (run.images or len(cache)) for run in taught)
     return Cost(cache.manifest.plan.views.count * len(cache), live, len(taught), cache.bytes_on_disk)
