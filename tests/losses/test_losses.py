@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -87,11 +88,11 @@ def test_dtd_temperatures_are_the_published_ones_above_the_clamp(
     reference: Reference, temperatures: str, min_temperature: float
 ) -> None:
     student, teacher = reference["student"], reference["teacher"]
-    clamp = {"min_temperature": min_temperature}
+    flsw = partial(dtd_flsw, student, teacher, tau=8, min_temperature=min_temperature)
     ours = {
-        "flsw_tau_beta1_gamma1": lambda: dtd_flsw(student, teacher, tau=8, beta=1, gamma=1, **clamp),
-        "flsw_tau_beta40_gamma2": lambda: dtd_flsw(student, teacher, tau=8, beta=40, gamma=2, **clamp),
-        "cwsm_tau_beta05": lambda: dtd_cwsm(student, teacher, tau=8, beta=0.5, **clamp),
+        "flsw_tau_beta1_gamma1": lambda: flsw(beta=1, gamma=1),
+        "flsw_tau_beta40_gamma2": lambda: flsw(beta=40, gamma=2),
+        "cwsm_tau_beta05": lambda: dtd_cwsm(student, teacher, tau=8, beta=0.5, min_temperature=min_temperature),
     }[temperatures]()
     expected = reference[f"dtd_{temperatures}"].clamp_min(min_temperature)
     assert_all_agree(ours, (expected.unsqueeze(1), expected.unsqueeze(1), expected.square()))
