@@ -90,12 +90,12 @@ def test_what_is_pulled_is_what_was_pushed(cloud: str, tmp_path: Path, request: 
     url = f"{request.getfixturevalue(cloud)}/teams/a/teacher.kdcache"
     with pytest.raises(UsageError, match="there is no cache at"):
         open_cache(url)
-    first, again = push(GOLDEN, url), push(GOLDEN, url)
+    first, again = push(DENSE, url), push(DENSE, url)
     assert (first.kept, again.files) == (0, 0)
     pulled = pull(url, tmp_path / "pulled", digest=first.digest)
-    for path in GOLDEN.rglob("*"):
+    for path in DENSE.rglob("*"):
         if path.is_file():
-            assert (tmp_path / "pulled" / path.relative_to(GOLDEN)).read_bytes() == path.read_bytes()
+            assert (tmp_path / "pulled" / path.relative_to(DENSE)).read_bytes() == path.read_bytes()
     assert open_cache(url).manifest == pulled.manifest
 
 

@@ -37,7 +37,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache, and a home of its own."""
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
-    return Path(shutil.copytree(GOLDEN, tmp_path / "www" / "c"))
+    return Path(shutil.copytree(DENSE, tmp_path / "www" / "c"))
 
 
 def test_a_signature_is_of_whom_it_says(cache: Path, keys: Path) -> None:

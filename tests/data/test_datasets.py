@@ -153,7 +153,7 @@ def ids_of(samples: Samples) -> list[int]:
 def test_held_out_splits_are_disjoint_whole_and_always_the_same(
     count: int, validation: float, test: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    spec = counted(tmp_path_factory.getbasetemp() / "c.npz", count, validation=validation, test=test)
+    spec = counted(tmp_path_factory.getbasetemp() / "c.npz", count, validation_fraction=validation, test_fraction=test)
     expected = ids_held_out(count, validation, test)
     for split in SPLITS:
         if expected[split]:

@@ -19,6 +19,7 @@ from kdcache.data.datasets import load_split
 from kdcache.data.images import ArrayImages, map_images
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models.small import SmallMLP
+from kdcache.train import sweep as sweep_module
 from kdcache.train.sweep import Point, combinations, sweep
 
 RECIPE = ROOT / "pipelines" / "digits.yaml"
@@ -154,7 +155,7 @@ def test_interrupted_it_keeps_what_is_trained(
     cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
-    original = kdcache.sweep._found
+    original = sweep_module._found
 
     def interrupted(job: Any) -> object:
         trained.append("")
