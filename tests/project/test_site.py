@@ -29,7 +29,7 @@ FORBIDDEN = [
     r"\b(go|goes|going|gone) on\b",  # resume, continue
     r"\b(?:bytes|images?|rows?|seeds?|students?|labels?|markers?|samples?|names?|steps?|files?) a "
     r"(?:row|step|second|loss|class|view|shard|sample|image|epoch|seed|batch|combination|machine|chunk|line)\b",  # per
-    r"(?<!there )\b(?:is|are) no(?:ne)?\b(?! (?:longer|closer|larger|smaller|slower))(?! image larger)",  # is not a
+    r"(?<!there )\b(?:is|are) no(?:ne)?\b(?! (?:longer|closer|larger|smaller|slower))",  # is not a
     r"\bbut for\b",  # up to, except
     r"\bnothing but\b",
     r"\bmend(?:s|ed|ing)?\b",  # fix
