@@ -13,17 +13,18 @@ from kdcache.config.yaml_lines import Place, override, read_yaml, refusal
 from kdcache.errors import UsageError
 
 
-def load_pipeline(path: Path, overrides: Sequence[str] = (), loss: str | None = None) -> Pipeline:
+def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | None = None) -> Pipeline:
     """Read a pipeline file, apply `KEY=VALUE` overrides, and check all of it.
 
     Args:
         path: the YAML file.
         overrides: such as `student.train.epochs=5`; the value is read as YAML.
-        loss: name of a loss; where the file's is another, its options go with it.
+        loss: name of a loss that replaces the file's; the options of another loss in the file are then dropped.
 
     Raises:
         UsageError: with every problem of the file and of the overrides, each with its line or its `--set`.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -14,7 +14,8 @@ from pydantic import Field, field_validator
 from kdcache.config.section import Section
 from kdcache.config.yaml_lines import write_yaml
 from kdcache.errors import UsageError
-from kdcache.losses.config import Loss, NotNegative, Positive
+from kdcache.losses.config import Loss
+from kdcache.losses.options import NotNegative, Positive
 
 Count = Annotated[int, Field(ge=1)]
 

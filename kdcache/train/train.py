@@ -17,7 +17,6 @@ from kdcache.data.transforms import is_random, transform_for_evaluation
 from kdcache.data.views import View, seeded
 from kdcache.errors import UsageError
 from kdcache.losses import Loss
-from kdcache.losses.config import Truncation
 from kdcache.models import build_model
 from kdcache.models.checks import try_network
 from kdcache.models.evaluate import SplitScore, evaluate
@@ -250,8 +249,8 @@ def _check_loss(loss: Loss, train: View, progress: Progress) -> None:
             f"{loss.acts_on_label} acts on the one true class of an image, and {train.transform[-1]} mixes two images",
             "take a loss without ka, lsr, dkd, pld and ofa, such as kd or dtkd, or a cache of views that are not mixed",
         )
-    top = loss.adjustment.top if isinstance(loss.adjustment, Truncation) else 0
-    if top >= train.samples.num_classes:
+    top = loss.adjustment.classes_kept
+    if top is not None and top >= train.samples.num_classes:
         raise UsageError(
             f"truncation to the top {top} would cut nothing off: {train.samples.name} has "
             f"{train.samples.num_classes} classes",
