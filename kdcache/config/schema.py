@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdcache.config.section import Section
 from kdcache.config.yaml_lines import write_yaml
 from kdcache.errors import UsageError
 from kdcache.losses.config import Loss
 from kdcache.losses.options import NotNegative, Positive
+from kdcache.runtime.user_code import is_user_code, trust
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -30,19 +31,41 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Transform = list[dict[str, dict[str, Any]]]
 
 
+def step_names(steps: Any) -> Iterator[str]:
+    """Yield the names of all steps of a transform, including those inside other steps."""
+    for step in steps if isinstance(steps, list) else []:
+        for name, arguments in step.items() if isinstance(step, dict) else []:
+            yield name
+            yield from step_names(arguments.get("transforms") if isinstance(arguments, dict) else None)
+
+
+DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz")
+
+
 class DatasetSpec(Section):
     """Where the images and labels come from (`datasets.py`)."""
 
-    name: Literal["digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz"]
-    """Which data set."""
+    name: str
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz` or `path/file.py:function`."""
     root: str | None = None
     """Folder of the data set, or for `npz` the file; relative to the current folder."""
+    args: dict[str, Any] = Field(default={})
+    """Keyword arguments of the function, if `name` is `path/file.py:function`."""
     validation_fraction: Fraction = 0.1
-    """Part of the training images held out for model selection, where the set has no validation split of its own."""
+    """Fraction of the training images held out for model selection, if the set has no validation split of its own."""
     test_fraction: Fraction = 0.1
-    """Part of the images held out for the final test, where the set has no test split of its own."""
+    """Fraction of the training images held out for the final test, if the set has no test split of its own."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in DATASETS and not is_user_code(name):
+            raise ValueError(f"Input should be {', '.join(map(repr, DATASETS))} or path/file.py:function")
+        return name
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.args and not is_user_code(self.name):
+            yield ("args", "name"), f"are for path/file.py:function, and {self.name} takes none"
         if self.name in ("image-folder", "npz") and self.root is None:
             yield ("root", "name"), f"is needed for {self.name}"
         if self.name == "digits" and self.root is not None:
@@ -270,6 +293,13 @@ class Pipeline(Section):
             given = {"ensemble": given}
         several = isinstance(given, dict) and not given.keys().isdisjoint(EnsembleSpec.model_fields)
         return (EnsembleSpec if several else TeacherSpec).model_validate(given)
+
+    @model_validator(mode="after")
+    def _trust_own_code(self) -> Pipeline:
+        own = self.student.transform if self.student is not None else None
+        for transform in (self.transform, self.eval_transform, own):
+            trust(step_names(transform))
+        return self
 
     @property
     def members(self) -> list[TrainedSpec]:

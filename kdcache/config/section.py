@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from kdcache.config.yaml_lines import Place
+from kdcache.config.yaml_lines import Place, refusal
+from kdcache.errors import UsageError
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -43,3 +46,32 @@ class Section(BaseModel):
             details = [InitErrorDetails(type=PydanticCustomError(a, b), loc=c, input=None) for a, b, c in problems]
             raise ValidationError.from_exception_data(cls.__name__, details)
         return section
+
+
+def validated(section: type[S], given: Any, what: str) -> S:
+    """Return a section made of plain values, such as the keyword arguments of a call.
+
+    Args:
+        section: its type.
+        given: a mapping, as a pipeline file would have it.
+        what: the thing that it describes, for error messages.
+
+    Raises:
+        UsageError: with everything that is wrong.
+    """
+    try:
+        return section.model_validate(given)
+    except ValidationError as error:
+        raise _refused(error, section, given, what) from None
+
+
+def _refused(error: ValidationError, section: type[BaseModel], given: Any, what: str) -> UsageError:
+    places = dict.fromkeys(_places(given), "")
+    return refusal(error, places, "", section.model_fields, what, "correct each of them; docs/PIPELINES.md lists them")
+
+
+def _places(given: Any, place: Place = ()) -> Iterator[Place]:
+    """Yield the path of every value in a mapping."""
+    for key, value in given.items() if isinstance(given, dict) else ():
+        yield (*place, key)
+        yield from _places(value, (*place, key))

@@ -124,14 +124,23 @@ def override(data: dict[str, Any], given: str, places: dict[Place, str]) -> None
 _IN_OUR_WORDS = {"extra_forbidden": "unknown key", "missing": "is required", "model_type": "must have keys of its own"}
 
 
-def refusal(error: ValidationError, places: dict[Place, str], source: str, known: Collection[str]) -> UsageError:
+def refusal(
+    error: ValidationError,
+    places: dict[Place, str],
+    source: str,
+    known: Collection[str],
+    what: str = "the pipeline",
+    fix: str = "correct each of them; docs/PIPELINES.md lists the keys",
+) -> UsageError:
     """Everything that pydantic found wrong, each with its place.
 
     Args:
         error: what it found; its own type `combination` is of keys that cannot stand together.
         places: where each value came from.
         source: the file, for what has no place in it.
-        known: keys that a misspelt one may be meant for.
+        known: keys that a misspelled one may be meant for.
+        what: the thing that has the problems.
+        fix: the remedy.
     """
     found: dict[Place, list[str]] = {}
     of_another_type: set[Place] = set()
@@ -158,6 +167,7 @@ def refusal(error: ValidationError, places: dict[Place, str], source: str, known
         if written in outer & of_another_type:
             continue
         where = places.get(written) or places.get(written[:-1], source)
-        problems.append(": ".join([where, *filter(None, [".".join(map(str, written))]), " or ".join(messages)]))
-    what = "\n  ".join([f"{len(problems)} problem{'s'[: len(problems) - 1]} in the pipeline:", *problems])
-    return UsageError(what, "mend each of them; docs/PIPELINES.md lists the keys")
+        parts = [where, ".".join(map(str, written)), " or ".join(messages)]
+        problems.append(": ".join(part for part in parts if part))
+    heading = f"{len(problems)} problem{'s'[: len(problems) - 1]} in {what}:"
+    return UsageError("\n  ".join([heading, *problems]), fix)

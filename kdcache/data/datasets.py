@@ -17,11 +17,12 @@ from torchvision import datasets as tv
 
 from kdcache.config.schema import DatasetSpec, Transform
 from kdcache.data.images import ArrayImages, FileImages
-from kdcache.data.samples import Samples, check_labels
+from kdcache.data.samples import Samples, Split, check_labels
+from kdcache.data.user_dataset import load_user_split, user_samples
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.runtime.package_data import package_data
+from kdcache.runtime.user_code import is_user_code
 
-Split = Literal["train", "validation", "test"]
 MOST_CHANNELS = 4
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -50,7 +51,9 @@ def photograph_transform(
 
 
 def _lacking(spec: DatasetSpec) -> list[Split]:
-    """The splits that a set does not have of its own."""
+    """Return the splits that a set does not have of its own."""
+    if is_user_code(spec.name):
+        return [split for split in SPLITS if load_user_split(spec, split) is None]
     if spec.name in ("imagenet", "image-folder"):
         return [split for split, folder in _folders(spec).items() if folder is None]
     own: dict[str, tuple[Split, ...]] = {"digits": SPLITS, "cifar10": ("train", "test"), "cifar100": ("train", "test")}
@@ -224,6 +227,16 @@ def _class_names(path: Path, names: npt.NDArray[Any] | None, labels: npt.NDArray
     return tuple(str(label) for label in range(largest + 1))
 
 
+def _user(spec: DatasetSpec, split: Split) -> Samples:
+    dataset = load_user_split(spec, split)
+    train = dataset if split == "train" else load_user_split(spec, "train")
+    assert train is not None, "checked by load_user_split"  # noqa: S101  # for the types
+    if split != "train" and dataset is not None:
+        return user_samples(spec, split, dataset, train, None)
+    ids = _share(len(train), split, spec)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
+    return user_samples(spec, split, train, train, ids)
+
+
 _READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {
     "digits": _digits,
     "cifar10": _cifar,
@@ -240,7 +253,7 @@ def load_split(spec: DatasetSpec, split: Split) -> Samples:
     Raises:
         KdcacheError: where the set is not there or not well, with what to put where.
     """
-    return _READERS[spec.name](spec, split)
+    return (_user if is_user_code(spec.name) else _READERS[spec.name])(spec, split)
 
 
 def load_held_out(spec: DatasetSpec, split: Literal["validation", "test"]) -> Samples | None:

@@ -11,17 +11,20 @@ import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from kdcache.config.schema import Transform
+from kdcache.config.schema import Transform, step_names
 from kdcache.data.content_keys import keep_keys, kept_keys
 from kdcache.data.images import Images, ItemImages
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
+from kdcache.runtime.user_code import trust
+
+Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -136,13 +139,23 @@ def wrap(
     names = tuple(str(c) for c in (range(num_classes) if class_names is None else class_names))
     if len(names) != num_classes:
         raise MismatchError(f"{len(names)} class names for {num_classes} classes", "give one name a class")
+    labels = labels_of(dataset)
+    check_labels(labels, num_classes, f"{name}/{split}")
+    trust(step_names(transform))
+    return Samples(name, split, ItemImages(dataset, len(labels)), labels.astype(np.int32), names, transform or [])
+
+
+def labels_of(dataset: Dataset[Any]) -> npt.NDArray[np.integer[Any]]:
+    """Return the labels of a map-style data set of (image, label) pairs, [N].
+
+    Raises:
+        UsageError: if it has no length, or an item is not such a pair.
+    """
     try:
         length = len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
     except TypeError:
         raise UsageError(f"{type(dataset).__name__} has no length", "give a map-style data set") from None
-    labels = np.array([_label(dataset[index], index) for index in range(length)])
-    check_labels(labels, num_classes, f"{name}/{split}")
-    return Samples(name, split, ItemImages(dataset, length), labels.astype(np.int32), names, transform or [])
+    return np.array([_label(dataset[index], index) for index in range(length)])
 
 
 def _label(item: Any, index: int) -> int:

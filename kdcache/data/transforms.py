@@ -1,20 +1,28 @@
-"""Transforms as data: lists of names and arguments of `torchvision.transforms.v2`, and what can be said of them."""
+"""Transforms as data: lists of steps, each a name of `torchvision.transforms.v2` with its arguments.
+
+A step may also be `path/file.py:function`: a function `(image, **arguments) -> image`, or a class that is built with
+the arguments and called on an image. It counts as random unless it has an attribute `deterministic = True`.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
 from kdcache.cache.format.recorded_views import CROP, ELSEWHERE, recorded
-from kdcache.config.schema import Transform
-from kdcache.data.mixing import MIXINGS, split_mixing, step_names
+from kdcache.config.schema import Transform, step_names
+from kdcache.data.mixing import MIXINGS, split_mixing
 from kdcache.data.transform_limits import Bounded, check_steps
 from kdcache.errors import UsageError
+from kdcache.runtime import user_code
 
 # What torchvision has that draws no random number. A name that is not here is taken to draw some: its images are then
 # made one by one from their own seeds, which is right for every transform and only slower for one that is fixed.
@@ -28,8 +36,25 @@ NOT_BATCHED = {"ToPILImage", "UniformTemporalSubsample"}
 
 
 def is_random(transform: Transform) -> bool:
-    """Whether a transform may draw random numbers."""
-    return not _FIXED.issuperset(name for step in transform for name in step)
+    """Whether a transform may draw random numbers.
+
+    Raises:
+        UsageError: for a step of the user that cannot be loaded.
+    """
+    return any(_may_draw(name) for step in transform for name in step)
+
+
+def _may_draw(name: str) -> bool:
+    # Code that only a cache names is not run to find out.
+    if user_code.is_user_code(name) and user_code.is_trusted(name):
+        return getattr(load_step(name).target, "deterministic", False) is not True
+    return name not in _FIXED
+
+
+def is_batched(transform: Transform) -> bool:
+    """Whether the steps give the same images for a whole batch as for one image at a time."""
+    names = [name for step in transform for name in step]
+    return not is_random(transform) and not any(name in NOT_BATCHED or user_code.is_user_code(name) for name in names)
 
 
 def is_drawn(transform: Transform) -> bool:
@@ -85,6 +110,8 @@ def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
             f"the step {step!r} of a transform is not one name with its arguments", "write it as - NAME: {KEY: VALUE}"
         )
     ((name, arguments),) = step.items()
+    if user_code.is_user_code(name):
+        return UserStep(name, arguments)
     kind = MIXINGS.get(name, vars(v2).get(name))
     if name in (CROP, ELSEWHERE):
         raise UsageError(f"{name} can only be the first step of a transform", "put it at the beginning, once")
@@ -117,3 +144,67 @@ def _argument(key: str, value: Any) -> Any:
     if key == "transforms" and isinstance(value, list):
         return [_step(step) for step in value]
     return value
+
+
+_SIGNATURE = "function(image, **arguments) -> image, or a class built with the arguments whose instances take an image"
+
+
+def load_step(reference: str) -> user_code.UserCode:
+    """Return the function or class of a step `path/file.py:function`.
+
+    Raises:
+        UsageError: if only a cache names it, or it cannot be loaded.
+    """
+    if not user_code.is_trusted(reference):
+        raise UsageError(
+            f"the transform of this cache runs {reference}, code that is not part of the cache",
+            "if you have that file and trust it, give the transform of the cache yourself: `transform` in the "
+            "pipeline, or CachedDataset(..., transform=...)",
+        )
+    return user_code.load(reference, "transform step", _SIGNATURE)
+
+
+def code_digests(transform: Transform) -> dict[str, str]:
+    """Return the sha256 of the file of each step of the user's own, by its name."""
+    return {name: user_code.digest_of(name) for name in step_names(transform) if user_code.is_user_code(name)}
+
+
+class UserStep:
+    """A step from a file of the user. It can be sent to worker processes, which load the file again.
+
+    Raises:
+        UsageError: if it cannot be loaded or built, raises, or returns anything but an image.
+    """
+
+    def __init__(self, reference: str, arguments: dict[str, Any]) -> None:
+        self.reference, self.arguments = reference, arguments
+        self.code = load_step(reference)
+        self._built: Callable[..., Any] | None = None
+        if inspect.isclass(self.code.target):
+            self._built = self.code(**arguments)
+            if not callable(self._built):
+                raise self.code.mistake("makes objects that cannot be called on an image")
+        else:
+            self.code.check_arguments(None, **arguments)
+
+    def __call__(self, image: Any) -> Any:
+        """Return the image that the step makes of an image: a tensor [channels, H, W] or a PIL image."""
+        if self._built is None:
+            result = self.code(image, **self.arguments)
+        else:
+            result = replace(self.code, target=self._built)(image)
+        if isinstance(result, Image.Image) or (isinstance(result, Tensor) and result.ndim == 3):
+            return result
+        shape = f" {list(result.shape)}" if isinstance(result, Tensor) else ""
+        raise self.code.mistake(
+            f"returned a {type(result).__name__}{shape}, not a tensor [channels, H, W] or PIL image"
+        )
+
+    def __reduce__(self) -> Any:
+        return _in_worker, (self.reference, self.arguments)
+
+
+def _in_worker(reference: str, arguments: dict[str, Any]) -> UserStep:
+    """Build a step in a process that was started by one that was allowed to."""
+    user_code.trust([reference])
+    return UserStep(reference, arguments)

@@ -147,14 +147,14 @@ class Loss(BaseModel):
             return None
         if self.temperature.needs_level:
             return f"the temperature {self.temperature.kind}"
-        return f"the divergence {self.divergence.kind}" if self.divergence.needs_level else None
+        return self.divergence.described("needs_level") if self.divergence.needs_level else None
 
     @property
     def acts_on_label(self) -> str | None:
         """The adjustment or divergence that acts on the one true class of an image; None if neither does."""
         if self.adjustment.acts_on_label:
             return f"the adjustment {self.adjustment.kind}"
-        return f"the divergence {self.divergence.kind}" if self.divergence.acts_on_label else None
+        return self.divergence.described("acts_on_label") if self.divergence.acts_on_label else None
 
 
 def _options_of_function(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,10 @@ class CustomDivergence(DivergenceOptions):
             raise ValueError(f"{self.function} is not loaded: make the loss with kdcache.loss")
         return partial(self._loaded, **self.options)
 
+    def described(self, trait: str) -> str:
+        """Return what the function is called in a message about one of its traits, and how it denies the trait."""
+        return f"the function {self.function}, unless it has an attribute {trait} = False,"
+
     @property
     def acts_on_label(self) -> bool:  # type: ignore[override]  # a class variable of the other divergences
         """Whether the function treats the one true class of each sample apart."""

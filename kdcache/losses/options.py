@@ -128,3 +128,7 @@ class DivergenceOptions(Options):
     infinite_at_zeros: ClassVar[bool] = False
     positive_between_equals: ClassVar[bool] = False
     needs_constant_temperature: ClassVar[bool] = False
+
+    def described(self, trait: str) -> str:
+        """Return what the divergence is called in a message about one of its traits."""
+        return f"the divergence {self.kind}"

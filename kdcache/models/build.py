@@ -13,8 +13,6 @@ in, by a hook that leaves the network and its state dict as they are.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 from torch import nn
@@ -23,8 +21,11 @@ from kdcache.config.schema import ModelSpec, Transform
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models import cifar, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
-from kdcache.models.construct import construct, place_of
+from kdcache.models.construct import construct
 from kdcache.models.small import SmallCNN, SmallMLP
+from kdcache.runtime import user_code
+
+_SIGNATURE = "function(num_classes=C, **args) -> torch.nn.Module"
 
 
 def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], trained: bool = False) -> nn.Module:
@@ -41,7 +42,7 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
         MismatchError: for weights that do not fit.
     """
     kind, _, name = spec.model.partition(":")
-    if trained and spec.weights is None and not kind.endswith(".py") and not spec.names_weights:
+    if trained and spec.weights is None and not user_code.is_user_code(spec.model) and not spec.names_weights:
         raise UsageError(
             f"the teacher {spec.model} has no weights",
             "make some with `kdcache train-teacher`, and set teacher.weights to the checkpoint "
@@ -57,8 +58,9 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
         model = cifar.build(name, spec, num_classes, shape[0])
     elif kind == "small":
         model = _small(name, spec, num_classes, shape)
-    elif kind.endswith(".py"):
-        model = _from_file(Path(kind), name, spec, num_classes)
+    elif user_code.is_user_code(spec.model):
+        code = user_code.load(spec.model, "model", _SIGNATURE)
+        model = construct(code.target, spec, num_classes=num_classes)
     else:
         raise UsageError(
             f"unknown model {spec.model!r}",
@@ -119,27 +121,3 @@ def _small(name: str, spec: ModelSpec, num_classes: int, shape: tuple[int, int, 
         sizes = {"channels": channels, "height": height, "width_of_image": width}
         return construct(SmallMLP, spec, num_classes=num_classes, **sizes)
     raise UsageError(f"there is no small network {name!r}", "take small:cnn or small:mlp")
-
-
-def _from_file(path: Path, function: str, spec: ModelSpec, num_classes: int) -> nn.Module:
-    if not path.is_file():
-        raise UsageError(
-            f"there is no file {path} for the model {spec.model!r}", "give its path from the current folder"
-        )
-    module_spec = importlib.util.spec_from_file_location(f"kdcache_model_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UsageError(f"{path} is not a Python file", "write the model as path/file.py:function")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_spec.name]
-        raise UsageError(
-            f"{path} cannot be run: {type(error).__name__}: {error} ({place_of(error)})", "mend that file"
-        ) from error
-    make = getattr(module, function, None)
-    if not callable(make):
-        names = [name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")]
-        raise UsageError(f"{path} has no function {function!r}", f"it has: {', '.join(names) or 'none'}")
-    return construct(make, spec, num_classes=num_classes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from kdcache.config.schema import ModelSpec
 from kdcache.errors import KdcacheError, MismatchError, UsageError
+from kdcache.runtime import user_code
 
 SMALLEST_SIDE = 32
 """Side, in pixels, up to which images are enlarged for the networks of libraries: their strides want large ones."""
@@ -28,20 +28,12 @@ def construct(make: Callable[..., Any], spec: ModelSpec, **arguments: Any) -> nn
         raise
     except Exception as error:
         raise UsageError(
-            f"{spec.model} cannot be built: {type(error).__name__}: {error} ({place_of(error)})",
+            f"{spec.model} cannot be built: {type(error).__name__}: {error} ({user_code.place_of(error)})",
             "correct the `args:` of the model, or the function that makes it",
         ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{spec.model} returned a {type(model).__name__}", "let it return a torch.nn.Module")
     return model
-
-
-def place_of(error: BaseException) -> str:
-    """The line that raised an error."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}"
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.filename}:{last.lineno}"
 
 
 def check_channels(spec: ModelSpec, images: int, network: int = 3) -> None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kdcache.cache.format.integrity import record_of
 from kdcache.config.schema import EnsembleSpec, Pipeline, TrainedSpec, Transform
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
@@ -23,6 +22,7 @@ from kdcache.models import (
     read_groups,
     record_of_groups,
 )
+from kdcache.runtime import user_code
 from kdcache.runtime.progress import Progress, Silent
 
 
@@ -89,8 +89,7 @@ def _load(
     if remark := compare_names(spec, groups, samples.class_names):
         progress.say(remark)
     model = build_model(spec, outputs, shape, trained=True)
-    path, _, _ = spec.model.partition(":")
-    code = f"sha256:{record_of(Path(path)).sha256}" if path.endswith(".py") else None
+    code = user_code.digest_of(spec.model) if user_code.is_user_code(spec.model) else None
     # Of a teacher from a file the name is kept, not where the file lay on this machine.
     identity = TeacherIdentity(spec.model.rpartition("/")[2], _without_folders(arguments), code)
     return (model if groups is None else ChosenOutputs(model, outputs, groups)), identity

@@ -12,6 +12,7 @@ from torch import nn
 
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
+from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec
 from kdcache.data.transforms import is_random, transform_for_evaluation
 from kdcache.data.views import View, seeded
@@ -157,7 +158,7 @@ def _train(
     device: torch.device | str,
     progress: Progress,
 ) -> Result:
-    samples = inputs.samples
+    samples, loss = inputs.samples, load_function(loss)
     train, views, teacher = _seen(spec, loss, inputs, progress)
     if not loss.uses_teacher and not bool((train.labels >= 0).any()):
         raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
@@ -181,6 +182,7 @@ def _train(
         "device": torch_device.type,
         # The order of the images is another one where rows are read as a stream.
         "streamed": "stream" in inputs.record.get("placement", []),
+        **({"code": code} if (code := code_digest(loss)) else {}),
     }
     with (
         run_folder(out, used, begun_with, spec.train.trackers) as run,

@@ -217,7 +217,7 @@ def test_every_problem_of_a_pipeline_in_one_message(tmp_path: Path) -> None:
         (2, "cannot be built", "teacher.args={depth: 16}"),
         (2, "has no transform 'Blur'", "transform=[{Blur: {}}]"),
         (2, "uint8 images", "transform=[{ToImage: {}}]"),
-        (2, "there is no file nowhere.py", "teacher.model=nowhere.py:teacher"),
+        (2, "file not found: nowhere.py", "teacher.model=nowhere.py:teacher"),
         (2, "there is no folder", "dataset={name: image-folder, root: nowhere}"),
     ],
 )

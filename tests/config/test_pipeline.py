@@ -98,7 +98,9 @@ ensembles = st.builds(
 )
 pipelines = st.builds(
     Pipeline,
-    dataset=st.builds(DatasetSpec, name=st.just("npz"), root=text, validation=fraction, test=fraction),
+    dataset=st.builds(
+        DatasetSpec, name=st.just("npz"), root=text, validation_fraction=fraction, test_fraction=fraction
+    ),
     transform=st.none()
     | st.lists(st.dictionaries(word, st.dictionaries(word, value, max_size=2), max_size=2), max_size=2),
     teacher=st.none() | st.builds(TeacherSpec, **models) | st.builds(TeacherSpec, **chosen) | ensembles,
@@ -224,7 +226,7 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
     assert sorted(found) == sorted(
         [
             "mine.yaml:3: dataset.root: digits comes with kdcache and has no root",
-            "mine.yaml:4: dataset.validation_fraction: 0.6 and test 0.5 leave nothing to train on",
+            "mine.yaml:4: dataset.validation_fraction: 0.6 and test_fraction 0.5 leave nothing to train on",
             "mine.yaml:6: dataset.color: unknown key",
             "mine.yaml:7: transform.1.Resize: Input should be a valid dictionary",
             "mine.yaml:8: teacher.model: is required",

@@ -27,9 +27,9 @@ from torchvision import datasets as tv
 
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.config.schema import DatasetSpec, Transform
-from kdcache.data.datasets import SPLITS, Split, load_held_out, load_split
+from kdcache.data.datasets import SPLITS, load_held_out, load_split
 from kdcache.data.images import ArrayImages, FileImages
-from kdcache.data.samples import Samples, check_same_samples, wrap
+from kdcache.data.samples import Samples, Split, check_same_samples, wrap
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.package_data import package_data
@@ -136,7 +136,7 @@ def npz(path: Path, **arrays: Array) -> DatasetSpec:
     return DatasetSpec(name="npz", root=str(path))
 
 
-def counted(path: Path, count: int, **spec: float) -> DatasetSpec:
+def counted(path: Path, count: int, **spec: Any) -> DatasetSpec:
     """A set of `count` one-pixel images; the id of each is written into its two channels."""
     ids = np.arange(count)
     npz(path, images=np.stack([ids % 256, ids // 256], axis=-1).astype(np.uint8).reshape(-1, 1, 1, 2), labels=ids % 3)
@@ -153,7 +153,7 @@ def ids_of(samples: Samples) -> list[int]:
 def test_held_out_splits_are_disjoint_whole_and_always_the_same(
     count: int, validation: float, test: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    spec = counted(tmp_path_factory.getbasetemp() / "c.npz", count, validation=validation, test=test)
+    spec = counted(tmp_path_factory.getbasetemp() / "c.npz", count, validation_fraction=validation, test_fraction=test)
     expected = ids_held_out(count, validation, test)
     for split in SPLITS:
         if expected[split]:

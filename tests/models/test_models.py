@@ -416,10 +416,14 @@ def test_a_function_in_a_file_makes_the_network(tmp_path: Path) -> None:
         (
             "import nothing_of_that_name",
             r"net.py cannot be run: ModuleNotFoundError: .*nothing_of.* \(.*net.py:1\)",
-            "mend",
+            "correct that file",
         ),
-        ("x = 1\ndef make(:", r"net.py cannot be run: SyntaxError: .*net.py, line 2.* \(.*net.py:2\)", "mend"),
-        ("x = {}\nx['a']", r"net.py cannot be run: KeyError: 'a' \(.*net.py:2\)", "mend"),
+        (
+            "x = 1\ndef make(:",
+            r"net.py cannot be run: SyntaxError: .*net.py, line 2.* \(.*net.py:2\)",
+            "correct that file",
+        ),
+        ("x = {}\nx['a']", r"net.py cannot be run: KeyError: 'a' \(.*net.py:2\)", "correct that file"),
     ],
 )
 def test_a_file_that_makes_no_network_is_refused(text: str, words: str, fix: str, tmp_path: Path) -> None:
@@ -443,7 +447,7 @@ def test_a_function_in_a_file_may_use_our_own_errors(tmp_path: Path) -> None:
 
 
 def test_a_file_or_function_that_is_not_there_is_named(tmp_path: Path) -> None:
-    refused(UsageError, f"there is no file {tmp_path}/no.py", network, f"{tmp_path}/no.py:make")
+    refused(UsageError, f"file not found: {tmp_path}/no.py, of the model", network, f"{tmp_path}/no.py:make")
     path = python(tmp_path, "def make(num_classes): pass")
     refused(UsageError, "has no function ''", network, path)
 
