@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 from torchvision import datasets as tv
 
 from kdcache.config.schema import DatasetSpec, Transform
+from kdcache.config.section import validated
 from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.samples import Samples, Split, check_labels
 from kdcache.data.user_dataset import load_user_split, user_samples
@@ -237,6 +238,14 @@ def _user(spec: DatasetSpec, split: Split) -> Samples:
     return user_samples(spec, split, train, train, ids)
 
 
+def _spec_of(dataset: str | Mapping[str, Any] | DatasetSpec, given: Mapping[str, Any]) -> DatasetSpec:
+    """Return the `dataset` section that a name or mapping and further options stand for."""
+    if isinstance(dataset, DatasetSpec):
+        return dataset.model_copy(update=given)
+    named = {"name": dataset} if isinstance(dataset, str) else dict(dataset)
+    return validated(DatasetSpec, {**named, **given}, "the data set")
+
+
 _READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {
     "digits": _digits,
     "cifar10": _cifar,
@@ -247,12 +256,36 @@ _READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {
 }
 
 
-def load_split(spec: DatasetSpec, split: Split) -> Samples:
-    """One split of a named data set.
+def load_split(
+    dataset: str | Mapping[str, Any] | DatasetSpec,
+    split: Split,
+    *,
+    root: str | Path | None = None,
+    validation_fraction: float | None = None,
+    test_fraction: float | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> Samples:
+    """Return one split of a named data set, such as `kdcache.load_split("digits", "train")`.
+
+    Args:
+        dataset: `digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz` or `path/file.py:function`; or a
+            mapping with the keys of the `dataset` section of a pipeline file.
+        split: "train", "validation" or "test".
+        root: folder of the data set, or for `npz` the file; `data/NAME` if not given.
+        validation_fraction: fraction of the training images held out if the set has no validation split; 0.1 if not
+            given.
+        test_fraction: fraction held out if the set has no test split; 0.1 if not given.
+        args: keyword arguments of the function, if `dataset` is `path/file.py:function`.
 
     Raises:
-        KdcacheError: where the set is not there or not well, with what to put where.
+        UsageError: for a name, a split or an option that is not known.
+        KdcacheError: if the data is not found or cannot be read; the message says what to put where.
     """
+    given = {"root": root and str(root), "validation_fraction": validation_fraction, "test_fraction": test_fraction}
+    given["args"] = None if args is None else dict(args)  # type: ignore[assignment]  # each key has a type of its own
+    spec = _spec_of(dataset, {key: value for key, value in given.items() if value is not None})
+    if split not in SPLITS:
+        raise UsageError(f"there is no split {split!r}", f"use one of {', '.join(SPLITS)}")
     return (_user if is_user_code(spec.name) else _READERS[spec.name])(spec, split)
 
 

@@ -145,6 +145,46 @@ def wrap(
     return Samples(name, split, ItemImages(dataset, len(labels)), labels.astype(np.int32), names, transform or [])
 
 
+def as_samples(data: Samples | Dataset[Any]) -> Samples:
+    """Return samples as they are, and any other data set of (image, label) pairs wrapped.
+
+    Raises:
+        KdcacheError: if it is no such data set, or its classes are not clear; see `wrap` and `class_names`.
+    """
+    if isinstance(data, Samples):
+        return data
+    names = class_names(data, type(data).__name__)
+    return wrap(data, len(names), class_names=names)
+
+
+def class_names(dataset: Dataset[Any], where: str) -> Sequence[str]:
+    """Return the attribute `classes` of a data set, or the numbers up to its largest label.
+
+    Args:
+        dataset: of (image, label) pairs.
+        where: its name, for error messages.
+
+    Raises:
+        UsageError: if `classes` is not a sequence of names.
+        MismatchError: if there is none, and labels are so large that most classes would have no sample.
+    """
+    names = getattr(dataset, "classes", None)
+    if names is not None:
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise UsageError(
+                f"the attribute `classes` of {where} is a {type(names).__name__}", "make it a list of names"
+            )
+        return [str(name) for name in names]
+    labels = labels_of(dataset)
+    largest = int(labels.max(initial=0))
+    if largest >= max(len(labels), 2):
+        raise MismatchError(
+            f"{where} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",
+            "correct the labels, or give the data set an attribute `classes` with the name of each class",
+        )
+    return [str(label) for label in range(largest + 1)]
+
+
 def labels_of(dataset: Dataset[Any]) -> npt.NDArray[np.integer[Any]]:
     """Return the labels of a map-style data set of (image, label) pairs, [N].
 

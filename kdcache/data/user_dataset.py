@@ -6,7 +6,6 @@ map-style data set of (image, label) pairs, or None for a split that the set doe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset, Subset
 
 from kdcache.config.schema import DatasetSpec
-from kdcache.data.samples import Samples, Split, labels_of, wrap
-from kdcache.errors import MismatchError, UsageError
+from kdcache.data.samples import Samples, Split, class_names, wrap
 from kdcache.runtime import user_code
 
 _SIGNATURE = "function(split, root=None, **args) -> a Dataset of (image, label) pairs, or None for a missing split"
@@ -56,27 +54,3 @@ def user_samples(
     name = spec.name.rpartition("/")[2]  # as of a teacher from a file: not where it is on this machine
     classes = class_names(train, f"{spec.name} ({split})")
     return wrap(part, len(classes), name, split, class_names=classes)
-
-
-def class_names(train: Dataset[Any], where: str) -> Sequence[str]:
-    """Return the attribute `classes` of a data set, or the numbers up to its largest label.
-
-    Raises:
-        UsageError: if `classes` is not a sequence of names.
-        MismatchError: if there is none, and labels are so large that most classes would have no sample.
-    """
-    names = getattr(train, "classes", None)
-    if names is not None:
-        if isinstance(names, str) or not isinstance(names, Sequence):
-            raise UsageError(
-                f"the attribute `classes` of {where} is a {type(names).__name__}", "make it a list of names"
-            )
-        return [str(name) for name in names]
-    labels = labels_of(train)
-    largest = int(labels.max(initial=0))
-    if largest >= max(len(labels), 2):
-        raise MismatchError(
-            f"{where} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",
-            "correct the labels, or give the data set an attribute `classes` with the name of each class",
-        )
-    return [str(label) for label in range(largest + 1)]

@@ -13,11 +13,14 @@ in, by a hook that leaves the network and its state dict as they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from kdcache.config.schema import ModelSpec, Transform
+from kdcache.config.section import validated
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models import cifar, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
@@ -28,19 +31,25 @@ from kdcache.runtime import user_code
 _SIGNATURE = "function(num_classes=C, **args) -> torch.nn.Module"
 
 
-def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], trained: bool = False) -> nn.Module:
-    """The network that a pipeline file names, on the CPU.
+def build_model(
+    model: str | Mapping[str, Any] | ModelSpec,
+    num_classes: int,
+    shape: tuple[int, int, int],
+    trained: bool = False,
+) -> nn.Module:
+    """Return a network by name, such as `small:cnn`, on the CPU.
 
     Args:
-        spec: name, constructor arguments, and weights.
+        model: its name, or a mapping with the keys `model`, `args` and `weights` as in a pipeline file.
         num_classes: C, the size of its output.
         shape: (channels, height, width) of the images before the transform.
-        trained: load the weights that `spec` names, and refuse a network that would have random ones.
+        trained: load the weights that `model` names, and refuse a network that would have random ones.
 
     Raises:
-        UsageError: for a name or arguments that cannot be, or weights that are not there.
+        UsageError: for a name or arguments that are not known, or weights that are not found.
         MismatchError: for weights that do not fit.
     """
+    spec = _spec_of(model)
     kind, _, name = spec.model.partition(":")
     if trained and spec.weights is None and not user_code.is_user_code(spec.model) and not spec.names_weights:
         raise UsageError(
@@ -51,16 +60,16 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
     if spec.names_weights:
         _check_named(spec, num_classes, trained)
     if kind == "torchvision":
-        model = from_torchvision.build(name, spec, num_classes, shape[0])
+        network = from_torchvision.build(name, spec, num_classes, shape[0])
     elif kind == "timm":
-        model = from_timm.build(name, spec, num_classes, shape[0])
+        network = from_timm.build(name, spec, num_classes, shape[0])
     elif kind == "cifar":
-        model = cifar.build(name, spec, num_classes, shape[0])
+        network = cifar.build(name, spec, num_classes, shape[0])
     elif kind == "small":
-        model = _small(name, spec, num_classes, shape)
+        network = _small(name, spec, num_classes, shape)
     elif user_code.is_user_code(spec.model):
         code = user_code.load(spec.model, "model", _SIGNATURE)
-        model = construct(code.target, spec, num_classes=num_classes)
+        network = construct(code.target, spec, num_classes=num_classes)
     else:
         raise UsageError(
             f"unknown model {spec.model!r}",
@@ -68,8 +77,14 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
             "small:mlp or path/file.py:function",
         )
     if trained and spec.weights is not None:
-        load_weights(model, Path(spec.weights))
-    return model
+        load_weights(network, Path(spec.weights))
+    return network
+
+
+def _spec_of(model: str | Mapping[str, Any] | ModelSpec) -> ModelSpec:
+    if isinstance(model, ModelSpec):
+        return model
+    return validated(ModelSpec, {"model": model} if isinstance(model, str) else dict(model), "the model")
 
 
 def _check_named(spec: ModelSpec, num_classes: int, trained: bool) -> None:

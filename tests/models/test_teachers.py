@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision import models as tv
 
-from kdcache import CacheSpec, dump_teacher
+from kdcache import dump_teacher
 from kdcache.cli import main
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import ModelSpec, Pipeline
+from kdcache.config.schema import CacheSpec, ModelSpec, Pipeline
 from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.models import (
     ChosenOutputs,
