@@ -33,7 +33,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | N
     data, lines = read_yaml(text, str(path))
     data = data or {}
     if not isinstance(data, dict):
-        raise UsageError(f"{path} holds no sections but a {type(data).__name__}", "see pipelines/digits.yaml")
+        raise UsageError(f"{path} holds a {type(data).__name__}, not sections", "see pipelines/digits.yaml")
     places: dict[Place, str] = {place: f"{path}:{line}" for place, line in lines.items()}
     if loss is not None and (not isinstance(data.get("loss"), dict) or data["loss"].get("name") != loss):
         data["loss"] = {"name": loss}
@@ -47,10 +47,10 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | N
 
 
 def _keys(section: type[BaseModel]) -> set[str]:
-    """Every key of a section and of those inside it."""
-    found = set(section.model_fields)
+    """Return every key of a section and of the sections inside it."""
+    keys = set(section.model_fields)
     for field in section.model_fields.values():
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found |= _keys(kind)
-    return found
+                keys |= _keys(kind)
+    return keys

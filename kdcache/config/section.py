@@ -1,4 +1,4 @@
-"""What every section of a pipeline file is: everything that is wrong with one is found at once."""
+"""The base class of the sections of a pipeline file, which reports all problems at once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """A section of a pipeline file: unknown keys, wrong types and impossible combinations are refused, all at once."""
+    """A section of a pipeline file. Unknown keys, wrong types and invalid combinations are all reported at once."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Keys whose values cannot stand together, and what to say of the first of them."""
+        """Yield the keys of an invalid combination, and the message about the first of them."""
         yield from ()
 
     @model_validator(mode="wrap")
     @classmethod
     def _all_at_once(cls, given: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+        """Validate the section, and check combinations of the valid keys even if others are invalid."""
         problems: list[tuple[Any, Any, Place]] = []
         bad: set[str | int] = set()
         try:
@@ -35,10 +36,9 @@ class Section(BaseModel):
                 raise
             problems = [(one["type"], one["msg"], one["loc"]) for one in error.errors()]
             bad = {loc[0] for _, _, loc in problems}
-            # Combinations of the keys that are well are judged all the same.
-            well = {key: given[key] for key in cls.model_fields if key in given and key not in bad}
-            lacking = {key: "" for key, field in cls.model_fields.items() if field.is_required()}
-            section = cls.model_construct(**{**lacking, **well})
+            valid = {key: given[key] for key in cls.model_fields if key in given and key not in bad}
+            missing = {key: "" for key, field in cls.model_fields.items() if field.is_required()}
+            section = cls.model_construct(**{**missing, **valid})
         for keys, message in section._combinations():
             if bad.isdisjoint(keys):
                 problems.append(("combination", message, keys[:1]))

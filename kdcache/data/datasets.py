@@ -1,4 +1,4 @@
-"""Named data sets, from where the field keeps them, each with its splits."""
+"""Named data sets in their usual layouts, each with its splits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def photograph_transform(
     std: Sequence[float] = (0.229, 0.224, 0.225),
     interpolation: str = "bilinear",
 ) -> Transform:
-    """The center crop that torchvision's ImageNet weights are evaluated with, as data."""
+    """Return the center crop that torchvision's ImageNet weights are evaluated with."""
     return [
         {"Resize": {"size": [resize], "interpolation": interpolation}},
         {"CenterCrop": {"size": crop}},
@@ -62,10 +62,10 @@ def _lacking(spec: DatasetSpec) -> list[Split]:
 
 
 def _share(count: int, split: Split, spec: DatasetSpec) -> npt.NDArray[np.int64]:
-    """The ids of `split` among `count` training images, from which the splits that the set lacks are held out.
+    """Return the ids of `split` among `count` training images, from which the missing splits are held out.
 
-    The order in which they are drawn is that of the hashes of the ids: the same on every machine and for every version
-    of every library, which no generator's permutation promises.
+    They are drawn in the order of the hashes of the ids, which is the same on every machine and with every version of
+    every library, unlike the permutation of a random generator.
     """
     order = sorted(range(count), key=lambda i: hashlib.blake2b(i.to_bytes(8, "little"), digest_size=8).digest())
     start = 0
@@ -81,7 +81,7 @@ def _digits(spec: DatasetSpec, split: Split) -> Samples:
     with gzip.open(package_data("data/digits/digits.csv.gz"), "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
     rows = {"train": slice(0, 1000), "validation": slice(1000, 1297), "test": slice(1297, 1797)}[split]
-    # 17 levels, stretched to the range in which 8-bit images are looked at.
+    # 17 levels, scaled to the range of 8-bit images.
     pixels = torch.from_numpy((table[rows, :64] * 15).astype(np.uint8)).reshape(-1, 1, 8, 8)
     labels = table[rows, 64].astype(np.int32)
     return Samples(
@@ -90,6 +90,7 @@ def _digits(spec: DatasetSpec, split: Split) -> Samples:
 
 
 def _cifar(spec: DatasetSpec, split: Split) -> Samples:
+    """Return a split of CIFAR-10 or CIFAR-100, downloaded if needed."""
     root = Path(spec.root or f"data/{spec.name}")
     kind, archive = {
         "cifar10": (tv.CIFAR10, "cifar-10-python.tar.gz"),
@@ -99,7 +100,7 @@ def _cifar(spec: DatasetSpec, split: Split) -> Samples:
         raw = kind(str(root), train=split != "test", download=True)
     except (OSError, RuntimeError, HTTPException) as error:
         raise UsageError(
-            f"{spec.name} is neither in {root} nor can it be downloaded: {error}",
+            f"{spec.name} is not in {root} and cannot be downloaded: {error}",
             f"put {archive} (from https://www.cs.toronto.edu/~kriz/cifar.html) or its unpacked folder into {root}, "
             "or give the folder that has it: --set dataset.root=FOLDER",
         ) from None
@@ -121,36 +122,39 @@ _FOLDER_NAMES: dict[Split, tuple[str, ...]] = {
 
 
 def _folders(spec: DatasetSpec) -> dict[Split, Path | None]:
-    """Which folder holds which split of a set of class folders."""
+    """Return the folder of each split of a data set of class folders."""
     root = Path(spec.root or f"data/{spec.name}")
-    found = {s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in _FOLDER_NAMES.items()}
+    folders: dict[Split, Path | None] = {
+        s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in _FOLDER_NAMES.items()
+    }
     if spec.name == "imagenet":
-        # The labels of ImageNet's test set are not public: its validation set is everybody's test set.
-        found = {"train": found["train"], "validation": None, "test": found["validation"]}
-    if found["train"] is None or (spec.name == "imagenet" and found["test"] is None):
-        folders = "train/ and val/" if spec.name == "imagenet" else "train/ (and if you have them val/ and test/)"
+        # The labels of ImageNet's test set are not public: its validation set is used as the test set.
+        folders = {"train": folders["train"], "validation": None, "test": folders["validation"]}
+    if folders["train"] is None or (spec.name == "imagenet" and folders["test"] is None):
+        needed = "train/ and val/" if spec.name == "imagenet" else "train/ (and if you have them val/ and test/)"
         raise UsageError(
-            f"{root} does not hold {spec.name}" if root.is_dir() else f"there is no folder {root}",
-            f"put {folders} there, each with one folder of images a class, or --set dataset.root=FOLDER",
+            f"{root} does not hold {spec.name}" if root.is_dir() else f"folder not found: {root}",
+            f"put {needed} there, each with one folder of images per class, or --set dataset.root=FOLDER",
         )
-    return found
+    return folders
 
 
 def _folder(spec: DatasetSpec, split: Split) -> Samples:
-    found = _folders(spec)
+    """Return a split of a data set with one folder of images per class."""
+    folders = _folders(spec)
     try:
-        folder = tv.ImageFolder(str(found[split] or found["train"]))
-        train_classes = tuple(tv.folder.find_classes(str(found["train"]))[0])
+        folder = tv.ImageFolder(str(folders[split] or folders["train"]))
+        train_classes = tuple(tv.folder.find_classes(str(folders["train"]))[0])
     except OSError as error:
-        raise UsageError(str(error), "make one folder a class, with at least one image in each") from None
+        raise UsageError(str(error), "make one folder per class, with at least one image in each") from None
     classes = tuple(folder.classes)
     if classes != train_classes:
         odd = sorted(set(classes) ^ set(train_classes))
         raise MismatchError(
-            f"{found[split]} has other class folders than {found['train']}: {', '.join(odd[:5])}",
+            f"{folders[split]} has other class folders than {folders['train']}: {', '.join(odd[:5])}",
             "make the class folders of all splits the same",
         )
-    own = found[split] is not None and split != "train"
+    own = folders[split] is not None and split != "train"
     ids = np.arange(len(folder.samples)) if own else _share(len(folder.samples), split, spec)
     return Samples(
         spec.name,
@@ -163,21 +167,22 @@ def _folder(spec: DatasetSpec, split: Split) -> Samples:
 
 
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """What an npz file holds; nothing in it is unpickled."""
+    """Return the arrays of an npz file; nothing in it is unpickled."""
     if not path.is_file():
-        raise UsageError(f"there is no file {path}", "give the npz file: --set dataset.root=FILE")
+        raise UsageError(f"file not found: {path}", "give the npz file: --set dataset.root=FILE")
     try:
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip archive, or the end of it is missing")
+            raise ValueError("it is not a zip archive, or its end is missing")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except Exception as error:  # whatever the bytes of a broken file make numpy stumble over
+    except Exception as error:  # numpy raises errors of many types for a damaged file
         raise CorruptError(
             f"cannot read {path} as an npz file: {error}", "write it with numpy.savez(path, images=..., labels=...)"
         ) from error
 
 
 def _npz(spec: DatasetSpec, split: Split) -> Samples:
+    """Return a split of an npz file with `images`, `labels` and optionally `class_names`."""
     path = Path(spec.root or "")
     arrays = _arrays(path)
     if "images" not in arrays or "labels" not in arrays:
@@ -192,15 +197,15 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
             "images must be uint8 [N, H, W] or [N, H, W, channels], labels integers [N]",
         )
     if len(images) != len(labels):
-        raise MismatchError(f"{path} has {len(images)} images and {len(labels)} labels", "give one label an image")
+        raise MismatchError(f"{path} has {len(images)} images and {len(labels)} labels", "give one label per image")
     names = _class_names(path, arrays.get("class_names"), labels)
     check_labels(labels, len(names), str(path))
     if images.ndim == 3:
         images = images[..., None]
     if images.shape[3] > MOST_CHANNELS:
         raise UsageError(
-            f"{path} has images {list(images.shape)}, which would be {images.shape[3]} channels",
-            "channels come last: [N, H, W, channels], as numpy.moveaxis(images, 1, -1) makes them",
+            f"{path} has images {list(images.shape)}, that is {images.shape[3]} channels",
+            "put the channels last, [N, H, W, channels]: numpy.moveaxis(images, 1, -1)",
         )
     ids = _share(len(images), split, spec)
     channels = images.shape[3]
@@ -217,13 +222,13 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
 def _class_names(path: Path, names: npt.NDArray[Any] | None, labels: npt.NDArray[np.integer[Any]]) -> tuple[str, ...]:
     if names is not None:
         if names.ndim != 1:
-            raise UsageError(f"{path} has class_names {list(names.shape)}", "store one name a class: [classes]")
+            raise UsageError(f"{path} has class_names {list(names.shape)}", "store one name per class: [classes]")
         return tuple(str(name) for name in names)
     largest = int(labels.max(initial=0))
     if largest >= max(len(labels), 2):
         raise MismatchError(
             f"{path} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",
-            "correct the labels, or store class_names=[one name a class] beside them",
+            "correct the labels, or store class_names=[one name per class] beside them",
         )
     return tuple(str(label) for label in range(largest + 1))
 
@@ -290,6 +295,6 @@ def load_split(
 
 
 def load_held_out(spec: DatasetSpec, split: Literal["validation", "test"]) -> Samples | None:
-    """The validation or the test split; None where the set has none of its own and nothing is held out for it."""
+    """Return the validation or the test split; None if the set has none and its fraction is 0."""
     fraction = spec.validation_fraction if split == "validation" else spec.test_fraction
     return None if fraction == 0 and split in _lacking(spec) else load_split(spec, split)

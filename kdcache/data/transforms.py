@@ -24,15 +24,15 @@ from kdcache.data.transform_limits import Bounded, check_steps
 from kdcache.errors import UsageError
 from kdcache.runtime import user_code
 
-# What torchvision has that draws no random number. A name that is not here is taken to draw some: its images are then
-# made one by one from their own seeds, which is right for every transform and only slower for one that is fixed.
+# The transforms of torchvision that draw no random numbers. Any other is assumed to draw some: its images are then made
+# one by one from their own seeds, which is correct for every transform and only slower for one that is fixed.
 _FIXED = {"CenterCrop", "ClampBoundingBoxes", "ClampKeyPoints", "ConvertBoundingBoxFormat", "ConvertImageDtype",
           "FiveCrop", "Grayscale", "Identity", "LinearTransformation", "Normalize", "PILToTensor", "Pad", "RGB",
           "Resize", "SanitizeBoundingBoxes", "SanitizeKeyPoints", "SetClampingMode", "TenCrop", "ToDtype", "ToImage",
           "ToPILImage", "ToPureTensor", "ToTensor", "UniformTemporalSubsample"}  # fmt: skip
 
 NOT_BATCHED = {"ToPILImage", "UniformTemporalSubsample"}
-"""Of those, what takes a batch for one image too large, or for a film."""
+"""Fixed transforms that cannot be given a batch, which they would take for one image or a video."""
 
 
 def is_random(transform: Transform) -> bool:
@@ -58,46 +58,46 @@ def is_batched(transform: Transform) -> bool:
 
 
 def is_drawn(transform: Transform) -> bool:
-    """Whether a view of a sample depends on its number: what is recorded goes wherever the sample goes."""
+    """Whether a view of a sample depends on its id; a recorded crop does not."""
     return is_random(transform if recorded(transform) is None else transform[1:])
 
 
-def transform_for_evaluation(said: Transform | None, seen: Transform) -> Transform:
-    """What images that are not for training go through: never something random, never something unsaid.
+def transform_for_evaluation(given: Transform | None, training: Transform) -> Transform:
+    """Return the transform of validation and test images.
 
     Args:
-        said: `eval_transform` of the pipeline.
-        seen: what training images go through, which is taken where nothing is said.
+        given: `eval_transform` of the pipeline.
+        training: the transform of the training images, which is the default.
 
     Raises:
-        UsageError: if it mixes images, or draws at random and nothing is said.
+        UsageError: if it mixes images, or if it is random and `given` is None.
     """
-    if said is not None:
-        if recorded(said):
+    if given is not None:
+        if recorded(given):
             raise UsageError(
-                f"eval_transform begins with {next(iter(said[0]))}, and there are no boxes of these images",
+                f"eval_transform begins with {next(iter(given[0]))}, whose boxes are recorded for training images only",
                 "begin it with Resize and CenterCrop",
             )
-        if split_mixing(said)[1]:
+        if split_mixing(given)[1]:
             raise UsageError(
-                "eval_transform mixes images, and accuracy is of images with one label", "remove its last step"
+                "eval_transform mixes images, and accuracy needs images with one label", "remove its last step"
             )
-        return said
-    if is_random(seen):
-        fixed = [step for step in seen if not is_random([step])]
+        return given
+    if is_random(training):
+        fixed = [step for step in training if not is_random([step])]
         raise UsageError(
-            "the transform draws at random, and validation and test images need one that does not",
-            f"say which: its fixed steps would be eval_transform: {json.dumps(fixed)}",
+            "the transform is random, and validation and test images need one that is not",
+            f"set eval_transform; the fixed steps of the transform are eval_transform: {json.dumps(fixed)}",
         )
-    return seen
+    return training
 
 
 def build_transform(transform: Transform) -> Callable[..., Any]:
-    """The transform that a list of names and arguments describes.
+    """Return the transform that a list of steps describes, a callable.
 
     Raises:
-        UsageError: for a name that `torchvision.transforms.v2` has not, arguments that it does not take, or more than
-            `limits.py` allows.
+        UsageError: for a name that is not in `torchvision.transforms.v2`, for wrong arguments, or for more than
+            `data/transform_limits.py` allows.
     """
     check_steps(step_names(transform))
     steps = [_step(step) for step in transform]
@@ -105,6 +105,7 @@ def build_transform(transform: Transform) -> Callable[..., Any]:
 
 
 def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
+    """Return one step of a transform, a callable."""
     if not (isinstance(step, dict) and len(step) == 1 and all(isinstance(given, dict) for given in step.values())):
         raise UsageError(
             f"the step {step!r} of a transform is not one name with its arguments", "write it as - NAME: {KEY: VALUE}"
@@ -118,20 +119,20 @@ def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
     if not (name in MIXINGS or (inspect.isclass(kind) and issubclass(kind, v2.Transform))):
         raise UsageError(
             f"torchvision.transforms.v2 has no transform {name!r}",
-            "take a name from torchvision's list of v2 transforms",
+            "use a name from torchvision's list of v2 transforms, or path/file.py:function",
         )
     try:
         built: Callable[..., Any] = kind(**{key: _argument(key, value) for key, value in arguments.items()})
     except (TypeError, ValueError, AttributeError) as error:
         fix = f"see the arguments of torchvision.transforms.v2.{name}"
         if name in MIXINGS:
-            fix = "give alpha alone: the loss is told of both labels and their shares"
+            fix = "give alpha only: the loss gets both labels and their shares"
         raise UsageError(f"transform {name}: {error}", fix) from None
     return built if name in MIXINGS else Bounded(built, name, arguments)
 
 
 def _argument(key: str, value: Any) -> Any:
-    """What YAML cannot say: a torch type, a member of an enumeration, a transform inside another one."""
+    """Return an argument that YAML cannot express: a torch type, a member of an enumeration, or inner transforms."""
     if key == "dtype" and isinstance(value, str):
         dtype = vars(torch).get(value)
         if not isinstance(dtype, torch.dtype):

@@ -105,7 +105,7 @@ def truncation(teacher_logits: Tensor, labels: Tensor, top: int = 16) -> Tensor:
         top: number of classes that are kept.
 
     Raises:
-        ValueError: if there are no more classes than that.
+        ValueError: if there are not more classes than that.
 
     Source: Shen & Xing 2022, FKD (2112.01528), "marginal re-norm" of the top 5.
     """

@@ -1,14 +1,14 @@
-"""From a name to a network.
+"""Build a network from its name.
 
     torchvision:resnet18                        random weights, as many outputs as the data set has classes
     torchvision:resnet50@IMAGENET1K_V2          with torchvision's weights
-    timm:resnet18, timm:resnet50@a1_in1k        the same of timm, an optional extra
+    timm:resnet18, timm:resnet50@a1_in1k        the same for timm, an optional extra
     cifar:resnet32x4, cifar:wrn_40_2, ...       models/cifar.py, the networks of the papers' CIFAR-100 pairs
     small:cnn, small:mlp                        models/small.py
     path/file.py:function                       function(num_classes=..., **args) -> torch.nn.Module
 
-Small images and gray ones need no change of the network: they are repeated to three channels and enlarged on their way
-in, by a hook that leaves the network and its state dict as they are.
+Small and gray images are enlarged and repeated to three channels by a forward hook, which does not change the network
+or its state dict.
 """
 
 from __future__ import annotations
@@ -91,22 +91,22 @@ def _check_named(spec: ModelSpec, num_classes: int, trained: bool) -> None:
     known = outputs_of(spec)
     if not trained:
         raise UsageError(
-            f"{spec.model} asks for trained weights where training starts from random ones",
+            f"{spec.model} names trained weights, and training starts from random ones",
             f"write {spec.model.partition('@')[0]}, or dump the trained network as a teacher",
         )
     if known != num_classes:
         raise MismatchError(
-            f"{spec.model} knows {known} classes, the data set has {num_classes}",
-            "use a data set of the teacher's classes, say in teacher.classes which outputs stand for these, or give a "
-            "checkpoint that was trained on this data set (`weights:`)",
+            f"{spec.model} has {known} classes, the data set has {num_classes}",
+            "use a data set with the teacher's classes, map them with teacher.classes, or give a checkpoint that was "
+            "trained on this data set (`weights:`)",
         )
 
 
 def outputs_of(spec: ModelSpec) -> int | None:
-    """How many outputs the weights have that a model names; None for a model that names none.
+    """Return the number of outputs of the weights that a model names; None if it names none.
 
     Raises:
-        UsageError: if there are no such weights.
+        UsageError: if the weights do not exist.
     """
     kind, _, name = spec.model.partition(":")
     if not spec.names_weights:
@@ -115,13 +115,13 @@ def outputs_of(spec: ModelSpec) -> int | None:
 
 
 def categories_of(spec: ModelSpec) -> list[str] | None:
-    """What the outputs of the weights that a model names are called; None where torchvision does not say it."""
+    """Return the class names of the weights that a model names; None if it is not one of torchvision's."""
     kind, _, name = spec.model.partition(":")
     return from_torchvision.categories(name) if kind == "torchvision" and spec.names_weights else None
 
 
 def preset_transform(spec: ModelSpec) -> Transform | None:
-    """How the weights that a model names are evaluated by their library, as data; None for a model that names none."""
+    """Return the transform that a library evaluates the named weights with; None for a model that names none."""
     kind, _, name = spec.model.partition(":")
     if not spec.names_weights:
         return None
@@ -135,4 +135,4 @@ def _small(name: str, spec: ModelSpec, num_classes: int, shape: tuple[int, int, 
     if name == "mlp":
         sizes = {"channels": channels, "height": height, "width_of_image": width}
         return construct(SmallMLP, spec, num_classes=num_classes, **sizes)
-    raise UsageError(f"there is no small network {name!r}", "take small:cnn or small:mlp")
+    raise UsageError(f"there is no small network {name!r}", "use small:cnn or small:mlp")

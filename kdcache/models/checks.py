@@ -40,7 +40,7 @@ def samples_for(
         device: where the network runs.
 
     Raises:
-        KdcacheError: if it is no such data set.
+        KdcacheError: if it is not such a data set.
     """
     samples = as_samples(data)
     if isinstance(data, Samples) or hasattr(data, "classes"):

@@ -110,7 +110,7 @@ def load(reference: str, role: str, signature: str) -> UserCode:
         signature: how it is called, for error messages.
 
     Raises:
-        UsageError: if there is no such file, it cannot be run, or has no such function.
+        UsageError: if the file does not exist, cannot be run, or does not have the function.
     """
     path, name = split(reference)
     if not path.is_file():

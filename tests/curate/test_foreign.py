@@ -1022,7 +1022,7 @@ def test_a_recorded_crop_has_one_place(images: Images) -> None:
     for steps in astray:
         with pytest.raises(UsageError, match="can only be the first step"):
             View(images.samples, steps, crops=lambda view: boxes[view])
-    with pytest.raises(UsageError, match="there are no boxes of these images"):
+    with pytest.raises(UsageError, match="whose boxes are recorded for training images only"):
         transform_for_evaluation(FRACTIONS, FRACTIONS)
     with pytest.raises(UsageError, match="need one that does not"):
         transform_for_evaluation(None, FRACTIONS)
