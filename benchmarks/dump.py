@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from kdcache import CacheSpec, Samples, dump_teacher
+from kdcache import Samples, dump_teacher
 from kdcache.cli import output
-from kdcache.config.schema import Transform
+from kdcache.config.schema import CacheSpec, Transform
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.views import View
 from kdcache.models.small import SmallCNN

@@ -37,9 +37,9 @@ from glyphs import Typefaces, letters_of, network, trained
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from kdcache import CacheSpec, Samples, dump_teacher, wrap
+from kdcache import Samples, dump_teacher, wrap
 from kdcache.cli import output
-from kdcache.config.schema import TrainSpec
+from kdcache.config.schema import CacheSpec, TrainSpec
 from kdcache.data.views import View
 from kdcache.losses import Loss
 from kdcache.models.evaluate import evaluate

@@ -14,7 +14,7 @@ total = partial(np.sum, axis=1, keepdims=True)
 
 
 def read(cache: Path, view: int = 0) -> np.ndarray:
-    """The teacher's logits of all samples in a view, [N, C] float32; every file that is listed is checked first."""
+    """Return the teacher's logits of all samples in a view, [N, C] float32, after a check of every listed file."""
     written = (cache / "manifest.json").read_bytes()
     manifest, data = json.loads(written), {}
     root = sha256(written[:-68] + b"0" * 64 + written[-4:]).hexdigest()

@@ -1,8 +1,9 @@
 """kdcache: knowledge distillation with a teacher that runs only once.
 
 cache = kdcache.dump_teacher(model, samples, "teacher.kdcache")     # stage one, once
-teacher = kdcache.open_cache("teacher.kdcache").teacher()           # ids, view -> logits [B, C]
-result = kdcache.train_student(pipeline, cache, "runs/student")     # stage two, as often as you like
+train = kdcache.CachedDataset(samples, cache)                       # stage two, as often as you like
+teacher, loss = cache.teacher(), kdcache.loss("dtkd", tau=4)
+parts = loss(student(images), teacher(ids, views), labels, epoch=1)
 """
 
 from __future__ import annotations
@@ -14,31 +15,35 @@ if TYPE_CHECKING:
     from kdcache.cache.reader import Cache, open_cache
     from kdcache.cache.teacher import CachedTeacher
     from kdcache.config.loader import load_pipeline
-    from kdcache.config.schema import CacheSpec, Pipeline
+    from kdcache.config.loss import loss
+    from kdcache.config.schema import Pipeline
     from kdcache.data.cached_dataset import CachedDataset
     from kdcache.data.datasets import load_split
     from kdcache.data.samples import Samples, wrap
     from kdcache.dump.dump import dump_teacher
     from kdcache.errors import KdcacheError
-    from kdcache.losses import Loss, distillation_loss
-    from kdcache.models import build_model
+    from kdcache.losses.distillation import LossParts
+    from kdcache.losses.loss_module import DistillationLoss
+    from kdcache.models.build import build_model
+    from kdcache.models.evaluate import evaluate
     from kdcache.train.train import train_student, train_teacher
 
-# Resolved on first use: `kdcache --help` need not wait for torch.
+# Imported on first use, so that `kdcache --help` does not wait for torch.
 _HOME = {
     "Cache": "kdcache.cache.reader",
-    "CacheSpec": "kdcache.config.schema",
     "CachedDataset": "kdcache.data.cached_dataset",
     "CachedTeacher": "kdcache.cache.teacher",
+    "DistillationLoss": "kdcache.losses.loss_module",
     "KdcacheError": "kdcache.errors",
-    "Loss": "kdcache.losses",
+    "LossParts": "kdcache.losses.distillation",
     "Pipeline": "kdcache.config.schema",
     "Samples": "kdcache.data.samples",
-    "build_model": "kdcache.models",
-    "distillation_loss": "kdcache.losses",
+    "build_model": "kdcache.models.build",
     "dump_teacher": "kdcache.dump.dump",
+    "evaluate": "kdcache.models.evaluate",
     "load_pipeline": "kdcache.config.loader",
     "load_split": "kdcache.data.datasets",
+    "loss": "kdcache.config.loss",
     "open_cache": "kdcache.cache.reader",
     "train_student": "kdcache.train.train",
     "train_teacher": "kdcache.train.train",
@@ -47,18 +52,19 @@ _HOME = {
 
 __all__ = [
     "Cache",
-    "CacheSpec",
     "CachedDataset",
     "CachedTeacher",
+    "DistillationLoss",
     "KdcacheError",
-    "Loss",
+    "LossParts",
     "Pipeline",
     "Samples",
     "build_model",
-    "distillation_loss",
     "dump_teacher",
+    "evaluate",
     "load_pipeline",
     "load_split",
+    "loss",
     "open_cache",
     "train_student",
     "train_teacher",

@@ -1,1 +1,1 @@
-"""Pipeline files: what they may say, and how they are read."""
+"""Pipeline files: their schema, and how they are read."""

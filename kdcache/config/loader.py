@@ -13,17 +13,18 @@ from kdcache.config.yaml_lines import Place, override, read_yaml, refusal
 from kdcache.errors import UsageError
 
 
-def load_pipeline(path: Path, overrides: Sequence[str] = (), loss: str | None = None) -> Pipeline:
+def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | None = None) -> Pipeline:
     """Read a pipeline file, apply `KEY=VALUE` overrides, and check all of it.
 
     Args:
         path: the YAML file.
         overrides: such as `student.train.epochs=5`; the value is read as YAML.
-        loss: name of a loss; where the file's is another, its options go with it.
+        loss: name of a loss that replaces the file's; the options of another loss in the file are then dropped.
 
     Raises:
         UsageError: with every problem of the file and of the overrides, each with its line or its `--set`.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -32,7 +33,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), loss: str | None = 
     data, lines = read_yaml(text, str(path))
     data = data or {}
     if not isinstance(data, dict):
-        raise UsageError(f"{path} holds no sections but a {type(data).__name__}", "see pipelines/digits.yaml")
+        raise UsageError(f"{path} holds a {type(data).__name__}, not sections", "see pipelines/digits.yaml")
     places: dict[Place, str] = {place: f"{path}:{line}" for place, line in lines.items()}
     if loss is not None and (not isinstance(data.get("loss"), dict) or data["loss"].get("name") != loss):
         data["loss"] = {"name": loss}
@@ -46,10 +47,10 @@ def load_pipeline(path: Path, overrides: Sequence[str] = (), loss: str | None = 
 
 
 def _keys(section: type[BaseModel]) -> set[str]:
-    """Every key of a section and of those inside it."""
-    found = set(section.model_fields)
+    """Return every key of a section and of the sections inside it."""
+    keys = set(section.model_fields)
     for field in section.model_fields.values():
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found |= _keys(kind)
-    return found
+                keys |= _keys(kind)
+    return keys

@@ -1,4 +1,4 @@
-"""The pipeline files that kdcache ships, by name."""
+"""The pipeline files that come with kdcache ("recipes")."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from kdcache.runtime.package_data import package_data
 
 
 def recipes() -> dict[str, Path]:
-    """The pipeline files that kdcache ships, by name."""
+    """Return the paths of the recipes, by name."""
     return {path.stem: path for path in sorted(package_data("pipelines").glob("*.yaml"))}
 
 
 def recipe(name: str) -> Path:
-    """The recipe of that name.
+    """Return the path of a recipe.
 
     Raises:
-        UsageError: if there is none.
+        UsageError: for an unknown name.
     """
-    found = recipes()
-    if name not in found:
+    known = recipes()
+    if name not in known:
         raise UsageError(
-            f"there is no recipe {name!r}", f"take one of {', '.join(found)}, or the path of a pipeline file"
+            f"there is no recipe {name!r}", f"use one of {', '.join(known)}, or the path of a pipeline file"
         )
-    return found[name]
+    return known[name]
 
 
 def file_or_recipe(given: Path) -> Path:
-    """A pipeline file as the command line names it: a file that is there, or a bare name that is a recipe's.
+    """Return the path of a pipeline that the command line names: an existing file, or the name of a recipe.
 
     Raises:
-        UsageError: for a bare name that is neither.
+        UsageError: for a name without a suffix or folder that is neither.
     """
     return given if given.is_file() or given.suffix or given.name != str(given) else recipe(given.name)

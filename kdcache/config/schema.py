@@ -1,7 +1,7 @@
-"""Pipeline files: what one may say in YAML, and everything that is wrong with one, in one message.
+"""The schema of pipeline files; all problems of a file are reported in one message.
 
-A file describes all three stages; each command reads the sections that it needs. `--set student.train.epochs=5`
-replaces a single value. The classes below are the whole vocabulary.
+A file describes all stages, and each command reads the sections that it needs. `--set student.train.epochs=5` replaces
+a single value. The docstrings of the fields are the table of keys in docs/PIPELINES.md.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdcache.config.section import Section
 from kdcache.config.yaml_lines import write_yaml
 from kdcache.errors import UsageError
-from kdcache.losses.config import Loss, NotNegative, Positive
+from kdcache.losses.config import Loss
+from kdcache.losses.options import NotNegative, Positive
+from kdcache.runtime.user_code import is_user_code, trust
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -29,19 +31,41 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Transform = list[dict[str, dict[str, Any]]]
 
 
-class DatasetSpec(Section):
-    """Where the images and labels come from (`datasets.py`)."""
+def step_names(steps: Any) -> Iterator[str]:
+    """Yield the names of all steps of a transform, including those inside other steps."""
+    for step in steps if isinstance(steps, list) else []:
+        for name, arguments in step.items() if isinstance(step, dict) else []:
+            yield name
+            yield from step_names(arguments.get("transforms") if isinstance(arguments, dict) else None)
 
-    name: Literal["digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz"]
-    """Which data set."""
+
+DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz")
+
+
+class DatasetSpec(Section):
+    """The data set (`data/datasets.py`)."""
+
+    name: str
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz` or `path/file.py:function`."""
     root: str | None = None
     """Folder of the data set, or for `npz` the file; relative to the current folder."""
+    args: dict[str, Any] = Field(default={})
+    """Keyword arguments of the function, if `name` is `path/file.py:function`."""
     validation_fraction: Fraction = 0.1
-    """Part of the training images held out for model selection, where the set has no validation split of its own."""
+    """Fraction of the training images held out for model selection, if the set has no validation split of its own."""
     test_fraction: Fraction = 0.1
-    """Part of the images held out for the final test, where the set has no test split of its own."""
+    """Fraction of the training images held out for the final test, if the set has no test split of its own."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in DATASETS and not is_user_code(name):
+            raise ValueError(f"Input should be {', '.join(map(repr, DATASETS))} or path/file.py:function")
+        return name
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.args and not is_user_code(self.name):
+            yield ("args", "name"), f"are for path/file.py:function, and {self.name} takes none"
         if self.name in ("image-folder", "npz") and self.root is None:
             yield ("root", "name"), f"is needed for {self.name}"
         if self.name == "digits" and self.root is not None:
@@ -54,59 +78,59 @@ class DatasetSpec(Section):
 
 
 class TrainSpec(Section):
-    """How a network is trained, teacher or student (`fit.py`)."""
+    """How a network is trained, teacher or student (`train/loop.py`)."""
 
     epochs: Count = 30
     """Passes over the training images."""
     batch_size: Count = 64
-    """Images a step, of all processes together."""
+    """Images per step, over all processes."""
     gradient_accumulation_steps: Count = 1
-    """Pieces that a process goes through a step in, one after the other, where a whole one does not fit its memory."""
+    """Micro-batches that each process splits its part of a step into, if the whole does not fit its memory."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Which optimizer."""
+    """The optimizer."""
     lr: Positive = 0.05
     """Highest learning rate."""
     momentum: Fraction = 0.9
-    """Of sgd."""
+    """Momentum of sgd."""
     nesterov: bool = True
-    """Of sgd."""
+    """Nesterov momentum, for sgd."""
     weight_decay: NotNegative = 5e-4
-    """Of every parameter."""
+    """Weight decay of every parameter."""
     schedule: Literal["constant", "cosine", "multistep", "onecycle"] = "cosine"
-    """How the learning rate changes after the warm-up (`schedule.py`)."""
+    """Learning rate schedule after the warm-up (`train/optim.py`)."""
     warmup_epochs: NotNegative = 0.0
-    """Epochs over which the learning rate grows from 0; of onecycle, to its highest (0: three tenths of all)."""
+    """Epochs over which the learning rate grows from 0; for onecycle, to its highest (0: three tenths of all)."""
     milestones: list[Count] = Field(default=[])
-    """Epochs after which a multistep schedule multiplies the rate by `gamma`."""
+    """Epochs after which a multistep schedule multiplies the learning rate by `gamma`."""
     gamma: Positive = 0.1
     """Factor of a multistep schedule."""
     label_smoothing: Fraction = 0.0
-    """Of the cross-entropy with the labels."""
+    """Label smoothing of the cross-entropy."""
     max_grad_norm: Positive | None = None
-    """Largest norm of a step's gradient, all parameters together."""
+    """Gradient clipping: largest norm of the gradient of all parameters."""
     ema_decay: Fraction | None = None
-    """Validate and keep the exponential moving average of the weights, of which so much stays at each step."""
+    """Validate and keep an exponential moving average of the weights with this decay per step."""
     early_stopping_patience: Count | None = None
-    """Stop after so many epochs without a better validation accuracy."""
+    """Stop after this many epochs without a better validation accuracy."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What training computes in: float32, or mixed precision. Validation and test are in float32."""
+    """Precision of training: float32 or mixed precision. Validation and test are in float32."""
     channels_last: bool = False
-    """Lay images and weights out with the channels last, which convolutions on a GPU are quicker with."""
+    """Channels-last memory format of images and weights, which makes convolutions on a GPU faster."""
     compile: bool = False
     """Compile the network with torch.compile."""
     view_order: Literal["cycle", "random"] = "cycle"
-    """Which of a cache's views an epoch sees: one after the other, or one drawn with `seed`."""
+    """Which view of a cache an epoch sees: one after the other, or one drawn with `seed`."""
     labels_per_class: NotNegativeInt | None = None
-    """Show the labels of so many training images a class, drawn with `seed`; of the others a student has the teacher's
-    logits alone. None shows all."""
+    """Number of training images per class whose labels are used, drawn with `seed`; for the others a student has the
+    teacher's logits only. None uses all labels."""
     seed: Seed = 0
-    """Of the initial weights, the order of the images and the choice of labels."""
+    """Seed of the initial weights, the order of the images and the choice of labels."""
     num_workers: NotNegativeInt = 0
-    """Processes that load images."""
+    """Data-loading processes."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]] = (
         Field(default=[])
     )
-    """Who is sent the metrics of each epoch, through accelerate; metrics.csv has them in any case."""
+    """Trackers that get the metrics of each epoch, through accelerate; metrics.csv has them in any case."""
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if (self.schedule == "multistep") != bool(self.milestones):
@@ -121,7 +145,7 @@ class TrainSpec(Section):
 
 
 class ModelSpec(Section):
-    """Which network (`models/`)."""
+    """A network (`models/`)."""
 
     model: str
     """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `timm:NAME`, `timm:NAME@TAG`, `cifar:NAME`, `small:cnn`,
@@ -129,36 +153,35 @@ class ModelSpec(Section):
     args: dict[str, Any] = Field(default={})
     """Keyword arguments of the network's constructor."""
     weights: str | None = None
-    """A checkpoint, safetensors or torch: the teacher that is dumped; what a student starts from, if not at random."""
+    """Checkpoint, safetensors or torch: of the teacher that is dumped; for a student its initial weights."""
 
     @property
     def names_weights(self) -> bool:
-        """Whether `model` names weights that a library keeps."""
+        """Whether `model` names weights that a library provides."""
         kind, _, name = self.model.partition(":")
         return kind in ("torchvision", "timm") and "@" in name
 
 
 class TrainedSpec(ModelSpec):
-    """A network that has been trained, and what its outputs stand for."""
+    """A trained network, and the classes that its outputs stand for."""
 
     classes: list[Output | Annotated[list[Output], Field(min_length=1)]] | str | None = None
-    """Which of the network's outputs stand for the classes of the data set: for each class the number of an output, or
-    a list of several, which are joined by logsumexp; or a text file with one line a class. None: its outputs are the
-    classes."""
+    """The network's outputs for the classes of the data set: for each class the index of an output, or a list of
+    several, which are joined by logsumexp; or a text file with a line per class. None: the outputs are the classes."""
     outputs: Count | None = None
-    """How many outputs the network has, where `classes` picks some of them and `model` does not name its weights."""
+    """Number of outputs of the network, if `classes` is set and `model` does not name weights."""
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.outputs is not None and self.classes is None:
             yield ("outputs", "classes"), "belongs to classes, which says what the outputs stand for"
         if self.outputs is not None and self.names_weights:
-            yield ("outputs", "model"), f"cannot be set: {self.model} has as many as it has"
+            yield ("outputs", "model"), f"cannot be set: {self.model} has a fixed number of outputs"
         if self.outputs is None and self.classes is not None and not self.names_weights:
-            yield ("outputs", "classes", "model"), "is needed beside classes: how many outputs the network has"
+            yield ("outputs", "classes", "model"), "is needed with classes: the number of outputs of the network"
 
 
 class TeacherSpec(TrainedSpec):
-    """The teacher, and how `train-teacher` makes one: from random weights, whatever `weights` says."""
+    """The teacher, and how `train-teacher` trains one: from random weights, whatever `weights` is."""
 
     train: TrainSpec = TrainSpec()
     """How `train-teacher` trains it."""
@@ -168,18 +191,18 @@ class MemberSpec(TrainedSpec):
     """One of the networks of an ensemble."""
 
     weight: Positive = 1.0
-    """How much it counts."""
+    """Weight of the network in the ensemble."""
 
 
 class EnsembleSpec(Section):
-    """Several networks that are one teacher (`models/ensemble.py`)."""
+    """An ensemble of networks as one teacher (`models/ensemble.py`)."""
 
     ensemble: Annotated[list[MemberSpec], Field(min_length=1)]
-    """In place of the keys above: several networks that are one teacher, each with `model`, `args`, `weights`,
-    `classes`, `outputs`, and a `weight`, 1 if not said. `teacher: [a, b]` is short for it, the name of a model for
+    """Instead of the keys above: a list of networks that are one teacher, each with `model`, `args`, `weights`,
+    `classes`, `outputs` and `weight` (default 1). `teacher: [a, b]` is short for it, and the name of a model for
     `{model: NAME}`."""
     combine: Literal["logits", "probabilities"] = "logits"
-    """Of an ensemble: the weighted mean of the networks' logits, or of their probabilities."""
+    """For an ensemble: weighted mean of the networks' logits, or of their probabilities."""
 
     @field_validator("ensemble", mode="before")
     @classmethod
@@ -191,58 +214,59 @@ class StudentSpec(ModelSpec):
     """The student and its training."""
 
     transform: Transform | None = None
-    """What the student sees of a training image in place of what the teacher saw; only where that was fixed (one view
-    and nothing random). The teacher's logits are then of other pixels, as in most published KD code."""
+    """Transform of the student's training images instead of the teacher's; only if the teacher saw fixed images (one
+    view, nothing random). The teacher's logits then belong to other pixels, as in most published KD code."""
     train: TrainSpec = TrainSpec()
     """How `train-student` trains it."""
 
 
 class CacheSpec(Section):
-    """What a cache keeps of the teacher's output (`cache/codec.py`)."""
+    """What a cache stores of the teacher's output, and how the teacher is run."""
 
     fidelity: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Mean total variation between decoded and true softmax that is allowed at T = 1, 2 and 4, on pilot rows. By
-    default 0.02 is aimed at; a `top_k` of your own comes as near to it as it can."""
+    """Largest mean total variation between decoded and true softmax at T = 1, 2 and 4, measured on pilot rows. The
+    default is 0.02, where a given `top_k` may exceed it."""
     top_k: Count | Literal["all", "auto"] = "auto"
-    """How many classes of each row are kept exactly; `auto`: the cheapest within `fidelity`, all up to 64 classes."""
+    """Number of classes of each row that are stored exactly; `auto`: the cheapest within `fidelity`, all up to 64."""
     tail: Literal["lowrank", "uniform"] = "lowrank"
-    """What is known of the other classes: their shape in a basis fitted to the teacher, or their mass alone."""
+    """What is stored of the other classes: coordinates in a basis fitted to the teacher, or their total mass only."""
     rank: Count | None = None
-    """Coordinates of a lowrank tail; by default the cheapest within `fidelity`."""
+    """Number of coordinates of a lowrank tail; by default the cheapest within `fidelity`."""
     dtype: Literal["uint8", "float16", "float32"] = "float16"
-    """Type of the stored log-probabilities; uint8 keeps all classes."""
+    """Type of the stored log-probabilities; uint8 stores all classes."""
     pilot_rows: Count = 4096
-    """Images that the teacher sees beforehand, to fit the basis and to measure; none where all classes are kept."""
+    """Images of the pilot pass, on which the basis is fitted and the fidelity measured; unused if all classes are
+    stored."""
     views: Count = 1
-    """Seeded augmentations of every image; needs a random transform."""
+    """Number of seeded augmentations of each image; more than 1 needs a random transform."""
     seed: Seed = 0
-    """Of the views."""
+    """Seed of the views."""
     shard_rows: Count | None = None
-    """Rows of a shard, the unit that is written at once; None lets kdcache choose."""
+    """Rows per shard, the unit of writing; None chooses it."""
     batch_size: Count = 256
-    """Images that the teacher sees at once."""
+    """Images per teacher batch."""
     num_workers: NotNegativeInt = 0
-    """Processes that load images."""
+    """Data-loading processes."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the teacher computes in: float32, or mixed precision (autocast)."""
+    """Precision of the teacher: float32 or mixed precision (autocast)."""
     channels_last: bool = False
-    """Lay images and weights out with the channels last, which convolutions on a GPU are quicker with."""
+    """Channels-last memory format of images and weights, which makes convolutions on a GPU faster."""
     compile: bool = False
     """Compile the teacher with torch.compile."""
     license: str = ""
-    """Under which the cache may be used; goes into the manifest."""
+    """License of the cache, for the manifest."""
     notes: str = ""
-    """Anything that its users should know; goes into the manifest."""
+    """Notes for its users, for the manifest."""
 
 
 class JoinSpec(Section):
-    """How several caches, `--cache A --cache B`, are one teacher (`cache/joined.py`)."""
+    """How several caches, `--cache A --cache B`, are one teacher (`cache/joined_teacher.py`)."""
 
     combine: Literal["logits", "probabilities", "confidence"] = "logits"
-    """Of several caches: the weighted mean of the teachers' logits, or of their probabilities, or, sample by sample,
-    the logits of the teacher whose largest probability, times its weight, is largest."""
+    """For several caches: weighted mean of the teachers' logits, or of their probabilities, or per sample the logits of
+    the teacher with the largest product of top probability and weight."""
     weights: list[Positive] | None = None
-    """How much each cache counts, in the order of the command line; None: all the same."""
+    """Weight of each cache, in the order of the command line; None: equal weights."""
 
 
 class Pipeline(Section):
@@ -250,9 +274,10 @@ class Pipeline(Section):
 
     dataset: DatasetSpec
     transform: Transform | None = None
-    """What the teacher sees of a training image, in names of torchvision.transforms.v2; None: the data set's own."""
+    """Transform of the training images that the teacher sees: a list of steps, each a name of
+    torchvision.transforms.v2 or `path/file.py:function` with its arguments. None: the data set's own."""
     eval_transform: Transform | None = None
-    """The same for validation and test images."""
+    """Transform of validation and test images."""
     teacher: TeacherSpec | EnsembleSpec | None = None
     cache: CacheSpec = CacheSpec()
     student: StudentSpec | None = None
@@ -262,13 +287,20 @@ class Pipeline(Section):
     @field_validator("teacher", mode="before")
     @classmethod
     def _one_or_several(cls, given: Any) -> Any:
-        # Chosen here, so that what is wrong is told of the one kind that was meant.
+        # Chosen here, so that errors are about the kind that was meant.
         if given is None or isinstance(given, Section):
             return given
         if isinstance(given, list):
             given = {"ensemble": given}
         several = isinstance(given, dict) and not given.keys().isdisjoint(EnsembleSpec.model_fields)
         return (EnsembleSpec if several else TeacherSpec).model_validate(given)
+
+    @model_validator(mode="after")
+    def _trust_own_code(self) -> Pipeline:
+        own = self.student.transform if self.student is not None else None
+        for transform in (self.transform, self.eval_transform, own):
+            trust(step_names(transform))
+        return self
 
     @property
     def members(self) -> list[TrainedSpec]:
@@ -282,30 +314,30 @@ class Pipeline(Section):
         return [*self.teacher.ensemble] if isinstance(self.teacher, EnsembleSpec) else [self.teacher]
 
     def section(self, name: Literal["teacher", "student"]) -> Any:
-        """The section of a network that is to be trained.
+        """Return the section of a network that is to be trained.
 
         Raises:
-            UsageError: if the file has none, or the teacher there is none that can be trained.
+            UsageError: if the file has no such section, or the teacher in it cannot be trained.
         """
-        found = getattr(self, name)
-        if found is None:
+        section = getattr(self, name)
+        if section is None:
             raise self._lacks(name)
-        if isinstance(found, EnsembleSpec):
+        if isinstance(section, EnsembleSpec):
             raise UsageError(
-                f"the teacher is an ensemble of {len(found.ensemble)}, and one network is trained at a time",
-                "train each from a pipeline of its own, and set the `weights` of each here to its checkpoint",
+                f"the teacher is an ensemble of {len(section.ensemble)}, and one network is trained at a time",
+                "train each with its own pipeline, and set the `weights` of each here to its checkpoint",
             )
-        if isinstance(found, TeacherSpec) and found.classes is not None:
+        if isinstance(section, TeacherSpec) and section.classes is not None:
             raise UsageError(
-                "teacher.classes picks from the outputs of a network that is already trained",
+                "teacher.classes selects outputs of a network that is already trained",
                 "to train one, remove `classes` and `outputs`: it gets one output for each class of the data set",
             )
-        return found
+        return section
 
     @staticmethod
     def _lacks(name: str) -> UsageError:
         return UsageError(f"the pipeline has no {name!r} section", f"add one, such as {name}: {{model: small:cnn}}")
 
     def to_yaml(self) -> str:
-        """The resolved file, every default spelled out; it reads back to the same pipeline."""
+        """Return the resolved file with all defaults, which reads back to the same pipeline."""
         return write_yaml(self.model_dump())

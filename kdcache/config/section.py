@@ -1,28 +1,32 @@
-"""What every section of a pipeline file is: everything that is wrong with one is found at once."""
+"""The base class of the sections of a pipeline file, which reports all problems at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from kdcache.config.yaml_lines import Place
+from kdcache.config.yaml_lines import Place, refusal
+from kdcache.errors import UsageError
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """A section of a pipeline file: unknown keys, wrong types and impossible combinations are refused, all at once."""
+    """A section of a pipeline file. Unknown keys, wrong types and invalid combinations are all reported at once."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Keys whose values cannot stand together, and what to say of the first of them."""
+        """Yield the keys of an invalid combination, and the message about the first of them."""
         yield from ()
 
     @model_validator(mode="wrap")
     @classmethod
     def _all_at_once(cls, given: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+        """Validate the section, and check combinations of the valid keys even if others are invalid."""
         problems: list[tuple[Any, Any, Place]] = []
         bad: set[str | int] = set()
         try:
@@ -32,10 +36,9 @@ class Section(BaseModel):
                 raise
             problems = [(one["type"], one["msg"], one["loc"]) for one in error.errors()]
             bad = {loc[0] for _, _, loc in problems}
-            # Combinations of the keys that are well are judged all the same.
-            well = {key: given[key] for key in cls.model_fields if key in given and key not in bad}
-            lacking = {key: "" for key, field in cls.model_fields.items() if field.is_required()}
-            section = cls.model_construct(**{**lacking, **well})
+            valid = {key: given[key] for key in cls.model_fields if key in given and key not in bad}
+            missing = {key: "" for key, field in cls.model_fields.items() if field.is_required()}
+            section = cls.model_construct(**{**missing, **valid})
         for keys, message in section._combinations():
             if bad.isdisjoint(keys):
                 problems.append(("combination", message, keys[:1]))
@@ -43,3 +46,32 @@ class Section(BaseModel):
             details = [InitErrorDetails(type=PydanticCustomError(a, b), loc=c, input=None) for a, b, c in problems]
             raise ValidationError.from_exception_data(cls.__name__, details)
         return section
+
+
+def validated(section: type[S], given: Any, what: str) -> S:
+    """Return a section made of plain values, such as the keyword arguments of a call.
+
+    Args:
+        section: its type.
+        given: a mapping, as a pipeline file would have it.
+        what: the thing that it describes, for error messages.
+
+    Raises:
+        UsageError: with everything that is wrong.
+    """
+    try:
+        return section.model_validate(given)
+    except ValidationError as error:
+        raise _refused(error, section, given, what) from None
+
+
+def _refused(error: ValidationError, section: type[BaseModel], given: Any, what: str) -> UsageError:
+    places = dict.fromkeys(_places(given), "")
+    return refusal(error, places, "", section.model_fields, what, "correct each of them; docs/PIPELINES.md lists them")
+
+
+def _places(given: Any, place: Place = ()) -> Iterator[Place]:
+    """Yield the path of every value in a mapping."""
+    for key, value in given.items() if isinstance(given, dict) else ():
+        yield (*place, key)
+        yield from _places(value, (*place, key))

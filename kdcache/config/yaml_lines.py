@@ -1,4 +1,4 @@
-"""YAML that remembers where everything stands, so that all that is wrong with it is told with its line."""
+"""YAML with the line of every key, so that every problem is reported with its line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Place = tuple[str | int, ...]
 
 
 class _PlacedLoader(yaml.SafeLoader):
-    """A SafeLoader that remembers the line of every key and refuses a key that is given twice."""
+    """A SafeLoader that records the line of every key and refuses a key that is given twice."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -47,46 +47,44 @@ class _PlacedLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """A SafeDumper that quotes what `_PlacedLoader` would take for a number."""
+    """A SafeDumper that quotes strings which `_PlacedLoader` would read as numbers."""
 
 
-# YAML 1.1, which PyYAML reads, takes 1e-3 for a word; everybody who writes a learning rate means the number.
+# YAML 1.1, which PyYAML reads, takes 1e-3 for a string; in a learning rate it means the number.
 _FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$")
 for _side in (_PlacedLoader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
-# What PyYAML raises: its own kind, and what Python makes of a date with 13 months or of a thousand brackets.
+# PyYAML's own errors, and Python's for a date with 13 months or a thousand brackets.
 _BAD_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError)
 
 
 def read_yaml(text: str, source: str) -> tuple[Any, dict[Place, int]]:
-    """What a YAML text says, and the line of every key and entry of it.
+    """Return the content of a YAML text, and the line of every key and entry.
 
     Raises:
-        UsageError: if it is not YAML, or gives a key twice; names `source`.
+        UsageError: if it is not YAML, or has a key twice; names `source`.
     """
     try:
         loader = _PlacedLoader(text)
         return loader.read(), loader.lines
     except _BAD_YAML as error:
         why = " ".join(str(error).split())
-        raise UsageError(
-            f"{source} is not readable YAML: {why}", "mend it there, or quote what it stumbles over"
-        ) from None
+        raise UsageError(f"{source} is not valid YAML: {why}", "fix the YAML there, or quote the value") from None
 
 
 def write_yaml(data: dict[str, Any]) -> str:
-    """A text that `read_yaml` reads back to the same data."""
+    """Return a text that `read_yaml` reads back to the same data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
 def override(data: dict[str, Any], given: str, places: dict[Place, str]) -> None:
-    """Put the value of a `KEY=VALUE` into `data`, and into `places` that it came from there.
+    """Put the value of a `KEY=VALUE` into `data`, and its origin into `places`.
 
-    A step of KEY is a key, or the number of a list's entry: `teacher.0.weights`.
+    A step of KEY is a key, or the index of a list entry: `teacher.0.weights`.
 
     Raises:
-        UsageError: if it cannot be read, or leads to where no key or entry is.
+        UsageError: if it cannot be read, or a step of KEY does not exist.
     """
     key, sign, value_text = given.partition("=")
     steps = key.strip().split(".")
@@ -100,7 +98,7 @@ def override(data: dict[str, Any], given: str, places: dict[Place, str]) -> None
             if not (step.isdecimal() and int(step) < len(inner)):
                 raise UsageError(
                     f"--set {given}: {'.'.join(map(str, place))!r} is a list of {len(inner)}, without {step!r}",
-                    f"give the number of an entry, from 0 to {len(inner) - 1}" if inner else "set the whole list",
+                    f"give the index of an entry, from 0 to {len(inner) - 1}" if inner else "set the whole list",
                 )
             at: Any = int(step)
         elif isinstance(inner, dict):
@@ -111,7 +109,7 @@ def override(data: dict[str, Any], given: str, places: dict[Place, str]) -> None
         if number == len(steps) - 1:
             inner[at] = value
         else:
-            # A copy, since an anchor's value stands in several places and is to change in this one.
+            # A copy, since the value of an anchor is shared by several places.
             inner[at] = {} if isinstance(inner, dict) and inner.get(at) is None else copy(inner[at])
             inner = inner[at]
     for end in range(1, len(place)):
@@ -121,43 +119,53 @@ def override(data: dict[str, Any], given: str, places: dict[Place, str]) -> None
     places.update({(*place, *inside): f"--set {given}" for inside in lines or [()]})
 
 
-_IN_OUR_WORDS = {"extra_forbidden": "unknown key", "missing": "is required", "model_type": "must have keys of its own"}
+_MESSAGES = {"extra_forbidden": "unknown key", "missing": "is required", "model_type": "must have keys of its own"}
 
 
-def refusal(error: ValidationError, places: dict[Place, str], source: str, known: Collection[str]) -> UsageError:
-    """Everything that pydantic found wrong, each with its place.
+def refusal(
+    error: ValidationError,
+    places: dict[Place, str],
+    source: str,
+    known: Collection[str],
+    what: str = "the pipeline",
+    fix: str = "correct each of them; docs/PIPELINES.md lists the keys",
+) -> UsageError:
+    """Return an error with everything that pydantic found wrong, each with its origin.
 
     Args:
-        error: what it found; its own type `combination` is of keys that cannot stand together.
-        places: where each value came from.
-        source: the file, for what has no place in it.
-        known: keys that a misspelt one may be meant for.
+        error: of pydantic; its type `combination` is about an invalid combination of keys.
+        places: the origin of each value, such as a file and a line.
+        source: the file, for problems without a line.
+        known: keys that a misspelled one may be meant for.
+        what: the thing that has the problems.
+        fix: the remedy.
     """
-    found: dict[Place, list[str]] = {}
+    messages_at: dict[Place, list[str]] = {}
     of_another_type: set[Place] = set()
-    for one in error.errors():
+    for each in error.errors():
         # pydantic puts the chosen branch of a union into the path; what the user wrote has no such step.
         written: Place = ()
-        for step in one["loc"]:
+        for step in each["loc"]:
             if (*written, step) in places:
                 written = (*written, step)
-        if one["type"] in ("missing", "combination") and written[-1:] != one["loc"][-1:]:
-            written = (*written, one["loc"][-1])
-        message = _IN_OUR_WORDS.get(one["type"], one["msg"].removeprefix("Value error, "))
-        key = str(one["loc"][-1]) if one["loc"] else ""
-        near = get_close_matches(key, [other for other in known if other != key], cutoff=0.75)
-        if one["type"] == "extra_forbidden" and near:
-            message += f", did you mean {near[0]}?"
-        found.setdefault(written, []).append(message)
-        if one["type"].endswith("_type"):
+        if each["type"] in ("missing", "combination") and written[-1:] != each["loc"][-1:]:
+            written = (*written, each["loc"][-1])
+        message = _MESSAGES.get(each["type"], each["msg"].removeprefix("Value error, "))
+        key = str(each["loc"][-1]) if each["loc"] else ""
+        similar = get_close_matches(key, [other for other in known if other != key], cutoff=0.75)
+        if each["type"] == "extra_forbidden" and similar:
+            message += f", did you mean {similar[0]}?"
+        messages_at.setdefault(written, []).append(message)
+        if each["type"].endswith("_type"):
             of_another_type.add(written)
-    # Where a value is wrong inside, a union also says what else it might have been; that is not what was meant.
-    outer = {place[:end] for place in found for end in range(len(place))}
+    # If a value is wrong inside, a union also lists its other types, which are not meant.
+    outer = {place[:end] for place in messages_at for end in range(len(place))}
     problems = []
-    for written, messages in found.items():
+    for written, messages in messages_at.items():
         if written in outer & of_another_type:
             continue
         where = places.get(written) or places.get(written[:-1], source)
-        problems.append(": ".join([where, *filter(None, [".".join(map(str, written))]), " or ".join(messages)]))
-    what = "\n  ".join([f"{len(problems)} problem{'s'[: len(problems) - 1]} in the pipeline:", *problems])
-    return UsageError(what, "mend each of them; docs/PIPELINES.md lists the keys")
+        parts = [where, ".".join(map(str, written)), " or ".join(messages)]
+        problems.append(": ".join(part for part in parts if part))
+    heading = f"{len(problems)} problem{'s'[: len(problems) - 1]} in {what}:"
+    return UsageError("\n  ".join([heading, *problems]), fix)

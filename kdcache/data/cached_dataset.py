@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdcache.cache.reader import Cache
+from kdcache.config.schema import Transform, step_names
 from kdcache.data.replay import A_FEW, check_data, replay, view_of
 from kdcache.data.samples import Samples, wrap
 from kdcache.errors import UsageError
 from kdcache.runtime.progress import Progress
+from kdcache.runtime.user_code import trust
 
 Item = tuple[Tensor, int, int, int]
 """(image [channels, H, W] float32, label, -1 where not known, id, view), which DataLoader makes tensors of."""
@@ -36,7 +38,9 @@ class CachedDataset(Dataset[Item]):
         dataset: kdcache's `Samples`, or any map-style data set of (image, label) pairs, in the order in which it was
             dumped, before the cache's transform. Of such a one each item is read twice, to compare it with the cache.
         cache: of a teacher.
-        progress: who is told how the comparison goes.
+        progress: progress reporter; silent if None.
+        transform: the transform of the cache, compared with it. Only needed if it names code of your own,
+            `path/file.py:function`: a cache alone does not decide what is run.
 
     Raises:
         MismatchError: if these are other images, another order or other labels than the cache's, or some views, made
@@ -44,11 +48,18 @@ class CachedDataset(Dataset[Item]):
         UsageError: if the cache's views mix two images, or were drawn by code that kdcache has not got.
     """
 
-    def __init__(self, dataset: Dataset[Any] | Samples, cache: Cache, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any] | Samples,
+        cache: Cache,
+        progress: Progress | None = None,
+        transform: Transform | None = None,
+    ) -> None:
         plan = cache.manifest.plan
         if not isinstance(dataset, Samples):
             dataset = wrap(dataset, cache.num_classes, plan.dataset.name, plan.dataset.split)
-        check_data(cache, dataset, None, progress)
+        trust(step_names(transform))
+        check_data(cache, dataset, transform, progress)
         seen = view_of(cache, dataset)
         if seen.mixes:
             raise UsageError(

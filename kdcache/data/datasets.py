@@ -1,11 +1,11 @@
-"""Named data sets, from where the field keeps them, each with its splits."""
+"""Named data sets in their usual layouts, each with its splits."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,14 @@ import torch
 from torchvision import datasets as tv
 
 from kdcache.config.schema import DatasetSpec, Transform
+from kdcache.config.section import validated
 from kdcache.data.images import ArrayImages, FileImages
-from kdcache.data.samples import Samples, check_labels
+from kdcache.data.samples import Samples, Split, check_labels
+from kdcache.data.user_dataset import load_user_split, user_samples
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.runtime.package_data import package_data
+from kdcache.runtime.user_code import is_user_code
 
-Split = Literal["train", "validation", "test"]
 MOST_CHANNELS = 4
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -40,7 +42,7 @@ def photograph_transform(
     std: Sequence[float] = (0.229, 0.224, 0.225),
     interpolation: str = "bilinear",
 ) -> Transform:
-    """The center crop that torchvision's ImageNet weights are evaluated with, as data."""
+    """Return the center crop that torchvision's ImageNet weights are evaluated with."""
     return [
         {"Resize": {"size": [resize], "interpolation": interpolation}},
         {"CenterCrop": {"size": crop}},
@@ -50,7 +52,9 @@ def photograph_transform(
 
 
 def _lacking(spec: DatasetSpec) -> list[Split]:
-    """The splits that a set does not have of its own."""
+    """Return the splits that a set does not have of its own."""
+    if is_user_code(spec.name):
+        return [split for split in SPLITS if load_user_split(spec, split) is None]
     if spec.name in ("imagenet", "image-folder"):
         return [split for split, folder in _folders(spec).items() if folder is None]
     own: dict[str, tuple[Split, ...]] = {"digits": SPLITS, "cifar10": ("train", "test"), "cifar100": ("train", "test")}
@@ -58,10 +62,10 @@ def _lacking(spec: DatasetSpec) -> list[Split]:
 
 
 def _share(count: int, split: Split, spec: DatasetSpec) -> npt.NDArray[np.int64]:
-    """The ids of `split` among `count` training images, from which the splits that the set lacks are held out.
+    """Return the ids of `split` among `count` training images, from which the missing splits are held out.
 
-    The order in which they are drawn is that of the hashes of the ids: the same on every machine and for every version
-    of every library, which no generator's permutation promises.
+    They are drawn in the order of the hashes of the ids, which is the same on every machine and with every version of
+    every library, unlike the permutation of a random generator.
     """
     order = sorted(range(count), key=lambda i: hashlib.blake2b(i.to_bytes(8, "little"), digest_size=8).digest())
     start = 0
@@ -77,7 +81,7 @@ def _digits(spec: DatasetSpec, split: Split) -> Samples:
     with gzip.open(package_data("data/digits/digits.csv.gz"), "rt") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
     rows = {"train": slice(0, 1000), "validation": slice(1000, 1297), "test": slice(1297, 1797)}[split]
-    # 17 levels, stretched to the range in which 8-bit images are looked at.
+    # 17 levels, scaled to the range of 8-bit images.
     pixels = torch.from_numpy((table[rows, :64] * 15).astype(np.uint8)).reshape(-1, 1, 8, 8)
     labels = table[rows, 64].astype(np.int32)
     return Samples(
@@ -86,6 +90,7 @@ def _digits(spec: DatasetSpec, split: Split) -> Samples:
 
 
 def _cifar(spec: DatasetSpec, split: Split) -> Samples:
+    """Return a split of CIFAR-10 or CIFAR-100, downloaded if needed."""
     root = Path(spec.root or f"data/{spec.name}")
     kind, archive = {
         "cifar10": (tv.CIFAR10, "cifar-10-python.tar.gz"),
@@ -95,7 +100,7 @@ def _cifar(spec: DatasetSpec, split: Split) -> Samples:
         raw = kind(str(root), train=split != "test", download=True)
     except (OSError, RuntimeError, HTTPException) as error:
         raise UsageError(
-            f"{spec.name} is neither in {root} nor can it be downloaded: {error}",
+            f"{spec.name} is not in {root} and cannot be downloaded: {error}",
             f"put {archive} (from https://www.cs.toronto.edu/~kriz/cifar.html) or its unpacked folder into {root}, "
             "or give the folder that has it: --set dataset.root=FOLDER",
         ) from None
@@ -117,36 +122,39 @@ _FOLDER_NAMES: dict[Split, tuple[str, ...]] = {
 
 
 def _folders(spec: DatasetSpec) -> dict[Split, Path | None]:
-    """Which folder holds which split of a set of class folders."""
+    """Return the folder of each split of a data set of class folders."""
     root = Path(spec.root or f"data/{spec.name}")
-    found = {s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in _FOLDER_NAMES.items()}
+    folders: dict[Split, Path | None] = {
+        s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in _FOLDER_NAMES.items()
+    }
     if spec.name == "imagenet":
-        # The labels of ImageNet's test set are not public: its validation set is everybody's test set.
-        found = {"train": found["train"], "validation": None, "test": found["validation"]}
-    if found["train"] is None or (spec.name == "imagenet" and found["test"] is None):
-        folders = "train/ and val/" if spec.name == "imagenet" else "train/ (and if you have them val/ and test/)"
+        # The labels of ImageNet's test set are not public: its validation set is used as the test set.
+        folders = {"train": folders["train"], "validation": None, "test": folders["validation"]}
+    if folders["train"] is None or (spec.name == "imagenet" and folders["test"] is None):
+        needed = "train/ and val/" if spec.name == "imagenet" else "train/ (and if you have them val/ and test/)"
         raise UsageError(
-            f"{root} does not hold {spec.name}" if root.is_dir() else f"there is no folder {root}",
-            f"put {folders} there, each with one folder of images a class, or --set dataset.root=FOLDER",
+            f"{root} does not hold {spec.name}" if root.is_dir() else f"folder not found: {root}",
+            f"put {needed} there, each with one folder of images per class, or --set dataset.root=FOLDER",
         )
-    return found
+    return folders
 
 
 def _folder(spec: DatasetSpec, split: Split) -> Samples:
-    found = _folders(spec)
+    """Return a split of a data set with one folder of images per class."""
+    folders = _folders(spec)
     try:
-        folder = tv.ImageFolder(str(found[split] or found["train"]))
-        train_classes = tuple(tv.folder.find_classes(str(found["train"]))[0])
+        folder = tv.ImageFolder(str(folders[split] or folders["train"]))
+        train_classes = tuple(tv.folder.find_classes(str(folders["train"]))[0])
     except OSError as error:
-        raise UsageError(str(error), "make one folder a class, with at least one image in each") from None
+        raise UsageError(str(error), "make one folder per class, with at least one image in each") from None
     classes = tuple(folder.classes)
     if classes != train_classes:
         odd = sorted(set(classes) ^ set(train_classes))
         raise MismatchError(
-            f"{found[split]} has other class folders than {found['train']}: {', '.join(odd[:5])}",
+            f"{folders[split]} has other class folders than {folders['train']}: {', '.join(odd[:5])}",
             "make the class folders of all splits the same",
         )
-    own = found[split] is not None and split != "train"
+    own = folders[split] is not None and split != "train"
     ids = np.arange(len(folder.samples)) if own else _share(len(folder.samples), split, spec)
     return Samples(
         spec.name,
@@ -159,21 +167,22 @@ def _folder(spec: DatasetSpec, split: Split) -> Samples:
 
 
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """What an npz file holds; nothing in it is unpickled."""
+    """Return the arrays of an npz file; nothing in it is unpickled."""
     if not path.is_file():
-        raise UsageError(f"there is no file {path}", "give the npz file: --set dataset.root=FILE")
+        raise UsageError(f"file not found: {path}", "give the npz file: --set dataset.root=FILE")
     try:
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip archive, or the end of it is missing")
+            raise ValueError("it is not a zip archive, or its end is missing")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except Exception as error:  # whatever the bytes of a broken file make numpy stumble over
+    except Exception as error:  # numpy raises errors of many types for a damaged file
         raise CorruptError(
             f"cannot read {path} as an npz file: {error}", "write it with numpy.savez(path, images=..., labels=...)"
         ) from error
 
 
 def _npz(spec: DatasetSpec, split: Split) -> Samples:
+    """Return a split of an npz file with `images`, `labels` and optionally `class_names`."""
     path = Path(spec.root or "")
     arrays = _arrays(path)
     if "images" not in arrays or "labels" not in arrays:
@@ -188,15 +197,15 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
             "images must be uint8 [N, H, W] or [N, H, W, channels], labels integers [N]",
         )
     if len(images) != len(labels):
-        raise MismatchError(f"{path} has {len(images)} images and {len(labels)} labels", "give one label an image")
+        raise MismatchError(f"{path} has {len(images)} images and {len(labels)} labels", "give one label per image")
     names = _class_names(path, arrays.get("class_names"), labels)
     check_labels(labels, len(names), str(path))
     if images.ndim == 3:
         images = images[..., None]
     if images.shape[3] > MOST_CHANNELS:
         raise UsageError(
-            f"{path} has images {list(images.shape)}, which would be {images.shape[3]} channels",
-            "channels come last: [N, H, W, channels], as numpy.moveaxis(images, 1, -1) makes them",
+            f"{path} has images {list(images.shape)}, that is {images.shape[3]} channels",
+            "put the channels last, [N, H, W, channels]: numpy.moveaxis(images, 1, -1)",
         )
     ids = _share(len(images), split, spec)
     channels = images.shape[3]
@@ -213,15 +222,33 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
 def _class_names(path: Path, names: npt.NDArray[Any] | None, labels: npt.NDArray[np.integer[Any]]) -> tuple[str, ...]:
     if names is not None:
         if names.ndim != 1:
-            raise UsageError(f"{path} has class_names {list(names.shape)}", "store one name a class: [classes]")
+            raise UsageError(f"{path} has class_names {list(names.shape)}", "store one name per class: [classes]")
         return tuple(str(name) for name in names)
     largest = int(labels.max(initial=0))
     if largest >= max(len(labels), 2):
         raise MismatchError(
             f"{path} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",
-            "correct the labels, or store class_names=[one name a class] beside them",
+            "correct the labels, or store class_names=[one name per class] beside them",
         )
     return tuple(str(label) for label in range(largest + 1))
+
+
+def _user(spec: DatasetSpec, split: Split) -> Samples:
+    dataset = load_user_split(spec, split)
+    train = dataset if split == "train" else load_user_split(spec, "train")
+    assert train is not None, "checked by load_user_split"  # noqa: S101  # for the types
+    if split != "train" and dataset is not None:
+        return user_samples(spec, split, dataset, train, None)
+    ids = _share(len(train), split, spec)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
+    return user_samples(spec, split, train, train, ids)
+
+
+def _spec_of(dataset: str | Mapping[str, Any] | DatasetSpec, given: Mapping[str, Any]) -> DatasetSpec:
+    """Return the `dataset` section that a name or mapping and further options stand for."""
+    if isinstance(dataset, DatasetSpec):
+        return dataset.model_copy(update=given)
+    named = {"name": dataset} if isinstance(dataset, str) else dict(dataset)
+    return validated(DatasetSpec, {**named, **given}, "the data set")
 
 
 _READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {
@@ -234,16 +261,40 @@ _READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {
 }
 
 
-def load_split(spec: DatasetSpec, split: Split) -> Samples:
-    """One split of a named data set.
+def load_split(
+    dataset: str | Mapping[str, Any] | DatasetSpec,
+    split: Split,
+    *,
+    root: str | Path | None = None,
+    validation_fraction: float | None = None,
+    test_fraction: float | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> Samples:
+    """Return one split of a named data set, such as `kdcache.load_split("digits", "train")`.
+
+    Args:
+        dataset: `digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz` or `path/file.py:function`; or a
+            mapping with the keys of the `dataset` section of a pipeline file.
+        split: "train", "validation" or "test".
+        root: folder of the data set, or for `npz` the file; `data/NAME` if not given.
+        validation_fraction: fraction of the training images held out if the set has no validation split; 0.1 if not
+            given.
+        test_fraction: fraction held out if the set has no test split; 0.1 if not given.
+        args: keyword arguments of the function, if `dataset` is `path/file.py:function`.
 
     Raises:
-        KdcacheError: where the set is not there or not well, with what to put where.
+        UsageError: for a name, a split or an option that is not known.
+        KdcacheError: if the data is not found or cannot be read; the message says what to put where.
     """
-    return _READERS[spec.name](spec, split)
+    given = {"root": root and str(root), "validation_fraction": validation_fraction, "test_fraction": test_fraction}
+    given["args"] = None if args is None else dict(args)  # type: ignore[assignment]  # each key has a type of its own
+    spec = _spec_of(dataset, {key: value for key, value in given.items() if value is not None})
+    if split not in SPLITS:
+        raise UsageError(f"there is no split {split!r}", f"use one of {', '.join(SPLITS)}")
+    return (_user if is_user_code(spec.name) else _READERS[spec.name])(spec, split)
 
 
 def load_held_out(spec: DatasetSpec, split: Literal["validation", "test"]) -> Samples | None:
-    """The validation or the test split; None where the set has none of its own and nothing is held out for it."""
+    """Return the validation or the test split; None if the set has none and its fraction is 0."""
     fraction = spec.validation_fraction if split == "validation" else spec.test_fraction
     return None if fraction == 0 and split in _lacking(spec) else load_split(spec, split)

@@ -6,13 +6,14 @@ They draw and compute as torchvision's do, for one image and its partner instead
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Beta
 
+from kdcache.config.schema import step_names
 from kdcache.errors import UsageError
 
 Step = dict[str, dict[str, Any]]
@@ -114,11 +115,3 @@ def _mixes(step: Any) -> bool:
     ((name, arguments),) = step.items()
     inner = arguments.get("transforms") if name in _DRAWING and isinstance(arguments, dict) else None
     return name in MIXINGS or (isinstance(inner, list) and bool(inner) and all(map(_mixes, inner)))
-
-
-def step_names(steps: Any) -> Iterator[str]:
-    """Of all steps, those inside other steps too."""
-    for step in steps if isinstance(steps, list) else []:
-        for name, arguments in step.items() if isinstance(step, dict) else []:
-            yield name
-            yield from step_names(arguments.get("transforms") if isinstance(arguments, dict) else None)

@@ -11,17 +11,20 @@ import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from kdcache.config.schema import Transform
+from kdcache.config.schema import Transform, step_names
 from kdcache.data.content_keys import keep_keys, kept_keys
 from kdcache.data.images import Images, ItemImages
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
+from kdcache.runtime.user_code import trust
+
+Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -136,13 +139,63 @@ def wrap(
     names = tuple(str(c) for c in (range(num_classes) if class_names is None else class_names))
     if len(names) != num_classes:
         raise MismatchError(f"{len(names)} class names for {num_classes} classes", "give one name a class")
+    labels = labels_of(dataset)
+    check_labels(labels, num_classes, f"{name}/{split}")
+    trust(step_names(transform))
+    return Samples(name, split, ItemImages(dataset, len(labels)), labels.astype(np.int32), names, transform or [])
+
+
+def as_samples(data: Samples | Dataset[Any]) -> Samples:
+    """Return samples as they are, and any other data set of (image, label) pairs wrapped.
+
+    Raises:
+        KdcacheError: if it is no such data set, or its classes are not clear; see `wrap` and `class_names`.
+    """
+    if isinstance(data, Samples):
+        return data
+    names = class_names(data, type(data).__name__)
+    return wrap(data, len(names), class_names=names)
+
+
+def class_names(dataset: Dataset[Any], where: str) -> Sequence[str]:
+    """Return the attribute `classes` of a data set, or the numbers up to its largest label.
+
+    Args:
+        dataset: of (image, label) pairs.
+        where: its name, for error messages.
+
+    Raises:
+        UsageError: if `classes` is not a sequence of names.
+        MismatchError: if there is none, and labels are so large that most classes would have no sample.
+    """
+    names = getattr(dataset, "classes", None)
+    if names is not None:
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise UsageError(
+                f"the attribute `classes` of {where} is a {type(names).__name__}", "make it a list of names"
+            )
+        return [str(name) for name in names]
+    labels = labels_of(dataset)
+    largest = int(labels.max(initial=0))
+    if largest >= max(len(labels), 2):
+        raise MismatchError(
+            f"{where} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",
+            "correct the labels, or give the data set an attribute `classes` with the name of each class",
+        )
+    return [str(label) for label in range(largest + 1)]
+
+
+def labels_of(dataset: Dataset[Any]) -> npt.NDArray[np.integer[Any]]:
+    """Return the labels of a map-style data set of (image, label) pairs, [N].
+
+    Raises:
+        UsageError: if it has no length, or an item is not such a pair.
+    """
     try:
         length = len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
     except TypeError:
         raise UsageError(f"{type(dataset).__name__} has no length", "give a map-style data set") from None
-    labels = np.array([_label(dataset[index], index) for index in range(length)])
-    check_labels(labels, num_classes, f"{name}/{split}")
-    return Samples(name, split, ItemImages(dataset, length), labels.astype(np.int32), names, transform or [])
+    return np.array([_label(dataset[index], index) for index in range(length)])
 
 
 def _label(item: Any, index: int) -> int:

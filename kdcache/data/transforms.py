@@ -1,78 +1,103 @@
-"""Transforms as data: lists of names and arguments of `torchvision.transforms.v2`, and what can be said of them."""
+"""Transforms as data: lists of steps, each a name of `torchvision.transforms.v2` with its arguments.
+
+A step may also be `path/file.py:function`: a function `(image, **arguments) -> image`, or a class that is built with
+the arguments and called on an image. It counts as random unless it has an attribute `deterministic = True`.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 from torchvision.transforms import v2
 
 from kdcache.cache.format.recorded_views import CROP, ELSEWHERE, recorded
-from kdcache.config.schema import Transform
-from kdcache.data.mixing import MIXINGS, split_mixing, step_names
+from kdcache.config.schema import Transform, step_names
+from kdcache.data.mixing import MIXINGS, split_mixing
 from kdcache.data.transform_limits import Bounded, check_steps
 from kdcache.errors import UsageError
+from kdcache.runtime import user_code
 
-# What torchvision has that draws no random number. A name that is not here is taken to draw some: its images are then
-# made one by one from their own seeds, which is right for every transform and only slower for one that is fixed.
+# The transforms of torchvision that draw no random numbers. Any other is assumed to draw some: its images are then made
+# one by one from their own seeds, which is correct for every transform and only slower for one that is fixed.
 _FIXED = {"CenterCrop", "ClampBoundingBoxes", "ClampKeyPoints", "ConvertBoundingBoxFormat", "ConvertImageDtype",
           "FiveCrop", "Grayscale", "Identity", "LinearTransformation", "Normalize", "PILToTensor", "Pad", "RGB",
           "Resize", "SanitizeBoundingBoxes", "SanitizeKeyPoints", "SetClampingMode", "TenCrop", "ToDtype", "ToImage",
           "ToPILImage", "ToPureTensor", "ToTensor", "UniformTemporalSubsample"}  # fmt: skip
 
 NOT_BATCHED = {"ToPILImage", "UniformTemporalSubsample"}
-"""Of those, what takes a batch for one image too large, or for a film."""
+"""Fixed transforms that cannot be given a batch, which they would take for one image or a video."""
 
 
 def is_random(transform: Transform) -> bool:
-    """Whether a transform may draw random numbers."""
-    return not _FIXED.issuperset(name for step in transform for name in step)
+    """Whether a transform may draw random numbers.
+
+    Raises:
+        UsageError: for a step of the user that cannot be loaded.
+    """
+    return any(_may_draw(name) for step in transform for name in step)
+
+
+def _may_draw(name: str) -> bool:
+    # Code that only a cache names is not run to find out.
+    if user_code.is_user_code(name) and user_code.is_trusted(name):
+        return getattr(load_step(name).target, "deterministic", False) is not True
+    return name not in _FIXED
+
+
+def is_batched(transform: Transform) -> bool:
+    """Whether the steps give the same images for a whole batch as for one image at a time."""
+    names = [name for step in transform for name in step]
+    return not is_random(transform) and not any(name in NOT_BATCHED or user_code.is_user_code(name) for name in names)
 
 
 def is_drawn(transform: Transform) -> bool:
-    """Whether a view of a sample depends on its number: what is recorded goes wherever the sample goes."""
+    """Whether a view of a sample depends on its id; a recorded crop does not."""
     return is_random(transform if recorded(transform) is None else transform[1:])
 
 
-def transform_for_evaluation(said: Transform | None, seen: Transform) -> Transform:
-    """What images that are not for training go through: never something random, never something unsaid.
+def transform_for_evaluation(given: Transform | None, training: Transform) -> Transform:
+    """Return the transform of validation and test images.
 
     Args:
-        said: `eval_transform` of the pipeline.
-        seen: what training images go through, which is taken where nothing is said.
+        given: `eval_transform` of the pipeline.
+        training: the transform of the training images, which is the default.
 
     Raises:
-        UsageError: if it mixes images, or draws at random and nothing is said.
+        UsageError: if it mixes images, or if it is random and `given` is None.
     """
-    if said is not None:
-        if recorded(said):
+    if given is not None:
+        if recorded(given):
             raise UsageError(
-                f"eval_transform begins with {next(iter(said[0]))}, and there are no boxes of these images",
+                f"eval_transform begins with {next(iter(given[0]))}, whose boxes are recorded for training images only",
                 "begin it with Resize and CenterCrop",
             )
-        if split_mixing(said)[1]:
+        if split_mixing(given)[1]:
             raise UsageError(
-                "eval_transform mixes images, and accuracy is of images with one label", "remove its last step"
+                "eval_transform mixes images, and accuracy needs images with one label", "remove its last step"
             )
-        return said
-    if is_random(seen):
-        fixed = [step for step in seen if not is_random([step])]
+        return given
+    if is_random(training):
+        fixed = [step for step in training if not is_random([step])]
         raise UsageError(
-            "the transform draws at random, and validation and test images need one that does not",
-            f"say which: its fixed steps would be eval_transform: {json.dumps(fixed)}",
+            "the transform is random, and validation and test images need one that is not",
+            f"set eval_transform; the fixed steps of the transform are eval_transform: {json.dumps(fixed)}",
         )
-    return seen
+    return training
 
 
 def build_transform(transform: Transform) -> Callable[..., Any]:
-    """The transform that a list of names and arguments describes.
+    """Return the transform that a list of steps describes, a callable.
 
     Raises:
-        UsageError: for a name that `torchvision.transforms.v2` has not, arguments that it does not take, or more than
-            `limits.py` allows.
+        UsageError: for a name that is not in `torchvision.transforms.v2`, for wrong arguments, or for more than
+            `data/transform_limits.py` allows.
     """
     check_steps(step_names(transform))
     steps = [_step(step) for step in transform]
@@ -80,31 +105,34 @@ def build_transform(transform: Transform) -> Callable[..., Any]:
 
 
 def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
+    """Return one step of a transform, a callable."""
     if not (isinstance(step, dict) and len(step) == 1 and all(isinstance(given, dict) for given in step.values())):
         raise UsageError(
             f"the step {step!r} of a transform is not one name with its arguments", "write it as - NAME: {KEY: VALUE}"
         )
     ((name, arguments),) = step.items()
+    if user_code.is_user_code(name):
+        return UserStep(name, arguments)
     kind = MIXINGS.get(name, vars(v2).get(name))
     if name in (CROP, ELSEWHERE):
         raise UsageError(f"{name} can only be the first step of a transform", "put it at the beginning, once")
     if not (name in MIXINGS or (inspect.isclass(kind) and issubclass(kind, v2.Transform))):
         raise UsageError(
             f"torchvision.transforms.v2 has no transform {name!r}",
-            "take a name from torchvision's list of v2 transforms",
+            "use a name from torchvision's list of v2 transforms, or path/file.py:function",
         )
     try:
         built: Callable[..., Any] = kind(**{key: _argument(key, value) for key, value in arguments.items()})
     except (TypeError, ValueError, AttributeError) as error:
         fix = f"see the arguments of torchvision.transforms.v2.{name}"
         if name in MIXINGS:
-            fix = "give alpha alone: the loss is told of both labels and their shares"
+            fix = "give alpha only: the loss gets both labels and their shares"
         raise UsageError(f"transform {name}: {error}", fix) from None
     return built if name in MIXINGS else Bounded(built, name, arguments)
 
 
 def _argument(key: str, value: Any) -> Any:
-    """What YAML cannot say: a torch type, a member of an enumeration, a transform inside another one."""
+    """Return an argument that YAML cannot express: a torch type, a member of an enumeration, or inner transforms."""
     if key == "dtype" and isinstance(value, str):
         dtype = vars(torch).get(value)
         if not isinstance(dtype, torch.dtype):
@@ -117,3 +145,67 @@ def _argument(key: str, value: Any) -> Any:
     if key == "transforms" and isinstance(value, list):
         return [_step(step) for step in value]
     return value
+
+
+_SIGNATURE = "function(image, **arguments) -> image, or a class built with the arguments whose instances take an image"
+
+
+def load_step(reference: str) -> user_code.UserCode:
+    """Return the function or class of a step `path/file.py:function`.
+
+    Raises:
+        UsageError: if only a cache names it, or it cannot be loaded.
+    """
+    if not user_code.is_trusted(reference):
+        raise UsageError(
+            f"the transform of this cache runs {reference}, code that is not part of the cache",
+            "if you have that file and trust it, give the transform of the cache yourself: `transform` in the "
+            "pipeline, or CachedDataset(..., transform=...)",
+        )
+    return user_code.load(reference, "transform step", _SIGNATURE)
+
+
+def code_digests(transform: Transform) -> dict[str, str]:
+    """Return the sha256 of the file of each step of the user's own, by its name."""
+    return {name: user_code.digest_of(name) for name in step_names(transform) if user_code.is_user_code(name)}
+
+
+class UserStep:
+    """A step from a file of the user. It can be sent to worker processes, which load the file again.
+
+    Raises:
+        UsageError: if it cannot be loaded or built, raises, or returns anything but an image.
+    """
+
+    def __init__(self, reference: str, arguments: dict[str, Any]) -> None:
+        self.reference, self.arguments = reference, arguments
+        self.code = load_step(reference)
+        self._built: Callable[..., Any] | None = None
+        if inspect.isclass(self.code.target):
+            self._built = self.code(**arguments)
+            if not callable(self._built):
+                raise self.code.mistake("makes objects that cannot be called on an image")
+        else:
+            self.code.check_arguments(None, **arguments)
+
+    def __call__(self, image: Any) -> Any:
+        """Return the image that the step makes of an image: a tensor [channels, H, W] or a PIL image."""
+        if self._built is None:
+            result = self.code(image, **self.arguments)
+        else:
+            result = replace(self.code, target=self._built)(image)
+        if isinstance(result, Image.Image) or (isinstance(result, Tensor) and result.ndim == 3):
+            return result
+        shape = f" {list(result.shape)}" if isinstance(result, Tensor) else ""
+        raise self.code.mistake(
+            f"returned a {type(result).__name__}{shape}, not a tensor [channels, H, W] or PIL image"
+        )
+
+    def __reduce__(self) -> Any:
+        return _in_worker, (self.reference, self.arguments)
+
+
+def _in_worker(reference: str, arguments: dict[str, Any]) -> UserStep:
+    """Build a step in a process that was started by one that was allowed to."""
+    user_code.trust([reference])
+    return UserStep(reference, arguments)

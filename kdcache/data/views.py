@@ -31,7 +31,7 @@ from kdcache.data.mixing import Mixing, split_mixing
 from kdcache.data.recorded_crop import split_recorded
 from kdcache.data.samples import Samples
 from kdcache.data.transform_limits import check_batch
-from kdcache.data.transforms import NOT_BATCHED, build_transform, is_random
+from kdcache.data.transforms import build_transform, is_batched, is_random
 from kdcache.errors import CorruptError, UsageError
 from kdcache.losses.batch import MixedLabels
 
@@ -126,8 +126,7 @@ class View(Dataset[Batch]):
                 "train on the whole data set, or from a cache of views that are not mixed",
             )
         self._random = is_random(steps)
-        alone = is_random(transform) or any(name in NOT_BATCHED for step in transform for name in step)
-        self._arrays = samples.images if isinstance(samples.images, ArrayImages) and not alone else None
+        self._arrays = samples.images if isinstance(samples.images, ArrayImages) and is_batched(transform) else None
 
     def __len__(self) -> int:
         return len(self.samples)

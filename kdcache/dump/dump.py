@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from kdcache.cache import summary
 from kdcache.cache.adopt import adopt_shards
@@ -21,7 +23,8 @@ from kdcache.cache.lock import release
 from kdcache.cache.planner import encoding_without_pilot, plan_encoding
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.writer import CacheWriter, check_place
-from kdcache.config.schema import CacheSpec, Pipeline, Transform
+from kdcache.config.schema import CacheSpec, Pipeline, Transform, step_names
+from kdcache.config.section import validated
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.dump.extend import check_extends
@@ -29,12 +32,13 @@ from kdcache.dump.plan import Pilot, Planned, choose, measured, plan_cache, requ
 from kdcache.dump.teacher_pass import PhaseTimer, Shard, run_pass
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError
 from kdcache.models import weights_digest
-from kdcache.models.checks import try_network
+from kdcache.models.checks import samples_for, try_network
 from kdcache.models.inference import InferenceModel
 from kdcache.models.teacher import TeacherIdentity, load_teacher
 from kdcache.runtime.distributed import Ranks
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.resources import free_disk
+from kdcache.runtime.user_code import trust
 
 _CHANCE = 1.5
 """A teacher below so many times the accuracy of guessing deserves a word."""
@@ -102,16 +106,17 @@ def check_room(out: Path, needed: float) -> None:
 
 def dump_teacher(
     model: nn.Module,
-    samples: Samples,
+    samples: Samples | Dataset[Any],
     out: str | Path,
     *,
     name: str | TeacherIdentity = "teacher",
     transform: Transform | None = None,
-    spec: CacheSpec | None = None,
+    spec: CacheSpec | Mapping[str, Any] | None = None,
     extends: Cache | None = None,
     ranks: Ranks | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    **options: Any,
 ) -> Cache:
     """Run a teacher over all views of a data set and store what a student needs of its output.
 
@@ -121,15 +126,18 @@ def dump_teacher(
 
     Args:
         model: the teacher; put into evaluation mode.
-        samples: the data set, in its own order.
+        samples: the data set, in its own order: from `load_split` or `wrap`, or any map-style data set of (image,
+            label) pairs. The classes of the latter are its attribute `classes`, or else the outputs of the model.
         out: folder of the cache, by custom `NAME.kdcache`.
         name: what the manifest calls the teacher, and what else tells it from another of the same weights.
         transform: what the teacher sees of an image; None for the data set's own.
-        spec: what to keep; by default every class up to 64, and else the cheapest within a fidelity of 0.02.
+        spec: what to keep, as a mapping with the keys of the `cache` section of a pipeline file; by default every class
+            up to 64, and else the cheapest within a fidelity of 0.02.
         extends: a sealed cache of fewer views or samples, whose shards are taken over.
         ranks: this process among several that call this with the same arguments; None for one alone.
         device: where the teacher runs and rows are encoded.
-        progress: who is told how it goes.
+        progress: progress reporter; silent if None.
+        options: the keys of `spec` one by one, such as `views=2, fidelity=0.05`.
 
     Raises:
         UsageError: if the settings do not fit, or `out` is something else.
@@ -141,7 +149,9 @@ def dump_teacher(
         IncompleteError: if the disk cannot hold the cache, or another rank has ended; what is written stays.
         InterruptedRun: on Ctrl-C; what is written stays.
     """
-    out, spec, ranks = Path(out), spec or CacheSpec(), ranks or Ranks()
+    out, spec, ranks = Path(out), _options(spec, options), ranks or Ranks()
+    trust(step_names(transform))
+    samples = samples_for(model, samples, transform, device)
     listener: Progress = progress if progress and ranks.is_first else Silent()
     teacher = name if isinstance(name, TeacherIdentity) else TeacherIdentity(name, {}, None)
     transform = samples.transform if transform is None else transform
@@ -189,6 +199,14 @@ def dump_teacher(
             f"note: the teacher is right on {accuracy:.1%} of these samples, which is hardly better than chance"
         )
     return cache
+
+
+def _options(spec: CacheSpec | Mapping[str, Any] | None, options: Mapping[str, Any]) -> CacheSpec:
+    """Return what to keep, from a section, a mapping or keyword arguments."""
+    if isinstance(spec, CacheSpec) and not options:
+        return spec
+    before = spec.model_dump() if isinstance(spec, CacheSpec) else dict(spec or {})
+    return validated(CacheSpec, {**before, **options}, "the options of the cache")
 
 
 def _begin(

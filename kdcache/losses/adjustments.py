@@ -1,29 +1,42 @@
-"""First axis: what is done to the teacher's logits before they teach.
+"""First axis: adjustments of the teacher's logits.
 
-Every adjustment is a pure function `(teacher_logits [B, C], labels [B]) -> [B, C]` of logits that the temperature has
-already divided. None works in place: the row of the cache must survive, since the next epoch reads it again.
+Every adjustment is a pure function `(teacher_logits [B, C], labels [B]) -> [B, C]` of logits that are already divided
+by the temperature. None works in place: the row of the cache must survive, since the next epoch reads it again.
 """
 
 from __future__ import annotations
 
+from typing import Annotated, ClassVar, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from kdcache.losses.options import AdjustmentOptions, Presets
 
 
 def none(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """The teacher as it is."""
+    """Return the teacher's logits unchanged."""
     return teacher_logits
 
 
-def probability_shift(teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """KA by probability shift: where the teacher is wrong, swap its largest probability with the true class's.
+class NoAdjustment(AdjustmentOptions):
+    """Options of `none`."""
 
-    Swapping the two probabilities is the same as swapping the two logits, at every temperature; so the maximum, the
-    logsumexp, the entropy, and with them DTKD's temperatures, stay what they were.
+    compute = staticmethod(none)
+
+    kind: Literal["none"] = "none"
+
+
+def probability_shift(teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """Swap the teacher's largest probability with that of the true class where the teacher is wrong (KA).
+
+    Swapping the two probabilities is the same as swapping the two logits, at every temperature. The maximum, the
+    logsumexp, the entropy, and therefore DTKD's temperatures do not change.
 
     Args:
         teacher_logits: [B, C].
-        labels: [B] int64; rows labeled -1 are left alone.
+        labels: [B] int64; rows labeled -1 are unchanged.
 
     Source: Wen, Lai & Qian 2019 (1911.07471), "probability shift".
     """
@@ -36,16 +49,26 @@ def probability_shift(teacher_logits: Tensor, labels: Tensor) -> Tensor:
     return shifted
 
 
-def label_smoothing(teacher_logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
-    """KA by label smoothing: where the teacher is wrong, the smoothed one-hot label takes the row's place.
+class ProbabilityShift(AdjustmentOptions):
+    """Options of `probability_shift`."""
 
-    The row is replaced by log-probabilities, which softmax turns back into `1 - smoothing` on the label and `smoothing`
+    compute = staticmethod(probability_shift)
+    presets: ClassVar[Presets] = {"ka": {}}
+    acts_on_label = True
+
+    kind: Literal["probability_shift"] = "probability_shift"
+
+
+def label_smoothing(teacher_logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Replace the teacher's row by the smoothed one-hot label where the teacher is wrong (KA).
+
+    The new row holds log-probabilities, which softmax turns back into `1 - smoothing` for the label and `smoothing`
     spread evenly over the other classes.
 
     Args:
         teacher_logits: [B, C].
-        labels: [B] int64; rows labeled -1 are left alone.
-        smoothing: probability that the label gives away, between 0 and 1.
+        labels: [B] int64; rows labeled -1 are unchanged.
+        smoothing: probability that the label gives up, between 0 and 1.
 
     Source: Wen, Lai & Qian 2019 (1911.07471), "label smooth regularization".
     """
@@ -57,24 +80,54 @@ def label_smoothing(teacher_logits: Tensor, labels: Tensor, smoothing: float = 0
     return torch.where(wrong.unsqueeze(1), smoothed.log(), teacher_logits)
 
 
-def truncation(teacher_logits: Tensor, labels: Tensor, top: int = 16) -> Tensor:
-    """The `top` largest logits alone: softmax then shares all mass among them, and the other classes get exactly 0.
+class LabelSmoothing(AdjustmentOptions):
+    """Options of `label_smoothing`."""
 
-    An ablation: what a cache of the top j, renormalized, teaches, at whatever temperature. The others are set 10,000
-    below the least that is kept, which no float tells from 0 in a softmax, and which unlike -inf never makes a NaN.
+    compute = staticmethod(label_smoothing)
+    presets: ClassVar[Presets] = {"lsr": {}}
+    acts_on_label = True
+    gives_probabilities = True
+    loses_order = True
+
+    kind: Literal["label_smoothing"] = "label_smoothing"
+    smoothing: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+def truncation(teacher_logits: Tensor, labels: Tensor, top: int = 16) -> Tensor:
+    """Keep the `top` largest logits: softmax shares all probability among them, the other classes get exactly 0.
+
+    An ablation: it gives what a cache of the renormalized top-k would, at any temperature. The other logits are set
+    10,000 below the smallest that is kept: 0 in any floating-point softmax and, unlike -inf, never a source of NaN.
 
     Args:
         teacher_logits: [B, C].
-        labels: [B]; not looked at, so that the true class may be cut off.
-        top: how many classes are kept.
+        labels: [B]; not used, so that the true class may be cut off.
+        top: number of classes that are kept.
 
     Raises:
-        ValueError: if there are no more classes than that.
+        ValueError: if there are not more classes than that.
 
     Source: Shen & Xing 2022, FKD (2112.01528), "marginal re-norm" of the top 5.
     """
     if top >= teacher_logits.shape[1]:
         raise ValueError(f"truncation to the top {top} leaves all {teacher_logits.shape[1]} classes as they are")
-    kept, where = teacher_logits.topk(top, dim=1)
-    rest = (kept[:, -1:] - 1e4).expand_as(teacher_logits)
-    return rest.scatter(1, where, kept)
+    largest, indices = teacher_logits.topk(top, dim=1)
+    rest = (largest[:, -1:] - 1e4).expand_as(teacher_logits)
+    return rest.scatter(1, indices, largest)
+
+
+class Truncation(AdjustmentOptions):
+    """Options of `truncation`."""
+
+    compute = staticmethod(truncation)
+    presets: ClassVar[Presets] = {"truncated": {}}
+    gives_probabilities = True
+    gives_zeros = True
+
+    kind: Literal["truncation"] = "truncation"
+    top: Annotated[int, Field(ge=1)] = 16
+
+    @property
+    def classes_kept(self) -> int:
+        """Return `top`."""
+        return self.top

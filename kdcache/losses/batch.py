@@ -1,4 +1,4 @@
-"""What the samples at hand are part of: a step's batch may be cut in pieces, and lie in several processes."""
+"""Batches of which a call sees a part only: micro-batches, and the batches of several processes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor, distributed
 
 BatchSum = Callable[[Tensor], Tensor]
-"""[B, ...] -> [...]: the sum over the samples of the whole batch, differentiable.
+"""[B, ...] -> [...]: the differentiable sum over the samples of the whole batch.
 
-Of a batch that lies in several processes it is the all-reduced sum, whose gradient is all-reduced too: each process
-then has the statistics of the whole.
+For a batch that is spread over several processes it is the all-reduced sum, whose gradient is all-reduced too, so that
+each process has the statistics of the whole batch.
 """
 
 
 def of_these(rows: Tensor) -> Tensor:
-    """Where the samples that are here are the whole batch."""
+    """Return the sum over the given samples, which are the whole batch."""
     return rows.sum(dim=0)
 
 
 def of_all_ranks(rows: Tensor) -> Tensor:
-    """Where each process of the default group has some samples of the batch."""
+    """Return the sum over the samples of all processes of the default group."""
     return _AllReduced.apply(rows.sum(dim=0))  # type: ignore[no-any-return]  # torch's is not typed
 
 
 class _AllReduced(torch.autograd.Function):
-    """The sum over all processes, forward and, of the gradients, backward."""
+    """An all-reduced sum whose gradient is all-reduced too."""
 
     @staticmethod
     def forward(_: Any, here: Tensor) -> Tensor:
@@ -43,18 +43,18 @@ class _AllReduced(torch.autograd.Function):
 
 
 def batch_mean(rows: Tensor, batch_sum: BatchSum) -> Tensor:
-    """[B, ...] -> [...]: the mean over the samples of the whole batch."""
+    """Return the mean over the samples of the whole batch, [B, ...] -> [...]."""
     return batch_sum(rows) / batch_sum(rows.new_ones(len(rows)))
 
 
 class BatchTotals(NamedTuple):
-    """The batch that some samples are part of. The losses of its parts, and their gradients, add up to its own.
+    """Totals of the batch that some samples are part of. The losses and gradients of its parts add up to its own.
 
     Attributes:
-        rows: how many samples it has.
-        labeled: how many of them have a label.
-        shares: of how much the true class is known: `labeled`; of mixed images the sum of their labeled shares.
-        sum: over all of its samples; for DTD and DIST.
+        rows: number of samples.
+        labeled: number of labeled samples.
+        shares: `labeled`; for mixed images the sum of their labeled shares.
+        sum: sum over all of its samples, for DTD and DIST.
     """
 
     rows: Tensor | int
@@ -64,12 +64,12 @@ class BatchTotals(NamedTuple):
 
 
 def at_least_one(count: Tensor | int) -> Tensor | int:
-    """What a sum is divided by for a mean; where there is nothing to add up, the mean is 0."""
+    """Return the divisor of a mean, at least 1: the mean of nothing is 0."""
     return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def labeled_shares(labels: Tensor, mixed: MixedLabels | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of how much of each sample the true class is known, [B]: 0 or 1, or where it is mixed anything between."""
+    """Return the labeled share of each sample, [B]: 0 or 1, or for mixed images any value between."""
     known = (labels >= 0).to(dtype)
     if mixed is None:
         return known
@@ -78,27 +78,27 @@ def labeled_shares(labels: Tensor, mixed: MixedLabels | None, dtype: torch.dtype
 
 
 def batch_totals(labels: Tensor, mixed: MixedLabels | None = None, dtype: torch.dtype = torch.float32) -> BatchTotals:
-    """A batch that is all here.
+    """Return the totals of a batch of which all samples are given.
 
     Args:
         labels: [B] int64, -1 where not known.
-        mixed: partners' labels and own shares, where each image is mixed with another.
-        dtype: that the shares are added up in.
+        mixed: labels of the partners and shares, if images are mixed.
+        dtype: of the sum of the shares.
     """
     return BatchTotals(len(labels), (labels >= 0).sum(), labeled_shares(labels, mixed, dtype).sum())
 
 
 class MixedLabels(NamedTuple):
-    """What is known of a batch of mixed images beside their own labels.
+    """The labels of a batch of mixed images, in addition to their own.
 
     Attributes:
         partner_labels: [B] int64, -1 where not known.
-        share: [B] float32, how much of an image is of its own label; the rest is of its partner's.
+        share: [B] float32, the share of an image's own label; the rest is that of its partner's.
     """
 
     partner_labels: Tensor
     share: Tensor
 
     def to(self, device: torch.device | str) -> MixedLabels:
-        """The same on another device."""
+        """Return a copy on another device."""
         return MixedLabels(*(part.to(device, non_blocking=True) for part in self))

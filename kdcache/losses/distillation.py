@@ -1,23 +1,22 @@
-"""The sum of the three axes.
+"""The loss as a sum over the axes.
 
     loss = ce_weight * CE(v, y)
          + warmup(epoch) * ( kd_weight       * mean_i w_i   * D( A(u_i / T_tea_i), v_i / T_stu_i )
                            + plain_kd_weight * mean_i tau^2 * D( A(u_i / tau),     v_i / tau ) )
 
-with v the student's and u the teacher's raw logits, both standardized first where asked, y the labels, A the
-adjustment, (T_stu, T_tea, w) the temperatures and D the divergence. Of DKD, which needs labels, mean_i is over the
-labeled samples, as it is of CE. Nothing here knows of caches: give it the live teacher's logits or the cached ones.
+with v the student's and u the teacher's raw logits, both normalized first if the loss says so, y the labels, A the
+adjustment, (T_stu, T_tea, w) the temperatures and D the divergence. For DKD, which needs labels, mean_i is over the
+labeled samples, as for CE. Caches play no role here: the teacher's logits may be computed or read.
 
-Of a mixed image both see the mixture, and only CE(v, y) becomes share * CE(v, y) + (1 - share) * CE(v, y'), y' the
-partner's label. What acts on the one true class has none to act on: KA, DKD, OFA and Plackett-Luce are refused.
+For mixed images student and teacher see the mixture, and only CE(v, y) becomes share * CE(v, y) + (1 - share) *
+CE(v, y'), y' the partner's label. KA, DKD, OFA and Plackett-Luce, which act on the one true class, are refused.
 
 The adjustment comes after the temperature, as in the KA paper (1911.07471), where A acts on the softened P_tau. For the
-probability shift the order makes no difference; a smoothed label softened once more would no longer be that label.
+probability shift the order makes no difference; a smoothed label that is softened again would no longer be that label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,50 +24,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.losses import adjustments, divergences, normalizations, temperatures
+from kdcache.losses import temperatures
 from kdcache.losses.batch import BatchTotals, MixedLabels, at_least_one, batch_totals
 from kdcache.losses.config import Loss
+from kdcache.losses.options import Options
+from kdcache.losses.registry import NORMALIZATIONS
 from kdcache.losses.temperatures import Temperatures
-
-NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": normalizations.none,
-    "z_score": normalizations.z_score,
-}
-ADJUSTMENTS: dict[str, Callable[..., Tensor]] = {
-    "none": adjustments.none,
-    "probability_shift": adjustments.probability_shift,
-    "label_smoothing": adjustments.label_smoothing,
-    "truncation": adjustments.truncation,
-}
-TEMPERATURES: dict[str, Callable[..., Temperatures]] = {
-    "constant": temperatures.constant,
-    "dtkd": temperatures.dtkd,
-    "dtd_flsw": temperatures.dtd_flsw,
-    "dtd_cwsm": temperatures.dtd_cwsm,
-    "ctkd": temperatures.ctkd,
-}
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "kl": divergences.kl,
-    "reverse_kl": divergences.reverse_kl,
-    "jensen_shannon": divergences.jensen_shannon,
-    "dkd": divergences.dkd,
-    "dist": divergences.dist,
-    "plackett_luce": divergences.plackett_luce,
-    "ofa": divergences.ofa,
-    "mse": divergences.mse,
-    "cosine": divergences.cosine,
-}
 
 
 class LossParts(NamedTuple):
-    """A step's loss, all scalars.
+    """The loss of a batch and its parts, all scalar tensors.
 
     Attributes:
-        total: the one to differentiate.
-        cross_entropy: before `ce_weight`.
-        distillation: what `distillation_term` gives: with its weights, before the warm-up.
-        student_temperature: mean over the samples; 0 where there is no teacher.
-        teacher_temperature: the same.
+        total: the loss to differentiate; the other values carry no gradient.
+        cross_entropy: mean over the labeled samples in nats, before `ce_weight`.
+        distillation: the distillation terms with their weights, before the warm-up; 0 without a teacher.
+        student_temperature: mean over the samples; 0 without a teacher.
+        teacher_temperature: mean over the samples; 0 without a teacher.
     """
 
     total: Tensor
@@ -85,34 +57,42 @@ def cross_entropy(
     smoothing: float = 0.0,
     whole: BatchTotals | None = None,
 ) -> Tensor:
-    """Mean cross-entropy over the labeled samples of a batch; 0 where none is labeled.
+    """Return the mean cross-entropy over the labeled samples of a batch, in nats; 0 if none is labeled.
 
-    Of mixed images it is the mean over their labeled shares, which are not scaled up where they come to less than one.
+    For mixed images it is the mean over their labeled shares, which are not scaled up where they add up to less than 1.
 
     Args:
         student_logits: [B, C].
-        labels: [B] int64, -1 for a sample whose label is not known.
-        mixed: partners' labels and own shares; None where images are as they are.
-        smoothing: of the labels, spread evenly over all classes (Szegedy et al. 2016, 1512.00567).
-        whole: the batch that these samples are part of; None where they are all of it.
+        labels: [B] int64, -1 where not known.
+        mixed: labels of the partners and shares; None if images are not mixed.
+        smoothing: label smoothing, spread evenly over all classes (Szegedy et al. 2016, 1512.00567).
+        whole: totals of the batch that these samples are part of; None if they are all of it.
     """
-    told = partial(F.cross_entropy, student_logits, ignore_index=-1, label_smoothing=smoothing)
-    known = at_least_one((whole or batch_totals(labels, mixed, student_logits.dtype)).shares)
+    of_labels = partial(F.cross_entropy, student_logits, ignore_index=-1, label_smoothing=smoothing)
+    labeled = at_least_one((whole or batch_totals(labels, mixed, student_logits.dtype)).shares)
     if mixed is None:
-        return told(labels, reduction="sum") / known
+        return of_labels(labels, reduction="sum") / labeled
     share = mixed.share.to(student_logits.dtype)
-    own, partner = told(labels, reduction="none"), told(mixed.partner_labels, reduction="none")
-    return (share * own + (1 - share) * partner).sum() / known
+    own, partner = of_labels(labels, reduction="none"), of_labels(mixed.partner_labels, reduction="none")
+    return (share * own + (1 - share) * partner).sum() / labeled
 
 
-def warmup(epoch: int, warmup_epochs: float) -> float:
-    """min(epoch / warmup_epochs, 1), the epoch counted from 1: how far the teacher's weight has grown."""
-    return min(epoch / warmup_epochs, 1.0) if warmup_epochs else 1.0
+def warmup(epoch: float | None, warmup_epochs: float) -> float:
+    """Return min(epoch / warmup_epochs, 1), the factor of the distillation weights; 1 without an epoch.
+
+    Args:
+        epoch: counted from 1.
+        warmup_epochs: length of the warm-up; 0 for none.
+    """
+    return min(epoch / warmup_epochs, 1.0) if epoch is not None and warmup_epochs else 1.0
 
 
 def learned_temperature(loss: Loss, device: torch.device | str = "cpu") -> nn.Parameter | None:
-    """CTKD's theta [1], for the optimizer of the student and for `distillation_loss`; None for any other loss."""
-    return nn.Parameter(torch.ones(1, device=device)) if loss.temperature.kind == "ctkd" else None
+    """Return the parameter theta [1] of a learned temperature (CTKD); None for a loss that learns none.
+
+    Give it to the optimizer of the student and to `distillation_loss`.
+    """
+    return nn.Parameter(torch.ones(1, device=device)) if loss.learns_temperature else None
 
 
 def distillation_term(
@@ -120,20 +100,20 @@ def distillation_term(
     teacher_logits: Tensor,
     labels: Tensor,
     loss: Loss,
-    epoch: int = 1,
+    epoch: float | None = None,
     theta: Tensor | None = None,
     whole: BatchTotals | None = None,
 ) -> Tensor:
-    """kd_weight * mean_i w_i * D(...) + plain_kd_weight * mean_i tau^2 * D(...), before the warm-up; a scalar.
+    """Return kd_weight * mean_i w_i * D(...) + plain_kd_weight * mean_i tau^2 * D(...), a scalar before the warm-up.
 
     Args:
         student_logits: [B, C] raw logits.
         teacher_logits: [B, C] raw logits.
         labels: [B] int64, -1 where not known.
-        loss: which adjustment, temperature and divergence, and their weights.
-        epoch: counted from 1; for CTKD.
-        theta: what `learned_temperature` gave; for CTKD.
-        whole: the batch that these samples are part of; None where they are all of it.
+        loss: adjustment, temperature and divergence, and their weights.
+        epoch: counted from 1, for CTKD; None for the end of its ramp.
+        theta: the result of `learned_temperature`, for CTKD.
+        whole: totals of the batch that these samples are part of; None if they are all of it.
 
     Raises:
         ValueError: if CTKD has no theta.
@@ -147,35 +127,36 @@ def _term_and_temperatures(
     teacher_logits: Tensor,
     labels: Tensor,
     loss: Loss,
-    epoch: int,
+    epoch: float | None,
     theta: Tensor | None,
     whole: BatchTotals,
 ) -> tuple[Tensor, Temperatures]:
-    if loss.temperature.kind == "ctkd" and theta is None:
+    """Return the distillation term and the temperatures of `kd_weight`'s part of it; see `distillation_term`."""
+    if loss.learns_temperature and theta is None:
         raise ValueError(f"the loss {loss.name!r} learns its temperature: make theta with learned_temperature(loss)")
-    of_the_step: dict[str, dict[str, Any]] = {
-        "ctkd": {"epoch": epoch, "theta": theta},
-        "dtd_flsw": {"batch_sum": whole.sum},
-        "dtd_cwsm": {"batch_sum": whole.sum},
-        "dist": {"batch_sum": whole.sum},
-    }
-    student_logits, teacher_logits = (NORMALISATIONS[loss.normalization](z) for z in (student_logits, teacher_logits))
-    rows = at_least_one(whole.labeled if loss.skips_unlabeled else whole.rows)
-
-    def chosen(functions: dict[str, Callable[..., Any]], axis: Any) -> Callable[..., Any]:
-        return partial(functions[axis.kind], **axis.arguments(), **of_the_step.get(axis.kind, {}))
+    normalize = NORMALIZATIONS[loss.normalization].compute
+    student_logits, teacher_logits = normalize(student_logits), normalize(teacher_logits)
+    n_rows = at_least_one(whole.labeled if loss.skips_unlabeled else whole.rows)
+    of_step: dict[str, Any] = {"epoch": epoch, "theta": theta} if loss.learns_temperature else {}
+    temperature = loss.temperature.bind(**of_step, **_batch_sum(loss.temperature, whole))
+    adjust = loss.adjustment.bind(**_batch_sum(loss.adjustment, whole))
+    divergence = loss.divergence.bind(**_batch_sum(loss.divergence, whole))
 
     def term(t: Temperatures) -> Tensor:
-        taught = chosen(ADJUSTMENTS, loss.adjustment)(teacher_logits / t.teacher, labels)
-        values: Tensor = chosen(DIVERGENCES, loss.divergence)(student_logits / t.student, taught, labels)
-        return (t.weight * values).sum() / rows
+        target = adjust(teacher_logits / t.teacher, labels)
+        values: Tensor = divergence(student_logits / t.student, target, labels)
+        return (t.weight * values).sum() / n_rows
 
-    found = chosen(TEMPERATURES, loss.temperature)(student_logits, teacher_logits)
-    total = loss.kd_weight * term(found)
+    dynamic = temperature(student_logits, teacher_logits)
+    total = loss.kd_weight * term(dynamic)
     if loss.plain_kd_weight:
         plain = temperatures.constant(student_logits, teacher_logits, loss.tau)
         total = total + loss.plain_kd_weight * term(plain)
-    return total, found
+    return total, dynamic
+
+
+def _batch_sum(options: Options, whole: BatchTotals) -> dict[str, Any]:
+    return {"batch_sum": whole.sum} if options.uses_batch else {}
 
 
 def distillation_loss(
@@ -183,28 +164,28 @@ def distillation_loss(
     teacher_logits: Tensor | None,
     labels: Tensor,
     loss: Loss,
-    epoch: int = 1,
+    epoch: float | None = None,
     mixed: MixedLabels | None = None,
     theta: Tensor | None = None,
     whole: BatchTotals | None = None,
     label_smoothing: float = 0.0,
 ) -> LossParts:
-    """The whole loss of a batch.
+    """Return the whole loss of a batch.
 
     Args:
         student_logits: [B, C] raw logits; half precision is raised to float32 first.
-        teacher_logits: [B, C] raw logits, live or cached; None where the loss does not use the teacher.
+        teacher_logits: [B, C] raw logits, computed or cached; None if the loss does not use the teacher.
         labels: [B] int64, -1 where not known.
-        loss: what `--loss` and the pipeline file say.
-        epoch: counted from 1, for the warm-up and for CTKD.
-        mixed: partners' labels and own shares, where each image is mixed with another.
-        theta: what `learned_temperature` gave; for CTKD.
-        whole: the batch that these samples are part of; None where they are all of it.
+        loss: the `loss` section of a pipeline.
+        epoch: counted from 1, for the warm-up and for CTKD; None for the end of both.
+        mixed: labels of the partners and shares, if images are mixed.
+        theta: the result of `learned_temperature`, for CTKD.
+        whole: totals of the batch that these samples are part of; None if they are all of it.
         label_smoothing: of the cross-entropy.
 
     Raises:
-        ValueError: if the loss uses the teacher and its logits are None, acts on the one true class of mixed images, or
-            is CTKD without theta.
+        ValueError: if the loss uses the teacher and its logits are None, or it acts on the one true class of images
+            that are mixed, or is CTKD without theta.
     """
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()
@@ -216,9 +197,9 @@ def distillation_loss(
     if teacher_logits is None:
         raise ValueError(f"the loss {loss.name!r} needs the teacher's logits")
     if mixed is not None and loss.acts_on_label:
-        raise ValueError(f"{loss.acts_on_label} needs one label an image, and mixed images have two")
+        raise ValueError(f"{loss.acts_on_label} needs one label per image, and mixed images have two")
     teacher_logits = teacher_logits.to(student_logits.dtype)
-    distilled, found = _term_and_temperatures(student_logits, teacher_logits, labels, loss, epoch, theta, whole)
+    distilled, dynamic = _term_and_temperatures(student_logits, teacher_logits, labels, loss, epoch, theta, whole)
     total = loss.ce_weight * ce + warmup(epoch, loss.warmup_epochs) * distilled
-    means = (t.detach().sum() / whole.rows for t in (found.student, found.teacher))
+    means = (t.detach().sum() / whole.rows for t in (dynamic.student, dynamic.teacher))
     return LossParts(total, ce.detach(), distilled.detach(), *means)

@@ -1,26 +1,32 @@
-"""Third axis: how the student's softened distribution is held against the teacher's.
+"""Third axis: divergences between the student's and the teacher's softened distributions.
 
-Every divergence is a pure function of scaled logits `[B, C]` that returns one value a sample, `[B]`; it is given the
-labels [B] too, -1 where not known, for those that treat the true class apart. p and q are the softmax of the teacher's
-and the student's logits divided by their temperatures. All but `plackett_luce` and `ofa` are 0 where both are equal,
-and all but `mse` are blind to a shift of a row.
+Every divergence is a pure function of scaled logits `[B, C]` that returns one value per sample, `[B]`. The third
+argument are the labels [B], -1 where not known, for those that treat the true class apart. p and q are the softmax of
+the teacher's and the student's logits divided by their temperatures. All but `plackett_luce` and `ofa` are 0 where both
+are equal; all but `mse` are invariant to a constant that is added to a row.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.losses.batch import BatchSum, batch_mean, of_these
+from kdcache.losses.options import DivergenceOptions, NotNegative, Presets
+
+_AT_1: dict[str, Any] = {"kind": "constant", "tau": 1.0}
 
 
 def kl(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
-    """KL(p || q) of each sample.
+    """Return KL(p || q) of each sample.
 
-    Exactly 0, with a gradient of 0 to rounding, where both are equal; no term of it is NaN where p_j underflows to 0.
+    Exactly 0, with a gradient of 0 up to rounding, where both are equal; no term is NaN where p_j underflows to 0.
 
     Source: Hinton, Vinyals & Dean 2015 (1503.02531); mdistiller's KDLoss without the reduction.
     """
@@ -29,39 +35,66 @@ def kl(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
+class KL(DivergenceOptions):
+    """Options of `kl`."""
+
+    compute = staticmethod(kl)
+
+    kind: Literal["kl"] = "kl"
+
+
 def reverse_kl(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
-    """KL(q || p) of each sample: the student is told where not to put mass, rather than where to put some.
+    """Return KL(q || p) of each sample, which penalizes the student's mass where the teacher has none.
 
     Source: Gu et al. 2024, MiniLLM (2306.08543); here class by class instead of by sampling.
     """
     return kl(teacher_scaled, student_scaled, labels)
 
 
-def jensen_shannon(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
-    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2: symmetric, and never above log 2.
+class ReverseKL(DivergenceOptions):
+    """Options of `reverse_kl`."""
 
-    Near p = q it is a quarter of KL(p || q). log m is taken from log q - log p, so that equal rows give exactly 0 and
-    no logarithm meets a probability that has underflown.
+    compute = staticmethod(reverse_kl)
+    presets: ClassVar[Presets] = {"rkl": {}}
+    infinite_at_zeros = True
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+
+
+def jensen_shannon(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
+    """Return (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2: symmetric, and never above log 2.
+
+    For p close to q it is a quarter of KL(p || q). log m is computed from log q - log p, so that equal rows give 0 and
+    no logarithm is taken of a probability that has underflowed.
 
     Source: Lin 1991, Divergence measures based on the Shannon entropy.
     """
     log_q = student_scaled.log_softmax(dim=1)
     log_p = teacher_scaled.log_softmax(dim=1)
-    apart = log_q - log_p
-    to_p = log_p.exp() * (math.log(2) + F.logsigmoid(-apart))
-    to_q = log_q.exp() * (math.log(2) + F.logsigmoid(apart))
-    return (to_p + to_q).sum(dim=1) / 2
+    ratio = log_q - log_p
+    kl_p = log_p.exp() * (math.log(2) + F.logsigmoid(-ratio))
+    kl_q = log_q.exp() * (math.log(2) + F.logsigmoid(ratio))
+    return (kl_p + kl_q).sum(dim=1) / 2
+
+
+class JensenShannon(DivergenceOptions):
+    """Options of `jensen_shannon`."""
+
+    compute = staticmethod(jensen_shannon)
+    presets: ClassVar[Presets] = {"js": {}}
+
+    kind: Literal["jensen_shannon"] = "jensen_shannon"
 
 
 def dkd(
     student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 8.0
 ) -> Tensor:
-    """Decoupled KD: KL of (true class, all others), and KL among the others, each with a weight of its own.
+    """Return a weighted sum of the KL of (true class, all others) and the KL among the others (decoupled KD).
 
         alpha * KL((p_y, 1 - p_y) || (q_y, 1 - q_y)) + beta * KL(p without y || q without y)
 
-    With beta = 1 - p_y it would be KD. 1 - q_y is a logsumexp over the others and no difference, so that a student who
-    is sure of the label gives no log 0. A row labeled -1 has no true class to treat apart: it gives 0.
+    With beta = 1 - p_y it would be KD. 1 - q_y is computed as a logsumexp over the others, not as a difference, so that
+    a student that is sure of the label does not lead to log 0. A row labeled -1 has no true class and gives 0.
 
     Args:
         student_scaled: [B, C], C at least 2.
@@ -87,6 +120,26 @@ def dkd(
     return torch.where(labels >= 0, value, 0.0)
 
 
+class DKD(DivergenceOptions):
+    """Options of `dkd`."""
+
+    compute = staticmethod(dkd)
+    # mdistiller's defaults for CIFAR-100.
+    presets: ClassVar[Presets] = {"dkd": {"ce_weight": 1.0, "kd_weight": 1.0, "warmup_epochs": 20.0}}
+    acts_on_label = True
+    skips_unlabeled = True
+    compares_other_classes = True
+
+    kind: Literal["dkd"] = "dkd"
+    alpha: NotNegative = 1.0
+    beta: NotNegative = 8.0
+
+    def without_effect(self) -> Iterator[str]:
+        """Yield an objection if both weights are 0."""
+        if self.alpha == self.beta == 0:
+            yield "alpha and beta of dkd are both 0"
+
+
 def dist(
     student_scaled: Tensor,
     teacher_scaled: Tensor,
@@ -95,56 +148,107 @@ def dist(
     gamma: float = 1.0,
     batch_sum: BatchSum = of_these,
 ) -> Tensor:
-    """DIST: 1 - Pearson's correlation of p and q, along each row and down each column of the batch.
+    """Return 1 - Pearson's correlation of p and q, along each row and down each column of the batch (DIST).
 
         beta * (1 - r(p_i, q_i)) + gamma * mean_j (1 - r(p_.j, q_.j))
 
-    The second term is of the batch and the same for all its samples. Where a row or a column does not vary there is no
-    correlation: none of both counts 0 (as in a batch of one sample), one of them 1/2.
+    The second term belongs to the batch and is the same for all its samples. A row or a column that does not vary has
+    no correlation: the term is 0 if neither p nor q varies (as in a batch of one sample), 1/2 if one does, and has no
+    gradient. A row or column counts as constant if its deviations are at most 1e-4 of its norm, or underflow.
 
     Args:
         student_scaled: [B, C].
         teacher_scaled: [B, C].
-        labels: [B]; not looked at.
+        labels: [B]; not used.
         beta: weight of the rows, the relation between classes.
         gamma: weight of the columns, the relation between samples.
-        batch_sum: sums over the whole batch, if part of it is elsewhere.
+        batch_sum: sum over the whole batch, part of which may be in other processes.
 
-    Source: Huang et al. 2022 (2205.10536); code github.com/hunto/DIST_KD at 6d93ca0, whose 1e-8
-    beside the norms is left out: at T = 4 it would change the seventh figure.
+    Source: Huang et al. 2022 (2205.10536); code github.com/hunto/DIST_KD at 6d93ca0, without its 1e-8 beside the
+    norms: at T = 4 it would change the seventh digit.
     """
     q, p = student_scaled.softmax(dim=1), teacher_scaled.softmax(dim=1)
-    rows = _angle(q - q.mean(dim=1, keepdim=True), p - p.mean(dim=1, keepdim=True), _over_classes)
-    columns = _angle(q - batch_mean(q, batch_sum), p - batch_mean(p, batch_sum), batch_sum)
+    rows = _angle(q - q.mean(dim=1, keepdim=True), p - p.mean(dim=1, keepdim=True), q, p, _over_classes)
+    columns = _angle(q - batch_mean(q, batch_sum), p - batch_mean(p, batch_sum), q, p, batch_sum)
     return beta * rows.squeeze(1) + gamma * columns.mean()
 
 
-def cosine(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
-    """1 - cos(p, q) of each sample: DIST's rows, not centered. (Of logits a temperature would make no difference.)
+class DIST(DivergenceOptions):
+    """Options of `dist`."""
 
-    Source: none of its own; the cosine embedding loss of DistilBERT (Sanh et al. 2019, 1910.01108) on probabilities.
+    compute = staticmethod(dist)
+    # The defaults of the authors' code.
+    presets: ClassVar[Presets] = {"dist": {"ce_weight": 1.0, "kd_weight": 1.0, "temperature": _AT_1}}
+    uses_batch = True
+
+    kind: Literal["dist"] = "dist"
+    beta: NotNegative = 1.0
+    gamma: NotNegative = 1.0
+
+    def without_effect(self) -> Iterator[str]:
+        """Yield an objection if both weights are 0."""
+        if self.beta == self.gamma == 0:
+            yield "beta and gamma of dist are both 0"
+
+
+def cosine(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
+    """Return 1 - cos(p, q) of each sample: the rows of DIST, not centered.
+
+    (The cosine of logits would not depend on the temperature.)
+
+    Source: none; the cosine embedding loss of DistilBERT (Sanh et al. 2019, 1910.01108) applied to probabilities.
     """
-    return _angle(student_scaled.softmax(dim=1), teacher_scaled.softmax(dim=1), _over_classes).squeeze(1)
+    q, p = student_scaled.softmax(dim=1), teacher_scaled.softmax(dim=1)
+    return _angle(q, p, q, p, _over_classes).squeeze(1)
+
+
+class Cosine(DivergenceOptions):
+    """Options of `cosine`."""
+
+    compute = staticmethod(cosine)
+    presets: ClassVar[Presets] = {"cosine": {}}
+
+    kind: Literal["cosine"] = "cosine"
 
 
 def _over_classes(rows: Tensor) -> Tensor:
     return rows.sum(dim=1, keepdim=True)
 
 
-def _angle(a: Tensor, b: Tensor, total: BatchSum) -> Tensor:
-    """1 - cos(a, b), as half the squared distance of both at length 1: equal ones give exactly 0, gradient too."""
-    shortest = torch.finfo(a.dtype).tiny
-    a, b = (z / total(z.square()).clamp_min(shortest).sqrt() for z in (a, b))
+_FLAT = 1e-4
+"""Norm of the deviations, as a fraction of the norm of the values, up to which a row or column counts as constant."""
+
+
+def _angle(a: Tensor, b: Tensor, a_values: Tensor, b_values: Tensor, total: BatchSum) -> Tensor:
+    """Return 1 - cos(a, b), as half the squared distance of both at length 1: exactly 0 for equal ones, gradient too.
+
+    Args:
+        a: deviations of the student's probabilities, [B, C].
+        b: of the teacher's.
+        a_values: the probabilities that `a` deviates by: rounding makes deviations that are small beside them.
+        b_values: of the teacher.
+        total: sum over the axis that the vectors are along.
+    """
+    a, b = (_unit(z, values, total) for z, values in ((a, a_values), (b, b_values)))
     return total((a - b).square()) / 2
 
 
+def _unit(z: Tensor, values: Tensor, total: BatchSum) -> Tensor:
+    """Return vectors divided by their norms; 0, without a gradient, where the norm is 0 up to rounding."""
+    squared = total(z.square())
+    # Below this the squares lose digits, and then slopes overflow.
+    smallest = torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps
+    is_flat = squared.detach() <= (_FLAT**2 * total(values.detach().square())).clamp_min(smallest)
+    return torch.where(is_flat, 0.0, z / torch.where(is_flat, 1.0, squared).sqrt())
+
+
 def plackett_luce(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
-    """Plackett-Luce distillation: the student is to draw the classes in the teacher's order, the true class first.
+    """Return the weighted likelihood of the teacher's order of the classes, the true class first (Plackett-Luce).
 
         sum_k p_(k) * (logsumexp of v over the k-th and all later classes - v_(k))
 
-    (k) is the true class for k = 1, then the others by falling teacher logit; a row labeled -1 has the teacher's order
-    alone. Not 0 where student and teacher are equal: no finite logits make the order certain.
+    (k) is the true class for k = 1, then the others by descending teacher logit; a row labeled -1 has the teacher's
+    order. Not 0 where student and teacher are equal: no finite logits make the order certain.
 
     Args:
         student_scaled: [B, C], v.
@@ -161,19 +265,32 @@ def plackett_luce(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor
     return (teacher_scaled.softmax(dim=1).gather(1, order) * (later - v)).sum(dim=1)
 
 
+class PlackettLuce(DivergenceOptions):
+    """Options of `plackett_luce`."""
+
+    compute = staticmethod(plackett_luce)
+    # The paper, whose first rank is the cross-entropy.
+    presets: ClassVar[Presets] = {"pld": {"ce_weight": 0.0, "kd_weight": 1.0, "temperature": _AT_1}}
+    acts_on_label = True
+    needs_order = True
+    positive_between_equals = True
+
+    kind: Literal["plackett_luce"] = "plackett_luce"
+
+
 def ofa(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor, eps: float = 1.5) -> Tensor:
-    """One-for-all KD: cross-entropy with the teacher, whose belief in the true class counts for more than in others.
+    """Return the cross-entropy with the teacher, with a larger weight on the true class (one-for-all KD).
 
         -sum_j ((p_j + [j = y])^eps - [j = y]) * log q_j
 
-    With eps = 1 it is KD's cross-entropy, and so it is, with p^eps, for a row labeled -1. Not 0 where student and
-    teacher are equal.
+    With eps = 1 it is KD's cross-entropy; for a row labeled -1 it is that of p^eps. Not 0 where student and teacher are
+    equal.
 
     Args:
         student_scaled: [B, C].
         teacher_scaled: [B, C].
         labels: [B] int64, -1 where not known.
-        eps: how much more, at least 1.
+        eps: exponent, at least 1; a larger one puts more weight on the true class.
 
     Source: Hao et al. 2023 (2310.19444); code github.com/Hao840/OFAKD at 12eeba8, distillers/ofa.py.
     """
@@ -183,11 +300,38 @@ def ofa(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor, eps: flo
     return -(target * student_scaled.log_softmax(dim=1)).sum(dim=1)
 
 
-def mse(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the classes of the squared difference of the logits: twice what T^2 * KL of centered ones tends to.
+class OFA(DivergenceOptions):
+    """Options of `ofa`."""
 
-    It sees a shift of the logits, which no softmax does.
+    compute = staticmethod(ofa)
+    # The defaults of the authors' code.
+    presets: ClassVar[Presets] = {"ofa": {"ce_weight": 1.0, "kd_weight": 1.0, "temperature": _AT_1}}
+    acts_on_label = True
+    positive_between_equals = True
+
+    kind: Literal["ofa"] = "ofa"
+    eps: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
+
+
+def mse(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over the classes of the squared difference of the logits.
+
+    For centered logits it is twice the limit of T^2 * KL for T to infinity. A constant that is added to a row changes
+    it, unlike any divergence of softmaxes.
 
     Source: Ba & Caruana 2014 (1312.6184); Kim et al. 2021 (2105.08919).
     """
     return (student_scaled - teacher_scaled).square().mean(dim=1)
+
+
+class MSE(DivergenceOptions):
+    """Options of `mse`."""
+
+    compute = staticmethod(mse)
+    # At T = 1, since T cancels out.
+    presets: ClassVar[Presets] = {"mse": {"temperature": _AT_1}}
+    needs_level = True
+    needs_logits = True
+    ignores_shared_temperature = True
+
+    kind: Literal["mse"] = "mse"

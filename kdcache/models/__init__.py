@@ -1,4 +1,4 @@
-"""Networks by name, their checkpoints, and the digest that says which weights they hold."""
+"""Networks by name, their checkpoints, and the digest of their weights."""
 
 from kdcache.models.build import build_model, outputs_of, preset_transform
 from kdcache.models.checkpoints import load_weights, save_weights, weights_digest

@@ -1,47 +1,57 @@
-"""From a name to a network.
+"""Build a network from its name.
 
     torchvision:resnet18                        random weights, as many outputs as the data set has classes
     torchvision:resnet50@IMAGENET1K_V2          with torchvision's weights
-    timm:resnet18, timm:resnet50@a1_in1k        the same of timm, an optional extra
+    timm:resnet18, timm:resnet50@a1_in1k        the same for timm, an optional extra
     cifar:resnet32x4, cifar:wrn_40_2, ...       models/cifar.py, the networks of the papers' CIFAR-100 pairs
     small:cnn, small:mlp                        models/small.py
     path/file.py:function                       function(num_classes=..., **args) -> torch.nn.Module
 
-Small images and gray ones need no change of the network: they are repeated to three channels and enlarged on their way
-in, by a hook that leaves the network and its state dict as they are.
+Small and gray images are enlarged and repeated to three channels by a forward hook, which does not change the network
+or its state dict.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from kdcache.config.schema import ModelSpec, Transform
+from kdcache.config.section import validated
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models import cifar, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
-from kdcache.models.construct import construct, place_of
+from kdcache.models.construct import construct
 from kdcache.models.small import SmallCNN, SmallMLP
+from kdcache.runtime import user_code
+
+_SIGNATURE = "function(num_classes=C, **args) -> torch.nn.Module"
 
 
-def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], trained: bool = False) -> nn.Module:
-    """The network that a pipeline file names, on the CPU.
+def build_model(
+    model: str | Mapping[str, Any] | ModelSpec,
+    num_classes: int,
+    shape: tuple[int, int, int],
+    trained: bool = False,
+) -> nn.Module:
+    """Return a network by name, such as `small:cnn`, on the CPU.
 
     Args:
-        spec: name, constructor arguments, and weights.
+        model: its name, or a mapping with the keys `model`, `args` and `weights` as in a pipeline file.
         num_classes: C, the size of its output.
         shape: (channels, height, width) of the images before the transform.
-        trained: load the weights that `spec` names, and refuse a network that would have random ones.
+        trained: load the weights that `model` names, and refuse a network that would have random ones.
 
     Raises:
-        UsageError: for a name or arguments that cannot be, or weights that are not there.
+        UsageError: for a name or arguments that are not known, or weights that are not found.
         MismatchError: for weights that do not fit.
     """
+    spec = _spec_of(model)
     kind, _, name = spec.model.partition(":")
-    if trained and spec.weights is None and not kind.endswith(".py") and not spec.names_weights:
+    if trained and spec.weights is None and not user_code.is_user_code(spec.model) and not spec.names_weights:
         raise UsageError(
             f"the teacher {spec.model} has no weights",
             "make some with `kdcache train-teacher`, and set teacher.weights to the checkpoint "
@@ -50,15 +60,16 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
     if spec.names_weights:
         _check_named(spec, num_classes, trained)
     if kind == "torchvision":
-        model = from_torchvision.build(name, spec, num_classes, shape[0])
+        network = from_torchvision.build(name, spec, num_classes, shape[0])
     elif kind == "timm":
-        model = from_timm.build(name, spec, num_classes, shape[0])
+        network = from_timm.build(name, spec, num_classes, shape[0])
     elif kind == "cifar":
-        model = cifar.build(name, spec, num_classes, shape[0])
+        network = cifar.build(name, spec, num_classes, shape[0])
     elif kind == "small":
-        model = _small(name, spec, num_classes, shape)
-    elif kind.endswith(".py"):
-        model = _from_file(Path(kind), name, spec, num_classes)
+        network = _small(name, spec, num_classes, shape)
+    elif user_code.is_user_code(spec.model):
+        code = user_code.load(spec.model, "model", _SIGNATURE)
+        network = construct(code.target, spec, num_classes=num_classes)
     else:
         raise UsageError(
             f"unknown model {spec.model!r}",
@@ -66,30 +77,36 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
             "small:mlp or path/file.py:function",
         )
     if trained and spec.weights is not None:
-        load_weights(model, Path(spec.weights))
-    return model
+        load_weights(network, Path(spec.weights))
+    return network
+
+
+def _spec_of(model: str | Mapping[str, Any] | ModelSpec) -> ModelSpec:
+    if isinstance(model, ModelSpec):
+        return model
+    return validated(ModelSpec, {"model": model} if isinstance(model, str) else dict(model), "the model")
 
 
 def _check_named(spec: ModelSpec, num_classes: int, trained: bool) -> None:
     known = outputs_of(spec)
     if not trained:
         raise UsageError(
-            f"{spec.model} asks for trained weights where training starts from random ones",
+            f"{spec.model} names trained weights, and training starts from random ones",
             f"write {spec.model.partition('@')[0]}, or dump the trained network as a teacher",
         )
     if known != num_classes:
         raise MismatchError(
-            f"{spec.model} knows {known} classes, the data set has {num_classes}",
-            "use a data set of the teacher's classes, say in teacher.classes which outputs stand for these, or give a "
-            "checkpoint that was trained on this data set (`weights:`)",
+            f"{spec.model} has {known} classes, the data set has {num_classes}",
+            "use a data set with the teacher's classes, map them with teacher.classes, or give a checkpoint that was "
+            "trained on this data set (`weights:`)",
         )
 
 
 def outputs_of(spec: ModelSpec) -> int | None:
-    """How many outputs the weights have that a model names; None for a model that names none.
+    """Return the number of outputs of the weights that a model names; None if it names none.
 
     Raises:
-        UsageError: if there are no such weights.
+        UsageError: if the weights do not exist.
     """
     kind, _, name = spec.model.partition(":")
     if not spec.names_weights:
@@ -98,13 +115,13 @@ def outputs_of(spec: ModelSpec) -> int | None:
 
 
 def categories_of(spec: ModelSpec) -> list[str] | None:
-    """What the outputs of the weights that a model names are called; None where torchvision does not say it."""
+    """Return the class names of the weights that a model names; None if it is not one of torchvision's."""
     kind, _, name = spec.model.partition(":")
     return from_torchvision.categories(name) if kind == "torchvision" and spec.names_weights else None
 
 
 def preset_transform(spec: ModelSpec) -> Transform | None:
-    """How the weights that a model names are evaluated by their library, as data; None for a model that names none."""
+    """Return the transform that a library evaluates the named weights with; None for a model that names none."""
     kind, _, name = spec.model.partition(":")
     if not spec.names_weights:
         return None
@@ -118,28 +135,4 @@ def _small(name: str, spec: ModelSpec, num_classes: int, shape: tuple[int, int, 
     if name == "mlp":
         sizes = {"channels": channels, "height": height, "width_of_image": width}
         return construct(SmallMLP, spec, num_classes=num_classes, **sizes)
-    raise UsageError(f"there is no small network {name!r}", "take small:cnn or small:mlp")
-
-
-def _from_file(path: Path, function: str, spec: ModelSpec, num_classes: int) -> nn.Module:
-    if not path.is_file():
-        raise UsageError(
-            f"there is no file {path} for the model {spec.model!r}", "give its path from the current folder"
-        )
-    module_spec = importlib.util.spec_from_file_location(f"kdcache_model_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UsageError(f"{path} is not a Python file", "write the model as path/file.py:function")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_spec.name]
-        raise UsageError(
-            f"{path} cannot be run: {type(error).__name__}: {error} ({place_of(error)})", "mend that file"
-        ) from error
-    make = getattr(module, function, None)
-    if not callable(make):
-        names = [name for name in vars(module) if callable(getattr(module, name)) and not name.startswith("_")]
-        raise UsageError(f"{path} has no function {function!r}", f"it has: {', '.join(names) or 'none'}")
-    return construct(make, spec, num_classes=num_classes)
+    raise UsageError(f"there is no small network {name!r}", "use small:cnn or small:mlp")

@@ -1,4 +1,4 @@
-"""Checkpoints: read without unpickling anything but tensors, refused by name where they do not fit."""
+"""Read and write checkpoints; nothing but tensors is unpickled, and keys that do not fit are named."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _SHOWN = 3
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a network from a checkpoint, safetensors or a torch file read with `weights_only`.
+    """Load a checkpoint into a network: safetensors, or a torch file read with `weights_only`.
 
     Keys may carry the `module.` of DataParallel, and a torch file may hold its state under `state_dict` or `model`.
 
     Raises:
-        UsageError: if there is no such file.
+        UsageError: if the file does not exist.
         CorruptError: if it cannot be read as tensors.
         MismatchError: if it does not fit the network; names the first keys that do not.
     """
     if not path.is_file():
         raise UsageError(
-            f"there is no checkpoint {path}", "train one (`kdcache train-teacher`), or set `weights:` to where it lies"
+            f"checkpoint not found: {path}", "train one (`kdcache train-teacher`), or set `weights:` to its path"
         )
     expected = model.state_dict()
     state = read_state(path)
@@ -66,7 +66,7 @@ def _some(what: str, keys: list[str]) -> list[str]:
 
 
 def read_state(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint by name; nothing else in it is unpickled.
+    """Return the tensors of a checkpoint by name; nothing else in it is unpickled.
 
     Raises:
         CorruptError: if it cannot be read as tensors.
@@ -75,7 +75,7 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
     held: Any
     try:
         held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes of a broken file make torch stumble over
+    except Exception as error:  # torch raises errors of many types for a damaged file
         raise CorruptError(f"cannot read the checkpoint {path}: {_why(error)}", fix) from error
     for wrapper in _WRAPPERS:
         if isinstance(held, Mapping) and isinstance(held.get(wrapper), Mapping):
@@ -88,25 +88,25 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
 
 def _why(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
-        # torch's own words advise to unpickle anything.
+        # torch's own message advises to unpickle everything.
         code = re.search(r"GLOBAL (\S+)", str(error))
         return f"it holds more than tensors ({code[1]}), which is not loaded" if code else "it is damaged"
     return " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a network's parameters and buffers as safetensors, whole or not at all."""
+    """Write a network's parameters and buffers as safetensors, atomically."""
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     unfinished = path.with_suffix(".partial")
-    # Written by Python, so that a full disk is the OSError that it is everywhere else.
+    # Written by Python, so that a full disk raises an OSError as everywhere else.
     unfinished.write_bytes(save(state))
     unfinished.replace(path)
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Digest of what a network computes with: sha256 over names, types, shapes and bytes of parameters and buffers.
+    """Return the sha256 over names, types, shapes and bytes of a network's parameters and buffers.
 
-    Sorted by name, so that it depends on the weights alone and not on the file that they came in.
+    They are sorted by name, so that the digest depends on the weights only, not on their file.
     """
     sha = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):

@@ -1,7 +1,7 @@
 """`cifar:NAME`: the networks on which papers compare distillation on CIFAR-100, as in RepDistiller and mdistiller.
 
-Parameters have the names and shapes of the checkpoints that these publish (`cifar_teachers.tar`), which load as they
-are; therefore `fc` here, `linear` there and `classifier` elsewhere. The weights are drawn as theirs are.
+Parameters have the names and shapes of the published checkpoints (`cifar_teachers.tar`), which load unchanged; hence
+the different names `fc`, `linear` and `classifier`. Weights are initialized as there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kdcache.models.construct import Fit, check_channels, construct
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and what they are added to."""
+    """A residual block of two 3x3 convolutions."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class ResNet50(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """A block whose normalizations stand in front of its convolutions; only the projection sees what they give."""
+    """A pre-activation block; the first activation also feeds the projection, but not an identity shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -112,8 +112,8 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
         out = F.relu(self.bn1(x))
-        kept = x if self.convShortcut is None else self.convShortcut(out)
-        added: Tensor = kept + self.conv2(F.relu(self.bn2(self.conv1(out))))
+        shortcut = x if self.convShortcut is None else self.convShortcut(out)
+        added: Tensor = shortcut + self.conv2(F.relu(self.bn2(self.conv1(out))))
         return added
 
 
@@ -195,13 +195,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
-    """One of these networks, with random weights; gray images are repeated to its three channels.
+    """Return a network with random weights; gray images are repeated to its three channels.
 
     Raises:
-        KdcacheError: for a name or arguments that it has not, or images of other channels.
+        KdcacheError: for an unknown name or argument, or images with another number of channels.
     """
     if name not in NETWORKS:
-        raise UsageError(f"there is no network cifar:{name}", f"take one of {', '.join(NETWORKS)}")
+        raise UsageError(f"there is no network cifar:{name}", f"use one of {', '.join(NETWORKS)}")
     check_channels(spec, channels)
     model = construct(NETWORKS[name], spec, num_classes=num_classes)
     model.register_forward_pre_hook(Fit(1, 1))

@@ -1,4 +1,4 @@
-"""The light students among the networks for CIFAR-100: MobileNetV2 and both ShuffleNets."""
+"""Lightweight networks for CIFAR-100: MobileNetV2, ShuffleNetV1 and ShuffleNetV2."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class MobileNetV2(nn.Module):
 
 
 class GroupedBlock(nn.Module):
-    """ShuffleNet's first block: with stride 2, its output and its pooled input lie side by side."""
+    """A block of ShuffleNetV1; with stride 2 its output and its pooled input are concatenated."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class GroupedBlock(nn.Module):
 
 
 class SplitBlock(nn.Module):
-    """ShuffleNet's second block: half of the channels pass by."""
+    """A block of ShuffleNetV2 that passes half of the channels unchanged."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class SplitBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """What halves the sides of an image in ShuffleNetV2, in two ways side by side."""
+    """A downsampling block of ShuffleNetV2 with two branches."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the outputs of a network stand for, where they are not the classes of the data set one by one."""
+"""Map the outputs of a network to the classes of a data set, if they are not the same one by one."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from kdcache.errors import MismatchError, UsageError
 from kdcache.models.build import categories_of
 
 Groups = list[list[int]]
-"""For each class of the data set, the outputs of a network that stand for it."""
+"""For each class of the data set, the indices of the network's outputs that stand for it."""
 
 _LISTED = 64
-"""A record lists so many classes one by one, and of more a digest."""
+"""Largest number of classes that a record lists one by one; for more it has a digest."""
 
 
 class ChosenOutputs(nn.Module):
-    """A network of which some outputs stand for the classes of a data set.
+    """A network with the classes of a data set as outputs, made of some outputs of another network.
 
-    The logits of several outputs of one class are joined by logsumexp: the class's probability is then the sum of
-    theirs. The outputs that stand for no class drop out, as if the network had never had them.
+    The logits of several outputs of one class are joined by logsumexp: the probability of the class is then the sum of
+    theirs. Outputs that stand for no class are dropped.
 
     Args:
         network: returns logits [B, `outputs`].
-        outputs: how many it is said to have.
+        outputs: number of its outputs.
         groups: which of them stand for each class.
     """
 
@@ -37,24 +37,24 @@ class ChosenOutputs(nn.Module):
         super().__init__()
         self.network = network
         self.outputs = outputs
-        # Classes of equally many outputs are joined in one step; `places` brings them back into order.
+        # Classes with the same number of outputs are joined in one step; `places` restores their order.
         self.sizes = sorted({len(group) for group in groups})
         by_size = {size: [c for c, group in enumerate(groups) if len(group) == size] for size in self.sizes}
-        # Buffers, so that the digest of the weights tells one choice of outputs from another.
+        # Buffers, so that the digest of the weights depends on the choice of outputs.
         for size, classes in by_size.items():
             self.register_buffer(f"outputs_{size}", torch.tensor([groups[c] for c in classes]))
         order = torch.tensor([c for classes in by_size.values() for c in classes])
         self.register_buffer("places", order.argsort())
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, channels, H, W] -> logits [B, C] float32."""
+        """Return logits [B, C] float32 of images [B, channels, H, W]."""
         logits = self.network(images)
         if not isinstance(logits, Tensor) or logits.shape != (len(images), self.outputs):
-            found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            returned = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise MismatchError(
-                f"the network whose outputs are chosen returned {found} for {len(images)} images, not "
+                f"the network whose outputs are chosen returned {returned} for {len(images)} images, not "
                 f"[{len(images)}, {self.outputs}]",
-                "set teacher.outputs to the number of outputs that it has",
+                "set teacher.outputs to the number of its outputs",
             )
         logits = logits.float()
         joined = [logits[:, self.get_buffer(f"outputs_{size}")].logsumexp(dim=2) for size in self.sizes]
@@ -62,16 +62,16 @@ class ChosenOutputs(nn.Module):
 
 
 def read_groups(classes: list[int | list[int]] | str, outputs: int, num_classes: int) -> Groups:
-    """Which outputs stand for which class, as `teacher.classes` says it.
+    """Return which outputs stand for which class, from `teacher.classes`.
 
     Args:
-        classes: the list, or the path of a text file with the outputs of one class a line.
-        outputs: how many the network has.
+        classes: the list, or the path of a text file with the outputs of one class per line.
+        outputs: number of outputs of the network.
         num_classes: C, of the data set.
 
     Raises:
         UsageError: if the file cannot be read, or an output is given twice: it would count twice in every softmax.
-        MismatchError: if there are not C entries, or an output that the network has not.
+        MismatchError: if the number of entries is not C, or an output does not exist.
     """
     groups = _from_file(Path(classes)) if isinstance(classes, str) else [_listed(entry) for entry in classes]
     where = f"teacher.classes ({classes})" if isinstance(classes, str) else "teacher.classes"
@@ -103,19 +103,20 @@ def _listed(entry: int | list[int]) -> list[int]:
 
 
 def _from_file(path: Path) -> Groups:
+    """Return the groups of a text file with the outputs of one class per line."""
     try:
         lines = path.read_text(encoding="utf-8").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(
-            f"cannot read teacher.classes from {path}: {reason}", "give a text file, a line a class"
+            f"cannot read teacher.classes from {path}: {reason}", "give a text file with one line per class"
         ) from None
     groups = []
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or not all(word.isascii() and word.isdecimal() for word in words):
             raise UsageError(
-                f"{path}:{number}: {line!r} is not the number of an output, or several with blanks between",
+                f"{path}:{number}: {line!r} is not the index of an output, or several separated by spaces",
                 "write the outputs of one class on each line, counted from 0",
             )
         groups.append([int(word) for word in words])
@@ -123,7 +124,7 @@ def _from_file(path: Path) -> Groups:
 
 
 def record_of_groups(groups: Groups) -> list[int | list[int]] | str:
-    """The groups as a record has them: a list, or the digest of a long one."""
+    """Return the groups for a record: a list, or the digest of a long one."""
     plain = [group[0] if len(group) == 1 else group for group in groups]
     if len(plain) <= _LISTED:
         return plain
@@ -131,7 +132,7 @@ def record_of_groups(groups: Groups) -> list[int | list[int]] | str:
 
 
 def compare_names(spec: ModelSpec, groups: Groups | None, class_names: tuple[str, ...]) -> str | None:
-    """A remark on what the weights that a model names call their outputs, if that is not what the data set does.
+    """Return a note if the class names of the weights that a model names differ from those of the data set.
 
     Args:
         spec: the model.
@@ -139,11 +140,11 @@ def compare_names(spec: ModelSpec, groups: Groups | None, class_names: tuple[str
         class_names: of the data set.
 
     Raises:
-        MismatchError: if both have the same names, in another order.
+        MismatchError: if both have the same names in another order.
     """
     categories = categories_of(spec)
     if categories is None or (groups is None and len(categories) != len(class_names)):
-        return None  # of other classes altogether, which `build_model` refuses
+        return None  # a different number of classes, which `build_model` refuses
     chosen = groups or [[output] for output in range(len(categories))]
     there = [" / ".join(categories[output] for output in group) for group in chosen]
     differ = [c for c, (one, other) in enumerate(zip(class_names, there, strict=True)) if _bare(one) != _bare(other)]
@@ -153,9 +154,9 @@ def compare_names(spec: ModelSpec, groups: Groups | None, class_names: tuple[str
     if sorted(map(_bare, class_names)) == sorted(map(_bare, there)):
         raise MismatchError(
             f"the data set has the classes of {spec.model} in another order: {first}",
-            "say in teacher.classes which output stands for each class",
+            "set teacher.classes to the output of each class",
         )
-    return f"note: {len(differ)} of {len(there)} classes go by another name: {first}; make sure that they mean the same"
+    return f"note: {len(differ)} of {len(there)} classes have another name: {first}; make sure that they are the same"
 
 
 def _bare(name: str) -> str:

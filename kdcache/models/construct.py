@@ -1,8 +1,7 @@
-"""What networks by name have in common: a constructor is given the user's arguments, and images are made to fit."""
+"""Call the constructors of networks with the user's arguments, and adapt images to the networks of libraries."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +10,17 @@ from torch.nn import functional as F
 
 from kdcache.config.schema import ModelSpec
 from kdcache.errors import KdcacheError, MismatchError, UsageError
+from kdcache.runtime import user_code
 
 SMALLEST_SIDE = 32
-"""Side, in pixels, up to which images are enlarged for the networks of libraries: their strides want large ones."""
+"""Side in pixels to which smaller images are enlarged for the networks of libraries, because of their strides."""
 
 
 def construct(make: Callable[..., Any], spec: ModelSpec, **arguments: Any) -> nn.Module:
-    """Call a constructor with the user's arguments; what it cannot take is the user's mistake, not a crash.
+    """Return the network that a constructor makes of the user's arguments.
 
     Raises:
-        UsageError: if it raises anything, or returns no network.
+        UsageError: if it raises anything, or does not return a network.
     """
     try:
         model = make(**arguments, **spec.args)
@@ -28,7 +28,7 @@ def construct(make: Callable[..., Any], spec: ModelSpec, **arguments: Any) -> nn
         raise
     except Exception as error:
         raise UsageError(
-            f"{spec.model} cannot be built: {type(error).__name__}: {error} ({place_of(error)})",
+            f"{spec.model} cannot be built: {type(error).__name__}: {error} ({user_code.place_of(error)})",
             "correct the `args:` of the model, or the function that makes it",
         ) from error
     if not isinstance(model, nn.Module):
@@ -36,23 +36,15 @@ def construct(make: Callable[..., Any], spec: ModelSpec, **arguments: Any) -> nn
     return model
 
 
-def place_of(error: BaseException) -> str:
-    """The line that raised an error."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}"
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.filename}:{last.lineno}"
-
-
 def check_channels(spec: ModelSpec, images: int, network: int = 3) -> None:
-    """That images of so many channels can be given to a network of a library.
+    """Check that a network of a library can take images with a number of channels.
 
     Raises:
-        MismatchError: if they are neither gray nor of the network's own number of channels.
+        MismatchError: if they are neither gray nor have the network's number of channels.
     """
     if images not in (1, network):
         raise MismatchError(
-            f"{spec.model} takes 1 or {network} channels, the images have {images}", "take a network of your own"
+            f"{spec.model} takes 1 or {network} channels, the images have {images}", "use a network of your own"
         )
 
 
@@ -64,7 +56,7 @@ class Fit:
         self.channels = channels
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The inputs of the network's own forward."""
+        """Return the inputs of the network's own forward."""
         images, *others = inputs
         if images.shape[1] == 1:
             images = images.expand(-1, self.channels, -1, -1)

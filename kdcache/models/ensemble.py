@@ -1,4 +1,4 @@
-"""Several networks that are one teacher."""
+"""Ensembles: several networks as one teacher."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from kdcache.models.checks import check_logits
 
 
 class Ensemble(nn.Module):
-    """The weighted mean of what several networks say, as one network whose parameters are all of theirs.
+    """The weighted mean of the outputs of several networks, as one network.
 
     `logits`: the mean of their logits. `probabilities`: the mean p of their softmaxes, as logits log p + s, where s is
     the mean of their logsumexps. The softmax of these is p; and since the logsumexp of log p is 0, that of the ensemble
-    is s: DTKD, which tells by it how sharp a teacher is, finds an ensemble as sharp as its members are on average.
+    is s: for DTKD, which measures sharpness by it, the ensemble is as sharp as its members are on average.
 
     Args:
         members: each returns logits [B, C].
-        weights: how much each counts; only their ratios matter.
-        combine: what the mean is taken of.
-        names: of the members, for what is said of one that does not fit.
+        weights: of the members; only their ratios matter.
+        combine: what is averaged.
+        names: of the members, for error messages.
         num_classes: C.
     """
 
@@ -40,12 +40,12 @@ class Ensemble(nn.Module):
         self.names = tuple(names)
         self.num_classes = num_classes
         shares = torch.tensor(weights, dtype=torch.float64)
-        # A buffer of this name, so that the digest of the weights tells shares and ways to combine from others.
+        # A buffer of this name, so that the digest of the weights depends on the shares and on `combine`.
         self.register_buffer(f"shares_of_{combine}", (shares / shares.sum()).float())
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, channels, H, W] -> logits [B, C] float32."""
-        # [members, B, C]; in float32, whatever a member computes in under autocast.
+        """Return logits [B, C] float32 of images [B, channels, H, W]."""
+        # [members, B, C], in float32 also under autocast.
         logits = torch.stack([
             check_logits(member(images), len(images), self.num_classes, f"teacher's member {name}").float()
             for member, name in zip(self.members, self.names, strict=True)

@@ -1,38 +1,69 @@
-"""How good a network is on a split."""
+"""Accuracy and loss of a network on a split."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
+from kdcache.config.schema import Transform, step_names
 from kdcache.data.loader import batches, cut_range
+from kdcache.data.samples import Samples, as_samples
 from kdcache.data.views import View
-from kdcache.errors import UsageError
+from kdcache.errors import MismatchError, UsageError
+from kdcache.runtime.user_code import trust
 
 
 class SplitScore(NamedTuple):
-    """Over the labeled samples of a split: accuracy in [0, 1], mean negative log-likelihood in nats."""
+    """Means over the labeled samples of a split.
+
+    Attributes:
+        accuracy: between 0 and 1.
+        loss: negative log-likelihood, in nats.
+    """
 
     accuracy: float
     loss: float
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", batch_size: int = 512) -> SplitScore:
-    """Accuracy and negative log-likelihood of a network on a view, in evaluation mode.
+def evaluate(
+    model: nn.Module,
+    samples: Samples | Dataset[Any] | View,
+    device: torch.device | str = "cpu",
+    batch_size: int = 512,
+    transform: Transform | None = None,
+) -> SplitScore:
+    """Return the accuracy and the negative log-likelihood of a network, in evaluation mode.
+
+    The network is moved to the device, and put back into the mode that it was in.
+
+    Args:
+        model: returns logits [B, C] for images [B, channels, H, W].
+        samples: from `load_split` or `wrap`, or any map-style data set of (image, label) pairs; labels of -1 are left
+            out.
+        device: where to run.
+        batch_size: images at once.
+        transform: what is done to an image, as in a pipeline file; None for the data set's own.
 
     Raises:
         UsageError: if no sample has a label.
+        MismatchError: if the network returns fewer classes than there are labels.
     """
+    if not isinstance(samples, View):
+        trust(step_names(transform))
+        known = as_samples(samples)
+        samples = View(known, known.transform if transform is None else transform)
     was_training = model.training
-    model.eval()
+    model.to(device).eval()
     correct, summed, labeled = 0, 0.0, 0
-    cuts = [list(cut) for cut in cut_range(range(len(view)), batch_size)]
-    for batch in batches(view, cuts, 0, device):
+    cuts = [list(cut) for cut in cut_range(range(len(samples)), batch_size)]
+    for batch in batches(samples, cuts, 0, device):
         logits = model(batch.images.to(device)).float()
+        _check_classes(logits, batch.labels)
         truth = batch.labels.to(device)
         correct += int((logits.argmax(dim=1) == truth).sum())
         summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
@@ -40,6 +71,14 @@ def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", b
     model.train(was_training)
     if not labeled:
         raise UsageError(
-            f"no sample of {view.samples.name}/{view.samples.split} has a label", "evaluate on a labeled split"
+            f"no sample of {samples.samples.name}/{samples.samples.split} has a label", "evaluate on a labeled split"
         )
     return SplitScore(correct / labeled, summed / labeled)
+
+
+def _check_classes(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    if logits.ndim != 2 or len(logits) != len(labels) or int(labels.max()) >= logits.shape[1]:
+        raise MismatchError(
+            f"the network returned {list(logits.shape)} for {len(labels)} images with labels up to {int(labels.max())}",
+            "evaluate a network that returns logits [B, C] of the classes of the data set",
+        )

@@ -1,4 +1,4 @@
-"""`timm:NAME` and `timm:NAME@TAG`: the networks of the library timm, which is an optional extra, and their weights."""
+"""`timm:NAME` and `timm:NAME@TAG`: the networks of timm, which is an optional extra, and their weights."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, constru
 
 
 def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
-    """A network of timm, with the weights that `name` names or with random ones.
+    """Return a network of timm, with the weights that `name` names or with random ones.
 
     Raises:
-        KdcacheError: without timm, for arguments that the network does not take, or weights that cannot be had.
+        KdcacheError: without timm, for arguments that the network does not take, or weights that are not found.
     """
     config = _config(name)
     architecture, _, tag = name.partition("@")
@@ -42,24 +42,25 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Mod
 
 
 def outputs(name: str) -> int:
-    """How many outputs the weights that `name` names have.
+    """Return the number of outputs of the weights that `name` names.
 
     Raises:
-        UsageError: if timm has no such network or weights, or these weights are of a network without classes.
+        UsageError: if timm has no such network or weights, or the weights are of a network without classes.
     """
     count = int(_config(name).num_classes)
     if not count:
         raise UsageError(
-            f"the weights timm:{name} are of a network without classes", "take weights that were trained to classify"
+            f"the weights timm:{name} are of a network without classes",
+            "use weights that were trained for classification",
         )
     return count
 
 
 def preset(name: str, args: dict[str, Any]) -> Transform:
-    """How timm evaluates the weights that `name` names, as data.
+    """Return the transform that timm evaluates the weights that `name` names with.
 
     Raises:
-        UsageError: if torchvision's transforms have nothing like it.
+        UsageError: if torchvision's transforms cannot express it.
     """
     config = _config(name)
     how = import_module("timm.data").resolve_data_config(pretrained_cfg=config.to_dict())
@@ -74,8 +75,8 @@ def preset(name: str, args: dict[str, Any]) -> Transform:
         ]
     if crop != "center" or height != width:
         raise UsageError(
-            f"timm prepares images for {name} ({crop} crop to {height} x {width}) as no transform of torchvision does",
-            "say in `transform` what the teacher is to see",
+            f"torchvision has no transform like timm's for {name} ({crop} crop to {height} x {width})",
+            "set `transform`",
         )
     return photograph_transform(scaled[0], height, mean, std, interpolation)
 
@@ -88,15 +89,15 @@ def _timm() -> Any:
 
 
 def _config(name: str) -> Any:
-    """What timm knows of the weights that `name` names; of its default ones for a network without `@`."""
+    """Return timm's configuration of the weights that `name` names; of the default ones without `@`."""
     timm = _timm()
     architecture, at, tag = name.partition("@")
     if "." in architecture:
         raise UsageError(
-            f"timm:{name} names weights as timm does", f"write timm:{architecture.replace('.', '@', 1)} for them"
+            f"timm:{name} names weights in timm's notation", f"write timm:{architecture.replace('.', '@', 1)} instead"
         )
     if not timm.is_model(architecture):
-        raise UsageError(f"timm has no network {architecture!r}", "take a name from timm.list_models()")
+        raise UsageError(f"timm has no network {architecture!r}", "use a name from timm.list_models()")
     known = timm.list_pretrained(f"{architecture}.*")
     if at and f"{architecture}.{tag}" not in known:
         tags = ", ".join(full.partition(".")[2] for full in known)
@@ -105,7 +106,7 @@ def _config(name: str) -> Any:
 
 
 def _weights(spec: ModelSpec, full_name: str, config: Any) -> dict[str, Tensor]:
-    """The weights, from torch's own folder or from where timm keeps them."""
+    """Return the weights, from torch's cache folder or downloaded."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     of_hub = bool(config.hf_hub_id)
     url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors" if of_hub else config.url
@@ -125,7 +126,7 @@ def _weights(spec: ModelSpec, full_name: str, config: Any) -> dict[str, Tensor]:
 
 
 def _side(args: dict[str, Any], config: Any) -> tuple[int, int]:
-    """Height and width of the images that a network was made for: as `args:` say, or as its weights were trained."""
+    """Return the height and width of the images of a network: from `args:`, or as its weights were trained."""
     given = args.get("img_size")
     sides = [given, given] if isinstance(given, int) else given
     if isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, int) for side in sides):

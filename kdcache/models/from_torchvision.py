@@ -1,4 +1,4 @@
-"""`torchvision:NAME` and `torchvision:NAME@WEIGHTS`: its networks, its weights, and how it evaluates them."""
+"""`torchvision:NAME` and `torchvision:NAME@WEIGHTS`: its networks, weights and evaluation transforms."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kdcache.errors import UsageError
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct
 
 _AUXILIARY = ("googlenet", "inception_v3")
-"""These have further outputs in training, which no loss here takes; `args: {aux_logits: true}` keeps them."""
+"""These have auxiliary outputs in training, which no loss uses; `args: {aux_logits: true}` keeps them."""
 
 
 def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
-    """A network of torchvision, with the weights that `name` names or with random ones.
+    """Return a network of torchvision, with the weights that `name` names or with random ones.
 
     Raises:
-        KdcacheError: for arguments that it does not take, or weights that cannot be had.
+        KdcacheError: for arguments that it does not take, or weights that are not found.
     """
     architecture, _, weights_name = name.partition("@")
     weights = _weights(name)
@@ -37,13 +37,13 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Mod
         model = construct(tv.get_model, spec, **options, weights=None, num_classes=num_classes)
     height, width = weights.meta["min_size"]
     if isinstance(model, tv.VisionTransformer):
-        height = width = model.image_size  # which it takes and no other, and `args:` may set
+        height = width = model.image_size  # the only size that it takes; `args:` may set it
     model.register_forward_pre_hook(Fit(max(height, SMALLEST_SIDE), max(width, SMALLEST_SIDE)))
     return model
 
 
 def categories(name: str) -> list[str]:
-    """The classes of the weights that `name` names.
+    """Return the class names of the weights that `name` names.
 
     Raises:
         UsageError: if torchvision has no such network or weights.
@@ -52,13 +52,13 @@ def categories(name: str) -> list[str]:
 
 
 def preset(name: str) -> Transform:
-    """How torchvision evaluates the weights that `name` names, as data."""
+    """Return the transform that torchvision evaluates the weights that `name` names with."""
     how = _weights(name).transforms()
     return photograph_transform(how.resize_size[0], how.crop_size[0], how.mean, how.std, how.interpolation.value)
 
 
 def _fetch(spec: ModelSpec, weights: Any) -> None:
-    """Bring torchvision's weights into torch's own folder, where its constructors look first."""
+    """Download torchvision's weights into torch's cache folder, where its constructors look first."""
     try:
         weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError, HTTPException) as error:
@@ -69,12 +69,12 @@ def _fetch(spec: ModelSpec, weights: Any) -> None:
 
 
 def _weights(name: str) -> Any:
-    """The member of torchvision's enumeration that `name` names; the default of a network without `@`."""
+    """Return the weights that `name` names, a member of torchvision's enumeration; the default without `@`."""
     architecture, at, weights_name = name.partition("@")
     if architecture not in tv.list_models(module=tv):
         raise UsageError(
             f"torchvision has no network {architecture!r} that classifies images",
-            "take a name from torchvision.models.list_models(module=torchvision.models)",
+            "use a name from torchvision.models.list_models(module=torchvision.models)",
         )
     known = tv.get_model_weights(architecture)
     if at and weights_name not in known.__members__:

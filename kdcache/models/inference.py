@@ -1,4 +1,4 @@
-"""A teacher as it is run: on its device, in its precision."""
+"""Run a teacher on its device, in its precision."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class InferenceModel:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Raw logits [B, C] float32 of images [B, channels, H, W], on the teacher's device, not waited for.
+        """Return raw logits [B, C] float32 of images [B, channels, H, W], on the teacher's device, asynchronously.
 
         Raises:
             MismatchError: if the network returns anything but [B, C].
@@ -46,26 +46,26 @@ class InferenceModel:
 
 
 def described_precision(spec: CacheSpec) -> str:
-    """What the last bits of the logits depend on, beside weights, images and batch size."""
+    """Return what the last bits of the logits depend on besides weights, images and batch size."""
     return " ".join(
         [spec.precision, *(["channels_last"] if spec.channels_last else []), *(["compiled"] if spec.compile else [])]
     )
 
 
 def refuse_not_finite(finite: Tensor, ids: Tensor) -> None:
-    """Refuse logits that no cache can keep.
+    """Refuse logits that are not finite, which cannot be stored.
 
     Args:
-        finite: [B] bool, whether all logits of a row are.
-        ids: [B] int64, its sample.
+        finite: [B] bool, whether all logits of a row are finite.
+        ids: [B] int64, the samples of the rows.
 
     Raises:
-        CorruptError: which names the first sample whose logits are not.
+        CorruptError: with the first sample whose logits are not finite.
     """
     bad = (~finite).nonzero().squeeze(1)
     if len(bad):
         raise CorruptError(
             f"the teacher returned NaN or infinite logits for sample {int(ids[bad[0]])} "
-            f"({len(bad)} of the {len(ids)} images that were looked at)",
+            f"({len(bad)} of the {len(ids)} images that were checked)",
             "check the teacher's weights, its precision and the transform",
         )

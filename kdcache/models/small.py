@@ -1,4 +1,4 @@
-"""Two small networks for small images: they learn digits in seconds on a CPU."""
+"""Two small networks for small images, which learn digits in seconds on a CPU."""
 
 from __future__ import annotations
 

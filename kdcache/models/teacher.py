@@ -1,4 +1,4 @@
-"""The teacher that a pipeline names, with its weights, and the images that it is to see."""
+"""Load the teacher of a pipeline with its weights, and the images that it sees."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kdcache.cache.format.integrity import record_of
 from kdcache.config.schema import EnsembleSpec, Pipeline, TrainedSpec, Transform
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
@@ -23,11 +22,12 @@ from kdcache.models import (
     read_groups,
     record_of_groups,
 )
+from kdcache.runtime import user_code
 from kdcache.runtime.progress import Progress, Silent
 
 
 class TeacherIdentity(NamedTuple):
-    """What tells a teacher from another beside its weights; see `TeacherRecord`."""
+    """What distinguishes a teacher from another in addition to its weights; see `TeacherRecord`."""
 
     name: str
     arguments: dict[str, Any]
@@ -35,7 +35,7 @@ class TeacherIdentity(NamedTuple):
 
 
 class LoadedTeacher(NamedTuple):
-    """What the `dataset` and `teacher` sections of a pipeline name."""
+    """The teacher and the data of the `dataset` and `teacher` sections of a pipeline."""
 
     model: nn.Module
     identity: TeacherIdentity
@@ -44,10 +44,10 @@ class LoadedTeacher(NamedTuple):
 
 
 def load_teacher(pipeline: Pipeline, progress: Progress | None = None) -> LoadedTeacher:
-    """The trained teacher of a pipeline, and the training images that it is to see.
+    """Return the trained teacher of a pipeline, and the training images that it sees.
 
     Raises:
-        KdcacheError: if one is not there, or they do not fit.
+        KdcacheError: if one is not found, or they do not fit.
     """
     specs = pipeline.members
     samples = load_split(pipeline.dataset, "train")
@@ -64,14 +64,13 @@ def load_teacher(pipeline: Pipeline, progress: Progress | None = None) -> Loaded
 
 
 def _preset(specs: list[TrainedSpec], samples: Samples) -> Transform:
-    """What the teacher sees where the pipeline does not say it."""
+    """Return the transform of the teacher's images if the pipeline does not set it."""
     first, *others = [(spec.model, preset_transform(spec) or samples.transform) for spec in specs]
     for name, preset in others:
         if preset != first[1]:
             raise MismatchError(
-                f"the teacher's members want images prepared in different ways\n"
-                f"  {first[0]}: {first[1]}\n  {name}: {preset}",
-                "say in `transform` what all of them are to see",
+                f"the members of the teacher need different transforms\n  {first[0]}: {first[1]}\n  {name}: {preset}",
+                "set `transform` to the one that all of them get",
             )
     return first[1]
 
@@ -79,7 +78,7 @@ def _preset(specs: list[TrainedSpec], samples: Samples) -> Transform:
 def _load(
     spec: TrainedSpec, samples: Samples, shape: tuple[int, int, int], progress: Progress
 ) -> tuple[nn.Module, TeacherIdentity]:
-    """One network that returns logits of the data set's classes, and what its record will say of it."""
+    """Return a network that returns logits of the data set's classes, and its identity for the record."""
     outputs, groups = samples.num_classes, None
     arguments = spec.args
     if spec.classes is not None:
@@ -89,15 +88,14 @@ def _load(
     if remark := compare_names(spec, groups, samples.class_names):
         progress.say(remark)
     model = build_model(spec, outputs, shape, trained=True)
-    path, _, _ = spec.model.partition(":")
-    code = f"sha256:{record_of(Path(path)).sha256}" if path.endswith(".py") else None
-    # Of a teacher from a file the name is kept, not where the file lay on this machine.
+    code = user_code.digest_of(spec.model) if user_code.is_user_code(spec.model) else None
+    # Of a teacher from a file the name is recorded, not its folder on this machine.
     identity = TeacherIdentity(spec.model.rpartition("/")[2], _without_folders(arguments), code)
     return (model if groups is None else ChosenOutputs(model, outputs, groups)), identity
 
 
 def _without_folders(given: Any) -> Any:
-    """Arguments of a constructor with the name alone of each file or folder that is given by its whole path."""
+    """Return the arguments of a constructor with absolute paths replaced by the name of the file or folder."""
     if isinstance(given, dict):
         return {key: _without_folders(value) for key, value in given.items()}
     if isinstance(given, list):
@@ -106,7 +104,7 @@ def _without_folders(given: Any) -> Any:
 
 
 def _together(identities: list[TeacherIdentity], weights: list[float], combine: str) -> TeacherIdentity:
-    """What the record of an ensemble will say of its members."""
+    """Return the identity of an ensemble for the record."""
     members = [{**one._asdict(), "weight": weight} for one, weight in zip(identities, weights, strict=True)]
     name = " + ".join(one.name for one in identities)
     return TeacherIdentity(name, {"members": members, "combine": combine}, None)

@@ -12,12 +12,12 @@ from torch import nn
 
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
+from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec
 from kdcache.data.transforms import is_random, transform_for_evaluation
 from kdcache.data.views import View, seeded
 from kdcache.errors import UsageError
 from kdcache.losses import Loss
-from kdcache.losses.config import Truncation
 from kdcache.models import build_model
 from kdcache.models.checks import try_network
 from kdcache.models.evaluate import SplitScore, evaluate
@@ -158,7 +158,7 @@ def _train(
     device: torch.device | str,
     progress: Progress,
 ) -> Result:
-    samples = inputs.samples
+    samples, loss = inputs.samples, load_function(loss)
     train, views, teacher = _seen(spec, loss, inputs, progress)
     if not loss.uses_teacher and not bool((train.labels >= 0).any()):
         raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
@@ -182,6 +182,7 @@ def _train(
         "device": torch_device.type,
         # The order of the images is another one where rows are read as a stream.
         "streamed": "stream" in inputs.record.get("placement", []),
+        **({"code": code} if (code := code_digest(loss)) else {}),
     }
     with (
         run_folder(out, used, begun_with, spec.train.trackers) as run,
@@ -250,8 +251,8 @@ def _check_loss(loss: Loss, train: View, progress: Progress) -> None:
             f"{loss.acts_on_label} acts on the one true class of an image, and {train.transform[-1]} mixes two images",
             "take a loss without ka, lsr, dkd, pld and ofa, such as kd or dtkd, or a cache of views that are not mixed",
         )
-    top = loss.adjustment.top if isinstance(loss.adjustment, Truncation) else 0
-    if top >= train.samples.num_classes:
+    top = loss.adjustment.classes_kept
+    if top is not None and top >= train.samples.num_classes:
         raise UsageError(
             f"truncation to the top {top} would cut nothing off: {train.samples.name} has "
             f"{train.samples.num_classes} classes",

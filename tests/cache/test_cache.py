@@ -23,12 +23,13 @@ from helpers.caches import Made
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from torch import Tensor
 
-from kdcache import CacheSpec, Samples, dump_teacher, open_cache
+from kdcache import Samples, dump_teacher, open_cache
 from kdcache.cache.format.codec import decode, encode
 from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import canonical
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.config.schema import CacheSpec
 from kdcache.data.images import ArrayImages
 from kdcache.errors import UsageError
 

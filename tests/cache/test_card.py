@@ -15,12 +15,13 @@ from helpers.processes import recipe
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from PIL import Image
 
-from kdcache import Cache, CacheSpec, dump_teacher, open_cache
+from kdcache import Cache, dump_teacher, open_cache
 from kdcache.cache.inspect.audit import audit
 from kdcache.cache.inspect.card import card, write_card
 from kdcache.cli import main
 from kdcache.cli.inspect import draw_card
 from kdcache.config.loader import load_pipeline
+from kdcache.config.schema import CacheSpec
 from kdcache.curate.select import select
 from kdcache.models.teacher import load_teacher
 

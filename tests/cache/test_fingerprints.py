@@ -18,11 +18,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kdcache import Cache, CacheSpec, Samples, dump_teacher, open_cache
+from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache.format.fingerprints import Inputs, inputs_of
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.zarr_store import read_inputs
-from kdcache.config.schema import Transform
+from kdcache.config.schema import CacheSpec, Transform
 from kdcache.data.images import ArrayImages
 from kdcache.data.views import View
 

@@ -33,9 +33,10 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from kdcache import Cache, CacheSpec, dump_teacher, open_cache, wrap
+from kdcache import Cache, dump_teacher, open_cache, wrap
 from kdcache.cache.format.fingerprints import inputs_of
 from kdcache.cache.format.read_records import read_commit
+from kdcache.config.schema import CacheSpec
 from kdcache.data.images import FileImages
 from kdcache.data.views import View, seeded
 from kdcache.errors import CorruptError

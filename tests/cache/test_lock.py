@@ -17,9 +17,10 @@ from helpers.processes import command_line, exit_code, in_a_process, recipe, unt
 from helpers.tiny import TinyTeacher, tiny_samples
 from torch import Tensor
 
-from kdcache import CacheSpec, dump_teacher, open_cache
+from kdcache import dump_teacher, open_cache
 from kdcache.cache.lock import LOCK, hold, release
 from kdcache.cache.writer import CacheWriter
+from kdcache.config.schema import CacheSpec
 from kdcache.errors import KdcacheError, UsageError
 
 SPEC = CacheSpec(top_k=3, tail="uniform", pilot_rows=1, shard_rows=4, batch_size=4)

@@ -21,13 +21,14 @@ from helpers.processes import exit_code, in_a_process, until
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from torch import Tensor
 
-from kdcache import Cache, CacheSpec, Samples, dump_teacher, open_cache
+from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache.fidelity import total_variation
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import stated_classes, tail_log_mass
 from kdcache.cache.inspect.audit import audit
 from kdcache.cache.inspect.diff import compare
 from kdcache.cache.inspect.summary import take_census
+from kdcache.config.schema import CacheSpec
 from kdcache.curate.dense_logits import cache_of_logits
 from kdcache.curate.merge import merge
 from kdcache.curate.recode import derive_shard

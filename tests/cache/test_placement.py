@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdcache import Cache, CacheSpec, dump_teacher, open_cache, train_student
+from kdcache import Cache, dump_teacher, open_cache, train_student
 from kdcache.cache.format import sharding, zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode
 from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs
@@ -43,6 +43,7 @@ from kdcache.cache.placement.choose import PLACEMENTS, Placement
 from kdcache.cache.teacher import CachedTeacher
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.loader import load_pipeline
+from kdcache.config.schema import CacheSpec
 from kdcache.data.datasets import load_split
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, IncompleteError, UsageError

@@ -27,7 +27,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kdcache import Cache, CacheSpec, dump_teacher, open_cache
+from kdcache import Cache, dump_teacher, open_cache
 from kdcache.cache.format.codec import decode, encode
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.integrity import NOT_LISTED, _wrong
@@ -36,6 +36,7 @@ from kdcache.cache.format.schema import MANIFEST, PLAN, Encoding, Sharding, cano
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.zarr_store import read_inputs
 from kdcache.cache.inspect.audit import Audit, audit
+from kdcache.config.schema import CacheSpec
 from kdcache.data.replay import Replay, replay
 from kdcache.data.views import View, seeded
 from kdcache.dump.check_teacher import compare_with_teacher

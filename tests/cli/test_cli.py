@@ -159,7 +159,7 @@ def test_files_that_are_not_there(work: Path, tmp_path: Path) -> None:
     assert "is not a cache" in refused(2, "info", tmp_path)
     missing = ["--set", "teacher.weights=gone.safetensors"]
     message = refused(2, "dump-teacher", RECIPE, "-o", tmp_path / "x.kdcache", *missing)
-    assert "there is no checkpoint gone.safetensors" in message
+    assert "checkpoint not found: gone.safetensors" in message
     assert "kdcache train-teacher" in message
     student = ["--cache", tmp_path / "nothing.kdcache", "-o", tmp_path / "x"]
     assert "kdcache dump-teacher" in refused(2, "train-student", RECIPE, *student)
@@ -200,7 +200,7 @@ def test_every_problem_of_a_pipeline_in_one_message(tmp_path: Path) -> None:
     ):
         assert place in message
     bad.write_text("dataset: [digits\n")
-    assert "not readable YAML" in refused(2, "dump-teacher", bad, "-o", tmp_path / "x")
+    assert "not valid YAML" in refused(2, "dump-teacher", bad, "-o", tmp_path / "x")
     assert files(tmp_path) == {"bad.yaml"}
 
 
@@ -211,14 +211,14 @@ def test_every_problem_of_a_pipeline_in_one_message(tmp_path: Path) -> None:
         (2, "would all be the same", "cache.views=3"),
         (2, "unknown model 'resnet18'", "teacher.model=resnet18"),
         (2, "no network 'resnet19'", "teacher.model=torchvision:resnet19"),
-        (4, "knows 1000 classes, the data set has 10", "teacher.model=torchvision:resnet18@IMAGENET1K_V1"),
+        (4, "has 1000 classes, the data set has 10", "teacher.model=torchvision:resnet18@IMAGENET1K_V1"),
         (2, "no weights 'BEST'", "teacher.model=torchvision:resnet18@BEST"),
         (4, "does not fit the network", "teacher.args={width: 16}"),
         (2, "cannot be built", "teacher.args={depth: 16}"),
         (2, "has no transform 'Blur'", "transform=[{Blur: {}}]"),
         (2, "uint8 images", "transform=[{ToImage: {}}]"),
-        (2, "there is no file nowhere.py", "teacher.model=nowhere.py:teacher"),
-        (2, "there is no folder", "dataset={name: image-folder, root: nowhere}"),
+        (2, "file not found: nowhere.py", "teacher.model=nowhere.py:teacher"),
+        (2, "folder not found", "dataset={name: image-folder, root: nowhere}"),
     ],
 )
 def test_a_teacher_that_cannot_be(code: int, words: str, setting: str, work: Path, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_nothing_is_written_inside_a_cache(work: Path) -> None:
 
 def test_channels_come_last(tmp_path: Path) -> None:
     recipe = npz_recipe(tmp_path, images=np.zeros((60, 3, 8, 8), np.uint8))
-    assert "channels come last" in refused(2, "train-teacher", recipe, "-o", tmp_path / "run")
+    assert "put the channels last" in refused(2, "train-teacher", recipe, "-o", tmp_path / "run")
 
 
 def test_a_disk_that_fills_up_while_weights_are_saved(tmp_path: Path) -> None:

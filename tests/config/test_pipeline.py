@@ -188,7 +188,7 @@ def test_one_teacher_is_its_own_member(tmp_path: Path) -> None:
     ("teacher", "words"),
     [
         ("[a, b]", "the teacher is an ensemble of 2, and one network is trained at a time\nfix: train each"),
-        ("{model: timm:a@b, classes: [1]}", "teacher.classes picks from .* already trained\nfix: .* remove `classes`"),
+        ("{model: timm:a@b, classes: [1]}", "teacher.classes selects .* already trained\nfix: .* remove `classes`"),
     ],
 )
 def test_a_teacher_that_cannot_be_trained_is_no_section_for_it(teacher: str, words: str, tmp_path: Path) -> None:
@@ -281,8 +281,8 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
         ("teacher: {ensemble: [x], combine: mean}", "teacher.combine: Input should be 'logits' or 'probabilities'"),
         ("teacher: {combine: logits}", "teacher.ensemble: is required"),
         ("teacher: {model: x, outputs: 3}", "teacher.outputs: belongs to classes"),
-        ("teacher: {model: small:cnn, classes: [1]}", "teacher.outputs: is needed beside classes"),
-        ("teacher: [{model: small:cnn, classes: x.txt}]", "teacher.0.outputs: is needed beside classes"),
+        ("teacher: {model: small:cnn, classes: [1]}", "teacher.outputs: is needed with classes"),
+        ("teacher: [{model: small:cnn, classes: x.txt}]", "teacher.0.outputs: is needed with classes"),
         ("teacher: {model: timm:a@b, classes: [1], outputs: 3}", "teacher.outputs: cannot be set: timm:a@b has"),
         (
             "teacher: {model: timm:a@b, classes: 3}",
@@ -321,24 +321,24 @@ def test_an_empty_file_lacks_its_data_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("held", "words"),
     [
-        ("dataset: [digits\n", "not readable YAML: while parsing a flow sequence"),
-        ("dataset:\n\tname: digits\n", "not readable YAML: .* '\\\\t' .* line 2"),
+        ("dataset: [digits\n", "not valid YAML: while parsing a flow sequence"),
+        ("dataset:\n\tname: digits\n", "not valid YAML: .* '\\\\t' .* line 2"),
         ("dataset: {name: digits}\ncache: {seed: 1}\ncache: {seed: 2}\n", "the key 'cache' is given twice .* line 3"),
         ("dataset: {name: digits, name: npz}\n", "the key 'name' is given twice .* line 1"),
         ("dataset: {? [1, 2] : digits}\n", "a key is not a word .* line 1"),
         ("dataset: {name: digits}\n---\ndataset: {name: npz}\n", "expected a single document"),
-        ("- dataset\n", "holds no sections but a list"),
-        ("digits\n", "holds no sections but a str"),
+        ("- dataset\n", "holds a list, not sections"),
+        ("digits\n", "holds a str, not sections"),
         ("dataset: !!python/object/apply:os.system ['true']\n", "could not determine a constructor .*python/object"),
         ("dataset: !!python/name:os.system\n", "could not determine a constructor"),
-        ("dataset: {name: 2001-13-45}\n", "not readable YAML: month must be in 1..12"),
-        ("dataset: {name: !!int many}\n", "not readable YAML: invalid literal"),
-        ("dataset: {name: !!bool perhaps}\n", "not readable YAML: 'perhaps'"),
-        ("dataset: &a {name: *a}\n", "not readable YAML: .*recursion"),
-        pytest.param("dataset: " + "[" * 9_000, "not readable YAML: .*recursion", id="a list in a list in a list ..."),
-        pytest.param("dataset: " + "{a: " * 9_000, "not readable YAML: .*recursion", id="a key in a key in a key ..."),
+        ("dataset: {name: 2001-13-45}\n", "not valid YAML: month must be in 1..12"),
+        ("dataset: {name: !!int many}\n", "not valid YAML: invalid literal"),
+        ("dataset: {name: !!bool perhaps}\n", "not valid YAML: 'perhaps'"),
+        ("dataset: &a {name: *a}\n", "not valid YAML: .*recursion"),
+        pytest.param("dataset: " + "[" * 9_000, "not valid YAML: .*recursion", id="a list in a list in a list ..."),
+        pytest.param("dataset: " + "{a: " * 9_000, "not valid YAML: .*recursion", id="a key in a key in a key ..."),
         (b"dataset: {name: \xff}\n", "not UTF-8 text"),
-        (b"dataset: {name: \x00}\n", "not readable YAML: unacceptable character"),
+        (b"dataset: {name: \x00}\n", "not valid YAML: unacceptable character"),
     ],
 )
 def test_what_is_no_pipeline_file_is_refused(held: str | bytes, words: str, tmp_path: Path) -> None:
@@ -434,9 +434,9 @@ def test_set_changes_one_of_the_places_of_an_anchor(tmp_path: Path) -> None:
         ("eval_transform.-1=5", "'eval_transform' is a list of 1, without '-1'"),
         ("eval_transform.²=5", "'eval_transform' is a list of 1, without '²'"),
         ("transform.0=5", "'transform' is a list of 0, without '0'"),
-        ("cache.notes=[", "--set cache.notes=[ is not readable YAML: while parsing"),
-        ("cache.notes=2001-99-99", "--set cache.notes=2001-99-99 is not readable YAML: month"),
-        pytest.param("cache.notes=" + "[" * 9_000, "is not readable YAML: maximum recursion", id="nested lists"),
+        ("cache.notes=[", "--set cache.notes=[ is not valid YAML: while parsing"),
+        ("cache.notes=2001-99-99", "--set cache.notes=2001-99-99 is not valid YAML: month"),
+        pytest.param("cache.notes=" + "[" * 9_000, "is not valid YAML: maximum recursion", id="nested lists"),
         ("cache={seed: 1, seed: 2}", "the key 'seed' is given twice"),
     ],
 )

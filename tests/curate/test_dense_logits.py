@@ -17,10 +17,11 @@ from click.testing import CliRunner, Result
 from helpers.processes import exit_code, in_a_process, recipe
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 
-from kdcache import Cache, CacheSpec, dump_teacher, open_cache
+from kdcache import Cache, dump_teacher, open_cache
 from kdcache.cache.fidelity import total_variation
 from kdcache.cache.inspect.audit import audit
 from kdcache.cli import main
+from kdcache.config.schema import CacheSpec
 from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
 from kdcache.data.replay import replay
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError

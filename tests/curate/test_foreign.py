@@ -33,13 +33,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as v1_functional
 
-from kdcache import Cache, CachedDataset, CacheSpec, Loss, Samples, distillation_loss, dump_teacher, open_cache
+from kdcache import Cache, CachedDataset, Samples, dump_teacher, open_cache
 from kdcache.cache.format import zarr_store
 from kdcache.cache.inspect.audit import audit
 from kdcache.cli import main
 from kdcache.cli.convert import _LAYOUTS
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import Pipeline, Transform
+from kdcache.config.schema import CacheSpec, Pipeline, Transform
 from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
 from kdcache.curate.foreign import SOURCES, TARGETS, cache_of_files, files_of_cache
 from kdcache.curate.foreign.sparse_labels import LEAST
@@ -52,6 +52,7 @@ from kdcache.data.transforms import transform_for_evaluation
 from kdcache.data.views import View
 from kdcache.dump.check_teacher import compare_with_teacher
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
+from kdcache.losses import Loss, distillation_loss
 from kdcache.losses.presets import PARTS
 from kdcache.train.train import train_student
 
@@ -1021,7 +1022,7 @@ def test_a_recorded_crop_has_one_place(images: Images) -> None:
     for steps in astray:
         with pytest.raises(UsageError, match="can only be the first step"):
             View(images.samples, steps, crops=lambda view: boxes[view])
-    with pytest.raises(UsageError, match="there are no boxes of these images"):
+    with pytest.raises(UsageError, match="whose boxes are recorded for training images only"):
         transform_for_evaluation(FRACTIONS, FRACTIONS)
     with pytest.raises(UsageError, match="need one that does not"):
         transform_for_evaluation(None, FRACTIONS)

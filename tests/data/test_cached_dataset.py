@@ -12,7 +12,8 @@ from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from kdcache import Cache, CachedDataset, CacheSpec, Samples, dump_teacher
+from kdcache import Cache, CachedDataset, Samples, dump_teacher
+from kdcache.config.schema import CacheSpec
 from kdcache.data.images import ArrayImages
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError

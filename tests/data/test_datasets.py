@@ -27,9 +27,9 @@ from torchvision import datasets as tv
 
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.config.schema import DatasetSpec, Transform
-from kdcache.data.datasets import SPLITS, Split, load_held_out, load_split
+from kdcache.data.datasets import SPLITS, load_held_out, load_split
 from kdcache.data.images import ArrayImages, FileImages
-from kdcache.data.samples import Samples, check_same_samples, wrap
+from kdcache.data.samples import Samples, Split, check_same_samples, wrap
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.package_data import package_data
@@ -136,7 +136,7 @@ def npz(path: Path, **arrays: Array) -> DatasetSpec:
     return DatasetSpec(name="npz", root=str(path))
 
 
-def counted(path: Path, count: int, **spec: float) -> DatasetSpec:
+def counted(path: Path, count: int, **spec: Any) -> DatasetSpec:
     """A set of `count` one-pixel images; the id of each is written into its two channels."""
     ids = np.arange(count)
     npz(path, images=np.stack([ids % 256, ids // 256], axis=-1).astype(np.uint8).reshape(-1, 1, 1, 2), labels=ids % 3)
@@ -266,7 +266,7 @@ def test_what_cannot_be_downloaded_says_what_to_put_where(
     kind: Literal["cifar10", "cifar100"], archive: str, tmp_path: Path
 ) -> None:
     root = tmp_path / "here"
-    with pytest.raises(UsageError, match=f"{kind} is neither in {root} nor can it be downloaded: .*Name or") as caught:
+    with pytest.raises(UsageError, match=f"{kind} is not in {root} and cannot be downloaded: .*Name or") as caught:
         load_split(DatasetSpec(name=kind, root=str(root)), "train")
     assert f"put {archive}.tar.gz (from https://www.cs.toronto.edu/~kriz/cifar.html)" in caught.value.fix
     assert f"into {root}" in caught.value.fix
@@ -279,7 +279,7 @@ def test_a_damaged_cifar_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     trust_md5(monkeypatch, tmp_path)
     damaged = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
-    with pytest.raises(UsageError, match="cifar10 is neither in"):
+    with pytest.raises(UsageError, match="cifar10 is not in"):
         load_split(DatasetSpec(name="cifar10", root=str(tmp_path)), "train")
 
 
@@ -378,9 +378,9 @@ def test_a_folder_that_is_not_there_says_what_to_put_where(
     name: Literal["image-folder", "imagenet"], tmp_path: Path
 ) -> None:
     nowhere = DatasetSpec(name=name, root=str(tmp_path / "nowhere"))
-    assert "train/" in refused(UsageError, 2, f"there is no folder {tmp_path}/nowhere", nowhere)
+    assert "train/" in refused(UsageError, 2, f"folder not found: {tmp_path}/nowhere", nowhere)
     here = DatasetSpec(name=name, root=str(tmp_path))
-    assert "one folder of images a class" in refused(UsageError, 2, f"{tmp_path} does not hold {name}", here)
+    assert "one folder of images per class" in refused(UsageError, 2, f"{tmp_path} does not hold {name}", here)
     (tmp_path / "train").mkdir()
     refused(UsageError, 2, "does not hold imagenet" if name == "imagenet" else "find any class folder", here)
     folders(tmp_path, val=2)
@@ -512,13 +512,13 @@ def test_an_npz_file_that_is_not_images_and_labels_is_refused(
 
 def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
     spec = DatasetSpec(name="npz", root=str(tmp_path / "m.npz"))
-    refused(UsageError, 2, f"there is no file {tmp_path}/m.npz", spec)
+    refused(UsageError, 2, f"file not found: {tmp_path}/m.npz", spec)
     for data in (b"", b"images,labels\n", pickle.dumps({"images": 1})):
         (tmp_path / "m.npz").write_bytes(data)
         assert "numpy.savez" in refused(CorruptError, 5, f"cannot read {tmp_path}/m.npz as an npz file", spec)
     with (tmp_path / "m.npz").open("wb") as file:
         np.save(file, IMAGES)
-    refused(CorruptError, 5, "no zip archive", spec)
+    refused(CorruptError, 5, "not a zip archive", spec)
 
 
 def test_a_truncated_npz_file_is_refused(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kdcache import CacheSpec, Samples, dump_teacher, open_cache
-from kdcache.config.schema import Transform
+from kdcache import Samples, dump_teacher, open_cache
+from kdcache.config.schema import CacheSpec, Transform
 from kdcache.data.images import ArrayImages
 from kdcache.data.loader import batches
 from kdcache.data.mixing import MIXINGS

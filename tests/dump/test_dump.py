@@ -15,7 +15,8 @@ from helpers.processes import exit_code, in_a_process
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from torch import Tensor, nn
 
-from kdcache import Cache, CacheSpec, Samples, dump_teacher, open_cache
+from kdcache import Cache, Samples, dump_teacher, open_cache
+from kdcache.config.schema import CacheSpec
 from kdcache.data.images import ArrayImages
 from kdcache.errors import CorruptError, IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.progress import Silent, Task

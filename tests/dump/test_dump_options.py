@@ -26,10 +26,11 @@ from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from PIL import Image
 from torch import Tensor, nn
 
-from kdcache import Cache, CacheSpec, Samples, dump_teacher, open_cache
+from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache.format import zarr_store
 from kdcache.cache.writer import CacheWriter
 from kdcache.cli import main
+from kdcache.config.schema import CacheSpec
 from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.loader import report_lost_workers
 from kdcache.errors import CorruptError, IncompleteError, MismatchError

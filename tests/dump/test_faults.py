@@ -38,9 +38,10 @@ from helpers.processes import in_a_process
 from helpers.tiny import tiny_samples
 from torch import Tensor
 
-from kdcache import Cache, CacheSpec, dump_teacher, open_cache
+from kdcache import Cache, dump_teacher, open_cache
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.zarr_store import read_inputs
+from kdcache.config.schema import CacheSpec
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, MismatchError, UsageError
 
 

@@ -16,9 +16,9 @@ from helpers.networks import CLEAN, TURN, Values, network, rearranged, reference
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from kdcache import Cache, CacheSpec, dump_teacher, load_split
+from kdcache import Cache, dump_teacher, load_split
 from kdcache.cache.planner import pilot_ids
-from kdcache.config.schema import DatasetSpec, Pipeline, Transform
+from kdcache.config.schema import CacheSpec, DatasetSpec, Pipeline, Transform
 from kdcache.data.transforms import build_transform
 from kdcache.data.views import View
 from kdcache.evaluation import costs

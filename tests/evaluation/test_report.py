@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import kdcache
-from kdcache.config.schema import Pipeline
+from kdcache.config.schema import CacheSpec, Pipeline
 from kdcache.data.datasets import load_split
 from kdcache.data.images import Picture
 from kdcache.data.views import View
@@ -162,7 +162,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     folder = tmp_path_factory.mktemp("work")
     path, pipeline = recipe(folder, NAMES)
     samples = load_split(pipeline.dataset, "train")
-    spec = kdcache.CacheSpec(views=2, dtype="float32", top_k="all")
+    spec = CacheSpec(views=2, dtype="float32", top_k="all")
     cache = kdcache.dump_teacher(network(2, 24), samples, folder / "t.kdcache", transform=TURN, spec=spec)
     over = ["--over", f"loss={','.join(LOSSES)}", "--seeds", 2, "--set", "loss.ce_weight=2"]
     ok("sweep", path, "--cache", cache.path, *over, "-o", folder / "sweep", "--device", "cpu")
@@ -523,7 +523,7 @@ def test_few_and_many_classes(classes: int, tmp_path: Path) -> None:
     path, pipeline = recipe(tmp_path, names, count=3 * classes + 60)
     samples = load_split(pipeline.dataset, "train")
     torch.manual_seed(0)
-    spec = kdcache.CacheSpec(top_k=min(classes, 4), pilot_rows=64, rank=4 if classes > 2 else None)
+    spec = CacheSpec(top_k=min(classes, 4), pilot_rows=64, rank=4 if classes > 2 else None)
     cache = kdcache.dump_teacher(
         SmallMLP(classes, 1, 4, 4), samples, tmp_path / "t.kdcache", transform=CLEAN, spec=spec
     )

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from helpers.tiny import TinyTeacher, tiny_samples
-from kdcache import Cache, CacheSpec, dump_teacher
+from kdcache import Cache, dump_teacher
+from kdcache.config.schema import CacheSpec
 
 SPEC = CacheSpec(top_k=3, tail="uniform", pilot_rows=1, shard_rows=8, batch_size=5, seed=3)
 

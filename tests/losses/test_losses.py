@@ -531,5 +531,5 @@ def test_only_the_cross_entropy_knows_that_images_are_mixed(name: str, batch: Ba
 def test_a_teacher_is_not_adjusted_on_images_of_two_labels(kind: str) -> None:
     student, teacher, labels = torch.zeros(2, 3), torch.eye(3)[:2], torch.tensor([1, 1])
     mixed = MixedLabels(torch.tensor([0, 2]), torch.tensor([0.5, 0.25]))
-    with pytest.raises(ValueError, match=f"{kind} needs one label an image"):
+    with pytest.raises(ValueError, match=f"{kind} needs one label per image"):
         distillation_loss(student, teacher, labels, loss_of("kd", adjustment={"kind": kind}), mixed=mixed)

@@ -33,9 +33,9 @@ from torch.nn import functional as F
 from kdcache.losses import Loss, distillation_term
 from kdcache.losses.adjustments import truncation
 from kdcache.losses.batch import BatchSum, BatchTotals, of_these
-from kdcache.losses.distillation import DIVERGENCES
 from kdcache.losses.divergences import cosine, dist, dkd, jensen_shannon, kl, mse, ofa, plackett_luce, reverse_kl
 from kdcache.losses.normalizations import z_score
+from kdcache.losses.registry import DIVERGENCES
 
 ORDERED = ["plackett_luce", "ofa"]
 """Above 0 even between equals."""
@@ -177,7 +177,7 @@ def test_mse_does_not_see_a_temperature_that_both_share(reference: Reference) ->
 @given(batch=batches(), tau=TAU)
 def test_equals_have_nothing_to_learn_at_any_temperature(name: str, batch: Batch, tau: float) -> None:
     _, logits, labels = batch
-    result = with_gradient(lambda v: DIVERGENCES[name](v / tau, logits / tau, labels).sum(), logits)
+    result = with_gradient(lambda v: DIVERGENCES[name].compute(v / tau, logits / tau, labels).sum(), logits)
     assert result[0] == 0 if name != "jensen_shannon" else abs(result[0]) < 1e-14
     assert_agree(result[1], torch.zeros_like(logits), 1e-12 / min(tau, 1))
 
@@ -190,8 +190,8 @@ def test_neither_the_order_of_classes_nor_of_samples_matters(name: str, batch: B
     generator = torch.Generator().manual_seed(seed)
     rows, classes = (torch.randperm(size, generator=generator) for size in student.shape)
     relabeled = torch.where(labels >= 0, classes.argsort()[labels.clamp_min(0)], -1)
-    value = DIVERGENCES[name](student, teacher, labels)
-    permuted = DIVERGENCES[name](student[rows][:, classes], teacher[rows][:, classes], relabeled[rows])
+    value = DIVERGENCES[name].compute(student, teacher, labels)
+    permuted = DIVERGENCES[name].compute(student[rows][:, classes], teacher[rows][:, classes], relabeled[rows])
     assert_agree(permuted, value[rows])
     assert (value >= -1e-14).all()
 
@@ -201,8 +201,8 @@ def test_neither_the_order_of_classes_nor_of_samples_matters(name: str, batch: B
 @given(batch=batches(), shifts=st.tuples(st.floats(-50, 50), st.floats(-50, 50)))
 def test_only_mse_sees_a_shift_of_the_logits(name: str, batch: Batch, shifts: tuple[float, float]) -> None:
     student, teacher, labels = batch
-    value = DIVERGENCES[name](student, teacher, labels)
-    shifted = DIVERGENCES[name](student + shifts[0], teacher + shifts[1], labels)
+    value = DIVERGENCES[name].compute(student, teacher, labels)
+    shifted = DIVERGENCES[name].compute(student + shifts[0], teacher + shifts[1], labels)
     if name == "mse":
         apart = shifts[0] - shifts[1]
         assert_agree(shifted, value + 2 * apart * (student - teacher).mean(dim=1) + apart**2, 1e-8)
@@ -217,7 +217,7 @@ def test_gradients_are_those_of_the_values(name: str) -> None:
     labels = torch.tensor([2, -1, 0, 4])
     student.requires_grad_()
     teacher.requires_grad_()  # DTKD's temperatures carry a gradient to the teacher's side too
-    assert torch.autograd.gradcheck(lambda v, u: DIVERGENCES[name](v, u, labels), (student, teacher))
+    assert torch.autograd.gradcheck(lambda v, u: DIVERGENCES[name].compute(v, u, labels), (student, teacher))
 
 
 EXTREMES = {

@@ -137,7 +137,7 @@ def test_what_acts_on_the_label_is_refused_for_mixed_images(
         kdcache.train_student(recipe, mixed_cache, tmp_path / "run")
     assert "such as kd or dtkd" in caught.value.fix
     batch = View(digits(), recipe.transform or []).__getitems__([0, 1])
-    with pytest.raises(ValueError, match=f"the divergence {divergence} needs one label an image"):
+    with pytest.raises(ValueError, match=f"the divergence {divergence} needs one label per image"):
         distillation_loss(torch.zeros(2, 10), torch.eye(10)[:2], batch.labels, recipe.loss, mixed=batch.mixed)
 
 

@@ -12,8 +12,8 @@ from helpers.loss_cases import loss_of
 from pydantic import ValidationError
 
 from kdcache.losses import Loss, distillation_loss, learned_temperature
-from kdcache.losses.distillation import ADJUSTMENTS, DIVERGENCES, NORMALISATIONS, TEMPERATURES
 from kdcache.losses.presets import PARTS
+from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, NORMALIZATIONS, TEMPERATURES
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_the_whole_grid_is_refused_with_a_reason_or_gives_finite_losses(divergen
     student, teacher = (3 * torch.randn(6, 20, generator=generator) for _ in range(2))
     student.requires_grad_()
     labels = torch.tensor([3, -1, 19, 0, -1, 7])
-    normalizations = itertools.cycle(NORMALISATIONS)
+    normalizations = itertools.cycle(NORMALIZATIONS)
     for adjustment, temperature in itertools.product(ADJUSTMENTS, TEMPERATURES):
         normalization = next(normalizations)
         given: dict[str, Any] = {"adjustment": {"kind": adjustment}, "divergence": {"kind": divergence}}

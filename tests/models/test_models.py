@@ -133,7 +133,7 @@ def test_images_of_every_size_are_enlarged_to_the_size_that_a_transformer_takes(
         ("timm:hf-hub:timm/resnet18", {}, "timm has no network 'hf-hub:timm/resnet18'"),
         ("timm:resnet18@best", {}, "timm has no weights 'best' of resnet18\nfix: it has a1_in1k, "),
         ("timm:resnet18@", {}, "timm has no weights '' of resnet18"),
-        ("timm:resnet18.a1_in1k", {}, "names weights as timm does\nfix: write timm:resnet18@a1_in1k"),
+        ("timm:resnet18.a1_in1k", {}, "names weights in timm's notation\nfix: write timm:resnet18@a1_in1k instead"),
         ("timm:vit_base_patch14_dinov2@lvd142m", {}, "are of a network without classes"),
         ("timm:resnet18", {"num_classes": 3}, "cannot be built: TypeError: .*'num_classes'"),
         ("timm:resnet18", {"pretrained": True}, "cannot be built: TypeError: .*'pretrained'"),
@@ -257,7 +257,7 @@ def test_weights_of_other_classes_are_refused_before_they_are_downloaded() -> No
         ("timm:resnet18@a1_in1k", 1000),
         ("timm:vit_tiny_patch16_224@augreg_in21k", 21843),
     ]:
-        words = f"{name} knows {classes} classes, the data set has 10"
+        words = f"{name} has {classes} classes, the data set has 10"
         assert "teacher.classes" in refused(MismatchError, words, trained, name, 10)
 
 
@@ -296,7 +296,7 @@ def test_a_checkpoint_of_a_timm_network_is_loaded(tmp_path: Path) -> None:
 
 
 def test_training_from_scratch_takes_no_trained_weights() -> None:
-    words = "asks for trained weights where training starts from random ones"
+    words = "names trained weights, and training starts from random ones"
     fix = refused(UsageError, words, network, "torchvision:resnet18@IMAGENET1K_V1", 1000)
     assert "torchvision:resnet18," in fix
 
@@ -416,10 +416,14 @@ def test_a_function_in_a_file_makes_the_network(tmp_path: Path) -> None:
         (
             "import nothing_of_that_name",
             r"net.py cannot be run: ModuleNotFoundError: .*nothing_of.* \(.*net.py:1\)",
-            "mend",
+            "correct that file",
         ),
-        ("x = 1\ndef make(:", r"net.py cannot be run: SyntaxError: .*net.py, line 2.* \(.*net.py:2\)", "mend"),
-        ("x = {}\nx['a']", r"net.py cannot be run: KeyError: 'a' \(.*net.py:2\)", "mend"),
+        (
+            "x = 1\ndef make(:",
+            r"net.py cannot be run: SyntaxError: .*net.py, line 2.* \(.*net.py:2\)",
+            "correct that file",
+        ),
+        ("x = {}\nx['a']", r"net.py cannot be run: KeyError: 'a' \(.*net.py:2\)", "correct that file"),
     ],
 )
 def test_a_file_that_makes_no_network_is_refused(text: str, words: str, fix: str, tmp_path: Path) -> None:
@@ -439,11 +443,11 @@ def test_a_function_in_a_file_may_use_our_own_errors(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError) as caught:
         network(f"{path}:make")
-    assert caught.value.what == "there is no checkpoint no.safetensors"
+    assert caught.value.what == "checkpoint not found: no.safetensors"
 
 
 def test_a_file_or_function_that_is_not_there_is_named(tmp_path: Path) -> None:
-    refused(UsageError, f"there is no file {tmp_path}/no.py", network, f"{tmp_path}/no.py:make")
+    refused(UsageError, f"file not found: {tmp_path}/no.py, of the model", network, f"{tmp_path}/no.py:make")
     path = python(tmp_path, "def make(num_classes): pass")
     refused(UsageError, "has no function ''", network, path)
 
@@ -542,9 +546,7 @@ def test_a_teacher_is_built_with_its_checkpoint(tmp_path: Path) -> None:
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "no.safetensors", tmp_path):
-        assert "train-teacher" in refused(
-            UsageError, f"there is no checkpoint {path}", load_weights, Everything(), path
-        )
+        assert "train-teacher" in refused(UsageError, f"checkpoint not found: {path}", load_weights, Everything(), path)
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_first_keys(tmp_path: Path) -> None:

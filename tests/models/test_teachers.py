@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision import models as tv
 
-from kdcache import CacheSpec, dump_teacher
+from kdcache import dump_teacher
 from kdcache.cli import main
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import ModelSpec, Pipeline
+from kdcache.config.schema import CacheSpec, ModelSpec, Pipeline
 from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.models import (
     ChosenOutputs,
@@ -238,8 +238,8 @@ def test_classes_are_a_list_or_a_file_of_the_same(tmp_path: Path) -> None:
         ([0, [1, 2, 1], 3], UsageError, "gives class 1 output 1 twice"),
         ("0\n1\n", MismatchError, r"teacher.classes \(.*map.txt\) has 2 entries"),
         ("", MismatchError, r"teacher.classes \(.*map.txt\) has 0 entries"),
-        ("0\n\n2\n", UsageError, "map.txt:2: '' is not the number of an output"),
-        ("0\n1\ntench 3\n", UsageError, "map.txt:3: 'tench 3' is not the number of an output"),
+        ("0\n\n2\n", UsageError, "map.txt:2: '' is not the index of an output"),
+        ("0\n1\ntench 3\n", UsageError, "map.txt:3: 'tench 3' is not the index of an output"),
         ("0\n-1\n2\n", UsageError, "map.txt:2: '-1' is not"),
         ("0\n1.0\n2\n", UsageError, r"map.txt:2: '1.0' is not"),
         (b"0\n\xff\n2\n", UsageError, "map.txt: it is not UTF-8 text"),
@@ -286,9 +286,7 @@ def test_classes_of_the_same_names_are_no_remark() -> None:
 def test_classes_of_other_names_are_a_remark() -> None:
     said = remark(["tench, Tinca tinca", *IMAGENET[1:]])
     assert said is not None
-    assert said.startswith(
-        "note: 1 of 1000 classes go by another name: class 0 is 'tench, Tinca tinca' in the data set"
-    )
+    assert said.startswith("note: 1 of 1000 classes have another name: class 0 is 'tench, Tinca tinca' in the data set")
     assert "and 'tench' in torchvision:squeezenet1_1" in said
     said = remark(["cat", "dog"], [[281, 282], [207]])
     assert said is not None
@@ -440,7 +438,7 @@ def test_members_that_want_images_prepared_in_other_ways_need_a_transform(
 ) -> None:
     teacher = [{"model": SQUEEZENET, "classes": list(range(10))}, f"{nets(tmp_path)}:linear"]
     with pytest.raises(
-        MismatchError, match=r"prepared in different ways\n  torchvision:squeeze.*Resize.*\n .*nets"
+        MismatchError, match=r"need different transforms\n  torchvision:squeeze.*Resize.*\n .*nets"
     ) as bad:
         loaded(teacher)
     assert "transform" in bad.value.fix

@@ -1,0 +1,56 @@
+"""Data sets from a file of the user, `path/file.py:function`.
+
+The function is called as `function(split, root=None, **args)` for "train", "validation" and "test". It returns a
+map-style data set of (image, label) pairs, or None for a split that the set does not have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset, Subset
+
+from kdcache.config.schema import DatasetSpec
+from kdcache.data.samples import Samples, Split, class_names, wrap
+from kdcache.runtime import user_code
+
+_SIGNATURE = "function(split, root=None, **args) -> a Dataset of (image, label) pairs, or None for a missing split"
+
+
+def load_user_split(spec: DatasetSpec, split: Split) -> Dataset[Any] | None:
+    """Return what the function of a data set returns for a split.
+
+    Raises:
+        UsageError: if the function cannot be loaded or called, raises, or returns no map-style data set.
+    """
+    code = user_code.load(spec.name, "data set", _SIGNATURE)
+    dataset = code(split, root=spec.root, **spec.args)
+    if dataset is None:
+        if split == "train":
+            raise code.mistake("returned None for the split 'train', which every data set must have")
+        return None
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise code.mistake(f"returned a {type(dataset).__name__} for the split {split!r}, not a data set with a length")
+    if not len(dataset):
+        raise code.mistake(f"returned an empty data set for the split {split!r}")
+    return dataset  # type: ignore[no-any-return]  # checked above
+
+
+def user_samples(
+    spec: DatasetSpec, split: Split, dataset: Dataset[Any], train: Dataset[Any], ids: npt.NDArray[np.int64] | None
+) -> Samples:
+    """Return a split as samples.
+
+    Args:
+        spec: the data set.
+        split: which part this is.
+        dataset: that holds it.
+        train: the training split, which says how many classes there are.
+        ids: which items of `dataset` belong to the split; None for all.
+    """
+    part = dataset if ids is None else Subset(dataset, ids.tolist())
+    name = spec.name.rpartition("/")[2]  # as of a teacher from a file: not where it is on this machine
+    classes = class_names(train, f"{spec.name} ({split})")
+    return wrap(part, len(classes), name, split, class_names=classes)
