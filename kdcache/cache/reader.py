@@ -96,8 +96,8 @@ class Cache:
         labels = torch.from_numpy(self.labels.astype(np.int64)).to(device)
         basis = zarr_store.read_basis(self.path, plan)
         basis = basis.to(device) if basis is not None else None
-        here = self.views if len(self.views) < plan.views.count else None
-        return CachedTeacher(*placed, plan.views.count, labels, plan.encoding, basis, here)
+        opened = self.views if len(self.views) < plan.views.count else None
+        return CachedTeacher(*placed, plan.views.count, labels, plan.encoding, basis, opened)
 
 
 def open_cache(

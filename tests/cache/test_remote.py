@@ -151,7 +151,7 @@ def test_only_the_views_that_are_asked_for_are_fetched(server: FileServer, cache
     for placement in ("host", "mmap", "stream"):
         teacher = here.teacher(placement=placement)
         assert torch.equal(teacher(ids, 1), open_cache(cache).teacher()(ids, 1))
-        with pytest.raises(UsageError, match="view 0 of the cache is not here: views 1 of 2 are"):
+        with pytest.raises(UsageError, match="view 0 was not opened: views 1 of 2 are"):
             teacher(ids, 0)
     with pytest.raises(IncompleteError, match="holds views 1 of 2, and not view 0"):
         open_cache(folder, views=[0, 1])
