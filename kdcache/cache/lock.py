@@ -39,7 +39,10 @@ def hold(cache: Path, folder: Path) -> None:
     try:
         _lock(handle, cache)
         if os.fstat(handle).st_nlink == 0:
-            raise _taken(cache, "another process")
+            raise UsageError(
+                f"{cache} was written by another process, which has ended just now",
+                "run the same command again: it ends at once if the cache is complete",
+            )
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BaseException:

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.preconditions import check_same_plan
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import check_begun_alike
 from kdcache.data.mixing import split_mixing
 from kdcache.errors import MismatchError
 
@@ -30,7 +30,7 @@ def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], labels: 
     then = old.manifest.plan
     dataset = plan.dataset.model_copy(update={"samples": then.dataset.samples, "digest": then.dataset.digest})
     views = plan.views.model_copy(update={"count": then.views.count})
-    check_begun_alike(old.path, then, plan.model_copy(update={"dataset": dataset, "views": views}))
+    check_same_plan(old.path, then, plan.model_copy(update={"dataset": dataset, "views": views}))
     had, have = (then.dataset.samples, then.views.count), (plan.dataset.samples, plan.views.count)
     if have == had or have[0] < had[0] or have[1] < had[1]:
         raise MismatchError(

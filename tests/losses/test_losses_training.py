@@ -31,6 +31,9 @@ def live(ids: Tensor, view: int) -> Tensor:
     return logits
 
 
+LIVE = FunctionTeacher(live, 37)
+
+
 def network() -> nn.Module:
     torch.manual_seed(2)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 10))
@@ -45,7 +48,7 @@ def test_the_temperature_of_ctkd_is_trained_beside_the_student_and_against_it() 
     by_hand, at = copy.deepcopy(model), torch.ones(1, requires_grad=True)
     batch = train.__getitems__(list(range(37)))
     for epoch, reversal in ((1, 0.5), (2, 1.0), (3, 1.0)):
-        trainer.epoch(train, epoch, FunctionTeacher(live, len(train)))
+        trainer.epoch(train, epoch, LIVE)
         tau = 1 + 20 * at.sigmoid()
         logits = by_hand(batch.images)
         p = (live(batch.ids, 0) / tau).softmax(dim=1)
@@ -79,7 +82,7 @@ def test_fit_gives_the_optimizer_what_ctkd_learns(monkeypatch: pytest.MonkeyPatc
             None,
             PLAIN,
             Loss.model_validate(given),
-            teacher=FunctionTeacher(live, 37),
+            teacher=LIVE,
         )
     assert len(made) == 1
     assert abs(made[0].item() - 1) > 1e-3
@@ -181,7 +184,7 @@ def test_temperatures_are_told_as_means_over_the_samples() -> None:
             None,
             PLAIN,
             loss,
-            teacher=FunctionTeacher(live, 37),
+            teacher=LIVE,
             on_epoch=rows.append,
         )
         for who in ("student_temperature", "teacher_temperature"):
