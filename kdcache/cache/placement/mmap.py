@@ -120,6 +120,7 @@ class MappedRows:
         return self._records.split(records)
 
     def _map(self, view: int) -> Tensor:
+        """Return the records of a view, [N, width] uint8, mapped when they are first needed."""
         if view not in self._maps:
             size = self._samples * self._records.width
             try:
