@@ -135,9 +135,9 @@ def _pace(cache: Path, case: Case) -> Pace:
 
     def take() -> None:
         if case.ahead:
-            teacher.expect(batches)
+            teacher.prefetch(batches)
         for ids in batches:
-            teacher.place.rows(ids, 0)
+            teacher.source.rows(ids, 0)
 
     if case.cold:
         _drop(cache)
@@ -180,9 +180,9 @@ def peak(cache: Path, placement: Placement) -> int:
     watcher.start()
     teacher = open_cache(cache).teacher(placement=placement)
     batches = torch.split(teacher.order(torch.Generator().manual_seed(0)), _BATCH)
-    teacher.expect(batches)
+    teacher.prefetch(batches)
     for ids in batches[: _AT_MOST[placement] // _BATCH]:
-        teacher.place.rows(ids, 0)
+        teacher.source.rows(ids, 0)
     done.set()
     watcher.join()
     return max(taken)

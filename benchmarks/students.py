@@ -38,13 +38,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from kdcache import Samples, dump_teacher, wrap
+from kdcache.cache.teacher import FunctionTeacher, Teacher
 from kdcache.cli import output
 from kdcache.config.schema import CacheSpec, TrainSpec
 from kdcache.data.views import View
 from kdcache.losses import Loss
 from kdcache.models.evaluate import evaluate
 from kdcache.train.loop import fit
-from kdcache.train.step import Teacher
 
 _TRAIN = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono-Bold", "DejaVuSerif-Bold",
           "DejaVuSerif-Italic", "STIXGeneralBol")  # fmt: skip
@@ -119,7 +119,7 @@ def _sources(teacher: nn.Module, train: Samples, folder: Path) -> dict[str, Sour
     dense, large = cached("dense", top_k="all", dtype="float32")
     even, of_even = cached("even", top_k=16, tail="uniform")
     return {
-        "live": Source(live, {}, None),
+        "live": Source(FunctionTeacher(live, len(train)), {}, None),
         "default cache": Source(default, {}, small),
         "fidelity 0.005": Source(near, {}, nearer),
         "dense cache": Source(dense, {}, large),

@@ -34,14 +34,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
 from kdcache import Samples, open_cache
-from kdcache.cache.decoded_teacher import kept_decoded
+from kdcache.cache.decoded_teacher import decode_if_small
+from kdcache.cache.teacher import FunctionTeacher, Teacher
 from kdcache.cli import output
 from kdcache.config.schema import TrainSpec
 from kdcache.data.images import ArrayImages
 from kdcache.data.views import View
 from kdcache.losses import Loss
 from kdcache.models.small import SmallCNN
-from kdcache.train.step import Teacher, Trainer
+from kdcache.train.step import Trainer
 
 _BOUNDS = {"cpu": 1.03, "cuda": 1.02}
 _TIMES = (1, 5, 20)
@@ -138,7 +139,7 @@ def _samples(case: Case, folder: Path) -> Samples:
 def _measure(case: Case, device: str, rounds: int, folder: Path) -> None:
     samples = _samples(case, folder)
     cached = open_cache(folder).teacher(device)
-    kept = kept_decoded(cached, len(samples), case.classes)
+    kept = decode_if_small(cached, len(samples), case.classes)
     torch.manual_seed(0)
     first = case.make()
     spec = TrainSpec(batch_size=case.batch, schedule="constant")
@@ -200,7 +201,7 @@ def _bare(network: nn.Module, samples: Samples, spec: TrainSpec, device: str) ->
 def _looked_up(teacher: Teacher, count: int) -> Teacher:
     """No cache at all: what is then above cross-entropy is the loss itself."""
     logits = teacher(torch.arange(count), 0)
-    return lambda ids, _: logits[ids]
+    return FunctionTeacher(lambda ids, _: logits[ids], count)
 
 
 def _live(network: nn.Module, samples: Samples, times: int, device: str) -> Teacher:
@@ -213,7 +214,7 @@ def _live(network: nn.Module, samples: Samples, times: int, device: str) -> Teac
         answers: list[Tensor] = [teacher(images) for _ in range(times)]
         return answers[0]
 
-    return answer
+    return FunctionTeacher(answer, len(samples))
 
 
 def _in_turn(works: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:

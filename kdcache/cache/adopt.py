@@ -7,12 +7,12 @@ from kdcache.cache.writer import CacheWriter
 
 
 def adopt_shards(writer: CacheWriter, old: Cache) -> int:
-    """Take over the shards of another cache that a larger one needs as they are, and say how many."""
-    then, now = old.manifest.plan, writer.plan
-    taken = 0
-    for view in range(min(then.views.count, now.views.count)):
-        whole = {shard for shard in range(then.shards) if then.shard_ids(shard) == now.shard_ids(shard)}
-        for shard in sorted(whole.intersection(writer.pending(view))):
+    """Take over the shards of another cache that are the same in a larger one, and return their number."""
+    before, now = old.manifest.plan, writer.plan
+    adopted = 0
+    for view in range(min(before.views.count, now.views.count)):
+        same = {shard for shard in range(before.shards) if before.shard_ids(shard) == now.shard_ids(shard)}
+        for shard in sorted(same.intersection(writer.pending(view))):
             writer.adopt(view, shard, old.path, old.manifest.files)
-            taken += 1
-    return taken
+            adopted += 1
+    return adopted

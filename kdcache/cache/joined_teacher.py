@@ -15,20 +15,20 @@ Combine = Literal["logits", "probabilities", "confidence"]
 
 
 class JoinedTeacher:
-    """The teachers of several caches, as one callable from sample ids to logits.
+    """The teachers of several caches as one `Teacher`.
 
-    `logits`: their weighted mean. `probabilities`: the weighted mean p of their softmaxes, as logits log p + s, where s
-    is the weighted mean of their logsumexps, so that DTKD finds it as sharp as its members are on average.
-    `confidence`: of each sample, the logits of the teacher whose largest probability at T = 1, times its weight, is
-    largest; the first of several.
+    `logits`: the weighted mean of the logits. `probabilities`: the weighted mean p of the softmaxes, returned as logits
+    log p + s, where s is the weighted mean of the logsumexps; DTKD then sees the mean sharpness of the teachers.
+    `confidence`: for each sample, the logits of the teacher with the largest product of weight and largest probability
+    at T = 1; of several equal ones, the first.
 
     Args:
         teachers: of the same samples and views.
-        weights: how much each counts; only their ratios matter. None: all the same.
-        combine: as above.
+        weights: one per teacher; only their ratios matter. None: equal weights.
+        combine: how the logits are combined, as above.
 
     Raises:
-        UsageError: if there are not as many weights as teachers.
+        UsageError: if the number of weights is not the number of teachers.
     """
 
     def __init__(
@@ -36,31 +36,31 @@ class JoinedTeacher:
     ) -> None:
         if weights is not None and len(weights) != len(teachers):
             raise UsageError(
-                f"{len(weights)} weights were given for {len(teachers)} caches", "set join.weights to one a cache"
+                f"{len(weights)} weights were given for {len(teachers)} caches", "set join.weights to one per cache"
             )
         self.teachers, self.combine = tuple(teachers), combine
         self.shares = [weight / sum(weights) for weight in weights] if weights else [1 / len(teachers)] * len(teachers)
 
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
-        """Logits of samples `ids` [B] int64 in a view: [B, C] float32, on the device of the teachers."""
+        """Return the logits of samples `ids` [B] int64 in a view: [B, C] float32, on the device of the teachers."""
         logits = torch.stack([teacher(ids, view) for teacher in self.teachers])
         shares = logits.new_tensor(self.shares)[:, None, None]
         if self.combine == "logits":
             return (shares * logits).sum(dim=0)
         log_probs = logits.log_softmax(dim=2)
         if self.combine == "confidence":
-            most = (shares[:, :, 0].log() + log_probs.amax(dim=2)).argmax(dim=0)
-            return logits[most, torch.arange(len(ids), device=logits.device)]
+            most_confident = (shares[:, :, 0].log() + log_probs.amax(dim=2)).argmax(dim=0)
+            return logits[most_confident, torch.arange(len(ids), device=logits.device)]
         sharpness = (shares * logits.logsumexp(dim=2, keepdim=True)).sum(dim=0)
         return (log_probs + shares.log()).logsumexp(dim=0) + sharpness
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """A random order of all ids, [N] int64: one that a teacher which is read as a stream serves quickly."""
+        """Return a random order of all ids, [N] int64: of a teacher with the placement `stream` if there is one."""
         streamed = [teacher for teacher in self.teachers if teacher.placement == "stream"]
         return (streamed or self.teachers)[0].order(generator)
 
-    def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
-        """Be told which batches of ids [B] int64 will be asked for, in this order."""
+    def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Announce the batches of ids [B] int64 that will be asked for, in this order."""
         announced = list(batches)
         for teacher in self.teachers:
-            teacher.expect(announced, view)
+            teacher.prefetch(announced, view)

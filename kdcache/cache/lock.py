@@ -1,4 +1,4 @@
-"""One run at a time writes a cache: its first process holds a lock on a file in the folder, which says who that is."""
+"""Lock a cache for writing: the first process of a run locks a file in the folder, which names that process."""
 
 from __future__ import annotations
 
@@ -13,33 +13,36 @@ from kdcache.errors import UsageError
 
 LOCK = "writer.lock"
 
-_LONGEST_LOOK = 0.5
-"""Seconds: somebody who only looks whether a lock is held holds it meanwhile."""
+_CHECK_SECONDS = 0.5
+"""Seconds to wait for a lock: a process that only checks whether it is held holds it for a moment."""
 
 _held: dict[Path, int] = {}
-"""The handles of this process, by cache."""
+"""Cache -> handle of its lock file, of the locks that this process holds."""
 
 
 def hold(cache: Path, folder: Path) -> None:
-    """Let no other process write a cache until `release`, or until this one ends.
+    """Lock a cache for writing until `release`, or until this process ends.
 
     Args:
-        cache: where it is, or is to be.
+        cache: its final path.
         folder: where its files are now.
 
     Raises:
-        UsageError: if another process writes it; names that.
+        UsageError: if another process writes it; names the process.
     """
     if _is_held_here(cache):
         return
     try:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except FileNotFoundError:  # the folder is gone: its writer was faster
+    except FileNotFoundError:  # another process has renamed the folder
         raise _taken(cache, "another process") from None
     try:
         _lock(handle, cache)
         if os.fstat(handle).st_nlink == 0:
-            raise _taken(cache, "another process")
+            raise UsageError(
+                f"{cache} was written by another process, which has ended just now",
+                "run the same command again: it ends at once if the cache is complete",
+            )
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BaseException:
@@ -49,22 +52,22 @@ def hold(cache: Path, folder: Path) -> None:
 
 
 def release(cache: Path) -> None:
-    """Let others write a cache, if this process held it."""
+    """Unlock a cache, if this process holds its lock."""
     if _is_held_here(cache):
         os.close(_held.pop(cache.absolute()))
 
 
 def check_not_held(cache: Path) -> None:
-    """That no other process is writing a cache.
+    """Check that no other process is writing a cache.
 
     Raises:
-        UsageError: if one is; names it.
+        UsageError: if one is; names the process.
     """
     if _is_held_here(cache):
         return
     try:
         handle = os.open(cache / LOCK, os.O_RDWR)
-    except OSError:  # nobody has begun it, or it is not ours to write
+    except OSError:  # the cache does not exist, or is not writable
         return
     try:
         _lock(handle, cache)
@@ -76,17 +79,17 @@ def _is_held_here(cache: Path) -> bool:
     return cache.absolute() in _held
 
 
-def _let_go() -> None:
-    """In a forked process: those that load images outlive a killed one by some seconds, and would hold its locks."""
+def _close_in_child() -> None:
+    """Close the locks in a forked process: a worker may outlive a killed parent by seconds and hold its locks."""
     while _held:
         os.close(_held.popitem()[1])
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _lock(handle: int, cache: Path) -> None:
-    late = time.monotonic() + _LONGEST_LOOK
+    late = time.monotonic() + _CHECK_SECONDS
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,4 +104,4 @@ def _lock(handle: int, cache: Path) -> None:
 
 
 def _taken(cache: Path, who: str) -> UsageError:
-    return UsageError(f"{cache} is being written by {who}", "wait until that has ended, or give another name with -o")
+    return UsageError(f"{cache} is being written by {who}", "wait until that has ended, or use another name with -o")

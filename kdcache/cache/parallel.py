@@ -1,7 +1,7 @@
-"""Work on whole caches, a shard at a time, in parallel. The only module that knows dask.
+"""Process the shards of a cache in parallel. The only module that imports dask.
 
-Every operation is a map over shards and a sum in shard order, so that it needs the memory of a few shards whatever the
-size of the cache, and gives the same bits however many workers share it.
+Every operation is a map over shards followed by a reduction in shard order. It needs the memory of a few shards
+whatever the size of the cache, and gives the same bits for any number of workers.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _ROWS_AT_ONCE = 4096
 _TINY = 1e-12
 
 _COPIES = 4
-"""Of a shard's rows, that are in memory at once while they are gathered, encoded and written."""
+"""Copies of a shard's rows in memory while they are gathered, encoded and written."""
 
-_PATIENCE = 10
-"""Seconds in which a dask scheduler must answer."""
+_CONNECT_TIMEOUT = 10
+"""Seconds within which a dask scheduler must answer."""
 
 T = TypeVar("T")
 
@@ -36,31 +36,32 @@ T = TypeVar("T")
 def over(
     function: Callable[..., T], calls: Iterable[tuple[Any, ...]], scheduler: str = "threads", plan: Plan | None = None
 ) -> list[T]:
-    """What a function returns for each tuple of arguments, in their order.
+    """Call a function with each tuple of arguments in parallel, and return the results in the same order.
 
     Args:
-        function: of a module, so that other processes can find it.
-        calls: one a shard, of little that has to be sent: each names its files, and reads them where it runs.
+        function: defined at the top level of a module, so that other processes can import it.
+        calls: arguments, small enough to be sent to other processes; one call per shard, which reads its own files.
         scheduler: `threads`, `processes`, or the address of a dask.distributed scheduler (`tcp://HOST:PORT`) whose
-            workers see the same files; what a worker that dies had begun, another one does again.
-        plan: of the cache whose shards are held in memory: no more run side by side here than half of it has room for.
+            workers see the same files; calls of a worker that dies are repeated by another one.
+        plan: of the cache whose shards are held in memory; limits the number of parallel calls on this machine to
+            those that fit into half of the free memory.
 
     Raises:
-        UsageError: if there is no such scheduler.
-        KdcacheError: what the first call has raised that did; none is under way any more, whoever clears up after it.
+        UsageError: if the scheduler does not exist.
+        KdcacheError: the error of the first call that failed, after all running calls have ended.
     """
     stop = Event() if scheduler == "threads" else None
     attempt = delayed(_attempt, pure=False, traverse=False)
     parts = [attempt(stop, function, *call) for call in calls]
-    found = _computed(parts, scheduler, plan)
-    for result in found:
+    results = _compute(parts, scheduler, plan)
+    for result in results:
         if isinstance(result, KdcacheError):
             raise result
-    return found
+    return results
 
 
 def _attempt(stop: Event | None, function: Callable[..., Any], *call: Any) -> Any:
-    """What a call returns, or the error that it raises, after which no thread begins another."""
+    """Return the result of a call, or its error, after which no thread starts another call."""
     if stop is not None and stop.is_set():
         return None
     try:
@@ -71,29 +72,30 @@ def _attempt(stop: Event | None, function: Callable[..., Any], *call: Any) -> An
         return error
 
 
-def _computed(parts: list[Any], scheduler: str, plan: Plan | None) -> list[Any]:
+def _compute(parts: list[Any], scheduler: str, plan: Plan | None) -> list[Any]:
+    """Compute delayed calls with a scheduler."""
     if scheduler in ("threads", "processes"):
-        workers = CPU_COUNT
+        n_workers = CPU_COUNT
         if plan is not None:
-            held = _COPIES * raw_bytes(plan.encoding) * plan.shape.shard_rows
-            workers = max(min(workers, free_memory() // 2 // held), 1)
-        return list(compute(*parts, scheduler=scheduler, num_workers=workers, traverse=False))  # type: ignore[no-untyped-call]
+            bytes_per_call = _COPIES * raw_bytes(plan.encoding) * plan.shape.shard_rows
+            n_workers = max(min(n_workers, free_memory() // 2 // bytes_per_call), 1)
+        return list(compute(*parts, scheduler=scheduler, num_workers=n_workers, traverse=False))  # type: ignore[no-untyped-call]
     try:
         from distributed import Client  # noqa: PLC0415  # an extra
     except ImportError:
-        raise UsageError("--scheduler needs dask.distributed", "pip install 'kdcache[cluster]'") from None
+        raise UsageError("--scheduler requires dask.distributed", "pip install 'kdcache[cluster]'") from None
     try:
-        client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+        client = Client(scheduler, timeout=_CONNECT_TIMEOUT, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise UsageError(
             f"no dask scheduler answers at {scheduler!r}: {error}",
-            "give threads, processes, or the address that `dask scheduler` prints, such as tcp://HOST:8786",
+            "use threads, processes, or the address that `dask scheduler` prints, such as tcp://HOST:8786",
         ) from None
     with client:
         return list(client.gather(client.compute(parts)))  # type: ignore[no-untyped-call]
 
 
 def of_shard(labels: torch.Tensor, plan: Plan, shard: int) -> torch.Tensor:
-    """The labels of one shard: a copy, as what is sent to another process is sent with all that it is a part of."""
+    """Return the labels of one shard, as a copy: a view would be sent to another process with all labels."""
     ids = plan.shard_ids(shard)
     return labels[ids.start : ids.stop].clone()

@@ -1,4 +1,4 @@
-"""From a fidelity to an encoding: what is the least that must be kept of this teacher?
+"""Choose the encoding of a teacher's rows: the cheapest one within a fidelity.
 
 A pilot of a few thousand rows is split: the basis is fitted to three quarters, and every candidate (k, R, step) is
 encoded, decoded and measured on the rest. The cheapest in compressed bytes whose mean total variation is within the
@@ -23,7 +23,7 @@ from kdcache.cache.format.tail_basis import TailBasis, choose_scale, fit_coordin
 from kdcache.errors import UsageError
 
 FEW_CLASSES = 64
-"""Up to so many classes all are kept: cheaper than a head with its indices, statistics and a tail, and exact."""
+"""With at most this many classes, all are kept: exact, and smaller than a head with indices, statistics and a tail."""
 
 MIN_CLASSES = 2
 USUAL_FIDELITY = 0.02
@@ -35,11 +35,11 @@ _STEPS = (1.2, 0.8, 0.6, 0.4, 0.2, 0.1)
 
 @dataclass(frozen=True)
 class Candidate:
-    """An encoding that was tried.
+    """An encoding and what was measured with it.
 
     Attributes:
-        encoding: how rows are encoded.
-        step: logits a step of the tail's coordinates; 0 without a `lowrank` tail.
+        encoding: of the rows.
+        step: quantization step of the tail's coordinates, in logits; 0 without a `lowrank` tail.
         bytes_per_row: compressed, on the held-out rows, without the basis.
         total_variation: mean over the held-out rows, by temperature.
         basis: of the tail.
@@ -59,12 +59,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and what else was tried.
+    """The chosen candidate and all measured ones.
 
     Attributes:
         chosen: the cheapest candidate within the target.
-        tried: all candidates, in the order of their trial.
-        held_out: rows on which they were measured.
+        tried: all candidates, in the order in which they were measured.
+        held_out: number of rows on which they were measured.
     """
 
     chosen: Candidate
@@ -73,51 +73,53 @@ class Choice:
 
     @property
     def fidelity(self) -> Fidelity:
-        """What was measured, for the manifest."""
+        """The measured fidelity, for the manifest."""
         variation = {str(t): round(value, 8) for t, value in self.chosen.total_variation.items()}
         return Fidelity(rows=self.held_out, total_variation=variation)
 
 
 def pilot_ids(samples: int, rows: int, seed: int = 0) -> list[int]:
-    """Ordinals of a pilot, ascending: one drawn from each of `rows` equal stretches of the data set."""
+    """Return the ordinals of a pilot, ascending: one random sample of each of `rows` equal parts of the data set."""
     rows = min(rows, samples)
     drawn = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return ((torch.arange(rows, dtype=torch.float64) + drawn) * samples / rows).long().clamp_max(samples - 1).tolist()
 
 
 def encoding_without_pilot(classes: int, request: Request) -> Encoding | None:
-    """The encoding where every class is kept, which needs no pilot; None where it is to be planned.
+    """Return the encoding if every class is kept, which needs no pilot; None if the encoding depends on one.
 
     Raises:
-        UsageError: if what was asked for cannot be.
+        UsageError: if the request is invalid.
     """
     if classes < MIN_CLASSES:
-        raise UsageError("a teacher of one class has nothing to teach", "use a data set of two classes or more")
+        raise UsageError("a teacher of one class cannot be distilled", "use a data set of two classes or more")
     if isinstance(request.top_k, int) and request.top_k > classes:
         raise UsageError(
             f"top_k {request.top_k} is larger than the number of classes, {classes}",
-            "set cache.top_k to less, to all, or to auto",
+            "set cache.top_k to a smaller number, to all, or to auto",
         )
     few = classes <= FEW_CLASSES or request.dtype == "uint8"
     if request.top_k in ("all", classes) or (request.top_k == "auto" and few):
         return Encoding(num_classes=classes, top_k=classes, tail="none", dtype=request.dtype)
     if request.dtype == "uint8":
-        raise UsageError("uint8 needs every class", "set cache.top_k to all, or cache.dtype to float16")
+        raise UsageError("dtype uint8 requires all classes", "set cache.top_k to all, or cache.dtype to float16")
     if request.tail == "uniform" and request.top_k == "auto":
-        raise UsageError("a uniform tail has no plan", "set cache.top_k to a number, or cache.tail to lowrank")
+        raise UsageError(
+            "tail uniform requires a value of top_k", "set cache.top_k to a number, or cache.tail to lowrank"
+        )
     return None
 
 
 def plan_encoding(logits: Tensor, labels: Tensor, request: Request) -> Choice:
-    """Choose how to encode the rows of a teacher of which not every class is kept.
+    """Choose the encoding of a teacher's rows, if not every class is kept.
 
     Args:
-        logits: [P, C] float32, the pilot's, on any device.
-        labels: [P] int64, -1 where not known.
-        request: what the user asked for.
+        logits: [P, C] float32, of the pilot, on any device.
+        labels: [P] int64, -1 if unknown.
+        request: settings of the user.
 
     Raises:
-        UsageError: if no candidate is within a fidelity that was asked for; says how near the best came.
+        UsageError: if no candidate is within the requested fidelity; names the best one.
     """
     held = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     held[::4] = True
@@ -131,18 +133,18 @@ def plan_encoding(logits: Tensor, labels: Tensor, request: Request) -> Choice:
         if within and (cheapest is None or candidate.bytes_per_row < cheapest.bytes_per_row):
             cheapest = candidate
             bench.bound = candidate.bytes_per_row
-    nearest = min(tried, key=lambda candidate: candidate.worst)
+    best = min(tried, key=lambda candidate: candidate.worst)
     if cheapest is None and request.fidelity is not None:
         raise UsageError(
-            f"no encoding with these settings is within a fidelity of {request.fidelity}; the nearest, "
-            f"{described(nearest)}, has {nearest.worst:.4f}",
-            "set cache.top_k to auto, or ask for less: cache.fidelity",
+            f"no encoding with these settings is within a fidelity of {request.fidelity}; the best one, "
+            f"{described(best)}, has {best.worst:.4f}",
+            "set cache.top_k to auto, or cache.fidelity to a larger value",
         )
-    return Choice(cheapest or nearest, tried, int(held.sum()))
+    return Choice(cheapest or best, tried, int(held.sum()))
 
 
 def described(candidate: Candidate) -> str:
-    """A candidate in a few words."""
+    """Describe a candidate in a few words."""
     encoding = candidate.encoding
     if encoding.dense:
         return f"every class, {encoding.dtype}"
@@ -151,7 +153,7 @@ def described(candidate: Candidate) -> str:
 
 
 class _Bench:
-    """Fits, encodes and measures candidates on one pilot."""
+    """Fits, encodes and measures candidates on the two parts of a pilot."""
 
     def __init__(self, fitted: Tensor, fitted_labels: Tensor, held: Tensor, held_labels: Tensor, request: Request):
         self.fitted, self.fitted_labels = fitted.float(), fitted_labels
@@ -160,35 +162,36 @@ class _Bench:
         self.classes = held.shape[1]
         self.target = request.fidelity or USUAL_FIDELITY
         self.bound = math.inf
-        """Bytes of the cheapest candidate that is within the target: what costs more need not be tried."""
+        """Bytes per row of the cheapest candidate within the target: larger ones need not be measured."""
 
     @cached_property
     def components(self) -> tuple[Tensor, Tensor]:
-        """The principal components, of which each rank takes the first ones: the decomposition is the dear part."""
+        """The principal components; each rank uses the first ones, as the decomposition is the expensive part."""
         return principal_components(self.fitted, min(*self.fitted.shape, self.request.rank or _RANKS[-1]))
 
     @property
     def is_planned(self) -> bool:
-        """Whether the target decides; not where the user has settled k and R."""
+        """Whether the target decides; not if the user has set the tail or its rank."""
         return self.request.tail == "lowrank" and self.request.rank is None
 
     def candidates(self) -> Iterator[Candidate]:
-        """Every candidate that the request allows."""
-        asked = self.request
-        if asked.tail == "uniform" and isinstance(asked.top_k, int):
-            yield self.measure(asked.top_k, "uniform", asked.dtype)
+        """Yield the candidates that the request allows."""
+        request = self.request
+        if request.tail == "uniform" and isinstance(request.top_k, int):
+            yield self.measure(request.top_k, "uniform", request.dtype)
             return
-        if asked.top_k == "auto":
-            yield self.measure(self.classes, "none", asked.dtype)
-            if asked.dtype == "float16":
+        if request.top_k == "auto":
+            yield self.measure(self.classes, "none", request.dtype)
+            if request.dtype == "float16":
                 yield self.measure(self.classes, "none", "uint8")
-        heads = (asked.top_k,) if isinstance(asked.top_k, int) else _HEADS
-        ranks = _RANKS if asked.rank is None else (asked.rank,)
-        steps = _STEPS if asked.rank is None else (0.2,)
+        heads = (request.top_k,) if isinstance(request.top_k, int) else _HEADS
+        ranks = _RANKS if request.rank is None else (request.rank,)
+        steps = _STEPS if request.rank is None else (0.2,)
         for top_k in heads:
             yield from self._with_head(top_k, ranks, steps)
 
     def _with_head(self, top_k: int, ranks: tuple[int, ...], steps: tuple[float, ...]) -> Iterator[Candidate]:
+        """Yield candidates with one k, by rank, each with finer steps until the next one would gain too little."""
         largest = min(self.classes - top_k, len(self.fitted))
         if largest < 1:
             return
@@ -202,18 +205,18 @@ class _Bench:
                 fitted = TailBasis(basis, mean, choose_scale(coordinates, step))
                 candidate = self.measure(top_k, "lowrank", self.request.dtype, fitted, step)
                 yield candidate
-                # A finer step costs more; and where the last one gained little, it is the rank that is too low.
-                dear, gained = candidate.bytes_per_row >= self.bound, candidate.worst < 0.98 * before
-                if candidate.worst <= self.target or dear or not gained:
+                # A finer step takes more bytes; if the last one gained little, the rank is too low.
+                too_large, gained = candidate.bytes_per_row >= self.bound, candidate.worst < 0.98 * before
+                if candidate.worst <= self.target or too_large or not gained:
                     break
                 before = candidate.worst
             if step == steps[0] and candidate.bytes_per_row >= self.bound:
-                return  # so does a higher rank
+                return  # a higher rank is larger still
 
     def measure(
         self, top_k: int, tail: str, dtype: str, basis: TailBasis | None = None, step: float = 0.0
     ) -> Candidate:
-        """Encode and decode the held-out rows."""
+        """Encode and decode the held-out rows, and measure size and error."""
         encoding = Encoding.model_validate(
             {
                 "num_classes": self.classes,

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import MANIFEST
+from kdcache.cache.preconditions import check_outside
 from kdcache.cache.reader import Cache, open_cache, opened
 from kdcache.cache.remote.address import source
 from kdcache.cache.remote.mirror import BESIDE, LARGEST_MANIFEST, PUSHING, Views, mirror
 from kdcache.cache.remote.object_store import Store
-from kdcache.cache.writer import check_outside
 from kdcache.errors import IncompleteError, InterruptedRun, MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
 

@@ -1,9 +1,10 @@
-"""The teacher that a cache is: sample ids in, logits out."""
+"""The `Teacher` protocol, and the teacher of a cache: sample ids in, logits out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,87 +13,148 @@ from kdcache.cache.format.codec import decode
 from kdcache.cache.format.schema import Encoding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.placement.choose import Placement
-from kdcache.cache.placement.prefetch import Place
+from kdcache.cache.placement.prefetch import RowSource
 from kdcache.errors import UsageError
+
+
+class Teacher(Protocol):
+    """A source of logits that identifies samples by their ids, such as a `CachedTeacher`."""
+
+    def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
+        """Return the logits [B, C] of samples `ids` [B] int64 in a view."""
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return a random order of all ids, [N] int64, in which they can be read fast."""
+
+    def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Announce the batches of ids [B] int64 that will be asked for, in this order."""
+
+
+class TeacherWrapper:
+    """A base class of teachers that change some of what another teacher does; everything else is forwarded.
+
+    Args:
+        teacher: the wrapped teacher.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
+        """Return the wrapped teacher's logits [B, C] of samples `ids` [B] int64 in a view."""
+        return self.teacher(ids, view)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return the wrapped teacher's random order of all ids, [N] int64."""
+        return self.teacher.order(generator)
+
+    def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Announce batches of ids [B] int64 to the wrapped teacher."""
+        self.teacher.prefetch(batches, view)
+
+
+class FunctionTeacher:
+    """A teacher that is a plain function, such as one that runs a network on the images of the ids.
+
+    Args:
+        function: (ids [B] int64, view) -> logits [B, C].
+        samples: N, the number of samples.
+    """
+
+    def __init__(self, function: Callable[[Tensor, int], Tensor], samples: int) -> None:
+        self._function, self._samples = function, samples
+
+    def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
+        """Return the logits [B, C] of samples `ids` [B] int64 in a view."""
+        return self._function(ids, view)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return a random order of all ids, [N] int64."""
+        return torch.randperm(self._samples, generator=generator)
+
+    def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Do nothing: the function is called batch by batch."""
 
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """The teacher that a cache is: a callable from sample ids to logits.
+    """The teacher of a cache: a callable from sample ids to logits.
 
     It may be used in workers of a DataLoader, forked or spawned.
 
     Attributes:
-        place: where the encoded rows are.
-        placement: which kind of place that is: device, host, mmap or stream.
-        why: that one, in a few words.
-        views: how many there are.
+        source: returns encoded rows.
+        placement: where they are held: device, host, mmap or stream.
+        why: the reason for that placement, in a few words.
+        views: number of views of the cache.
         labels: [N] int64, as they were encoded, on the device of the logits.
         encoding: of the rows.
-        basis: of their tails, on the device; None where the encoding has none.
-        here: the views that were brought here; None for all.
+        basis: of their tails, on the device; None if the encoding has no basis.
+        opened_views: indices of the views that are in this copy of the cache; None for all.
     """
 
-    place: Place
+    source: RowSource
     placement: Placement
     why: str
     views: int
     labels: Tensor
     encoding: Encoding
     basis: TailBasis | None = None
-    here: tuple[int, ...] | None = None
+    opened_views: tuple[int, ...] | None = None
 
     def __call__(self, ids: Tensor, view: int | Tensor = 0) -> Tensor:
-        """The teacher's raw logits for samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
+        """Return the teacher's logits of samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
 
-        `view` may be a tensor [B] too, such as a batch of a `CachedDataset` holds: of each sample its own.
+        `view` may also be a tensor [B], with the view of each sample, as a batch of a `CachedDataset` has it.
 
         Raises:
-            UsageError: for an id or a view that the cache has not, and for anything but ids, such as a mask.
+            UsageError: if an id or a view is out of range, or `ids` is not an integer tensor [B], such as a mask.
         """
         if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
             raise UsageError(f"ids are {ids.dtype} {list(ids.shape)}", "pass sample ids, an int64 tensor [B]")
         if isinstance(view, Tensor):
-            return self._of_views(ids, view)
+            return self._logits_of_views(ids, view)
         self._check_view(view)
         if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < len(self.labels)):
             raise UsageError(
-                f"ids run from {int(ids.min())} to {int(ids.max())}, the cache's from 0 to {len(self.labels) - 1}",
-                "ask for the ordinals of the samples in the data set that was dumped",
+                f"ids range from {int(ids.min())} to {int(ids.max())}; those of the cache range from 0 to "
+                f"{len(self.labels) - 1}",
+                "pass the ordinals of the samples in the data set that was dumped",
             )
         ids, device = ids.long(), self.labels.device
-        rows = self.place.rows(ids, view).to(device)
+        rows = self.source.rows(ids, view).to(device)
         return decode(rows, self.labels[ids.to(device)], self.encoding, self.basis)
 
-    def _of_views(self, ids: Tensor, views: Tensor) -> Tensor:
+    def _logits_of_views(self, ids: Tensor, views: Tensor) -> Tensor:
+        """Return the logits [B, C] of samples `ids` [B], each in its own view of `views` [B]."""
         if views.shape != ids.shape or views.dtype not in (torch.int64, torch.int32):
             raise UsageError(
                 f"views are {views.dtype} {list(views.shape)} for {len(ids)} ids",
                 "pass one view, or an int64 tensor [B] with the view of each id",
             )
-        found = sorted(set(views.tolist()))
-        if len(found) <= 1:
-            return self(ids, *found)
+        distinct = sorted(set(views.tolist()))
+        if len(distinct) <= 1:
+            return self(ids, *distinct)
         logits = torch.empty(len(ids), self.encoding.num_classes, device=self.labels.device)
-        for view in found:
-            of_view = views == view
-            logits[of_view.to(logits.device)] = self(ids[of_view.to(ids.device)], view)
+        for view in distinct:
+            in_view = views == view
+            logits[in_view.to(logits.device)] = self(ids[in_view.to(ids.device)], view)
         return logits
 
-    def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
-        """Be told which batches of ids [B] int64 will be asked for, in this order: what is on disk is read ahead."""
+    def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Announce the batches of ids [B] int64 that will be asked for, in this order: rows on disk are read ahead."""
         self._check_view(view)
-        self.place.expect(batches, view)
+        self.source.prefetch(batches, view)
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """A random order of all ids, [N] int64, that the rows' place serves quickly: block-shuffled for a stream."""
-        return self.place.order(generator)
+        """Return a random order of all ids, [N] int64, that can be read fast: block-shuffled for a stream."""
+        return self.source.order(generator)
 
     def _check_view(self, view: int) -> None:
         if not 0 <= view < self.views:
-            raise UsageError(f"the cache has no view {view}", f"ask for one of 0 to {self.views - 1}")
-        if self.here is not None and view not in self.here:
+            raise UsageError(f"the cache has no view {view}", f"use a view from 0 to {self.views - 1}")
+        if self.opened_views is not None and view not in self.opened_views:
             raise UsageError(
-                f"view {view} of the cache is not here: views {', '.join(map(str, self.here))} of {self.views} are",
-                "pull it too, or open the cache with it among its `views`",
+                f"view {view} was not opened: views {', '.join(map(str, self.opened_views))} of {self.views} are",
+                "pull it too, or add it to the `views` argument of open_cache",
             )

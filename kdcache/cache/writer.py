@@ -1,14 +1,14 @@
-"""Writing a cache, one shard transaction at a time.
+"""Write a cache, one shard transaction at a time.
 
-Leftovers are deleted, all arrays of the shard are written and flushed to disk, and the commit marker is put in place
-last. A cache without its manifest is unsealed; the same command goes on where the last marker stands.
+For each shard, leftovers are deleted, all arrays are written and flushed to disk, and the commit marker is put in place
+last. A cache without a manifest is unsealed; the same command resumes it at the first shard without a marker.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.cache.changed_images import affected_shards, differs_in_images_alone
 from kdcache.cache.format import array_specs, zarr_store
 from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.fingerprints import Inputs
@@ -28,40 +29,15 @@ from kdcache.cache.format.schema import (
     FileRecord,
     Manifest,
     Plan,
-    Record,
     Summary,
     canonical,
     commit_file,
     seal,
 )
 from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.cache.lock import LOCK, check_not_held, hold, release
-from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
-
-
-def check_outside(path: Path) -> None:
-    """That a path does not lie inside a cache, which is no place for anything else.
-
-    Raises:
-        UsageError: if it does.
-    """
-    inside = next((folder for folder in path.absolute().parents if (folder / array_specs.STORE).is_dir()), None)
-    if inside is not None:
-        raise UsageError(f"{path} lies inside the cache {inside}", "give a folder outside of it with -o")
-
-
-def check_place(path: Path) -> None:
-    """That a cache can be begun at `path`, or gone on with.
-
-    Raises:
-        UsageError: if it is something else, a sealed cache, inside of one, or if another process writes it.
-    """
-    if (path / MANIFEST).exists():
-        raise UsageError(f"{path} is already a sealed cache", "give another name with -o, or delete it first")
-    check_outside(path)
-    if path.exists() and not (path / PLAN).exists():
-        raise UsageError(f"{path} exists and is not a cache", "give another name with -o")
-    check_not_held(path)
+from kdcache.cache.lock import LOCK, hold, release
+from kdcache.cache.preconditions import check_place, check_same_plan, created_meanwhile, sealed_meanwhile
+from kdcache.errors import CorruptError, IncompleteError
 
 
 class CacheWriter:
@@ -69,12 +45,13 @@ class CacheWriter:
 
     Attributes:
         path: the `.kdcache` folder.
-        plan: what is to be written.
-        began: whether this run has made the folder.
+        plan: of the cache.
+        created: whether this run created the folder.
+        remade: number of finished shards that were dropped because their images changed.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
-        self.path, self.plan, self.began = path, plan, False
+        self.path, self.plan, self.created, self.remade = path, plan, False, 0
 
     @classmethod
     def begin(
@@ -84,33 +61,40 @@ class CacheWriter:
         labels: npt.NDArray[np.int32],
         keys: npt.NDArray[np.uint64],
         basis: TailBasis | None = None,
+        fixed_images: Set[int] | None = None,
     ) -> CacheWriter:
-        """Make a new cache, or go on with an unsealed one; no other process can, until it is sealed or `release`d.
+        """Create a cache, or resume an unsealed one, and lock it until it is sealed or `release` is called.
 
         Args:
             path: the `.kdcache` folder.
-            plan: what is to be written.
+            plan: of the cache.
             labels: [N] int32.
             keys: [N] uint64, content keys.
-            basis: of the teacher's tail, where the plan has one.
+            basis: of the teacher's tail, if the plan has one.
+            fixed_images: if the cache is resumed with some other images, the shards of these are dropped; the samples
+                with these ids must be the same, as all rows depend on them. None: no image may be another one.
 
         Raises:
-            UsageError: if `path` is something else, a sealed cache, or written by another process.
-            MismatchError: if it is an unsealed cache that was begun with another plan; names what differs.
+            UsageError: if `path` is something else, a sealed cache, or being written by another process.
+            MismatchError: if it is an unsealed cache with another plan; names what differs.
         """
+        if (path / MANIFEST).exists():
+            raise sealed_meanwhile(path)
         check_place(path)
         writer = cls(path, plan)
-        writer.began = not path.exists()
+        writer.created = not path.exists()
         try:
-            if writer.began:
+            if writer.created:
                 writer._create(labels, keys, basis)
             else:
                 hold(path, path)
-                if (path / MANIFEST).exists():  # another process has sealed it, and let go
+                if (path / MANIFEST).exists():
                     (path / LOCK).unlink(missing_ok=True)
+                    raise sealed_meanwhile(path)
                 check_place(path)
-                check_begun_alike(path, read_plan(path / PLAN), plan)
-                writer._mend(labels, keys, basis)
+                note = writer._drop_changed_images(labels, keys, fixed_images)
+                check_same_plan(path, read_plan(path / PLAN), plan, note=note)
+                writer._repair(labels, keys, basis)
         except BaseException:
             release(path)
             raise
@@ -118,24 +102,29 @@ class CacheWriter:
 
     @classmethod
     def join(cls, path: Path) -> CacheWriter:
-        """Help with a cache that another process of the same run has begun, and holds."""
+        """Return a writer of a cache that another process of the same run has created and locked."""
         return cls(path, read_plan(path / PLAN))
 
     def _create(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
-        # Made beside its place and renamed, so that a folder of that name is always a cache with its plan.
+        """Create the folder, with store and plan, under a temporary name, and rename it.
+
+        A folder with the final name is therefore always a cache with its plan.
+        """
         _make_folder(self.path.parent)
-        folder = _beside(self.path)
+        folder = _temporary(self.path)
         folder.mkdir(exist_ok=True)
         hold(self.path, folder)
-        with _unfinished(folder):
-            self._create_store(folder, labels, keys, basis)
-            put(folder / PLAN, canonical(self.plan))
-            if self.path.exists():
-                raise UsageError(
-                    f"{self.path} was begun by another process just now",
-                    "run the same command again, or give another name with -o",
-                )
-            folder.rename(self.path)
+        try:
+            with _work_folder(folder):
+                self._create_store(folder, labels, keys, basis)
+                put(folder / PLAN, canonical(self.plan))
+                if self.path.exists():
+                    raise created_meanwhile(self.path)
+                folder.rename(self.path)
+        except OSError:
+            if self.path.exists():  # the other process renamed its folder between the check and the renaming
+                raise created_meanwhile(self.path) from None
+            raise
         _flush(self.path.parent)
 
     def _create_store(
@@ -145,22 +134,49 @@ class CacheWriter:
         for path in folder.rglob("*"):
             _flush(path)
 
-    def _mend(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
-        """Make good what was damaged since it was written, or it would be sealed, or never be."""
-        with _unfinished(_beside(self.path / array_specs.STORE)) as folder:
+    def _drop_changed_images(
+        self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], fixed: Set[int] | None
+    ) -> str:
+        """Drop the finished shards whose images changed, and write the plan of the changed data set.
+
+        Returns:
+            Why this is not possible although nothing but images changed; "" otherwise.
+        """
+        before = read_plan(self.path / PLAN)
+        if not differs_in_images_alone(before, self.plan):
+            return ""
+        try:
+            affected = affected_shards(self.path, before, labels, keys, fixed)
+        except ValueError as reason:
+            return str(reason)
+        shards = [(view, shard) for view in range(self.plan.views.count) for shard in range(self.plan.shards)]
+        finished = [which for which in shards if self.commit_path(*which).exists()]
+        dropped = [(view, shard) for view, shard in finished if shard in affected]
+        if dropped and len(dropped) == len(finished):
+            return "images of every finished shard changed, so nothing could be kept"
+        for marker in (self.commit_path(*which) for which in dropped):
+            marker.unlink()
+            _flush(marker.parent)
+        put(self.path / PLAN, canonical(self.plan))
+        self.remade = len(dropped)
+        return ""
+
+    def _repair(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
+        """Write the common files again, and drop the commit markers of shards that were damaged since."""
+        with _work_folder(_temporary(self.path / array_specs.STORE)) as folder:
             self._create_store(folder, labels, keys, basis)
             for name in array_specs.common_files(self.plan):
                 _make_folder((self.path / name).parent)
                 (folder / name).replace(self.path / name)
         for path in (self.path.parent, self.path, *self.path.rglob("*")):
             if path.is_dir():
-                _flush(path)  # the killed run may have had no time to
+                _flush(path)  # the killed run may not have flushed it
         for view in range(self.plan.views.count):
             for shard in range(self.plan.shards):
-                if not self._is_whole(view, shard):
+                if not self._is_intact(view, shard):
                     self.commit_path(view, shard).unlink(missing_ok=True)
 
-    def _is_whole(self, view: int, shard: int) -> bool:
+    def _is_intact(self, view: int, shard: int) -> bool:
         try:
             files = read_commit(self.commit_path(view, shard)).files
             if sorted(files) != sorted(array_specs.shard_files(self.plan, view, shard)):
@@ -171,40 +187,54 @@ class CacheWriter:
         return True
 
     def commit_path(self, view: int, shard: int) -> Path:
-        """Where the marker of a shard lies."""
+        """Return the path of the commit marker of a shard."""
         return self.path / commit_file(view, shard)
 
     def pending(self, view: int) -> list[int]:
-        """The shards of a view that have no marker yet."""
+        """Return the shards of a view that have no commit marker yet."""
         return [shard for shard in range(self.plan.shards) if not self.commit_path(view, shard).exists()]
 
     def write(
         self, view: int, shard: int, rows: Rows, inputs: Inputs, recorded: npt.NDArray[Any] | None = None
     ) -> None:
-        """Write one shard, whole; `recorded` is what its views were drawn from, where the plan has an array of that."""
-        files = self._cleared(view, shard)
-        zarr_store.write_shard(self.path, self.plan, view, shard, rows, inputs, recorded)
-        self._commit(view, shard, {name: record_of(self.path / name) for name in files})
-
-    def adopt(self, view: int, shard: int, source: Path, records: dict[str, FileRecord]) -> None:
-        """Take one shard, whole, from another cache: its files are linked, or copied where they cannot be.
+        """Write all rows of one shard, and commit it.
 
         Args:
-            view: which view.
-            shard: which shard.
+            view: index of the view.
+            shard: index of the shard.
+            rows: of the shard.
+            inputs: fingerprints of some of its images.
+            recorded: what the view was drawn from, if the plan has an array for it.
+        """
+        files = self._clear(view, shard)
+        records = zarr_store.write_shard(self.path, self.plan, view, shard, rows, inputs, recorded)
+        self._commit(view, shard, {name: records[name] for name in files})
+
+    def adopt(self, view: int, shard: int, source: Path, records: dict[str, FileRecord]) -> None:
+        """Take one shard over from another cache: its files are hard-linked, or copied if that is not possible.
+
+        Args:
+            view: index of the view.
+            shard: index of the shard.
             source: folder of the other cache.
             records: of its files.
+
+        Raises:
+            CorruptError: if a copy differs from the record.
         """
-        files = self._cleared(view, shard)
+        files = self._clear(view, shard)
+        copied: dict[str, FileRecord] = {}
         for name in files:
             try:
                 os.link(source / name, self.path / name)
-            except OSError:  # another file system, or one without links
+            except OSError:  # another file system, or one without hard links
                 shutil.copyfile(source / name, self.path / name)
+                copied[name] = records[name]
+        check_files(self.path, copied)
         self._commit(view, shard, {name: records[name] for name in files})
 
-    def _cleared(self, view: int, shard: int) -> list[str]:
-        """The files of a shard, of which nothing is left that an interrupted run may have written."""
+    def _clear(self, view: int, shard: int) -> list[str]:
+        """Delete what an interrupted run left of a shard, and return the names of its files."""
         files = sorted(array_specs.shard_files(self.plan, view, shard))
         for name in files:
             leftover = self.path / name
@@ -224,11 +254,14 @@ class CacheWriter:
         put(marker, canonical(Commit(files=records)))
 
     def seal(self, summary: Summary) -> Manifest:
-        """Check that everything is there, and put the manifest in place.
+        """Check that all files are there, in the size that was written, and put the manifest in place.
+
+        The files of the shards are not read again: their hashes are those of the bytes that were written and flushed,
+        and any other bytes are found when the cache is opened.
 
         Raises:
             IncompleteError: if a shard is missing.
-            CorruptError: if a written file is no longer what it was.
+            CorruptError: if a file is missing or has another size.
         """
         missing = [(view, shard) for view in range(self.plan.views.count) for shard in self.pending(view)]
         if missing:
@@ -239,7 +272,7 @@ class CacheWriter:
                 marker = self.commit_path(view, shard)
                 files |= read_commit(marker).files
                 files[marker.relative_to(self.path).as_posix()] = record_of(marker)
-        check_files(self.path, files)
+        self._check_sizes(files)
         files |= {name: record_of(self.path / name) for name in array_specs.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
         put(self.path / MANIFEST, canonical(manifest))
@@ -248,56 +281,37 @@ class CacheWriter:
         release(self.path)
         return manifest
 
+    def _check_sizes(self, files: dict[str, FileRecord]) -> None:
+        for name, record in files.items():
+            path = self.path / name
+            if path.is_symlink() or not path.is_file() or path.stat().st_size != record.size:
+                raise CorruptError(
+                    f"{self.path} is damaged: {name} is not a file of the {record.size} bytes that were written",
+                    "run the same command again: damaged shards are made again",
+                )
+
+    @property
+    def has_finished_shards(self) -> bool:
+        """Whether any shard is committed."""
+        return any(self.path.glob("commits/*/*.json"))
+
     def discard(self) -> None:
-        """Delete what this run began: it cannot be gone on with."""
-        if self.began:
-            # Under another name first, so that a kill in the middle leaves nothing that looks like a cache.
-            shutil.rmtree(self.path.rename(_beside(self.path)))
+        """Delete the cache if this run created it."""
+        if self.created:
+            # Renamed first, so that a kill during the deletion leaves nothing that looks like a cache.
+            shutil.rmtree(self.path.rename(_temporary(self.path)))
         release(self.path)
 
 
-def check_begun_alike(path: Path, then: Record, now: Record, name: str = "") -> None:
-    """That a cache was begun with what it is to be gone on with, or a sealed one extended.
-
-    Args:
-        path: of the cache.
-        then: the plan, or the part of it called `name`, that it was begun with.
-        now: the same of this run.
-        name: of the part.
-
-    Raises:
-        MismatchError: with every setting that differs, then and now.
-    """
-    differ = [f"{key}: {old}, {new}" for key, old, new in differences(then.model_dump(), now.model_dump(), name)]
-    if differ:
-        raise MismatchError(
-            "\n  ".join([f"{path} was begun with other settings (then, now):", *differ]),
-            "set them as they were, or dump the teacher without --extend"
-            if (path / MANIFEST).exists()
-            else "set them as they were to go on, or delete the folder to begin anew",
-        )
-
-
-def differences(then: object, now: object, name: str = "") -> list[tuple[str, object, object]]:
-    """What two nested dicts differ in: (key, then, now), the key with those above it."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*then, *now])
-        return [
-            found
-            for key in keys
-            for found in differences(then.get(key), now.get(key), f"{name}.{key}" if name else str(key))
-        ]
-    return [] if then == now else [(name, then, now)]
-
-
-def _beside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
 @contextmanager
-def _unfinished(folder: Path) -> Iterator[Path]:
-    """An empty folder to work in; what is left in it in the end is deleted, and so is what a killed run left."""
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, without what a killed run left in it, and delete it in the end unless it was renamed."""
     folder.mkdir(exist_ok=True)
+    identity = folder.stat().st_ino
     try:
         for leftover in folder.iterdir():
             if leftover.is_dir():
@@ -306,11 +320,13 @@ def _unfinished(folder: Path) -> Iterator[Path]:
                 leftover.unlink()
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # After the renaming, another process may already have made a folder with the same name.
+        if folder.is_dir() and folder.stat().st_ino == identity:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make_folder(path: Path) -> None:
-    """Make a folder and those above it, and bring their names to the disk."""
+    """Create a folder and its parents, and flush their names to disk."""
     if not path.is_dir():
         _make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -318,8 +334,8 @@ def _make_folder(path: Path) -> None:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Write a file in one step: after a crash it is whole, or not there."""
-    unfinished = _beside(path)
+    """Write a file atomically: after a crash it is complete, or not there."""
+    unfinished = _temporary(path)
     with unfinished.open("wb") as opened:
         opened.write(content)
         opened.flush()
@@ -329,7 +345,7 @@ def put(path: Path, content: bytes) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Ask the system to bring a file, or a folder's list of names, to the disk."""
+    """Flush a file, or the list of names of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -7,7 +7,14 @@ from pathlib import Path
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import choose_device, device_option, json_option, read_pipeline, set_option
+from kdcache.cli.options import (
+    choose_device,
+    decode_images_option,
+    device_option,
+    json_option,
+    read_pipeline,
+    set_option,
+)
 from kdcache.errors import KdcacheError, UsageError
 
 
@@ -21,10 +28,13 @@ from kdcache.errors import KdcacheError, UsageError
     show_default=True,
     help="Where caches and runs are to be written.",
 )
+@decode_images_option
 @set_option
 @device_option
 @json_option
-def doctor(pipeline: Path | None, out: Path, overrides: tuple[str, ...], device: str, as_json: bool) -> None:
+def doctor(
+    pipeline: Path | None, out: Path, decode_images: bool, overrides: tuple[str, ...], device: str, as_json: bool
+) -> None:
     """Look at this machine; with a PIPELINE, try its data set, weights, networks and disk.
 
     What the pipeline would download is downloaded. Exit code 0 where all is well, else that of the first problem.
@@ -36,22 +46,22 @@ def doctor(pipeline: Path | None, out: Path, overrides: tuple[str, ...], device:
 
     if pipeline is None and overrides:
         raise UsageError("--set needs a pipeline", "kdcache doctor PIPELINE --set KEY=VALUE")
-    findings = [*examine_machine(out)]
+    checks = [*examine_machine(out)]
     try:
         chosen = choose_device(device)
         resolved = read_pipeline(pipeline, overrides) if pipeline is not None else None
     except KdcacheError as mistake:
-        findings.append(Check("pipeline", mistake.what, mistake))
+        checks.append(Check("pipeline", mistake.what, mistake))
     else:
         if resolved is not None:
-            findings += examine_pipeline(resolved, out, chosen, output.Terminal())
-    problems = [finding.problem for finding in findings if finding.problem is not None]
+            checks += examine_pipeline(resolved, out, chosen, output.Terminal(), decode_images)
+    problems = [check.problem for check in checks if check.problem is not None]
     if as_json:
         told = [
-            {"what": what, "found": found, "fix": problem.fix if problem else None} for what, found, problem in findings
+            {"what": what, "found": result, "fix": problem.fix if problem else None} for what, result, problem in checks
         ]
         output.as_json({"well": not problems, "findings": told})
     else:
-        output.facts({what: f"PROBLEM: {found}" if problem else found for what, found, problem in findings})
+        output.facts({what: f"PROBLEM: {result}" if problem else result for what, result, problem in checks})
     if problems:
         raise problems[0]

@@ -7,7 +7,15 @@ from pathlib import Path
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import choose_device, device_option, json_option, pipeline_argument, read_pipeline, set_option
+from kdcache.cli.options import (
+    choose_device,
+    decode_images_option,
+    device_option,
+    json_option,
+    pipeline_argument,
+    read_pipeline,
+    set_option,
+)
 
 
 @click.command("dump-teacher")
@@ -22,6 +30,7 @@ from kdcache.cli.options import choose_device, device_option, json_option, pipel
     help="A sealed cache with fewer views or samples, whose shards are taken over.",
 )
 @click.option("--dry-run", is_flag=True, help="Run a pilot, say what the cache would be and cost, and write nothing.")
+@decode_images_option
 @set_option
 @device_option
 @json_option
@@ -33,14 +42,15 @@ def dump_teacher(
     precision: str | None,
     extend: Path | None,
     dry_run: bool,
+    decode_images: bool,
     overrides: tuple[str, ...],
     device: str,
     as_json: bool,
 ) -> None:
     """Run the teacher of a PIPELINE once over every view, and keep its logits in a sealed cache.
 
-    Interrupted or killed, the same command goes on where it stopped. On several GPUs: torchrun --nproc-per-node N
-    -m kdcache dump-teacher ...
+    After an interruption, the same command resumes. On several GPUs: torchrun --nproc-per-node N -m kdcache
+    dump-teacher ...
 
     \b
     Example: kdcache dump-teacher pipelines/digits.yaml -o runs/digits.kdcache
@@ -48,18 +58,19 @@ def dump_teacher(
     from kdcache.cache import open_cache
     from kdcache.cli import plan
     from kdcache.cli.info import describe
-    from kdcache.cli.inspect import draw_card
     from kdcache.dump.dump import dump_teacher as dump
-    from kdcache.dump.dump import plan_for_teacher
+    from kdcache.dump.estimate import estimate_new_cache
     from kdcache.models.teacher import load_teacher
     from kdcache.runtime.distributed import join_ranks
 
     shortcuts = {"cache__top_k": top_k, "cache__tail": tail, "cache__precision": precision}
     resolved = read_pipeline(pipeline, overrides, **shortcuts)
+    progress = output.Terminal()
+    loaded = load_teacher(resolved, progress)
     if dry_run:
-        plan.describe(plan_for_teacher(resolved, choose_device(device), output.Terminal(), out), as_json)
+        estimated = estimate_new_cache(loaded, resolved.cache, out, choose_device(device), progress, decode_images)
+        plan.describe(estimated, as_json)
         return
-    loaded = load_teacher(resolved, output.Terminal())
     with join_ranks() as ranks:
         cache = dump(
             loaded.model,
@@ -70,9 +81,9 @@ def dump_teacher(
             spec=resolved.cache,
             extends=open_cache(extend) if extend is not None else None,
             ranks=ranks,
+            decode_images=decode_images,
             device=choose_device(device),
-            progress=output.Terminal(),
+            progress=progress,
         )
         if ranks.is_first:
-            draw_card(cache)
             describe(cache, as_json)

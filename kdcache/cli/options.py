@@ -62,6 +62,11 @@ data_option = click.option(
     metavar="PIPELINE",
     help="Its data set has the images: those whose fingerprints are missing are looked at again.",
 )
+decode_images_option = click.option(
+    "--decode-images",
+    is_flag=True,
+    help="Decode every image file first, and name all that cannot be decoded; by default only headers are checked.",
+)
 json_option = click.option(
     "--json",
     "as_json",

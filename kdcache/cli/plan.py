@@ -12,7 +12,7 @@ from kdcache.cli.options import choose_device, device_option, json_option, read_
 
 if TYPE_CHECKING:
     from kdcache.cache.planner import Choice
-    from kdcache.dump.plan import Planned
+    from kdcache.dump.estimate import Estimate
 
 
 @click.command("plan")
@@ -35,22 +35,24 @@ def plan(
     \b
     Example: kdcache plan --logits teacher.npz --fidelity 0.01
     """
-    from kdcache.dump.dump import plan_for_teacher
-    from kdcache.dump.plan import plan_for_logits
+    from kdcache.dump.estimate import estimate, estimate_from_logits
     from kdcache.errors import UsageError
+    from kdcache.models.teacher import load_teacher
 
     if pipeline is not None and logits is None:
         resolved = read_pipeline(pipeline, overrides, cache__fidelity=fidelity)
-        describe(plan_for_teacher(resolved, choose_device(device), output.Terminal()), as_json)
+        progress = output.Terminal()
+        loaded = load_teacher(resolved, progress)
+        describe(estimate(loaded, resolved.cache, choose_device(device), progress), as_json)
     elif logits is not None and pipeline is None and not overrides:
-        describe(plan_for_logits(logits, fidelity), as_json)
+        describe(estimate_from_logits(logits, fidelity), as_json)
     else:
         raise UsageError(
             "plan takes a pipeline, with --set if you like, or --logits", "kdcache plan PIPELINE, or --logits FILE.npz"
         )
 
 
-def describe(planned: Planned, as_json: bool) -> None:
+def describe(planned: Estimate, as_json: bool) -> None:
     """Print what a cache would keep, what it would take, and what else was tried."""
     from kdcache.cache.planner import FEW_CLASSES, described
 

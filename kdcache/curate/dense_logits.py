@@ -28,8 +28,9 @@ from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.planner import pilot_ids
+from kdcache.cache.preconditions import check_outside, check_place
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import CacheWriter, check_outside, check_place
+from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec, Transform
 from kdcache.curate.derive import row_bytes
 from kdcache.curate.recode import build

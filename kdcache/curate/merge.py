@@ -13,8 +13,9 @@ from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.schema import Lineage
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import CacheWriter, check_place, differences
+from kdcache.cache.writer import CacheWriter
 from kdcache.curate.derive import Encoded, ParentSelection, check_views, derive, inputs_at, planned, row_bytes
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn

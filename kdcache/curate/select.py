@@ -15,8 +15,9 @@ from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
+from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import CacheWriter, check_place
+from kdcache.cache.writer import CacheWriter
 from kdcache.curate.derive import Encoded, Ids, ParentSelection, check_views, derive, inputs_at, planned, row_bytes
 from kdcache.curate.recode import ParentRows, relabeled
 from kdcache.data.mixing import split_mixing

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from kdcache.cache.joined_teacher import JoinedTeacher
 from kdcache.cache.reader import Cache
-from kdcache.cache.teacher import CachedTeacher
+from kdcache.cache.teacher import Teacher, TeacherWrapper
 from kdcache.data.images import ArrayImages, FileImages, Images, ItemImages
 from kdcache.data.replay import A_FEW, check_data, replay, view_of
 from kdcache.data.samples import Samples
@@ -165,29 +164,30 @@ def shared(cache: Cache, samples: Samples, progress: Progress) -> Shared:
     return Shared(view_of(cache, here), found.ids, note)
 
 
-class AlignedTeacher:
-    """A teacher that is asked by ordinals of samples in a data set, and answers for their ids in its cache.
+class AlignedTeacher(TeacherWrapper):
+    """A teacher that takes ordinals of samples in a data set, and maps them to their ids in the cache.
 
     Args:
         teacher: of the cache.
-        ids: [n] int64, ascending, of each sample in the cache.
-        count: N, samples of the cache.
+        ids: [n] int64, ascending, the id of each sample in the cache.
+        count: N, the number of samples of the cache.
     """
 
-    def __init__(self, teacher: CachedTeacher | JoinedTeacher, ids: Ids, count: int) -> None:
-        self._teacher, self._ids = teacher, torch.from_numpy(ids)
+    def __init__(self, teacher: Teacher, ids: Ids, count: int) -> None:
+        super().__init__(teacher)
+        self._ids = torch.from_numpy(ids)
         self._place = torch.full((count,), -1)
         self._place[self._ids] = torch.arange(len(ids))
 
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
-        """Logits [B, C] of the samples at ordinals `ids` [B] int64 in a view."""
-        return self._teacher(self._ids[ids.cpu()], view)
+        """Return the logits [B, C] of the samples at ordinals `ids` [B] int64 in a view."""
+        return super().__call__(self._ids[ids.cpu()], view)
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """A random order of all ordinals, [n] int64: the teacher's, without what is missing."""
-        places = self._place[self._teacher.order(generator)]
+        """Return a random order of all ordinals, [n] int64: the wrapped teacher's, without the missing samples."""
+        places = self._place[super().order(generator)]
         return places[places >= 0]
 
-    def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
-        """Be told which batches of ordinals will be asked for."""
-        self._teacher.expect((self._ids[batch.cpu()] for batch in batches), view)
+    def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Announce the batches of ordinals [B] int64 that will be asked for, in this order."""
+        super().prefetch((self._ids[batch.cpu()] for batch in batches), view)

@@ -1,4 +1,4 @@
-"""Compare cached logits with those of the teacher that is said to have made them."""
+"""Compare cached logits with those of the live teacher."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from kdcache.models import weights_digest
 from kdcache.models.inference import InferenceModel, described_precision, refuse_not_finite
 from kdcache.runtime.progress import Progress, Silent
 
-_SUSPECT = 0.05
-"""Mean total variation at T = 1 from which it is another teacher, or another way to run it."""
+_MAX_TOTAL_VARIATION = 0.05
+"""Mean total variation at T = 1 above which the teacher is another one, or runs in another way."""
 
 
 class TeacherAgreement(NamedTuple):
-    """How near cached logits are to those of the live teacher, on a sample of rows of one view.
+    """The agreement of cached logits with those of the live teacher, on some rows of one view.
 
     Attributes:
-        view: which one.
+        view: index of the view.
         temperature: T.
-        rows: how many.
+        rows: number of rows.
         total_variation: mean over the rows.
         divergence: mean KL(live || cached), in nats.
-        top1: share of rows with the same largest class.
-        gradient_error: of KD, relative, for a student that has learned nothing.
+        top1: fraction of rows with the same largest class.
+        gradient_error: relative error of the KD gradient, for a student with constant logits.
     """
 
     view: int
@@ -58,38 +58,38 @@ def compare_with_teacher(
     """Run the teacher again on some rows of every view.
 
     Args:
-        cache: what is to be verified.
-        model: the teacher; put into evaluation mode.
+        cache: to be verified.
+        model: the teacher; set to evaluation mode.
         samples: the data set that the cache was made from.
-        spec: in what precision it runs, and how many processes load images; None for the usual.
-        rows: how many of each view, spread over the data set.
+        spec: precision of the teacher, and number of processes that load images; None for the defaults.
+        rows: number of rows per view, spread over the data set.
         device: where the teacher runs.
-        progress: who is told how it goes.
+        progress: progress reporter; silent if None.
 
     Raises:
-        MismatchError: if it has other weights, or says something else than the cache.
+        MismatchError: if it has other weights, or other logits than the cache.
     """
     plan, spec = cache.manifest.plan, spec or CacheSpec()
     if (digest := weights_digest(model)) != plan.teacher.weights_digest:
         raise MismatchError(
-            f"this teacher has the weights {digest}, the cache is of {plan.teacher.weights_digest}",
-            "give the teacher that the cache was made with (`kdcache info CACHE` names it)",
+            f"this teacher has the weights {digest}, that of the cache {plan.teacher.weights_digest}",
+            "use the teacher that the cache was made with (`kdcache info CACHE` names it)",
         )
     if (precision := described_precision(spec)) != plan.teacher.precision:
         raise MismatchError(
-            f"the teacher would run in {precision}, the cache's ran in {plan.teacher.precision}",
-            "set cache.precision, cache.channels_last and cache.compile as they were",
+            f"the teacher would run in {precision}, that of the cache ran in {plan.teacher.precision}",
+            "set cache.precision, cache.channels_last and cache.compile to the values of the cache",
         )
     running = InferenceModel(model, plan.encoding.num_classes, spec, device)
     ids = pilot_ids(len(samples), rows)
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
     teacher = cache.teacher(device)
-    found = []
+    agreements = []
     with (progress or Silent()).task("teacher", len(ids) * len(cache.views), "rows") as task:
         for view in cache.views:
-            seen = view_of(cache, samples, view)
+            images = view_of(cache, samples, view)
             parts = []
-            for batch in batches(seen, cuts, spec.num_workers, device):
+            for batch in batches(images, cuts, spec.num_workers, device):
                 live = running(batch.images)
                 refuse_not_finite(live.isfinite().all(dim=1).cpu(), batch.ids)
                 truth = teacher.labels[batch.ids.to(device)]
@@ -98,17 +98,17 @@ def compare_with_teacher(
                 task.advance(len(batch.ids))
             live, again, cached = (torch.cat(logits) for logits in zip(*parts, strict=True))
             _check_same_teacher(_agreement(view, 1, again, cached))
-            found += [_agreement(view, t, live, cached) for t in TEMPERATURES]
-    return found
+            agreements += [_agreement(view, t, live, cached) for t in TEMPERATURES]
+    return agreements
 
 
 def _check_same_teacher(encoded: TeacherAgreement) -> None:
-    """Refuse another teacher; `encoded` compares with live logits after the same encoding, which may lose much."""
-    if encoded.total_variation > _SUSPECT:
+    """Refuse another teacher; `encoded` is the agreement with live logits after the same, perhaps lossy, encoding."""
+    if encoded.total_variation > _MAX_TOTAL_VARIATION:
         raise MismatchError(
-            f"in view {encoded.view} the teacher says something else than the cache: mean total variation "
+            f"in view {encoded.view} the teacher's logits are not those of the cache: mean total variation "
             f"{encoded.total_variation:.4f} at T = 1, the same class in {encoded.top1:.1%} of {encoded.rows} rows",
-            "run the teacher as the cache's was: its code, precision, library versions (`kdcache info CACHE`)",
+            "use the code, precision and library versions that the cache was made with (`kdcache info CACHE`)",
         )
 
 

@@ -1,6 +1,6 @@
-"""More views, or more samples, for a sealed cache: a new one that takes over the shards that are already made.
+"""Extend a sealed cache by views or samples: a new cache takes over the shards that exist already.
 
-With more views it is to the byte the cache that would have been made with all of them at once.
+With more views it is, byte for byte, the cache that would have been made with all views at once.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.preconditions import check_same_plan
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import check_begun_alike
 from kdcache.data.mixing import split_mixing
 from kdcache.errors import MismatchError
 
 
 def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], labels: npt.NDArray[np.int32]) -> None:
-    """That a cache of a plan is another one and more.
+    """Check that a cache of a plan extends another one.
 
     Args:
         old: the sealed cache.
@@ -25,26 +25,27 @@ def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], labels: 
         labels: [N] int32.
 
     Raises:
-        MismatchError: if anything but the number of views or samples differs, or there is nothing more.
+        MismatchError: if anything but the number of views or samples differs, or neither is larger.
     """
-    then = old.manifest.plan
-    dataset = plan.dataset.model_copy(update={"samples": then.dataset.samples, "digest": then.dataset.digest})
-    views = plan.views.model_copy(update={"count": then.views.count})
-    check_begun_alike(old.path, then, plan.model_copy(update={"dataset": dataset, "views": views}))
-    had, have = (then.dataset.samples, then.views.count), (plan.dataset.samples, plan.views.count)
-    if have == had or have[0] < had[0] or have[1] < had[1]:
+    before = old.manifest.plan
+    dataset = plan.dataset.model_copy(update={"samples": before.dataset.samples, "digest": before.dataset.digest})
+    views = plan.views.model_copy(update={"count": before.views.count})
+    check_same_plan(old.path, before, plan.model_copy(update={"dataset": dataset, "views": views}))
+    n_samples, n_views = before.dataset.samples, before.views.count
+    more_samples, more_views = plan.dataset.samples, plan.views.count
+    if (more_samples, more_views) == (n_samples, n_views) or more_samples < n_samples or more_views < n_views:
         raise MismatchError(
-            f"{old.path} has {had[1]} views of {had[0]} samples; {have[1]} of {have[0]} are asked for",
-            "ask for more views (cache.views), or give the data set with more samples behind those that it had",
+            f"{old.path} has {n_views} views of {n_samples} samples; {more_views} of {more_samples} are requested",
+            "request more views (cache.views), or append samples to those that the data set had",
         )
-    if have[0] != had[0] and split_mixing(plan.views.transform)[1]:
+    if more_samples != n_samples and split_mixing(plan.views.transform)[1]:
         raise MismatchError(
-            f"with more samples than the {had[0]} of {old.path}, every image would be mixed with another one",
-            "extend it by views alone, or dump the larger data set anew",
+            f"with more samples than the {n_samples} of {old.path}, images would be mixed with other ones than before",
+            "extend it by views only, or dump the larger data set without --extend",
         )
     same = (keys[: len(old)] == old.sample_keys) & (labels[: len(old)] == old.labels)
     if not same.all():
         raise MismatchError(
             f"sample {int(np.argmin(same))} is not the one that {old.path} has there, or has another label",
-            "put new samples behind those that the cache was made from, in the same order",
+            "append new samples to those that the cache was made from, in the same order",
         )

@@ -1,7 +1,7 @@
-"""The teacher's pass: images in, encoded shards out, with loading, teacher, encoding and writing side by side.
+"""The teacher pass: images in, encoded shards out; loading, inference, encoding and writing overlap.
 
-Images are loaded by worker processes, the device works on what was launched, and a thread compresses, writes and
-flushes what is done. On a GPU nothing is waited for within a shard: its rows are encoded there and come over together.
+Images are loaded by worker processes, the device runs asynchronously, and a thread compresses, writes and flushes
+finished shards. On a GPU there is no synchronization within a shard: its rows are encoded there and copied together.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -26,68 +27,68 @@ from kdcache.data.views import Batch, View
 from kdcache.models.inference import InferenceModel, refuse_not_finite
 from kdcache.runtime.progress import Task
 
-_WAITING_TO_BE_WRITTEN = 2
+_MAX_QUEUED_SHARDS = 2
 
 Write = Callable[[int, int, Rows, Inputs], None]
-"""(view, shard, rows, inputs): put a shard on the disk."""
+"""(view, shard, rows, inputs): write a shard to disk."""
 
 
 class Shard(NamedTuple):
-    """A shard that is to be made."""
+    """A shard of a view."""
 
     view: int
-    number: int
+    shard: int
 
 
 class PhaseTimer:
-    """Where the time of the main thread goes."""
+    """The wall-clock time of the main thread, by phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        """Count what happens inside as time for `what`."""
-        began = time.perf_counter()
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a `with` block to a phase."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())
-        shares = (f"{what} {seconds / max(total, 1e-9):.0%}" for what, seconds in self.seconds.items())
+        shares = (f"{name} {seconds / max(total, 1e-9):.0%}" for name, seconds in self.seconds.items())
         return f"{total:.1f} s: {', '.join(shares)}"
 
 
 class WriterThread:
-    """A thread that does one thing after the other; who gives it too much has to wait."""
+    """A thread that runs tasks one after the other; `submit` blocks while too many are queued."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdcache-writer")
-        self._given: deque[Future[None]] = deque()
+        self._queue: deque[Future[None]] = deque()
 
     def __enter__(self) -> WriterThread:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # What was made is written, after a mistake or Ctrl-C too: it was the dear part.
+        # Finished shards are written after an error or Ctrl-C too: the teacher's time is the expensive part.
         self._pool.shutdown(wait=True)
 
-    def give(self, work: Callable[[], None]) -> None:
-        """Have something done; raises what went wrong with things given before."""
-        self.wait(_WAITING_TO_BE_WRITTEN - 1)
-        self._given.append(self._pool.submit(work))
+    def submit(self, work: Callable[[], None]) -> None:
+        """Queue a task; raises the error of an earlier task."""
+        self.wait(_MAX_QUEUED_SHARDS - 1)
+        self._queue.append(self._pool.submit(work))
 
     def wait(self, left: int = 0) -> None:
-        """Until no more than so many things are left to do."""
-        while len(self._given) > left:
-            self._given.popleft().result()
+        """Wait until at most `left` tasks are queued; raises the error of a task."""
+        while len(self._queue) > left:
+            self._queue.popleft().result()
 
     def check(self) -> None:
-        """Raise what went wrong so far, without waiting."""
-        while self._given and self._given[0].done():
-            self._given.popleft().result()
+        """Raise the error of a finished task, without waiting."""
+        while self._queue and self._queue[0].done():
+            self._queue.popleft().result()
 
 
 def run_pass(
@@ -96,58 +97,54 @@ def run_pass(
     plan: Plan,
     basis: TailBasis | None,
     shards: list[Shard],
-    workers: int,
+    num_workers: int,
     write: Write,
     task: Task,
-    clock: PhaseTimer,
+    timer: PhaseTimer,
 ) -> None:
-    """Run the teacher over some shards, in order, and write each as soon as it is whole.
+    """Run the teacher over some shards, in order, and write each as soon as it is complete.
 
     Args:
         teacher: on its device.
-        view_of: the images of a view, by its number.
+        view_of: view index -> the images of the view.
         plan: of the cache.
         basis: of the tail, on the teacher's device.
-        shards: what is to be made.
-        workers: processes that load images.
+        shards: to be made.
+        num_workers: number of processes that load images.
         write: called in another thread, one shard after the other.
-        task: is told of every batch.
-        clock: is told where the time goes.
+        task: progress of the rows.
+        timer: measures the phases of the main thread.
 
     Raises:
         MismatchError: if the teacher does not return [B, C].
-        CorruptError: if it returns NaN or infinities; names the sample.
+        CorruptError: if it returns NaN or infinities, or an image cannot be read; names the sample or the file.
         IncompleteError: if a process that loads images dies.
     """
     with report_lost_workers(), WriterThread() as background:
         for view, group in groupby(shards, key=lambda shard: shard.view):
-            numbers = [shard.number for shard in group]
-            cuts = {number: cut_range(plan.shard_ids(number), plan.batch_size) for number in numbers}
-            every = [cut for number in numbers for cut in cuts[number]]
-            loaded = batches(view_of(view), every, workers, teacher.device)
-            for number in numbers:
-                made = ShardBuilder(teacher, plan, basis)
-                for _ in cuts[number]:
-                    background.check()  # a full disk is told of before the teacher has made more for nothing
-                    with clock.on("waiting for data"):
+            indices = [shard.shard for shard in group]
+            cuts = {index: cut_range(plan.shard_ids(index), plan.batch_size) for index in indices}
+            all_cuts = [cut for index in indices for cut in cuts[index]]
+            loaded = batches(view_of(view), all_cuts, num_workers, teacher.device)
+            for index in indices:
+                builder = ShardBuilder(teacher, plan, basis)
+                for _ in cuts[index]:
+                    background.check()  # a full disk is reported before the teacher runs any further
+                    with timer.phase("waiting for data"):
                         batch = next(loaded)
-                    with clock.on("teacher"):
-                        made.add(batch)
+                    with timer.phase("teacher"):
+                        builder.add(batch)
                     task.advance(len(batch.ids))
-                with clock.on("teacher"):
-                    rows, inputs = made.whole()
-                with clock.on("waiting for the writer"):
-                    background.give(_writing(write, view, number, rows, inputs))
-        with clock.on("waiting for the writer"):
+                with timer.phase("teacher"):
+                    rows, inputs = builder.finish()
+                with timer.phase("waiting for the writer"):
+                    background.submit(partial(write, view, index, rows, inputs))
+        with timer.phase("waiting for the writer"):
             background.wait()
 
 
-def _writing(write: Write, view: int, number: int, rows: Rows, inputs: Inputs) -> Callable[[], None]:
-    return lambda: write(view, number, rows, inputs)
-
-
 class ShardBuilder:
-    """A shard in the making: its rows stay on the teacher's device until it is whole."""
+    """A shard that is being made: its rows stay on the teacher's device until it is complete."""
 
     def __init__(self, teacher: InferenceModel, plan: Plan, basis: TailBasis | None) -> None:
         self._teacher, self._plan, self._basis = teacher, plan, basis
@@ -157,7 +154,7 @@ class ShardBuilder:
         self._ids: list[Tensor] = []
 
     def add(self, batch: Batch) -> None:
-        """Run the teacher on a batch; on a GPU the work is launched, and not waited for."""
+        """Run the teacher on a batch; on a GPU this does not wait for the result."""
         device = self._teacher.device
         self._inputs.append(inputs_of(batch.images[batch.ids % self._plan.shape.fingerprint_stride == 0]))
         logits = self._teacher(batch.images)
@@ -172,8 +169,8 @@ class ShardBuilder:
         refuse_not_finite(torch.cat(self._finite).cpu(), torch.cat(self._ids))
         self._finite, self._ids = [], []
 
-    def whole(self) -> tuple[Rows, Inputs]:
-        """The rows of the shard on the CPU, and the fingerprints of some of its images."""
+    def finish(self) -> tuple[Rows, Inputs]:
+        """Return the rows of the shard, on the CPU, and the fingerprints of some of its images."""
         if self._finite:
             self._check()
         return Rows.concatenate(self._rows).to("cpu"), Inputs.concatenate(self._inputs)

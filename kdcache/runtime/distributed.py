@@ -64,6 +64,19 @@ class Ranks:
             raise what
         return what  # type: ignore[return-value]  # only the first one's counts, and that is a T
 
+    def gather(self, value: T) -> list[T]:
+        """Return the value of every rank, in order, on the first rank; an empty list on the others.
+
+        Raises:
+            IncompleteError: if another rank has ended.
+        """
+        if self.count == 1:
+            return [value]
+        values: list[T | None] | None = [None] * self.count if self.is_first else None
+        with _others():
+            distributed.gather_object(value, values, dst=0, group=self.group)
+        return values or []  # type: ignore[return-value]  # all of them were replaced
+
     def wait(self) -> None:
         """Until all of them are here.
 

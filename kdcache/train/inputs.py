@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdcache.cache.decoded_teacher import Answers, kept_decoded
+from kdcache.cache.decoded_teacher import decode_if_small
 from kdcache.cache.format.recorded_views import Crops
 from kdcache.cache.joined_teacher import JoinedTeacher
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
+from kdcache.cache.teacher import Teacher, TeacherWrapper
 from kdcache.config.schema import Pipeline, TrainSpec, Transform
 from kdcache.data.alignment import AlignedTeacher, align, aligned, described
 from kdcache.data.datasets import load_held_out, load_split
@@ -50,7 +51,7 @@ class TrainingInputs:
     transform: Transform
     seed: int = 0
     views: int | None = 1
-    teacher: Answers | None = None
+    teacher: Teacher | None = None
     record: dict[str, Any] = field(default_factory=dict)
     crops: Crops | None = None
     level_known: bool = True
@@ -121,14 +122,14 @@ def inputs_from_caches(
     teachers = [cache.teacher(device, placement) for cache in caches] if pipeline.loss.uses_teacher else []
     for each in teachers:
         progress.say(f"the cache is held: {each.placement} ({each.why})")
-    teacher: Answers | None = None
+    teacher: Teacher | None = None
     if teachers:
         joined = JoinedTeacher(teachers, pipeline.join.weights, pipeline.join.combine)
         teacher = teachers[0] if len(teachers) == 1 else joined
         if samples.ids is not None:
             teacher = AlignedTeacher(teacher, samples.ids, len(caches[0]))
         if all(each.placement != "stream" for each in teachers):
-            teacher = kept_decoded(teacher, len(samples), samples.num_classes)
+            teacher = decode_if_small(teacher, len(samples), samples.num_classes)
     record = {
         "caches": [cache.manifest.digest for cache in caches],
         "placement": [each.placement for each in teachers],
@@ -231,27 +232,16 @@ def few_labels(samples: Samples, spec: TrainSpec) -> Tensor:
     return seen
 
 
-class OfFixedImages:
-    """A teacher of one view that is asked about images which the student augments itself: it answers as of that view.
-
-    Args:
-        teacher: of images that no transform draws anything for.
-    """
-
-    def __init__(self, teacher: Answers) -> None:
-        self._teacher = teacher
+class FixedImagesTeacher(TeacherWrapper):
+    """A teacher of one view, for a student that augments its images itself: every view gets the logits of view 0."""
 
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
-        """Logits [B, C] of samples `ids` [B], whatever the view."""
-        return self._teacher(ids, 0)
+        """Return the logits [B, C] of samples `ids` [B] int64, whatever the view."""
+        return super().__call__(ids, 0)
 
-    def order(self, generator: torch.Generator) -> Tensor:
-        """The teacher's."""
-        return self._teacher.order(generator)
-
-    def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
-        """Be told which batches of ids will be asked for."""
-        self._teacher.expect(batches, 0)
+    def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Announce the batches of ids [B] int64 that will be asked for, in this order."""
+        super().prefetch(batches, 0)
 
 
 def own_transform(lessons: TrainingInputs, own: Transform, spec: TrainSpec) -> View:

@@ -21,13 +21,14 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
 from kdcache.data.views import View
 from kdcache.errors import CorruptError
 from kdcache.losses import Loss, LossParts
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.progress import Progress, Silent
-from kdcache.train.step import Teacher, Trainer
+from kdcache.train.step import Trainer
 
 
 class Epoch(NamedTuple):

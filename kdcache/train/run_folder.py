@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from kdcache.cache.writer import check_outside
+from kdcache.cache.preconditions import check_outside
 from kdcache.config.schema import Pipeline
 from kdcache.config.yaml_lines import read_yaml
 from kdcache.errors import CorruptError, InterruptedRun, MismatchError, UsageError

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
 from kdcache.data.loader import batches, report_lost_workers
 from kdcache.data.views import Batch, View
@@ -23,22 +24,8 @@ from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperatu
 from kdcache.losses.batch import BatchTotals, MixedLabels, labeled_shares, of_all_ranks, of_these
 from kdcache.train.optim import make_optimizer, make_schedule
 
-Teacher = Callable[[Tensor, int], Tensor]
-"""(ids [B] int64, view) -> logits [B, C]: a `CachedTeacher`, or anything that answers like one."""
-
 _LONGEST_WAIT = timedelta(hours=12)
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-@runtime_checkable
-class KnowsOrder(Protocol):
-    """A teacher that answers quickly in some orders, and is told of the batches beforehand."""
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """A random order of all ids, [N] int64."""
-
-    def expect(self, batches: Iterable[Tensor], view: int) -> None:
-        """These batches of ids will be asked for."""
 
 
 class MicroBatch(NamedTuple):
@@ -161,16 +148,15 @@ class Trainer:
             IncompleteError: if a process that loads images dies.
         """
         generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + number)
-        knows = teacher if isinstance(teacher, KnowsOrder) else None
-        order = knows.order(generator) if knows else torch.randperm(len(train), generator=generator)
+        order = teacher.order(generator) if teacher is not None else torch.randperm(len(train), generator=generator)
         if self.ranks > 1:
             # Of a cache that is held otherwise by each, the first one's.
             order = broadcast(order.to(self.device)).cpu()
         cuts = self._cuts(order)
         own = [cut[self.accelerator.process_index :: self.ranks] for cut in cuts]
         mine = [piece for cut in own for piece in cut]
-        if knows:
-            knows.expect(mine, train.view)
+        if teacher is not None:
+            teacher.prefetch(mine, train.view)
         labeled = [int((train.labels[torch.cat(cut)] >= 0).sum()) for cut in cuts]
         self.model.train()
         loaded = batches(train, [piece.tolist() for piece in mine], self.spec.num_workers, self.device)

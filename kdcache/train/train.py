@@ -12,6 +12,7 @@ from torch import nn
 
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
+from kdcache.cache.teacher import Teacher
 from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec
 from kdcache.data.transforms import is_random, transform_for_evaluation
@@ -24,7 +25,7 @@ from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.distributed import is_first
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.inputs import (
-    OfFixedImages,
+    FixedImagesTeacher,
     TrainingInputs,
     few_labels,
     inputs_from_caches,
@@ -33,7 +34,6 @@ from kdcache.train.inputs import (
 )
 from kdcache.train.loop import Epoch, fit
 from kdcache.train.run_folder import CHECKPOINT, check_free, check_trackers, run_folder
-from kdcache.train.step import Teacher
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _seen(
     train = own_transform(inputs, own, spec.train)
     if teacher is not None:
         progress.say("note: the student sees images through student.transform: the teacher did not see these pixels")
-    return train, None if is_random(own) else 1, OfFixedImages(teacher) if teacher is not None else None
+    return train, None if is_random(own) else 1, FixedImagesTeacher(teacher) if teacher is not None else None
 
 
 def _images(inputs: TrainingInputs, labels: torch.Tensor) -> View:

@@ -68,7 +68,10 @@ def test_a_dump_leaves_a_card_that_says_what_the_manifest_says(tmp_path: Path) -
         *fidelity,
     ]:
         assert said in text
-    assert "card.png" not in text
+    assert "(card.png)" in text
+    with Image.open(cache.path / "card.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 500
 
 
 @pytest.mark.parametrize(

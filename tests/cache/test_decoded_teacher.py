@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kdcache.cache import decoded_teacher
-from kdcache.cache.decoded_teacher import DecodedTeacher, kept_decoded
+from kdcache.cache.decoded_teacher import DecodedTeacher, decode_if_small
 
 N, C, VIEWS = 23, 7, 4
 LOGITS = torch.randn(VIEWS, N, C, generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ class Decoder:
     def order(self, generator: torch.Generator) -> Tensor:
         return torch.randperm(N, generator=generator)
 
-    def expect(self, batches: Iterable[Tensor], view: int = 0) -> None:
+    def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
         assert [int(i) for batch in batches for i in batch] == list(range(N)), "a view is read from first to last"
 
 
@@ -64,7 +64,7 @@ def test_a_view_is_decoded_once_and_those_that_came_first_stay() -> None:
 
 
 def test_a_view_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoded_teacher, "_TOGETHER", 5 * C)
+    monkeypatch.setattr(decoded_teacher, "_LOGITS_PER_DECODE", 5 * C)
     logits = DecodedTeacher(Decoder(), N, 1)(torch.arange(N), 3)
     torch.testing.assert_close(logits, LOGITS[3], atol=1e-4, rtol=0)
 
@@ -83,5 +83,5 @@ def test_what_was_given_may_be_changed() -> None:
 
 def test_logits_are_kept_where_a_view_of_them_is_small() -> None:
     decoder = Decoder()
-    assert isinstance(kept_decoded(decoder, 50_000, 100), DecodedTeacher)  # CIFAR-100
-    assert kept_decoded(decoder, 1_281_167, 1000) is decoder  # ImageNet
+    assert isinstance(decode_if_small(decoder, 50_000, 100), DecodedTeacher)  # CIFAR-100
+    assert decode_if_small(decoder, 1_281_167, 1000) is decoder  # ImageNet

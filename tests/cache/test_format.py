@@ -356,7 +356,7 @@ def test_the_manifest_lists_the_files_of_its_plan(kept: Kept) -> None:
         assert list(marker["files"].items()) == [(name, listed[name]) for name in of_shard]
     assert list(listed) == sorted(expected)
     on_disk = {path.relative_to(kept.path).as_posix() for path in kept.path.rglob("*") if path.is_file()}
-    assert on_disk - {"README.md"} == expected | {"manifest.json"}
+    assert on_disk - {"README.md", "card.png"} == expected | {"manifest.json"}
 
 
 def test_digests_are_those_of_the_bytes(kept: Kept) -> None:

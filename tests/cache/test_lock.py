@@ -22,6 +22,7 @@ from kdcache.cache.lock import LOCK, hold, release
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec
 from kdcache.errors import KdcacheError, UsageError
+from kdcache.runtime.progress import Silent
 
 SPEC = CacheSpec(top_k=3, tail="uniform", pilot_rows=1, shard_rows=4, batch_size=4)
 STAY = {"SAMPLE": "11", "HAPPENS": "time.sleep(600 * os.path.exists(os.environ['OUT']))"}
@@ -58,7 +59,7 @@ def test_a_second_run_is_refused_while_the_first_is_alive_and_goes_on_at_once_wh
     first.join()
     # At once: processes that the killed one had started may be there still.
     assert exit_code(begin(tmp_path, 3, {}, *more)) == 0
-    assert "going on with" in said(tmp_path, 3)
+    assert "resuming " in said(tmp_path, 3)
     assert not (out / LOCK).exists()
     assert LOCK not in json.loads((out / "manifest.json").read_text())["files"]
     others = tmp_path / "others"
@@ -98,13 +99,22 @@ def stopped_before_the_seal(told: Path, out: Path, *arguments: object) -> None:
         command_line(told, {}, *arguments)
 
 
+class Loser(Silent):
+    """Ends the process with code 2 if the cache is complete already."""
+
+    def say(self, message: str) -> None:
+        if "is complete" in message:
+            os._exit(2)
+
+
 def dump_at(start: float, out: Path) -> None:
-    """Exit code 0 if this is the one that makes the cache."""
+    """Dump, and exit with 0 if this process made the cache."""
     time.sleep(max(start - time.time(), 0))
     try:
-        dump_teacher(TinyTeacher(), tiny_samples(12), out, spec=SPEC)
+        dump_teacher(TinyTeacher(), tiny_samples(12), out, spec=SPEC, progress=Loser())
     except UsageError as error:
         assert "another process" in error.what or "written by process" in error.what or "sealed cache" in error.what
+        assert "the same command again" in error.fix or "wait until that has ended" in error.fix
         os._exit(2)
 
 

@@ -63,9 +63,9 @@ def small_windows() -> Iterator[None]:
         patch.setattr(mmap, "_WINDOW_ROWS", 8)
         patch.setattr(mmap, "_READERS", 2)
         patch.setattr(mmap, "_RESIDENT", 2**15)
-        patch.setattr(choose, "_READ", 2**8)
-        patch.setattr(choose, "_STREAMED", 2**10)
-        patch.setattr(choose, "_BLOCK", 2**7)
+        patch.setattr(choose, "_READ_BYTES", 2**8)
+        patch.setattr(choose, "_MIXED_BYTES", 2**10)
+        patch.setattr(choose, "_BLOCK_BYTES", 2**7)
         yield
 
 
@@ -188,7 +188,7 @@ def drawn(seed: int, count: int = COUNT) -> Tensor:
 @pytest.mark.parametrize("placed", PLACEMENTS)
 def test_every_place_gives_what_was_written(placed: Placement, made: Made) -> None:
     teacher = made.cache.teacher(placement=placed)
-    assert (teacher.placement, teacher.why) == (placed, "as asked")
+    assert (teacher.placement, teacher.why) == (placed, "as requested")
     for view in (1, 0):
         check(teacher, made, torch.cat([drawn(view), torch.tensor([36, 0, 36, 36, 17])]), view)
         check(teacher, made, torch.arange(36, 30, -1, dtype=torch.int32), view)
@@ -244,7 +244,7 @@ def test_whatever_was_announced_the_answer_is_right(
     placed: Placement, blocks: int, lowrank: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     width = sum(value[0].numel() * value.element_size() for value in lowrank.rows[0].arrays().values())
-    monkeypatch.setattr(choose, "_STREAMED", blocks * CHUNK * width)
+    monkeypatch.setattr(choose, "_MIXED_BYTES", blocks * CHUNK * width)
     teacher = lowrank.cache.teacher(placement=placed)
 
     @given(ACTS)
@@ -255,7 +255,7 @@ def test_whatever_was_announced_the_answer_is_right(
         for act in acts:
             match act:
                 case Announce():
-                    teacher.expect([ids.to(act.dtype) for ids in act.batches], act.view)
+                    teacher.prefetch([ids.to(act.dtype) for ids in act.batches], act.view)
                     announced, view = iter(act.batches), act.view
                 case Follow():
                     for ids in itertools.islice(announced, act.skip, act.skip + act.take):
@@ -271,7 +271,7 @@ def test_announced_batches_are_fetched_ahead_and_no_other(placed: Placement, low
     teacher = lowrank.cache.teacher(placement=placed)
     batches = torch.split(drawn(0), 5)
     asked_for = count_fetches(teacher)
-    teacher.expect(batches)
+    teacher.prefetch(batches)
     for ids in batches:
         check(teacher, lowrank, ids, 0)
     assert torch.equal(torch.cat(asked_for), torch.cat(batches)), "each row once, in this order"
@@ -285,7 +285,7 @@ def test_announced_batches_are_fetched_ahead_and_no_other(placed: Placement, low
 def count_fetches(teacher: CachedTeacher) -> list[Tensor]:
     """The ids of each fetch of a place on disk from now on."""
     asked_for: list[Tensor] = []
-    ahead: prefetch.Ahead = vars(teacher.place)["_ahead"]
+    ahead: prefetch.Prefetcher = vars(teacher.source)["_prefetcher"]
     fetch = ahead._fetch
 
     def counted(ids: Tensor, view: int) -> Rows:
@@ -301,7 +301,7 @@ def test_a_batch_in_between_does_not_end_what_was_announced(placed: Placement, l
     teacher = lowrank.cache.teacher(placement=placed)
     batches = torch.split(drawn(0), 5)
     asked_for = count_fetches(teacher)
-    teacher.expect(batches)
+    teacher.prefetch(batches)
     other = torch.tensor([3, 1])
     for ids in batches:
         check(teacher, lowrank, other, 0)
@@ -317,7 +317,7 @@ def test_the_same_batches_may_be_announced_for_another_view(placed: Placement, t
     teacher = lowrank.cache.teacher(placement=placed)
     batches = torch.split(drawn(0), 5)
     for view in (0, 1, 0):
-        teacher.expect(batches, view)
+        teacher.prefetch(batches, view)
         for ids in batches[:taken]:
             check(teacher, lowrank, ids, view)
         check(teacher, lowrank, batches[taken], 1 - view)
@@ -327,12 +327,12 @@ def test_the_same_batches_may_be_announced_for_another_view(placed: Placement, t
 def test_the_caller_may_use_its_tensors_again(placed: Placement, lowrank: Made) -> None:
     teacher = lowrank.cache.teacher(placement=placed)
     ids = torch.arange(COUNT)
-    teacher.expect([ids])
+    teacher.prefetch([ids])
     ids += 1
     ids %= COUNT
     check(teacher, lowrank, ids, 0)
     same = torch.empty(5, dtype=torch.int64)
-    teacher.expect(same.copy_(batch) for batch in torch.split(drawn(0)[:35], 5))
+    teacher.prefetch(same.copy_(batch) for batch in torch.split(drawn(0)[:35], 5))
     for batch in torch.split(drawn(0)[:35], 5):
         check(teacher, lowrank, batch, 0)
 
@@ -370,7 +370,7 @@ def test_the_order_is_of_all_ids_and_follows_from_the_seed(placed: Placement, co
 
 @pytest.mark.parametrize(("size", "mixed"), [(CHUNK, 1), (CHUNK, 3), (3 * CHUNK, 2), (CHUNK, 100)])
 def test_a_block_shuffled_order_mixes_whole_blocks(size: int, mixed: int, lowrank: Made) -> None:
-    place = stream.Streamed(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
+    place = stream.StreamedRows(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
     first_groups, neighbors = set(), 0
     for seed in range(20):
         order = place.order(torch.Generator().manual_seed(seed)).tolist()
@@ -407,8 +407,8 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 def test_a_stream_reads_each_block_once_an_epoch(
     announced: bool, size: int, mixed: int, batch: int, lowrank: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = stream.Streamed(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
-    teacher = dataclasses.replace(lowrank.cache.teacher(placement="stream"), place=place)
+    place = stream.StreamedRows(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
+    teacher = dataclasses.replace(lowrank.cache.teacher(placement="stream"), source=place)
     generator = torch.Generator().manual_seed(mixed)
     firsts = range(0, COUNT, size)
     for view in (0, 1):
@@ -417,7 +417,7 @@ def test_a_stream_reads_each_block_once_an_epoch(
         with monkeypatch.context() as patch:
             reads = count_reads(patch)
             if announced:
-                teacher.expect(batches, view)
+                teacher.prefetch(batches, view)
             for ids in batches:
                 check(teacher, lowrank, ids, view)
         assert sorted(reads) == [(view, first, min(first + size, COUNT)) for first in firsts]
@@ -438,7 +438,7 @@ class Asked(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[list[int], int, list[Tensor]]:
         ids, process, logits = self.__getitems__([index])
-        self.teachers[0].expect([torch.tensor([index])])  # a worker may announce on its own account
+        self.teachers[0].prefetch([torch.tensor([index])])  # a worker may announce on its own account
         return ids, process, [*logits[1:], self.teachers[0](torch.tensor([index]))]
 
 
@@ -461,7 +461,7 @@ def test_workers_are_given_the_same(method: str, lowrank: Made, monkeypatch: pyt
     batches = torch.split(drawn(1), 6)
     for teacher in teachers:
         check(teacher, lowrank, drawn(0), 1)
-        teacher.expect(batches, 0)
+        teacher.prefetch(batches, 0)
         check(teacher, lowrank, batches[0], 0)
     # With the lock of the stream taken, and a thread in the middle of a read, when the workers are made.
     reading.clear()
@@ -491,7 +491,7 @@ def test_workers_are_given_the_same(method: str, lowrank: Made, monkeypatch: pyt
 @pytest.mark.parametrize("placed", ["host", *FROM_DISK])
 def test_a_worker_may_announce(placed: Placement, lowrank: Made) -> None:
     teacher = lowrank.cache.teacher(placement=placed)
-    teacher.expect(torch.split(drawn(1), 6), 0)
+    teacher.prefetch(torch.split(drawn(1), 6), 0)
     loader: DataLoader[Any] = DataLoader(
         Asked([teacher]), batch_size=None, sampler=range(8), num_workers=2, multiprocessing_context="fork", timeout=60
     )
@@ -503,13 +503,13 @@ def test_a_worker_may_announce(placed: Placement, lowrank: Made) -> None:
 @pytest.mark.parametrize("placed", PLACEMENTS)
 def test_a_copy_of_a_teacher_is_the_teacher(placed: Placement, lowrank: Made) -> None:
     teacher = lowrank.cache.teacher(placement=placed)
-    teacher.expect(torch.split(drawn(0), 5), 1)
+    teacher.prefetch(torch.split(drawn(0), 5), 1)
     check(teacher, lowrank, drawn(0)[:5], 1)
     copy = pickle.loads(pickle.dumps(teacher))  # noqa: S301
     assert (copy.placement, copy.why) == (teacher.placement, teacher.why)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     assert torch.equal(copy.order(generators[0]), teacher.order(generators[1]))
-    copy.expect([drawn(2)], 0)
+    copy.prefetch([drawn(2)], 0)
     for ids in (drawn(2), drawn(3)):
         check(copy, lowrank, ids, 0)
     check(teacher, lowrank, drawn(0)[5:10], 1)
@@ -606,7 +606,7 @@ def test_records_that_go_before_they_are_mapped(damage: str, announced: bool, lo
     teacher = mapped_teacher(lowrank)
     DAMAGE[damage](record_files(lowrank, kept_here)[1])
     if announced:
-        teacher.expect([drawn(0)], 1)
+        teacher.prefetch([drawn(0)], 1)
     with pytest.raises(CorruptError, match=r"view-1\.records cannot be mapped") as caught:
         teacher(drawn(0), 1)
     assert "open the cache's teacher again" in caught.value.fix
@@ -656,7 +656,7 @@ def map_until_killed(cache: Path, kept: Path, at: int) -> None:
         return read(reader, view, ids)
 
     pytest.MonkeyPatch().setattr(zarr_store.RowReader, "read", counted)
-    choose._READ = 2**16
+    choose._READ_BYTES = 2**16
     sys.addaudithook(hook)
     opened.teacher(placement="mmap")
 
@@ -759,7 +759,7 @@ def test_damage_that_a_stream_comes_upon_reaches_the_caller(copied: Made) -> Non
     damage_chunk(copied, 1, 1)
     for announced in ([], [ids], [well, ids], [well[:4], well[4:8], ids, well[8:]], [ids, well, well, well]):
         teacher = copied.cache.teacher(placement="stream")
-        teacher.expect(announced, 1)
+        teacher.prefetch(announced, 1)
         for batch in announced or [ids]:
             if batch is not ids:
                 check(teacher, copied, batch, 1)
@@ -775,17 +775,25 @@ def test_damage_that_a_stream_comes_upon_reaches_the_caller(copied: Made) -> Non
 
 
 MB = 10**6
+EXCEED = "0.2 MB exceed half of"
 
 
 @pytest.mark.parametrize(
     ("device", "on_device", "memory", "disk", "expected", "why"),
     [
-        ("meta", 0.84, 0, 0, "device", "0.2 MB of 0.8 MB free there"),
+        ("meta", 0.84, 0, 0, "device", "0.2 MB of 0.8 MB free on it"),
         ("meta", 0.82, 0.42, 0, "host", "0.2 MB of 0.4 MB free"),
         ("cpu", 100, 0.42, 0, "host", "0.2 MB of 0.4 MB free"),
-        ("cpu", 0, 0.41, 0.24, "mmap", "0.2 MB are too much for the 0.4 MB of memory that are free"),
-        ("cpu", 0, 0.41, 0.23, "stream", "0.2 MB are too much for 0.4 MB of memory and 0.2 MB of disk in {home}"),
-        ("cpu", 0, -1, 0, "stream", "0.2 MB are too much for -1.0 MB of memory and 0.0 MB of disk in {home}"),
+        ("cpu", 0, 0.41, 0.24, "mmap", f"{EXCEED} 0.4 MB free memory"),
+        (
+            "cpu",
+            0,
+            0.41,
+            0.23,
+            "stream",
+            "0.2 MB exceed half of 0.4 MB free memory and 90% of 0.2 MB free disk in {home}",
+        ),
+        ("cpu", 0, -1, 0, "stream", "0.2 MB exceed half of -1.0 MB free memory and 90% of 0.0 MB free disk in {home}"),
     ],
 )
 def test_auto_takes_the_first_place_that_the_rows_fit(
@@ -815,9 +823,9 @@ def test_auto_counts_the_records_that_are_there_already(larger: Made, monkeypatc
 
 
 def test_a_placement_that_is_not_known_is_refused(lowrank: Made) -> None:
-    with pytest.raises(UsageError, match="there is no placement 'memory'") as caught:
+    with pytest.raises(UsageError, match="unknown placement 'memory'") as caught:
         lowrank.cache.teacher(placement="memory")  # type: ignore[arg-type]
-    assert caught.value.fix == "take one of auto, device, host, mmap, stream"
+    assert caught.value.fix == "use one of auto, device, host, mmap, stream"
 
 
 def test_free_memory_is_what_the_containers_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -889,7 +897,7 @@ def test_the_command_says_where_the_rows_are(digits: Cache, tmp_path: Path) -> N
     assert "the cache is held: host (" in done.stderr
     assert " MB free)" in done.stderr
     done = kdcache(*common, "-o", tmp_path / "b", "--placement", "stream")
-    assert "the cache is held: stream (as asked)" in done.stderr
+    assert "the cache is held: stream (as requested)" in done.stderr
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["placement"] == ["stream"]
     done = kdcache(*common, "-o", tmp_path / "c", "--loss", "ce")
     assert "held" not in done.stderr
@@ -937,9 +945,9 @@ def peak_of(cache: Path, kept: Path, placed: Placement, told: Any) -> None:
     for module, name in (
         (mmap, "_WINDOW"),
         (mmap, "_RESIDENT"),
-        (choose, "_READ"),
-        (choose, "_STREAMED"),
-        (choose, "_BLOCK"),
+        (choose, "_READ_BYTES"),
+        (choose, "_MIXED_BYTES"),
+        (choose, "_BLOCK_BYTES"),
     ):
         setattr(module, name, 2**22)
     before, taken, done = own_memory(), [0], threading.Event()
@@ -952,9 +960,9 @@ def peak_of(cache: Path, kept: Path, placed: Placement, told: Any) -> None:
     watcher.start()
     teacher = open_cache(cache).teacher(placement=placed)
     batches = torch.split(teacher.order(torch.Generator().manual_seed(0)), 128)
-    teacher.expect(batches)
+    teacher.prefetch(batches)
     for ids in batches[: len(batches) // 4]:
-        assert teacher.place.rows(ids, 0).log_probs[:, 0].eq(torch.tensor(-6.9).half()).all()
+        assert teacher.source.rows(ids, 0).log_probs[:, 0].eq(torch.tensor(-6.9).half()).all()
     done.set()
     watcher.join()
     told.put(max(taken))

@@ -206,7 +206,7 @@ def test_a_fidelity_out_of_reach_of_the_tail_keeps_every_class() -> None:
     noise = torch.randn(400, 100, generator=torch.Generator().manual_seed(1)) * 3
     choice = plan_encoding(noise, noise.argmax(1), asked(fidelity=0.01))
     assert choice.chosen.encoding.dense
-    with pytest.raises(UsageError, match=r"no encoding with these settings is within a fidelity of 0.01; the nearest"):
+    with pytest.raises(UsageError, match=r"no encoding with these settings is within a fidelity of 0.01; the best one"):
         plan_encoding(noise, noise.argmax(1), asked(fidelity=0.01, top_k=2))
     nearest = plan_encoding(noise, noise.argmax(1), asked(top_k=2))
     assert nearest.chosen.worst == min(candidate.worst for candidate in nearest.tried)
@@ -227,8 +227,8 @@ def test_what_is_settled_is_not_planned() -> None:
     assert encoding_without_pilot(65, asked()) is None
     refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"top_k": 301}, "larger than the number of classes"),
-        ({"tail": "uniform"}, "a uniform tail has no plan"),
-        ({"top_k": 3, "dtype": "uint8"}, "uint8 needs every class"),
+        ({"tail": "uniform"}, "tail uniform requires a value of top_k"),
+        ({"top_k": 3, "dtype": "uint8"}, "dtype uint8 requires all classes"),
     )
     for wrong, words in refused:
         with pytest.raises(UsageError, match=words):

@@ -697,7 +697,7 @@ def test_a_teacher_of_other_weights_is_refused(seen: Made) -> None:
 
 
 def test_a_teacher_of_other_behavior_is_refused(seen: Made) -> None:
-    with pytest.raises(MismatchError, match="in view 0 the teacher says something else") as caught:
+    with pytest.raises(MismatchError, match="in view 0 the teacher's logits are not those of the cache") as caught:
         compare_with_teacher(seen.cache, Mirrored(), seen.samples)
     live, cached = Mirrored()(seen.images(0)), seen.live(0)
     variation = (live.softmax(1) - cached.softmax(1)).abs().sum(1).mean() / 2

@@ -78,14 +78,14 @@ def test_extras_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch) -> Non
         "pytest; extra == 'test'",
     ]
     monkeypatch.setattr(metadata, "requires", lambda _: wanted)
-    (said,) = (finding.found for finding in examine_machine(Path()) if finding.what == "extras")
+    (said,) = (finding.result for finding in examine_machine(Path()) if finding.what == "extras")
     assert said == f"not-there not installed, pydantic {metadata.version('pydantic')}"
 
 
 def test_a_configuration_of_accelerate_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "default_config.yaml").touch()
     monkeypatch.setattr("kdcache.doctor.default_config_file", str(tmp_path / "default_config.yaml"))
-    (said,) = (finding.found for finding in examine_machine(tmp_path) if finding.what == "accelerate")
+    (said,) = (finding.result for finding in examine_machine(tmp_path) if finding.what == "accelerate")
     assert said == str(tmp_path / "default_config.yaml")
 
 
@@ -147,7 +147,7 @@ def test_a_network_of_other_classes_or_too_large_is_found(who: str, args: str, w
 
 
 def test_a_full_disk_is_found(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcache.dump.dump.free_disk", lambda _: 1000)
+    monkeypatch.setattr("kdcache.dump.estimate.free_disk", lambda _: 1000)
     code, found, _ = doctor("smoke", "-o", tmp_path, *sets(f"teacher.weights={weights}"))
     assert (code, "0.000 GB are free there" in found["teacher"]) == (3, True)
 

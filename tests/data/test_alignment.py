@@ -194,7 +194,7 @@ def test_a_part_is_trained_on_if_asked_for(work: Path, tmp_path: Path) -> None:
     assert ids.tolist() == sorted(order)
     live, here = cache.teacher(), torch.arange(len(order))
     for view in (0, 1):
-        teacher.expect([here[:7], here[7:]], view)
+        teacher.prefetch([here[:7], here[7:]], view)
         got = torch.cat([teacher(here[:7], view), teacher(here[7:], view)])
         assert torch.equal(got, live(torch.from_numpy(ids), view))
     drawn = teacher.order(torch.Generator().manual_seed(0))

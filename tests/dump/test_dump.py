@@ -16,6 +16,7 @@ from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from torch import Tensor, nn
 
 from kdcache import Cache, Samples, dump_teacher, open_cache
+from kdcache.cache.format.schema import canonical
 from kdcache.config.schema import CacheSpec
 from kdcache.data.images import ArrayImages
 from kdcache.errors import CorruptError, IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
@@ -62,6 +63,16 @@ class StopsAfter(Silent):
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt
+
+
+class Listening(Silent):
+    """A progress reporter that keeps the messages."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
 
 
 class _Idle:
@@ -116,10 +127,10 @@ def relabeled() -> Samples:
     return tiny_samples(labels=labels)
 
 
-def repainted() -> Samples:
+def repainted(which: int | slice = 20) -> Samples:
     samples = tiny_samples()
     assert isinstance(samples.images, ArrayImages)
-    samples.images.pixels[20, 0, 3, 3] += 2**-6
+    samples.images.pixels[which, 0, 3, 3] += 2**-6
     return samples
 
 
@@ -127,7 +138,7 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "one logit": lambda: {"model": OneLogitOff()},
     "one label": lambda: {"samples": relabeled()},
     "one pixel": lambda: {"samples": repainted()},
-    "transform": lambda: {"transform": [{"TeacherIdentity": {}}]},
+    "transform": lambda: {"transform": [{"Identity": {}}]},
     "seed": lambda: {"spec": SPEC.model_copy(update={"seed": 1})},
     "k": lambda: {"spec": SPEC.model_copy(update={"top_k": 4})},
     "type": lambda: {"spec": SPEC.model_copy(update={"dtype": "float32"})},
@@ -171,17 +182,12 @@ def test_interrupted_after_any_batch_it_goes_on_to_the_same_cache(done: int, who
 
 
 def test_going_on_says_how_much_is_left(tmp_path: Path) -> None:
-    said: list[str] = []
-
-    class Listening(Silent):
-        def say(self, message: str) -> None:
-            said.append(message)
-
     with pytest.raises(InterruptedRun):
         dump(tmp_path / "c.kdcache", progress=StopsAfter(3))
-    dump(tmp_path / "c.kdcache", progress=Listening())
-    assert "4 of 5 shards" in said[0]
-    assert said[-1].startswith("time: ")
+    listener = Listening()
+    dump(tmp_path / "c.kdcache", progress=listener)
+    assert listener.said[0] == f"resuming {tmp_path / 'c.kdcache'}: 4 of 5 shards remain"
+    assert listener.said[-1].startswith("time: ")
 
 
 def test_views_go_on_where_they_stood(tmp_path: Path) -> None:
@@ -205,10 +211,9 @@ OTHERS: dict[str, tuple[Callable[[], dict[str, Any]], str, str, str]] = {
         hashlib.sha256(b"weight\0torch.float32\0[16, 10]\0" + TinyTeacher(seed=2).weight.numpy().tobytes()).hexdigest(),
     ),
     "seed": (lambda: {"spec": SPEC.model_copy(update={"seed": 77})}, "views.seed", "0", "77"),
-    "transform": (lambda: {"transform": [{"TeacherIdentity": {}}]}, "views.transform", "[]", "TeacherIdentity"),
+    "transform": (lambda: {"transform": [{"Identity": {}}]}, "views.transform", "[]", "Identity"),
     "batches": (lambda: {"spec": SPEC.model_copy(update={"batch_size": 4})}, "batch_size", "5", "4"),
     "label": (lambda: {"samples": relabeled()}, "dataset.digest", "sha256:", "sha256:"),
-    "image": (lambda: {"samples": repainted()}, "dataset.digest", "sha256:", "sha256:"),
 }
 
 
@@ -239,13 +244,92 @@ def test_a_tuple_in_a_transform_is_the_list_that_is_read_back(tmp_path: Path) ->
 # What is in the way.
 
 
-def test_a_sealed_cache_is_not_written_over(whole: Cache) -> None:
+def test_the_same_call_on_a_sealed_cache_returns_it(whole: Cache) -> None:
     before = files_of(whole.path)
-    teacher = BatchMinded()
-    with pytest.raises(UsageError, match="already a sealed cache"):
-        dump(whole.path, model=teacher)
+    teacher, listener = BatchMinded(), Listening()
+    again = dump(whole.path, model=teacher, progress=listener)
+    assert again.manifest == whole.manifest
+    assert f"{whole.path} is complete, with all 5 shards: nothing to do" in listener.said
     assert files_of(whole.path) == before
-    assert teacher.seen == [], "it is refused before the teacher runs"
+    assert teacher.seen == [], "the teacher does not run"
+
+
+@pytest.mark.parametrize("what", [*OTHERS, "image"])
+def test_a_sealed_cache_is_not_overwritten_with_other_settings(what: str, whole: Cache) -> None:
+    before = files_of(whole.path)
+    change = OTHERS[what][0]() if what in OTHERS else {"samples": repainted()}
+    key = OTHERS[what][1] if what in OTHERS else "dataset.digest"
+    with pytest.raises(UsageError, match="already a sealed cache, with other settings") as caught:
+        dump(whole.path, **change)
+    assert f"\n  {key}: " in caught.value.what
+    assert caught.value.exit_code == 2
+    assert files_of(whole.path) == before
+
+
+def test_a_sealed_cache_that_is_damaged_is_not_complete(tmp_path: Path) -> None:
+    out = dump(tmp_path / "c.kdcache").path
+    path = out / "data.zarr/log_probs/c/0/1/0"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptError, match="log_probs/c/0/1/0"):
+        dump(out)
+
+
+# Images that were replaced.
+
+
+def test_after_an_image_was_replaced_only_its_shard_is_made_again(tmp_path: Path) -> None:
+    once = dump(tmp_path / "once.kdcache", samples=repainted())
+    out = tmp_path / "c.kdcache"
+    with pytest.raises(InterruptedRun):
+        dump(out, progress=StopsAfter(9))
+    teacher, listener = BatchMinded(), Listening()
+    cache = dump(out, model=teacher, samples=repainted(), progress=listener)
+    assert f"images changed since {out} was begun: 1 finished shards are made again" in listener.said
+    assert teacher.seen[1:] == [list(batch) for batch in BATCHES if batch.start in range(16, 24) or batch.start >= 32]
+    assert cache.manifest.digest == once.manifest.digest
+    assert files_of(out) == files_of(once.path)
+
+
+@pytest.mark.parametrize("killed_after", ["marker", "plan"])
+def test_replacing_images_is_resumed_after_a_kill(killed_after: str, tmp_path: Path) -> None:
+    once = dump(tmp_path / "once.kdcache", samples=repainted())
+    out = tmp_path / "c.kdcache"
+    with pytest.raises(InterruptedRun):
+        dump(out, progress=StopsAfter(9))
+    (out / "commits/0/2.json").unlink()
+    if killed_after == "plan":
+        (out / "plan.json").write_bytes(canonical(once.manifest.plan))
+    assert dump(out, samples=repainted()).manifest.digest == once.manifest.digest
+    assert files_of(out) == files_of(once.path)
+
+
+NOT_REPLACED: dict[str, tuple[dict[str, Any], Callable[[], Samples], str]] = {
+    "labels": ({}, relabeled, "1 labels changed, first that of sample 20"),
+    "the pilot": (
+        {"spec": SPEC.model_copy(update={"pilot_rows": 37})},
+        repainted,
+        "1 images changed, first sample 20; sample 20 is in the pilot",
+    ),
+    "mixed views": ({"transform": [{"MixUp": {"alpha": 1.0}}]}, repainted, "the views mix images"),
+    "every shard": (
+        {"spec": SPEC.model_copy(update={"top_k": "all"})},
+        lambda: repainted(slice(None)),
+        "images of every finished shard changed",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT_REPLACED)
+def test_where_more_depends_on_a_replaced_image_it_is_refused(what: str, tmp_path: Path) -> None:
+    changes, samples, words = NOT_REPLACED[what]
+    out = tmp_path / "c.kdcache"
+    with pytest.raises(InterruptedRun):
+        dump(out, progress=StopsAfter(9), **changes)
+    before = files_of(out)
+    with pytest.raises(MismatchError, match=r"dataset.digest: sha256:.*, sha256:") as caught:
+        dump(out, samples=samples(), **changes)
+    assert words in caught.value.what
+    assert files_of(out) == before
 
 
 def test_an_ordinary_folder_is_not_written_into(tmp_path: Path) -> None:
@@ -298,7 +382,17 @@ def test_a_logit_that_is_no_number_is_refused_by_its_sample(sample: int, value: 
     with pytest.raises(CorruptError, match=rf"sample {sample} \(1 of the") as caught:
         dump(tmp_path / "c.kdcache", model=Wrapped(spoil(sample, value)))
     assert caught.value.exit_code == 5
-    assert list(tmp_path.iterdir()) == []
+    check_kept(tmp_path / "c.kdcache", finished=sample // 8)
+    assert dump(tmp_path / "c.kdcache", model=Wrapped(lambda logits, _: logits)).manifest.summary
+
+
+def check_kept(out: Path, finished: int) -> None:
+    """Check that a failed run has kept its finished shards; without any, nothing is left."""
+    if not finished:
+        assert list(out.parent.iterdir()) == []
+        return
+    with pytest.raises(IncompleteError, match=f"{5 - finished} of its 5 shards are missing"):
+        open_cache(out)
 
 
 WRONG: dict[str, tuple[nn.Module, str]] = {
@@ -321,7 +415,7 @@ def test_a_teacher_that_does_not_return_logits_is_refused(what: str, tmp_path: P
     with pytest.raises(MismatchError, match=words) as caught:
         dump(tmp_path / "c.kdcache", model=model)
     assert caught.value.exit_code == 4
-    assert list(tmp_path.iterdir()) == []
+    check_kept(tmp_path / "c.kdcache", finished=3 if what == "one batch" else 0)
 
 
 def test_a_crash_of_the_teacher_comes_through_and_the_cache_can_be_gone_on_with(tmp_path: Path) -> None:
@@ -365,7 +459,7 @@ def test_settings_that_do_not_fit_leave_nothing_behind(changes: dict[str, Any], 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_transform_that_fails_late_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_transform_that_fails_late_keeps_the_finished_shards(tmp_path: Path) -> None:
     class Holed(ArrayImages):
         def picture(self, index: int) -> Tensor:
             return super().picture(index)[:, : 2 if index == 31 else 4]
@@ -375,7 +469,7 @@ def test_a_transform_that_fails_late_leaves_nothing_behind(tmp_path: Path) -> No
     samples = Samples("holed", "train", Holed(given.images.pixels), given.labels, given.class_names, FLIP)
     with pytest.raises(KdcacheError):
         dump(tmp_path / "c.kdcache", samples=samples)
-    assert list(tmp_path.iterdir()) == []
+    check_kept(tmp_path / "c.kdcache", finished=3)
 
 
 def test_ctrl_c_before_the_first_row_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from helpers.tiny import TinyTeacher, tiny_samples
 from torch import Tensor, nn
 
 import kdcache
+from kdcache.cache.teacher import FunctionTeacher
 from kdcache.config.schema import Pipeline, TrainSpec
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
@@ -30,6 +31,9 @@ def live(ids: Tensor, view: int) -> Tensor:
     return logits
 
 
+LIVE = FunctionTeacher(live, 37)
+
+
 def network() -> nn.Module:
     torch.manual_seed(2)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 10))
@@ -44,7 +48,7 @@ def test_the_temperature_of_ctkd_is_trained_beside_the_student_and_against_it() 
     by_hand, at = copy.deepcopy(model), torch.ones(1, requires_grad=True)
     batch = train.__getitems__(list(range(37)))
     for epoch, reversal in ((1, 0.5), (2, 1.0), (3, 1.0)):
-        trainer.epoch(train, epoch, live)
+        trainer.epoch(train, epoch, LIVE)
         tau = 1 + 20 * at.sigmoid()
         logits = by_hand(batch.images)
         p = (live(batch.ids, 0) / tau).softmax(dim=1)
@@ -72,7 +76,14 @@ def test_fit_gives_the_optimizer_what_ctkd_learns(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("kdcache.train.step.learned_temperature", watched)
     for given in ({"name": "kd"}, {"name": "ctkd", "temperature": {"ramp_epochs": 1.0}}):
-        fit(network(), View(tiny_samples(), []), None, PLAIN, Loss.model_validate(given), teacher=live)
+        fit(
+            network(),
+            View(tiny_samples(), []),
+            None,
+            PLAIN,
+            Loss.model_validate(given),
+            teacher=LIVE,
+        )
     assert len(made) == 1
     assert abs(made[0].item() - 1) > 1e-3
 
@@ -167,6 +178,14 @@ def test_temperatures_are_told_as_means_over_the_samples() -> None:
     for name, expected in (("kd", 4.0), ("ce", None)):
         rows.clear()
         loss = Loss.model_validate({"name": name})
-        fit(network(), View(tiny_samples(), []), None, PLAIN, loss, teacher=live, on_epoch=rows.append)
+        fit(
+            network(),
+            View(tiny_samples(), []),
+            None,
+            PLAIN,
+            loss,
+            teacher=LIVE,
+            on_epoch=rows.append,
+        )
         for who in ("student_temperature", "teacher_temperature"):
             assert [getattr(row, who) for row in rows] == pytest.approx([expected] * 3)

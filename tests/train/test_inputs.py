@@ -25,7 +25,7 @@ from kdcache.errors import MismatchError, UsageError
 from kdcache.models.ensemble import Ensemble
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.runtime.progress import Silent
-from kdcache.train.inputs import OfFixedImages, inputs_from_caches
+from kdcache.train.inputs import FixedImagesTeacher, inputs_from_caches
 
 RECIPE = ROOT / "pipelines" / "digits.yaml"
 DENSE = CacheSpec(dtype="float32", views=2, seed=5)
@@ -101,7 +101,7 @@ def test_teachers_that_lie_on_disk_are_asked_in_an_order_that_serves_them(
     assert sorted(order.tolist()) == list(range(37))
     cuts = torch.split(order, 8)
     for view in (1, 0):
-        joined.expect((cut for cut in cuts), view)
+        joined.prefetch((cut for cut in cuts), view)
         for cut in cuts:
             expected = (NETWORKS[0](images(view, cut)) + NETWORKS[1](images(view, cut))) / 2
             torch.testing.assert_close(joined(cut, view), expected, rtol=1e-4, atol=1e-4)
@@ -297,11 +297,11 @@ def test_pixels_of_its_own_are_refused_where_the_teachers_are_random_or_mixed(tw
 
 def test_a_teacher_of_fixed_images_answers_for_every_view_as_for_its_one(two: list[Cache]) -> None:
     teacher = two[0].teacher()
-    fixed = OfFixedImages(teacher)
+    fixed = FixedImagesTeacher(teacher)
     ids = torch.tensor([4, 2, 900])
     assert torch.equal(fixed(ids, 17), teacher(ids, 0))
     order = fixed.order(torch.Generator().manual_seed(1))
     assert torch.equal(order, teacher.order(torch.Generator().manual_seed(1)))
-    fixed.expect([ids], 17)
+    fixed.prefetch([ids], 17)
     with pytest.raises(UsageError, match="the cache has no view 17"):
-        teacher.expect([ids], 17)
+        teacher.prefetch([ids], 17)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
+from kdcache.cache.teacher import FunctionTeacher
 from kdcache.config.schema import DatasetSpec, TrainSpec, Transform
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
@@ -131,7 +132,7 @@ def by_the_trainer(case: Case, accumulate: int) -> Outcome:
     steps = [
         step
         for number in range(1, EPOCHS + 1)
-        for step in trainer.epoch(train, number, live if case.of.uses_teacher else None)
+        for step in trainer.epoch(train, number, FunctionTeacher(live, COUNT) if case.of.uses_teacher else None)
     ]
     learned = [*model.parameters(), *([] if trainer.theta is None else [trainer.theta])]
     return Outcome([value.detach() for value in learned], [[value.item() for value in step] for step in steps])
@@ -202,7 +203,7 @@ def test_both_passes_over_the_pieces_see_the_same_and_leave_what_one_leaves() ->
     twin = copy.deepcopy(model)
     trainer = Trainer(model, TrainSpec(batch_size=COUNT, gradient_accumulation_steps=3), CASES["dtd+dist"].of, COUNT)
     torch.manual_seed(6)
-    trainer.epoch(train, 1, live)
+    trainer.epoch(train, 1, FunctionTeacher(live, COUNT))
     ended = torch.get_rng_state()
     assert len(model.said) == 6
     for first, second in zip(model.said[:3], model.said[3:], strict=True):
@@ -361,7 +362,7 @@ def test_an_epoch_sees_the_view_that_was_drawn_for_it() -> None:
 
     spec = TrainSpec(epochs=8, batch_size=COUNT, view_order="random", seed=4)
     train = View(samples(), [])
-    done = fit(Double(), train, None, spec, CASES["kd"].of, teacher=answers, views=5)
+    done = fit(Double(), train, None, spec, CASES["kd"].of, teacher=FunctionTeacher(answers, COUNT), views=5)
     assert asked == [row.view for row in done.epochs] == [view_of(epoch, 5, spec) for epoch in range(1, 9)]
     assert len(set(asked)) > 2
 
@@ -389,8 +390,9 @@ def test_bf16_is_for_training_alone_and_the_network_stays_as_it_was() -> None:
     seen: list[set[torch.dtype]] = []
     for precision in ("fp32", "bf16", "fp32"):
         model = Watched()
+        zeros = FunctionTeacher(lambda ids, _: torch.zeros(len(ids), 10), len(train))
         spec = TrainSpec.model_validate({"epochs": 2, "batch_size": 100, "precision": precision, "ema_decay": 0.5})
-        done = fit(model, train, train, spec, CASES["kd"].of, teacher=lambda ids, _: torch.zeros(len(ids), 10))
+        done = fit(model, train, train, spec, CASES["kd"].of, teacher=zeros)
         assert done.epochs[-1].cross_entropy < 2.3
         assert model.dtypes == {
             True: {torch.bfloat16 if precision == "bf16" else torch.float32}, False: set()

@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import (
 )
 
 import kdcache
+from kdcache.cache.teacher import FunctionTeacher
 from kdcache.config.loader import load_pipeline
 from kdcache.config.schema import CacheSpec, ModelSpec, Pipeline, TrainSpec
 from kdcache.data.datasets import load_split
@@ -92,7 +93,7 @@ def test_an_epoch_from_a_dense_cache_is_an_epoch_with_the_live_teacher(
         loss = Loss.model_validate({"name": loss_name, "warmup_epochs": 0.0})
         view = View(samples, samples.transform, labels=few_labels(samples, TrainSpec(labels_per_class=20)))
         trainer = Trainer(student, spec, loss, len(view))
-        return [step.total.item() for step in trainer.epoch(view, 1, source)]
+        return [step.total.item() for step in trainer.epoch(view, 1, FunctionTeacher(source, len(view)))]
 
     from_cache, from_live = losses(cached), losses(live)
     assert len(from_cache) == 20
@@ -195,7 +196,7 @@ def test_each_epoch_asks_for_its_view(tmp_path: Path) -> None:
 
     loss = Loss.model_validate({"name": "kd"})
     fit(SmallMLP(10, 1, 8, 8), View(samples, samples.transform), None, TrainSpec(epochs=5, batch_size=500), loss,
-        teacher=answers, views=2)  # fmt: skip
+        teacher=FunctionTeacher(answers, len(samples)), views=2)  # fmt: skip
     assert asked == [(view, 500) for view in (0, 0, 1, 1, 0, 0, 1, 1, 0, 0)]
 
 

@@ -6,6 +6,7 @@ every array writes its chunks even where they hold nothing but the fill value, o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.core.buffer import Buffer
 
 from kdcache.cache.format.array_specs import (
     AGAIN,
@@ -36,7 +38,7 @@ from kdcache.cache.format.array_specs import (
 from kdcache.cache.format.codec import Rows, index_dtype
 from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.format.recorded_views import unit_of, wrong_boxes
-from kdcache.cache.format.schema import Encoding, Plan
+from kdcache.cache.format.schema import Encoding, FileRecord, Plan
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.errors import CorruptError
 
@@ -101,12 +103,16 @@ def write_shard(
     rows: Rows,
     inputs: Inputs,
     recorded: npt.NDArray[Any] | None = None,
-) -> None:
-    """Write all arrays of one shard. Whatever an interrupted run left there must have been deleted."""
+) -> dict[str, FileRecord]:
+    """Write all arrays of one shard, and return its files with the size and sha256 of what was written.
+
+    Files that an interrupted run left there must have been deleted.
+    """
     if (recorded is None) == bool(recorded_arrays(plan)):
         raise ValueError("what the views were drawn from is kept exactly where a plan has an array for it")
     ids = plan.shard_ids(shard)
-    group = zarr.open_group(cache / STORE, mode="r+", zarr_format=3)
+    store = _HashingStore(cache / STORE)
+    group = zarr.open_group(store, mode="r+", zarr_format=3)
     expected = shard_arrays(plan)
     of_rows = {name: tensor.cpu().contiguous().numpy() for name, tensor in rows.arrays().items()}
     for name, values in (of_rows | dict.fromkeys(recorded_arrays(plan), recorded)).items():
@@ -116,6 +122,25 @@ def write_shard(
     for name, values in inputs._asdict().items():
         array = _array(group, name, expected[name]).with_config(_CONFIG)
         array[view, start : start + len(values)] = values
+    return {f"{STORE}/{key}": record for key, record in store.records.items()}
+
+
+class _HashingStore(zarr.storage.LocalStore):
+    """A folder whose files are hashed when they are written, so that they need not be read again.
+
+    Attributes:
+        records: path within the folder -> size and sha256 of the bytes that were last written.
+    """
+
+    def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
+        super().__init__(root, read_only=read_only)
+        self.records: dict[str, FileRecord] = {}
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a file."""
+        await super().set(key, value)
+        data = memoryview(value.as_buffer_like())
+        self.records[key] = FileRecord(size=data.nbytes, sha256=hashlib.sha256(data).hexdigest())
 
 
 class RowReader:

@@ -15,8 +15,8 @@ from kdcache.cache.fidelity import total_variation
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import decode
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.preconditions import differences
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import differences
 
 TEMPERATURES = (1, 4)
 QUANTILES = (0.5, 0.9, 0.99)

@@ -22,15 +22,11 @@ from kdcache.cache.format.codec import Rows, decode
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.reader import Cache
+from kdcache.cache.summary import CONFIDENCE_BINS, SHARPNESS_BINS_PER_NAT
 
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 SURE = 3.0
 """Nats, a factor of 20, by which another class is more probable than the label where this may be wrong."""
-
-_FINE = 256
-"""Bins a nat of the histogram of sharpness."""
-CONFIDENCES = 50
-"""Bins of the histogram of the largest probability."""
 
 _ROWS_AT_ONCE = 4096
 Numbers = npt.NDArray[np.float64]
@@ -145,7 +141,7 @@ def take_census(cache: Cache, worst: int = 10, threshold: float = SURE, schedule
         rows,
         [of_class(number) for number in range(len(names))],
         {share: _quantile(fine, share * rows) for share in QUANTILES},
-        {bin_ / _FINE: count for bin_, count in sorted(fine.items())},
+        {bin_ / SHARPNESS_BINS_PER_NAT: count for bin_, count in sorted(fine.items())},
         np.sum([part.confidence for part in parts], axis=0).tolist(),
         [of_sample(id_, label, top, log_prob, margin) for log_prob, id_, label, top, margin in hardest],
         [of_sample(id_, label, top, log_prob, -minus) for minus, id_, label, top, log_prob in suspects],
@@ -159,7 +155,7 @@ def _quantile(bins: Counter[int], wanted: float) -> float:
     below = 0
     for bin_, count in sorted(bins.items()):
         if below + count >= wanted:
-            return (bin_ + (wanted - below) / count) / _FINE
+            return (bin_ + (wanted - below) / count) / SHARPNESS_BINS_PER_NAT
         below += count
     return math.inf
 
@@ -170,7 +166,7 @@ def _count(path: Path, plan: Plan, shard: int, truth: Tensor, worst: int, thresh
     basis = zarr_store.read_basis(path, plan)
     by_class = np.zeros((4, plan.encoding.num_classes))
     fine: Counter[int] = Counter()
-    confidences = np.zeros(CONFIDENCES, np.int64)
+    confidences = np.zeros(CONFIDENCE_BINS, np.int64)
     log_probs, margins = torch.zeros(len(ids), dtype=torch.float64), torch.zeros(len(ids), dtype=torch.float64)
     tops = torch.zeros(views, len(ids), dtype=torch.int64)
     known = truth >= 0
@@ -183,9 +179,9 @@ def _count(path: Path, plan: Plan, shard: int, truth: Tensor, worst: int, thresh
         probability = top_log_prob.exp().clamp_max(1)
         for line, values in enumerate((tops[view] == truth, probability, rows.logsumexp), start=1):
             np.add.at(by_class[line], numbers, values[known].double().numpy())
-        fine.update((rows.logsumexp.double() * _FINE).floor().long().tolist())
-        places = (probability * CONFIDENCES).long().clamp_max(CONFIDENCES - 1)
-        confidences += torch.bincount(places, minlength=CONFIDENCES).numpy()
+        fine.update((rows.logsumexp.double() * SHARPNESS_BINS_PER_NAT).floor().long().tolist())
+        places = (probability * CONFIDENCE_BINS).long().clamp_max(CONFIDENCE_BINS - 1)
+        confidences += torch.bincount(places, minlength=CONFIDENCE_BINS).numpy()
         log_probs += label / views
         margins += torch.where(tops[view] == truth, 0.0, (top_log_prob - label).clamp_min(0)) / views
     top = tops.mode(dim=0).values

@@ -1,7 +1,7 @@
-"""Where encoded rows are held while students learn from them, and how they are gathered ahead of their use.
+"""Sources of encoded rows, and reading ahead.
 
-A place answers for ids of one view with encoded rows; what it costs is its own matter. Rows in memory are simply
-indexed. Rows on disk are fetched a window of batches at a time, in the order that the trainer has announced.
+Rows in memory are indexed. Rows on disk are fetched one window of batches at a time, in the order that was announced
+with `prefetch`.
 """
 
 from __future__ import annotations
@@ -23,77 +23,77 @@ Fetch = Callable[[Tensor, int], Rows]
 
 
 def gather(rows: Rows, which: Tensor) -> Rows:
-    """The rows at positions `which` [B] int64: several times quicker than the indexing that takes masks as well."""
+    """Return the rows at positions `which` [B] int64; several times faster than indexing, which takes masks as well."""
     return Rows.of({name: values.index_select(0, which) for name, values in rows.arrays().items()})
 
 
-class Place(Protocol):
-    """Where rows are."""
+class RowSource(Protocol):
+    """A source of encoded rows."""
 
     def rows(self, ids: Tensor, view: int) -> Rows:
-        """The rows of samples `ids` [B] int64 in a view."""
+        """Return the rows of samples `ids` [B] int64 in a view."""
 
-    def expect(self, batches: Iterable[Tensor], view: int) -> None:
-        """Be ready for these batches of ids, in this order."""
+    def prefetch(self, batches: Iterable[Tensor], view: int) -> None:
+        """Announce the batches of ids [B] int64 that will be asked for, in this order."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """A random order of all ids, [N] int64, that this place serves quickly."""
+        """Return a random order of all ids, [N] int64, in which they can be read fast."""
 
 
-class Memory:
-    """Rows in the memory of a device, or of the host.
+class RowsInMemory:
+    """Rows in the memory of a device or of the host.
 
     Args:
-        views: the rows of each view, by its number.
+        views: view index -> all rows of the view.
     """
 
     def __init__(self, views: Mapping[int, Rows]) -> None:
         self.views = views
 
     def rows(self, ids: Tensor, view: int) -> Rows:
-        """The rows of samples `ids` [B] int64 in a view."""
-        held = self.views[view]
-        return gather(held, ids.to(held.logsumexp.device))
+        """Return the rows of samples `ids` [B] int64 in a view."""
+        of_view = self.views[view]
+        return gather(of_view, ids.to(of_view.logsumexp.device))
 
-    def expect(self, batches: Iterable[Tensor], view: int) -> None:
-        """Nothing need be made ready."""
+    def prefetch(self, batches: Iterable[Tensor], view: int) -> None:
+        """Do nothing: all rows are in memory."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """A random order of all ids, [N] int64."""
+        """Return a random order of all ids, [N] int64."""
         return torch.randperm(len(next(iter(self.views.values()))), generator=generator)
 
 
-class Ahead:
-    """Fetches the batches that were announced before they are asked for.
+class Prefetcher:
+    """Fetches announced batches in a background thread before they are asked for.
 
-    Belongs to the process that announced them: in a worker that was forked it knows of none.
+    Announcements belong to the process that made them: in a forked worker there are none.
 
     Args:
-        fetch: how rows are got; called in another thread.
-        window: rows that are fetched at once; two windows are on their way at most.
+        fetch: reads rows; called in the background thread.
+        window: number of rows per fetch; at most two fetches are pending.
     """
 
     def __init__(self, fetch: Fetch, window: int) -> None:
         self._fetch, self._window = fetch, window
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._process = os.getpid()
         self._pool: ThreadPoolExecutor | None = None
         self._announced: Iterator[list[Tensor]] = iter(())
-        self._coming: deque[tuple[tuple[Tensor, ...], Future[Rows]]] = deque()
-        self._here: deque[tuple[Tensor, Rows]] = deque()
+        self._pending: deque[tuple[tuple[Tensor, ...], Future[Rows]]] = deque()
+        self._ready: deque[tuple[Tensor, Rows]] = deque()
         self._view = 0
 
-    def expect(self, batches: Iterable[Tensor], view: int) -> None:
-        """Begin to fetch these batches of ids of a view; what was announced before is forgotten."""
+    def prefetch(self, batches: Iterable[Tensor], view: int) -> None:
+        """Start to fetch these batches of ids of a view; earlier announcements are dropped."""
         pool = None
-        if self._process == os.getpid():  # a forked copy of a future may be locked for ever
+        if self._process == os.getpid():  # the lock of a future that was copied by a fork may never be released
             pool = self._pool
-            for _, future in self._coming:
+            for _, future in self._pending:
                 future.cancel()
-        self._forget()
-        self._pool = pool or ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdcache-ahead")
+        self._reset()
+        self._pool = pool or ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdcache-prefetch")
         self._announced, self._view = self._windows(batches), view
         self._submit()
         self._submit()
@@ -113,21 +113,21 @@ class Ahead:
     def _submit(self) -> None:
         window = next(self._announced, None)
         if window is not None and self._pool is not None:
-            # A copy, of which both the rows and the comparison are: the caller may use its tensors again.
+            # A copy, for both the fetch and the comparison: the caller may overwrite its tensors.
             ids = torch.cat(window)
             batches = torch.split(ids, [len(batch) for batch in window])
-            self._coming.append((batches, self._pool.submit(self._fetch, ids, self._view)))
+            self._pending.append((batches, self._pool.submit(self._fetch, ids, self._view)))
 
     def rows(self, ids: Tensor, view: int) -> Rows:
-        """The rows of samples `ids` in a view: those that lie ready, if it is their turn."""
+        """Return the rows of samples `ids` [B] in a view: the prefetched ones if this is the next announced batch."""
         if view != self._view or self._process != os.getpid():
             return self._fetch(ids, view)
-        if not self._here and self._coming:
-            window, future = self._coming.popleft()
+        if not self._ready and self._pending:
+            window, future = self._pending.popleft()
             self._submit()
             rows = future.result()
             ends = list(itertools.accumulate(map(len, window)))
-            self._here.extend((batch, rows[end - len(batch) : end]) for batch, end in zip(window, ends, strict=True))
-        if self._here and torch.equal(self._here[0][0], ids):
-            return self._here.popleft()[1]
+            self._ready.extend((batch, rows[end - len(batch) : end]) for batch, end in zip(window, ends, strict=True))
+        if self._ready and torch.equal(self._ready[0][0], ids):
+            return self._ready.popleft()[1]
         return self._fetch(ids, view)

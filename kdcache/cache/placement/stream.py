@@ -1,7 +1,8 @@
-"""Rows read from the store block by block, for a cache that is larger than memory and than the free disk.
+"""Read rows from the store block by block, for a cache that is larger than memory and than the free disk space.
 
-Blocks are runs of chunks of the store. In a block-shuffled order (blocks drawn at random, the rows of a few of them
-mixed) each is read once an epoch. Any other order is answered too, and slowly: a batch then reads many blocks.
+A block is a run of chunks of the store. In a block-shuffled order (blocks in random order, the rows of a few blocks
+shuffled together) each block is read once per epoch. Any other order works too but is slow: a batch then reads many
+blocks.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from torch import Tensor
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.schema import Plan
-from kdcache.cache.placement.prefetch import Ahead, gather
+from kdcache.cache.placement.prefetch import Prefetcher, gather
 
 _WINDOWS = 4
-"""Fetches ahead that the rows of mixed blocks are gathered in."""
+"""Number of prefetch windows that the rows of the mixed blocks are divided into."""
 
 
-class Streamed:
-    """Rows of a cache, read when they are needed.
+class StreamedRows:
+    """Rows that are read from the store when they are needed.
 
     Args:
-        cache: its folder.
+        cache: folder of the cache.
         plan: of the cache.
-        size: rows of a block.
-        mixed: how many blocks are; twice as many are kept in memory, for batches that begin in some and end in others.
+        size: number of rows per block.
+        mixed: number of blocks whose rows are shuffled together; twice as many are held in memory, for batches that
+            span two groups of blocks.
     """
 
     def __init__(self, cache: Path, plan: Plan, size: int, mixed: int) -> None:
@@ -42,17 +44,17 @@ class Streamed:
         self._process = os.getpid()
         self._reader = zarr_store.RowReader(self._cache, self._plan)
         self._count = -(-self._plan.dataset.samples // self._size)
-        self._most = min(2 * self._mixed, self._count * self._plan.views.count)
-        # Kept blocks lie in slots of one table: a batch is gathered from all of them at once.
+        self._max_blocks = min(2 * self._mixed, self._count * self._plan.views.count)
+        # Blocks are held in slots of one table: a batch is gathered from all of them at once.
         self._table = Rows.of(
             {
-                name: torch.empty(self._most * self._size, *none.shape[1:], dtype=none.dtype)
+                name: torch.empty(self._max_blocks * self._size, *none.shape[1:], dtype=none.dtype)
                 for name, none in self._reader.read(0, range(0)).arrays().items()
             }
         )
         self._slots: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
-        self._ahead = Ahead(self._fetch, max(self._mixed * self._size // _WINDOWS, 1))
+        self._prefetcher = Prefetcher(self._fetch, max(self._mixed * self._size // _WINDOWS, 1))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: vars(self)[name] for name in ("_cache", "_plan", "_size", "_mixed")}
@@ -62,15 +64,15 @@ class Streamed:
         self._open()
 
     def rows(self, ids: Tensor, view: int) -> Rows:
-        """The rows of samples `ids` [B] int64 in a view."""
-        return self._ahead.rows(ids.cpu(), view)
+        """Return the rows of samples `ids` [B] int64 in a view."""
+        return self._prefetcher.rows(ids.cpu(), view)
 
-    def expect(self, batches: Iterable[Tensor], view: int) -> None:
-        """Read these batches of ids ahead, in this order."""
-        self._ahead.expect(batches, view)
+    def prefetch(self, batches: Iterable[Tensor], view: int) -> None:
+        """Read these batches of ids [B] int64 ahead, in this order."""
+        self._prefetcher.prefetch(batches, view)
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """A block-shuffled order of all ids, [N] int64: within so many blocks it is random, and so are the blocks."""
+        """Return a block-shuffled order of all ids, [N] int64: random blocks, shuffled within each group of them."""
         parts = []
         for mixed in torch.split(torch.randperm(self._count, generator=generator), self._mixed):
             ids = torch.cat([torch.arange(ids.start, ids.stop) for ids in map(self._ids, mixed.tolist())])
@@ -82,26 +84,26 @@ class Streamed:
 
     def _fetch(self, ids: Tensor, view: int) -> Rows:
         if self._process != os.getpid():
-            self._open()  # a forked worker: the lock may have been taken when it was made
+            self._open()  # in a forked worker: the lock may have been held at the time of the fork
         blocks = ids // self._size
         parts, order = [], []
         with self._lock:
-            for some in torch.split(torch.unique(blocks), self._most):
-                slots = self._bring(view, some)[blocks]
+            for some in torch.split(torch.unique(blocks), self._max_blocks):
+                slots = self._load(view, some)[blocks]
                 which = (slots >= 0).nonzero().squeeze(1)
                 parts.append(gather(self._table, slots[which] * self._size + ids[which] % self._size))
                 order.append(which)
         return parts[0] if len(parts) == 1 else gather(Rows.concatenate(parts), torch.cat(order).argsort())
 
-    def _bring(self, view: int, blocks: Tensor) -> Tensor:
-        """The slots of these blocks, at most as many as are kept, by number of the block; -1 for all others."""
+    def _load(self, view: int, blocks: Tensor) -> Tensor:
+        """Load blocks, at most as many as there are slots, and return the slot of each block, -1 for others."""
         slots = torch.full((self._count,), -1)
         wanted = {(view, block): block for block in blocks.tolist()}
         leaving = iter([key for key in self._slots if key not in wanted])
         for key, block in wanted.items():
             if key not in self._slots:
                 rows = self._reader.read(view, self._ids(block))
-                full = len(self._slots) == self._most
+                full = len(self._slots) == self._max_blocks
                 slot = self._slots.pop(next(leaving)) if full else len(self._slots)
                 for name, values in self._table.arrays().items():
                     values[slot * self._size : slot * self._size + len(rows)] = rows.arrays()[name]

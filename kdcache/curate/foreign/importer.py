@@ -16,8 +16,9 @@ from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs, digest_of
 from kdcache.cache.format.recorded_views import CROP, recorded, unit_of
 from kdcache.cache.format.schema import Encoding, Lineage, Plan, ViewsRecord
 from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import CacheWriter, check_place
+from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec, Transform
 from kdcache.curate.foreign.fkd import open_fkd
 from kdcache.curate.foreign.ml_dr import open_ml_dr

@@ -1,0 +1,87 @@
+"""Check that a cache can be created, resumed or extended, and report the settings that differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdcache.cache.format import array_specs
+from kdcache.cache.format.schema import MANIFEST, PLAN, Record
+from kdcache.cache.lock import check_not_held
+from kdcache.errors import MismatchError, UsageError
+
+
+def check_outside(path: Path) -> None:
+    """Check that a path is not inside a cache.
+
+    Raises:
+        UsageError: if it is.
+    """
+    inside = next((folder for folder in path.absolute().parents if (folder / array_specs.STORE).is_dir()), None)
+    if inside is not None:
+        raise UsageError(f"{path} is inside the cache {inside}", "use a folder outside of it with -o")
+
+
+def check_place(path: Path) -> None:
+    """Check that a cache can be created or resumed at `path`.
+
+    Raises:
+        UsageError: if it is something else, a sealed cache, inside a cache, or being written by another process.
+    """
+    if (path / MANIFEST).exists():
+        raise UsageError(f"{path} is already a sealed cache", "use another name with -o, or delete it first")
+    check_outside(path)
+    if path.exists() and not (path / PLAN).exists():
+        raise UsageError(f"{path} exists and is not a cache", "use another name with -o")
+    check_not_held(path)
+
+
+def check_same_plan(path: Path, before: Record, now: Record, name: str = "", note: str = "") -> None:
+    """Check that a cache is resumed, or a sealed one extended, with the settings that it was made with.
+
+    Args:
+        path: of the cache.
+        before: the plan of the cache, or the part of it called `name`.
+        now: the same of this run.
+        name: of the part.
+        note: what else is known about the difference.
+
+    Raises:
+        MismatchError: with every setting that differs, and both values.
+    """
+    changes = [f"{key}: {old}, {new}" for key, old, new in differences(before.model_dump(), now.model_dump(), name)]
+    if changes:
+        notes = [note] if note else []
+        raise MismatchError(
+            "\n  ".join([f"{path} was made with other settings (in the cache, in this run):", *changes, *notes]),
+            "use the settings of the cache, or dump the teacher without --extend"
+            if (path / MANIFEST).exists()
+            else "use the same settings to resume, or delete the folder to start again",
+        )
+
+
+def differences(before: object, now: object, name: str = "") -> list[tuple[str, object, object]]:
+    """Return what two nested dicts differ in: (key with its parents, before, now)."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [
+            change
+            for key in keys
+            for change in differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if before == now else [(name, before, now)]
+
+
+def created_meanwhile(path: Path) -> UsageError:
+    """Return the error of the process that lost the race to create a cache."""
+    return UsageError(
+        f"another process created {path} at the same time",
+        "wait until that process has ended and run the same command again, or use another name with -o",
+    )
+
+
+def sealed_meanwhile(path: Path) -> UsageError:
+    """Return the error of a process that waited until another one had sealed the cache."""
+    return UsageError(
+        f"{path} is already a sealed cache: another process completed it just now",
+        "run the same command again: it ends at once if the cache has the same settings",
+    )

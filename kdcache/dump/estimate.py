@@ -1,0 +1,178 @@
+"""Estimate what a cache would keep and cost, from a pilot of its teacher or from logits in a file."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from kdcache.cache.format import zarr_store
+from kdcache.cache.format.array_specs import raw_bytes
+from kdcache.cache.format.codec import encode_finite, not_finite
+from kdcache.cache.format.schema import Encoding
+from kdcache.cache.planner import Choice, encoding_without_pilot, pilot_ids, plan_encoding
+from kdcache.cache.preconditions import check_place
+from kdcache.config.schema import CacheSpec
+from kdcache.data.views import View
+from kdcache.dump.check_images import check_images
+from kdcache.dump.plan import Pilot, request_of, run_pilot, views_of
+from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
+from kdcache.models.checks import try_network
+from kdcache.models.inference import InferenceModel
+from kdcache.models.teacher import LoadedTeacher
+from kdcache.runtime.progress import Progress
+from kdcache.runtime.resources import free_disk
+
+_TIMED_BATCHES = 8
+"""Batches of a pilot that only measures time and size."""
+
+_NPZ = "write it with numpy.savez(path, logits=[N, C] floats, labels=[N] integers)"
+
+
+class Estimate(NamedTuple):
+    """What a cache would keep and cost.
+
+    Attributes:
+        encoding: of its rows.
+        choice: the candidates that were measured; None if every class is kept.
+        rows: number of rows of all views.
+        bytes_per_row: on disk, measured on a pilot; None without one.
+        rows_per_second: of the pilot; None without one.
+    """
+
+    encoding: Encoding
+    choice: Choice | None
+    rows: int
+    bytes_per_row: float | None = None
+    rows_per_second: float | None = None
+
+    @property
+    def bytes(self) -> float:
+        """Size on disk of rows and basis; an upper bound without a pilot."""
+        per_row = self.bytes_per_row or raw_bytes(self.encoding)
+        return per_row * self.rows + 2 * self.encoding.rank * self.encoding.num_classes
+
+
+def estimate(
+    loaded: LoadedTeacher,
+    spec: CacheSpec,
+    device: torch.device | str,
+    progress: Progress,
+    out: Path | None = None,
+    pilot_rows: int | None = None,
+) -> Estimate:
+    """Estimate the cache of a teacher; nothing is written.
+
+    Args:
+        loaded: the teacher and its images.
+        spec: what the cache is to keep.
+        device: where the teacher runs.
+        progress: progress reporter.
+        out: where the cache is to be written: a pilot is run in any case, for time and size, and the free disk space
+            is checked. None: a pilot is run only if the encoding depends on it.
+        pilot_rows: number of rows of the pilot; None: as many as the run would use.
+
+    Raises:
+        IncompleteError: if the cache does not fit on the disk.
+        KdcacheError: if settings, teacher and images are inconsistent.
+    """
+    num_classes = loaded.samples.num_classes
+    rows = len(loaded.samples) * views_of(spec, loaded.transform).count
+    encoding = encoding_without_pilot(num_classes, request_of(spec))
+    if encoding is not None and out is None:
+        return Estimate(encoding, None, rows)
+    view = View(loaded.samples, loaded.transform, spec.seed)
+    try_network(loaded.model.to(device), view, device, "teacher")
+    teacher = InferenceModel(loaded.model, num_classes, spec, device)
+    if encoding is not None:
+        pilot = run_pilot(teacher, view, spec, progress, pilot_rows or _TIMED_BATCHES * spec.batch_size)
+        estimated = Estimate(encoding, None, rows, _measured_bytes(encoding, pilot), pilot.rows_per_second)
+    else:
+        pilot = run_pilot(teacher, view, spec, progress, pilot_rows)
+        choice = plan_encoding(pilot.logits, pilot.labels, request_of(spec))
+        chosen = choice.chosen
+        estimated = Estimate(chosen.encoding, choice, rows, chosen.bytes_per_row, pilot.rows_per_second)
+    if out is not None:
+        check_room(out, estimated.bytes)
+    return estimated
+
+
+def estimate_new_cache(
+    loaded: LoadedTeacher,
+    spec: CacheSpec,
+    out: Path,
+    device: torch.device | str,
+    progress: Progress,
+    decode_images: bool = False,
+) -> Estimate:
+    """Estimate the cache that a dump to `out` would make, after the checks that the dump begins with.
+
+    Raises:
+        UsageError: if a cache cannot be written to `out`.
+        CorruptError: if some image files cannot be read; names all of them.
+        As `estimate`.
+    """
+    check_place(out)
+    check_images(loaded.samples, progress, decode_images)
+    return estimate(loaded, spec, device, progress, out)
+
+
+def _measured_bytes(encoding: Encoding, pilot: Pilot) -> float:
+    """Return the bytes per row on disk of a pilot's rows, if every class is kept."""
+    return zarr_store.bytes_per_row(encoding, encode_finite(pilot.logits, pilot.labels, encoding))
+
+
+def check_room(out: Path, needed: float) -> None:
+    """Check that a cache of about `needed` bytes fits on the disk.
+
+    Raises:
+        IncompleteError: if it does not.
+    """
+    free = free_disk(out)
+    if needed > free:
+        raise IncompleteError(
+            f"{out} needs about {needed / 1e9:,.3f} GB; {free / 1e9:,.3f} GB are free there",
+            "free disk space, use another disk with -o, or keep less (cache.fidelity, cache.views)",
+        )
+
+
+def estimate_from_logits(path: Path, fidelity: float | None) -> Estimate:
+    """Estimate the cache of the logits in an npz file; `labels` in it are the true classes.
+
+    Raises:
+        UsageError: if the file does not hold logits [N, C].
+        MismatchError: if a label is out of range.
+        CorruptError: if a logit is NaN or infinite.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise UsageError(f"cannot read {path} as an npz file: {error}", _NPZ) from None
+    logits = arrays.get("logits", np.empty(0))
+    labels = arrays.get("labels", np.full(len(logits), -1))
+    if (
+        logits.ndim != 2
+        or logits.dtype.kind != "f"
+        or labels.shape != logits.shape[:1]
+        or labels.dtype.kind not in "iu"
+    ):
+        contents = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in arrays.items())
+        raise UsageError(f"{path} holds {contents or 'nothing'}", _NPZ)
+    if len(labels) and not (labels.min() >= -1 and labels.max() < logits.shape[1]):
+        raise MismatchError(
+            f"labels of {path} are outside of 0 to {logits.shape[1] - 1}", "correct them; use -1 for an unknown label"
+        )
+    spec = CacheSpec.model_validate({"fidelity": fidelity})
+    encoding = encoding_without_pilot(logits.shape[1], request_of(spec))
+    if encoding is not None:
+        return Estimate(encoding, None, len(logits))
+    ids = pilot_ids(len(logits), spec.pilot_rows)
+    pilot = torch.from_numpy(logits[ids].astype(np.float32))
+    if len(bad := not_finite(pilot)):
+        raise CorruptError(f"row {ids[int(bad[0])]} of {path} holds NaN or infinite logits", "correct the logits")
+    choice = plan_encoding(pilot, torch.from_numpy(labels[ids].astype(np.int64)), request_of(spec))
+    return Estimate(choice.chosen.encoding, choice, len(logits), choice.chosen.bytes_per_row)

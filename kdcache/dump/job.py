@@ -1,0 +1,175 @@
+"""A dump, and everything that happens before its teacher pass: checks, the plan, and the cache created or resumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from kdcache.cache.adopt import adopt_shards
+from kdcache.cache.format.fingerprints import digest_of
+from kdcache.cache.format.read_records import read_manifest, read_plan
+from kdcache.cache.format.schema import MANIFEST, PLAN, Plan
+from kdcache.cache.lock import LOCK
+from kdcache.cache.planner import encoding_without_pilot, pilot_ids
+from kdcache.cache.preconditions import check_place, differences
+from kdcache.cache.reader import Cache, open_cache
+from kdcache.cache.writer import CacheWriter
+from kdcache.config.schema import CacheSpec, Transform
+from kdcache.data.mixing import split_mixing
+from kdcache.data.samples import Samples
+from kdcache.data.views import View
+from kdcache.dump.check_images import check_images
+from kdcache.dump.estimate import check_room
+from kdcache.dump.extend import check_extends
+from kdcache.dump.plan import Chosen, Pilot, choose, plan_cache, request_of, run_pilot, views_of
+from kdcache.dump.teacher_pass import Shard
+from kdcache.errors import UsageError
+from kdcache.models.checks import try_network
+from kdcache.models.inference import InferenceModel
+from kdcache.models.teacher import TeacherIdentity
+from kdcache.runtime.progress import Progress
+
+_OTHER_NAME = "use another name with -o, or delete it first"
+
+
+@dataclass(frozen=True)
+class DumpJob:
+    """A teacher, a data set, and the cache that is to be made of them.
+
+    Attributes:
+        model: the teacher.
+        identity: what distinguishes it from other teachers with the same weights.
+        samples: the data set.
+        transform: of the teacher's images.
+        spec: what the cache keeps.
+        out: folder of the cache.
+        extends: a sealed cache whose shards are taken over; None for a new one.
+        decode_images: whether every image file is decoded before the pass.
+        device: where the teacher runs and rows are encoded.
+        progress: progress reporter.
+    """
+
+    model: nn.Module
+    identity: TeacherIdentity
+    samples: Samples
+    transform: Transform
+    spec: CacheSpec
+    out: Path
+    extends: Cache | None
+    decode_images: bool
+    device: torch.device | str
+    progress: Progress
+
+    def view(self, index: int = 0) -> View:
+        """Return a view of the data set, as the teacher sees it."""
+        return View(self.samples, self.transform, self.spec.seed, index)
+
+    def inference_model(self) -> InferenceModel:
+        """Return the teacher on its device, in its precision."""
+        return InferenceModel(self.model, self.samples.num_classes, self.spec, self.device)
+
+    def run_pilot(self) -> Pilot:
+        """Run the teacher on the pilot rows."""
+        return run_pilot(self.inference_model(), self.view(), self.spec, self.progress)
+
+
+class Prepared(NamedTuple):
+    """A cache that can be written, or that is complete already.
+
+    Attributes:
+        writer: of the cache; None if it is complete.
+        complete: the sealed cache with the settings of the job; None if there is something to do.
+    """
+
+    writer: CacheWriter | None
+    complete: Cache | None
+
+
+def prepare(job: DumpJob) -> Prepared:
+    """Check the job, make the plan, and create or resume the cache.
+
+    Raises:
+        UsageError: if the settings are invalid, or `job.out` is something else or a sealed cache with other settings.
+        MismatchError: if the teacher does not return [B, C], or settings differ from those of the cache.
+        CorruptError: if image files or logits cannot be used.
+        IncompleteError: if the cache does not fit on the disk.
+    """
+    out, spec, samples = job.out, job.spec, job.samples
+    is_sealed = (out / MANIFEST).is_file()
+    if not is_sealed:
+        check_place(out)
+    views = views_of(spec, job.transform)
+    # Invalid settings are refused before all images are read.
+    encoding_without_pilot(samples.num_classes, request_of(spec))
+    if not is_sealed:
+        check_images(samples, job.progress, job.decode_images)
+        try_network(job.model.to(job.device), job.view(), job.device, "teacher")
+    keys = samples.keys(job.progress)
+    digest = digest_of(keys, samples.labels)
+    shape = job.extends.manifest.plan.shape if job.extends else None
+    if is_sealed:
+        sealed = read_manifest(out / MANIFEST).plan
+        if sealed.dataset.class_names != samples.class_names:
+            raise UsageError(f"{out} is already a sealed cache, of other classes", _OTHER_NAME)
+        chosen = Chosen(sealed.encoding, sealed.fidelity, None, 0)
+        plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape)
+        return Prepared(None, _complete(job, sealed, plan))
+    path, begun = out, read_plan(out / PLAN) if (out / PLAN).exists() else None
+    if begun is None and job.extends is not None:
+        path, begun = job.extends.path, job.extends.manifest.plan
+    chosen = choose(path, begun, spec, samples.num_classes, job.run_pilot)
+    plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape)
+    if job.extends is not None:
+        check_extends(job.extends, plan, keys, samples.labels)
+    if not (out / PLAN).exists():
+        check_room(out, chosen.bytes_per_row * plan.views.count * plan.dataset.samples)
+    return Prepared(_begin(job, plan, chosen, keys), None)
+
+
+def _complete(job: DumpJob, sealed: Plan, plan: Plan) -> Cache:
+    """Return the sealed cache at `job.out`, if its plan is that of the job and every byte is as it was written."""
+    if changes := differences(sealed.model_dump(), plan.model_dump()):
+        lines = [f"{key}: {old}, {new}" for key, old, new in changes]
+        raise UsageError(
+            "\n  ".join(
+                [f"{job.out} is already a sealed cache, with other settings (in the cache, in this run):", *lines]
+            ),
+            _OTHER_NAME,
+        )
+    cache = open_cache(job.out)
+    for leftover in (PLAN, LOCK):  # of a run that was killed after it had sealed the cache
+        (job.out / leftover).unlink(missing_ok=True)
+    job.progress.say(f"{job.out} is complete, with all {sealed.views.count * sealed.shards} shards: nothing to do")
+    return cache
+
+
+def _begin(job: DumpJob, plan: Plan, chosen: Chosen, keys: npt.NDArray[np.uint64]) -> CacheWriter:
+    """Create or resume the cache, and report what is done already."""
+    writer = CacheWriter.begin(job.out, plan, job.samples.labels, keys, chosen.basis, fixed_images=_fixed_images(job))
+    if writer.remade:
+        job.progress.say(f"images changed since {job.out} was begun: {writer.remade} finished shards are made again")
+    if job.extends is not None and (adopted := adopt_shards(writer, job.extends)):
+        job.progress.say(f"{adopted} shards are taken from {job.extends.path}")
+    if not writer.created:
+        total = plan.views.count * plan.shards
+        job.progress.say(f"resuming {job.out}: {len(pending_shards(writer))} of {total} shards remain")
+    return writer
+
+
+def _fixed_images(job: DumpJob) -> frozenset[int] | None:
+    """Return the ids of the samples that all rows depend on; None if every row may depend on any image."""
+    if split_mixing(job.transform)[1]:
+        return None
+    needs_pilot = encoding_without_pilot(job.samples.num_classes, request_of(job.spec)) is None
+    return frozenset(pilot_ids(len(job.samples), job.spec.pilot_rows) if needs_pilot else ())
+
+
+def pending_shards(writer: CacheWriter) -> list[Shard]:
+    """Return the shards of all views that are still to be made, in order."""
+    return [Shard(view, shard) for view in range(writer.plan.views.count) for shard in writer.pending(view)]
