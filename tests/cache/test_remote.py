@@ -752,14 +752,14 @@ def test_commands_take_urls(work: Path, tmp_path: Path) -> None:
         assert weights[0] == weights[1]
         ok("sweep", recipe, "-o", tmp_path / "w", "--cache", f"{url}#{digest}", "--seeds", 1, *device)
         ok("evaluate", tmp_path / "s", "--cache", url, *device)
-        assert "no findings" in ok("verify", url, recipe, "--replay", "--digest", digest)
+        assert "no problems" in ok("verify", url, recipe, "--replay", "--digest", digest)
         fetched = {path: count for path, count in server.asked.items() if "/data.zarr/" in path}
         assert set(fetched.values()) == {1}
         told = json.loads(ok("pull", url, tmp_path / "pulled", "--views", "0", "--json"))
         assert told == {"cache": str(tmp_path / "pulled"), "digest": digest, "views": [0]}
         assert "views" in ok("pull", url)
-    assert "names no views" in refused(2, "pull", url, "--views", "one")
-    assert "is no URL" in refused(2, "pull", work / "c.kdcache")
+    assert "--views must be an index or a range" in refused(2, "pull", url, "--views", "one")
+    assert "is not a URL" in refused(2, "pull", work / "c.kdcache")
     assert "--digest is of one cache" in refused(
         2, "train-student", recipe, "-o", tmp_path / "no", "--cache", url, "--cache", url, "--digest", digest, *device
     )

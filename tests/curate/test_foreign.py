@@ -289,7 +289,7 @@ def test_a_student_is_trained_from_fkds_files_on_the_command_line(images: Images
     made = as_json("convert", labels, "--from", "fkd", "--pipeline", pipeline, *held_out, "-o", out, "--name", "giant")
     assert (made["plan"]["teacher"]["name"], made["plan"]["teacher"]["level"]) == ("giant", "unknown")
     about = kdcache("info", out).stdout
-    assert "not known: only probabilities are" in about
+    assert "unknown: the logits are known up to an additive constant per sample" in about
     assert "not run by kdcache" in about
     assert as_json("verify", out, pipeline, "--replay", *held_out)["replay"]["rounded"] == 0
     assert (
