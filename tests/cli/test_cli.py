@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from helpers.cli import RECIPE, kdcache, npz_recipe, ok, refused
 from helpers.paths import REFERENCE
+from helpers.processes import PATIENCE, until
 
 from kdcache.cli import main, output
 from kdcache.errors import UsageError
@@ -301,7 +301,7 @@ def test_a_disk_that_fills_up_while_weights_are_saved(tmp_path: Path) -> None:
         f"ulimit -f 40; exec {Path(sys.executable).parent / 'kdcache'} train-teacher {RECIPE} -o run {' '.join(QUICK)}"
     )
     done = subprocess.run(
-        ["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        ["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert done.returncode == 3, done.stderr
     assert "error: File too large" in done.stderr
@@ -431,11 +431,9 @@ def test_ctrl_c_ends_with_130_and_leaves_what_can_be_gone_on_with(command: str, 
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("state.pt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: list(tmp_path.rglob("state.pt")))
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "run the same command again" in said
     assert "Traceback" not in said

@@ -22,6 +22,7 @@ import pytest
 import torch
 from helpers.cli import ok, refused
 from helpers.networks import CLEAN, TURN, network, rearranged, reference, softmax
+from helpers.processes import PATIENCE
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -644,7 +645,7 @@ def look(room: Path, *options: str) -> tuple[str, str]:
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
     folder = f"--user-data-dir={room.parent / 'profile'}"
     command = [browser(), *flags, folder, "--virtual-time-budget=5000", *options, "--dump-dom", room.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
     return done.stdout, done.stderr
 
 
