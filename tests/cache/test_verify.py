@@ -780,7 +780,7 @@ def test_a_cache_of_the_pipeline_passes_all_checks(work: Work) -> None:
     text = ok("verify", work.cache, work.recipe, "--replay", "--teacher", "--device", "cpu")
     assert "the same 50 samples" in text
     assert "100 images are those that the teacher saw, bit for bit" in text
-    assert "50 rows a view" in text
+    assert "50 rows per view" in text
     found = told(0, work.cache, work.recipe, "--replay", "--teacher", "--rows", 7, "--device", "cpu")
     assert found["replay"] == {"checked": 100, "rounded": 0, "teacher_seen": True}
     assert [(one["view"], one["temperature"], one["rows"]) for one in found["teacher"]] == [

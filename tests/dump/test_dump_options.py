@@ -480,7 +480,7 @@ def test_a_dry_run_says_what_the_cache_would_be_and_writes_nothing(pipeline: Pat
     assert done.exit_code == 0, done.stderr
     said = dict(line.split(None, 1) for line in done.stdout.splitlines() if line.startswith(("chosen", "size", "time")))
     assert said["chosen"].startswith("top 3, rank 2")
-    assert "for 24 rows, the basis included" in said["size"]
+    assert "for 24 rows, basis included" in said["size"]
     assert "rows/s on this device" in said["time"]
     as_json = json.loads(kdcache(pipeline, "-o", out, "--dry-run", "--json").stdout)
     assert (as_json["encoding"]["top_k"], as_json["encoding"]["rank"]) == (3, 2)

@@ -601,7 +601,7 @@ def test_what_is_no_run_is_refused(work: Work, tmp_path: Path) -> None:
     (tmp_path / "sweep" / "loss=kd" / "seed1" / "metrics.csv").write_text("epoch,loss\n1,x\n")
     assert "cannot read the metrics" in refused(5, "report", tmp_path / "sweep", "-o", out)
     assert "exists" in refused(2, "report", work.runs("kd")[0], "-o", tmp_path / "half.html")
-    assert "there is no folder" in refused(2, "report", work.runs("kd")[0], "-o", tmp_path / "no" / "r.html")
+    assert "does not exist" in refused(2, "report", work.runs("kd")[0], "-o", tmp_path / "no" / "r.html")
     assert not out.exists()
 
 
