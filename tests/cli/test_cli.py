@@ -1,4 +1,4 @@
-"""Every command, and every mistake that people make: one clear message, the right exit code, nothing left behind."""
+"""Every command, and common user errors: one clear message, the right exit code, no files left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from helpers.cli import RECIPE, kdcache, npz_recipe, ok, refused
 from helpers.paths import REFERENCE
+from helpers.processes import PATIENCE, until
 
 from kdcache.cli import main, output
 from kdcache.errors import UsageError
@@ -25,7 +25,7 @@ QUICK = ["--set", "teacher.train.epochs=1", "--set", "student.train.epochs=1", "
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a trained teacher and its cache, made by the commands."""
+    """Make a folder with a trained teacher and its cache, by the commands."""
     folder = tmp_path_factory.mktemp("work")
     ok("train-teacher", RECIPE, "-o", folder / "teacher", *QUICK)
     ok("dump-teacher", RECIPE, "-o", folder / "digits.kdcache", *QUICK[4:], *weights(folder))
@@ -43,16 +43,16 @@ def files(folder: Path) -> set[str]:
 def test_info_says_what_the_manifest_says(work: Path) -> None:
     cache = work / "digits.kdcache"
     text = ok("info", cache)
-    told = json.loads(ok("info", cache, "--json"))
+    printed = json.loads(ok("info", cache, "--json"))
     manifest = json.loads((cache / "manifest.json").read_text())
-    assert told["digest"] == manifest["digest"]
-    assert told["digest"] in text
-    assert told["summary"] == manifest["summary"]
+    assert printed["digest"] == manifest["digest"]
+    assert printed["digest"] in text
+    assert printed["summary"] == manifest["summary"]
     assert f"{manifest['summary']['teacher_accuracy']:.2%}" in text
-    card = (cache / "README.md", cache / "card.png")  # which is no part of it
+    card = (cache / "README.md", cache / "card.png")  # no part of the cache
     size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path not in card)
-    assert told["bytes"] == size
-    assert told["bytes_per_row"] == round(size / 1000, 2)
+    assert printed["bytes"] == size
+    assert printed["bytes_per_row"] == round(size / 1000, 2)
 
 
 @pytest.fixture(scope="module")
@@ -66,26 +66,26 @@ def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_plan_says_what_it_tried_and_what_it_costs(glyphs: Path) -> None:
     text = ok("plan", "--logits", glyphs, "--fidelity", 0.02)
-    told = json.loads(ok("plan", "--logits", glyphs, "--fidelity", 0.02, "--json"))
-    (chosen,) = (candidate for candidate in told["tried"] if candidate["chosen"])
-    within = [c for c in told["tried"] if max(c["total_variation"][t] for t in "124") <= 0.02]
+    printed = json.loads(ok("plan", "--logits", glyphs, "--fidelity", 0.02, "--json"))
+    (chosen,) = (candidate for candidate in printed["tried"] if candidate["chosen"])
+    within = [c for c in printed["tried"] if max(c["total_variation"][t] for t in "124") <= 0.02]
     assert chosen["bytes_per_row"] == min(candidate["bytes_per_row"] for candidate in within)
     assert f"top {chosen['top_k']}, rank {chosen['rank']}, step {chosen['step']:g}" in text
     assert text.count("chosen") == 2
-    assert f"{chosen['bytes_per_row']:.1f} bytes a row" in text
+    assert f"{chosen['bytes_per_row']:.1f} bytes per row" in text
     assert "for 1,500 rows" in text
 
 
 def test_plan_of_a_pipeline_writes_nothing(work: Path) -> None:
     before = files(work)
-    assert "every class, in float16" in ok("plan", RECIPE, *weights(work))
-    told = json.loads(ok("plan", RECIPE, *weights(work), "--set", "cache.top_k=3", "--json"))
-    assert told["encoding"]["top_k"] == 3
-    assert told["rows"] == 1000
+    assert "every class, as float16" in ok("plan", RECIPE, *weights(work))
+    printed = json.loads(ok("plan", RECIPE, *weights(work), "--set", "cache.top_k=3", "--json"))
+    assert printed["encoding"]["top_k"] == 3
+    assert printed["rows"] == 1000
     assert files(work) == before
 
 
-def test_plan_of_what_is_no_logits(tmp_path: Path, glyphs: Path) -> None:
+def test_plan_of_invalid_logits(tmp_path: Path, glyphs: Path) -> None:
     bad = tmp_path / "bad.npz"
     np.savez(bad, logits=np.zeros((5, 3), np.int64))
     assert "holds logits [5, 3] int64" in refused(2, "plan", "--logits", bad)
@@ -102,24 +102,26 @@ def test_plan_of_what_is_no_logits(tmp_path: Path, glyphs: Path) -> None:
 
 
 def test_a_cache_measures_itself(work: Path, tmp_path: Path) -> None:
-    assert "every class is kept" in ok("info", work / "digits.kdcache", "--fidelity")
+    assert "every class is stored" in ok("info", work / "digits.kdcache", "--fidelity")
     arguments = ["-o", tmp_path / "three.kdcache", "--top-k", 3, *weights(work), "--json"]
     planned = json.loads(ok("dump-teacher", RECIPE, *arguments))["plan"]["fidelity"]["total_variation"]
     assert "total variation" in ok("info", tmp_path / "three.kdcache")
-    told = json.loads(ok("info", tmp_path / "three.kdcache", "--fidelity", "--json"))
-    assert [(found["view"], found["temperature"]) for found in told["measured"]] == [(0, 2), (0, 4), (0, 8)]
-    for found in told["measured"]:
+    printed = json.loads(ok("info", tmp_path / "three.kdcache", "--fidelity", "--json"))
+    assert [(found["view"], found["temperature"]) for found in printed["measured"]] == [(0, 2), (0, 4), (0, 8)]
+    for found in printed["measured"]:
         # A difference in one set of classes is never more than the total variation.
         assert 0 < found["tail_mass"] <= 1.1 * planned[str(found["temperature"])] + 1e-4
     table = ok("info", tmp_path / "three.kdcache", "--fidelity")
-    assert f"{told['measured'][0]['logsumexp']:.5f}" in table
+    assert f"{printed['measured'][0]['logsumexp']:.5f}" in table
 
 
 @pytest.mark.parametrize("loss", ["ce", "kd", "dtkd", "ka", "dtd", "ka+dtd", "dtkd+ka"])
 def test_a_student_of_every_loss(loss: str, work: Path, tmp_path: Path) -> None:
     cache = ["--cache", work / "digits.kdcache"] if loss != "ce" else []
-    told = json.loads(ok("train-student", RECIPE, *cache, "--loss", loss, "-o", tmp_path / "run", "--json", *QUICK))
-    assert told["test"]["accuracy"] == json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["accuracy"]
+    printed = json.loads(ok("train-student", RECIPE, *cache, "--loss", loss, "-o", tmp_path / "run", "--json", *QUICK))
+    assert (
+        printed["test"]["accuracy"] == json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["accuracy"]
+    )
     assert f"name: {loss}\n" in (tmp_path / "run" / "resolved.yaml").read_text()
 
 
@@ -260,7 +262,7 @@ def test_a_teacher_that_misbehaves(code: int, words: str, body: str, tmp_path: P
     assert {name for name in files(tmp_path) if "__pycache__" not in name} == before
 
 
-def test_another_teacher_of_the_same_weights_does_not_go_on_with_a_cache(work: Path, tmp_path: Path) -> None:
+def test_another_teacher_with_the_same_weights_does_not_resume_a_cache(work: Path, tmp_path: Path) -> None:
     code = tmp_path / "net.py"
     code.write_text(
         "import torch\n"
@@ -302,11 +304,11 @@ def test_a_disk_that_fills_up_while_weights_are_saved(tmp_path: Path) -> None:
         f"ulimit -f 40; exec {Path(sys.executable).parent / 'kdcache'} train-teacher {RECIPE} -o run {' '.join(QUICK)}"
     )
     done = subprocess.run(
-        ["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        ["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert done.returncode == 3, done.stderr
     assert "error: File too large" in done.stderr
-    assert "fix: make room there" in done.stderr
+    assert "fix: free disk space there" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -329,7 +331,7 @@ def test_a_cache_of_other_data_is_refused(work: Path, tmp_path: Path) -> None:
     arguments = ["--cache", tmp_path / "mine.kdcache", "-o", tmp_path / "run"]
     with np.load(tmp_path / "mine.npz") as stored:
         images, labels = stored["images"], stored["labels"]
-    # What is held out goes by position: exchanging two training images shuffles the training split alone.
+    # Splits are by position: exchanging two training images reorders the training split only.
     here = {"images": images.copy(), "labels": labels}
     first, second = train_ids(recipe)[5], train_ids(recipe)[8]
     assert labels[first] != labels[second]
@@ -359,9 +361,9 @@ def train_ids(recipe: Path) -> list[int]:
     from kdcache.data.datasets import load_split
 
     with np.load(recipe.with_suffix(".npz")) as stored:
-        whole = [image.tobytes() for image in stored["images"]]
+        everything = [image.tobytes() for image in stored["images"]]
     split = load_split(load_pipeline(recipe).dataset, "train")
-    return [whole.index(split.images.picture(i).numpy().tobytes()) for i in range(len(split))]  # type: ignore[union-attr]
+    return [everything.index(split.images.picture(i).numpy().tobytes()) for i in range(len(split))]  # type: ignore[union-attr]
 
 
 def test_labels_out_of_range(tmp_path: Path) -> None:
@@ -408,7 +410,9 @@ def test_a_damaged_cache_is_refused(work: Path, tmp_path: Path) -> None:
 
 
 def test_no_such_device(tmp_path: Path) -> None:
-    assert "no device 'gpu' here" in refused(2, "train-teacher", RECIPE, "-o", tmp_path / "x", "--device", "gpu")
+    assert "no device 'gpu' on this machine" in refused(
+        2, "train-teacher", RECIPE, "-o", tmp_path / "x", "--device", "gpu"
+    )
     assert files(tmp_path) == set()
 
 
@@ -419,7 +423,7 @@ def test_a_section_that_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["train-teacher", "demo"])
-def test_ctrl_c_ends_with_130_and_leaves_what_can_be_gone_on_with(command: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_130_and_leaves_what_can_be_resumed(command: str, tmp_path: Path) -> None:
     arguments = (
         [RECIPE, "-o", str(tmp_path / "run"), "--set", "teacher.train.epochs=100000"] if command != "demo" else []
     )
@@ -430,25 +434,23 @@ def test_ctrl_c_ends_with_130_and_leaves_what_can_be_gone_on_with(command: str, 
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("state.pt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: list(tmp_path.rglob("state.pt")))
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130, said
-    assert "run the same command again" in said
-    assert "Traceback" not in said
+    _, messages = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, messages
+    assert "run the same command again" in messages
+    assert "Traceback" not in messages
     assert [path.name for path in tmp_path.iterdir()] == ([] if command == "demo" else ["run.partial"])
 
 
-def test_a_place_that_cannot_be_written_to(work: Path, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_to(work: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "x.kdcache"
     assert str(tmp_path / "file") in refused(2, "dump-teacher", RECIPE, "-o", place, *weights(work))
     assert files(tmp_path) == {"file"}
 
 
-def test_nothing_that_is_printed_is_obeyed_by_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     evil = "teacher \x1b]0;owned\x07\x9b31m\r\x08 naïve 金"
     output.result(evil)
     output.say(evil)
@@ -461,11 +463,11 @@ def test_nothing_that_is_printed_is_obeyed_by_a_terminal(capsys: pytest.CaptureF
     assert "[bold]not markup[/]" in printed.out
 
 
-# For programs: one JSON document on stdout, be it the result or the mistake.
+# With --json: one JSON document on stdout, the result or the error.
 
 NOTHING = "nowhere.kdcache"
 
-MISTAKES: dict[str, tuple[int, list[str]]] = {
+ERRORS: dict[str, tuple[int, list[str]]] = {
     "demo": (2, ["--out", "file/demo"]),
     "pipelines list": (2, []),
     "train-teacher": (2, [RECIPE, "-o", "run", "--set", "teacher=null"]),
@@ -486,11 +488,11 @@ MISTAKES: dict[str, tuple[int, list[str]]] = {
     "convert": (2, ["nowhere.npz", "-o", "c.kdcache"]),
     "card": (2, [NOTHING]),
 }
-SAY_IT_THEMSELVES = {"doctor", "verify"}
+PROBLEMS_IN_RESULT = {"doctor", "verify"}
 
 
 def with_json(group: click.Group, before: str = "") -> set[str]:
-    """The names of all commands that have the option."""
+    """Return the names of all commands that have --json."""
     found = set()
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
@@ -500,13 +502,13 @@ def with_json(group: click.Group, before: str = "") -> set[str]:
     return found
 
 
-def test_every_command_for_programs_is_looked_at() -> None:
-    assert with_json(main) == {*MISTAKES, *SAY_IT_THEMSELVES}
+def test_every_command_with_json_is_tested() -> None:
+    assert with_json(main) == {*ERRORS, *PROBLEMS_IN_RESULT}
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["--json first", "--json last"])
-@pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_is_told_to_programs_too(
+@pytest.mark.parametrize("command", ERRORS)
+def test_an_error_is_printed_as_json_too(
     command: str, first: bool, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -515,27 +517,27 @@ def test_a_mistake_is_told_to_programs_too(
     (tmp_path / "damaged.kdcache" / "manifest.json").write_text("{")
     if command == "pipelines list":
         monkeypatch.setattr("kdcache.cli.pipelines.recipes", raising)
-    code, arguments = MISTAKES[command]
+    code, arguments = ERRORS[command]
     said = refused(code, *command.split(), *arguments)
     done = kdcache(*command.split(), *(["--json", *arguments] if first else [*arguments, "--json"]))
     assert done.exit_code == code
     assert done.stderr == said
-    mistake = json.loads(done.stdout)["error"]
-    assert mistake["exit_code"] == code
-    assert f"error: {mistake['what']}" in said
-    assert f"fix: {mistake['fix']}" in said
+    error = json.loads(done.stdout)["error"]
+    assert error["exit_code"] == code
+    assert f"error: {error['what']}" in said
+    assert f"fix: {error['fix']}" in said
 
 
 @pytest.mark.parametrize(
     "mistyped",
     [["nosuch"], ["info"], ["info", "--nonsense", "c"], ["convert", "fkd", "--from", "foo", "-o", "c"], ["diff", "a"]],
 )
-def test_what_is_mistyped_is_told_to_programs_too(mistyped: list[str]) -> None:
+def test_a_usage_error_is_printed_as_json_too(mistyped: list[str]) -> None:
     done = kdcache(*mistyped, "--json")
     assert done.exit_code == 2
-    mistake = json.loads(done.stdout)["error"]
-    assert mistake["exit_code"] == 2
-    assert mistake["what"] in done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert error["exit_code"] == 2
+    assert error["what"] in done.stderr
     assert kdcache(*mistyped).stdout == ""
 
 
@@ -543,7 +545,7 @@ def raising() -> None:
     raise UsageError("there is no recipe", "install kdcache again")
 
 
-def test_mistakes_of_every_kind_have_their_exit_codes(work: Path, tmp_path: Path) -> None:
+def test_errors_of_every_kind_have_their_exit_codes(work: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(work / "digits.kdcache", tmp_path / "c.kdcache"))
     foreign = npz_recipe(tmp_path)
     for code, arguments in (
@@ -556,18 +558,18 @@ def test_mistakes_of_every_kind_have_their_exit_codes(work: Path, tmp_path: Path
         assert (done.exit_code, json.loads(done.stdout)["error"]["exit_code"]) == (code, code)
 
 
-def test_a_result_that_tells_of_the_mistake_stays_the_only_document(work: Path, tmp_path: Path) -> None:
+def test_a_result_that_includes_the_error_is_the_only_document(work: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(work / "digits.kdcache", tmp_path / "c.kdcache"))
     (cache / "commits/0/0.json").unlink()
     done = kdcache("verify", cache, "--json")
     assert done.exit_code == 5
-    assert json.loads(done.stdout)["whole"] is False
+    assert json.loads(done.stdout)["ok"] is False
     assert "commits/0/0.json: is missing" in done.stderr
     done = kdcache("doctor", "nowhere.yaml", "--json")
     assert done.exit_code == 2
-    assert json.loads(done.stdout)["well"] is False
+    assert json.loads(done.stdout)["ok"] is False
 
 
-def test_of_several_processes_one_speaks_to_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_of_several_processes_prints_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert refused(2, "info", NOTHING, "--json")

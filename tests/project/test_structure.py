@@ -1,4 +1,4 @@
-"""The walls of the house: what may import what, who prints, who knows zarr and dask, how large a room is."""
+"""The structure of the package: imports, where output is printed, sizes of modules, unsafe calls, the public API."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_only_output_prints() -> None:
     assert printing == {"cli.output"}
 
 
-def test_rooms_are_small() -> None:
+def test_modules_are_small() -> None:
     large = {name_of(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > 350}
     assert not large
 
