@@ -37,6 +37,7 @@ from kdcache.cache.format.schema import (
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.lock import LOCK, check_not_held, hold, release
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
+from kdcache.runtime.atomic_write import flush, temporary, write_file
 
 
 def check_outside(path: Path) -> None:
@@ -124,37 +125,37 @@ class CacheWriter:
     def _create(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
         # Made beside its place and renamed, so that a folder of that name is always a cache with its plan.
         _make_folder(self.path.parent)
-        folder = _beside(self.path)
+        folder = temporary(self.path)
         folder.mkdir(exist_ok=True)
         hold(self.path, folder)
         with _unfinished(folder):
             self._create_store(folder, labels, keys, basis)
-            put(folder / PLAN, canonical(self.plan))
+            write_file(folder / PLAN, canonical(self.plan))
             if self.path.exists():
                 raise UsageError(
                     f"{self.path} was begun by another process just now",
                     "run the same command again, or give another name with -o",
                 )
             folder.rename(self.path)
-        _flush(self.path.parent)
+        flush(self.path.parent)
 
     def _create_store(
         self, folder: Path, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None
     ) -> None:
         zarr_store.create_store(folder, self.plan, labels, keys, basis)
         for path in folder.rglob("*"):
-            _flush(path)
+            flush(path)
 
     def _mend(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
         """Make good what was damaged since it was written, or it would be sealed, or never be."""
-        with _unfinished(_beside(self.path / array_specs.STORE)) as folder:
+        with _unfinished(temporary(self.path / array_specs.STORE)) as folder:
             self._create_store(folder, labels, keys, basis)
             for name in array_specs.common_files(self.plan):
                 _make_folder((self.path / name).parent)
                 (folder / name).replace(self.path / name)
         for path in (self.path.parent, self.path, *self.path.rglob("*")):
             if path.is_dir():
-                _flush(path)  # the killed run may have had no time to
+                flush(path)  # the killed run may have had no time to
         for view in range(self.plan.views.count):
             for shard in range(self.plan.shards):
                 if not self._is_whole(view, shard):
@@ -216,12 +217,12 @@ class CacheWriter:
 
     def _commit(self, view: int, shard: int, records: dict[str, FileRecord]) -> None:
         for name in records:
-            _flush(self.path / name)
+            flush(self.path / name)
         for folder in sorted({(self.path / name).parent for name in records}):
-            _flush(folder)
+            flush(folder)
         marker = self.commit_path(view, shard)
         _make_folder(marker.parent)
-        put(marker, canonical(Commit(files=records)))
+        write_file(marker, canonical(Commit(files=records)))
 
     def seal(self, summary: Summary) -> Manifest:
         """Check that everything is there, and put the manifest in place.
@@ -242,7 +243,7 @@ class CacheWriter:
         check_files(self.path, files)
         files |= {name: record_of(self.path / name) for name in array_specs.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
-        put(self.path / MANIFEST, canonical(manifest))
+        write_file(self.path / MANIFEST, canonical(manifest))
         (self.path / LOCK).unlink(missing_ok=True)
         (self.path / PLAN).unlink()
         release(self.path)
@@ -252,7 +253,7 @@ class CacheWriter:
         """Delete what this run began: it cannot be gone on with."""
         if self.began:
             # Under another name first, so that a kill in the middle leaves nothing that looks like a cache.
-            shutil.rmtree(self.path.rename(_beside(self.path)))
+            shutil.rmtree(self.path.rename(temporary(self.path)))
         release(self.path)
 
 
@@ -290,10 +291,6 @@ def differences(then: object, now: object, name: str = "") -> list[tuple[str, ob
     return [] if then == now else [(name, then, now)]
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
     """An empty folder to work in; what is left in it in the end is deleted, and so is what a killed run left."""
@@ -314,24 +311,4 @@ def _make_folder(path: Path) -> None:
     if not path.is_dir():
         _make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        _flush(path.parent)
-
-
-def put(path: Path, content: bytes) -> None:
-    """Write a file in one step: after a crash it is whole, or not there."""
-    unfinished = _beside(path)
-    with unfinished.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    unfinished.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to bring a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(path.parent)

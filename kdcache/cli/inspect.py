@@ -171,7 +171,5 @@ def draw_card(cache: Cache, scheduler: str = "threads") -> tuple[Path, Path]:
 
     census = take_census(cache, 0, scheduler=scheduler)
     picture = cache.path / PICTURE
-    unfinished = picture.with_name("card.partial.png")
-    draw_census(census.sharpness, census.confidence, unfinished)
-    unfinished.replace(picture)
+    draw_census(census.sharpness, census.confidence, picture)
     return write_card(cache), picture

@@ -9,6 +9,7 @@ import click
 from kdcache.cli import output
 from kdcache.cli.options import CacheName, choose_device, device_option, json_option
 from kdcache.errors import UsageError
+from kdcache.runtime.atomic_write import write_file
 
 
 @click.command("report")
@@ -71,11 +72,9 @@ def report(
         folder.mkdir()
         for chart in written.charts:
             save_png(chart, folder)
-    unfinished = out.with_name(f"{out.name}.partial")
-    unfinished.write_text(written.html, encoding="utf-8")
-    unfinished.replace(out)
+    write_file(out, written.html)
     if results is not None and table is not None:
-        results.write_text(table[0], encoding="utf-8")
+        write_file(results, table[0])
     if as_json:
         output.as_json({"report": str(out), "pictures": str(folder) if png else None, **found.as_record()})
         return

@@ -77,6 +77,7 @@ def sweep(
     Example: kdcache sweep pipelines/digits.yaml --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
     """
     from kdcache.errors import IncompleteError, InterruptedRun
+    from kdcache.runtime.atomic_write import write_file
     from kdcache.train.plots import draw_accuracies
     from kdcache.train.sweep import combinations
     from kdcache.train.sweep import sweep as run
@@ -104,7 +105,7 @@ def sweep(
             f"interrupted; what is trained is kept in {out}", "run the same command again: it does the rest"
         ) from None
     content = {"points": [_facts(point) for point in found]}
-    (out / "sweep.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(out / "sweep.json", json.dumps(content, indent=2) + "\n")
     by_point = {point.point: point.accuracies for point in found}
     if any(by_point.values()):
         title = f"{points[0].pipeline.dataset.name}, {seeds} seed{'s'[: seeds - 1]}"

@@ -14,7 +14,7 @@ import yaml
 
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import put
+from kdcache.runtime.atomic_write import write_file
 
 CARD, PICTURE = "README.md", "card.png"
 _BEGIN, _END = "<!-- your notes: kept by `kdcache card` -->", "<!-- end of your notes -->"
@@ -33,8 +33,7 @@ def write_card(cache: Cache) -> Path:
     """Write the card of a sealed cache anew; the picture is shown if it lies beside it."""
     path = cache.path / CARD
     text = card(cache, _kept(path), (cache.path / PICTURE).is_file())
-    put(path, text.encode())
-    return path
+    return write_file(path, text)
 
 
 def _kept(path: Path) -> str:
