@@ -1,4 +1,4 @@
-"""The whole way on real data: train a teacher, run it once, train students with several losses from its cache."""
+"""Both stages on real data: train a teacher, run it once, train students with several losses from its cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOSSES = ("ce", "kd", "dtkd", "ka+dtd")
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found; times in seconds, sizes in bytes, accuracies in [0, 1]."""
+    """Results of the demo; times in seconds, sizes in bytes, accuracies in [0, 1]."""
 
     teacher_accuracy: float
     teacher_accuracy_on_cached: float
@@ -42,13 +42,13 @@ class Demo:
 
 
 def run_demo(out: Path, seeds: int, device: torch.device | str, progress: Progress) -> Demo:
-    """Run all three stages of `pipelines/digits.yaml`, and leave teacher, cache, runs, table and picture in `out`.
+    """Run both stages of `pipelines/digits.yaml`, and write teacher, cache, runs, table and picture to `out`.
 
     Args:
         out: a folder that does not exist yet.
-        seeds: students a loss.
-        device: where to train.
-        progress: who is told how it goes.
+        seeds: number of students per loss.
+        device: for training.
+        progress: progress reporter.
 
     Raises:
         UsageError: if `out` exists.
@@ -59,16 +59,17 @@ def run_demo(out: Path, seeds: int, device: torch.device | str, progress: Progre
     except BaseException as error:
         shutil.rmtree(out, ignore_errors=True)
         if isinstance(error, InterruptedRun):
-            raise KeyboardInterrupt from None  # of what it says is kept, nothing is
+            raise KeyboardInterrupt from None  # its message says what is kept, and nothing is
         raise
 
 
 def _run(out: Path, seeds: int, device: torch.device | str, progress: Progress) -> Demo:
+    """Run both stages; what is written stays if something fails."""
     recipe = package_data("pipelines/digits.yaml")
     pipeline = load_pipeline(recipe, [f"teacher.weights={json.dumps(str(out / 'teacher' / 'model.safetensors'))}"])
-    progress.say("stage one: train a teacher, and run it once over the training images")
+    progress.say("stage one: train a teacher, and run it once on the training images")
     teacher = train_teacher(pipeline, out / "teacher", device=device, progress=progress)
-    began = time.perf_counter()
+    start = time.perf_counter()
     loaded = load_teacher(pipeline, progress)
     cache = dump_teacher(
         loaded.model,
@@ -80,7 +81,7 @@ def _run(out: Path, seeds: int, device: torch.device | str, progress: Progress) 
         device=device,
         progress=progress,
     )
-    stage_one = time.perf_counter() - began
+    stage_one = time.perf_counter() - start
     progress.say("stage two: train students from the cache, without the teacher")
     points = [Point(loss, load_pipeline(recipe, [f"loss.name={loss}"])) for loss in LOSSES]
     students = sweep(points, seeds, [cache], out / "students", device=str(device), progress=progress)
@@ -100,9 +101,9 @@ def _run(out: Path, seeds: int, device: torch.device | str, progress: Progress) 
     )
     write_file(out / "demo.json", json.dumps(asdict(demo), indent=2) + "\n")
     draw_accuracies(
-        {found.point: found.accuracies for found in students},
+        {summary.point: summary.accuracies for summary in students},
         demo.teacher_accuracy,
-        f"digits: {demo.student_labels} labels for the student, the cached teacher for {demo.rows} images",
+        f"digits: {demo.student_labels} labels for each student, cached logits of {demo.rows} images",
         out / "demo.png",
     )
     return demo

@@ -1,14 +1,14 @@
-"""What kdcache raises when a user can mend it: what happened, and what to do about it."""
+"""Errors that a user can fix: each says what happened, and what to do."""
 
 from __future__ import annotations
 
 
 class KdcacheError(Exception):
-    """A mistake that has a remedy; the command line prints it without a traceback.
+    """An error with a fix; the command line prints it without a traceback.
 
     Args:
         what: what happened, with the values that disagree.
-        fix: the command or the change that mends it.
+        fix: the command or the change that solves it.
     """
 
     exit_code = 2
@@ -23,28 +23,28 @@ class KdcacheError(Exception):
 
 
 class UsageError(KdcacheError):
-    """Arguments or a pipeline file that cannot be right (exit code 2)."""
+    """Invalid arguments, or an invalid pipeline file (exit code 2)."""
 
 
 class IncompleteError(KdcacheError):
-    """A cache that was begun and not sealed (exit code 3)."""
+    """A cache that is not sealed, or work that could not be completed (exit code 3)."""
 
     exit_code = 3
 
 
 class MismatchError(KdcacheError):
-    """Two things that are each well, and do not belong together (exit code 4)."""
+    """Inputs that are valid alone but inconsistent with each other (exit code 4)."""
 
     exit_code = 4
 
 
 class CorruptError(KdcacheError):
-    """Bytes or numbers that cannot be trusted (exit code 5)."""
+    """Damaged files, or values that are not finite (exit code 5)."""
 
     exit_code = 5
 
 
 class InterruptedRun(KdcacheError):
-    """The user pressed Ctrl-C; what is kept, and how to go on (exit code 130)."""
+    """The user pressed Ctrl-C; says what is kept, and how to resume (exit code 130)."""
 
     exit_code = 130

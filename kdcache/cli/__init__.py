@@ -1,4 +1,4 @@
-"""The command line: `kdcache COMMAND --help` shows an example of each."""
+"""The command line: `kdcache COMMAND --help` shows an example of each command."""
 
 from __future__ import annotations
 
@@ -30,57 +30,59 @@ from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, UsageE
 
 
 class _Main(click.Group):
-    """A group whose mistakes end in one message and an exit code, never in a traceback."""
+    """A group of commands whose errors end in one message and an exit code, never in a traceback."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "--json" in args:  # what is mistyped is found before any option of a command is looked at
-            output.owe_json(ctx, None, True)
+        if "--json" in args:  # click may find another error before it gets to the option of the command
+            output.expect_json(ctx, None, True)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except click.UsageError as mistyped:
-            output.mistake_as_json(UsageError(mistyped.format_message(), "see --help of the command"))
+        except click.UsageError as click_error:
+            output.error_as_json(UsageError(click_error.format_message(), "see --help of the command"))
             raise
-        except KdcacheError as mistake:
-            failed: KdcacheError = mistake
+        except KdcacheError as kdcache_error:
+            error: KdcacheError = kdcache_error
         except KeyboardInterrupt:
-            failed = InterruptedRun(
-                "interrupted; nothing half-written was kept",
-                "run the same command again: it begins anew, or goes on with what was whole before",
+            error = InterruptedRun(
+                "interrupted; no partial file was kept",
+                "run the same command again: it resumes what was complete, or starts again",
             )
-        except OSError as problem:
-            failed = _mistake(problem)
-        output.error(failed)
-        sys.exit(failed.exit_code)
+        except OSError as os_error:
+            error = _user_error(os_error)
+        output.error(error)
+        sys.exit(error.exit_code)
 
 
-def _mistake(problem: OSError) -> KdcacheError:
-    """What a user can mend of what the system refuses; anything else is ours, and shows where it happened."""
-    where = f"{problem.strerror}: {problem.filename}" if problem.filename else str(problem.strerror)
-    if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return IncompleteError(where, "make room there, and run the same command again")
-    if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
-        return UsageError(where, "give a place that you may write to, with -o")
-    raise problem
+def _user_error(error: OSError) -> KdcacheError:
+    """Return the message for an operating system error that a user can fix; raise any other again."""
+    what = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return IncompleteError(what, "free disk space there, and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
+        return UsageError(what, "use a path that you can write to, with -o")
+    raise error
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="kdcache")
 def main() -> None:
-    """Knowledge distillation with a teacher that runs only once.
+    """Distill knowledge from a teacher that runs only once: its logits are stored in a cache, students train from it.
 
     \b
-    Try it:      kdcache demo, kdcache doctor, kdcache pipelines
-    Stage one:   kdcache train-teacher, kdcache dump-teacher
+    Start:       kdcache demo, kdcache doctor, kdcache pipelines
+    Stage one:   kdcache train-teacher, kdcache plan, kdcache dump-teacher
     Stage two:   kdcache train-student, kdcache sweep
-    Look:        kdcache info, kdcache plan, kdcache verify, kdcache evaluate, kdcache report,
-                 kdcache summarize, kdcache diff
-    Caches:      kdcache select, kdcache merge, kdcache convert, kdcache card
+    Results:     kdcache evaluate, kdcache report
+    Inspect:     kdcache info, kdcache verify, kdcache summarize, kdcache diff, kdcache card
+    Transform:   kdcache select, kdcache merge, kdcache convert
     Share:       kdcache push, kdcache pull, kdcache sign
 
-    Exit codes: 0 ok, 2 usage, 3 incomplete, 4 mismatch, 5 corrupt, 130 interrupted.
+    Results are printed to stdout, progress and messages to stderr. With --json, stdout is one JSON document.
+
+    Exit codes: 0 success, 2 usage error, 3 incomplete, 4 mismatch, 5 corrupt, 130 interrupted.
     """
 
 
@@ -101,7 +103,7 @@ main.add_command(share.pull)
 main.add_command(share.sign)
 main.add_command(inspect.summarize)
 main.add_command(inspect.diff)
+main.add_command(inspect.card)
 main.add_command(select_merge.select)
 main.add_command(select_merge.merge)
 main.add_command(convert.convert)
-main.add_command(inspect.card)

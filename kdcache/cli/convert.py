@@ -1,16 +1,20 @@
-"""`kdcache convert`: dense logits, or other projects' files, to a cache, and back."""
+"""`kdcache convert`: import logits and other projects' files as a cache, and export a cache to them."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kdcache.cli import output
 from kdcache.cli.info import describe
-from kdcache.cli.options import json_option, out_option, read_pipeline, scheduler_option, set_option
+from kdcache.cli.options import json_option, out_option, read_pipeline, read_samples, scheduler_option, set_option
 from kdcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from kdcache.data.samples import Samples
 
 _LAYOUTS = click.Choice(["fkd", "ml-dr", "tinyvit"])
 
@@ -18,15 +22,15 @@ _LAYOUTS = click.Choice(["fkd", "ml-dr", "tinyvit"])
 @click.command("convert")
 @click.argument("source", type=click.Path(path_type=Path))
 @out_option
-@click.option("--from", "layout", type=_LAYOUTS, help="SOURCE is the folder that this project's students read.")
-@click.option("--to", "target", type=_LAYOUTS, help="Write the cache SOURCE as a folder that they can read.")
+@click.option("--from", "layout", type=_LAYOUTS, help="Import the folder SOURCE of this project.")
+@click.option("--to", "target", type=_LAYOUTS, help="Export the cache SOURCE to a folder of this project.")
 @click.option(
     "--pipeline",
     type=click.Path(path_type=Path),
-    help="Whose data set, transform and cache settings the logits take; with --to, whose data set the cache is of.",
+    help="Import with the data set, transform and cache settings of this file; with --to, the data set of the cache.",
 )
-@click.option("--name", help="Of the teacher.  [default: that of the file]")
-@click.option("--top-k", type=click.IntRange(1), help="With --to: classes of a row.  [default: those of the cache]")
+@click.option("--name", help="Name of the teacher.  [default: that in the file]")
+@click.option("--top-k", type=click.IntRange(1), help="With --to: classes per row.  [default: those of the cache]")
 @set_option
 @scheduler_option
 @json_option
@@ -42,82 +46,81 @@ def convert(
     scheduler: str,
     as_json: bool,
 ) -> None:
-    """Make a cache of dense logits, an npz (`logits` [N, C], perhaps `labels` and `sample_keys`) or npy file; or write
-    what a cache decodes to, as npz or npy.
+    """Import the logits in SOURCE as a cache, or export the cache SOURCE to files.
 
-    With --from and --to: the files of FKD, ml-dr and TinyViT. Crops and flips that FKD and ml-dr have recorded are
-    replayed; what ml-dr's RandAugment, RandomErasing or mixing has changed is refused. What TinyViT's seeds draw can
-    only be drawn by TinyViT: such a cache has rows for your own loop, and no images. These files hold probabilities:
-    losses that need the level of the teacher's logits, such as dtkd if not centered, are refused.
+    Logits are an npz file (`logits` [N, C], optionally `labels` and `sample_keys`) or an npy file. With --pipeline they
+    become a cache; a cache without --pipeline is decoded to npz or npy, by the suffix of -o.
+
+    With --from and --to, SOURCE and -o are folders of FKD, ml-dr (dataset reinforcement) or TinyViT.
+    Crops and flips that FKD and ml-dr record are replayed; RandAugment, RandomErasing and mixing of ml-dr cannot be
+    replayed and are refused. Augmentations that TinyViT draws from its seeds can only be drawn by TinyViT: such a cache
+    has no images, only rows for your own training loop. These files hold probabilities, so losses that need the level
+    of the teacher's logits, such as dtkd without centering, are refused.
 
     \b
     Example: kdcache convert runs/digits.kdcache -o logits.npz
-    Example: kdcache convert logits.npz --pipeline pipelines/digits.yaml -o mine.kdcache
-    Example: kdcache convert FKD_soft_label --from fkd --pipeline fkd.yaml -o fkd.kdcache
-    Example: kdcache convert mine.kdcache --to ml-dr --pipeline mine.yaml -o reinforced --top-k 10
+    Example: kdcache convert logits.npz --pipeline digits -o runs/imported.kdcache
+    Example: kdcache convert FKD_soft_label --from fkd --pipeline fkd.yaml -o runs/fkd.kdcache
+    Example: kdcache convert runs/mine.kdcache --to ml-dr --pipeline mine.yaml -o reinforced --top-k 10
     """
-    from kdcache.cache import open_cache
-    from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
+    from kdcache.curate.dense_logits import cache_of_logits
+    from kdcache.curate.foreign import cache_of_files
     from kdcache.data.datasets import load_split
 
     if layout and target:
-        raise UsageError("--from makes a cache, and --to is of a cache", "do one, and then the other")
+        raise UsageError("--from and --to exclude each other", "import first, and then export the cache")
     if top_k is not None and target is None:
-        raise UsageError("--top-k belongs to --to: a cache keeps what the files have", "remove it, or use select")
+        raise UsageError("--top-k is only for --to: a cache keeps all that the files hold", "remove it, or use select")
     if target is not None:
-        _write_files(source, target, out, pipeline, overrides, top_k, as_json)
-        return
-    if pipeline is None:
+        samples = read_samples(pipeline, overrides)
+        _export(source, target, out, samples, top_k, as_json)
+    elif pipeline is None:
         if not source.is_dir() or layout:
             raise UsageError(
-                f"{source} is no cache, and logits alone are none: whose images are they of?",
-                "give a pipeline with that data set: --pipeline PIPELINE",
+                f"{source} is not a cache, and logits do not include the images that they are of",
+                "to import logits also pass --pipeline PIPELINE, with their data set",
             )
-        cache = open_cache(source)
-        logits_of_cache(cache, out)
-        views, size = cache.manifest.plan.views.count, [len(cache), cache.num_classes]
-        shape = [views, *size] if views > 1 else size
-        if as_json:
-            output.as_json({"path": str(out), "shape": shape, "bytes": out.stat().st_size})
-        else:
-            output.facts({"logits": str(out), "shape": str(shape), "size": f"{out.stat().st_size:,} bytes, float32"})
-        return
-    resolved = read_pipeline(pipeline, overrides)
-    samples = load_split(resolved.dataset, "train")
-    from kdcache.curate.foreign import cache_of_files
-
-    make = partial(cache_of_logits, source) if layout is None else partial(cache_of_files, source, layout)
-    made = make(
-        samples,
-        out,
-        name=name,
-        transform=resolved.transform,
-        spec=resolved.cache,
-        scheduler=scheduler,
-        progress=output.Terminal(),
-    )
-    describe(made, as_json)
+        _decode(source, out, as_json)
+    else:
+        resolved = read_pipeline(pipeline, overrides)
+        make = partial(cache_of_logits, source) if layout is None else partial(cache_of_files, source, layout)
+        cache = make(
+            load_split(resolved.dataset, "train"),
+            out,
+            name=name,
+            transform=resolved.transform,
+            spec=resolved.cache,
+            scheduler=scheduler,
+            progress=output.Terminal(),
+        )
+        describe(cache, as_json)
 
 
-def _write_files(
-    source: Path,
-    target: str,
-    out: Path,
-    pipeline: Path | None,
-    overrides: tuple[str, ...],
-    top_k: int | None,
-    as_json: bool,
-) -> None:
-    """Write a cache in another project's layout, and say what was written."""
+def _decode(source: Path, out: Path, as_json: bool) -> None:
+    """Write the decoded logits of a cache to an npz or npy file, and print its shape and size."""
+    from kdcache.cache import open_cache
+    from kdcache.curate.dense_logits import logits_of_cache
+
+    cache = open_cache(source, progress=output.Terminal())
+    logits_of_cache(cache, out)
+    views, size = cache.manifest.plan.views.count, [len(cache), cache.num_classes]
+    shape = [views, *size] if views > 1 else size
+    if as_json:
+        output.as_json({"path": str(out), "shape": shape, "bytes": out.stat().st_size})
+    else:
+        output.facts({"logits": str(out), "shape": str(shape), "size": f"{out.stat().st_size:,} bytes, float32"})
+
+
+def _export(source: Path, target: str, out: Path, samples: Samples | None, top_k: int | None, as_json: bool) -> None:
+    """Write a cache in another project's layout, and print what was written."""
     from kdcache.cache import open_cache
     from kdcache.curate.foreign import files_of_cache
-    from kdcache.data.datasets import load_split
 
-    cache = open_cache(source)
-    samples = None if pipeline is None else load_split(read_pipeline(pipeline, overrides).dataset, "train")
-    kept = files_of_cache(cache, target, out, samples, top_k=top_k, progress=output.Terminal())
+    cache = open_cache(source, progress=output.Terminal())
+    classes = files_of_cache(cache, target, out, samples, top_k=top_k, progress=output.Terminal())
     views = cache.manifest.plan.views.count
     if as_json:
-        output.as_json({"path": str(out), "layout": target, "samples": len(cache), "views": views, "top_k": kept})
+        output.as_json({"path": str(out), "layout": target, "samples": len(cache), "views": views, "top_k": classes})
     else:
-        output.facts({target: str(out), "holds": f"{views} views of {len(cache):,} samples, {kept} classes a row"})
+        contents = f"{views} views of {len(cache):,} samples, {classes} classes per row"
+        output.facts({target: str(out), "contents": contents})

@@ -1,4 +1,4 @@
-"""`kdcache doctor`: what this machine has, and whether a pipeline can run here."""
+"""`kdcache doctor`: check this machine, and whether a pipeline can run on it."""
 
 from __future__ import annotations
 
@@ -19,39 +19,42 @@ from kdcache.errors import KdcacheError, UsageError
     type=click.Path(path_type=Path),
     default=".",
     show_default=True,
-    help="Where caches and runs are to be written.",
+    help="Folder where caches and runs will be written.",
 )
 @set_option
 @device_option
 @json_option
 def doctor(pipeline: Path | None, out: Path, overrides: tuple[str, ...], device: str, as_json: bool) -> None:
-    """Look at this machine; with a PIPELINE, try its data set, weights, networks and disk.
+    """Check this machine; with a PIPELINE, check its data set, weights, networks and disk space too.
 
-    What the pipeline would download is downloaded. Exit code 0 where all is well, else that of the first problem.
+    Files that the pipeline would download are downloaded; no run or cache is written. The exit code is 0 if there is no
+    problem, else that of the first problem.
 
     \b
-    Example: kdcache doctor pipelines/digits.yaml
+    Example: kdcache doctor
+    Example: kdcache doctor digits
     """
     from kdcache.doctor import Check, examine_machine, examine_pipeline
 
     if pipeline is None and overrides:
-        raise UsageError("--set needs a pipeline", "kdcache doctor PIPELINE --set KEY=VALUE")
-    findings = [*examine_machine(out)]
+        raise UsageError("--set needs a pipeline", "use: kdcache doctor PIPELINE --set KEY=VALUE")
+    checks = [*examine_machine(out)]
     try:
         chosen = choose_device(device)
         resolved = read_pipeline(pipeline, overrides) if pipeline is not None else None
-    except KdcacheError as mistake:
-        findings.append(Check("pipeline", mistake.what, mistake))
+    except KdcacheError as error:
+        checks.append(Check("pipeline", error.what, error))
     else:
         if resolved is not None:
-            findings += examine_pipeline(resolved, out, chosen, output.Terminal())
-    problems = [finding.problem for finding in findings if finding.problem is not None]
+            checks += examine_pipeline(resolved, out, chosen, output.Terminal())
+    problems = [problem for _, _, problem in checks if problem is not None]
     if as_json:
-        told = [
-            {"what": what, "found": found, "fix": problem.fix if problem else None} for what, found, problem in findings
+        listed = [
+            {"name": name, "result": result, "fix": problem.fix if problem else None}
+            for name, result, problem in checks
         ]
-        output.as_json({"well": not problems, "findings": told})
+        output.as_json({"ok": not problems, "checks": listed})
     else:
-        output.facts({what: f"PROBLEM: {found}" if problem else found for what, found, problem in findings})
+        output.facts({name: f"PROBLEM: {result}" if problem else result for name, result, problem in checks})
     if problems:
         raise problems[0]

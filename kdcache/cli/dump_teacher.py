@@ -1,4 +1,4 @@
-"""Stage one: make a teacher, and run it once."""
+"""`kdcache dump-teacher`: run a teacher once, and store its logits in a cache."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from kdcache.cli.options import choose_device, device_option, json_option, pipel
 
 @click.command("dump-teacher")
 @pipeline_argument
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The cache, NAME.kdcache.")
-@click.option("--top-k", help="How many classes to keep exactly, or all.  [short for --set cache.top_k=...]")
-@click.option("--tail", help="What to keep of the others: uniform.  [short for --set cache.tail=...]")
-@click.option("--precision", help="fp32, bf16 or fp16.  [short for --set cache.precision=...]")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the cache, NAME.kdcache; an unsealed cache is resumed.",
+)
+@click.option("--top-k", help="Classes per row to store exactly, or all.  [same as --set cache.top_k=...]")
+@click.option("--tail", help="Encoding of the other classes: lowrank or uniform.  [same as --set cache.tail=...]")
+@click.option("--precision", help="Of the teacher: fp32, bf16 or fp16.  [same as --set cache.precision=...]")
 @click.option(
     "--extend",
     type=click.Path(path_type=Path),
-    help="A sealed cache with fewer views or samples, whose shards are taken over.",
+    help="A sealed cache of the same teacher with fewer views or samples; its shards are taken over.",
 )
-@click.option("--dry-run", is_flag=True, help="Run a pilot, say what the cache would be and cost, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Run a pilot, print size and time of the cache, and write nothing.")
 @set_option
 @device_option
 @json_option
@@ -37,18 +43,17 @@ def dump_teacher(
     device: str,
     as_json: bool,
 ) -> None:
-    """Run the teacher of a PIPELINE once over every view, and keep its logits in a sealed cache.
+    """Run the teacher of a PIPELINE once over every view of its training images, and write its logits to a cache.
 
-    Interrupted or killed, the same command goes on where it stopped. On several GPUs: torchrun --nproc-per-node N
-    -m kdcache dump-teacher ...
+    If the command is interrupted or killed, the same command resumes at the first shard that is missing.
 
     \b
-    Example: kdcache dump-teacher pipelines/digits.yaml -o runs/digits.kdcache
+    Example: kdcache dump-teacher digits -o runs/digits.kdcache
+    On several GPUs: torchrun --nproc-per-node N -m kdcache dump-teacher digits -o runs/digits.kdcache
     """
     from kdcache.cache import open_cache
     from kdcache.cli import plan
     from kdcache.cli.info import describe
-    from kdcache.cli.inspect import draw_card
     from kdcache.dump.dump import dump_teacher as dump
     from kdcache.dump.dump import plan_for_teacher
     from kdcache.models.teacher import load_teacher
@@ -74,5 +79,4 @@ def dump_teacher(
             progress=output.Terminal(),
         )
         if ranks.is_first:
-            draw_card(cache)
             describe(cache, as_json)

@@ -1,4 +1,4 @@
-"""`kdcache evaluate`: trained networks side by side."""
+"""`kdcache evaluate`: compare trained networks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 @click.command("evaluate")
 @click.argument("networks", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]... [CHECKPOINT]...")
-@click.option("--cache", "cache_name", type=CacheName(), help="Compare with the teacher of this cache.")
+@click.option("--cache", "cache_name", type=CacheName(), help="Measure agreement with the teacher of this cache.")
 @click.option(
-    "--rows", type=click.IntRange(1), default=4096, show_default=True, help="How many rows of the cache are compared."
+    "--rows", type=click.IntRange(1), default=4096, show_default=True, help="Number of cached images to compare on."
 )
-@click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
+@click.option(
+    "--split", type=click.Choice(["test", "validation"]), default="test", show_default=True, help="Split to evaluate."
+)
 @click.option(
     "--pipeline",
     type=click.Path(path_type=Path),
-    help="What each CHECKPOINT is of; without one, the teacher that this file names.",
+    help="Data set and network of each CHECKPOINT; without a CHECKPOINT, the teacher's weights in this file.",
 )
-@click.option("--network", type=click.Choice(["student", "teacher"]), help="Which network of --pipeline is meant.")
+@click.option("--network", type=click.Choice(["student", "teacher"]), help="Which network of --pipeline.")
 @set_option
 @device_option
 @json_option
@@ -44,85 +46,94 @@ def evaluate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Say how good trained networks are on one data set, what they cost, and how near they come to their teacher.
+    """Print the accuracy, calibration and cost of trained networks, and their agreement with a cached teacher.
 
     A RUN is a folder of train-student or train-teacher. A CHECKPOINT is a file with the weights of a network of
-    --pipeline, safetensors or torch.
+    --pipeline, safetensors or torch. Nothing is written.
 
     \b
     Example: kdcache evaluate runs/digits-teacher runs/digits-student --cache runs/digits.kdcache
-    Example: kdcache evaluate --pipeline pipelines/digits.yaml --network student weights.pt
+    Example: kdcache evaluate --pipeline digits --network student runs/digits-student/model.safetensors
     """
     import torch
 
     from kdcache.cache import open_cache
     from kdcache.evaluation.scorecard import score_networks
 
-    trained = _trained(networks, pipeline, network, overrides)
-    on, progress = choose_device(device), output.Terminal()
+    selected = _select(networks, pipeline, network, overrides)
+    chosen, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
-    card = score_networks(trained, split, cache=cache, rows=rows, device=on, progress=progress)
+    card = score_networks(selected, split, cache=cache, rows=rows, device=chosen, progress=progress)
     if as_json:
         scores = [score.as_record() for score in card.scores]
-        where = {"device": on, "threads": torch.get_num_threads(), "cache": cache.manifest.digest if cache else None}
-        output.as_json({**card._asdict(), **where, "scores": scores})
+        digest = cache.manifest.digest if cache else None
+        machine = {"device": chosen, "threads": torch.get_num_threads(), "cache": digest}
+        output.as_json({**card._asdict(), **machine, "scores": scores})
     else:
-        _print(card, cache, on)
+        _print(card, cache, chosen)
 
 
-def _trained(
+def _select(
     paths: tuple[Path, ...], pipeline: Path | None, network: Network | None, overrides: tuple[str, ...]
 ) -> list[NetworkRef]:
-    """The networks that the arguments name, in their order."""
+    """Return the networks that the arguments name, in their order.
+
+    Raises:
+        UsageError: if a checkpoint has no pipeline, or an option is missing.
+    """
     from kdcache.evaluation.networks import from_pipeline, from_run
 
     if pipeline is None or network is None:
         files = [path for path in paths if path.is_file()]
         if files or not paths or pipeline or network or overrides:
-            what = f"{files[0]} is a checkpoint" if files else "no run is given" if not paths else "options are missing"
+            what = f"{files[0]} is a checkpoint" if files else "no RUN is given" if not paths else "options are missing"
             raise UsageError(
-                f"{what}: a network that is no run needs --pipeline and --network, and --set needs them too",
-                "kdcache evaluate RUN, or kdcache evaluate --pipeline PIPELINE --network student CHECKPOINT",
+                f"{what}: a network that is not a run needs --pipeline and --network, and so does --set",
+                "use: kdcache evaluate RUN, or: kdcache evaluate --pipeline PIPELINE --network student CHECKPOINT",
             )
         return [from_run(path) for path in paths]
     resolved = read_pipeline(pipeline, overrides)
-    found = [from_run(path) if path.is_dir() else from_pipeline(resolved, network, path) for path in paths]
-    return found if any(not path.is_dir() for path in paths) else [from_pipeline(resolved, network, None), *found]
+    named = [from_run(path) if path.is_dir() else from_pipeline(resolved, network, path) for path in paths]
+    return named if any(not path.is_dir() for path in paths) else [from_pipeline(resolved, network, None), *named]
 
 
 def _print(card: Scorecard, cache: Cache | None, device: str) -> None:
+    """Print a table of the networks, and what its columns mean."""
     import torch
 
     from kdcache.evaluation.costs import BATCH
     from kdcache.evaluation.metrics import BINS
 
     top5 = ["top-5"] if card.scores[0].top5 is not None else []
-    columns = ["", "top-1", *top5, "NLL", "ECE", "parameters", "multiply-adds", "ms", "images/s"]
-    columns += ["same class", "TV, T=1", "TV, T=4"] if cache else []
+    columns = ["network", "top-1", *top5, "NLL", "ECE", "parameters", "MACs", "ms", "images/s"]
+    columns += ["agreement", "TV, T=1", "TV, T=4"] if cache else []
     output.table(
         f"{card.dataset}/{card.split}, {card.labeled:,} labeled images",
         columns,
         [_row(score) for score in card.scores],
     )
     output.result("")
-    left_out = card.images - card.labeled
+    unlabeled = card.images - card.labeled
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     facts = {
-        **({"left out": f"{left_out:,} images without a label"} if left_out else {}),
+        **({"left out": f"{unlabeled:,} images without a label"} if unlabeled else {}),
         "NLL": "negative log-likelihood, nats",
         "ECE": f"expected calibration error of the top class, {BINS} bins of equal width (Guo et al. 2017)",
-        "multiply-adds": "of one image: convolutions, products of matrices, attention",
-        "ms, images/s": f"of a batch of 1, and in batches of {BATCH}: medians on {device}{threads}, float32",
+        "MACs": "multiply-accumulate operations per image: convolutions, matrix products, attention",
+        "ms": f"latency of a batch of 1: median on {device}{threads}, float32",
+        "images/s": f"throughput with batches of {BATCH}: median on {device}{threads}, float32",
     }
     if cache is not None and (like := card.scores[0].teacher) is not None:
-        facts["same class, TV"] = (
-            f"top class, and mean total variation of the softmax, against the teacher of {cache.path} "
+        facts["agreement"] = (
+            f"share of images with the same top class as the teacher of {cache.path}, "
             f"on {like.rows:,} of its {len(cache):,} images, view 0"
         )
+        facts["TV"] = "mean total variation between the softmax of network and teacher, on the same images"
     output.facts(facts)
 
 
 def _row(score: NetworkScore) -> list[str]:
+    """Return the cells of a network."""
     like = score.teacher
     return [
         score.name,

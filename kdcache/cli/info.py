@@ -1,4 +1,4 @@
-"""`kdcache info`: what a cache is."""
+"""`kdcache info`: print the manifest of a cache."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ if TYPE_CHECKING:
 @click.command("info")
 @cache_argument
 @digest_option
-@click.option("--fidelity", is_flag=True, help="Measure every view against its own records, without the teacher.")
+@click.option(
+    "--fidelity", is_flag=True, help="Compare decoded rows with the statistics stored beside them; needs no teacher."
+)
 @json_option
 def info(cache: str | Path, digest: str | None, fidelity: bool, as_json: bool) -> None:
-    """Say what a CACHE holds, who made it, and what its teacher is like; every byte is checked on the way.
+    """Print the teacher, data set, encoding and size of a CACHE, a folder or a URL.
 
-    Of a URL only the manifest is read, unless --fidelity needs the rows.
+    All files of a folder are checked against the digest. Only the manifest of a URL is read, unless --fidelity is set.
 
     \b
     Example: kdcache info runs/digits.kdcache
+    Example: kdcache info runs/digits.kdcache --fidelity
     """
     from kdcache.cache import open_cache
     from kdcache.cache.remote.address import source
     from kdcache.cache.remote.mirror import remote_manifest
 
-    found = source(cache, digest)
-    if found.is_remote and not fidelity:
-        manifest, data = remote_manifest(found)
-        _describe(found.where, manifest, _size(manifest) + len(data), manifest.plan.views.count, as_json)
+    named = source(cache, digest)
+    if named.is_remote and not fidelity:
+        manifest, content = remote_manifest(named)
+        _describe(named.where, manifest, _size(manifest) + len(content), manifest.plan.views.count, as_json)
         return
     opened = open_cache(cache, digest=digest, progress=output.Terminal())
     if fidelity:
@@ -45,20 +48,20 @@ def info(cache: str | Path, digest: str | None, fidelity: bool, as_json: bool) -
 
 
 def _measure(cache: Cache, as_json: bool) -> None:
-    """Print how near decoded rows are to what was recorded of them."""
+    """Print the differences between decoded rows and the statistics that were recorded of them."""
     from kdcache.cache.inspect.self_fidelity import measure_itself
 
     plan = cache.manifest.plan
     measured = measure_itself(cache.path, plan)
     if as_json:
         planned = plan.fidelity.model_dump() if plan.fidelity else None
-        output.as_json({"planned": planned, "measured": [found._asdict() for found in measured]})
+        output.as_json({"planned": planned, "measured": [one._asdict() for one in measured]})
     elif not measured:
-        output.result(f"every class is kept in {plan.encoding.dtype}: nothing is left to estimate")
+        output.result(f"every class is stored as {plan.encoding.dtype}: there is no tail to estimate")
     else:
         output.table(
-            f"Recorded against decoded, mean over {plan.dataset.samples:,} rows a view",
-            ["view", "T", "tail's mass", "logsumexp"],
+            f"Mean |decoded - recorded| over {plan.dataset.samples:,} rows per view",
+            ["view", "T", "tail mass", "logsumexp, nats"],
             [[str(f.view), str(f.temperature), f"{f.tail_mass:.5f}", f"{f.logsumexp:.5f}"] for f in measured],
         )
 
@@ -73,15 +76,22 @@ def _size(manifest: Manifest) -> int:
 
 
 def describe(cache: Cache, as_json: bool) -> None:
-    """Print what the manifest of a cache says."""
+    """Print the manifest of an open cache."""
     _describe(str(cache.path), cache.manifest, cache.bytes_on_disk, len(cache.views), as_json)
 
 
 def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bool) -> None:
+    """Print a manifest.
+
+    Args:
+        where: folder or URL of the cache.
+        manifest: of the cache.
+        size: of all its files, in bytes.
+        views: how many views are present.
+        as_json: for programs.
+    """
     plan = manifest.plan
-    rows = plan.views.count * plan.dataset.samples
-    per_row = size / rows
-    only = f", {views} of them here" if views < plan.views.count else ""
+    per_row = size / (plan.views.count * plan.dataset.samples)
     if as_json:
         output.as_json(
             {
@@ -92,10 +102,13 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
             }
         )
         return
-    kept = "every class" if plan.encoding.dense else f"top {plan.encoding.top_k}, {plan.encoding.tail} tail"
-    if plan.encoding.rank:
-        kept += f" of rank {plan.encoding.rank}"
-    accuracy = manifest.summary.teacher_accuracy
+    encoding, summary = plan.encoding, manifest.summary
+    stored = "every class" if encoding.dense else f"top {encoding.top_k} classes, {encoding.tail} tail"
+    if encoding.rank:
+        stored += f" of rank {encoding.rank}"
+    present = f", {views} of them present" if views < plan.views.count else ""
+    transform = " > ".join(name for step in plan.views.transform for name in step) or "no transform"
+    shards = plan.views.count * plan.shards
     output.facts(
         {
             "cache": where,
@@ -103,21 +116,22 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
             "teacher": f"{plan.teacher.name}, {plan.teacher.parameters:,} parameters, "
             f"{plan.teacher.weights_digest[:19]}..."
             if plan.teacher.parameters
-            else f"{plan.teacher.name}, not run by kdcache: its weights are not known",
+            else f"{plan.teacher.name}, not run by kdcache: its weights are unknown",
             "data set": f"{plan.dataset.name}/{plan.dataset.split}, {plan.dataset.samples:,} samples, "
-            f"{plan.encoding.num_classes} classes, {plan.dataset.digest[:19]}...",
-            "views": f"{plan.views.count}{only}, seed {plan.views.seed}, "
-            + (" > ".join(name for step in plan.views.transform for name in step) or "no transform"),
-            "kept": f"{kept}, {plan.encoding.dtype} log-probabilities",
+            f"{encoding.num_classes} classes, {plan.dataset.digest[:19]}...",
+            "views": f"{plan.views.count}{present}, seed {plan.views.seed}, {transform}",
+            "encoding": f"{stored}, {encoding.dtype} log-probabilities",
             **({"fidelity": _fidelity(plan.fidelity)} if plan.fidelity else {}),
-            "size": f"{size:,} bytes, {per_row:.1f} a row, {plan.views.count * plan.shards} shard(s)",
-            "accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
-            "sharpness": f"{manifest.summary.mean_sharpness:.3f} (mean logsumexp)"
+            "size": f"{size:,} bytes, {per_row:.1f} bytes per row, {shards} {'shard' if shards == 1 else 'shards'}",
+            "accuracy": "no labels"
+            if summary.teacher_accuracy is None
+            else f"{summary.teacher_accuracy:.2%} on these samples",
+            "sharpness": f"{summary.mean_sharpness:.3f} (mean logsumexp)"
             if plan.teacher.level is None
-            else "not known: only probabilities are, and so the logits but for a constant of each row",
-            "confidence": f"{manifest.summary.mean_top_probability:.4f} (mean largest probability)",
-            "versions": ", ".join(f"{name} {number}" for name, number in plan.versions.items()),
-            **({"licence": plan.licence} if plan.licence else {}),
+            else "unknown: the logits are known up to an additive constant per sample",
+            "confidence": f"{summary.mean_top_probability:.4f} (mean largest probability)",
+            "versions": ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
+            **({"license": plan.licence} if plan.licence else {}),
             **({"notes": plan.notes} if plan.notes else {}),
         }
     )

@@ -1,4 +1,4 @@
-"""What the rows of caches say: `kdcache summarize`, `kdcache diff` and `kdcache card`."""
+"""`kdcache summarize`, `kdcache diff` and `kdcache card`: statistics over the rows of caches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from kdcache.cli import output
 from kdcache.cli.options import CacheName, cache_argument, json_option, scheduler_option
 
 if TYPE_CHECKING:
-    from kdcache.cache import Cache
     from kdcache.cache.inspect.diff import Difference
     from kdcache.cache.inspect.summary import Census, OfSample
 
 _worst_option = click.option(
-    "--worst", type=click.IntRange(min=0), default=10, show_default=True, help="How many are named."
+    "--worst", type=click.IntRange(min=0), default=10, show_default=True, help="Number of samples to list."
 )
 
 
@@ -26,12 +25,14 @@ _worst_option = click.option(
 @_worst_option
 @click.option(
     "--threshold", type=click.FloatRange(min=0), default=3.0, show_default=True,
-    help="Nats by which another class must be more probable than the label, to suspect the label.",
+    help="List a label as suspect if another class is more probable by so many nats.",
 )  # fmt: skip
 @scheduler_option
 @json_option
 def summarize(cache: str | Path, worst: int, threshold: float, scheduler: str, as_json: bool) -> None:
-    """Count the rows of a CACHE: its classes, how sharp the teacher is, the hardest samples, and likely wrong labels.
+    """Print statistics of the rows of a CACHE: by class, sharpness, hardest samples, likely label errors.
+
+    Reads every row of the cache, a folder or a URL; needs no images. With --json also the histograms.
 
     \b
     Example: kdcache summarize runs/digits.kdcache --worst 20
@@ -39,7 +40,7 @@ def summarize(cache: str | Path, worst: int, threshold: float, scheduler: str, a
     from kdcache.cache import open_cache
     from kdcache.cache.inspect.summary import take_census
 
-    opened = open_cache(cache)
+    opened = open_cache(cache, progress=output.Terminal())
     census = take_census(opened, worst, threshold, scheduler)
     if as_json:
         named = {name: [one._asdict() for one in getattr(census, name)] for name in ("classes", "hardest", "suspects")}
@@ -49,38 +50,42 @@ def summarize(cache: str | Path, worst: int, threshold: float, scheduler: str, a
 
 
 def _print(census: Census) -> None:
-    def figure(value: float | None, form: str) -> str:
+    """Print the tables of a census."""
+
+    def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
     output.table(
         f"{census.rows:,} rows, by label",
         ["class", "samples", "accuracy", "confidence", "sharpness"],
         [
-            [one.name, f"{one.samples:,}", figure(one.accuracy, ".2%"), figure(one.confidence, ".4f"),
-             figure(one.sharpness, ".3f")]
+            [one.name, f"{one.samples:,}", number(one.accuracy, ".2%"), number(one.confidence, ".4f"),
+             number(one.sharpness, ".3f")]
             for one in census.classes
         ],
     )  # fmt: skip
     output.result("")
-    sharp = ", ".join(f"{share:.0%} {value:.2f}" for share, value in census.quantiles.items())
-    output.facts({"sharpness": f"logsumexp, quantiles: {sharp}"})
+    quantiles = ", ".join(f"{share:.0%}: {value:.2f}" for share, value in census.quantiles.items())
+    output.facts({"sharpness": f"quantiles of the logsumexp: {quantiles}"})
     output.result("")
-    _samples("Hardest samples: the label's log-probability is lowest", census.hardest)
+    _samples("Hardest samples: lowest log-probability of the label", census.hardest)
+    if census.hardest and census.suspects:
+        output.result("")
     _samples(
-        f"Labels that may be wrong: {census.suspected:,} samples with another class more probable by "
+        f"Likely label errors: {census.suspected:,} samples with another class more probable than the label by "
         f"{census.threshold:g} nats or more",
         census.suspects,
     )
 
 
-def _samples(title: str, found: list[OfSample]) -> None:
-    if found:
+def _samples(title: str, samples: list[OfSample]) -> None:
+    if samples:
         columns = ["sample", "content key", "label", "teacher's class", "log p(label)", "margin, nats"]
-        lines = [
+        rows = [
             [str(one.id), one.key, one.label, one.top, f"{one.label_log_prob:.2f}", f"{one.margin:.2f}"]
-            for one in found
+            for one in samples
         ]
-        output.table(title, columns, lines)
+        output.table(title, columns, rows)
 
 
 @click.command("diff")
@@ -90,7 +95,7 @@ def _samples(title: str, found: list[OfSample]) -> None:
 @scheduler_option
 @json_option
 def diff(first: str | Path, second: str | Path, worst: int, scheduler: str, as_json: bool) -> None:
-    """Say what differs between two caches: their manifests, and, of the same samples, what their teachers say.
+    """Print the differences between two caches: their manifests, and the logits of the same samples.
 
     \b
     Example: kdcache diff runs/digits.kdcache runs/other.kdcache
@@ -98,33 +103,43 @@ def diff(first: str | Path, second: str | Path, worst: int, scheduler: str, as_j
     from kdcache.cache import open_cache
     from kdcache.cache.inspect.diff import compare
 
-    found = compare(open_cache(first), open_cache(second), worst, scheduler)
+    progress = output.Terminal()
+    difference = compare(open_cache(first, progress=progress), open_cache(second, progress=progress), worst, scheduler)
     if as_json:
-        output.as_json(_as_json(found))
-        return
-    for key, one, other in found.manifest:
-        output.result(f"{key}: {one}, {other}")
-    if not found.manifest:
+        output.as_json(_as_json(difference))
+    else:
+        _print_difference(difference)
+
+
+def _print_difference(difference: Difference) -> None:
+    """Print the keys of the manifests that differ, and tables of how far the rows do."""
+    if difference.manifest:
+        output.result("manifest (first -> second):")
+    for key, one, other in difference.manifest:
+        output.result(f"  {key}: {one} -> {other}")
+    if not difference.manifest:
         output.result("the manifests are the same")
     output.result("")
-    agreement = found.agreement
+    agreement = difference.agreement
     if agreement is None:
-        output.result(f"rows are not compared: {found.why_not}")
+        output.result(f"rows are not compared: {difference.why_not}")
         return
-    output.facts({"rows": f"{agreement.rows:,}", "same class": f"{agreement.same_class:.2%}"})
+    output.facts({"rows": f"{agreement.rows:,} compared", "same top class": f"{agreement.same_class:.2%}"})
+    output.result("")
     shares = agreement.variations[0].quantiles
     output.table(
-        "Total variation between the teachers",
-        ["T", "mean", *(f"{share:.0%} below" for share in shares)],
+        "Total variation between the softmax of the two caches",
+        ["T", "mean", *(f"quantile {share:.0%}" for share in shares)],
         [
             [str(one.temperature), f"{one.mean:.4f}", *(f"{value:.3f}" for value in one.quantiles.values())]
             for one in agreement.variations
         ],
     )
     if agreement.worst:
+        output.result("")
         output.table(
-            "Rows with the largest, at T = 1",
-            ["sample", "view", "content key", "first", "second", "total variation"],
+            "Rows with the largest total variation at T = 1",
+            ["sample", "view", "content key", "top class, first", "second", "total variation"],
             [
                 [str(row.id), str(row.view), row.key, *row.classes, f"{row.total_variation:.4f}"]
                 for row in agreement.worst
@@ -132,15 +147,16 @@ def diff(first: str | Path, second: str | Path, worst: int, scheduler: str, as_j
         )
 
 
-def _as_json(found: Difference) -> dict[str, object]:
-    agreement = found.agreement
+def _as_json(difference: Difference) -> dict[str, object]:
+    """Return the differences as JSON has them."""
+    agreement = difference.agreement
     rows: dict[str, object] | None = None
     if agreement is not None:
         variations = [one._asdict() for one in agreement.variations]
         worst = [row._asdict() for row in agreement.worst]
         rows = {**agreement._asdict(), "variations": variations, "worst": worst}
-    manifest = [{"key": key, "first": one, "second": other} for key, one, other in found.manifest]
-    return {"manifest": manifest, "rows": rows, "why_not": found.why_not}
+    manifest = [{"key": key, "first": one, "second": other} for key, one, other in difference.manifest]
+    return {"manifest": manifest, "rows": rows, "why_not": difference.why_not}
 
 
 @click.command("card")
@@ -148,28 +164,18 @@ def _as_json(found: Difference) -> dict[str, object]:
 @scheduler_option
 @json_option
 def card(cache: Path, scheduler: str, as_json: bool) -> None:
-    """Write README.md of a CACHE, its card for people, and card.png anew; notes between the marks in it are kept.
+    """Write the card of a CACHE, README.md and card.png in its folder, again.
+
+    Notes between the two marks in README.md are kept. No digest covers the card.
 
     \b
     Example: kdcache card runs/digits.kdcache
     """
     from kdcache.cache import open_cache
+    from kdcache.cache.inspect.card import write_card
 
-    opened = open_cache(cache)
-    written = draw_card(opened, scheduler)
+    text, picture = write_card(open_cache(cache, progress=output.Terminal()), scheduler=scheduler)
     if as_json:
-        output.as_json({"cache": str(cache), "card": str(written[0]), "picture": str(written[1])})
+        output.as_json({"cache": str(cache), "card": str(text), "picture": str(picture)})
     else:
-        output.facts({"card": str(written[0]), "picture": str(written[1])})
-
-
-def draw_card(cache: Cache, scheduler: str = "threads") -> tuple[Path, Path]:
-    """Write the picture of a cache, and the card that shows it: (card, picture)."""
-    from kdcache.cache.inspect.card import PICTURE, write_card
-    from kdcache.cache.inspect.card_plot import draw_census
-    from kdcache.cache.inspect.summary import take_census
-
-    census = take_census(cache, 0, scheduler=scheduler)
-    picture = cache.path / PICTURE
-    draw_census(census.sharpness, census.confidence, picture)
-    return write_card(cache), picture
+        output.facts({"card": str(text), "picture": str(picture)})

@@ -15,16 +15,17 @@ from kdcache.config.recipes import file_or_recipe
 if TYPE_CHECKING:
     from kdcache.cache import Cache
     from kdcache.config.schema import Pipeline
+    from kdcache.data.samples import Samples
     from kdcache.runtime.progress import Progress
 
 
 class CacheName(click.ParamType[str | Path]):
-    """A folder, or a URL, in which a path would make one slash of two."""
+    """The name of a cache: a folder, or a URL, which `Path` would damage, as it makes one slash of two."""
 
     name = "cache"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
-        """A URL as it stands, anything else as a path."""
+        """Return a URL unchanged, anything else as a path."""
         return value if "://" in str(value) else Path(value)
 
 
@@ -34,54 +35,71 @@ caches_option = click.option(
     "cache_names",
     multiple=True,
     type=CacheName(),
-    help="The teacher's cache, a folder or a URL; not needed with --loss ce. Several are joined: see `join` in README.",
+    help="Cache of the teacher, a folder or a URL; not needed with --loss ce. Repeatable: the logits of several are "
+    "combined, see `join` in docs/PIPELINES.md.",
 )
-digest_option = click.option("--digest", help="Refuse any other cache; sha256:... as `kdcache info` prints it.")
+digest_option = click.option(
+    "--digest", help="Refuse a cache with another digest than this, sha256:..., see `kdcache info`."
+)
 pipeline_argument = click.argument(
     "pipeline", type=click.Path(path_type=Path), callback=lambda _context, _parameter, path: file_or_recipe(path)
 )
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace one value of the pipeline; repeatable."
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set one value of the pipeline; repeatable."
 )
 out_option = click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Where to write; must not exist."
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Path to write to; must not exist."
 )
 device_option = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."
 )
 scheduler_option = click.option(
     "--scheduler",
     default="threads",
     show_default=True,
     metavar="threads|processes|ADDRESS",
-    help="Who does it: this machine, or the workers of dask.distributed at tcp://HOST:PORT, which see the same files.",
+    help="Backend: threads, processes, or the address of a dask scheduler whose workers see the same files.",
 )
 data_option = click.option(
     "--data",
     type=click.Path(path_type=Path),
     metavar="PIPELINE",
-    help="Its data set has the images: those whose fingerprints are missing are looked at again.",
+    help="Pipeline with the data set of the cache, to compute missing fingerprints of images.",
 )
 json_option = click.option(
     "--json",
     "as_json",
     is_flag=True,
-    is_eager=True,  # before what may be a mistake in another option
-    callback=output.owe_json,
-    help="Print the result as JSON, or the mistake.",
+    is_eager=True,  # so that errors in other options are printed as JSON too
+    callback=output.expect_json,
+    help="Print the result, or the error, as one JSON document.",
 )
 
 
 def read_pipeline(path: Path, overrides: tuple[str, ...], loss: str | None = None, **shortcuts: object) -> Pipeline:
-    """The pipeline, with `--set` and then the options that are short for one; those that are None were not given."""
+    """Load a pipeline file or recipe.
+
+    Args:
+        path: of the file, or name of a recipe.
+        overrides: `KEY=VALUE`, from `--set`.
+        loss: name from `--loss`; None to keep that of the file.
+        shortcuts: options that set one key each, written with `__` for a dot; None if not given.
+    """
     from kdcache.config.loader import load_pipeline
 
     short = [f"{key.replace('__', '.')}={value}" for key, value in shortcuts.items() if value is not None]
     return load_pipeline(file_or_recipe(path), [*overrides, *short], loss)
 
 
-def views_shown(pipeline: Pipeline) -> int | None:
-    """How many views a student will see at most, the first ones in their order; None for any of them."""
+def read_samples(pipeline: Path | None, overrides: tuple[str, ...] = ()) -> Samples | None:
+    """Return the training split of a pipeline's data set; None without a pipeline."""
+    from kdcache.data.datasets import load_split
+
+    return None if pipeline is None else load_split(read_pipeline(pipeline, overrides).dataset, "train")
+
+
+def views_used(pipeline: Pipeline) -> int | None:
+    """Return how many views, from the first, a student will use; None for all."""
     train = pipeline.section("student").train
     return train.epochs if train.view_order == "cycle" else None
 
@@ -89,24 +107,24 @@ def views_shown(pipeline: Pipeline) -> int | None:
 def open_caches(
     names: Sequence[str | Path], digest: str | None, views: int | None, progress: Progress | None
 ) -> list[Cache]:
-    """The caches that were named, with their first `views` views, or all.
+    """Open caches with their first `views` views, or all.
 
     Raises:
-        UsageError: if one digest is given for several.
+        UsageError: if one digest is given for several caches.
     """
     from kdcache.cache import open_cache
     from kdcache.errors import UsageError
 
     if digest is not None and len(names) != 1:
-        raise UsageError(f"--digest is of one cache, and {len(names)} are given", "pin each: --cache NAME#sha256:...")
+        raise UsageError(f"--digest is for one cache, {len(names)} are given", "pin each one: --cache NAME#sha256:...")
     return [open_cache(name, views, digest, progress) for name in names]
 
 
 def choose_device(name: str) -> str:
-    """The device that `--device` names.
+    """Return the device that `--device` names.
 
     Raises:
-        UsageError: if torch does not know it or this machine has not got it.
+        UsageError: if torch does not know the device, or this machine does not have it.
     """
     import torch
 
@@ -115,10 +133,10 @@ def choose_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # of torchrun: each of its processes has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of torchrun has its own GPU
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"no device {name!r} here: {first}", "use --device cpu, or leave it to auto") from None
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"no device {name!r} on this machine: {reason}", "use --device cpu or auto") from None
     return name

@@ -1,4 +1,4 @@
-"""`kdcache pipelines`: the recipes that come with kdcache."""
+"""`kdcache pipelines`: list, print and copy the recipes that come with kdcache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from kdcache.errors import UsageError
 
 @click.group("pipelines")
 def pipelines() -> None:
-    """Recipes that come with kdcache; commands take their names in place of a PIPELINE file.
+    """List, print or copy the recipes: pipeline files that come with kdcache.
+
+    Every command takes the name of a recipe in place of a PIPELINE file.
 
     \b
     Example: kdcache pipelines list
@@ -25,7 +27,7 @@ def pipelines() -> None:
 @pipelines.command("list")
 @json_option
 def list_recipes(as_json: bool) -> None:
-    """Name every recipe, and what it does.
+    """List every recipe with its data set, networks and loss.
 
     \b
     Example: kdcache pipelines list
@@ -34,10 +36,10 @@ def list_recipes(as_json: bool) -> None:
 
     rows = {}
     for name, path in recipes().items():
-        read = load_pipeline(path)
-        models = [section.model for section in (read.section("teacher"), read.section("student"))]
-        rows[name] = [read.dataset.name, *models, read.loss.name, str(read.cache.views)]
-    columns = ["data", "teacher", "student", "loss", "views"]
+        pipeline = load_pipeline(path)
+        models = [section.model for section in (pipeline.section("teacher"), pipeline.section("student"))]
+        rows[name] = [pipeline.dataset.name, *models, pipeline.loss.name, str(pipeline.cache.views)]
+    columns = ["dataset", "teacher", "student", "loss", "views"]
     if as_json:
         output.as_json({name: dict(zip(columns, row, strict=True)) for name, row in rows.items()})
     else:
@@ -47,7 +49,7 @@ def list_recipes(as_json: bool) -> None:
 @pipelines.command("show")
 @click.argument("name")
 def show(name: str) -> None:
-    """Print the recipe NAME; its first lines are the commands that run it.
+    """Print the recipe NAME; its first lines are the commands to run it.
 
     \b
     Example: kdcache pipelines show smoke
@@ -59,13 +61,13 @@ def show(name: str) -> None:
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 def copy(name: str, file: Path | None) -> None:
-    """Copy the recipe NAME to FILE, by default NAME.yaml here, to change it.
+    """Copy the recipe NAME to FILE, by default NAME.yaml in this folder.
 
     \b
     Example: kdcache pipelines copy image-folder mine.yaml
     """
     source, target = recipe(name), file or Path(f"{name}.yaml")
     if target.exists():
-        raise UsageError(f"{target} is there already", "give another file, or remove that one")
+        raise UsageError(f"{target} already exists", "use another name, or remove that file")
     shutil.copyfile(source, target)
     output.result(str(target))

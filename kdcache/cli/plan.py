@@ -1,4 +1,4 @@
-"""`kdcache plan`: what a cache would keep and cost, without making it."""
+"""`kdcache plan`: find an encoding for the logits of a teacher, with its size and fidelity."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("pipeline", type=click.Path(path_type=Path), required=False)
-@click.option("--logits", type=click.Path(path_type=Path), help="An npz with `logits` [N, C] and perhaps `labels` [N].")
-@click.option("--fidelity", type=float, help="Mean total variation allowed at T = 1, 2, 4.  [default: 0.02 aimed at]")
+@click.option(
+    "--logits", type=click.Path(path_type=Path), help="An npz file with `logits` [N, C] and optionally `labels` [N]."
+)
+@click.option("--fidelity", type=float, help="Largest mean total variation at T = 1, 2, 4.  [default: the target 0.02]")
 @set_option
 @device_option
 @json_option
@@ -30,10 +32,13 @@ def plan(
     device: str,
     as_json: bool,
 ) -> None:
-    """Find the cheapest way to keep a teacher's logits: a PIPELINE's teacher, run on a pilot, or an npz of logits.
+    """Print the smallest encoding within a fidelity, for the teacher of a PIPELINE or for logits in a file.
+
+    The teacher is run on a pilot, a few thousand of its training images. No cache is written.
 
     \b
-    Example: kdcache plan --logits teacher.npz --fidelity 0.01
+    Example: kdcache plan digits
+    Example: kdcache plan --logits logits.npz --fidelity 0.01
     """
     from kdcache.dump.dump import plan_for_teacher
     from kdcache.dump.plan import plan_for_logits
@@ -46,12 +51,13 @@ def plan(
         describe(plan_for_logits(logits, fidelity), as_json)
     else:
         raise UsageError(
-            "plan takes a pipeline, with --set if you like, or --logits", "kdcache plan PIPELINE, or --logits FILE.npz"
+            "plan takes a pipeline, optionally with --set, or --logits",
+            "use: kdcache plan PIPELINE, or: kdcache plan --logits FILE.npz",
         )
 
 
 def describe(planned: Planned, as_json: bool) -> None:
-    """Print what a cache would keep, what it would take, and what else was tried."""
+    """Print the chosen encoding, its size and time, and the other encodings that were tried."""
     from kdcache.cache.planner import FEW_CLASSES, described
 
     tried = [
@@ -78,19 +84,22 @@ def describe(planned: Planned, as_json: bool) -> None:
         return
     facts = {}
     if planned.choice is None:
-        why = "; up to 64 classes that is cheapest, and exact" if planned.encoding.num_classes <= FEW_CLASSES else ""
-        facts["chosen"] = f"every class, in {planned.encoding.dtype}{why}"
+        few = planned.encoding.num_classes <= FEW_CLASSES
+        reason = f"; with at most {FEW_CLASSES} classes this is the smallest encoding" if few else ""
+        facts["chosen"] = f"every class, as {planned.encoding.dtype}{reason}"
     else:
         _table(planned.choice)
         chosen = planned.choice.chosen
         facts["chosen"] = described(chosen)
         facts["fidelity"] = f"{chosen.worst:.4f}, the largest mean total variation at T = 1, 2, 4"
     if planned.bytes_per_row is not None:
-        together = f"{_size(planned.bytes)} for {planned.rows:,} rows, the basis included"
-        facts["size"] = f"{planned.bytes_per_row:.1f} bytes a row, {together}"
+        basis = ", basis included" if planned.encoding.rank else ""
+        facts["size"] = (
+            f"{planned.bytes_per_row:.1f} bytes per row, {_size(planned.bytes)} for {planned.rows:,} rows{basis}"
+        )
     if planned.rows_per_second is not None:
         seconds = planned.rows / planned.rows_per_second
-        facts["time"] = f"about {_duration(seconds)}, {planned.rows_per_second:,.0f} rows/s on this device"
+        facts["time"] = f"about {_duration(seconds)}, {planned.rows_per_second:,.0f} rows/s on this machine"
     output.facts(facts)
 
 
@@ -109,11 +118,12 @@ def _duration(seconds: float) -> str:
 
 
 def _table(choice: Choice) -> None:
+    """Print the encodings that were tried."""
     from kdcache.cache.planner import described
 
     output.table(
         f"Total variation between decoded and true softmax, mean over {choice.held_out:,} held-out rows",
-        ["tried", "bytes a row", "T=1", "T=2", "T=4", "T=8", ""],
+        ["encoding", "bytes per row", "T=1", "T=2", "T=4", "T=8", ""],
         [
             [
                 described(candidate),

@@ -1,4 +1,4 @@
-"""`kdcache report`: finished runs beside one another, on a page."""
+"""`kdcache report`: compare finished runs on an HTML page."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import CacheName, choose_device, device_option, json_option
-from kdcache.errors import UsageError
-from kdcache.runtime.atomic_write import write_file
 
 
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The HTML file; must not exist.")
-@click.option("--cache", "cache_name", type=CacheName(), help="The teacher's: what needs it is left out without.")
+@click.option(
+    "--cache", "cache_name", type=CacheName(), help="Cache of the teacher; without one, its sections are left out."
+)
 @click.option(
     "--rows",
     type=click.IntRange(1),
     default=4096,
     show_default=True,
-    help="How many cached images the networks are shown.",
+    help="Number of cached images to run the networks on.",
 )
 @click.option(
     "--results",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A table such as docs/RESULTS.md: the accuracies of its recipes go into its last column.",
+    help="A Markdown table as in docs/RESULTS.md; the accuracies of its recipes are written to its last column.",
 )
-@click.option("--png", is_flag=True, help="The pictures as PNG too, in a folder beside the file.")
+@click.option("--png", is_flag=True, help="Write the pictures as PNG too, to a folder beside the file.")
 @device_option
 @json_option
 def report(
@@ -41,50 +41,41 @@ def report(
     device: str,
     as_json: bool,
 ) -> None:
-    """Draw up one HTML page about RUNs: folders of train-student or train-teacher, or a whole sweep.
+    """Write an HTML page that compares RUNs: folders of train-student or train-teacher, or a whole sweep.
 
-    A table over seeds, learning curves, temperatures, accuracy by class, calibration; with the teacher's cache also
-    sharpness, what KA changes, where student and teacher disagree, the hardest samples, and what one pass has saved.
-    The page needs no network.
+    The page has a table over seeds, learning curves, temperatures, accuracy by class and calibration; with the cache of
+    the teacher also sharpness, the effect of KA, disagreements of student and teacher, the hardest samples, and the
+    teacher passes saved. It loads nothing from the network.
 
     \b
     Example: kdcache report runs/sweep runs/digits-student --cache runs/digits.kdcache -o runs/report.html
     """
     from kdcache.cache import open_cache
     from kdcache.evaluation.published_results import fill_results
-    from kdcache.evaluation.report.charts import save_png
     from kdcache.evaluation.report.collect import collect
+    from kdcache.evaluation.report.files import check_files, pictures_folder, write_files
     from kdcache.evaluation.report.sections import write_report
-    from kdcache.train.run_folder import check_free
+    from kdcache.runtime.atomic_write import write_file
 
-    folder = out.with_name(f"{out.stem}-pictures")
-    check_free(out)
-    if png:
-        check_free(folder)
-    if not out.parent.is_dir():
-        raise UsageError(f"there is no folder {out.parent}", "make it, or give another file with -o")
-    on, progress = choose_device(device), output.Terminal()
+    check_files(out, png)
+    chosen, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
-    found = collect(runs, cache, rows=rows, device=on, progress=progress)
-    table = fill_results(results.read_text(encoding="utf-8"), found.runs) if results is not None else None
-    written = write_report(found)
-    if png:
-        folder.mkdir()
-        for chart in written.charts:
-            save_png(chart, folder)
-    write_file(out, written.html)
-    if results is not None and table is not None:
-        write_file(results, table[0])
+    data = collect(runs, cache, rows=rows, device=chosen, progress=progress)
+    filled = fill_results(results.read_text(encoding="utf-8"), data.runs) if results is not None else None
+    write_files(write_report(data), out, png)
+    if results is not None and filled is not None:
+        write_file(results, filled[0])
+    pictures = str(pictures_folder(out)) if png else None
     if as_json:
-        output.as_json({"report": str(out), "pictures": str(folder) if png else None, **found.as_record()})
+        output.as_json({"report": str(out), "pictures": pictures, **data.as_record()})
         return
-    for note in found.notes:
+    for note in data.notes:
         output.say(f"note: {note}")
     output.facts(
         {
             "report": f"{out}, {out.stat().st_size:,} bytes",
-            "runs": f"{len(found.runs)} in {len(found.groups)} groups",
-            **({"pictures": str(folder)} if png else {}),
-            **({"results": f"{results}: {', '.join(table[1])}"} if table is not None else {}),
+            "runs": f"{len(data.runs)} in {len(data.groups)} groups",
+            **({"pictures": pictures} if pictures is not None else {}),
+            **({"results": f"{results}: {', '.join(filled[1])}"} if filled is not None else {}),
         }
     )

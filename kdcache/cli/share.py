@@ -1,4 +1,4 @@
-"""`kdcache push`, `pull` and `sign`: caches that are shared, and vouched for."""
+"""`kdcache push`, `kdcache pull` and `kdcache sign`: publish caches, fetch them, sign them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from kdcache.cli import output
 from kdcache.cli.options import digest_option, json_option
 
-_DIGITS = 8
+_MAX_VIEWS = 1_000_000
 
 
 @click.command("push")
@@ -17,10 +17,10 @@ _DIGITS = 8
 @click.argument("url")
 @json_option
 def push(cache: Path, url: str, as_json: bool) -> None:
-    """Publish a CACHE at a URL: s3://, gs://, az://, hf://datasets/ORG/NAME or file://.
+    """Upload a CACHE to a URL: s3://, gs://, az://, hf://datasets/ORG/NAME or file://.
 
-    The manifest comes last: nobody ever sees half a cache. Interrupted or killed, the same command goes on. A URL is
-    for one cache; another one is never written over it.
+    The manifest is uploaded last, so that a reader never sees a partial cache. If the command is interrupted or killed,
+    the same command resumes. A URL that holds another cache is not overwritten.
 
     \b
     Example: kdcache push runs/digits.kdcache file:///tmp/shared/digits.kdcache
@@ -33,24 +33,28 @@ def push(cache: Path, url: str, as_json: bool) -> None:
     if as_json:
         output.as_json({"url": url, **done._asdict(), "pinned": pinned})
         return
-    kept = f", {done.kept:,} were there" if done.kept else ""
+    present = f"; {done.kept:,} were already there" if done.kept else ""
     output.facts(
-        {"digest": done.digest, "files": f"{done.files:,} put there, {done.bytes:,} bytes{kept}", "use": pinned}
+        {
+            "digest": done.digest,
+            "files": f"{done.files:,} uploaded, {done.bytes:,} bytes{present}",
+            "pinned URL": pinned,
+        }
     )
 
 
 @click.command("pull")
 @click.argument("url")
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
-@click.option("--views", help="Numbers, such as 0,2 or 0-9: only these views are fetched.")
+@click.option("--views", help="Views to download, such as 0,2 or 0-9.  [default: all]")
 @digest_option
 @json_option
 def pull(url: str, folder: Path | None, views: str | None, digest: str | None, as_json: bool) -> None:
-    """Fetch the cache at a URL to a FOLDER: of s3://, gs://, az://, https://, hf://datasets/ORG/NAME or file://.
+    """Download the cache at a URL to a FOLDER: s3://, gs://, az://, https://, hf://datasets/ORG/NAME or file://.
 
-    Every byte is checked against the manifest, and what is whole is not fetched again: interrupted, or asked for more
-    views, the same command does the rest. Without FOLDER it is kept in kdcache's own, where commands find it that are
-    given the URL. URL#sha256:... is the same as --digest.
+    Every file is checked against the manifest. Files that are complete are not downloaded again: to resume, or to add
+    views, run the command again. Without FOLDER, the cache is stored in the local cache folder of kdcache, where other
+    commands find it by its URL. URL#sha256:... is the same as --digest.
 
     \b
     Example: kdcache pull file:///tmp/shared/digits.kdcache runs/shared.kdcache
@@ -61,12 +65,12 @@ def pull(url: str, folder: Path | None, views: str | None, digest: str | None, a
     from kdcache.errors import UsageError
 
     if "://" not in url:
-        raise UsageError(f"{url} is no URL", "a folder on this machine needs no pull: give it as it is, or as file://")
-    numbers, progress = None if views is None else _numbers(views), output.Terminal()
+        raise UsageError(f"{url} is not a URL", "use a folder on this machine directly, without pull, or as file://")
+    selected, progress = None if views is None else _parse_views(views), output.Terminal()
     if folder is None:
-        cache = open_cache(url, numbers, digest, progress)
+        cache = open_cache(url, selected, digest, progress)
     else:
-        cache = pull_from(url, folder, numbers, digest, progress)
+        cache = pull_from(url, folder, selected, digest, progress)
     facts = {"cache": str(cache.path), "digest": cache.manifest.digest}
     if as_json:
         output.as_json({**facts, "views": list(cache.views)})
@@ -74,31 +78,35 @@ def pull(url: str, folder: Path | None, views: str | None, digest: str | None, a
         output.facts({**facts, "views": f"{len(cache.views)} of {cache.manifest.plan.views.count}"})
 
 
-def _numbers(given: str) -> list[int]:
-    """The views that `0,2-4` names.
+def _parse_views(text: str) -> list[int]:
+    """Return the views of a list such as `0,2-4`.
 
     Raises:
-        UsageError: for anything else.
+        UsageError: if it is something else.
     """
     from kdcache.errors import UsageError
+    from kdcache.runtime.ranges import parse_range
 
-    found: list[int] = []
-    for part in given.split(","):
-        first, dash, last = part.partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash) and max(len(first), len(last)) < _DIGITS):
-            raise UsageError(f"--views {given!r} names no views", "write numbers, and runs of them: 0,2-4")
-        found += range(int(first), int(last or first) + 1)
-    return found
+    views: list[int] = []
+    for part in text.split(","):
+        views_of_part = parse_range(part, "--views")
+        if views_of_part.stop > _MAX_VIEWS:
+            raise UsageError(f"--views {text!r} is out of range", "see `kdcache info URL` for the number of views")
+        views += views_of_part
+    return views
 
 
 @click.command("sign")
 @click.argument("cache", type=click.Path(path_type=Path))
-@click.option("--key", required=True, type=click.Path(path_type=Path), help="An SSH key, such as ~/.ssh/id_ed25519.")
+@click.option(
+    "--key", required=True, type=click.Path(path_type=Path), help="Private SSH key, such as ~/.ssh/id_ed25519."
+)
 @json_option
 def sign(cache: Path, key: Path, as_json: bool) -> None:
-    """Sign a CACHE with an SSH key, through ssh-keygen; others check it with `kdcache verify --signed-by`.
+    """Sign a CACHE with an SSH key; others check the signature with `kdcache verify --signed-by`.
 
-    The signature lies beside the manifest and covers, through the root digest, every byte. Push and pull carry it.
+    Runs ssh-keygen, and writes manifest.json.sig into the CACHE. The signature covers every file through the root
+    digest. push and pull include it.
 
     \b
     Example: kdcache sign runs/digits.kdcache --key ~/.ssh/id_ed25519
@@ -106,7 +114,7 @@ def sign(cache: Path, key: Path, as_json: bool) -> None:
     from kdcache.cache.reader import open_cache
     from kdcache.cache.remote.signatures import sign as sign_with
 
-    opened = open_cache(cache)
+    opened = open_cache(cache, progress=output.Terminal())
     facts = {"signature": str(sign_with(cache, key.expanduser())), "digest": opened.manifest.digest}
     if as_json:
         output.as_json(facts)

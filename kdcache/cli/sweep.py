@@ -1,9 +1,8 @@
-"""`kdcache sweep`: many students from one cache."""
+"""`kdcache sweep`: train many students from one cache."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +18,7 @@ from kdcache.cli.options import (
     open_caches,
     pipeline_argument,
     set_option,
-    views_shown,
+    views_used,
 )
 
 if TYPE_CHECKING:
@@ -29,22 +28,22 @@ if TYPE_CHECKING:
 
 @click.command("sweep")
 @pipeline_argument
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the runs, and the table.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the runs and the table.")
 @caches_option
 @digest_option
 @click.option(
     "--over",
     multiple=True,
-    help="KEY=VALUE,VALUE,...: a key of the pipeline and its values, or loss=NAME,NAME. Repeated: all combinations.",
+    help="KEY=VALUE,VALUE,...: a key of the pipeline, or loss=NAME,NAME. Repeatable: all combinations are trained.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Students a combination.")
-@click.option("-j", "processes", type=click.IntRange(min=1), default=1, show_default=True, help="Side by side.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Students per combination.")
+@click.option("-j", "processes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of processes.")
 @click.option(
     "--placement",
     type=click.Choice(["auto", "device", "host", "mmap", "stream"]),
     default="auto",
     show_default=True,
-    help="Where the cache's rows are held; auto with -j above 1 is mmap, which the processes share.",
+    help="Where to hold the rows of the cache, see train-student; auto with -j above 1 is mmap, shared by processes.",
 )
 @click.option("--allow-other-pixels", "other_pixels", is_flag=True, help="See train-student.")
 @click.option("--align", is_flag=True, help="See train-student.")
@@ -70,24 +69,23 @@ def sweep(
 ) -> None:
     """Train the student of a PIPELINE with several losses, networks or options, over several seeds, from one cache.
 
-    The cache and the data set are loaded once. What is trained already is not trained again: after an interruption,
-    or with more seeds or values, the same command does the rest. Choose by the validation accuracy.
+    The cache and the data set are loaded once. Students that exist are not trained again: the same command resumes an
+    interrupted sweep, and adds seeds or values. Select by the validation accuracy, not by the test accuracy.
 
     \b
-    Example: kdcache sweep pipelines/digits.yaml --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
+    Example: kdcache sweep digits --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
     """
     from kdcache.errors import IncompleteError, InterruptedRun
-    from kdcache.runtime.atomic_write import write_file
-    from kdcache.train.plots import draw_accuracies
     from kdcache.train.sweep import combinations
     from kdcache.train.sweep import sweep as run
+    from kdcache.train.sweep_results import as_record, write_results
 
     points = combinations(pipeline, overrides, over)
-    shown = [views_shown(point.pipeline) for point in points]
-    views = None if None in shown else max(filter(None, shown))
+    used = [views_used(point.pipeline) for point in points]
+    views = None if None in used else max(filter(None, used))
     caches = open_caches(cache_names, digest, views, output.Terminal())
     try:
-        found = run(
+        summaries = run(
             points,
             seeds,
             caches,
@@ -102,50 +100,39 @@ def sweep(
         )
     except (KeyboardInterrupt, InterruptedRun):
         raise InterruptedRun(
-            f"interrupted; what is trained is kept in {out}", "run the same command again: it does the rest"
+            f"interrupted; the trained students are kept in {out}", "run the same command again to resume"
         ) from None
-    content = {"points": [_facts(point) for point in found]}
-    write_file(out / "sweep.json", json.dumps(content, indent=2) + "\n")
-    by_point = {point.point: point.accuracies for point in found}
-    if any(by_point.values()):
-        title = f"{points[0].pipeline.dataset.name}, {seeds} seed{'s'[: seeds - 1]}"
-        draw_accuracies(by_point, None, title, out / "sweep.png", "student")
+    table, picture = write_results(summaries, points[0].pipeline.dataset.name, out)
     if as_json:
-        output.as_json(content)
+        output.as_json(as_record(summaries))
     else:
-        _print(found, out, seeds)
-    failed = [student for point in found for student in point.students if student.failed is not None]
+        columns, rows = accuracy_table(summaries)
+        output.table(f"Accuracy, {'one seed' if seeds == 1 else f'mean of {seeds} seeds'}", columns, rows)
+        output.result("")
+        shown = {"picture": str(picture)} if picture is not None else {}
+        output.facts({"runs": str(out), "table": str(table), **shown})
+    students = [student for summary in summaries for student in summary.students]
+    failed = [student for student in students if student.failed is not None]
     if failed:
         raise IncompleteError(
-            f"{len(failed)} of {sum(len(point.students) for point in found)} students failed; {failed[0].point}, "
-            f"seed {failed[0].seed}: {failed[0].failed}",
-            "leave out what cannot be, or mend it, and run the command again: the others are kept",
+            f"{len(failed)} of {len(students)} students failed; {failed[0].point}, seed {failed[0].seed}: "
+            f"{failed[0].failed}",
+            "remove or correct that value, and run the command again: the other students are kept",
         )
 
 
-def _facts(point: SweepSummary) -> dict[str, object]:
-    return {
-        "point": point.point,
-        "test_mean": point.mean,
-        "test_spread": point.spread,
-        "validation_mean": point.validation,
-        "seconds": point.seconds,
-        "students": [asdict(student) for student in point.students],
-    }
+def accuracy_table(summaries: Sequence[SweepSummary]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of a table of accuracies, one row per combination."""
+    rows = []
+    for summary in summaries:
+        spread = interval = ""
+        if len(summary.accuracies) > 1:
+            spread = f"{100 * summary.spread:.1f}"
+            interval = f"{min(summary.accuracies):.1%} to {max(summary.accuracies):.1%}"
+        accuracies = [_percent(summary.validation), _percent(summary.mean)]
+        rows.append([summary.point, *accuracies, spread, interval, f"{summary.seconds:.1f}"])
+    return ["student", "validation", "test", "std, points", "range", "training, s"], rows
 
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
-
-
-def _print(found: list[SweepSummary], out: Path, seeds: int) -> None:
-    rows = []
-    for point in found:
-        low, high = min(point.accuracies, default=None), max(point.accuracies, default=None)
-        spread = f"{100 * point.spread:.1f}" if len(point.accuracies) > 1 else ""
-        between = f"{_percent(low)} to {_percent(high)}" if len(point.accuracies) > 1 else ""
-        cells = [_percent(point.validation), _percent(point.mean), spread, between, f"{point.seconds:.1f}"]
-        rows.append([point.point, *cells])
-    columns = ["student", "validation", "test", "spread", "range", "training, s"]
-    output.table(f"Accuracy, {'one seed' if seeds == 1 else f'mean over {seeds} seeds'}", columns, rows)
-    output.facts({"runs": str(out), "table": str(out / "sweep.json"), "picture": str(out / "sweep.png")})

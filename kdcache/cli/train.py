@@ -1,4 +1,4 @@
-"""Stage two: students from a cache."""
+"""`kdcache train-teacher` and `kdcache train-student`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kdcache.cli.options import (
     pipeline_argument,
     read_pipeline,
     set_option,
-    views_shown,
+    views_used,
 )
 
 if TYPE_CHECKING:
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 @device_option
 @json_option
 def train_teacher(pipeline: Path, out: Path, overrides: tuple[str, ...], device: str, as_json: bool) -> None:
-    """Train the teacher of a PIPELINE with cross-entropy, from random weights.
+    """Train the teacher of a PIPELINE with cross-entropy, from random weights, and write it to the folder -o.
 
-    Interrupted or killed, the same command goes on after the last whole epoch.
+    If the command is interrupted or killed, the same command resumes after the last complete epoch.
 
     \b
-    Example: kdcache train-teacher pipelines/digits.yaml -o runs/digits-teacher
+    Example: kdcache train-teacher digits -o runs/digits-teacher
     """
     from kdcache.runtime.distributed import is_first
     from kdcache.train.train import train_teacher as train
 
     resolved = read_pipeline(pipeline, overrides)
-    trained = train(resolved, out, device=choose_device(device), progress=output.Terminal() if is_first() else None)
+    result = train(resolved, out, device=choose_device(device), progress=output.Terminal() if is_first() else None)
     if is_first():
-        output.run_result(out, trained, as_json)
+        output.run_result(out, result, as_json)
 
 
 @click.command("train-student")
@@ -56,21 +56,28 @@ def train_teacher(pipeline: Path, out: Path, overrides: tuple[str, ...], device:
 @digest_option
 @click.option(
     "--loss",
-    help="ce, kd, dtkd, ka+dtd, dtkd+dkd, ...: see README. Options that the file has for another loss go with it.",
+    help="ce, kd, dtkd, ka+dtd, ...: see docs/LOSSES.md. Options in the file for another loss are dropped.",
 )
 @click.option(
     "--placement",
     type=click.Choice(["auto", "device", "host", "mmap", "stream"]),
     default="auto",
     show_default=True,
-    help="Where the cache's rows are held: on the GPU, in memory, in a mapped file, or read as they come.",
+    help="Where to hold the rows of the cache: GPU memory, host memory, memory-mapped file, or read while training.",
 )
 @click.option(
-    "--allow-other-pixels", "other_pixels", is_flag=True, help="Train although the images are not what the teacher saw."
+    "--allow-other-pixels",
+    "other_pixels",
+    is_flag=True,
+    help="Train even if the pixels differ from those that the teacher saw.",
 )
-@click.option("--align", is_flag=True, help="Match samples by content, in whatever order they are; leave others out.")
-@click.option("--allow-missing", is_flag=True, help="The same, and train although the data set lacks some of them.")
-@click.option("--seed", type=int, help="[short for --set student.train.seed=...]")
+@click.option(
+    "--align",
+    is_flag=True,
+    help="Match samples by content instead of by order; samples that are not cached are left out.",
+)
+@click.option("--allow-missing", is_flag=True, help="As --align, even if cached samples are missing from the data set.")
+@click.option("--seed", type=int, help="Of the training.  [same as --set student.train.seed=...]")
 @set_option
 @device_option
 @json_option
@@ -89,22 +96,22 @@ def train_student(
     device: str,
     as_json: bool,
 ) -> None:
-    """Train the student of a PIPELINE from a cache; the teacher is not loaded.
+    """Train the student of a PIPELINE from a cache, and write it to the folder -o; the teacher is not loaded.
 
-    Interrupted or killed, the same command goes on after the last whole epoch. Under torchrun or `accelerate launch`,
-    all processes share each batch.
+    If the command is interrupted or killed, the same command resumes after the last complete epoch. With torchrun or
+    `accelerate launch`, each batch is divided among the processes.
 
     \b
-    Example: kdcache train-student pipelines/digits.yaml --cache runs/digits.kdcache --loss dtkd -o runs/student
+    Example: kdcache train-student digits --cache runs/digits.kdcache --loss dtkd -o runs/digits-student
     """
     from kdcache.runtime.distributed import is_first
     from kdcache.train.train import train_student as train
 
     resolved = read_pipeline(pipeline, overrides, loss, student__train__seed=seed)
     progress = output.Terminal() if is_first() else None
-    trained = train(
+    result = train(
         resolved,
-        open_caches(cache_names, digest, views_shown(resolved), progress),
+        open_caches(cache_names, digest, views_used(resolved), progress),
         out,
         device=choose_device(device),
         placement=placement,
@@ -114,4 +121,4 @@ def train_student(
         progress=progress,
     )
     if is_first():
-        output.run_result(out, trained, as_json)
+        output.run_result(out, result, as_json)

@@ -1,4 +1,4 @@
-"""`kdcache verify`: whether a cache is whole, and whether it belongs to a data set and a teacher."""
+"""`kdcache verify`: check the integrity of a cache, and that it matches a data set and a teacher."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 @click.option(
     "--signed-by",
     type=click.Path(path_type=Path),
-    help="A file of allowed signers, as ssh-keygen reads it; one must have signed.",
+    help="Require a signature by one of the allowed signers in this file, in the format of ssh-keygen.",
 )
-@click.option("--replay", is_flag=True, help="Make the views of PIPELINE's data set anew and compare their pixels.")
-@click.option("--teacher", is_flag=True, help="Run PIPELINE's teacher again on a sample of rows.")
+@click.option("--replay", is_flag=True, help="Replay the views of PIPELINE's data set and compare their pixels.")
+@click.option("--teacher", is_flag=True, help="Run PIPELINE's teacher on some of the rows and compare its logits.")
 @click.option(
-    "--rows", type=click.IntRange(1), default=512, show_default=True, help="How many rows a view --teacher runs on."
+    "--rows", type=click.IntRange(1), default=512, show_default=True, help="Rows per view that --teacher runs on."
 )
 @set_option
 @device_option
@@ -52,11 +52,13 @@ def verify(
     device: str,
     as_json: bool,
 ) -> None:
-    """Read every file and every row of a CACHE; with a PIPELINE, hold it against that data set and teacher too.
+    """Check every file and every row of a CACHE; with a PIPELINE, check that they match its data set and teacher.
+
+    Exit codes: 3 not sealed, 4 another cache, signer, data set or teacher, or other pixels, 5 damaged.
 
     \b
-    Example: kdcache verify runs/digits.kdcache pipelines/digits.yaml --replay
-    Exit codes: 3 not sealed, 4 another cache, signer, data set or teacher, or other pixels, 5 damaged.
+    Example: kdcache verify runs/digits.kdcache
+    Example: kdcache verify runs/digits.kdcache digits --replay --teacher
     """
     from kdcache.cache.inspect.audit import audit
     from kdcache.cache.remote.address import source
@@ -64,14 +66,14 @@ def verify(
     from kdcache.cache.remote.signatures import check_signature
 
     if pipeline is None and (replay or teacher or overrides):
-        raise UsageError("--replay, --teacher and --set need a pipeline", f"kdcache verify {cache} PIPELINE ...")
-    # What cannot be read as a pipeline is said before all files of the cache are read.
+        raise UsageError("--replay, --teacher and --set need a pipeline", f"use: kdcache verify {cache} PIPELINE ...")
+    # First, so that an error in the pipeline is reported before all files of the cache are read.
     resolved = read_pipeline(pipeline, overrides) if pipeline is not None else None
     named = source(cache, digest)
     path = mirror(named, None, None, output.Terminal()).folder if named.is_remote else Path(named.where)
-    found: dict[str, Any] = {"signed_by": check_signature(path, signed_by)} if signed_by is not None else {}
+    results: dict[str, Any] = {"signed_by": check_signature(path, signed_by)} if signed_by is not None else {}
     checked = audit(path)
-    check_pinned(path, checked.digest or "none, it is not sealed", named.digest)
+    check_pinned(path, checked.digest or "none: it is not sealed", named.digest)
     if resolved is not None and checked.failure is None:
         from kdcache.cache import open_cache
         from kdcache.data.datasets import load_split
@@ -83,39 +85,41 @@ def verify(
         opened, progress = open_cache(path), output.Terminal()
         if teacher and not opened.teacher_seen:
             raise UsageError(
-                f"nothing is known of the teacher of {path} but what it said: {opened.manifest.plan.teacher.precision}",
-                "leave --teacher out",
+                f"the teacher of {path} was not run by kdcache: {opened.manifest.plan.teacher.precision}",
+                "run the command without --teacher",
             )
         samples = load_split(resolved.dataset, "train")
         check_data(opened, samples, resolved.transform, progress)
-        found["dataset"] = {"samples": len(samples)}
+        results["dataset"] = {"samples": len(samples)}
         if replay:
             workers = resolved.cache.num_workers
             replayed = replay_views(opened, samples, workers=workers, progress=progress)
-            found["replay"] = {**replayed._asdict(), "teacher_seen": opened.teacher_seen}
+            results["replay"] = {**replayed._asdict(), "teacher_seen": opened.teacher_seen}
         if teacher:
             model = load_teacher(resolved, progress).model
-            on = choose_device(device)
-            found["teacher"] = [
-                one._asdict()
-                for one in compare_with_teacher(opened, model, samples, resolved.cache, rows, on, progress)
+            chosen = choose_device(device)
+            results["teacher"] = [
+                agreement._asdict()
+                for agreement in compare_with_teacher(opened, model, samples, resolved.cache, rows, chosen, progress)
             ]
-    _report(checked, found, as_json)
+    _report(checked, results, as_json)
     if checked.failure is not None:
         raise checked.failure
 
 
-def _report(checked: Audit, found: dict[str, Any], as_json: bool) -> None:
+def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
+    """Print what was checked, every problem, and the results of the checks against a pipeline."""
+    problems = checked.findings
     if as_json:
         output.as_json(
             {
                 "cache": str(checked.path),
-                "whole": checked.failure is None,
+                "ok": checked.failure is None,
                 "digest": checked.digest,
                 "files": checked.files,
                 "rows": checked.rows,
-                "findings": [finding._asdict() for finding in checked.findings],
-                **found,
+                "problems": [problem._asdict() for problem in problems],
+                **results,
             }
         )
         return
@@ -123,42 +127,44 @@ def _report(checked: Audit, found: dict[str, Any], as_json: bool) -> None:
         {
             "cache": str(checked.path),
             "digest": checked.digest or "not sealed",
-            **({"signed by": found["signed_by"]} if "signed_by" in found else {}),
-            "files": f"{checked.files:,} read, {_count(len(checked.findings), 'finding')}",
-            "rows": f"{checked.rows:,} looked at",
-            **({"data set": f"the same {found['dataset']['samples']:,} samples"} if "dataset" in found else {}),
-            **({"replay": _replayed(**found["replay"])} if "replay" in found else {}),
+            **({"signed by": results["signed_by"]} if "signed_by" in results else {}),
+            "files": f"{checked.files:,} checked, {_count(len(problems), 'problem')}",
+            "rows": f"{checked.rows:,} checked",
+            **({"data set": f"the same {results['dataset']['samples']:,} samples"} if "dataset" in results else {}),
+            **({"replay": _replayed(**results["replay"])} if "replay" in results else {}),
         }
     )
-    for finding in checked.findings:
-        output.result(f"  {finding}")
-    if "teacher" in found:
-        _compared(found["teacher"])
+    for problem in problems:
+        output.result(f"  {problem}")
+    if "teacher" in results:
+        output.result("")
+        _compared(results["teacher"])
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number or 'no'} {what}{'' if number == 1 else 's'}"
+def _count(count: int, what: str) -> str:
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
 
 
 def _replayed(checked: int, rounded: int, teacher_seen: bool) -> str:
-    saw = "the teacher saw" if teacher_seen else "the cache was converted with (what its teacher saw is not known)"
-    same = f"{checked:,} images are what {saw}"
-    return f"{same}, {rounded:,} of them but for rounding" if rounded else f"{same}, to the bit"
+    by = "the teacher saw" if teacher_seen else "the cache was imported with (its teacher's images are unknown)"
+    same = f"{checked:,} images are those that {by}"
+    return f"{same}, {rounded:,} of them up to rounding" if rounded else f"{same}, bit for bit"
 
 
-def _compared(found: list[dict[str, Any]]) -> None:
+def _compared(agreements: list[dict[str, Any]]) -> None:
+    """Print a table of the agreement with the live teacher, by view and temperature."""
     output.table(
-        f"Cached logits against the live teacher's, {found[0]['rows']:,} rows a view",
-        ["view", "T", "total variation", "KL", "same class", "error of the KD gradient"],
+        f"Cached logits against those of the live teacher, {agreements[0]['rows']:,} rows per view",
+        ["view", "T", "total variation", "KL", "same top class", "error of the KD gradient"],
         [
             [
-                str(one["view"]),
-                str(one["temperature"]),
-                f"{one['total_variation']:.5f}",
-                f"{one['divergence']:.2e}",
-                f"{one['top1']:.2%}",
-                f"{one['gradient_error']:.5f}",
+                str(agreement["view"]),
+                str(agreement["temperature"]),
+                f"{agreement['total_variation']:.5f}",
+                f"{agreement['divergence']:.2e}",
+                f"{agreement['top1']:.2%}",
+                f"{agreement['gradient_error']:.5f}",
             ]
-            for one in found
+            for agreement in agreements
         ],
     )

@@ -19,7 +19,6 @@ from kdcache import Cache, CacheSpec, dump_teacher, open_cache
 from kdcache.cache.inspect.audit import audit
 from kdcache.cache.inspect.card import card, write_card
 from kdcache.cli import main
-from kdcache.cli.inspect import draw_card
 from kdcache.config.loader import load_pipeline
 from kdcache.curate.select import select
 from kdcache.models.teacher import load_teacher
@@ -67,7 +66,10 @@ def test_a_dump_leaves_a_card_that_says_what_the_manifest_says(tmp_path: Path) -
         *fidelity,
     ]:
         assert said in text
-    assert "card.png" not in text
+    assert "(card.png)" in text
+    with Image.open(cache.path / "card.png") as image:
+        assert image.format == "PNG"
+        assert image.width > 500
 
 
 @pytest.mark.parametrize(
@@ -109,20 +111,20 @@ def test_notes_of_the_user_are_kept_and_the_rest_is_made_anew(tmp_path: Path) ->
     written = path.read_text()
     begin = "<!-- your notes: kept by `kdcache card` -->\n"
     path.write_text(written.replace(begin, f"{begin}Seen with *care*.\n\nTwice.").replace("## Limits", "## None"))
-    noted = write_card(cache).read_text()
+    noted = write_card(cache)[0].read_text()
     assert noted == written.replace(begin, f"{begin}Seen with *care*.\n\nTwice.")
-    assert write_card(cache).read_text() == noted
+    assert write_card(cache)[0].read_text() == noted
 
 
 def test_card_and_picture_are_covered_by_nothing_and_no_check_minds_them(tmp_path: Path) -> None:
     cache = dump(tmp_path / "c.kdcache", views=2)
-    card_path, picture = draw_card(cache)
+    card_path, picture = write_card(cache)
     assert f"({picture.name})" in card_path.read_text()
     with Image.open(picture) as image:
         assert image.format == "PNG"
         assert image.width > 500
     drawn = picture.read_bytes()
-    draw_card(cache)
+    write_card(cache)
     assert picture.read_bytes() == drawn
     assert open_cache(cache.path).manifest.digest == cache.manifest.digest
     assert audit(cache.path).failure is None
@@ -139,7 +141,7 @@ def test_a_card_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -> N
     path = cache.path / "README.md"
     path.unlink()
     path.symlink_to(secret)
-    assert "of another file" not in write_card(cache).read_text()
+    assert "of another file" not in write_card(cache)[0].read_text()
     assert not path.is_symlink()
     assert "of another file" in secret.read_text()
 

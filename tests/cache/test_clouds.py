@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers.paths import GOLDEN
+from helpers.processes import PATIENCE
 
 from kdcache.cache import open_cache
 from kdcache.cache.push_pull import pull, push
@@ -37,7 +38,7 @@ def connection(port: int) -> str:
 
 
 def listening(process: subprocess.Popen[bytes], port: int) -> None:
-    for _ in range(600):
+    for _ in range(20 * PATIENCE):
         assert process.poll() is None, "the emulator ended"
         with socket.socket() as tried:
             if tried.connect_ex(("127.0.0.1", port)) == 0:

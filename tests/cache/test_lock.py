@@ -23,7 +23,7 @@ from kdcache.cache.writer import CacheWriter
 from kdcache.errors import KdcacheError, UsageError
 
 SPEC = CacheSpec(top_k=3, tail="uniform", pilot_rows=1, shard_rows=4, batch_size=4)
-STAY = {"SAMPLE": "11", "HAPPENS": "time.sleep(600 * os.path.exists(os.environ['OUT']))"}
+STAY = {"SAMPLE": "11", "HAPPENS": "time.sleep(3600 * os.path.exists(os.environ['OUT']))"}
 
 
 def begin(folder: Path, number: int, environment: dict[str, str], *more: object) -> BaseProcess:
@@ -74,7 +74,7 @@ def test_a_cache_that_is_being_derived_is_not_begun_by_another_command(tmp_path:
     first = in_a_process(stopped_before_the_seal, tmp_path / "said1", out, *select)
     try:
         until((out / LOCK).exists)
-        until((tmp_path / "there").exists, 10)
+        until((tmp_path / "there").exists)
         assert exit_code(in_a_process(command_line, tmp_path / "said2", {}, *select)) == 2
         assert f"is being written by process {first.pid} on " in said(tmp_path, 2)
     finally:
@@ -90,7 +90,7 @@ def stopped_before_the_seal(told: Path, out: Path, *arguments: object) -> None:
 
     def wait(*_: object) -> None:
         (out.parent / "there").touch()
-        time.sleep(600)
+        time.sleep(3600)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CacheWriter, "seal", wait)

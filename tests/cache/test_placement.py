@@ -26,7 +26,7 @@ import pytest
 import torch
 from helpers.cli import kdcache
 from helpers.paths import ROOT
-from helpers.processes import FORKS, in_a_process
+from helpers.processes import FORKS, PATIENCE, in_a_process
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -464,14 +464,14 @@ def test_workers_are_given_the_same(method: str, lowrank: Made, monkeypatch: pyt
         check(teacher, lowrank, batches[0], 0)
     # With the lock of the stream taken, and a thread in the middle of a read, when the workers are made.
     reading.clear()
-    assert reading.wait(10)
+    assert reading.wait(PATIENCE)
     loader: DataLoader[Any] = DataLoader(
         Asked(teachers),
         batch_sampler=[ids.tolist() for ids in batches],
         num_workers=2,
         multiprocessing_context=method,
         collate_fn=as_it_is,
-        timeout=60,
+        timeout=PATIENCE,
     )
     processes, seen = set(), []
     for ids, process, logits in loader:
@@ -492,7 +492,12 @@ def test_a_worker_may_announce(placed: Placement, lowrank: Made) -> None:
     teacher = lowrank.cache.teacher(placement=placed)
     teacher.expect(torch.split(drawn(1), 6), 0)
     loader: DataLoader[Any] = DataLoader(
-        Asked([teacher]), batch_size=None, sampler=range(8), num_workers=2, multiprocessing_context="fork", timeout=60
+        Asked([teacher]),
+        batch_size=None,
+        sampler=range(8),
+        num_workers=2,
+        multiprocessing_context="fork",
+        timeout=PATIENCE,
     )
     for (one,), _, (other_view, announced) in loader:
         assert torch.equal(other_view, lowrank.logits(torch.tensor([one]), 1))
@@ -668,7 +673,7 @@ def test_killed_at_any_moment_no_half_file_has_the_final_name(
     for at in itertools.count(1):
         kept = tmp_path / str(at)
         process = in_a_process(map_until_killed, larger.cache.path, kept, at)
-        process.join(60)
+        process.join(PATIENCE)
         files = record_files(larger, kept)
         assert all(
             not file.exists() or file.read_bytes() == content for file, content in zip(files, whole, strict=True)
@@ -704,9 +709,9 @@ def map_at_once(cache: Path, kept: Path, together: Any, told: Any) -> None:
 def test_processes_that_make_them_at_once_make_them_once(lowrank: Made, kept_here: Path) -> None:
     together, told = FORKS.Barrier(2), FORKS.Queue()
     both = [in_a_process(map_at_once, lowrank.cache.path, kept_here, together, told) for _ in range(2)]
-    answers = [told.get(timeout=60) for _ in both]
+    answers = [told.get(timeout=PATIENCE) for _ in both]
     for process in both:
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     for _, logits in answers:
         assert torch.equal(torch.from_numpy(logits), lowrank.logits(drawn(0), 1))
@@ -725,7 +730,7 @@ def map_with_a_limit(cache: Path, kept: Path, limit: int) -> None:
 
 def test_a_file_that_cannot_be_written_leaves_nothing(lowrank: Made, kept_here: Path) -> None:
     process = in_a_process(map_with_a_limit, lowrank.cache.path, kept_here, len(joined(lowrank.rows[0])) - 1)
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 0
     check(mapped_teacher(lowrank), lowrank, drawn(0), 1)
     check_records(lowrank, kept_here)
@@ -970,8 +975,8 @@ def test_memory_does_not_grow_with_the_rows(placed: Placement, large: list[Path]
     told, peaks = FORKS.Queue(), []
     for cache in large:
         process = in_a_process(peak_of, cache, kept_here, placed, told)
-        peaks.append(told.get(timeout=60))
-        process.join(60)
+        peaks.append(told.get(timeout=PATIENCE))
+        process.join(PATIENCE)
         assert process.exitcode == 0
     for file in kept_here.rglob("*.records"):
         file.unlink()  # pytest keeps the folder
@@ -981,7 +986,7 @@ def test_memory_does_not_grow_with_the_rows(placed: Placement, large: list[Path]
 
 def test_the_benchmark_runs() -> None:
     command = [sys.executable, "-W", "error", "benchmarks/larger_than_memory.py", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=PATIENCE)
     lines = [line.split() for line in done.stdout.splitlines()]
     paces = [line for line in lines if line[0] in PLACEMENTS and line[1] in ("yes", "no")]
     assert [line[0] for line in paces] == ["host", *["mmap"] * 4, *["stream"] * 2]

@@ -17,7 +17,7 @@ import torch
 from helpers.cli import npz_recipe, ok, refused
 from helpers.corruption import FORGED, flipped, forge, refresh
 from helpers.paths import GOLDEN
-from helpers.processes import in_a_process, until
+from helpers.processes import PATIENCE, in_a_process, until
 from helpers.remote_servers import Fault, FileServer, HubServer, ObjectServer, serving
 from torch import Tensor
 
@@ -280,7 +280,7 @@ def test_a_push_that_is_killed_goes_on(at: int, cache: Path, tmp_path: Path, buc
         return None
 
     bucket.fault = kill
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     bucket.fault = lambda method, path: None
     there = {f"/{path}" for path in fsspec.filesystem("s3", skip_instance_cache=True).find("bucket/team/c")}
@@ -321,7 +321,7 @@ def killed_while_pushing(cache: Path, url: str, at: int) -> None:
 def test_a_push_to_a_folder_that_is_killed_goes_on(at: int, cache: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path / 'shared'}"
     process = in_a_process(killed_while_pushing, cache, url, at)
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     with pytest.raises(KdcacheError, match=r"still being pushed|no cache found"):
         open_cache(url)
@@ -438,7 +438,7 @@ def test_a_pull_that_is_killed_goes_on(at: int, server: FileServer, cache: Path,
         return None
 
     server.fault = kill
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     came = {f"/c/{name}" for name in contents(folder) if not name.startswith(("incoming-", "pulling"))}
     with pytest.raises(IncompleteError, match=r"the pull to .* is unfinished"):
@@ -456,7 +456,7 @@ def test_two_processes_pull_the_same_at_once(shared: str, server: FileServer, ca
     folder = tmp_path / "pulled" if shared == "folder" else None
     processes = [in_a_process(pull_in, str(tmp_path / "home"), f"{server.url}/c", folder) for _ in range(2)]
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     assert server.data_requests() == DATA, "the second finds what the first has fetched"
     assert torch.equal(logits(folder or f"{server.url}/c"), logits(cache))
@@ -754,14 +754,14 @@ def test_commands_take_urls(work: Path, tmp_path: Path) -> None:
         assert weights[0] == weights[1]
         ok("sweep", recipe, "-o", tmp_path / "w", "--cache", f"{url}#{digest}", "--seeds", 1, *device)
         ok("evaluate", tmp_path / "s", "--cache", url, *device)
-        assert "no findings" in ok("verify", url, recipe, "--replay", "--digest", digest)
+        assert "no problems" in ok("verify", url, recipe, "--replay", "--digest", digest)
         fetched = {path: count for path, count in server.asked.items() if "/data.zarr/" in path}
         assert set(fetched.values()) == {1}
         told = json.loads(ok("pull", url, tmp_path / "pulled", "--views", "0", "--json"))
         assert told == {"cache": str(tmp_path / "pulled"), "digest": digest, "views": [0]}
         assert "views" in ok("pull", url)
-    assert "names no views" in refused(2, "pull", url, "--views", "one")
-    assert "is no URL" in refused(2, "pull", work / "c.kdcache")
+    assert "--views must be an index or a range" in refused(2, "pull", url, "--views", "one")
+    assert "is not a URL" in refused(2, "pull", work / "c.kdcache")
     assert "--digest is of one cache" in refused(
         2, "train-student", recipe, "-o", tmp_path / "no", "--cache", url, "--cache", url, "--digest", digest, *device
     )
@@ -773,7 +773,7 @@ def test_ctrl_c_keeps_what_has_come(server: FileServer, cache: Path, tmp_path: P
     process = in_a_process(pull_in, str(tmp_path / "home"), f"{server.url}/c", tmp_path / "pulled")
     until(lambda: server.data_requests() > 20)
     os.kill(process.pid or 0, signal.SIGINT)
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 1
     assert (tmp_path / "pulled" / "pulling").is_file()
     assert not list((tmp_path / "pulled").glob("incoming-*"))

@@ -117,7 +117,7 @@ def test_the_commands(cache: Path, keys: Path, tmp_path: Path, monkeypatch: pyte
     assert told == {"signature": str(cache / SIGNATURE), "digest": digest}
     assert digest in ok("sign", cache, "--key", keys / "alice")
     verified = json.loads(ok("verify", cache, "--signed-by", keys / "allowed-alice", "--json"))
-    assert (verified["signed_by"], verified["whole"]) == ("alice@example.org", True)
+    assert (verified["signed_by"], verified["ok"]) == ("alice@example.org", True)
     with serving(cache.parent) as server:
         assert "alice@example.org" in ok("verify", f"{server.url}/c", "--signed-by", keys / "allowed-alice")
     assert "signed by anyone" in refused(4, "verify", cache, "--signed-by", keys / "allowed-eve")

@@ -153,7 +153,7 @@ def test_the_command_names_the_file_and_the_manifest(copy: Path) -> None:
     done = failed(5, copy)
     assert f"{name}: holds other bytes" in done.stdout
     assert f"{name}: holds other bytes" in done.stderr
-    assert "20 looked at" in done.stdout, "the four rows of that shard were not"
+    assert "20 checked" in done.stdout, "the four rows of that shard were not"
     (copy / MANIFEST).write_bytes(flipped((copy / MANIFEST).read_bytes(), 1000))
     assert MANIFEST in refused(5, "verify", copy)
 
@@ -327,7 +327,7 @@ def test_every_row_that_cannot_be_is_counted(copy: Path) -> None:
     for where_, count in (("shard 0, sample 2", 2), ("shard 1, sample 8", 2)):
         assert (f"view 0, {where_}", f"the logsumexp is NaN or infinite ({count} rows of the shard)") in found
     done = failed(5, copy)
-    assert "4 findings" in done.stdout
+    assert "4 problems" in done.stdout
     assert "and 1 more findings" in done.stderr
 
 
@@ -779,8 +779,8 @@ def told(code: int, *arguments: object) -> Any:
 def test_a_cache_of_the_pipeline_passes_all_checks(work: Work) -> None:
     text = ok("verify", work.cache, work.recipe, "--replay", "--teacher", "--device", "cpu")
     assert "the same 50 samples" in text
-    assert "100 images are what the teacher saw, to the bit" in text
-    assert "50 rows a view" in text
+    assert "100 images are those that the teacher saw, bit for bit" in text
+    assert "50 rows per view" in text
     found = told(0, work.cache, work.recipe, "--replay", "--teacher", "--rows", 7, "--device", "cpu")
     assert found["replay"] == {"checked": 100, "rounded": 0, "teacher_seen": True}
     assert [(one["view"], one["temperature"], one["rows"]) for one in found["teacher"]] == [
@@ -796,21 +796,21 @@ def test_what_is_said_to_programs(work: Work, copy: Path) -> None:
     found = told(0, copy)
     assert found == {
         "cache": str(copy),
-        "whole": True,
+        "ok": True,
         "digest": open_cache(copy).manifest.digest,
         "files": len(contents(copy)),
         "rows": 24,
-        "findings": [],
+        "problems": [],
     }
     (copy / "commits/0/0.json").unlink()
     found = told(5, copy, work.recipe, "--replay")
-    assert (found["whole"], found["rows"]) == (False, 24)
-    assert found["findings"] == [{"where": "commits/0/0.json", "what": "is missing or not a plain file"}]
+    assert (found["ok"], found["rows"]) == (False, 24)
+    assert found["problems"] == [{"where": "commits/0/0.json", "what": "is missing or not a plain file"}]
     assert "dataset" not in found, "of a damaged cache nothing more is said"
     (copy / "commits/0/0.json").write_bytes(b"")
     unseal(copy, (0, 0))
     found = told(3, copy)
-    assert (found["whole"], found["digest"], found["findings"]) == (False, None, [])
+    assert (found["ok"], found["digest"], found["problems"]) == (False, None, [])
     refused(4, "verify", work.cache, work.recipe, "--set", "dataset.validation_fraction=0.1")
 
 
@@ -860,7 +860,7 @@ def test_a_student_is_not_trained_on_other_pixels(work: Work, tmp_path: Path, mo
         found, said = recorded("rounded")
         assert found == {"checked": 32, "rounded": 32}
         assert "32 of 32 images differ from the teacher's by rounding alone" in said
-        assert "100 of them but for rounding" in ok("verify", work.cache, work.recipe, "--replay")
+        assert "100 of them up to rounding" in ok("verify", work.cache, work.recipe, "--replay")
     another_library(monkeypatch, lambda pixels, sample, view: pixels.roll(1, dims=2))
     assert "view 0 of sample 0 is not what" in refused(4, "verify", work.cache, work.recipe, "--replay")
     message = refused(4, *student, tmp_path / "refused")

@@ -47,9 +47,9 @@ def doctor(*arguments: object) -> tuple[int, dict[str, str], str]:
     """Exit code, what was found by name, and what was said of the first problem."""
     done = CliRunner().invoke(main, ["doctor", *map(str, arguments), "--json", "--device", "cpu"])
     told = json.loads(done.stdout)
-    assert told["well"] == (done.exit_code == 0)
-    assert told["well"] == all(finding["fix"] is None for finding in told["findings"])
-    return done.exit_code, {finding["what"]: finding["found"] for finding in told["findings"]}, done.stderr
+    assert told["ok"] == (done.exit_code == 0)
+    assert told["ok"] == all(check["fix"] is None for check in told["checks"])
+    return done.exit_code, {check["name"]: check["result"] for check in told["checks"]}, done.stderr
 
 
 def sets(*given: str) -> list[str]:

@@ -214,7 +214,7 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path, monkeypatch: pytest
     shipped = {path.stem for path in (ROOT / "pipelines").glob("*.yaml")}
     assert (code, set(told)) == (0, shipped)
     assert told["digits"] == {
-        "data": "digits",
+        "dataset": "digits",
         "teacher": "small:cnn",
         "student": "small:mlp",
         "loss": "kd",
@@ -227,7 +227,7 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path, monkeypatch: pytest
     assert kdcache("pipelines", "copy", "image-folder", "mine.yaml")[0] == 0
     assert (tmp_path / "mine.yaml").read_text() == (tmp_path / "image-folder.yaml").read_text() == text
     code, said = kdcache("pipelines", "copy", "image-folder", "mine.yaml")
-    assert (code, "mine.yaml is there already" in said) == (2, True)
+    assert (code, "mine.yaml already exists" in said) == (2, True)
     code, said = kdcache("pipelines", "show", "digit")
     assert (code, "no recipe 'digit'" in said, "smoke" in said) == (2, True, True)
 

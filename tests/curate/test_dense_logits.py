@@ -211,8 +211,8 @@ def test_every_command_on_whole_caches(tmp_path: Path) -> None:
     ("arguments", "why"),
     [
         (["select", "--views", "1-2"], "not the first ones"),
-        (["select", "--views", "x"], "write a range"),
-        (["select", "--samples", "of-classes"], "without --classes"),
+        (["select", "--views", "x"], "write for example --views"),
+        (["select", "--samples", "of-classes"], "needs --classes"),
         (["select"], "nothing is selected"),
         (["merge"], "one cache is given"),
     ],

@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tensorstore
-import test_format
 import torch
 import torchvision.transforms as v1
 from click.testing import CliRunner, Result
+from helpers.format_text import Kept, check_arrays
 from helpers.tiny import TinyTeacher, tiny_samples
 from PIL import Image
 from torch import Tensor
@@ -289,7 +289,7 @@ def test_a_student_is_trained_from_fkds_files_on_the_command_line(images: Images
     made = as_json("convert", labels, "--from", "fkd", "--pipeline", pipeline, *held_out, "-o", out, "--name", "giant")
     assert (made["plan"]["teacher"]["name"], made["plan"]["teacher"]["level"]) == ("giant", "unknown")
     about = kdcache("info", out).stdout
-    assert "not known: only probabilities are" in about
+    assert "unknown: the logits are known up to an additive constant per sample" in about
     assert "not run by kdcache" in about
     assert as_json("verify", out, pipeline, "--replay", *held_out)["replay"]["rounded"] == 0
     assert (
@@ -1088,7 +1088,7 @@ def test_the_arrays_are_those_of_the_format(images: Images, cropped: Cache, tmp_
     drawn = cache_of_files(logits, "tinyvit", images.samples, tmp_path / "seeds.kdcache", spec=SPEC)
     for cache in (cropped, drawn):
         live = np.stack([logits_of(cache, view).numpy() for view in range(VIEWS)])
-        test_format.test_arrays_are_those_of_the_table(test_format.Kept(cache, live))
+        check_arrays(Kept(cache, live))
     assert not any(values.any() for values in zarr_store.read_inputs(drawn.path, drawn.manifest.plan, 1))
 
 

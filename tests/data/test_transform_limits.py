@@ -135,7 +135,7 @@ def replay_hostile(folder: Path) -> None:
 
 def test_a_hostile_cache_is_refused_in_little_memory(tmp_path: Path) -> None:
     process = in_a_process(replay_hostile, tmp_path)
-    assert exit_code(process, seconds=30) == 0
+    assert exit_code(process) == 0
 
 
 def test_what_is_no_number_hides_no_number() -> None:

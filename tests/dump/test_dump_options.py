@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Event, Thread
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from helpers.processes import FORKS, command_line, exit_code, in_a_process, kill_at, recipe, until
+from helpers.processes import FORKS, PATIENCE, command_line, exit_code, in_a_process, kill_at, recipe, until
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from PIL import Image
 from torch import Tensor, nn
@@ -89,17 +90,17 @@ def pipeline(tmp_path: Path) -> Path:
 # Ctrl-C, and errors in workers and in the writer.
 
 
-def test_ctrl_c_ends_a_run_with_workers_within_seconds_and_says_how_to_go_on(pipeline: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_run_with_workers_without_waiting_for_them_and_says_how_to_resume(
+    pipeline: Path, tmp_path: Path
+) -> None:
     out, said = tmp_path / "c.kdcache", tmp_path / "said"
-    slow = {"SAMPLE": "10", "HAPPENS": "time.sleep(60)"}
+    slow = {"SAMPLE": "10", "HAPPENS": "time.sleep(3600)"}
     arguments = ("dump-teacher", pipeline, "-o", out, "--device", "cpu")
     process = in_a_process(command_line, said, slow, *arguments, "--set", "cache.num_workers=2")
     until((out / "commits/0/0.json").exists)
     assert process.pid is not None
-    began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
     assert exit_code(process) == 130
-    assert time.monotonic() - began < 10
     assert f"interrupted; {out} keeps its finished shards" in said.read_text()
     assert "run the same command again" in said.read_text()
     assert "Traceback" not in said.read_text()
@@ -222,19 +223,24 @@ def test_a_full_disk_is_noticed_at_the_next_batch(tmp_path: Path, monkeypatch: p
     has_failed = Event()
 
     def fail(*_: object) -> None:
-        has_failed.set()
         raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *given: Any, **named: Any) -> Future[Any]:
+            future = super().submit(*given, **named)
+            future.add_done_callback(lambda _: has_failed.set())
+            return future
 
     class Waiting(Noticing):
         def forward(self, images: Tensor) -> Tensor:
             logits = super().forward(images)
             if self.seen[-1] == BATCHES[2]:
-                assert has_failed.wait(60)
-                time.sleep(0.1)
+                assert has_failed.wait(PATIENCE)
             return logits
 
     teacher = Waiting()
     monkeypatch.setattr(CacheWriter, "write", fail)
+    monkeypatch.setattr("kdcache.dump.teacher_pass.ThreadPoolExecutor", Pool)
     with pytest.raises(OSError, match="No space left"):
         dump(tmp_path / "c.kdcache", model=teacher)
     assert teacher.seen[-1] in BATCHES[1:3], "the next one at most"
@@ -474,7 +480,7 @@ def test_a_dry_run_says_what_the_cache_would_be_and_writes_nothing(pipeline: Pat
     assert done.exit_code == 0, done.stderr
     said = dict(line.split(None, 1) for line in done.stdout.splitlines() if line.startswith(("chosen", "size", "time")))
     assert said["chosen"].startswith("top 3, rank 2")
-    assert "for 24 rows, the basis included" in said["size"]
+    assert "for 24 rows, basis included" in said["size"]
     assert "rows/s on this device" in said["time"]
     as_json = json.loads(kdcache(pipeline, "-o", out, "--dry-run", "--json").stdout)
     assert (as_json["encoding"]["top_k"], as_json["encoding"]["rank"]) == (3, 2)
@@ -602,7 +608,7 @@ def test_the_teacher_goes_on_while_shards_are_written_but_not_for_ever(
 
     def blocked(writer: CacheWriter, view: int, shard: int, *rows: Any) -> None:
         begins.set()
-        assert may_end.wait(60)
+        assert may_end.wait(PATIENCE)
         write(writer, view, shard, *rows)
         written.append(shard)
 
@@ -610,7 +616,7 @@ def test_the_teacher_goes_on_while_shards_are_written_but_not_for_ever(
     made: list[Cache] = []
     thread = Thread(target=lambda: made.append(dump(tmp_path / "c.kdcache", model=teacher)))
     thread.start()
-    assert begins.wait(60)
+    assert begins.wait(PATIENCE)
     beforehand = 1 + 2  # batches: a trial and the pilot
     try:
         until(lambda: len(teacher.seen) >= beforehand + 6)
@@ -619,7 +625,7 @@ def test_the_teacher_goes_on_while_shards_are_written_but_not_for_ever(
         assert written == []
     finally:
         may_end.set()
-        thread.join(60)
+        thread.join(PATIENCE)
     assert teacher.seen[beforehand:] == BATCHES
     assert written == [0, 1, 2, 3, 4]
     assert made[0].manifest.digest == whole.manifest.digest

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers.processes import command_line, exit_code, in_a_process, kill_at, recipe, until
+from helpers.processes import PATIENCE, command_line, exit_code, in_a_process, kill_at, recipe, until
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
 
 from kdcache import Cache, open_cache
@@ -270,15 +270,13 @@ def test_a_rank_that_never_comes_is_not_waited_for_for_ever(pipeline: Path, tmp_
 
 def test_ctrl_c_ends_all_of_them(pipeline: Path, whole: Cache, tmp_path: Path) -> None:
     out = tmp_path / "c.kdcache"
-    slow = {"SAMPLE": "10", "HAPPENS": "time.sleep(30)"}
+    slow = {"SAMPLE": "10", "HAPPENS": "time.sleep(3600)"}
     with ranks(2, pipeline, out, environments={1: slow}) as processes:
         until(lambda: len(list(out.glob("commits/*/0.json"))) == 2)
-        began = time.monotonic()
         for process in processes:
             os.kill(process.pid or 0, signal.SIGINT)
         assert exit_code(processes[1]) == 130
         assert exit_code(processes[0]) in (3, 130)
-        assert time.monotonic() - began < 10
     check_goes_on(out, pipeline, whole, 1)
 
 
@@ -289,7 +287,7 @@ def torchrun(count: int, pipeline: Path, out: Path, **environment: str) -> subpr
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command = [*launch, "-m", "kdcache", "dump-teacher", str(pipeline), "-o", str(out), "--device", "cpu"]
     return subprocess.run(
-        command, env={**os.environ, **environment}, timeout=120, capture_output=True, text=True, check=False
+        command, env={**os.environ, **environment}, timeout=PATIENCE, capture_output=True, text=True, check=False
     )
 
 

@@ -345,7 +345,7 @@ def test_what_is_no_finished_run_is_refused(work: Work, tmp_path: Path) -> None:
 def test_arguments_that_do_not_go_together_are_refused(work: Work) -> None:
     checkpoint, pipeline = work.folder / "s" / "model.safetensors", work.folder / "mine.yaml"
     assert "is a checkpoint" in refused(2, "evaluate", checkpoint)
-    assert "no run is given" in refused(2, "evaluate")
+    assert "no RUN is given" in refused(2, "evaluate")
     assert "options are missing" in refused(2, "evaluate", work.folder / "s", "--pipeline", pipeline)
     assert "options are missing" in refused(2, "evaluate", work.folder / "s", "--set", "student.args.width=3")
     assert "in no pipeline" in refused(2, "evaluate", "--pipeline", pipeline, "--network", "student")

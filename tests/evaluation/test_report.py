@@ -22,6 +22,7 @@ import pytest
 import torch
 from helpers.cli import ok, refused
 from helpers.networks import CLEAN, TURN, network, rearranged, reference, softmax
+from helpers.processes import PATIENCE
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -600,7 +601,7 @@ def test_what_is_no_run_is_refused(work: Work, tmp_path: Path) -> None:
     (tmp_path / "sweep" / "loss=kd" / "seed1" / "metrics.csv").write_text("epoch,loss\n1,x\n")
     assert "cannot read the metrics" in refused(5, "report", tmp_path / "sweep", "-o", out)
     assert "exists" in refused(2, "report", work.runs("kd")[0], "-o", tmp_path / "half.html")
-    assert "there is no folder" in refused(2, "report", work.runs("kd")[0], "-o", tmp_path / "no" / "r.html")
+    assert "does not exist" in refused(2, "report", work.runs("kd")[0], "-o", tmp_path / "no" / "r.html")
     assert not out.exists()
 
 
@@ -644,7 +645,7 @@ def look(room: Path, *options: str) -> tuple[str, str]:
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
     folder = f"--user-data-dir={room.parent / 'profile'}"
     command = [browser(), *flags, folder, "--virtual-time-budget=5000", *options, "--dump-dom", room.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
     return done.stdout, done.stderr
 
 

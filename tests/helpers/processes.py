@@ -53,6 +53,9 @@ def recipe(folder: Path, count: int = 12) -> Path:
     return folder / "tiny.yaml"
 
 
+PATIENCE = 900
+"""Seconds after which a test gives up on a condition. Only a hang takes so long, also on a machine that is busy."""
+
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -80,20 +83,20 @@ def command_line(said: Path, environment: dict[str, str], *arguments: object) ->
     main([str(argument) for argument in arguments])
 
 
-def exit_code(process: BaseProcess, seconds: float = 60) -> int:
-    """Of a process that is to end by itself, and soon."""
-    process.join(seconds)
+def exit_code(process: BaseProcess) -> int:
+    """Return the exit code of a process that ends by itself."""
+    process.join(PATIENCE)
     if process.exitcode is None:
         process.kill()
         pytest.fail(f"{process} hangs")
     return process.exitcode
 
 
-def until(happened: Callable[[], object], seconds: float = 60) -> None:
-    """Wait for what is to happen soon."""
-    late = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < late, "it does not happen"
+def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition is true."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "the condition does not become true"
         time.sleep(0.002)
 
 

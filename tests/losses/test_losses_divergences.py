@@ -25,6 +25,7 @@ from helpers.loss_cases import (
     unlabeled,
     with_gradient,
 )
+from helpers.processes import PATIENCE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -311,7 +312,7 @@ def test_standardization_stands_in_front_of_all_else(reference: Reference) -> No
 
 def in_parts(function: Callable[[slice, BatchSum], Tensor], cuts: list[slice]) -> list[Tensor]:
     """`function` of each part in a thread of its own, with a sum over all parts that carries the gradient to them."""
-    everyone = threading.Barrier(len(cuts), timeout=60)
+    everyone = threading.Barrier(len(cuts), timeout=PATIENCE)
     sums: list[Tensor] = [torch.empty(0)] * len(cuts)
     values: list[Tensor] = [torch.empty(0)] * len(cuts)
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from helpers.paths import ROOT
+from helpers.processes import PATIENCE
 
 BENCHMARKS = ROOT / "benchmarks"
 COLUMNS = re.compile(r"\s{2,}")
@@ -22,7 +23,7 @@ def printed(name: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.paths import ROOT
+from helpers.processes import PATIENCE
 from torch.nn import functional as F
 
 from kdcache import Cache, CacheSpec, dump_teacher, load_split
@@ -80,7 +81,7 @@ def test_example(name: str, cache: Cache, tmp_path: Path) -> None:
     command = [sys.executable, *warnings, "-c", LISTENING, str(script), str(cache.path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # so small a network is slower on more
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     *_, said, asked = done.stdout.splitlines()

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT
+from helpers.processes import PATIENCE
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    subprocess.run([*build, str(ROOT)], check=True, timeout=120)
+    subprocess.run([*build, str(ROOT)], check=True, timeout=PATIENCE)
     return next(folder.glob("*.whl"))
 
 
@@ -32,21 +33,23 @@ def test_it_carries_data_recipes_types_and_licence(wheel: Path) -> None:
 
 def test_it_runs_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "env"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=PATIENCE)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = environment / "lib" / version / "site-packages"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--prefix", str(environment)]
-    subprocess.run([*install, "--ignore-installed", str(wheel)], check=True, timeout=120)
+    subprocess.run([*install, "--ignore-installed", str(wheel)], check=True, timeout=PATIENCE)
     # Its dependencies are this environment's, which has them installed; a path in a .pth file adds their folder and
     # does not run the .pth files in it, so the editable kdcache of a developer is not seen.
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     python = str(environment / "bin" / "python")
     where = [python, "-c", "import kdcache; print(kdcache.__file__)"]
-    found = subprocess.run(where, cwd=tmp_path, env=clean, capture_output=True, text=True, check=True, timeout=60)
+    found = subprocess.run(where, cwd=tmp_path, env=clean, capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert Path(found.stdout.strip()).is_relative_to(environment)
     command = [python, "-W", "error", str(environment / "bin" / "kdcache"), "demo", "--seeds", "1"]
-    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert "student, ka+dtd" in done.stdout
     assert (tmp_path / "kdcache-demo" / "digits.kdcache" / "manifest.json").is_file()

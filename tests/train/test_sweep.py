@@ -166,7 +166,7 @@ def test_interrupted_it_keeps_what_is_trained(
     monkeypatch.setattr("kdcache.train.sweep._found", interrupted)
     done = command(cache, tmp_path, "--over", "loss=ce,kd", "--seeds", 2)
     assert done.exit_code == 130
-    assert f"what is trained is kept in {tmp_path}" in done.stderr
+    assert f"the trained students are kept in {tmp_path}" in done.stderr
     monkeypatch.undo()
     assert command(cache, tmp_path, "--over", "loss=ce,kd", "--seeds", 2).exit_code == 0
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import yaml
 
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.inspect.card_plot import draw_census
+from kdcache.cache.inspect.summary import take_census
 from kdcache.cache.reader import Cache
 from kdcache.runtime.atomic_write import write_file
 
@@ -29,11 +32,25 @@ _LICENCES = {
 """Identifiers that the hub knows; others are `other`, with their name."""
 
 
-def write_card(cache: Cache) -> Path:
-    """Write the card of a sealed cache anew; the picture is shown if it lies beside it."""
+def write_card(
+    cache: Cache,
+    histograms: tuple[Mapping[float, int], Sequence[int]] | None = None,
+    scheduler: str = "threads",
+) -> tuple[Path, Path]:
+    """Write the card of a sealed cache and its picture, and return the paths of both.
+
+    Args:
+        cache: opened.
+        histograms: of sharpness and confidence, as `draw_census` takes them; None to count the rows of the cache.
+        scheduler: as for `parallel.over`; only used to count the rows.
+    """
+    if histograms is None:
+        census = take_census(cache, 0, scheduler=scheduler)
+        histograms = census.sharpness, census.confidence
+    picture = cache.path / PICTURE
+    draw_census(*histograms, picture)
     path = cache.path / CARD
-    text = card(cache, _kept(path), (cache.path / PICTURE).is_file())
-    return write_file(path, text)
+    return write_file(path, card(cache, _kept(path))), picture
 
 
 def _kept(path: Path) -> str:
@@ -44,13 +61,12 @@ def _kept(path: Path) -> str:
     return found[1] if found else ""
 
 
-def card(cache: Cache, notes: str = "", picture: bool = False) -> str:
+def card(cache: Cache, notes: str = "") -> str:
     """The card of a cache.
 
     Args:
         cache: whose.
         notes: of the user, Markdown.
-        picture: whether one lies beside it.
     """
     plan, summary = cache.manifest.plan, cache.manifest.summary
     title = _plain(f"{plan.teacher.name} on {plan.dataset.name}/{plan.dataset.split}: logits")
@@ -81,7 +97,7 @@ def card(cache: Cache, notes: str = "", picture: bool = False) -> str:
         f"# {title}",
         "What a teacher network said of every sample of a data set, so that students can be trained without it: a "
         "cache of [kdcache](https://pypi.org/project/kdcache/), in Zarr v3. It holds no images.",
-        *([f"![Sharpness and confidence of the teacher]({PICTURE})"] if picture else []),
+        f"![Sharpness and confidence of the teacher]({PICTURE})",
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]),
         "## Use",
         "```python\nfrom kdcache import open_cache\n\n"
