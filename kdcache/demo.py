@@ -14,6 +14,7 @@ from kdcache.config.loader import load_pipeline
 from kdcache.dump.dump import dump_teacher
 from kdcache.errors import InterruptedRun
 from kdcache.models.teacher import load_teacher
+from kdcache.runtime.atomic_write import write_file
 from kdcache.runtime.package_data import package_data
 from kdcache.runtime.progress import Progress
 from kdcache.train.plots import draw_accuracies
@@ -98,7 +99,7 @@ def _run(out: Path, seeds: int, device: torch.device | str, progress: Progress) 
         student_labels=(spec.labels_per_class or 0) * classes,
         students=students,
     )
-    (out / "demo.json").write_text(json.dumps(asdict(demo), indent=2) + "\n", encoding="utf-8")
+    write_file(out / "demo.json", json.dumps(asdict(demo), indent=2) + "\n")
     draw_accuracies(
         {summary.point: summary.accuracies for summary in students},
         demo.teacher_accuracy,

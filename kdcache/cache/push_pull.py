@@ -1,8 +1,8 @@
-"""Caches that are shared: pushed to a store and pulled from one.
+"""Share caches: push one to an object store, and pull one from there.
 
-A push puts the manifest there last, so that what has a manifest is whole. Before anything else it puts an object there
-that names its digest: a push that goes on knows by it that objects of the right size are its own, since a store takes
-an object whole or not at all. So nothing need be read back, and no store's checksums be understood.
+A push uploads the manifest last, so that whatever has a manifest is complete. It begins with a marker object that holds
+the digest of the cache. A resumed push knows by the marker that objects of the right size are its own, since stores
+upload atomically. So nothing has to be read back, and no checksums of the store are needed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kdcache.runtime.progress import Progress, Silent
 
 
 class Pushed(NamedTuple):
-    """What came of a push.
+    """The result of a push.
 
     Attributes:
-        digest: of the cache that is there now.
-        files: how many were put there by this push.
-        bytes: of these.
-        kept: how many were there already.
+        digest: root digest of the cache that was pushed.
+        files: number of files that this push uploaded.
+        bytes: total size of those files.
+        kept: number of files that were already in the store.
     """
 
     digest: str
@@ -40,105 +40,112 @@ class Pushed(NamedTuple):
 def pull(
     url: str, folder: str | Path, views: Views = None, digest: str | None = None, progress: Progress | None = None
 ) -> Cache:
-    """Bring a cache to a folder, or what is not there yet of it.
+    """Download a cache to a folder, or what the folder lacks of it.
 
     Args:
-        url: where it was pushed to; `URL#sha256:...` pins it.
-        folder: a new one, or that of an earlier pull of the same cache.
-        views: which are wanted; None for all.
-        digest: that it must have.
-        progress: who is told how it goes.
+        url: where it was pushed to; `URL#sha256:...` pins it to a root digest.
+        folder: a new folder, or that of an earlier pull of the same cache.
+        views: requested views; None for all.
+        digest: root digest that it must have.
+        progress: progress reporter; silent if None.
 
     Raises:
-        KdcacheError: if it cannot be had, or is not what its manifest says. What has arrived whole is kept, and the
-            same call goes on with it.
+        KdcacheError: if it cannot be downloaded, or differs from its manifest. Complete files are kept, and the same
+            call resumes.
     """
-    found = source(url, digest)
-    if not found.is_remote:
-        raise UsageError(f"{url} is no URL", "a folder on this machine needs no pull: give it as it is, or as file://")
+    address = source(url, digest)
+    if not address.is_remote:
+        raise UsageError(f"{url} is not a URL", "use a local folder directly, without pull, or write it as file://")
     check_outside(Path(folder))
-    here = mirror(found, Path(folder), views, progress)
-    return opened(here.folder, here.manifest, here.views)
+    mirrored = mirror(address, Path(folder), views, progress)
+    return opened(mirrored.folder, mirrored.manifest, mirrored.views)
 
 
 def push(path: str | Path, url: str, progress: Progress | None = None) -> Pushed:
-    """Publish a cache: every file of it, and the manifest last.
+    """Upload every file of a cache, the manifest last.
 
-    A push that was interrupted puts there only what is missing; one of what is there already does nothing.
+    A push that was interrupted uploads only what is missing; a second push of the same cache uploads nothing.
 
     Args:
-        path: of a sealed cache with all its views; every byte of it is checked first.
-        url: of a place for it alone.
-        progress: who is told how it goes.
+        path: folder of a sealed cache with all its views; every byte of it is checked first.
+        url: URL for this cache alone.
+        progress: progress reporter; silent if None.
 
     Raises:
-        UsageError: if nothing can be put there.
-        MismatchError: if another cache is there, or a part of one.
-        KdcacheError: if the cache is not whole, or the store cannot be reached.
+        UsageError: if the store does not accept uploads.
+        MismatchError: if the URL holds another cache, or a part of one.
+        KdcacheError: if the cache is incomplete or damaged, or the store cannot be reached.
     """
     cache = open_cache(path)
     manifest, store = cache.manifest, Store(url)
     if store.is_read_only:
-        raise UsageError(f"{url} can only be read", "push to s3://, gs://, az://, hf:// or file://")
+        raise UsageError(f"{url} is read-only", "push to s3://, gs://, az://, hf:// or file://")
     if len(cache.views) < manifest.plan.views.count:
         raise IncompleteError(
-            f"{path} holds only {len(cache.views)} of {manifest.plan.views.count} views", "pull the others first"
+            f"{path} holds only {len(cache.views)} of {manifest.plan.views.count} views", "pull the other views first"
         )
-    there = store.read(MANIFEST, LARGEST_MANIFEST)
-    if there is not None:
-        _check_same(url, "another cache", read_manifest(f"{url}/{MANIFEST}", there).digest, manifest.digest)
-    begun = store.read(PUSHING, LARGEST_MANIFEST)
-    if begun is not None and there is None:
-        _check_same(url, "a part of another cache", begun.decode(errors="replace").strip(), manifest.digest)
+    existing = store.read(MANIFEST, LARGEST_MANIFEST)
+    if existing is not None:
+        _check_same(url, "another cache", read_manifest(f"{url}/{MANIFEST}", existing).digest, manifest.digest)
+    marker = store.read(PUSHING, LARGEST_MANIFEST)
+    if marker is not None and existing is None:
+        _check_same(url, "a part of another cache", marker.decode(errors="replace").strip(), manifest.digest)
     try:
-        if there is not None:
-            put = _put_others(cache, store)
+        if existing is not None:
+            uploaded = _put_others(cache, store)
         else:
-            put = _put_files(cache, store, begun is not None, progress or Silent())
-            put += _put_others(cache, store)
+            uploaded = _put_files(cache, store, marker is not None, progress or Silent())
+            uploaded += _put_others(cache, store)
             store.put({MANIFEST: cache.path / MANIFEST})
-            put.append(MANIFEST)
-        if there is None or begun is not None:
+            uploaded.append(MANIFEST)
+        if existing is None or marker is not None:
             store.remove(PUSHING)
     except KeyboardInterrupt:
         raise InterruptedRun(
-            f"interrupted; {url} is no cache yet", "run the same command again: it puts there what is missing"
+            f"interrupted; the push to {url} is unfinished", "run the same command again to resume"
         ) from None
-    kept = len(manifest.files) + 1 - len({MANIFEST, *manifest.files} & {*put})
-    return Pushed(manifest.digest, len(put), sum((cache.path / name).stat().st_size for name in put), kept)
+    kept = len(manifest.files) + 1 - len({MANIFEST, *manifest.files} & {*uploaded})
+    size = sum((cache.path / name).stat().st_size for name in uploaded)
+    return Pushed(manifest.digest, len(uploaded), size, kept)
 
 
-def _put_files(cache: Cache, store: Store, goes_on: bool, progress: Progress) -> list[str]:
-    """Put all files of a cache there but those that its interrupted push has, and see that they have arrived."""
+def _put_files(cache: Cache, store: Store, resumed: bool, progress: Progress) -> list[str]:
+    """Upload the files of a cache that the store lacks, and check that all have arrived; return their names."""
     files = cache.manifest.files
-    own = f"{cache.manifest.digest}\n".encode()
-    if not goes_on:
-        store.put({PUSHING: own})
-    have = store.sizes() if goes_on else {}
-    missing = {name: cache.path / name for name, record in files.items() if have.get(name) != record.size}
+    own_marker = f"{cache.manifest.digest}\n".encode()
+    if not resumed:
+        store.put({PUSHING: own_marker})
+    sizes = store.sizes() if resumed else {}
+    missing = {name: cache.path / name for name, record in files.items() if sizes.get(name) != record.size}
     total = sum(files[name].size for name in missing) / 1e6
     with progress.task(f"push {store.url}", len(missing), "files") as task:
         store.put(missing, lambda count: task.advance(count, f"of {total:,.1f} MB"))
-    have, begun = store.sizes(), store.read(PUSHING, LARGEST_MANIFEST)
-    if begun != own:
-        _check_same(store.url, "a push of another cache", (begun or b"").decode(errors="replace"), own.decode())
-    wrong = [name for name, record in files.items() if have.get(name) != record.size]
+    sizes, marker = store.sizes(), store.read(PUSHING, LARGEST_MANIFEST)
+    if marker != own_marker:
+        there = (marker or b"").decode(errors="replace")
+        _check_same(store.url, "a push of another cache", there, own_marker.decode())
+    wrong = [name for name, record in files.items() if sizes.get(name) != record.size]
     if wrong:
-        raise IncompleteError(f"{wrong[0]} has not arrived whole at {store.url}", "run the same command again")
+        raise IncompleteError(f"{wrong[0]} is incomplete at {store.url}", "run the same command again to resume")
     return list(missing)
 
 
 def _put_others(cache: Cache, store: Store) -> list[str]:
-    """Put there what the digest does not cover, where it is not there as it is here: the signature and the card."""
-    here = {name: (cache.path / name).read_bytes() for name in BESIDE if (cache.path / name).is_file()}
-    changed = {name: data for name, data in here.items() if store.read(name, LARGEST_MANIFEST) != data}
+    """Upload the files that the digest does not cover (signature and card) where they differ; return their names."""
+    local = {name: (cache.path / name).read_bytes() for name in BESIDE if (cache.path / name).is_file()}
+    changed = {name: data for name, data in local.items() if store.read(name, LARGEST_MANIFEST) != data}
     store.put(changed)
     return list(changed)
 
 
 def _check_same(url: str, what: str, there: str, ours: str) -> None:
+    """Check that a digest found in a store is that of the cache to push.
+
+    Raises:
+        MismatchError: with both digests.
+    """
     if there.strip() != ours.strip():
         raise MismatchError(
-            f"{what} is at {url}\n  there: {there.strip()}\n  here:  {ours.strip()}",
-            "push to another place, or delete what is there first",
+            f"{url} holds {what}\n  there: {there.strip()}\n  here:  {ours.strip()}",
+            "push to another URL, or delete what is there first",
         )

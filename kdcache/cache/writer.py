@@ -38,6 +38,7 @@ from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.lock import LOCK, hold, release
 from kdcache.cache.preconditions import check_place, check_same_plan, created_meanwhile, sealed_meanwhile
 from kdcache.errors import CorruptError, IncompleteError
+from kdcache.runtime.atomic_write import flush, temporary, write_file
 
 
 class CacheWriter:
@@ -111,13 +112,13 @@ class CacheWriter:
         A folder with the final name is therefore always a cache with its plan.
         """
         _make_folder(self.path.parent)
-        folder = _temporary(self.path)
+        folder = temporary(self.path)
         folder.mkdir(exist_ok=True)
         hold(self.path, folder)
         try:
             with _work_folder(folder):
                 self._create_store(folder, labels, keys, basis)
-                put(folder / PLAN, canonical(self.plan))
+                write_file(folder / PLAN, canonical(self.plan))
                 if self.path.exists():
                     raise created_meanwhile(self.path)
                 folder.rename(self.path)
@@ -125,14 +126,14 @@ class CacheWriter:
             if self.path.exists():  # the other process renamed its folder between the check and the renaming
                 raise created_meanwhile(self.path) from None
             raise
-        _flush(self.path.parent)
+        flush(self.path.parent)
 
     def _create_store(
         self, folder: Path, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None
     ) -> None:
         zarr_store.create_store(folder, self.plan, labels, keys, basis)
         for path in folder.rglob("*"):
-            _flush(path)
+            flush(path)
 
     def _drop_changed_images(
         self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], fixed: Set[int] | None
@@ -156,21 +157,21 @@ class CacheWriter:
             return "images of every finished shard changed, so nothing could be kept"
         for marker in (self.commit_path(*which) for which in dropped):
             marker.unlink()
-            _flush(marker.parent)
-        put(self.path / PLAN, canonical(self.plan))
+            flush(marker.parent)
+        write_file(self.path / PLAN, canonical(self.plan))
         self.remade = len(dropped)
         return ""
 
     def _repair(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
         """Write the common files again, and drop the commit markers of shards that were damaged since."""
-        with _work_folder(_temporary(self.path / array_specs.STORE)) as folder:
+        with _work_folder(temporary(self.path / array_specs.STORE)) as folder:
             self._create_store(folder, labels, keys, basis)
             for name in array_specs.common_files(self.plan):
                 _make_folder((self.path / name).parent)
                 (folder / name).replace(self.path / name)
         for path in (self.path.parent, self.path, *self.path.rglob("*")):
             if path.is_dir():
-                _flush(path)  # the killed run may not have flushed it
+                flush(path)  # the killed run may not have flushed it
         for view in range(self.plan.views.count):
             for shard in range(self.plan.shards):
                 if not self._is_intact(view, shard):
@@ -246,12 +247,12 @@ class CacheWriter:
 
     def _commit(self, view: int, shard: int, records: dict[str, FileRecord]) -> None:
         for name in records:
-            _flush(self.path / name)
+            flush(self.path / name)
         for folder in sorted({(self.path / name).parent for name in records}):
-            _flush(folder)
+            flush(folder)
         marker = self.commit_path(view, shard)
         _make_folder(marker.parent)
-        put(marker, canonical(Commit(files=records)))
+        write_file(marker, canonical(Commit(files=records)))
 
     def seal(self, summary: Summary) -> Manifest:
         """Check that all files are there, in the size that was written, and put the manifest in place.
@@ -275,7 +276,7 @@ class CacheWriter:
         self._check_sizes(files)
         files |= {name: record_of(self.path / name) for name in array_specs.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
-        put(self.path / MANIFEST, canonical(manifest))
+        write_file(self.path / MANIFEST, canonical(manifest))
         (self.path / LOCK).unlink(missing_ok=True)
         (self.path / PLAN).unlink()
         release(self.path)
@@ -299,12 +300,8 @@ class CacheWriter:
         """Delete the cache if this run created it."""
         if self.created:
             # Renamed first, so that a kill during the deletion leaves nothing that looks like a cache.
-            shutil.rmtree(self.path.rename(_temporary(self.path)))
+            shutil.rmtree(self.path.rename(temporary(self.path)))
         release(self.path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
 
 
 @contextmanager
@@ -330,24 +327,4 @@ def _make_folder(path: Path) -> None:
     if not path.is_dir():
         _make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        _flush(path.parent)
-
-
-def put(path: Path, content: bytes) -> None:
-    """Write a file atomically: after a crash it is complete, or not there."""
-    unfinished = _temporary(path)
-    with unfinished.open("wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    unfinished.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file, or the list of names of a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(path.parent)

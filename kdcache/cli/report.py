@@ -55,6 +55,7 @@ def report(
     from kdcache.evaluation.report.collect import collect
     from kdcache.evaluation.report.files import check_files, pictures_folder, write_files
     from kdcache.evaluation.report.sections import write_report
+    from kdcache.runtime.atomic_write import write_file
 
     check_files(out, png)
     chosen, progress = choose_device(device), output.Terminal()
@@ -63,7 +64,7 @@ def report(
     filled = fill_results(results.read_text(encoding="utf-8"), data.runs) if results is not None else None
     write_files(write_report(data), out, png)
     if results is not None and filled is not None:
-        results.write_text(filled[0], encoding="utf-8")
+        write_file(results, filled[0])
     pictures = str(pictures_folder(out)) if png else None
     if as_json:
         output.as_json({"report": str(out), "pictures": pictures, **data.as_record()})

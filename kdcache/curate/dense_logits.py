@@ -41,6 +41,7 @@ from kdcache.data.transforms import is_random
 from kdcache.data.views import View
 from kdcache.dump.plan import Pilot, choose, record_of_data, request_of, teacher_by_hearsay, views_of
 from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.runtime.atomic_write import open_atomic
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.versions import versions
 
@@ -225,13 +226,11 @@ def logits_of_cache(cache: Cache, out: str | Path) -> None:
     check_outside(out)
     if out.suffix not in (".npz", ".npy") or out.exists():
         raise UsageError(f"{out} exists already, or ends in neither .npz nor .npy", "give another name with -o")
-    unfinished = out.with_name(f"{out.name}.partial")
-    try:
+    with open_atomic(out) as file:
         if out.suffix == ".npy":
-            with unfinished.open("wb") as opened:
-                _write_logits(cache, opened)
+            _write_logits(cache, file)
         else:
-            with zipfile.ZipFile(unfinished, "w") as packed:
+            with zipfile.ZipFile(file, "w") as packed:
                 with packed.open("logits.npy", "w", force_zip64=True) as member:
                     _write_logits(cache, member)
                 views = cache.manifest.plan.views
@@ -239,9 +238,6 @@ def logits_of_cache(cache: Cache, out: str | Path) -> None:
                 for name, values in (beside | {"seed": np.array(views.seed)}).items():
                     with packed.open(f"{name}.npy", "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, values, allow_pickle=False)
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _write_logits(cache: Cache, file: IO[bytes]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.runtime.atomic_write import SUFFIX, open_atomic
 from kdcache.runtime.resources import home
 
 
@@ -30,11 +31,7 @@ def kept_keys(stamp: str, count: int) -> npt.NDArray[np.uint64] | None:
 def keep_keys(stamp: str, keys: npt.NDArray[np.uint64]) -> None:
     """Keep keys [N] uint64 under a stamp, with a digest behind them; a folder that cannot be written to keeps none."""
     path, body = _place(stamp), keys.astype("<u8").tobytes()
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(body + hashlib.sha256(body).digest())
-        unfinished.replace(path)
-    except OSError:
-        with suppress(OSError):
-            unfinished.unlink()
+        with open_atomic(path, suffix=f".{os.getpid()}{SUFFIX}") as file:
+            file.write(body + hashlib.sha256(body).digest())

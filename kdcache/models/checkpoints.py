@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.runtime.atomic_write import write_file
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _PARALLEL = "module."
@@ -97,10 +98,8 @@ def _why(error: Exception) -> str:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a network's parameters and buffers as safetensors, atomically."""
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
-    unfinished = path.with_suffix(".partial")
-    # Written by Python, so that a full disk raises an OSError as everywhere else.
-    unfinished.write_bytes(save(state))
-    unfinished.replace(path)
+    # Written by Python, so that a full disk is the OSError that it is everywhere else.
+    write_file(path, save(state))
 
 
 def weights_digest(model: nn.Module) -> str:

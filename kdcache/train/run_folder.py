@@ -33,6 +33,7 @@ from kdcache.config.schema import Pipeline
 from kdcache.config.yaml_lines import read_yaml
 from kdcache.errors import CorruptError, InterruptedRun, MismatchError, UsageError
 from kdcache.models import save_weights
+from kdcache.runtime.atomic_write import move_into_place, temporary, write_file
 from kdcache.runtime.distributed import is_first
 from kdcache.runtime.versions import commits, versions
 from kdcache.train.loop import Diverged, Epoch
@@ -80,12 +81,10 @@ class Run:
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep the state of a run: whole, or as it was before."""
-        unfinished = self.folder / (_STATE + ".partial")
         held = io.BytesIO()
         torch.save(state, held)
         # Written by Python, so that a full disk is the OSError that it is everywhere else.
-        unfinished.write_bytes(held.getbuffer())
-        unfinished.replace(self.folder / _STATE)
+        write_file(self.folder / _STATE, held.getbuffer())
 
     def finish(self, model: nn.Module, metrics: Mapping[str, Any]) -> None:
         """Write the selected weights, the results and the picture."""
@@ -143,7 +142,7 @@ def run_folder(
         InterruptedRun: on Ctrl-C, if it can be gone on with.
     """
     check_free(out)
-    unfinished = out.with_name(out.name + ".partial")
+    unfinished = temporary(out)
     kept = _begin(unfinished, pipeline, begun_with) if is_first() else None
     run = Run(unfinished, trackers, kept)
     try:
@@ -167,7 +166,7 @@ def run_folder(
     if is_first():
         for name in (_STATE, _BEGUN):
             (unfinished / name).unlink(missing_ok=True)
-        unfinished.replace(out)
+        move_into_place(unfinished, out)
 
 
 def _remove(folder: Path) -> None:
@@ -191,7 +190,7 @@ def _begin(folder: Path, pipeline: Pipeline, begun_with: Mapping[str, Any]) -> d
     folder.mkdir(parents=True)
     _write_json(folder / _BEGUN, now)
     _write_json(folder / "versions.json", {**versions(), **commits()})
-    (folder / "resolved.yaml").write_text(pipeline.to_yaml(), encoding="utf-8")
+    write_file(folder / "resolved.yaml", pipeline.to_yaml())
     return None
 
 
@@ -216,6 +215,4 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_file(path, json.dumps(content, indent=2) + "\n")

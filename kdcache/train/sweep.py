@@ -28,6 +28,7 @@ from kdcache.config.schema import Pipeline
 from kdcache.config.yaml_lines import read_yaml
 from kdcache.data.images import ArrayImages, map_images
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
+from kdcache.runtime.atomic_write import write_file
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.inputs import TrainingInputs, inputs_from_caches, inputs_without_teacher
 from kdcache.train.run_folder import check_trackers
@@ -285,7 +286,7 @@ def _enter(point: Point, caches: Sequence[Cache], out: Path) -> None:
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(now, indent=2) + "\n")
 
 
 def _found(job: _Job) -> Student:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdcache.runtime.atomic_write import write_file
 from kdcache.train.plots import draw_accuracies
 from kdcache.train.sweep import SweepSummary
 
@@ -43,7 +44,7 @@ def write_results(summaries: Sequence[SweepSummary], dataset: str, out: Path) ->
         (`sweep.json`, `sweep.png`); None for the picture if there is no test accuracy to show.
     """
     table, picture = out / TABLE, out / PICTURE
-    table.write_text(json.dumps(as_record(summaries), indent=2) + "\n", encoding="utf-8")
+    write_file(table, json.dumps(as_record(summaries), indent=2) + "\n")
     accuracies = {summary.point: summary.accuracies for summary in summaries}
     if not any(accuracies.values()):
         return table, None

@@ -89,7 +89,7 @@ def azure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.parametrize("cloud", ["google", "azure"])
 def test_what_is_pulled_is_what_was_pushed(cloud: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = f"{request.getfixturevalue(cloud)}/teams/a/teacher.kdcache"
-    with pytest.raises(UsageError, match="there is no cache at"):
+    with pytest.raises(UsageError, match="no cache found at"):
         open_cache(url)
     first, again = push(DENSE, url), push(DENSE, url)
     assert (first.kept, again.files) == (0, 0)
@@ -141,7 +141,7 @@ def test_who_is_not_let_in_is_told_at_once_to_give_credentials(
     pytest.importorskip({"gs": "gcsfs", "az": "adlfs"}[scheme])
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{refusing}")
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", connection(refusing))
-    with pytest.raises(UsageError, match=r"may not be used(?s:.)*GOOGLE_APPLICATION_CREDENTIALS"):
+    with pytest.raises(UsageError, match=r"access to .* is denied(?s:.)*GOOGLE_APPLICATION_CREDENTIALS"):
         Store(f"{scheme}://models/teacher").read("manifest.json", 100)
 
 

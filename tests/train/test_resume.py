@@ -145,7 +145,7 @@ def test_killed_at_every_commit_of_every_epoch_it_ends_as_if_it_never_was(
             assert runs(("/state.pt.partial", after)) == -signal.SIGKILL, said.read_text()
             assert epochs_kept(out) == epoch - 1 + after
             assert not out.exists()
-    for commit in ("/model.partial", "/metrics.json.partial"):
+    for commit in ("/model.safetensors.partial", "/metrics.json.partial"):
         assert runs((commit, True)) == -signal.SIGKILL, said.read_text()
         assert epochs_kept(out) == EPOCHS
     assert runs(("/state.pt", False)) == -signal.SIGKILL

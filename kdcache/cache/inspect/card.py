@@ -17,7 +17,7 @@ from kdcache.cache.format.schema import Plan
 from kdcache.cache.inspect.card_plot import draw_census
 from kdcache.cache.inspect.summary import take_census
 from kdcache.cache.reader import Cache
-from kdcache.cache.writer import put
+from kdcache.runtime.atomic_write import write_file
 
 CARD, PICTURE = "README.md", "card.png"
 _BEGIN, _END = "<!-- your notes: kept by `kdcache card` -->", "<!-- end of your notes -->"
@@ -48,12 +48,9 @@ def write_card(
         census = take_census(cache, 0, scheduler=scheduler)
         histograms = census.sharpness, census.confidence
     picture = cache.path / PICTURE
-    unfinished = picture.with_name("card.partial.png")
-    draw_census(*histograms, unfinished)
-    unfinished.replace(picture)
+    draw_census(*histograms, picture)
     path = cache.path / CARD
-    put(path, card(cache, _kept(path)).encode())
-    return path, picture
+    return write_file(path, card(cache, _kept(path))), picture
 
 
 def _kept(path: Path) -> str:

@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kdcache.runtime.atomic_write import open_atomic
+
 _BINS = 50
 
 
@@ -34,4 +36,5 @@ def draw_census(sharpness: Mapping[float, int], confidence: Sequence[int], path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     # Without the version of matplotlib in it, the picture changes only with the rows.
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    with open_atomic(path) as file:
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})

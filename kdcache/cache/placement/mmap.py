@@ -6,7 +6,6 @@ beside it, which is checked each time the file is opened.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from kdcache.cache.format.codec import Rows
@@ -23,6 +23,7 @@ from kdcache.cache.format.read_records import read_file_record
 from kdcache.cache.format.schema import FileRecord, canonical
 from kdcache.cache.placement.prefetch import Prefetcher
 from kdcache.errors import CorruptError, IncompleteError
+from kdcache.runtime.atomic_write import open_atomic, write_file
 from kdcache.runtime.resources import free_disk
 
 _WINDOW = 2**24
@@ -165,8 +166,7 @@ def record_files(
         return files
     folder.mkdir(parents=True, exist_ok=True)
     # All processes of a run get here at the same time: one writes the files, the others wait for it.
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "lock"):
         wanted = [view for view, file in files.items() if not _is_intact(file)]
         for leftover in (*folder.glob("*.partial"), *(files[view] for view in wanted)):
             leftover.unlink(missing_ok=True)
@@ -189,15 +189,11 @@ def _is_intact(path: Path) -> bool:
 
 
 def _write(path: Path, parts: Iterator[Rows]) -> None:
-    sha, unfinished = hashlib.sha256(), path.with_suffix(".partial")
-    try:
-        with unfinished.open("wb") as opened:
-            for rows in parts:
-                content = Records(rows).join(rows).numpy().data
-                sha.update(content)
-                opened.write(content)
-            size = opened.tell()
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    path.with_suffix(".json").write_bytes(canonical(FileRecord(size=size, sha256=sha.hexdigest())))
+    sha = hashlib.sha256()
+    with open_atomic(path) as file:
+        for rows in parts:
+            content = Records(rows).join(rows).numpy().data
+            sha.update(content)
+            file.write(content)
+        size = file.tell()
+    write_file(path.with_suffix(".json"), canonical(FileRecord(size=size, sha256=sha.hexdigest())))

@@ -1,1 +1,1 @@
-"""Caches at URLs: addresses, object stores, the Hugging Face Hub, the local mirror, signatures."""
+"""Remote caches: addresses, object stores, the Hugging Face Hub, the local mirror, signatures."""

@@ -1,4 +1,4 @@
-"""What users name as a cache: a folder or a URL, pinned to a digest or not."""
+"""Addresses of caches: a folder or a URL, optionally pinned to a root digest."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _PINNED = re.compile(r"(?P<where>.*)#(?P<digest>sha256:[^#]*)")
 
 
 class CacheAddress(NamedTuple):
-    """What a user names as a cache.
+    """The address of a cache.
 
     Attributes:
-        where: a URL, or the path of a folder.
-        digest: that it is pinned to, if any.
+        where: URL, or path of a folder.
+        digest: root digest that it is pinned to; None if any is accepted.
     """
 
     where: str
@@ -29,16 +29,16 @@ class CacheAddress(NamedTuple):
 
 
 def source(given: str | Path, digest: str | None = None) -> CacheAddress:
-    """What a user named, with the digest that follows a `#`, or that was given beside it.
+    """Parse an address; its digest follows a `#`, or is passed as an argument.
 
     Raises:
-        UsageError: for a digest that cannot be one, or two that differ.
+        UsageError: if the digest is malformed, or two are given that differ.
     """
-    found = _PINNED.fullmatch(str(given))
-    where, pinned = found.group("where", "digest") if found else (str(given), None)
-    for one in (pinned, digest):
-        if one is not None and not re.fullmatch("sha256:[0-9a-f]{64}", one):
-            raise UsageError(f"{one!r} is no digest", "give sha256: and 64 digits, as `kdcache info` prints it")
+    match = _PINNED.fullmatch(str(given))
+    where, pinned = match.group("where", "digest") if match else (str(given), None)
+    for value in (pinned, digest):
+        if value is not None and not re.fullmatch("sha256:[0-9a-f]{64}", value):
+            raise UsageError(f"{value!r} is not a digest", "use sha256: and 64 hex digits, as `kdcache info` prints")
     if pinned and digest and pinned != digest:
-        raise UsageError(f"{given} is pinned to one digest, and {digest} is asked for", "give one digest")
+        raise UsageError(f"{given} is pinned to another digest than the given {digest}", "pass one digest only")
     return CacheAddress(where, pinned or digest)

@@ -1,19 +1,19 @@
-"""Caches of other places, brought to a folder here: every byte checked as it comes, and nothing fetched twice.
+"""Download remote caches to a local folder: every byte is checked on arrival, and nothing is downloaded twice.
 
-The manifest is read first, and checked; it comes to lie in the folder last. A folder without it is no cache yet, and
-the same call goes on with it: a file has its name only when it is whole.
+The manifest is read and checked first and stored in the folder last, so that a folder without it is not yet a cache.
+The same call resumes such a download: a file has its final name only when it is complete.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from filelock import FileLock
 
 from kdcache.cache.format import array_specs
 from kdcache.cache.format.integrity import damaged_files
@@ -23,29 +23,34 @@ from kdcache.cache.remote.address import CacheAddress
 from kdcache.cache.remote.object_store import Store, in_parallel
 from kdcache.cache.remote.signatures import LARGEST_SIGNATURE, SIGNATURE
 from kdcache.errors import CorruptError, IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
+from kdcache.runtime.atomic_write import move_into_place, write_file
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.resources import free_disk, home
 
 PULLING, PUSHING = "pulling", "pushing"
-"""Names of the object that says whose manifest is to follow: in a folder, and in a store."""
+"""Names of the marker that holds the digest of an unfinished pull (a file in the folder) or push (an object)."""
+
+_LOCK = f"{PULLING}.lock"
 
 LARGEST_MANIFEST = 2**28
+"""Bytes of a manifest at most."""
+
 BESIDE = {SIGNATURE: LARGEST_SIGNATURE, "README.md": 2**24, "card.png": 2**24}
-"""What is shared with a cache, and not covered by its digest, and how large it may be: the signature and the card."""
+"""Files shared with a cache but not covered by its digest (signature and card), and their sizes in bytes at most."""
 
 Views = int | Collection[int] | None
-"""Which views are wanted: these, the first so many, or all."""
+"""Requested views: their indices, the first so many, or all."""
 
 
 class Mirrored(NamedTuple):
-    """A cache that was brought here.
+    """A cache that was downloaded.
 
     Attributes:
-        folder: where it lies.
-        manifest: of it.
-        views: that are there, and checked.
-        fetched: how many of its files were brought now.
-        bytes: of these.
+        folder: local folder.
+        manifest: its manifest.
+        views: indices of the views that are present and checked.
+        fetched: number of its files that this call downloaded.
+        bytes: total size of those files.
     """
 
     folder: Path
@@ -56,21 +61,21 @@ class Mirrored(NamedTuple):
 
 
 def wanted_views(plan: Plan, views: Views) -> tuple[int, ...]:
-    """The numbers of the views that are wanted, ascending.
+    """Return the indices of the requested views, ascending.
 
     Raises:
-        UsageError: for one that the cache has not got, or none at all.
+        UsageError: if the cache does not have one of them, or none is requested.
     """
     count = plan.views.count
     if views is None or isinstance(views, int):
         return tuple(range(count if views is None else min(views, count)))
     if not views or not set(views) <= set(range(count)):
-        raise UsageError(f"there are no views {sorted(views)} of {count}", f"ask for some of 0 to {count - 1}")
+        raise UsageError(f"views {sorted(views)} are not in this cache of {count} views", f"use 0 to {count - 1}")
     return tuple(sorted(set(views)))
 
 
 def files_of(manifest: Manifest, views: Collection[int]) -> dict[str, FileRecord]:
-    """The files that a cache needs for some of its views."""
+    """Return the records of the files that a cache needs for some of its views."""
     plan = manifest.plan
     names = [*array_specs.common_files(plan)]
     for view in views:
@@ -79,102 +84,110 @@ def files_of(manifest: Manifest, views: Collection[int]) -> dict[str, FileRecord
     return {name: manifest.files[name] for name in names}
 
 
-def check_pinned(where: str | Path, found: str, pinned: str | None) -> None:
-    """That a cache is the one that is meant.
+def check_pinned(where: str | Path, digest: str, pinned: str | None) -> None:
+    """Check that a cache has the expected digest; any digest passes if `pinned` is None.
 
     Raises:
         MismatchError: with both digests.
     """
-    if pinned is not None and found != pinned:
+    if pinned is not None and digest != pinned:
         raise MismatchError(
-            f"{where} is another cache than the one that is pinned\n  there:  {found}\n  pinned: {pinned}",
-            "ask who gave the digest which is right; without a digest whatever is there is taken",
+            f"{where} holds another cache than the pinned one\n  there:  {digest}\n  pinned: {pinned}",
+            "ask the publisher for the right digest; without a digest any cache at that URL is accepted",
         )
 
 
-def remote_manifest(found: CacheAddress, store: Store | None = None) -> tuple[Manifest, bytes]:
-    """The manifest of a cache in a store, checked, and its bytes; in at most two requests.
+def remote_manifest(address: CacheAddress, store: Store | None = None) -> tuple[Manifest, bytes]:
+    """Return the checked manifest of a remote cache, and its bytes, in at most two requests.
 
     Raises:
         UsageError: if there is no cache.
-        IncompleteError: if its push has not ended.
-        CorruptError: if it is not as it was written.
-        MismatchError: if it is not the one that is pinned.
+        IncompleteError: if its push is unfinished.
+        CorruptError: if the manifest differs from what was written.
+        MismatchError: if it does not have the pinned digest.
     """
-    store = store or Store(found.where)
+    store = store or Store(address.where)
     data = store.read(MANIFEST, LARGEST_MANIFEST)
     if data is None:
         if store.read(PUSHING, LARGEST_SIGNATURE) is not None:
-            raise IncompleteError(f"{found.where} is still being pushed", "wait, or push it again to complete it")
-        raise UsageError(f"there is no cache at {found.where}", "check the URL: it is the one that it was pushed to")
-    manifest = read_manifest(f"{found.where}/{MANIFEST}", data)
-    check_pinned(found.where, manifest.digest, found.digest)
-    array_specs.check_listed(found.where, manifest.plan, {name: record.size for name, record in manifest.files.items()})
+            raise IncompleteError(f"{address.where} is still being pushed", "wait, or push it again to complete it")
+        raise UsageError(f"no cache found at {address.where}", "use the URL that the cache was pushed to")
+    manifest = read_manifest(f"{address.where}/{MANIFEST}", data)
+    check_pinned(address.where, manifest.digest, address.digest)
+    sizes = {name: record.size for name, record in manifest.files.items()}
+    array_specs.check_listed(address.where, manifest.plan, sizes)
     return manifest, data
 
 
-def mirror(found: CacheAddress, folder: Path | None, views: Views, progress: Progress | None = None) -> Mirrored:
-    """Bring a cache here, or what is not here yet of the views that are wanted.
+def mirror(address: CacheAddress, folder: Path | None, views: Views, progress: Progress | None = None) -> Mirrored:
+    """Download a cache, or what a local folder lacks of the requested views.
 
     Args:
-        found: its URL, and the digest that it must have.
-        folder: where to; None for a place of kdcache's own, where the next call finds it.
-        views: which are wanted.
-        progress: who is told how it goes.
+        address: its URL, and the digest that it must have.
+        folder: target folder; None for a folder in kdcache's own home, where the next call finds it.
+        views: requested views.
+        progress: progress reporter; silent if None.
 
     Raises:
-        KdcacheError: if it cannot be had, or is not what its manifest says. What has arrived whole is kept.
+        KdcacheError: if it cannot be downloaded, or differs from its manifest. Complete files are kept.
     """
-    if folder is None and found.digest is not None and (here := _at_home(found.digest, views)) is not None:
-        return here
-    store = Store(found.where)
-    manifest, data = remote_manifest(found, store)
+    if folder is None and address.digest is not None:
+        mirrored = _already_in_home(address.digest, views)
+        if mirrored is not None:
+            return mirrored
+    store = Store(address.where)
+    manifest, data = remote_manifest(address, store)
     views = wanted_views(manifest.plan, views)
     wanted = files_of(manifest, views)
-    into = folder or _home_of(manifest.digest)
-    _begin(into, manifest.digest, folder is not None)
-    with _alone(into) as stage:
-        missing = {finding.where: wanted[finding.where] for finding in damaged_files(into, wanted)}
+    into = folder or _folder_in_home(manifest.digest)
+    if folder is not None:
+        _check_folder(into, manifest.digest)
+    into.mkdir(parents=True, exist_ok=True)
+    with _lock(into) as stage:
+        if folder is not None:
+            _check_folder(into, manifest.digest)
+        if not (into / MANIFEST).is_file():
+            write_file(into / PULLING, f"{manifest.digest}\n")
+        missing = {problem.where: wanted[problem.where] for problem in damaged_files(into, wanted)}
         size = sum(record.size for record in missing.values())
         if size > (free := free_disk(into)):
             raise IncompleteError(
-                f"{found.where} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in {into}",
-                "make room there, ask for fewer views, or set KDCACHE_HOME to another disk",
+                f"{address.where} needs {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in {into}",
+                "free some space, request fewer views, or set KDCACHE_HOME to another disk",
             )
         try:
-            _fetch(store, missing, stage, into, progress or Silent())
-            _fetch_others(store, stage, into, with_card=folder is not None)
+            _fetch_files(store, missing, stage, into, progress or Silent())
+            _fetch_others(store, into, with_card=folder is not None)
         except KeyboardInterrupt:
             raise InterruptedRun(
-                f"interrupted; what has arrived whole is kept in {into}", "run the same command again: it goes on there"
+                f"interrupted; complete files are kept in {into}", "run the same command again to resume"
             ) from None
-        (stage / MANIFEST).write_bytes(data)
-        (stage / MANIFEST).replace(into / MANIFEST)
+        write_file(into / MANIFEST, data)
         (into / PULLING).unlink(missing_ok=True)
     return Mirrored(into, manifest, views, len(missing), size)
 
 
 def unfinished_pull(path: Path) -> KdcacheError | None:
-    """Why a folder that a pull has begun is no cache yet; None for any other."""
+    """Return the error of a folder whose pull is unfinished; None for any other."""
     if not (path / PULLING).is_file():
         return None
-    return IncompleteError(f"{path} was not pulled to its end", "run the same `kdcache pull` again: it goes on there")
+    return IncompleteError(f"the pull to {path} is unfinished", "run the same `kdcache pull` again to resume it")
 
 
 def views_here(folder: Path, plan: Plan) -> tuple[int, ...]:
-    """The views of which there is any file, in a folder that may hold only some of them; all, if it holds none."""
+    """Return the views of which a folder has any file, since it may hold only some of them; all views if none."""
     parts = ["commits", *(f"{array_specs.STORE}/{name}/c" for name in array_specs.shard_arrays(plan))]
     names = {entry.name for part in parts if (folder / part).is_dir() for entry in (folder / part).iterdir()}
     return tuple(view for view in range(plan.views.count) if str(view) in names) or tuple(range(plan.views.count))
 
 
-def _home_of(digest: str) -> Path:
+def _folder_in_home(digest: str) -> Path:
     return home() / "mirrors" / digest.removeprefix("sha256:")
 
 
-def _at_home(digest: str, views: Views) -> Mirrored | None:
-    """What an earlier call has brought of a cache, if it is whole."""
-    folder = _home_of(digest)
+def _already_in_home(digest: str, views: Views) -> Mirrored | None:
+    """Return what an earlier call downloaded of a cache, if it is complete."""
+    folder = _folder_in_home(digest)
     try:
         manifest = read_manifest(folder / MANIFEST)
     except (OSError, CorruptError):
@@ -185,71 +198,69 @@ def _at_home(digest: str, views: Views) -> Mirrored | None:
     return Mirrored(folder, manifest, wanted, 0, 0)
 
 
-def _begin(into: Path, digest: str, of_the_user: bool) -> None:
-    """Make the folder of a pull, or see that it is one of the same cache.
+def _check_folder(into: Path, digest: str) -> None:
+    """Check that a folder is new, or belongs to a pull of the same cache.
 
     Raises:
         MismatchError: if it holds another cache, or a part of another.
         UsageError: if it is something else.
     """
-    if of_the_user and into.exists():
-        if (into / MANIFEST).is_file():
-            check_pinned(into, read_manifest(into / MANIFEST).digest, digest)
-        elif (into / PULLING).is_file():
-            check_pinned(into, (into / PULLING).read_text().strip(), digest)
-        elif not into.is_dir() or any(into.iterdir()):
-            raise UsageError(f"{into} exists and is no cache", "give another folder, or delete it first")
-    into.mkdir(parents=True, exist_ok=True)
-    if not (into / MANIFEST).is_file():
-        (into / PULLING).write_text(f"{digest}\n")
+    if not into.exists():
+        return
+    if (into / MANIFEST).is_file():
+        check_pinned(into, read_manifest(into / MANIFEST).digest, digest)
+    elif (into / PULLING).is_file():
+        check_pinned(into, (into / PULLING).read_text().strip(), digest)
+    elif not into.is_dir() or any(not entry.name.startswith((PULLING, "incoming-")) for entry in into.iterdir()):
+        raise UsageError(f"{into} exists and is not a cache", "use another folder, or delete it first")
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """A folder for files on their way; other processes that pull here meanwhile wait, and find what has come."""
-    handle = os.open(folder, os.O_RDONLY)
+def _lock(folder: Path) -> Iterator[Path]:
+    """Lock a folder against other pulls, which then find the files, and yield a folder for unfinished files."""
+    lock = FileLock(folder / _LOCK)
+    with suppress(OSError):  # a file system without locks: each process then downloads for itself
+        lock.acquire()
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: each process then fetches for itself
-            pass
-        else:
+        if lock.is_locked:
             for leftover in folder.glob("incoming-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix="incoming-", dir=folder) as stage:
             yield Path(stage)
     finally:
-        os.close(handle)
+        if lock.is_locked:
+            (folder / _LOCK).unlink(missing_ok=True)
+            lock.release()
 
 
-def _fetch(store: Store, missing: dict[str, FileRecord], stage: Path, into: Path, progress: Progress) -> None:
-    numbers = {name: stage / str(number) for number, name in enumerate(missing)}
+def _fetch_files(store: Store, missing: dict[str, FileRecord], stage: Path, into: Path, progress: Progress) -> None:
+    """Download files of a cache to `stage`, check each, and move it to its place in `into`."""
+    staged = {name: stage / str(index) for index, name in enumerate(missing)}
 
-    def bring(name: str) -> None:
-        store.fetch(name, numbers[name], missing[name])
-        place = into / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        numbers[name].replace(place)
+    def fetch(name: str) -> None:
+        store.fetch(name, staged[name], missing[name])
+        path = into / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        move_into_place(staged[name], path)
 
     total = sum(record.size for record in missing.values()) / 1e6
     done = 0.0
     with progress.task(f"pull {store.url}", len(missing), "files") as task:
 
-        def told(name: str) -> None:
+        def advance(name: str) -> None:
             nonlocal done
             done += missing[name].size / 1e6
             task.advance(1, f"{done:,.1f} of {total:,.1f} MB")
 
-        in_parallel(bring, missing, store.stop, told)
+        in_parallel(fetch, missing, store.stop, advance)
 
 
-def _fetch_others(store: Store, stage: Path, into: Path, with_card: bool) -> None:
-    """Bring what the digest does not cover: the signature, and the card, where there are people who look at it."""
+def _fetch_others(store: Store, into: Path, with_card: bool) -> None:
+    """Download what the digest does not cover: the signature, and in a folder of the user the card."""
 
-    def bring(name: str) -> None:
+    def fetch(name: str) -> None:
         data = store.read(name, BESIDE[name])
         if data is not None:
-            (stage / name).write_bytes(data)
-            (stage / name).replace(into / name)
+            write_file(into / name, data)
 
-    in_parallel(bring, BESIDE if with_card else (SIGNATURE,), store.stop, lambda _: None)
+    in_parallel(fetch, BESIDE if with_card else (SIGNATURE,), store.stop, lambda _: None)

@@ -1,7 +1,7 @@
-"""Where caches lie that are not on this machine. The only module that knows fsspec.
+"""Object stores that hold remote caches. The only module that imports fsspec.
 
-A store is a flat set of named objects under a URL. They are read as far as their declared size and no further, put
-there whole, and every failure is told as an error of kdcache that says whether trying again may help.
+A store is a flat set of named objects under a URL. Objects are read up to their declared size and no further, and
+uploaded atomically. Every failure becomes a KdcacheError that says whether a retry may help.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import errno
 import hashlib
 import io
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -23,57 +22,64 @@ import fsspec
 from kdcache.cache.format.schema import FileRecord
 from kdcache.cache.remote.hf_hub import Hub
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError
+from kdcache.runtime.atomic_write import move_into_place, temporary
 
 EXTRAS = {"s3": "s3", "gs": "gs", "az": "az", "http": "http", "https": "http", "hf": "hf", "file": ""}
-"""The schemes of URLs that are known, and the extra of kdcache that brings what each needs."""
+"""Supported URL schemes, and the optional extra of kdcache that each needs."""
 
 THREADS = 16
-"""Requests that are on their way at once: a cache has many small files, and each waits for the network."""
+"""Concurrent requests: a cache has many small files, and each request waits for the network."""
 
 ATTEMPTS = 6
-FIRST_WAIT = 0.25
-"""Seconds before the second attempt; each further one waits twice as long."""
+"""Attempts per request that fails with an error that may be temporary."""
 
-_PIECE = 2**23
+FIRST_WAIT = 0.25
+"""Seconds before the second attempt; doubled before each further one."""
+
+_RANGE = 2**23
+"""Bytes per range request."""
+
 _STALLED = 30
 """Seconds without a byte after which a connection counts as lost."""
 
-_WRONG_TWICE = 2
-_DAMAGED_THERE = "tell whoever published it: it is to be pushed again"
+_WRONG_CONTENT_ATTEMPTS = 2
+"""Attempts after which an object with wrong content counts as damaged in the store."""
+
+_DAMAGED_THERE = "ask the publisher to push the cache again"
 
 _CREDENTIALS = (
-    "give credentials as the tools of that store take them, such as AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, "
+    "set the credentials of that store, such as AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, "
     "AZURE_STORAGE_CONNECTION_STRING or HF_TOKEN"
 )
 
-_OF_THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of writing to the local disk, which no retry resolves."""
 
 T = TypeVar("T")
 
-
-# What went wrong is told once, by us; gcsfs logs it too, with tracebacks, where nobody has asked for its log.
+# Errors are reported once, by kdcache; gcsfs would also log them with tracebacks.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 
-class _Wrong(Exception):
-    """Other bytes came than there may be."""
+class _WrongContent(Exception):
+    """An object has other bytes than its record declares."""
 
 
 class _Sink(io.RawIOBase):
-    """A file that takes no more bytes than were declared, and knows the digest of those that came."""
+    """A file that accepts no more bytes than were declared, and computes their digest."""
 
-    def __init__(self, to: BinaryIO, most: int, stop: threading.Event) -> None:
-        self._to, self._most, self._stop = to, most, stop
+    def __init__(self, file: BinaryIO, max_bytes: int, stop: threading.Event) -> None:
+        self._file, self._max_bytes, self._stop = file, max_bytes, stop
         self._sha, self.size = hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:
         if self._stop.is_set():
-            raise InterruptedError("it was given up")
+            raise InterruptedError("the download was canceled")
         self.size += len(data)
-        if self.size > self._most:
-            raise _Wrong(f"came with more than {self._most} bytes")
+        if self.size > self._max_bytes:
+            raise _WrongContent(f"has more than {self._max_bytes} bytes")
         self._sha.update(data)
-        return self._to.write(data)
+        return self._file.write(data)
 
     def tell(self) -> int:
         return self.size
@@ -85,11 +91,15 @@ class _Sink(io.RawIOBase):
 class Store:
     """The objects under a URL.
 
+    Attributes:
+        url: URL without a trailing slash.
+        stop: event that cancels all transfers.
+
     Args:
-        url: of one of the schemes in `EXTRAS`.
+        url: URL with one of the schemes in `EXTRAS`.
 
     Raises:
-        UsageError: for a URL that cannot be one, and for a library that is not installed.
+        UsageError: if the URL is not supported, or the library that it needs is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -97,19 +107,19 @@ class Store:
         scheme = url.partition("://")[0]
         if scheme not in EXTRAS or not self.url.partition("://")[2]:
             raise UsageError(
-                f"{url} is no URL that a cache can have", f"begin it with {', '.join(f'{name}://' for name in EXTRAS)}"
+                f"{url} is not a URL of a supported store", f"use one of {', '.join(f'{name}://' for name in EXTRAS)}"
             )
         self._hub: Hub | None = None
-        self._tries_itself = scheme in ("gs", "az")  # its library does, for a minute
-        self._whole_files = EXTRAS[scheme] in ("http", "hf")  # a server may give more than the range that is asked for
+        self._library_retries = scheme in ("gs", "az")  # for a minute
+        self._whole_files = EXTRAS[scheme] in ("http", "hf")  # a server may return more than the requested range
         try:
             if scheme == "hf":
                 self._hub = Hub(self.url)
             self._fs = fsspec.filesystem("http" if self._hub else scheme, **self._options(scheme))
         except ImportError as error:
             raise UsageError(f"{url} cannot be reached: {error}", f"pip install 'kdcache[{EXTRAS[scheme]}]'") from None
-        except ValueError as error:  # adlfs, where it is told of no account
-            raise UsageError(f"{url} cannot be reached: {_said(error)}", _CREDENTIALS) from None
+        except ValueError as error:  # of adlfs without an account
+            raise UsageError(f"{url} cannot be reached: {_message(error)}", _CREDENTIALS) from None
         self._root = "" if self._hub else self._fs._strip_protocol(self.url).rstrip("/")
         self._renames = scheme == "file"
 
@@ -118,7 +128,7 @@ class Store:
         if self._whole_files:
             import aiohttp  # noqa: PLC0415  # of the extra http
 
-            # fsspec's own limit is of a whole file, which may take as long as it takes.
+            # fsspec's own time limit is for a whole file, whose download may take any time.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_STALLED, sock_read=_STALLED)
             headers = {"Accept-Encoding": "identity", **(self._hub.headers if self._hub else {})}
             options |= {"client_kwargs": {"timeout": timeout, "headers": headers}}
@@ -128,87 +138,89 @@ class Store:
 
     @property
     def is_read_only(self) -> bool:
-        """Whether nothing can be put there."""
+        """Whether the store does not accept uploads."""
         return self._whole_files and self._hub is None
 
     def _path(self, name: str) -> str:
         return self._hub.url_of(name) if self._hub else f"{self._root}/{name}"
 
-    def read(self, name: str, most: int) -> bytes | None:
-        """A small object; None where there is none of that name.
+    def read(self, name: str, max_bytes: int) -> bytes | None:
+        """Read a small object; None if it does not exist.
 
         Raises:
-            CorruptError: if it is larger than `most` bytes.
+            CorruptError: if it is larger than `max_bytes`.
             KdcacheError: if it cannot be read.
         """
         try:
-            return self._again(name, lambda: self._read(name, most))
+            return self._retry(name, lambda: self._read(name, max_bytes))
         except FileNotFoundError:
             return None
 
-    def _read(self, name: str, most: int) -> bytes:
+    def _read(self, name: str, max_bytes: int) -> bytes:
         content = io.BytesIO()
-        sink = _Sink(content, most, self.stop)
+        sink = _Sink(content, max_bytes, self.stop)
         if self._whole_files:
             self._fs.get_file(self._path(name), sink)
         else:
-            sink.write(self._fs.cat_file(self._path(name), start=0, end=most + 1))
+            sink.write(self._fs.cat_file(self._path(name), start=0, end=max_bytes + 1))
         return content.getvalue()
 
     def fetch(self, name: str, to: Path, expected: FileRecord) -> None:
-        """Bring an object to a file, and check its size and digest on the way.
+        """Download an object to a file, and check its size and digest.
 
         Raises:
-            CorruptError: if it is not there, or other bytes are, however often it is read.
+            CorruptError: if it does not exist, or repeatedly has other bytes than expected.
             KdcacheError: if it cannot be read.
         """
 
-        def once() -> None:
-            with to.open("wb") as opened:
-                sink = _Sink(opened, expected.size, self.stop)
+        def attempt() -> None:
+            with to.open("wb") as file:
+                sink = _Sink(file, expected.size, self.stop)
                 if self._whole_files:
                     self._fs.get_file(self._path(name), sink)
                 else:
-                    for start in range(0, expected.size, _PIECE):
-                        end = min(start + _PIECE, expected.size)
-                        # One byte more of the last piece: an object that is too long must not pass for whole.
-                        asked = end + (end == expected.size)
-                        sink.write(
-                            self._again(name, partial(self._fs.cat_file, self._path(name), start=start, end=asked))
-                        )
+                    for start in range(0, expected.size, _RANGE):
+                        end = min(start + _RANGE, expected.size)
+                        # One byte more in the last range, so that an object that is too long is noticed.
+                        requested_end = end + (end == expected.size)
+                        read = partial(self._fs.cat_file, self._path(name), start=start, end=requested_end)
+                        sink.write(self._retry(name, read))
                         if sink.size < end:
                             break
             if sink.record() != expected:
-                raise _Wrong(f"came with {sink.size} bytes, {expected.size} are declared" if sink.size != expected.size
-                             else "came with other bytes than its manifest declares")  # fmt: skip
+                if sink.size != expected.size:
+                    raise _WrongContent(f"has {sink.size} bytes, its manifest declares {expected.size}")
+                raise _WrongContent("has other bytes than its manifest declares")
 
         try:
-            self._again(name, once)
+            self._retry(name, attempt)
         except FileNotFoundError:
-            raise CorruptError(f"{name} is not at {self.url}, and its manifest lists it", _DAMAGED_THERE) from None
+            raise CorruptError(
+                f"{name} is listed in the manifest and not found at {self.url}", _DAMAGED_THERE
+            ) from None
 
     def sizes(self) -> dict[str, int]:
-        """The size of every object."""
+        """Return the size of every object in bytes, by name."""
         if self._hub:
             return self._hub.sizes()
         try:
-            found = self._again("", lambda: self._fs.find(self._root, detail=True))
+            details = self._retry("", lambda: self._fs.find(self._root, detail=True))
         except FileNotFoundError:
             return {}
-        return {str(path)[len(self._root) + 1 :]: int(about["size"]) for path, about in found.items()}
+        return {str(path)[len(self._root) + 1 :]: int(detail["size"]) for path, detail in details.items()}
 
     def put(self, objects: Mapping[str, Path | bytes], on_each: Callable[[int], None] = lambda _: None) -> None:
-        """Put objects there, each whole or not at all.
+        """Upload objects, each atomically.
 
         Args:
-            objects: by name: a file, or the bytes themselves.
-            on_each: told how many more are there.
+            objects: name -> file, or content.
+            on_each: called with the number of objects uploaded since the last call.
         """
         if self._hub:
             self._hub.put(objects, on_each)
             return
         in_parallel(
-            lambda name: self._again(name, lambda: self._put(name, objects[name])),
+            lambda name: self._retry(name, lambda: self._put(name, objects[name])),
             objects,
             self.stop,
             lambda _: on_each(1),
@@ -216,30 +228,29 @@ class Store:
 
     def _put(self, name: str, content: Path | bytes) -> None:
         path = self._path(name)
-        to = f"{path}.partial" if self._renames else path
+        to = str(temporary(Path(path))) if self._renames else path
         if isinstance(content, bytes):
             self._fs.pipe_file(to, content)
         else:
             self._fs.put_file(str(content), to)
         if self._renames:
-            with Path(to).open("rb") as opened:
-                os.fsync(opened.fileno())  # a file of the right size is taken for whole by the next push
-            Path(to).replace(path)
+            # On the disk before it has its name: the next push takes a file of the right size for complete.
+            move_into_place(Path(to), Path(path))
 
     def remove(self, name: str) -> None:
-        """Delete an object that is there."""
+        """Delete an existing object."""
         if self._hub:
             self._hub.remove(name)
         else:
-            self._again(name, lambda: self._fs.rm_file(self._path(name)))
+            self._retry(name, lambda: self._fs.rm_file(self._path(name)))
 
-    def _again(self, name: str, work: Callable[[], T]) -> T:
-        """What `work` returns, tried several times where it may be the network's fault.
+    def _retry(self, name: str, work: Callable[[], T]) -> T:
+        """Return what `work` returns, retrying with exponential backoff after errors that may be temporary.
 
         Raises:
             FileNotFoundError: if there is no such object.
-            UsageError: if it may not be read or written.
-            CorruptError: if it is not what it was declared to be.
+            UsageError: if access is denied.
+            CorruptError: if the object has other bytes than declared.
             IncompleteError: if the store could not be reached.
         """
         where = f"{self.url}/{name}".rstrip("/")
@@ -248,40 +259,40 @@ class Store:
                 return work()
             except (FileNotFoundError, KdcacheError):
                 raise
-            except Exception as error:  # each library has errors of its own
-                if isinstance(error, OSError) and error.errno in _OF_THIS_MACHINE:
+            except Exception as error:  # each store's library raises its own types
+                if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
                     raise
-                failed = _hopeless(where, attempt, error)
-                tried_enough = attempt == ATTEMPTS or (self._tries_itself and not isinstance(error, _Wrong))
-                if failed or tried_enough or self.stop.is_set():
-                    times = "for a minute" if self._tries_itself else f"{attempt} times"
-                    raise failed or IncompleteError(
-                        f"{where} could not be reached, tried {times}: {_said(error)}",
-                        "run the same command again: it goes on where it stopped",
+                permanent = _permanent_error(where, attempt, error)
+                last_attempt = attempt == ATTEMPTS or (self._library_retries and not isinstance(error, _WrongContent))
+                if permanent or last_attempt or self.stop.is_set():
+                    times = "for a minute" if self._library_retries else f"{attempt} times"
+                    raise permanent or IncompleteError(
+                        f"{where} could not be reached, tried {times}: {_message(error)}",
+                        "run the same command again to resume",
                     ) from None
             self.stop.wait(FIRST_WAIT * 2 ** (attempt - 1))
         raise AssertionError("the last attempt returns or raises")
 
 
-def _hopeless(where: str, attempt: int, error: Exception) -> KdcacheError | None:
-    """What to say of a failure that another attempt would not mend."""
+def _permanent_error(where: str, attempt: int, error: Exception) -> KdcacheError | None:
+    """Return the error to raise for a failure that another attempt would not resolve; None for any other."""
     status = next((getattr(error, name) for name in ("status", "status_code", "code") if hasattr(error, name)), None)
     forbidden = isinstance(error, PermissionError) or str(error).startswith("Forbidden: ")  # the latter of gcsfs
     if forbidden or status in (401, 403):
-        return UsageError(f"{where} may not be used: {_said(error)}", _CREDENTIALS)
-    if isinstance(error, _Wrong) and attempt >= _WRONG_TWICE:
+        return UsageError(f"access to {where} is denied: {_message(error)}", _CREDENTIALS)
+    if isinstance(error, _WrongContent) and attempt >= _WRONG_CONTENT_ATTEMPTS:
         return CorruptError(f"{where} {error}", _DAMAGED_THERE)
     return None
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def in_parallel(
     work: Callable[[str], object], names: Iterable[str], stop: threading.Event, on_each: Callable[[str], None]
 ) -> None:
-    """Do something for each name, several at once; after a failure, or Ctrl-C, what is on its way is given up."""
+    """Call `work` for each name in threads; after a failure or Ctrl-C, cancel the others and set `stop`."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="kdcache-store") as pool:
         futures = {pool.submit(work, name): name for name in names}
         try:

@@ -31,6 +31,7 @@ from kdcache.data.samples import Samples
 from kdcache.data.transforms import build_transform, is_random
 from kdcache.data.views import seeded
 from kdcache.errors import UsageError
+from kdcache.runtime.atomic_write import move_into_place
 from kdcache.runtime.progress import Progress, Silent
 
 TARGETS = ("fkd", "ml-dr", "tinyvit")
@@ -79,7 +80,7 @@ def files_of_cache(
             _write_epochs(cache, unfinished, samples, kept, listener)
         else:
             _write_samples(cache, target, unfinished, _images(cache, target, samples, listener), kept, listener)
-        unfinished.replace(out)
+        move_into_place(unfinished, out)
     return kept
 
 

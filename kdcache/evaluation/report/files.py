@@ -7,6 +7,7 @@ from pathlib import Path
 from kdcache.errors import UsageError
 from kdcache.evaluation.report.charts import save_png
 from kdcache.evaluation.report.sections import Report
+from kdcache.runtime.atomic_write import write_file
 from kdcache.train.run_folder import check_free
 
 
@@ -39,6 +40,4 @@ def write_files(report: Report, page: Path, png: bool) -> None:
         folder.mkdir()
         for chart in report.charts:
             save_png(chart, folder)
-    unfinished = page.with_name(f"{page.name}.partial")
-    unfinished.write_text(report.html, encoding="utf-8")
-    unfinished.replace(page)
+    write_file(page, report.html)
