@@ -45,7 +45,7 @@ def refusal(folder: Path, text: str | bytes, *overrides: str) -> str:
 
 
 def problems(folder: Path, text: str, *overrides: str) -> list[str]:
-    """The problems that the message lists, one a line, counted in its first line."""
+    """The problems that the message lists, one per line, with their number in its first line."""
     first, *rest = refusal(folder, text, *overrides).split("\n  ")
     assert first == ("1 problem in the pipeline:" if len(rest) == 1 else f"{len(rest)} problems in the pipeline:")
     return rest

@@ -188,8 +188,8 @@ def test_every_recipe_runs(name: str, tmp_path: Path) -> None:
         )
     assert cache.manifest.plan.views.count == pipeline.cache.views
     trained = train_student(pipeline, cache, tmp_path / "run")
-    told = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert (told["loss"], told["epochs"]) == (pipeline.loss.name, 1)
+    printed = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (printed["loss"], printed["epochs"]) == (pipeline.loss.name, 1)
     assert trained.test is not None
     assert all(bool(tensor.isfinite().all()) for tensor in trained.model.state_dict().values())
 
@@ -210,10 +210,10 @@ def kdcache(*arguments: object) -> tuple[int, str]:
 def test_recipes_are_listed_shown_and_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, listed = kdcache("pipelines", "list", "--json")
-    told: dict[str, dict[str, Any]] = json.loads(listed)
+    printed: dict[str, dict[str, Any]] = json.loads(listed)
     shipped = {path.stem for path in (ROOT / "pipelines").glob("*.yaml")}
-    assert (code, set(told)) == (0, shipped)
-    assert told["digits"] == {
+    assert (code, set(printed)) == (0, shipped)
+    assert printed["digits"] == {
         "dataset": "digits",
         "teacher": "small:cnn",
         "student": "small:mlp",

@@ -384,7 +384,7 @@ def test_what_cannot_be_measured_is_refused(work: Work, tmp_path: Path) -> None:
     blind = pixels(tmp_path / "blind.npz", labels=np.full(120, -1), class_names=np.array(list("abcdefgh")))
     unlabeled = changed("unlabeled", dataset={**dataset, "root": str(blind)})
     assert "has a label" in refused(2, "evaluate", unlabeled)
-    assert "draws at random" in refused(2, "evaluate", changed("random", eval_transform=None))
+    assert "the transform is random" in refused(2, "evaluate", changed("random", eval_transform=None))
     assert "mixes images" in refused(2, "evaluate", changed("mixed", eval_transform=[*CLEAN, {"MixUp": {}}]))
 
 

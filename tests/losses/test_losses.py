@@ -502,12 +502,12 @@ def test_cross_entropy_of_mixtures_is_that_of_the_mixed_labels(batch: Batch, dat
     student, _, labels = batch
     mixed = data.draw(mixtures(*student.shape))
     # As torchvision mixes labels: one-hot, weighed, added; a label that is not known weighs nothing.
-    told = torch.zeros_like(student)
+    target = torch.zeros_like(student)
     for row, (own, partner, share) in enumerate(zip(labels, mixed.partner_labels, mixed.share.double(), strict=True)):
         for label, weight in ((own, share), (partner, 1 - share)):
             if label >= 0:
-                told[row, label] += weight
-    expected = with_gradient(lambda v: -(told * v.log_softmax(dim=1)).sum() / max(told.sum().item(), 1.0), student)
+                target[row, label] += weight
+    expected = with_gradient(lambda v: -(target * v.log_softmax(dim=1)).sum() / max(target.sum().item(), 1.0), student)
     assert_all_agree(with_gradient(lambda v: cross_entropy(v, labels, mixed), student), expected)
     for label in (labels, mixed.partner_labels):  # all of an image one's own, or all its partner's
         whole = MixedLabels(mixed.partner_labels, (torch.full_like(mixed.share, float(label is labels))))

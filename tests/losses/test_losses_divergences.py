@@ -282,8 +282,8 @@ def test_truncation_shares_all_mass_among_the_top(batch: Batch, top: int, tau: f
     assert_agree(truncated, p, 1e-12)
     assert (truncated[~kept] == 0).all()
     loss = of_teacher({"kind": "kl"}, tau, adjustment={"kind": "truncation", "top": top})
-    told = torch.where(kept & (p > 0), p * (p.log() - (student / tau).log_softmax(dim=1)), 0.0)
-    expected = tau**2 * told.sum(dim=1).mean()
+    target = torch.where(kept & (p > 0), p * (p.log() - (student / tau).log_softmax(dim=1)), 0.0)
+    expected = tau**2 * target.sum(dim=1).mean()
     torch.testing.assert_close(distillation_term(student, teacher, labels, loss), expected, rtol=1e-8, atol=1e-8)
 
 

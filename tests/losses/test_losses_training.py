@@ -88,7 +88,7 @@ def test_fit_gives_the_optimizer_what_ctkd_learns(monkeypatch: pytest.MonkeyPatc
     assert abs(made[0].item() - 1) > 1e-3
 
 
-class Heard(Silent):
+class Recorder(Silent):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -153,10 +153,10 @@ def test_what_acts_on_the_label_is_refused_for_mixed_images(
 
 
 def test_a_student_is_told_that_dkd_leaves_out_what_has_no_label(cache: kdcache.Cache, tmp_path: Path) -> None:
-    heard = Heard()
+    recorder = Recorder()
     few = pipeline("loss.name=dtkd+dkd", "student.train.labels_per_class=3")
-    kdcache.train_student(few, cache, tmp_path / "run", progress=heard)
-    assert any("of the 970 images without a label nothing is learned" in line for line in heard.lines)
+    kdcache.train_student(few, cache, tmp_path / "run", progress=recorder)
+    assert any("of the 970 images without a label nothing is learned" in line for line in recorder.lines)
 
 
 @pytest.mark.parametrize("name", ["ctkd+ka", "dtkd+dist", "zscore+truncated", "pld"])

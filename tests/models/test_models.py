@@ -38,10 +38,10 @@ from kdcache.models.checks import check_logits, try_network
 from kdcache.models.evaluate import evaluate
 
 timm: Any = import_module("timm")  # whose types are not whole
-GREY = (1, 8, 8)
+GRAY = (1, 8, 8)
 
 
-def network(model: str, classes: int = 7, shape: tuple[int, int, int] = GREY, **spec: Any) -> nn.Module:
+def network(model: str, classes: int = 7, shape: tuple[int, int, int] = GRAY, **spec: Any) -> nn.Module:
     return build_model(ModelSpec(model=model, **spec), classes, shape, trained="weights" in spec)
 
 
@@ -343,7 +343,7 @@ def test_the_preset_of_every_timm_weights_is_timm_s_own() -> None:
     for full, config in presets.values():
         spec = ModelSpec(model="timm:" + full.replace(".", "@", 1))
         if config["crop_mode"] == "border":
-            refused(UsageError, "as no transform of torchvision does", preset_transform, spec)
+            refused(UsageError, "torchvision has no transform like", preset_transform, spec)
             refusals += 1
             continue
         steps = preset_transform(spec)
