@@ -150,10 +150,9 @@ class CacheWriter:
             affected = affected_shards(self.path, before, labels, keys, fixed)
         except ValueError as reason:
             return str(reason)
-        shards = [(view, shard) for view in range(self.plan.views.count) for shard in range(self.plan.shards)]
-        finished = [which for which in shards if self.commit_path(*which).exists()]
-        dropped = [(view, shard) for view, shard in finished if shard in affected]
-        if dropped and len(dropped) == len(finished):
+        finished = [which for which in self._shards() if self.commit_path(*which).exists()]
+        dropped = [which for which in finished if which[1] in affected]
+        if dropped and dropped == finished:
             return "images of every finished shard changed, so nothing could be kept"
         for marker in (self.commit_path(*which) for which in dropped):
             marker.unlink()
@@ -172,10 +171,12 @@ class CacheWriter:
         for path in (self.path.parent, self.path, *self.path.rglob("*")):
             if path.is_dir():
                 flush(path)  # the killed run may not have flushed it
-        for view in range(self.plan.views.count):
-            for shard in range(self.plan.shards):
-                if not self._is_intact(view, shard):
-                    self.commit_path(view, shard).unlink(missing_ok=True)
+        for view, shard in self._shards():
+            if not self._is_intact(view, shard):
+                self.commit_path(view, shard).unlink(missing_ok=True)
+
+    def _shards(self) -> list[tuple[int, int]]:
+        return [(view, shard) for view in range(self.plan.views.count) for shard in range(self.plan.shards)]
 
     def _is_intact(self, view: int, shard: int) -> bool:
         try:
@@ -203,7 +204,7 @@ class CacheWriter:
         Args:
             view: index of the view.
             shard: index of the shard.
-            rows: of the shard.
+            rows: all rows of the shard.
             inputs: fingerprints of some of its images.
             recorded: what the view was drawn from, if the plan has an array for it.
         """
@@ -218,7 +219,7 @@ class CacheWriter:
             view: index of the view.
             shard: index of the shard.
             source: folder of the other cache.
-            records: of its files.
+            records: of the other cache's files.
 
         Raises:
             CorruptError: if a copy differs from the record.
@@ -235,7 +236,7 @@ class CacheWriter:
         self._commit(view, shard, {name: records[name] for name in files})
 
     def _clear(self, view: int, shard: int) -> list[str]:
-        """Delete what an interrupted run left of a shard, and return the names of its files."""
+        """Delete what an interrupted run left of a shard, and return its file names."""
         files = sorted(array_specs.shard_files(self.plan, view, shard))
         for name in files:
             leftover = self.path / name
@@ -255,30 +256,26 @@ class CacheWriter:
         write_file(marker, canonical(Commit(files=records)))
 
     def seal(self, summary: Summary) -> Manifest:
-        """Check that all files are there, in the size that was written, and put the manifest in place.
+        """Check that all files have the size that was written, and put the manifest in place.
 
-        The files of the shards are not read again: their hashes are those of the bytes that were written and flushed,
-        and any other bytes are found when the cache is opened.
+        Shards are not read again: their hashes are those of the written bytes, and are checked when it is opened.
 
         Raises:
             IncompleteError: if a shard is missing.
             CorruptError: if a file is missing or has another size.
         """
-        missing = [(view, shard) for view in range(self.plan.views.count) for shard in self.pending(view)]
-        if missing:
+        if missing := [which for which in self._shards() if not self.commit_path(*which).exists()]:
             raise IncompleteError(f"{len(missing)} shards of {self.path} are missing", "run the same command again")
         files: dict[str, FileRecord] = {}
-        for view in range(self.plan.views.count):
-            for shard in range(self.plan.shards):
-                marker = self.commit_path(view, shard)
-                files |= read_commit(marker).files
-                files[marker.relative_to(self.path).as_posix()] = record_of(marker)
+        for marker in (self.commit_path(*which) for which in self._shards()):
+            files |= read_commit(marker).files
+            files[marker.relative_to(self.path).as_posix()] = record_of(marker)
         self._check_sizes(files)
         files |= {name: record_of(self.path / name) for name in array_specs.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
         write_file(self.path / MANIFEST, canonical(manifest))
         (self.path / LOCK).unlink(missing_ok=True)
-        (self.path / PLAN).unlink()
+        (self.path / PLAN).unlink(missing_ok=True)  # another process may have found the cache complete already
         release(self.path)
         return manifest
 

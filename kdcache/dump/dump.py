@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from kdcache.cache import summary
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.fingerprints import Inputs
-from kdcache.cache.inspect.card import PICTURE, write_card
+from kdcache.cache.inspect.card import CARD, PICTURE, write_card
 from kdcache.cache.inspect.card_plot import draw_census
 from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_sealed
@@ -140,10 +141,14 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
     with timer.phase("before the pass"):
         prepared, shards = _prepare(job, ranks)
     if prepared.writer is None:
-        return prepared.complete or open_sealed(job.out)
+        cache = prepared.complete or open_sealed(job.out)
+        if ranks.is_first and not all((job.out / name).exists() for name in (CARD, PICTURE)):
+            # The run that sealed it was killed before it had written the card.
+            _write_card(cache, summary.collect_statistics(job.out, cache.manifest.plan))
+        return cache
     writer = prepared.writer
     statistics = _run_pass(job, writer, shards, ranks, timer)
-    with timer.phase("waiting for other ranks"):
+    with timer.phase("waiting for other ranks") if ranks.count > 1 else nullcontext():
         of_all_ranks = ranks.gather(statistics)
     if ranks.is_first:
         with timer.phase("sealing"):

@@ -164,7 +164,7 @@ def estimate_from_logits(path: Path, fidelity: float | None) -> Estimate:
         raise UsageError(f"{path} holds {contents or 'nothing'}", _NPZ)
     if len(labels) and not (labels.min() >= -1 and labels.max() < logits.shape[1]):
         raise MismatchError(
-            f"labels of {path} are outside of 0 to {logits.shape[1] - 1}", "correct them; use -1 for an unknown label"
+            f"labels of {path} are outside 0 to {logits.shape[1] - 1}", "correct them; use -1 for an unknown label"
         )
     spec = CacheSpec.model_validate({"fidelity": fidelity})
     encoding = encoding_without_pilot(logits.shape[1], request_of(spec))

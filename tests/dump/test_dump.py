@@ -266,6 +266,16 @@ def test_a_sealed_cache_is_not_overwritten_with_other_settings(what: str, whole:
     assert files_of(whole.path) == before
 
 
+def test_a_card_that_a_killed_run_did_not_write_is_written(whole: Cache, tmp_path: Path) -> None:
+    out = dump(tmp_path / "c.kdcache").path
+    for leftover in ("README.md", "card.png"):
+        (out / leftover).unlink()
+    (out / "plan.json").write_bytes(canonical(whole.manifest.plan))
+    (out / "writer.lock").touch()
+    assert dump(out).manifest == whole.manifest
+    assert files_of(out) == files_of(whole.path)
+
+
 def test_a_sealed_cache_that_is_damaged_is_not_complete(tmp_path: Path) -> None:
     out = dump(tmp_path / "c.kdcache").path
     path = out / "data.zarr/log_probs/c/0/1/0"
