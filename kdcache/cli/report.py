@@ -50,10 +50,9 @@ def report(
     Example: kdcache report runs/sweep runs/digits-student --cache runs/digits.kdcache -o runs/report.html
     """
     from kdcache.cache import open_cache
-    from kdcache.evaluation.published_results import fill_results
-    from kdcache.evaluation.report.charts import save_png
+    from kdcache.evaluation.published_results import fill_results, read_results, write_results
     from kdcache.evaluation.report.collect import collect
-    from kdcache.evaluation.report.sections import write_report
+    from kdcache.evaluation.report.sections import save_report, write_report
     from kdcache.train.run_folder import check_free
 
     folder = out.with_name(f"{out.stem}-pictures")
@@ -65,17 +64,10 @@ def report(
     on, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
     found = collect(runs, cache, rows=rows, device=on, progress=progress)
-    table = fill_results(results.read_text(encoding="utf-8"), found.runs) if results is not None else None
-    written = write_report(found)
-    if png:
-        folder.mkdir()
-        for chart in written.charts:
-            save_png(chart, folder)
-    unfinished = out.with_name(f"{out.name}.partial")
-    unfinished.write_text(written.html, encoding="utf-8")
-    unfinished.replace(out)
+    table = fill_results(read_results(results), found.runs) if results is not None else None
+    save_report(write_report(found), out, folder if png else None)
     if results is not None and table is not None:
-        results.write_text(table[0], encoding="utf-8")
+        write_results(results, table[0])
     if as_json:
         output.as_json({"report": str(out), "pictures": str(folder) if png else None, **found.as_record()})
         return

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -22,7 +23,7 @@ from pydantic_core import PydanticUndefined
 from kdcache.cli import main
 from kdcache.config.loader import load_pipeline
 from kdcache.config.schema import EnsembleSpec, Pipeline, StudentSpec
-from kdcache.evaluation import costs
+from kdcache.evaluation import scorecard
 from kdcache.losses.config import Loss
 from kdcache.losses.presets import PARTS
 
@@ -77,8 +78,7 @@ def impatient(said: Path, folder: Path, arguments: list[str]) -> None:
     """A command as if typed in that folder; how fast a network is, no test here looks at."""
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(costs, "_WARM_UP", 0.0)
-        patch.setattr(costs, "_LONG", 0.0)
+        patch.setattr(scorecard, "score_networks", partial(scorecard.score_networks, min_run_time=0.0))
         command_line(said, {}, *arguments)
 
 
