@@ -51,20 +51,19 @@ def report(
     Example: kdcache report runs/sweep runs/digits-student --cache runs/digits.kdcache -o runs/report.html
     """
     from kdcache.cache import open_cache
-    from kdcache.evaluation.published_results import fill_results
+    from kdcache.evaluation.published_results import fill_results, read_results, write_results
     from kdcache.evaluation.report.collect import collect
     from kdcache.evaluation.report.files import check_files, pictures_folder, write_files
     from kdcache.evaluation.report.sections import write_report
-    from kdcache.runtime.atomic_write import write_file
 
     check_files(out, png)
     chosen, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
     data = collect(runs, cache, rows=rows, device=chosen, progress=progress)
-    filled = fill_results(results.read_text(encoding="utf-8"), data.runs) if results is not None else None
+    filled = fill_results(read_results(results), data.runs) if results is not None else None
     write_files(write_report(data), out, png)
     if results is not None and filled is not None:
-        write_file(results, filled[0])
+        write_results(results, filled[0])
     pictures = str(pictures_folder(out)) if png else None
     if as_json:
         output.as_json({"report": str(out), "pictures": pictures, **data.as_record()})

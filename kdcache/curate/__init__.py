@@ -1,1 +1,1 @@
-"""Make caches from other caches and files, and files from caches: select, merge, import, export."""
+"""Caches made from other caches and from files, and files made from caches: select, merge, convert."""

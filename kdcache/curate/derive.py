@@ -1,7 +1,7 @@
-"""What `select` and `merge` have in common: samples in new places, their fingerprints, and a plan with a lineage.
+"""Common parts of `select` and `merge`: samples at new ordinals, their fingerprints, and a plan with a lineage.
 
-A view of sample i is drawn from (seed, i, view). So a sample may change its place only where a transform draws nothing
-at random, and views of two seeds cannot lie in one cache, which has one.
+The random draws of a view of sample i follow from (seed, i, view). So a sample may only get another ordinal if the
+transform is not random, and a cache cannot hold views of two seeds.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress
 
-_PROVED = 32
-"""Images whose fingerprints are known, and that are looked at before those of others are believed."""
+_CHECKED = 32
+"""Number of images with a stored fingerprint that are checked before new fingerprints are computed."""
 
 Ids = npt.NDArray[np.int64]
 
 
 class ParentSelection(NamedTuple):
-    """Samples of a cache, in the order in which a new cache has them."""
+    """Samples of a cache, in their order in the new cache."""
 
     cache: Cache
     ids: Ids
 
 
 class Encoded(NamedTuple):
-    """How the rows of the new cache are encoded, and whether that is another way than their parents'."""
+    """The encoding of the new cache; `recoded` if its rows are not copied from the parents."""
 
     request: Request
     encoding: Encoding
@@ -50,134 +50,135 @@ class Encoded(NamedTuple):
 
 
 def row_bytes(encoding: Encoding) -> int:
-    """Bytes of a row's log-probabilities."""
+    """Return the bytes per row of the log-probabilities."""
     return encoding.top_k * np.dtype(encoding.dtype).itemsize
 
 
 def check_views(cache: Cache, count: int) -> None:
-    """That the first `count` views of a cache are here: of one that was pulled, some may not be.
+    """Check that the first `count` views of a cache are present; `pull` may have downloaded fewer.
 
     Raises:
-        UsageError: if one is not.
+        UsageError: if one is missing.
     """
     if missing := sorted(set(range(count)).difference(cache.views)):
         raise UsageError(
-            f"view {missing[0]} is wanted, and {cache.path} holds only the views {', '.join(map(str, cache.views))}",
-            "select some of these (`--views`), or pull the others",
+            f"view {missing[0]} is needed, but {cache.path} holds only the views {', '.join(map(str, cache.views))}",
+            "select only these (`--views`), or pull the others",
         )
 
 
 def inputs_at(
-    placed: list[ParentSelection], shape: Sharding, count: int, data: Samples | None, progress: Progress
+    selections: list[ParentSelection], shape: Sharding, count: int, data: Samples | None, progress: Progress
 ) -> tuple[Sharding, list[Inputs]]:
-    """The fingerprints of samples in new places, of a transform that draws nothing at random, one a view.
+    """Return the fingerprints of samples at new ordinals, for a transform that is not random.
 
-    A cache has one of every so many samples; those that come to stand there may have had none. Where the shape can be
-    chosen so that all are known, it is; otherwise the images are looked at.
+    A cache stores the fingerprint of every `fingerprint_stride`-th sample. If there is a stride for which all
+    fingerprints are known, it is used; otherwise the missing ones are computed from the images.
 
     Args:
-        placed: which samples, one after the other.
-        shape: of the new cache, as its size suggests it.
-        count: how many views it is to have, the first ones.
-        data: the images; None if they are not at hand.
-        progress: who is told how it goes.
+        selections: the samples of each parent, concatenated in the new cache.
+        shape: preferred sharding of the new cache.
+        count: number of views of the new cache.
+        data: the images; None if they are not available.
+        progress: progress reporter.
 
     Returns:
-        The shape, and of each view fingerprint j, which is of sample j * `fingerprint_stride`.
+        The sharding, and for each view the fingerprints; number j is of sample j * `fingerprint_stride`.
 
     Raises:
-        UsageError: if the images are needed, and are not given.
-        MismatchError: if they are not those that the teacher saw.
+        UsageError: if images are needed and `data` is None.
+        MismatchError: if the images are not those that the teacher saw.
     """
     views = range(count)
-    kept = [[zarr_store.read_inputs(cache.path, cache.manifest.plan, view) for view in views] for cache, _ in placed]
-    strides = [cache.manifest.plan.shape.fingerprint_stride for cache, _ in placed]
-    known = np.concatenate([ids % stride == 0 for (_, ids), stride in zip(placed, strides, strict=True)])
+    stored = [
+        [zarr_store.read_inputs(cache.path, cache.manifest.plan, view) for view in views] for cache, _ in selections
+    ]
+    strides = [cache.manifest.plan.shape.fingerprint_stride for cache, _ in selections]
+    known = np.concatenate([ids % stride == 0 for (_, ids), stride in zip(selections, strides, strict=True)])
     every = [
         Inputs.concatenate([
             inputs[view].at(ids // stride)
-            for (_, ids), stride, inputs in zip(placed, strides, kept, strict=True)
+            for (_, ids), stride, inputs in zip(selections, strides, stored, strict=True)
         ])
         for view in views
     ]  # fmt: skip
-    if recorded(placed[0].cache.manifest.plan.views.transform) == "seeds":
+    if recorded(selections[0].cache.manifest.plan.views.transform) == "seeds":
         return shape, [inputs.at(slice(None, None, shape.fingerprint_stride)) for inputs in every]  # 0, all of them
-    least = shape.fingerprint_stride
-    usable = (n for n in range(least, shape.shard_rows + 1) if shape.shard_rows % n == 0 and known[::n].all())
+    preferred = shape.fingerprint_stride
+    usable = (n for n in range(preferred, shape.shard_rows + 1) if shape.shard_rows % n == 0 and known[::n].all())
     if data is None:
         stride = next(usable, None)
         if stride is None:
             raise UsageError(
-                "fingerprints are missing: a cache keeps them of every so many samples, and those that come to stand "
-                "in these places had none",
-                "give the images, --data PIPELINE; those of its data set are then looked at again",
+                "fingerprints are missing: a cache stores them for every n-th sample only, and the selected samples at "
+                "these ordinals have none",
+                "pass the data set with --data PIPELINE; the fingerprints are then computed from its images",
             )
         return shape.model_copy(update={"fingerprint_stride": stride}), [
             inputs.at(slice(None, None, stride)) for inputs in every
         ]
-    found = [inputs.at(slice(None, None, least)) for inputs in every]
-    new = np.flatnonzero(~known[::least])
-    keys = np.concatenate([cache.sample_keys[ids] for cache, ids in placed])
-    for (cache, _), inputs, stride in zip(placed, kept, strides, strict=True):
+    fingerprints = [inputs.at(slice(None, None, preferred)) for inputs in every]
+    missing = np.flatnonzero(~known[::preferred])
+    keys = np.concatenate([cache.sample_keys[ids] for cache, ids in selections])
+    for (cache, _), inputs, stride in zip(selections, stored, strides, strict=True):
         _check_pixels(cache, inputs[0], stride, data, progress)
-    places, begin = _places_in(data, keys[new * least], progress), 0
-    for cache, ids in placed:
-        mine = (new * least >= begin) & (new * least < begin + len(ids))
-        if mine.any():
-            here = new[mine]
+    positions, begin = _positions_in(data, keys[missing * preferred], progress), 0
+    for cache, ids in selections:
+        of_parent = (missing * preferred >= begin) & (missing * preferred < begin + len(ids))
+        if of_parent.any():
+            indices = missing[of_parent]
             for view in views:
-                seen = _seen(cache, data, places[mine], ids[here * least - begin], view)
-                for values, fresh in zip(found[view], seen, strict=True):
-                    values[here] = fresh
+                seen = _computed(cache, data, positions[of_parent], ids[indices * preferred - begin], view)
+                for values, computed in zip(fingerprints[view], seen, strict=True):
+                    values[indices] = computed
         begin += len(ids)
-    return shape, found
+    return shape, fingerprints
 
 
-def _places_in(data: Samples, keys: npt.NDArray[np.uint64], progress: Progress) -> Ids:
-    """Where a data set has the images of these content keys."""
-    have = data.keys(progress)
-    order = np.argsort(have, kind="stable")
-    at = np.searchsorted(have, keys, sorter=order).clip(max=len(have) - 1)
-    places: Ids = order[at]
-    missing = np.flatnonzero(have[places] != keys)
+def _positions_in(data: Samples, keys: npt.NDArray[np.uint64], progress: Progress) -> Ids:
+    """Return the positions of the images with these content keys in a data set."""
+    available = data.keys(progress)
+    order = np.argsort(available, kind="stable")
+    ranks = np.searchsorted(available, keys, sorter=order).clip(max=len(available) - 1)
+    positions: Ids = order[ranks]
+    missing = np.flatnonzero(available[positions] != keys)
     if len(missing):
         raise MismatchError(
-            f"{data.name}/{data.split} lacks {len(missing)} of the images, first that of the content key "
+            f"{len(missing)} of the images are not in {data.name}/{data.split}, first the one with the content key "
             f"{keys[missing[0]]:016x}",
-            "give the data set that the cache was made from with --data",
+            "pass the data set that the cache was made from with --data",
         )
-    return places
+    return positions
 
 
 def _check_pixels(cache: Cache, inputs: Inputs, stride: int, data: Samples, progress: Progress) -> None:
-    """That images of this data set are seen here as the teacher saw them."""
+    """Check that the images of this data set are what the teacher saw, on some with a stored fingerprint."""
     keys = cache.sample_keys[::stride]
-    common = np.flatnonzero(np.isin(keys, data.keys(progress)))[:_PROVED]
+    common = np.flatnonzero(np.isin(keys, data.keys(progress)))[:_CHECKED]
     if not len(common):
         raise MismatchError(
-            f"{data.name}/{data.split} has none of the images of which {cache.path} keeps a fingerprint",
-            "give the whole data set that the cache was made from with --data",
+            f"{data.name}/{data.split} has none of the images with a fingerprint in {cache.path}",
+            "pass the whole data set that the cache was made from with --data",
         )
-    seen = _seen(cache, data, _places_in(data, keys[common], progress), common * stride, 0)
-    then = inputs.at(common)
-    compare_inputs(cache, 0, torch.from_numpy(common * stride), then, seen)
+    computed = _computed(cache, data, _positions_in(data, keys[common], progress), common * stride, 0)
+    compare_inputs(cache, 0, torch.from_numpy(common * stride), inputs.at(common), computed)
 
 
-def _seen(cache: Cache, data: Samples, places: Ids, ids: Ids, number: int) -> Inputs:
-    """Fingerprints of the images at some places of a data set, seen as the samples `ids` of a cache."""
-    at = np.zeros(len(data), np.int64)
-    at[places] = ids
+def _computed(cache: Cache, data: Samples, positions: Ids, ids: Ids, view: int) -> Inputs:
+    """Compute the fingerprints of images of a data set, transformed as the samples `ids` of a cache are."""
+    cache_ids = np.zeros(len(data), np.int64)
+    cache_ids[positions] = ids
     crops, views = cache.crops, cache.manifest.plan.views
-    boxes = None if crops is None else crops(number)[at]
-    view = View(data, views.transform, views.seed, number, crops=None if boxes is None else lambda _: boxes)
-    return fingerprints_of(view, places.tolist())
+    boxes = None if crops is None else crops(view)[cache_ids]
+    images = View(data, views.transform, views.seed, view, crops=None if boxes is None else lambda _: boxes)
+    return fingerprints_of(images, positions.tolist())
 
 
 def planned(
     plan: Plan, dataset: DatasetRecord, views: int, encoded: Encoded, shape: Sharding, lineage: Lineage, **others: str
 ) -> Plan:
-    """The plan of a cache that is made of another one, or of several, of which this is the first one's."""
-    made = plan.model_copy(
+    """Return the plan of a derived cache; `plan` is that of its only or first parent."""
+    derived = plan.model_copy(
         update={
             **others,
             "dataset": dataset,
@@ -189,30 +190,39 @@ def planned(
             "lineage": lineage,
         }
     )
-    return Plan.model_validate(made.model_dump())
+    return Plan.model_validate(derived.model_dump())
 
 
 def derive(
     writer: CacheWriter,
-    placed: list[ParentSelection],
+    selections: list[ParentSelection],
     inputs: list[Inputs],
     classes: list[int] | None,
     recoded: bool,
     scheduler: str,
 ) -> Cache:
-    """Write and seal the new cache; fingerprints are given a view each, `classes` as `Recoding` has them."""
+    """Write and seal a derived cache.
+
+    Args:
+        writer: of the new cache.
+        selections: the samples of each parent, concatenated in the new cache.
+        inputs: fingerprints per view, as `inputs_at` returns them.
+        classes: see `Recoding`.
+        recoded: whether rows are encoded again.
+        scheduler: backend; see `parallel.over`.
+    """
     plan, stride = writer.plan, writer.plan.shape.fingerprint_stride
-    ends = np.cumsum([len(part.ids) for part in placed])
+    ends = np.cumsum([len(selection.ids) for selection in selections])
 
     def arguments(view: int, shard: int) -> tuple[Any, ...]:
-        ids, pieces = plan.shard_ids(shard), []
-        for part, end in zip(placed, ends.tolist(), strict=True):
-            begin = end - len(part.ids)
-            mine = part.ids[max(ids.start - begin, 0) : max(ids.stop - begin, 0)].copy()
-            if len(mine):
-                labels = torch.from_numpy(part.cache.labels[mine].astype(np.int64))
-                pieces.append(ParentRows(part.cache.path.absolute(), part.cache.manifest.plan, mine, labels))
-        prints = slice(ids.start // stride, -(-ids.stop // stride))
-        return pieces, inputs[view].at(prints), classes, recoded
+        ids, parents = plan.shard_ids(shard), []
+        for (cache, selected), end in zip(selections, ends.tolist(), strict=True):
+            begin = end - len(selected)
+            of_shard = selected[max(ids.start - begin, 0) : max(ids.stop - begin, 0)].copy()
+            if len(of_shard):
+                labels = torch.from_numpy(cache.labels[of_shard].astype(np.int64))
+                parents.append(ParentRows(cache.path.absolute(), cache.manifest.plan, of_shard, labels))
+        fingerprints = slice(ids.start // stride, -(-ids.stop // stride))
+        return parents, inputs[view].at(fingerprints), classes, recoded
 
     return build(writer, derive_shard, arguments, scheduler)

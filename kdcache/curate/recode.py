@@ -1,7 +1,7 @@
-"""Caches made of others: rows are gathered from their parents a shard at a time, as they are or encoded anew.
+"""Write derived caches: rows are read from their parents shard by shard, and copied or encoded again.
 
-What was recorded of the teacher stays recorded, as long as the classes are the same: logsumexp, label, mean, deviation
-and entropy, and the head as far as the new one reaches. Only what is estimated in the parent is estimated again.
+As long as the classes stay the same, the exact values of the parent are copied: logsumexp, label, mean, deviation and
+entropy, and the head up to the new top_k. Only values that are estimates in the parent are estimated again.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class ParentRows:
-    """Rows of a parent, in the order in which they are wanted.
+    """Rows of a parent, in their order in the new cache.
 
     Attributes:
-        path: of the parent.
-        plan: of the parent.
-        ids: [B] int64, of its samples.
-        labels: [B] int64, as they were encoded.
+        path: folder of the parent.
+        plan: plan of the parent.
+        ids: [B] int64, ids of the samples in the parent.
+        labels: [B] int64, labels that the rows were encoded with.
     """
 
     path: Path
@@ -51,33 +51,38 @@ class ParentRows:
     labels: Tensor
 
     def rows(self, view: int, change: Callable[[Rows, Tensor], Rows] | None = None) -> Rows:
-        """The rows of a view, each chunk of the parent read once; `change` is given some of them and their labels."""
+        """Return the rows of a view; each chunk of the parent is read once.
+
+        Args:
+            view: index of the view.
+            change: maps rows and their labels to new rows; None to copy.
+        """
         reader, size = zarr_store.RowReader(self.path, self.plan), self.plan.shape.chunk_rows
         order = np.argsort(self.ids, kind="stable")
         ids, labels = self.ids[order], self.labels[torch.from_numpy(order)]
         parts = []
         for chunk in np.unique(ids // size).tolist():
-            here = range(chunk * size, min((chunk + 1) * size, self.plan.dataset.samples))
-            first, last = np.searchsorted(ids, [here.start, here.stop]).tolist()
-            rows = reader.read(view, here)[torch.from_numpy(ids[first:last] - here.start)]
+            chunk_ids = range(chunk * size, min((chunk + 1) * size, self.plan.dataset.samples))
+            first, last = np.searchsorted(ids, [chunk_ids.start, chunk_ids.stop]).tolist()
+            rows = reader.read(view, chunk_ids)[torch.from_numpy(ids[first:last] - chunk_ids.start)]
             if change is None:
                 parts.append(rows)
                 continue
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 some = rows[start : start + _ROWS_AT_ONCE]
                 parts.append(change(some, labels[first + start : first + start + len(some)]))
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        return Rows.concatenate(parts)[torch.from_numpy(place)]
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return Rows.concatenate(parts)[torch.from_numpy(inverse)]
 
     def recorded(self, view: int) -> npt.NDArray[Any]:
-        """What a view of these samples was drawn from, where the parent keeps that."""
+        """Return the recorded boxes or seeds of a view of these samples; the parent must store them."""
         first, last = int(self.ids.min()), int(self.ids.max())
         values: npt.NDArray[Any] = zarr_store.read_recorded(self.path, self.plan, view, range(first, last + 1))
         return values[self.ids - first]
 
     def logits(self, view: int, classes: list[int] | None = None) -> Tensor:
-        """What the rows stand for, [B, C] float32, or of some classes."""
+        """Return the decoded logits, [B, C] float32, of all or some classes."""
         basis, encoding = zarr_store.read_basis(self.path, self.plan), self.plan.encoding
         logits = decode(self.rows(view), self.labels, encoding, basis)
         return logits if classes is None else logits[:, classes]
@@ -85,14 +90,14 @@ class ParentRows:
 
 @dataclass(frozen=True)
 class Recoding:
-    """How rows are encoded anew.
+    """A change of encoding.
 
     Attributes:
-        before: their encoding.
-        basis_before: of their tails.
-        after: the new encoding.
-        basis: of the new tails.
-        classes: of which the logits are kept, and in which order; None for all.
+        before: encoding of the parent.
+        basis_before: tail basis of the parent.
+        after: new encoding.
+        basis: new tail basis.
+        classes: classes of the new rows, in their order; None for all.
     """
 
     before: Encoding
@@ -102,32 +107,32 @@ class Recoding:
     classes: list[int] | None = None
 
     def __call__(self, rows: Rows, labels: Tensor) -> Rows:
-        """The same rows in the new encoding.
+        """Encode rows again.
 
         Args:
             rows: of B samples.
-            labels: [B] int64, as they were encoded; of a class that is left out, the new row has none.
+            labels: [B] int64, labels that they were encoded with; a label of a class that is left out becomes -1.
         """
         logits = decode(rows, labels, self.before, self.basis_before)
         if self.classes is not None:
             return encode(logits[:, self.classes], relabeled(labels, self.classes), self.after, self.basis)
         if rows.indices is not None and self.after.top_k <= self.before.top_k:
-            return self._shorter(rows, rows.indices, labels, logits)
-        made = encode(logits, labels, self.after, self.basis)
-        statistics = torch.cat([rows.statistics[:, : len(STATISTICS)], made.statistics[:, len(STATISTICS) :]], dim=1)
-        return replace(made, logsumexp=rows.logsumexp, statistics=statistics)
+            return self._shorten(rows, rows.indices, labels, logits)
+        encoded = encode(logits, labels, self.after, self.basis)
+        statistics = torch.cat([rows.statistics[:, : len(STATISTICS)], encoded.statistics[:, len(STATISTICS) :]], dim=1)
+        return replace(encoded, logsumexp=rows.logsumexp, statistics=statistics)
 
-    def _shorter(self, rows: Rows, indices: Tensor, labels: Tensor, logits: Tensor) -> Rows:
-        """Rows of a shorter head: it is the beginning of the longer one, whatever rounding has made equal there."""
+    def _shorten(self, rows: Rows, indices: Tensor, labels: Tensor, logits: Tensor) -> Rows:
+        """Truncate the head; the order of the parent stays, also among values that rounding has made equal."""
         k = self.after.top_k
         stated = stated_at(indices[:, :k], labels, self.after.num_classes)
         moved = ~stated.gather(1, indices.long())
-        columns = {name: rows.statistics[:, place].float() for place, name in enumerate(self.before.statistics)}
+        columns = {name: rows.statistics[:, column].float() for column, name in enumerate(self.before.statistics)}
         label = columns["label_log_prob"].double()
         outside = (labels >= 0) & ~(indices.long() == labels.unsqueeze(1)).any(dim=1)
         for t in TAIL_TEMPERATURES:
             at_t = (rows.log_probs.double() / t).exp()
-            # Of the recorded mass m and the sum of what is stated, exp(a / T), follows the sum over all classes.
+            # The recorded tail mass and the sum of exp(a / T) over the stated classes give the sum over all classes.
             sum_stated = at_t.sum(dim=1) + torch.where(outside, (label / t).exp(), 0.0)
             recorded = columns[f"tail_log_mass_t{t}"].double()
             joining = (at_t * moved).sum(dim=1) / sum_stated * -torch.expm1(recorded)
@@ -142,27 +147,35 @@ class Recoding:
 
 
 def relabeled(labels: Tensor, classes: list[int]) -> Tensor:
-    """Labels [B] int64 as places in `classes`, -1 where they are not among them."""
-    places = torch.full((max([*classes, int(labels.max())]) + 2,), -1)
-    places[classes] = torch.arange(len(classes))
-    return places[labels]  # of -1 the last, which is no class
+    """Return labels [B] int64 as indices into `classes`, -1 for other labels."""
+    indices = torch.full((max([*classes, int(labels.max())]) + 2,), -1)
+    indices[classes] = torch.arange(len(classes))
+    return indices[labels]  # label -1 reads the last element, which is always -1
 
 
 def derive_shard(
-    out: Path, view: int, shard: int, pieces: list[ParentRows], inputs: Inputs, classes: list[int] | None, recoded: bool
+    out: Path,
+    view: int,
+    shard: int,
+    parents: list[ParentRows],
+    inputs: Inputs,
+    classes: list[int] | None,
+    recoded: bool,
 ) -> None:
-    """Write one shard of a cache that was begun at `out`: the rows of pieces of its parents, one after the other."""
+    """Write one shard of the unsealed cache at `out`: the rows of its parents, concatenated."""
     writer = CacheWriter.join(out)
     basis = zarr_store.read_basis(out, writer.plan) if recoded else None
     parts = []
-    for piece in pieces:
+    for parent in parents:
         change = None
         if recoded:
-            before = zarr_store.read_basis(piece.path, piece.plan)
-            change = Recoding(piece.plan.encoding, before, writer.plan.encoding, basis, classes)
-        parts.append(piece.rows(view, change))
-    kept = np.concatenate([piece.recorded(view) for piece in pieces]) if recorded(writer.plan.views.transform) else None
-    writer.write(view, shard, Rows.concatenate(parts), inputs, kept)
+            before = zarr_store.read_basis(parent.path, parent.plan)
+            change = Recoding(parent.plan.encoding, before, writer.plan.encoding, basis, classes)
+        parts.append(parent.rows(view, change))
+    boxes_or_seeds = None
+    if recorded(writer.plan.views.transform):
+        boxes_or_seeds = np.concatenate([parent.recorded(view) for parent in parents])
+    writer.write(view, shard, Rows.concatenate(parts), inputs, boxes_or_seeds)
 
 
 def build(
@@ -171,33 +184,33 @@ def build(
     arguments: Callable[[int, int], tuple[Any, ...]],
     scheduler: str,
 ) -> Cache:
-    """Write the shards that a cache has not got yet, and seal it.
+    """Write the pending shards of a cache, and seal it.
 
     Args:
         writer: of the cache.
-        function: writes one shard; is given the folder, the view, the shard, and what `arguments` says of these.
-        arguments: as said.
-        scheduler: as `operations.over` takes it.
+        function: writes one shard; called with the folder, view, shard, and the arguments of these.
+        arguments: returns the arguments of a view and shard.
+        scheduler: backend; see `parallel.over`.
 
     Raises:
         As `complete`.
     """
-    todo = [(view, shard) for view in range(writer.plan.views.count) for shard in writer.pending(view)]
-    return complete(writer, function, [(*place, *arguments(*place)) for place in todo], scheduler)
+    pending = [(view, shard) for view in range(writer.plan.views.count) for shard in writer.pending(view)]
+    return complete(writer, function, [(view, shard, *arguments(view, shard)) for view, shard in pending], scheduler)
 
 
 def complete(writer: CacheWriter, function: Callable[..., None], calls: list[tuple[Any, ...]], scheduler: str) -> Cache:
-    """Make calls that write what a cache has not got yet, and seal it.
+    """Run the calls that write the pending shards of a cache, and seal it.
 
     Args:
         writer: of the cache.
-        function: is given the folder, and what each call says.
-        calls: as said.
-        scheduler: as `operations.over` takes it.
+        function: called with the folder and the arguments of each call.
+        calls: arguments of each call.
+        scheduler: backend; see `parallel.over`.
 
     Raises:
-        InterruptedRun: on Ctrl-C; finished shards stay, and the same command goes on.
-        KdcacheError: if a parent cannot be read; what this call began is deleted.
+        InterruptedRun: on Ctrl-C; finished shards stay, and the same command resumes.
+        KdcacheError: if a parent cannot be read; a cache that this run has created is deleted.
     """
     out, plan = writer.path, writer.plan
     try:
@@ -209,7 +222,7 @@ def complete(writer: CacheWriter, function: Callable[..., None], calls: list[tup
         raise
     except KeyboardInterrupt:
         raise InterruptedRun(
-            f"interrupted; {out} keeps its finished shards", "run the same command again to go on"
+            f"interrupted; {out} keeps its finished shards", "run the same command again to resume"
         ) from None
     finally:
         release(out)

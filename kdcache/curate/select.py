@@ -1,4 +1,4 @@
-"""A smaller cache: fewer views, samples or classes, or a shorter head, without the teacher."""
+"""Make a smaller cache without the teacher: fewer views, samples or classes, or a shorter head."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
-from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.curate.derive import Encoded, Ids, ParentSelection, check_views, derive, inputs_at, planned, row_bytes
 from kdcache.curate.recode import ParentRows, relabeled
+from kdcache.curate.scratch import check_output
 from kdcache.data.mixing import split_mixing
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn
@@ -39,64 +39,64 @@ def select(
     scheduler: str = "threads",
     progress: Progress | None = None,
 ) -> Cache:
-    """A cache of some views, classes or samples of another one, or of fewer classes a row.
+    """Select views, classes or samples of a cache, or fewer classes per row.
 
-    Killed at any moment, the same call goes on at the first shard that is not whole.
+    If interrupted at any moment, the same call resumes at the first unfinished shard.
 
     Args:
         cache: the parent.
         out: folder of the new cache.
-        views: the first ones, 0, 1, ...; None for all.
-        classes: names of those whose logits are kept, in the order that they will have; None for all. The label of a
-            sample of another class is then not known.
-        samples: [n] ordinals, in the order that they will have; None for all.
-        top_k: how many classes of a row are kept.
-        data: what the parent was made from, or as much of it as is selected: images that come to stand where the new
-            cache has a fingerprint, and that had none, are seen again.
-        scheduler: as `operations.over` takes it.
-        progress: who is told how it goes.
+        views: the first views, 0, 1, ...; None for all.
+        classes: names of the classes to keep, in their new order; None for all. Samples of other classes lose their
+            label.
+        samples: [n] ordinals, in their new order; None for all.
+        top_k: number of classes per row.
+        data: data set of the parent, or at least of the selected samples; needed to compute fingerprints that the
+            parent does not have.
+        scheduler: backend; see `parallel.over`.
+        progress: progress reporter; silent if None.
 
     Raises:
-        UsageError: if what is asked for is not there, or could not be replayed.
-        MismatchError: if `out` was begun with other settings, or `data` is something else.
+        UsageError: if the cache does not have what is selected, or its views could not be replayed.
+        MismatchError: if `out` was started with other settings, or `data` is another data set.
     """
     out, plan = Path(out).absolute(), cache.manifest.plan
-    check_place(out)
+    check_output(out)
     count = _count_of(views, plan)
     check_views(cache, count)
     ids = np.arange(len(cache)) if samples is None else np.asarray(samples, np.int64)
     _check_ids(ids, cache)
-    chosen = None if classes is None else _places(classes, plan.dataset.class_names)
+    class_indices = None if classes is None else _class_indices(classes, plan.dataset.class_names)
     labels = torch.from_numpy(cache.labels[ids].astype(np.int64))
-    kept_labels = labels if chosen is None else relabeled(labels, chosen)
-    asked = {
+    new_labels = labels if class_indices is None else relabeled(labels, class_indices)
+    selected = {
         **({} if views is None else {"views": count}),
         **({} if classes is None else {"classes": list(classes)}),
         **({} if samples is None else {"samples": len(ids)}),
         **({} if top_k is None else {"top_k": top_k}),
     }
-    if not asked:
-        raise UsageError("nothing is selected", "say which --views, --classes, --samples or --top-k are to be kept")
-    lineage = Lineage(operation="select", arguments=asked, parents=[cache.manifest.digest])
-    encoded = _encoded(cache, out, lineage, ids, chosen, top_k)
-    keys, numbers = cache.sample_keys[ids], kept_labels.numpy().astype(np.int32)
-    names = plan.dataset.class_names if chosen is None else tuple(classes or ())
+    if not selected:
+        raise UsageError("nothing is selected", "set --views, --classes, --samples or --top-k")
+    lineage = Lineage(operation="select", arguments=selected, parents=[cache.manifest.digest])
+    encoded = _encoded(cache, out, lineage, ids, class_indices, top_k)
+    keys, stored_labels = cache.sample_keys[ids], new_labels.numpy().astype(np.int32)
+    names = plan.dataset.class_names if class_indices is None else tuple(classes or ())
     dataset = plan.dataset.model_copy(
-        update={"samples": len(ids), "class_names": names, "digest": digest_of(keys, numbers)}
+        update={"samples": len(ids), "class_names": names, "digest": digest_of(keys, stored_labels)}
     )
-    stays = bool((ids == np.arange(len(ids))).all())
-    placed = [ParentSelection(cache, ids)]
-    if stays:
-        shape, first = plan.shape, slice(-(-len(ids) // plan.shape.fingerprint_stride))
-        inputs = [zarr_store.read_inputs(cache.path, plan, view).at(first) for view in range(count)]
+    same_ordinals = bool((ids == np.arange(len(ids))).all())
+    selections = [ParentSelection(cache, ids)]
+    if same_ordinals:
+        shape, stored = plan.shape, slice(-(-len(ids) // plan.shape.fingerprint_stride))
+        inputs = [zarr_store.read_inputs(cache.path, plan, view).at(stored) for view in range(count)]
     else:
         shape = choose_sharding(len(ids), row_bytes(encoded.encoding))
-        shape, inputs = inputs_at(placed, shape, count, data, progress or Silent())
-    made = planned(plan, dataset, count, encoded, shape, lineage)
-    writer = CacheWriter.begin(out, made, numbers, keys, encoded.basis)
-    if stays and not encoded.recoded:
+        shape, inputs = inputs_at(selections, shape, count, data, progress or Silent())
+    selected_plan = planned(plan, dataset, count, encoded, shape, lineage)
+    writer = CacheWriter.begin(out, selected_plan, stored_labels, keys, encoded.basis)
+    if same_ordinals and not encoded.recoded:
         adopt_shards(writer, cache)
-    return derive(writer, placed, inputs, chosen, encoded.recoded, scheduler)
+    return derive(writer, selections, inputs, class_indices, encoded.recoded, scheduler)
 
 
 def _count_of(views: Sequence[int] | None, plan: Plan) -> int:
@@ -104,74 +104,81 @@ def _count_of(views: Sequence[int] | None, plan: Plan) -> int:
         return plan.views.count
     if not views or list(views) != list(range(len(views))):
         raise UsageError(
-            f"the views {', '.join(map(str, views)) or 'none'} are not the first ones: view v of a sample is drawn "
-            "from (seed, sample, v), and a cache says how many views it has, not which",
-            "ask for 0-N",
+            f"the views {', '.join(map(str, views)) or 'none'} are not the first ones: the random draws of view v "
+            "follow from (seed, sample, v), and a cache stores how many views it has, not which",
+            "select 0-N",
         )
     if len(views) > plan.views.count:
-        raise UsageError(f"the cache has {plan.views.count} views, {len(views)} are asked for", "ask for fewer")
+        raise UsageError(f"the cache has {plan.views.count} views, {len(views)} are selected", "select fewer")
     return len(views)
 
 
 def _check_ids(ids: Ids, cache: Cache) -> None:
-    """That these samples are there, and can be replayed in their new places."""
+    """Check that the cache has these samples, and that their views can be replayed at their new ordinals."""
     transform = cache.manifest.plan.views.transform
     if not len(ids) or ids.min() < 0 or ids.max() >= len(cache) or len(np.unique(ids)) < len(ids):
         raise UsageError(
-            f"the samples are not some of 0 to {len(cache) - 1}, each at most once, and at least one",
-            "give ordinals of the data set that was dumped, as `kdcache summarize` prints them",
+            f"the samples must be different ordinals from 0 to {len(cache) - 1}, one or more",
+            "use ordinals in the dumped data set, as `kdcache summarize` prints them",
         )
     if not (ids == np.arange(len(ids))).all() and is_drawn(transform):
         moved = int(np.argmax(ids != np.arange(len(ids))))
         raise UsageError(
-            f"sample {ids[moved]} would become sample {moved}, and its views, which are drawn from (seed, sample, "
+            f"sample {ids[moved]} would become sample {moved}, and its random views, which follow from (seed, sample, "
             "view), could not be replayed",
-            "take the first samples (0-N), or dump the teacher on the smaller data set",
+            "select the first samples (0-N), or dump the teacher on the smaller data set",
         )
     if len(ids) < len(cache) and split_mixing(transform)[1]:
         raise UsageError(
-            "each image is mixed with another of the whole data set, and with fewer samples it would be another one",
+            "each image is mixed with another one of the data set; with fewer samples, the pairs would change",
             "keep all samples, or dump the teacher on the smaller data set",
         )
 
 
-def _places(classes: Sequence[str], names: tuple[str, ...]) -> list[int]:
-    places = {name: place for place, name in enumerate(names)}
-    missing = [name for name in classes if name not in places]
+def _class_indices(classes: Sequence[str], names: tuple[str, ...]) -> list[int]:
+    indices = {name: index for index, name in enumerate(names)}
+    missing = [name for name in classes if name not in indices]
     if missing or len(set(classes)) < len(classes) or len(classes) < 2:
-        what = f"there is no class {missing[0]!r}" if missing else "two different classes or more are needed"
-        raise UsageError(f"{what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", "name some of these")
-    return [places[name] for name in classes]
+        what = f"class {missing[0]!r} not found" if missing else "two or more different classes are needed"
+        raise UsageError(
+            f"{what}; the cache has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}", "name some of these"
+        )
+    return [indices[name] for name in classes]
 
 
 def _encoded(
     cache: Cache, out: Path, lineage: Lineage, ids: Ids, classes: list[int] | None, top_k: int | None
 ) -> Encoded:
+    """Choose the encoding of the new cache: that of the parent where the classes and top_k stay, else a new one."""
     plan = cache.manifest.plan
-    was, basis = plan.encoding, zarr_store.read_basis(cache.path, plan)
-    wanted = len(classes) if classes else was.num_classes
-    if top_k is not None and top_k > (min(wanted, was.top_k) if classes is None else wanted):
-        raise UsageError(f"top_k {top_k} is more than the cache keeps of {wanted} classes", "ask for fewer: --top-k")
-    if classes is None and top_k in (None, was.top_k):
-        return Encoded(plan.request, was, plan.fidelity, basis, recoded=False)
-    if classes is None and not was.dense:
+    parent, basis = plan.encoding, zarr_store.read_basis(cache.path, plan)
+    num_classes = len(classes) if classes else parent.num_classes
+    if top_k is not None and top_k > (min(num_classes, parent.top_k) if classes is None else num_classes):
+        raise UsageError(
+            f"top_k {top_k} is more than the cache stores of {num_classes} classes", "use a smaller --top-k"
+        )
+    if classes is None and top_k in (None, parent.top_k):
+        return Encoded(plan.request, parent, plan.fidelity, basis, recoded=False)
+    if classes is None and not parent.dense:
         request = plan.request.model_copy(update={"top_k": top_k})
-        return Encoded(request, was.model_copy(update={"top_k": top_k}), None, basis, recoded=True)
-    kept: int | str = top_k or ("all" if was.dense else min(was.top_k, wanted))
-    kept = "all" if kept == wanted else kept
-    dtype = "float16" if was.dtype == "uint8" and kept != "all" else was.dtype
-    tail = "uniform" if was.tail == "uniform" else "lowrank"
-    request = plan.request.model_copy(update={"top_k": kept, "rank": None, "dtype": dtype, "tail": tail})
-    if (out / PLAN).exists() and (begun := read_plan(out / PLAN)).lineage == lineage:
-        return Encoded(begun.request, begun.encoding, begun.fidelity, zarr_store.read_basis(out, begun), recoded=True)
-    every = encoding_without_pilot(wanted, request)
-    if every is not None:
-        return Encoded(request, every, None, None, recoded=True)
-    some = ids[pilot_ids(len(ids), request.pilot_rows)]
-    labels = torch.from_numpy(cache.labels[some].astype(np.int64))
-    logits = ParentRows(cache.path, plan, some, labels).logits(0, classes)
+        return Encoded(request, parent.model_copy(update={"top_k": top_k}), None, basis, recoded=True)
+    new_top_k: int | str = top_k or ("all" if parent.dense else min(parent.top_k, num_classes))
+    new_top_k = "all" if new_top_k == num_classes else new_top_k
+    dtype = "float16" if parent.dtype == "uint8" and new_top_k != "all" else parent.dtype
+    tail = "uniform" if parent.tail == "uniform" else "lowrank"
+    request = plan.request.model_copy(update={"top_k": new_top_k, "rank": None, "dtype": dtype, "tail": tail})
+    if (out / PLAN).exists() and (started := read_plan(out / PLAN)).lineage == lineage:
+        return Encoded(
+            started.request, started.encoding, started.fidelity, zarr_store.read_basis(out, started), recoded=True
+        )
+    full = encoding_without_pilot(num_classes, request)
+    if full is not None:
+        return Encoded(request, full, None, None, recoded=True)
+    pilot = ids[pilot_ids(len(ids), request.pilot_rows)]
+    labels = torch.from_numpy(cache.labels[pilot].astype(np.int64))
+    logits = ParentRows(cache.path, plan, pilot, labels).logits(0, classes)
     choice = plan_encoding(logits, labels if classes is None else relabeled(labels, classes), request)
-    # Against rows that are an estimate themselves nothing can be measured that a student of the teacher should know.
-    true = was.dense and was.dtype != "uint8"
+    # The fidelity to the teacher can only be measured against exact rows.
+    exact = parent.dense and parent.dtype != "uint8"
     chosen = choice.chosen
-    return Encoded(request, chosen.encoding, choice.fidelity if true else None, chosen.basis, recoded=True)
+    return Encoded(request, chosen.encoding, choice.fidelity if exact else None, chosen.basis, recoded=True)

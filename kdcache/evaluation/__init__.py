@@ -1,1 +1,1 @@
-"""Measure trained networks, and write the report about them."""
+"""Evaluation: metrics and costs of trained networks, finished runs, and the HTML report."""

@@ -1,39 +1,43 @@
-"""What a network costs: parameters, multiply-adds, and time on this machine."""
+"""Costs of a network: parameters, multiply-adds, and latency and throughput on this machine."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 BATCH = 64
-"""Images at once, where speed is measured."""
+"""Images per batch when throughput is measured."""
 
-_WARM_UP, _LONG = 0.5, 1.0
-_FEWEST = 3
+MIN_RUN_TIME = 1.0
+"""Seconds for which each of latency and throughput is measured, at least."""
 
 
 class Speed(NamedTuple):
-    """Medians: of one image, in milliseconds; of a batch of `BATCH`, in images a second."""
+    """Medians of the measured speed.
+
+    Attributes:
+        milliseconds: latency of one image.
+        images_per_second: throughput in batches of `BATCH`.
+    """
 
     milliseconds: float
     images_per_second: float
 
 
-def parameters(model: nn.Module) -> int:
-    """How many numbers a network learned."""
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of learned values of a network."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
@@ -43,50 +47,50 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention as the products of matrices that it is: the counter does not know the operations it is fused into."""
-    was = torch.backends.mha.get_fastpath_enabled()
+def _unfused_attention() -> Iterator[None]:
+    """Run attention as plain matrix products: the counter does not know the fused operations."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(was)
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
-def multiply_adds(model: nn.Module, image: Tensor) -> int:
-    """Multiplications, each with its addition, of one image [1, channels, H, W] on the network's device.
+def count_multiply_adds(model: nn.Module, image: Tensor) -> int:
+    """Return the multiply-adds of one image [1, channels, H, W] on the network's device.
 
-    Counted are convolutions, products of matrices and attention, by torch's own counter of floating-point operations,
-    which has two for each; not what is done to each element alone, normalization and pooling.
+    Convolutions, matrix products and attention are counted, by torch's own counter of floating-point operations, which
+    counts two per multiply-add. Element-wise operations, normalization and pooling are not counted.
     """
     counter = FlopCounterMode(display=False)
-    with _evaluating(model), torch.no_grad(), _plain_attention(), counter:
+    with _evaluation_mode(model), torch.no_grad(), _unfused_attention(), counter:
         model(image)
     return counter.get_total_flops() // 2
 
 
-def speed(model: nn.Module, image: Tensor) -> Speed:
-    """How fast a network is in evaluation mode, on images like [1, channels, H, W] on its device, loading apart."""
+def measure_speed(model: nn.Module, image: Tensor, min_run_time: float = MIN_RUN_TIME) -> Speed:
+    """Measure the forward pass in evaluation mode, without data loading.
+
+    Args:
+        model: the network.
+        image: [1, channels, H, W] on the network's device.
+        min_run_time: seconds for which latency and throughput are each measured, at least.
+    """
     batch = image.expand(BATCH, -1, -1, -1).contiguous()
-    with _evaluating(model), torch.inference_mode():
-        return Speed(1000 * _median_seconds(model, image), BATCH / _median_seconds(model, batch))
+    with _evaluation_mode(model), torch.inference_mode():
+        latency = _median_seconds(model, image, min_run_time)
+        return Speed(1000 * latency, BATCH / _median_seconds(model, batch, min_run_time))
 
 
-def _median_seconds(model: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Of several calls, after some that are not counted: the first ones choose kernels and fetch memory."""
-    _timed(model, images, 1, _WARM_UP)
-    return statistics.median(_timed(model, images, _FEWEST, _LONG))
+def _median_seconds(model: nn.Module, images: Tensor, min_run_time: float) -> float:
+    """Return the median seconds per call, with as many threads as torch is set to; the timer warms up by itself."""
 
-
-def _timed(model: Callable[[Tensor], Tensor], images: Tensor, fewest: int, long: float) -> list[float]:
-    """The seconds of each call: as many as fit into `long`, and `fewest` at least."""
-    taken: list[float] = []
-    start = time.perf_counter()
-    while len(taken) < fewest or time.perf_counter() - start < long:
-        began = time.perf_counter()
+    def forward() -> None:
         model(images)
         if images.device.type == "cuda":
             torch.cuda.synchronize(images.device)
-        taken.append(time.perf_counter() - began)
-    return taken
+
+    timer = Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=min_run_time).median)

@@ -1,4 +1,4 @@
-"""Trained networks by where they lie: in a run folder, in a checkpoint of a pipeline, or as a pipeline names them."""
+"""References to trained networks: in a run folder, in a checkpoint of a pipeline, or named by a pipeline."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _PIPELINE, _METRICS = "resolved.yaml", "metrics.json"
 
 @dataclass(frozen=True)
 class NetworkRef:
-    """A network that has been trained, not yet built.
+    """A trained network that is not built yet.
 
     Attributes:
-        name: what to call it.
-        pipeline: whose data set it was trained for; it names the weights.
-        network: which section of it is meant.
+        name: name for tables and messages.
+        pipeline: configuration that it was trained with; it names the weights.
+        network: section of the pipeline that describes it.
     """
 
     name: str
@@ -40,17 +40,17 @@ class NetworkRef:
 
     @property
     def workers(self) -> int:
-        """Processes that load images, as its pipeline has them for this network."""
+        """Number of processes that load images, from its section of the pipeline."""
         section = getattr(self.pipeline, self.network)
-        trained = isinstance(section, TeacherSpec | StudentSpec)
-        return section.train.num_workers if trained else self.pipeline.cache.num_workers
+        has_training = isinstance(section, TeacherSpec | StudentSpec)
+        return section.train.num_workers if has_training else self.pipeline.cache.num_workers
 
     def load(self, samples: Samples) -> tuple[nn.Module, View]:
-        """The network with its weights, and the samples as it is to see them.
+        """Build the network with its weights, and a view of the samples with its evaluation transform.
 
         Raises:
-            KdcacheError: if the weights are not there or do not fit, or the pipeline does not say what images that are
-                not for training go through.
+            KdcacheError: if the weights are missing or do not fit, or if the pipeline has no deterministic transform
+                for evaluation.
         """
         if self.network == "teacher":
             loaded = load_teacher(self.pipeline)
@@ -59,62 +59,70 @@ class NetworkRef:
         return build_model(self.pipeline.section("student"), samples.num_classes, view.shape(), trained=True), view
 
     def _transform(self, default: Transform) -> Transform:
-        seen = default if self.pipeline.transform is None else self.pipeline.transform
-        return transform_for_evaluation(self.pipeline.eval_transform, seen)
+        training = default if self.pipeline.transform is None else self.pipeline.transform
+        return transform_for_evaluation(self.pipeline.eval_transform, training)
 
 
 def from_run(folder: Path) -> NetworkRef:
-    """The network that `train-student` or `train-teacher` left in a run folder.
+    """Return the network of a run folder that `train-student` or `train-teacher` wrote.
 
     Raises:
-        UsageError: if it is no such folder, or does not say which network it holds.
+        UsageError: if the folder is not a finished run, or its metrics do not name the network.
         CorruptError: if its metrics cannot be read.
     """
-    lacking = [name for name in (CHECKPOINT, _PIPELINE, _METRICS) if not (folder / name).is_file()]
-    if lacking:
+    missing = [name for name in (CHECKPOINT, _PIPELINE, _METRICS) if not (folder / name).is_file()]
+    if missing:
         raise UsageError(
-            f"{folder} is not a finished run: it has no {' and no '.join(lacking)}"
+            f"{folder} is not a finished run: it has no {' and no '.join(missing)}"
             if folder.exists()
-            else f"there is no run {folder}",
-            "give a folder that train-student or train-teacher made, "
-            "or a checkpoint and what it is of: --pipeline PIPELINE --network student CHECKPOINT",
+            else f"run folder not found: {folder}",
+            "pass a folder that train-student or train-teacher wrote, "
+            "or a checkpoint with its pipeline: --pipeline PIPELINE --network student CHECKPOINT",
         )
     try:
         metrics = json.loads((folder / _METRICS).read_text(encoding="utf-8"))
         network = metrics.get("network")
     except (ValueError, AttributeError) as error:
-        raise CorruptError(f"cannot read {folder / _METRICS}: {error}", _said(folder)) from None
+        raise CorruptError(f"cannot read {folder / _METRICS}: {error}", _checkpoint_hint(folder)) from None
     if network not in ("student", "teacher"):
         raise UsageError(
-            f"{folder / _METRICS} does not say of which network the run is: an older kdcache made it", _said(folder)
+            f"{folder / _METRICS} does not say which network the run trained: it was written by an older version",
+            _checkpoint_hint(folder),
         )
     pipeline = load_pipeline(folder / _PIPELINE)
     return NetworkRef(str(folder), _with_weights(pipeline, network, folder / CHECKPOINT), network)
 
 
-def _said(folder: Path) -> str:
-    """The way to a run's network that does not lead through its metrics."""
+def _checkpoint_hint(folder: Path) -> str:
+    """Return the command that evaluates the checkpoint of a run without its metrics."""
     return (
-        f"say it: kdcache evaluate --pipeline {folder / _PIPELINE} --network student {folder / CHECKPOINT} "
+        f"name it: kdcache evaluate --pipeline {folder / _PIPELINE} --network student {folder / CHECKPOINT} "
         "(or --network teacher)"
     )
 
 
 def from_pipeline(pipeline: Pipeline, network: Network, checkpoint: Path | None) -> NetworkRef:
-    """A network of a pipeline, with the weights of a checkpoint; of the teacher, the pipeline may name them itself.
+    """Return a network of a pipeline with the weights of a checkpoint.
+
+    Args:
+        pipeline: configuration of the network.
+        network: its section.
+        checkpoint: file with the weights; None for those that the teacher's section names.
 
     Raises:
-        UsageError: if the pipeline lacks the network, or a student's checkpoint is not given.
+        UsageError: if the pipeline has no such network, or the network is a student and no checkpoint is given.
     """
     if checkpoint is not None:
         return NetworkRef(str(checkpoint), _with_weights(pipeline, network, checkpoint), network)
     if network == "student":
-        raise UsageError("a student's weights are in no pipeline", "give its checkpoint, RUN/model.safetensors")
+        raise UsageError(
+            "a pipeline does not name the weights of a student", "pass its checkpoint, RUN/model.safetensors"
+        )
     return NetworkRef(" + ".join(spec.model for spec in pipeline.members), pipeline, network)
 
 
 def _with_weights(pipeline: Pipeline, network: Network, checkpoint: Path) -> Pipeline:
     section = getattr(pipeline, network)
     if not isinstance(section, ModelSpec):
-        section = pipeline.section(network)  # which says why there is no such network
+        section = pipeline.section(network)  # raises if there is no such network
     return pipeline.model_copy(update={network: section.model_copy(update={"weights": str(checkpoint)})})

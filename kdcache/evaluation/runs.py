@@ -1,4 +1,4 @@
-"""Finished runs, read back from their folders, and put together where they differ in nothing but the seed."""
+"""Finished runs, read from their folders and grouped over seeds."""
 
 from __future__ import annotations
 
@@ -16,32 +16,35 @@ from kdcache.config.schema import Pipeline
 from kdcache.errors import CorruptError, UsageError
 from kdcache.evaluation.networks import NetworkRef, from_run
 
-_POINT, _METRICS, _ROWS = "point.json", "metrics.json", "metrics.csv"
+_POINT, _METRICS, _EPOCHS = "point.json", "metrics.json", "metrics.csv"
 
-# What two runs may differ in and be the same experiment all the same.
-_NO_MATTER = {"train.seed", "train.num_workers", "train.trackers"}
+_IGNORED = {"train.seed", "train.num_workers", "train.trackers"}
+"""Keys in which two runs of one experiment may differ."""
+
+_DATASET_LOCATION = {"name", "root"}
+"""Keys of the data set that only say where it is; what it contains is compared by content."""
 
 Row = dict[str, float | None]
 
 
 class RunRecord(NamedTuple):
-    """A run that came to its end.
+    """A finished run.
 
     Attributes:
-        trained: its network, not yet built; its name is the folder's.
-        pipeline: as its resolved.yaml has it.
-        seed: of its training.
+        network_ref: its network, not built yet; named after the folder.
+        pipeline: configuration from its resolved.yaml.
+        seed: seed of its training.
         accuracy: on the test split, [0, 1]; None without one.
-        loss: negative log-likelihood there, nats.
-        validation: accuracy of the selected epoch; None without a validation split.
-        epochs: that were trained.
-        seconds: of training.
-        caches: digests of those that it was trained from.
-        images: of an epoch, where it was not the whole cache.
-        rows: of metrics.csv, one an epoch.
+        loss: negative log-likelihood on the test split, nats.
+        validation: validation accuracy of the selected epoch, [0, 1]; None without a validation split.
+        epochs: number of trained epochs.
+        seconds: training time.
+        caches: digests of the caches that it was trained from.
+        images: images per epoch if they were only a part of the cache, else None.
+        rows: rows of metrics.csv, one per epoch.
     """
 
-    trained: NetworkRef
+    network_ref: NetworkRef
     pipeline: Pipeline
     seed: int
     accuracy: float | None
@@ -55,19 +58,24 @@ class RunRecord(NamedTuple):
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether it learned from a teacher's logits."""
-        return self.trained.network == "student" and self.pipeline.loss.uses_teacher
+        """Whether it was trained on the logits of a teacher."""
+        return self.network_ref.network == "student" and self.pipeline.loss.uses_teacher
 
 
 class Mean(NamedTuple):
-    """Over the seeds of a group; `spread` is the standard deviation (n - 1), None of one."""
+    """A mean over the seeds of a group.
+
+    Attributes:
+        mean: mean of the known values.
+        spread: standard deviation (n - 1); None for a single value.
+    """
 
     mean: float
     spread: float | None
 
     @staticmethod
     def of(values: Iterable[float | None]) -> Mean | None:
-        """Of those that are known; None if none is."""
+        """Return the mean of the values that are not None; None if all are."""
         known = [value for value in values if value is not None]
         if not known:
             return None
@@ -76,19 +84,19 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed.
+    """Runs that differ only in their seed.
 
     Attributes:
-        number: its place among the groups.
-        label: in what it differs from the other groups, in a few words.
+        index: position among the groups.
+        label: short description of how it differs from the other groups.
         network: student or teacher.
-        model: as the pipeline names it.
-        loss: its name.
-        differences: the other keys in which the groups differ, and their values here.
-        members: their places among all runs.
+        model: name of the model in the pipeline.
+        loss: name of the loss; empty for a teacher.
+        differences: other keys in which the groups differ, with the values of this group.
+        members: indices of its runs.
     """
 
-    number: int
+    index: int
     label: str
     network: str
     model: str
@@ -98,50 +106,56 @@ class Group:
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The run folders among `paths` and in the sweeps among them, each once, and those that are not finished.
+    """Find the run folders among `paths` and inside the sweeps among them.
+
+    Returns:
+        The run folders, each once, and the runs of sweeps that are not finished.
 
     Raises:
-        UsageError: for a sweep in which nothing is finished.
+        UsageError: for a sweep without a finished run.
     """
-    found: list[Path] = []
+    folders: list[Path] = []
     unfinished: list[Path] = []
     for path in paths:
         points = [] if (path / _METRICS).is_file() else sorted(point.parent for point in path.glob(f"*/{_POINT}"))
-        inside = [run for point in points for run in sorted(point.glob("seed*"), key=_in_order)]
-        done = [run for run in inside if (run / _METRICS).is_file()]
-        if points and not done:
-            raise UsageError(f"no student of the sweep {path} is finished", "run the sweep again: it does the rest")
-        unfinished += [run for run in inside if run not in done]
-        found += done or [path]
-    once = {run.resolve(): run for run in reversed(found)}
-    return [*reversed(once.values())], unfinished
+        runs = [run for point in points for run in sorted(point.glob("seed*"), key=_seed_order)]
+        finished = [run for run in runs if (run / _METRICS).is_file()]
+        if points and not finished:
+            raise UsageError(
+                f"no student of the sweep {path} is finished",
+                "run the same sweep again: it resumes the unfinished runs",
+            )
+        unfinished += [run for run in runs if run not in finished]
+        folders += finished or [path]
+    unique = {run.resolve(): run for run in reversed(folders)}
+    return [*reversed(unique.values())], unfinished
 
 
-def _in_order(path: Path) -> tuple[int, str]:
-    number = re.search(r"\d+", path.name)
-    return int(number.group()) if number else 0, path.name
+def _seed_order(path: Path) -> tuple[int, str]:
+    digits = re.search(r"\d+", path.name)
+    return int(digits.group()) if digits else 0, path.name
 
 
 def read_run(folder: Path) -> RunRecord:
-    """What a run folder says.
+    """Read a run folder.
 
     Raises:
-        UsageError: if it is none, or not finished.
-        CorruptError: if what it holds cannot be read.
+        UsageError: if the folder is not a finished run.
+        CorruptError: if its files cannot be read.
     """
-    trained = from_run(folder)
+    network_ref = from_run(folder)
     pipeline = load_pipeline(folder / "resolved.yaml")
     try:
         metrics = json.loads((folder / _METRICS).read_text(encoding="utf-8"))
         test = metrics["test"] or {"accuracy": None, "loss": None}
-        with (folder / _ROWS).open(newline="", encoding="utf-8") as opened:
+        with (folder / _EPOCHS).open(newline="", encoding="utf-8") as file:
             rows = [
-                {key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(opened)
+                {key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)
             ]
         if not rows:
-            raise ValueError(f"{_ROWS} has no line")
+            raise ValueError(f"{_EPOCHS} has no rows")
         return RunRecord(
-            trained,
+            network_ref,
             pipeline,
             int(metrics["seed"]),
             test["accuracy"],
@@ -160,49 +174,53 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """The runs put together by what their pipelines and caches say, in the order in which they are given."""
+    """Group runs with identical settings and caches; groups are in the order of their first runs."""
     settings = [_settings(run) for run in runs]
     members: dict[str, list[int]] = {}
-    for place, said in enumerate(settings):
-        members.setdefault(json.dumps(said, sort_keys=True), []).append(place)
-    firsts = [places[0] for places in members.values()]
-    told = [_told(settings[place], [settings[other] for other in firsts]) for place in firsts]
-    parts = [
-        [one["network"], one["model"], one["loss"], *(f"{key} {value}" for key, value in other.items())]
-        for one, other in zip((settings[place] for place in firsts), told, strict=True)
+    for run_index, of_run in enumerate(settings):
+        members.setdefault(json.dumps(of_run, sort_keys=True), []).append(run_index)
+    of_groups = [settings[indices[0]] for indices in members.values()]
+    differences = [_differences(own, of_groups) for own in of_groups]
+    label_parts = [
+        [own["network"], own["model"], own["loss"], *(f"{key} {value}" for key, value in differing.items())]
+        for own, differing in zip(of_groups, differences, strict=True)
     ]
     return [
         Group(
-            number,
-            _label(said, [other for other in parts if other[0] == said[0]]),
-            settings[first]["network"],
-            settings[first]["model"],
-            settings[first]["loss"],
-            other,
-            tuple(places),
+            index,
+            _label(parts, [other for other in label_parts if other[0] == parts[0]]),
+            own["network"],
+            own["model"],
+            own["loss"],
+            differing,
+            tuple(indices),
         )
-        for number, (first, said, other, places) in enumerate(zip(firsts, parts, told, members.values(), strict=True))
+        for index, (own, parts, differing, indices) in enumerate(
+            zip(of_groups, label_parts, differences, members.values(), strict=True)
+        )
     ]
 
 
 def _label(parts: list[str], peers: Sequence[list[str]]) -> str:
-    """What sets a group apart from the others of its network; all that it is, if it is the only one."""
+    """Return the parts that not all groups of the same network share; all parts if there is only one group."""
     common = set.intersection(*map(set, peers)) if len(peers) > 1 else {""}
     return ", ".join(part for part in parts if part not in common)
 
 
 def _settings(run: RunRecord) -> dict[str, str]:
-    """All that a run depends on but the seed, flat."""
-    network = run.trained.network
-    whole = run.pipeline.model_dump(mode="json")
-    flat = {key: value for key, value in _flat(whole[network]) if key not in _NO_MATTER}
+    """Return everything that a run depends on except its seed, as one flat dictionary."""
+    network = run.network_ref.network
+    pipeline = run.pipeline.model_dump(mode="json")
+    flat = {key: value for key, value in _flat(pipeline[network]) if key not in _IGNORED}
     student = network == "student"
     shared = ("transform", "eval_transform", *(("join",) if student else ()))
-    said = {**flat, **{key: value for name in shared for key, value in _flat({name: whole[name]})}}
+    settings = {**flat, **{key: value for name in shared for key, value in _flat({name: pipeline[name]})}}
+    dataset = {key: value for key, value in pipeline["dataset"].items() if key not in _DATASET_LOCATION}
+    settings |= {f"dataset.{key}": value for key, value in _flat(dataset)}
     if student:
-        said |= {f"loss.{key}": value for key, value in _flat(whole["loss"]) if key != "name"}
-        said["cache"] = " ".join(digest.removeprefix("sha256:")[:8] for digest in run.caches)
-    return {**said, "network": network, "model": flat["model"], "loss": run.pipeline.loss.name if student else ""}
+        settings |= {f"loss.{key}": value for key, value in _flat(pipeline["loss"]) if key != "name"}
+        settings["cache"] = " ".join(digest.removeprefix("sha256:")[:8] for digest in run.caches)
+    return {**settings, "network": network, "model": flat["model"], "loss": run.pipeline.loss.name if student else ""}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -213,24 +231,26 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
             yield f"{prefix}{key}", inner if isinstance(inner, str) else json.dumps(inner)
 
 
-def _told(own: dict[str, str], all_groups: Sequence[dict[str, str]]) -> dict[str, str]:
-    """The keys in which groups of a network differ, and their values in one of them.
+def _differences(own: dict[str, str], all_groups: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Return the keys in which the groups of one network differ, with the values of one group.
 
-    What a loss is made of is told only where two of one name are made differently.
+    Options of a loss are compared only between groups with that loss.
     """
-    alike = [other for other in all_groups if other["network"] == own["network"]]
+    same_network = [other for other in all_groups if other["network"] == own["network"]]
     differing = {}
-    for key in dict.fromkeys(key for other in alike for key in other):
+    for key in dict.fromkeys(key for other in same_network for key in other):
         if key in ("network", "model", "loss"):
             continue
-        peers = [other for other in alike if other["loss"] == own["loss"]] if key.startswith("loss.") else alike
-        # A loss that needs no cache is not told apart by having none.
-        if key == "cache":
-            peers = [other for other in peers if other[key]]
+        if key.startswith("loss."):
+            peers = [other for other in same_network if other["loss"] == own["loss"]]
+        elif key == "cache":  # a loss without a teacher has none, which is not a difference
+            peers = [other for other in same_network if other[key]]
+        else:
+            peers = same_network
         if len({other.get(key) for other in peers}) > 1 and own.get(key):
             differing[key] = own[key]
-    short = [key.rpartition(".")[2] for key in differing]
+    short_names = [key.rpartition(".")[2] for key in differing]
     return {
-        name if short.count(name) == 1 else key: value
-        for (key, value), name in zip(differing.items(), short, strict=True)
+        short if short_names.count(short) == 1 else key: value
+        for (key, value), short in zip(differing.items(), short_names, strict=True)
     }

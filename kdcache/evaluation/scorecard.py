@@ -1,4 +1,4 @@
-"""Trained networks side by side: how good each is on the same held-out images, how like its teacher, what it costs."""
+"""Scorecards: accuracy, agreement with the teacher, and cost of trained networks on the same held-out images."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _BATCH = 256
 _TOP = 5
 
 
-class LikeTeacher(NamedTuple):
-    """How near a network is to the teacher of a cache, on rows of view 0.
+class TeacherAgreement(NamedTuple):
+    """Agreement of a network with the teacher of a cache, on rows of view 0.
 
     Attributes:
-        rows: how many, evenly spread over the data set.
-        same_class: share of them with the same largest class.
-        total_variation_t1: between the softmaxes at T = 1, mean over the rows.
+        rows: number of rows, evenly spread over the data set.
+        same_class: share of the rows with the same top class.
+        total_variation_t1: total variation between the softmax outputs at T = 1, mean over the rows.
         total_variation_t4: the same at T = 4.
     """
 
@@ -45,20 +45,20 @@ class LikeTeacher(NamedTuple):
 
 
 class NetworkScore(NamedTuple):
-    """What was found of a network; `measures` and `costs` say how.
+    """Metrics and costs of a network; see `metrics` and `costs`.
 
     Attributes:
-        name: of the network.
-        top1: accuracy, [0, 1].
-        top5: the same of the five largest; None where there are five classes or fewer.
+        name: name of the network.
+        top1: top-1 accuracy, [0, 1].
+        top5: top-5 accuracy, [0, 1]; None for five classes or fewer.
         negative_log_likelihood: in nats.
         calibration_error: [0, 1].
-        parameters: how many.
-        multiply_adds: of one image.
-        image: [channels, H, W] of what it is shown.
-        milliseconds: for a batch of one.
-        images_per_second: in batches of `costs.BATCH`.
-        teacher: how like the teacher it is; None without a cache.
+        parameters: number of parameters.
+        multiply_adds: per image.
+        image: [channels, H, W], shape of its input.
+        milliseconds: latency of one image.
+        images_per_second: throughput in batches of `costs.BATCH`.
+        teacher: agreement with the teacher; None without a cache.
     """
 
     name: str
@@ -71,23 +71,23 @@ class NetworkScore(NamedTuple):
     image: tuple[int, int, int]
     milliseconds: float
     images_per_second: float
-    teacher: LikeTeacher | None
+    teacher: TeacherAgreement | None
 
     def as_record(self) -> dict[str, Any]:
-        """The same with named values inside."""
+        """Return the score as nested dictionaries, for JSON."""
         return {**self._asdict(), "teacher": self.teacher._asdict() if self.teacher else None}
 
 
 class Scorecard(NamedTuple):
-    """Networks on one split of one data set.
+    """Scores of networks on one split of one data set.
 
     Attributes:
-        dataset: its name.
-        split: which part of it.
-        images: how many it has.
-        labeled: how many of them have a label; the others are left out.
-        matched: samples of the cache that the data set has; None without a cache.
-        scores: one a network.
+        dataset: name of the data set.
+        split: name of the split.
+        images: number of images of the split.
+        labeled: number of images with a label; the others are left out.
+        matched: number of samples of the cache that the data set has; None without a cache.
+        scores: one per network.
     """
 
     dataset: str
@@ -105,56 +105,66 @@ def score_networks(
     cache: Cache | None = None,
     rows: int = 4096,
     device: torch.device | str = "cpu",
+    min_run_time: float = costs.MIN_RUN_TIME,
     progress: Progress | None = None,
 ) -> Scorecard:
     """Score trained networks on a split of the data set that they were trained for.
 
     Args:
         networks: one or several.
-        split: which part of the data set.
-        cache: of the teacher that they are to be compared with, on the samples that it shares with the data set.
-        rows: how many of its samples are compared.
-        device: where the networks run.
-        progress: who is told how it goes.
+        split: split of the data set.
+        cache: cache of a teacher to compare with, on the samples that it shares with the data set.
+        rows: number of its samples that are compared.
+        device: device of the networks.
+        min_run_time: seconds for which each speed is measured, at least; see `costs.measure_speed`.
+        progress: progress reporter; silent if None.
 
     Raises:
-        MismatchError: if the networks, or the cache, are of different data sets.
-        UsageError: if the split is not there, or none of its images has a label.
-        CorruptError: if a network returns logits that are no numbers.
-        KdcacheError: if a network does not fit.
+        MismatchError: if the networks, or the networks and the cache, have different data sets.
+        UsageError: if the data set has no such split, or none of its images has a label.
+        CorruptError: if a network returns NaN or infinite logits.
+        KdcacheError: if the weights of a network do not fit.
     """
     progress = progress or Silent()
     samples = same_split([network.pipeline.dataset for network in networks], split)
     labeled = torch.from_numpy(samples.labels >= 0).nonzero().squeeze(1).tolist()
     if not labeled:
         raise UsageError(f"no sample of {samples.name}/{samples.split} has a label", "evaluate on a labeled split")
-    taught = _Taught.by(cache, networks[0].pipeline.dataset, rows, progress) if cache is not None else None
+    teacher = _teacher_rows(cache, networks[0].pipeline.dataset, rows, progress) if cache is not None else None
     scores = []
     with progress.task("networks", len(networks), "networks") as task:
         for network in networks:
-            scores.append(_score(network, samples, labeled, taught, device))
+            scores.append(_score(network, samples, labeled, teacher, device, min_run_time))
             task.advance(1, network.name)
-    matched = len(taught.view) if taught else None
+    matched = len(teacher.view) if teacher else None
     return Scorecard(samples.name, split, len(samples), len(labeled), matched, scores)
 
 
 def same_split(specs: Sequence[DatasetSpec], split: Literal["validation", "test"]) -> Samples:
-    """The split of the data set that all specs name, perhaps in different words."""
-    found: list[tuple[DatasetSpec, Samples]] = []
+    """Load the split of the data set that all specs describe, at one path or at several.
+
+    Raises:
+        UsageError: if the data set has no such split.
+        MismatchError: if the specs describe different data sets.
+    """
+    loaded: list[tuple[DatasetSpec, Samples]] = []
     for spec in specs:
-        if any(spec == known for known, _ in found):
+        if any(spec == known for known, _ in loaded):
             continue
         samples = load_held_out(spec, split)
         if samples is None:
-            raise UsageError(f"{spec.name} has no {split} split", f"set dataset.{split} to the part to hold out for it")
-        found.append((spec, samples))
-    first, *others = [samples for _, samples in found]
+            raise UsageError(
+                f"{spec.name} has no {split} split",
+                f"set dataset.{split}_fraction to the part of the images to hold out",
+            )
+        loaded.append((spec, samples))
+    first, *others = [samples for _, samples in loaded]
     for other in others:
         if _identity(first) != _identity(other):
             raise MismatchError(
-                f"these networks are of different data sets: {first.name}/{first.split} with {len(first)} images and "
-                f"{other.name}/{other.split} with {len(other)}, which are not the same",
-                "evaluate those of one data set, split in one way, at a time",
+                f"the networks were trained on different data sets: {first.name}/{first.split} with {len(first)} "
+                f"images and {other.name}/{other.split} with {len(other)}, which are not the same",
+                "evaluate networks of one data set with the same splits at a time",
             )
     return first
 
@@ -163,28 +173,39 @@ def _identity(samples: Samples) -> tuple[str, tuple[str, ...]]:
     return digest_of(samples.keys(), samples.labels), samples.class_names
 
 
-class _Taught(NamedTuple):
-    """What the teacher of a cache said of some images: their places in a view, which is as it saw them, and logits
-    [rows, C]."""
+class _TeacherRows(NamedTuple):
+    """Logits of the teacher of a cache for some of its images.
 
-    places: list[int]
+    Attributes:
+        indices: positions of the images in `view`.
+        logits: [len(indices), C].
+        view: the images as the teacher saw them.
+    """
+
+    indices: list[int]
     logits: Tensor
     view: View
 
-    @staticmethod
-    def by(cache: Cache, dataset: DatasetSpec, rows: int, progress: Progress) -> _Taught:
-        images = shared(cache, load_split(dataset, "train"), progress)
-        if images.note:
-            progress.say(f"note: {images.note}")
-        places = pilot_ids(len(images.view), rows)
-        # A part of the cache is asked for once: it is not worth bringing all of it anywhere.
-        logits = cache.teacher(placement="stream")(torch.from_numpy(images.ids[places]))
-        return _Taught(places, logits, images.view)
+
+def _teacher_rows(cache: Cache, dataset: DatasetSpec, rows: int, progress: Progress) -> _TeacherRows:
+    images = shared(cache, load_split(dataset, "train"), progress)
+    if images.note:
+        progress.say(f"note: {images.note}")
+    indices = pilot_ids(len(images.view), rows)
+    # Each row is read once: no faster placement pays off.
+    logits = cache.teacher(placement="stream")(torch.from_numpy(images.ids[indices]))
+    return _TeacherRows(indices, logits, images.view)
 
 
 def _score(
-    network: NetworkRef, samples: Samples, labeled: list[int], taught: _Taught | None, device: torch.device | str
+    network: NetworkRef,
+    samples: Samples,
+    labeled: list[int],
+    teacher: _TeacherRows | None,
+    device: torch.device | str,
+    min_run_time: float,
 ) -> NetworkScore:
+    """Build a network, and compute its metrics on the labeled samples, its costs, and its agreement."""
     model, view = network.load(samples)
     try_network(model, view, "cpu", f"network {network.name}")
     model.to(device).eval()
@@ -197,32 +218,39 @@ def _score(
         metrics.top_k_accuracy(logits, labels, _TOP) if samples.num_classes > _TOP else None,
         metrics.negative_log_likelihood(logits, labels),
         metrics.expected_calibration_error(logits, labels),
-        costs.parameters(model),
-        costs.multiply_adds(model, image),
+        costs.count_parameters(model),
+        costs.count_multiply_adds(model, image),
         view.shape(),
-        *costs.speed(model, image),
-        _compare(logits_of(network, model, taught.view, taught.places, device), taught.logits) if taught else None,
+        *costs.measure_speed(model, image, min_run_time),
+        _agreement(logits_of(network, model, teacher.view, teacher.indices, device), teacher.logits)
+        if teacher
+        else None,
     )
 
 
 @torch.inference_mode()
 def logits_of(network: NetworkRef, model: nn.Module, view: View, ids: list[int], device: torch.device | str) -> Tensor:
-    """What a network in evaluation mode says of some samples, [len(ids), C] float32 on the CPU."""
-    cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
+    """Return the logits of a network in evaluation mode for some samples, [len(ids), C] float32 on the CPU.
+
+    Raises:
+        CorruptError: if a logit is NaN or infinite.
+        KdcacheError: if the network does not return logits [B, C].
+    """
+    id_batches = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
     parts = []
-    for batch in batches(view, cuts, network.workers, device):
-        says = model(batch.images.to(device, non_blocking=True))
-        logits = check_logits(says, len(batch.ids), view.samples.num_classes, f"network {network.name}").float().cpu()
-        if (wrong := ~logits.isfinite().all(dim=1)).any():
+    for batch in batches(view, id_batches, network.workers, device):
+        output = model(batch.images.to(device, non_blocking=True))
+        logits = check_logits(output, len(batch.ids), view.samples.num_classes, f"network {network.name}").float().cpu()
+        if (not_finite := ~logits.isfinite().all(dim=1)).any():
             raise CorruptError(
-                f"{network.name} returned NaN or infinite logits for sample {int(batch.ids[wrong][0])} of "
+                f"{network.name} returned NaN or infinite logits for sample {int(batch.ids[not_finite][0])} of "
                 f"{view.samples.name}/{view.samples.split}",
-                "take the checkpoint of a training that did not diverge, and check eval_transform",
+                "use a checkpoint of a training that did not diverge, and check eval_transform",
             )
         parts.append(logits)
     return torch.cat(parts)
 
 
-def _compare(logits: Tensor, teacher: Tensor) -> LikeTeacher:
+def _agreement(logits: Tensor, teacher: Tensor) -> TeacherAgreement:
     same = (logits.argmax(dim=1) == teacher.argmax(dim=1)).double().mean().item()
-    return LikeTeacher(len(logits), same, *(total_variation(teacher, logits, t).mean().item() for t in (1, 4)))
+    return TeacherAgreement(len(logits), same, *(total_variation(teacher, logits, t).mean().item() for t in (1, 4)))

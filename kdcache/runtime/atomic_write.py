@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +31,7 @@ def write_file(path: Path, content: bytes | memoryview | str) -> Path:
 
 @contextmanager
 def open_atomic(path: Path, suffix: str = SUFFIX) -> Iterator[BinaryIO]:
-    """Open a file for writing that replaces `path` when the block ends without an exception.
+    """Open a file for writing that replaces `path`, with its mode, when the block ends without an exception.
 
     Args:
         path: final path; its folder must exist.
@@ -48,6 +49,8 @@ def open_atomic(path: Path, suffix: str = SUFFIX) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, unfinished)
         unfinished.replace(path)
     except BaseException:
         with suppress(OSError):

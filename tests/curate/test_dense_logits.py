@@ -1,4 +1,4 @@
-"""Dense logits become a cache and come back, held against the arrays themselves and the codec's own bounds."""
+"""Dense logits to a cache and back, compared with the arrays themselves and the bounds of the codec."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from kdcache.config.schema import CacheSpec
 from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
 from kdcache.data.replay import replay
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
+from kdcache.runtime.progress import Silent
 
 SAMPLES = tiny_samples(37, 12)
 LOGITS = np.random.default_rng(0).normal(0, 3, (37, 12)).astype(np.float32)
@@ -42,7 +44,7 @@ def save(path: Path, **arrays: Any) -> Path:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
-def test_dense_logits_are_kept_to_the_precision_that_the_codec_promises(
+def test_dense_logits_are_stored_to_the_precision_of_the_codec(
     tmp_path: Path, suffix: str, dtype: type[np.floating[Any]]
 ) -> None:
     source = tmp_path / f"mine{suffix}"
@@ -111,17 +113,30 @@ REFUSED: dict[str, tuple[dict[str, Any], type[KdcacheError], str]] = {
     "other classes": ({"logits": LOGITS[:, :11]}, MismatchError, "37 rows of 11 classes"),
     "other samples": ({"logits": LOGITS, "sample_keys": SAMPLES.keys()[::-1]}, MismatchError, "another order"),
     "other labels": ({"logits": LOGITS, "labels": SAMPLES.labels[::-1]}, MismatchError, "has label"),
-    "views of nothing random": ({"logits": np.stack([LOGITS, LOGITS])}, UsageError, "all would be the same"),
+    "views of nothing random": ({"logits": np.stack([LOGITS, LOGITS])}, UsageError, "all views would be the same"),
     "whole numbers": ({"logits": LOGITS.astype(np.int64)}, UsageError, "holds int64"),
     "one row": ({"logits": LOGITS[0]}, UsageError, r"holds float32 \[12\]"),
     "objects": ({"logits": np.array([{}])}, UsageError, "cannot read logits"),
-    "no logits": ({"values": LOGITS}, UsageError, "cannot read logits"),
+    "no logits": ({"values": LOGITS}, UsageError, "cannot read logits .* it holds values, but no logits"),
+    "labels of another length": ({"logits": LOGITS, "labels": np.zeros(36, int)}, UsageError, r"labels int64 \[36\]"),
+    "labels in two columns": (
+        {"logits": LOGITS, "labels": np.zeros((37, 2), int)},
+        UsageError,
+        r"labels int64 \[37, 2\]",
+    ),
+    "labels that are floats": ({"logits": LOGITS, "labels": np.zeros(37)}, UsageError, r"expected integers \[37\]"),
+    "labels beyond int32": ({"logits": LOGITS, "labels": np.full(37, 2**40)}, UsageError, "holds labels from"),
+    "labels that are objects": ({"logits": LOGITS, "labels": np.array([{}])}, UsageError, "cannot read logits"),
+    "keys that are text": ({"logits": LOGITS, "sample_keys": np.full(37, "a")}, UsageError, "sample_keys <U1"),
+    "a negative seed": ({"logits": LOGITS, "seed": np.array(-1)}, UsageError, "a seed int64"),
+    "several seeds": ({"logits": LOGITS, "seed": np.arange(2)}, UsageError, r"a seed int64 \[2\]"),
+    "complex numbers": ({"logits": LOGITS.astype(complex)}, UsageError, "holds complex128"),
     "a NaN": ({"logits": np.where(np.arange(37)[:, None] == 20, np.nan, LOGITS)}, CorruptError, "for sample 20"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path, what: str) -> None:
+def test_unusable_logits_are_refused_and_leave_nothing(tmp_path: Path, what: str) -> None:
     arrays, kind, why = REFUSED[what]
     with pytest.raises(kind, match=why):
         cache_of_logits(save(tmp_path / "l.npz", **arrays), SAMPLES, tmp_path / "c.kdcache", spec=SPEC)
@@ -130,7 +145,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path, what: str)
 
 def test_random_views_of_an_unknown_seed_are_refused(tmp_path: Path) -> None:
     for arrays in ({"logits": LOGITS}, {"logits": np.stack([LOGITS, LOGITS])}):
-        with pytest.raises(UsageError, match="does not say from which seed"):
+        with pytest.raises(UsageError, match="does not hold its seed"):
             cache_of_logits(
                 save(tmp_path / "l.npz", **arrays), SAMPLES, tmp_path / "c.kdcache", transform=FLIP, spec=SPEC
             )
@@ -151,7 +166,7 @@ def _convert_and_die(source: Path, out: Path) -> None:
     cache_of_logits(source, SAMPLES, out, spec=SPEC)
 
 
-def test_a_killed_conversion_goes_on_and_leaves_no_scratch(tmp_path: Path) -> None:
+def test_a_killed_conversion_resumes_and_leaves_no_scratch(tmp_path: Path) -> None:
     source, out = save(tmp_path / "l.npz", logits=LOGITS), tmp_path / "c.kdcache"
     assert exit_code(in_a_process(_convert_and_die, source, out)) == -signal.SIGKILL
     with pytest.raises(KdcacheError, match="not sealed"):
@@ -159,6 +174,231 @@ def test_a_killed_conversion_goes_on_and_leaves_no_scratch(tmp_path: Path) -> No
     made = cache_of_logits(source, SAMPLES, out, spec=SPEC)
     assert made.manifest == cache_of_logits(source, SAMPLES, tmp_path / "once.kdcache", spec=SPEC).manifest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.kdcache", "l.npz", "once.kdcache"]
+
+
+# Formats.
+
+
+def to_pt(path: Path, held: Any, **options: Any) -> Path:
+    torch.save(held, path, **options)
+    return path
+
+
+TENSOR, HALF, COLUMN = torch.from_numpy(LOGITS), LOGITS.astype(np.float16), SAMPLES.labels[:, None]
+KEYS = torch.from_numpy(SAMPLES.keys().view(np.int64))
+FORMATS: dict[str, tuple[str, Any, npt.NDArray[np.float32], str]] = {
+    "Fortran order": (".npy", np.asfortranarray(LOGITS), LOGITS, "float32"),
+    "Fortran order, one view": (".npy", np.asfortranarray(LOGITS[None]), LOGITS, "float32"),
+    "big-endian float16": (".npy", HALF.astype(">f2"), HALF.astype(np.float32), "float16"),
+    "Fortran order, big-endian": (
+        ".npz",
+        {"logits": np.asfortranarray(LOGITS.astype(">f8")), "labels": COLUMN},
+        LOGITS,
+        "float64",
+    ),
+    "a column of labels, other arrays": (
+        ".npz",
+        {"logits": HALF, "labels": COLUMN.astype(">i8"), "paths": np.array(["a"])},
+        HALF.astype(np.float32),
+        "float16",
+    ),
+    "bfloat16": (".pt", TENSOR.bfloat16(), TENSOR.bfloat16().float().numpy(), "bfloat16"),
+    "float16, one view": (".pt", TENSOR[None].half(), HALF.astype(np.float32), "float16"),
+    "not contiguous, with gradient": (".pt", TENSOR.T.contiguous().T.requires_grad_(), LOGITS, "float32"),
+    "legacy serialization": (".pth", TENSOR, LOGITS, "float32"),
+    "a dictionary": (
+        ".pth",
+        {"logits": TENSOR.double(), "labels": torch.from_numpy(COLUMN), "sample_keys": KEYS, "seed": 0, "epoch": 7},
+        LOGITS,
+        "float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_its_values(tmp_path: Path, name: str) -> None:
+    suffix, held, expected, dtype = FORMATS[name]
+    source = tmp_path / f"l{suffix}"
+    if suffix == ".npz":
+        np.savez_compressed(source, **held)
+    elif suffix == ".npy":
+        np.save(source, held)
+    else:
+        to_pt(source, held, _use_new_zipfile_serialization=name != "legacy serialization")
+    spec = CacheSpec(shard_rows=8, dtype="float32", top_k="all")
+    cache = cache_of_logits(source, SAMPLES, tmp_path / "c.kdcache", spec=spec)
+    np.testing.assert_allclose(logits_of(cache), expected, atol=2e-5, rtol=1e-6)
+    teacher = cache.manifest.plan.teacher
+    assert (teacher.precision, teacher.level) == (f"unknown, kept in {dtype}", None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.kdcache", source.name]
+
+
+def test_views_in_a_pt_file(tmp_path: Path) -> None:
+    views = np.stack([LOGITS, LOGITS[:, ::-1]])
+    source = to_pt(tmp_path / "l.pt", {"logits": torch.from_numpy(views.copy()), "seed": torch.tensor(5)})
+    spec = CacheSpec(shard_rows=8, dtype="float32", top_k="all")
+    cache = cache_of_logits(source, SAMPLES, tmp_path / "c.kdcache", transform=FLIP, spec=spec)
+    assert (cache.manifest.plan.views.seed, cache.manifest.plan.views.count) == (5, 2)
+    for view in range(2):
+        np.testing.assert_allclose(logits_of(cache, view), views[view], atol=2e-5)
+
+
+class Calls:
+    """Ends every process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (77,)
+
+
+PT_REFUSED: dict[str, tuple[Any, str]] = {
+    "code": (Calls(), "cannot read logits"),
+    "a list": ([1.0, 2.0], "a list, not a tensor"),
+    "whole numbers": (torch.zeros(37, 12, dtype=torch.long), "holds int64"),
+    "one row": (torch.zeros(12), r"holds float32 \[12\]"),
+    "nothing": (torch.zeros(0, 12), r"holds float32 \[0, 12\]"),
+    "a sparse tensor": (torch.eye(37, 12).to_sparse(), "cannot read logits|holds float32"),
+    "a state_dict": ({"fc.weight": torch.zeros(37, 12)}, "it holds fc.weight, but no logits"),
+    "an empty dictionary": ({}, "it holds nothing, but no logits"),
+    "logits in a dictionary": ({"logits": {"a": LOGITS.tolist()}}, "a dict, not a tensor"),
+    "labels that are text": ({"logits": torch.from_numpy(LOGITS), "labels": ["a"] * 37}, "holds labels <U1"),
+    "labels of two lengths": ({"logits": torch.from_numpy(LOGITS), "labels": [[0], [0, 1]]}, "labels that are not an"),
+}
+
+
+@pytest.mark.parametrize("what", PT_REFUSED)
+def test_unusable_pt_files_are_refused_in_a_line(tmp_path: Path, what: str) -> None:
+    held, why = PT_REFUSED[what]
+    with pytest.raises(UsageError, match=why) as refused:
+        cache_of_logits(to_pt(tmp_path / "l.pt", held), SAMPLES, tmp_path / "c.kdcache", spec=SPEC)
+    assert "\n" not in refused.value.what
+    assert [path.name for path in tmp_path.iterdir()] == ["l.pt"]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy", ".pt", ".pth", ".csv"])
+@pytest.mark.parametrize("content", [b"", b"1,2\n3,4\n", b"PK\x03\x04" + bytes(40), b"\x93NUMPY\x01\x00"])
+def test_files_that_hold_no_arrays_are_refused_in_a_line(tmp_path: Path, suffix: str, content: bytes) -> None:
+    source = tmp_path / f"l{suffix}"
+    source.write_bytes(content)
+    with pytest.raises(UsageError, match="cannot read logits") as refused:
+        cache_of_logits(source, SAMPLES, tmp_path / "c.kdcache", spec=SPEC)
+    assert "\n" not in refused.value.what
+    with pytest.raises(UsageError, match="cannot read logits"):
+        cache_of_logits(tmp_path / f"missing{suffix}", SAMPLES, tmp_path / "c.kdcache", spec=SPEC)
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+@pytest.mark.parametrize("member", ["notes.txt", "folder/", "logits", "logits.npy"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_odd_members_of_an_npz_are_refused_in_a_line(tmp_path: Path, member: str) -> None:
+    source = save(tmp_path / "l.npz", logits=LOGITS)
+    with zipfile.ZipFile(source, "a") as packed:
+        packed.writestr(member, b"")
+    why = "holds logits twice" if member == "logits.npy" else f"holds {member}, which is not an array"
+    with pytest.raises(UsageError, match=why) as refused:
+        cache_of_logits(source, SAMPLES, tmp_path / "c.kdcache", spec=SPEC)
+    assert "\n" not in refused.value.what
+    assert [path.name for path in tmp_path.iterdir()] == ["l.npz"]
+
+
+def test_arrays_that_are_not_used_are_named(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def say(self, text: str) -> None:
+            notes.append(text)
+
+    source = save(tmp_path / "l.npz", logits=LOGITS, paths=np.array(["a"]), temperature=np.array(4.0))
+    cache_of_logits(source, SAMPLES, tmp_path / "c.kdcache", spec=SPEC, progress=Notes())
+    assert notes == [f"note: {source} also holds paths, temperature, which is not used"]
+
+
+# Outputs of Softmax and LogSoftmax.
+
+EXACT = CacheSpec(shard_rows=8, dtype="float32", top_k="all")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("views", [1, 2])
+def test_normalized_rows_are_log_probabilities_of_unknown_level(
+    tmp_path: Path, kind: str, dtype: torch.dtype, views: int
+) -> None:
+    logits = torch.from_numpy(LOGITS / 2).double()
+    stored = getattr(logits, kind)(dim=1).to(dtype)
+    stored = torch.stack([stored, stored.flip(1)]) if views > 1 else stored
+    source = to_pt(tmp_path / "l.pt", {"logits": stored, "seed": 0})
+    transform = FLIP if views > 1 else None
+    cache = cache_of_logits(source, SAMPLES, tmp_path / "c.kdcache", transform=transform, spec=EXACT)
+    assert not cache.level_known
+    name = {"softmax": "probabilities", "log_softmax": "log-probabilities"}[kind]
+    assert cache.manifest.plan.teacher.precision == f"unknown, kept as {name} in {str(dtype).removeprefix('torch.')}"
+    for view in range(views):
+        found = torch.from_numpy(logits_of(cache, view)).double()
+        assert found.logsumexp(dim=1).abs().max() < 1e-5
+        values = (stored if views == 1 else stored[view]).double()
+        expected = values.log() if kind == "softmax" else values
+        torch.testing.assert_close(found, expected - expected.logsumexp(1, keepdim=True), atol=1e-5, rtol=1e-6)
+    logits_of_cache(cache, tmp_path / "again.npz")
+    again = cache_of_logits(tmp_path / "again.npz", SAMPLES, tmp_path / "a.kdcache", transform=transform, spec=EXACT)
+    assert not again.level_known
+
+
+def normalized(kind: str) -> npt.NDArray[np.float32]:
+    values: npt.NDArray[np.float32] = getattr(torch.from_numpy(LOGITS), kind)(dim=1).numpy()
+    return values
+
+
+def test_rows_that_are_not_all_normalized_are_logits(tmp_path: Path) -> None:
+    last = np.arange(37)[:, None] == 36
+    sums = normalized("softmax").copy()
+    sums[36] *= 1.05
+    beyond = normalized("softmax").copy()
+    beyond[36] = [1.5, -0.5] + [0.0] * 10
+    cases = {
+        "probabilities but for a row": np.where(last, LOGITS, normalized("softmax")),
+        "log-probabilities but for a row": np.where(last, LOGITS, normalized("log_softmax")),
+        "a sum of 1.05": sums,
+        "outside of [0, 1]": beyond,
+        "a logsumexp of 0.1": normalized("log_softmax") + np.float32(0.1),
+        "both kinds": np.where(last, normalized("log_softmax"), normalized("softmax")),
+        "normalized by the mean": LOGITS - LOGITS.mean(axis=1, keepdims=True),
+    }
+    for number, (name, logits) in enumerate(cases.items()):
+        source = save(tmp_path / f"{number}.npz", logits=logits)
+        cache = cache_of_logits(source, SAMPLES, tmp_path / f"{number}.kdcache", spec=EXACT)
+        assert cache.level_known, name
+        np.testing.assert_allclose(logits_of(cache), logits, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("value", [0.0, "subnormal"])
+def test_underflowed_probabilities_are_refused(tmp_path: Path, dtype: str, value: float | str) -> None:
+    values = torch.from_numpy(LOGITS / 3).softmax(dim=1).numpy().astype(dtype)
+    cache_of_logits(save(tmp_path / "good.npz", logits=values), SAMPLES, tmp_path / "good.kdcache", spec=EXACT)
+    values[20, 3] = np.finfo(dtype).smallest_subnormal if value == "subnormal" else value
+    values[20, 4] += 1 - values[20].sum()
+    with pytest.raises(UsageError, match=f"one of sample 20 has underflowed in {dtype}"):
+        cache_of_logits(save(tmp_path / "l.npz", logits=values), SAMPLES, tmp_path / "c.kdcache", spec=EXACT)
+    assert not (tmp_path / "c.kdcache").exists()
+
+
+def test_one_hot_rows_are_refused_as_underflowed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="sample 0 has underflowed"):
+        cache_of_logits(
+            save(tmp_path / "l.npz", logits=np.eye(12, dtype=np.float32)[SAMPLES.labels]),
+            SAMPLES,
+            tmp_path / "c.kdcache",
+        )
+
+
+def test_infinite_log_probabilities_are_refused_with_the_reason(tmp_path: Path) -> None:
+    values = normalized("log_softmax").copy()
+    values[20, np.argmin(values[20])] = -np.inf
+    with pytest.raises(CorruptError, match="those of sample 20 include -inf: the probability has underflowed"):
+        cache_of_logits(save(tmp_path / "l.npz", logits=values), SAMPLES, tmp_path / "c.kdcache", spec=EXACT)
+    values[20] = np.nan
+    with pytest.raises(CorruptError, match="NaN or infinite logits for sample 20"):
+        cache_of_logits(save(tmp_path / "l.npz", logits=values), SAMPLES, tmp_path / "c.kdcache", spec=EXACT)
 
 
 # On the command line, with every other command of the family.
@@ -174,7 +414,7 @@ def as_json(*arguments: object) -> Any:
     return json.loads(done.stdout)
 
 
-def test_every_command_on_whole_caches(tmp_path: Path) -> None:
+def test_every_command_on_complete_caches(tmp_path: Path) -> None:
     pipeline = recipe(tmp_path)
     still = "transform=[ToDtype: {dtype: float32}]"
     logits = save(tmp_path / "l.npz", logits=LOGITS[:12, :10])
@@ -218,7 +458,7 @@ def test_every_command_on_whole_caches(tmp_path: Path) -> None:
         (["merge"], "one cache is given"),
     ],
 )
-def test_mistakes_end_in_one_message(tmp_path: Path, arguments: list[str], why: str) -> None:
+def test_mistakes_give_one_message(tmp_path: Path, arguments: list[str], why: str) -> None:
     cache = dump_teacher(TinyTeacher(), tiny_samples(), tmp_path / "c.kdcache", spec=SPEC)
     done = kdcache(arguments[0], cache.path, "-o", tmp_path / "out.kdcache", *arguments[1:])
     assert done.exit_code == 2
@@ -226,7 +466,7 @@ def test_mistakes_end_in_one_message(tmp_path: Path, arguments: list[str], why: 
     assert not (tmp_path / "out.kdcache").exists()
 
 
-def test_logits_alone_are_no_cache(tmp_path: Path) -> None:
+def test_logits_alone_need_a_pipeline(tmp_path: Path) -> None:
     done = kdcache("convert", save(tmp_path / "l.npz", logits=LOGITS), "-o", tmp_path / "c.kdcache")
     assert done.exit_code == 2
     assert "--pipeline" in done.stderr

@@ -521,15 +521,15 @@ def test_a_config_that_says_nothing_is_named(images: Images, tmp_path: Path) -> 
         ({"reinforce": {"image_augmentation": plain}}, "has the transforms random_horizontal_flip"),
         ({"reinforce": {"image_augmentation": {"random_resized_crop": {}}}}, "has the transforms random_resized_crop"),
         ({"reinforce": {"image_augmentation": plain | {"random_resized_crop": {"size": "x"}}}}, "size 'x' is"),
-        ({"reinforce": {"image_augmentation": [1]}}, "config.pth.tar does not say"),
-        ([], "config.pth.tar does not say"),
+        ({"reinforce": {"image_augmentation": [1]}}, "config.pth.tar does not state the augmentation"),
+        ([], "config.pth.tar does not state the augmentation"),
         (Calls(), "config.pth.tar cannot be read"),
     ):
         saved(folder / "config.pth.tar", held)
         with pytest.raises(KdcacheError, match=why):
             cache_of_files(folder, "ml-dr", images.samples, tmp_path / "c.kdcache")
     (folder / "config.pth.tar").unlink()
-    with pytest.raises(UsageError, match=r"no folder of ml-dr's files .* has no config\.pth\.tar"):
+    with pytest.raises(UsageError, match=r"not a folder of ml-dr files .* config\.pth\.tar"):
         cache_of_files(folder, "ml-dr", images.samples, tmp_path / "c.kdcache")
 
 
@@ -539,17 +539,17 @@ def test_another_transform_than_the_config_states_is_refused(images: Images, tmp
     other: Transform = [{name: {**given} for name, given in step.items()} for step in PIXELS]
     ((_, given),) = other[place].items()
     given |= {"size": 9} if place == 0 else {"mean": [0.1, 0.2, 0.9]}
-    with pytest.raises(MismatchError, match="not what the files of ml-dr say"):
+    with pytest.raises(MismatchError, match="differs from the one in the files of ml-dr"):
         cache_of_files(folder, "ml-dr", images.samples, tmp_path / "c.kdcache", transform=other, spec=SPEC)
 
 
 def test_crops_behind_something_else_and_other_numbers_of_images_are_refused(images: Images, tmp_path: Path) -> None:
     resized = ml_dr_of(images, tmp_path / "resized", steps={"resize": {"size": 9}})
-    with pytest.raises(UsageError, match="only crops of random_resized_crop"):
+    with pytest.raises(UsageError, match="only random_resized_crop as the first step"):
         cache_of_files(resized, "ml-dr", images.samples, tmp_path / "c.kdcache")
     folder = ml_dr_of(images, tmp_path / "reinforced")
     shutil.copy(folder / "0.pth.tar", folder / f"{COUNT}.pth.tar")
-    with pytest.raises(MismatchError, match="nothing held out"):
+    with pytest.raises(MismatchError, match="hold nothing out"):
         cache_of_files(folder, "ml-dr", images.samples, tmp_path / "c.kdcache")
 
 
@@ -646,7 +646,7 @@ def test_epochs_that_are_no_views_and_other_images_are_refused(images: Images, t
     with pytest.raises(UsageError, match=r"epochs \[0, 2, 9\]"):
         cache_of_files(folder, "tinyvit", images.samples, tmp_path / "c.kdcache")
     (folder / "logits_top6_epoch9").rename(folder / "logits_top6_epoch1")
-    with pytest.raises(MismatchError, match="has not, such as 20"):
+    with pytest.raises(MismatchError, match="not in tiny/train, such as 20"):
         cache_of_files(folder, "tinyvit", tiny_samples(20, CLASSES), tmp_path / "c.kdcache")
 
 
@@ -758,18 +758,18 @@ def test_what_their_readers_would_show_otherwise_is_refused(images: Images, dump
     jitter: Transform = [DRAWN[0], {"ColorJitter": {"brightness": 0.5}}, *REST]
     jittered = still(samples, tmp_path / "b.kdcache", jitter, 2)
     for cache in (whole, jittered):
-        with pytest.raises(UsageError, match="is no crop of an image alone"):
+        with pytest.raises(UsageError, match="are not plain crops"):
             files_of_cache(cache, "fkd", out, samples)
     with pytest.raises(UsageError, match="by its own code"):
         files_of_cache(dumped, "tinyvit", out)
-    with pytest.raises(UsageError, match="the cache keeps 6"):
+    with pytest.raises(UsageError, match="the cache stores 6"):
         files_of_cache(dumped, "fkd", out, samples, top_k=7)
-    with pytest.raises(UsageError, match="none are given"):
+    with pytest.raises(UsageError, match="need the images"):
         files_of_cache(dumped, "fkd", out)
     bicubic = still(
         samples, tmp_path / "d.kdcache", [{"RandomResizedCrop": {"size": SIZE, "interpolation": "bicubic"}}, *REST]
     )
-    with pytest.raises(UsageError, match="cuts bilinearly"):
+    with pytest.raises(UsageError, match="only crops bilinearly"):
         files_of_cache(bicubic, "ml-dr", out, samples)
     files_of_cache(bicubic, "fkd", tmp_path / "fkd", samples)
     with pytest.raises(UsageError, match="exists already"):
@@ -782,10 +782,10 @@ def test_images_without_names_are_refused_for_fkd_and_numbered_for_ml_dr(tmp_pat
     samples = tiny_samples(20, CLASSES)
     cropped: Transform = [{"RandomResizedCrop": {"size": 4}}]
     cache = dump_teacher(TinyTeacher(CLASSES), samples, tmp_path / "c.kdcache", transform=cropped)
-    with pytest.raises(UsageError, match="are in none"):
+    with pytest.raises(UsageError, match="are not in files"):
         files_of_cache(cache, "fkd", tmp_path / "out", samples)
     (tmp_path / "labels").mkdir()
-    with pytest.raises(UsageError, match="are in none"):
+    with pytest.raises(UsageError, match="are not in files"):
         cache_of_files(tmp_path / "labels", "fkd", samples, tmp_path / "a.kdcache", transform=FRACTIONS)
 
 
@@ -803,23 +803,23 @@ def off(values: Any, place: Any, value: float) -> Any:
 
 
 WRONG_FKD: dict[str, tuple[Any, str]] = {
-    "a box that is NaN": ([off(COORDS, (1, 2), math.nan), FLIPS, PAIRS], "holds the box"),
-    "an infinite box": ([off(COORDS, (1, 2), math.inf), FLIPS, PAIRS], "holds the box"),
-    "a negative box": ([off(COORDS, (0, 0), -0.5), FLIPS, PAIRS], "holds the box"),
-    "an empty box": ([off(COORDS, (0, 3), 0), FLIPS, PAIRS], "holds the box"),
-    "a box outside": ([off(COORDS, (0, 1), 0.9), FLIPS, PAIRS], "holds the box"),
-    "a flip that is none": ([COORDS, np.full(VIEWS, 2), PAIRS], "holds the box"),
+    "a box that is NaN": ([off(COORDS, (1, 2), math.nan), FLIPS, PAIRS], "which is not a box in fractions"),
+    "an infinite box": ([off(COORDS, (1, 2), math.inf), FLIPS, PAIRS], "which is not a box in fractions"),
+    "a negative box": ([off(COORDS, (0, 0), -0.5), FLIPS, PAIRS], "which is not a box in fractions"),
+    "an empty box": ([off(COORDS, (0, 3), 0), FLIPS, PAIRS], "which is not a box in fractions"),
+    "a box outside": ([off(COORDS, (0, 1), 0.9), FLIPS, PAIRS], "which is not a box in fractions"),
+    "a flip that is none": ([COORDS, np.full(VIEWS, 2), PAIRS], "which is not a box in fractions"),
     "fewer flips": ([COORDS, FLIPS[1:], PAIRS], "flips"),
     "other crops": ([COORDS[1:], FLIPS[1:], PAIRS[1:]], "2 crops"),
     "another k": ([COORDS, FLIPS, PAIRS[:, :, :4]], "with 4 classes"),
     "two parts": ([COORDS, PAIRS], "does not hold coords"),
-    "a class too many": ([COORDS, FLIPS, off(PAIRS, (1, 0, 4), CLASSES)], "names classes from 0 to 12"),
+    "a class too many": ([COORDS, FLIPS, off(PAIRS, (1, 0, 4), CLASSES)], "holds classes from 0 to 12"),
     "a class twice": ([COORDS, FLIPS, off(PAIRS, (1, 0, 4), 0)], "twice"),
-    "half a class": ([COORDS, FLIPS, off(PAIRS, (1, 0, 4), 4.5)], "no whole numbers"),
-    "a class that is NaN": ([COORDS, FLIPS, off(PAIRS, (1, 0, 4), math.nan)], "names classes from -1"),
-    "a negative probability": ([COORDS, FLIPS, off(PAIRS, (1, 1, 4), -0.1)], "no probabilities"),
-    "a probability that is NaN": ([COORDS, FLIPS, off(PAIRS, (1, 1, 4), math.nan)], "no probabilities"),
-    "more than all": ([COORDS, FLIPS, off(PAIRS, (1, 1, 4), 0.9)], "no probabilities"),
+    "half a class": ([COORDS, FLIPS, off(PAIRS, (1, 0, 4), 4.5)], "are not integers"),
+    "a class that is NaN": ([COORDS, FLIPS, off(PAIRS, (1, 0, 4), math.nan)], "holds classes from -1"),
+    "a negative probability": ([COORDS, FLIPS, off(PAIRS, (1, 1, 4), -0.1)], "are not probabilities"),
+    "a probability that is NaN": ([COORDS, FLIPS, off(PAIRS, (1, 1, 4), math.nan)], "are not probabilities"),
+    "more than all": ([COORDS, FLIPS, off(PAIRS, (1, 1, 4), 0.9)], "are not probabilities"),
     "other classes": ([COORDS, FLIPS, np.full((VIEWS, 11), 1 / 11, np.float32)], "neither"),
     "hard labels": ([COORDS, FLIPS, np.zeros(VIEWS, np.int64)], "hard labels"),
     "words": (["a", "b", "c"], "holds coords"),
@@ -891,15 +891,18 @@ WRONG_ML_DR: dict[str, tuple[Any, str]] = {
     "no pair": ([9], "does not hold a number"),
     "a number too long to be told": ((10**5_000, [ONE] * VIEWS), "does not hold a number"),
     "probabilities of probabilities": ((9, [ONE | {"prob": (deep(60), [3, 2, 1, 0])}] * VIEWS), "does not hold 4 prob"),
-    "a box of three": (one(params=[(1, 2, 3), False]), "other parameters for reinforcement 1"),
-    "a box of halves": (one(params=[(1, 2, 3.5, 4), False]), "other parameters"),
-    "a box of words": (one(params=[("1", 2, 3, 4), False]), "other parameters"),
-    "a box too large for a float": (one(params=[(10**400, 2, 3, 4), False]), "other parameters"),
-    "a negative box": (one(params=[(-1, 2, 3, 4), False]), "holds the box"),
-    "more parameters": (one(params=[(1, 2, 3, 4), False, 3]), "other parameters"),
-    "no probabilities": (one(prob=None), "does not hold 4 probabilities"),
+    "a box of three": (one(params=[(1, 2, 3), False]), "parameters for reinforcement 1 that do not fit"),
+    "a box of halves": (one(params=[(1, 2, 3.5, 4), False]), "parameters for reinforcement 1 that do not fit"),
+    "a box of words": (one(params=[("1", 2, 3, 4), False]), "parameters for reinforcement 1 that do not fit"),
+    "a box too large for a float": (
+        one(params=[(10**400, 2, 3, 4), False]),
+        "parameters for reinforcement 1 that do not fit",
+    ),
+    "a negative box": (one(params=[(-1, 2, 3, 4), False]), "which is not a box in pixels"),
+    "more parameters": (one(params=[(1, 2, 3, 4), False, 3]), "parameters for reinforcement 1 that do not fit"),
+    "are not probabilities": (one(prob=None), "does not hold 4 probabilities"),
     "fewer probabilities": (one(prob=([0.5], [1])), "does not hold 4 probabilities"),
-    "a class too many": (one(prob=([0.4, 0.2, 0.1, 0.1], [3, 2, 1, 12])), "names classes"),
+    "a class too many": (one(prob=([0.4, 0.2, 0.1, 0.1], [3, 2, 1, 12])), "holds classes"),
     "code": ((9, [ONE, Calls(), ONE]), "cannot be read"),
     "arrays": ((9, [ONE, np.zeros(3), ONE]), "cannot be read"),
 }
@@ -978,9 +981,9 @@ def _empty(made: Path) -> None:
     [
         (_without_keys, "rank1-keys.txt cannot be read"),
         (_short, "rank1-values.bin has 391 bytes"),
-        (_other_class, "rank0-values.bin names classes from -5"),
+        (_other_class, "rank0-values.bin holds classes from -5"),
         (_not_there, "has no record with the key"),
-        (_empty, "holds no rank0-values.bin"),
+        (_empty, "has no rank0-values.bin"),
     ],
 )
 def test_files_of_tinyvit_that_cannot_be_are_named(
@@ -994,15 +997,15 @@ def test_files_of_tinyvit_that_cannot_be_are_named(
 
 
 WRONG_TRANSFORMS: dict[str, tuple[Transform | None, str]] = {
-    "none": (None, "is not said"),
-    "drawn here": (DRAWN, "begins otherwise"),
-    "pixels": (PIXELS, "boxes in fraction"),
-    "behind something": ([*REST, FRACTIONS[0]], "begins otherwise"),
-    "twice": ([*FRACTIONS, FRACTIONS[0]], "draws at random"),
-    "and erased": ([*FRACTIONS, {"RandomErasing": {"p": 0.5}}], "draws at random"),
+    "none": (None, "but not the rest of the transform"),
+    "drawn here": (DRAWN, "but the transform starts with"),
+    "pixels": (PIXELS, "boxes in the unit 'fraction'"),
+    "behind something": ([*REST, FRACTIONS[0]], "but the transform starts with"),
+    "twice": ([*FRACTIONS, FRACTIONS[0]], "has random steps after its recorded crop"),
+    "and erased": ([*FRACTIONS, {"RandomErasing": {"p": 0.5}}], "has random steps after its recorded crop"),
     "no size": ([{"RecordedCrop": {}}, *REST], "missing"),
     "three sizes": ([{"RecordedCrop": {"size": [1, 2, 3]}}, *REST], "neither a number"),
-    "another unit": ([{"RecordedCrop": {"size": 8, "unit": "inches"}}, *REST], "boxes in fraction"),
+    "another unit": ([{"RecordedCrop": {"size": 8, "unit": "inches"}}, *REST], "boxes in the unit 'fraction'"),
     "another interpolation": ([{"RecordedCrop": {"size": 8, "interpolation": "wild"}}, *REST], "none of"),
 }
 
@@ -1141,7 +1144,7 @@ def test_a_mirror_brings_the_boxes_of_the_views_that_are_asked_for(
     backwards = np.arange(COUNT)[::-1]
     turned = select(cache, tmp_path / "turned.kdcache", views=[0, 1], samples=backwards, data=images.samples)
     torch.testing.assert_close(logits_of(turned, 1), logits_of(cropped, 1).flip(0), rtol=0, atol=0)
-    with pytest.raises(UsageError, match="view 2 is wanted"):
+    with pytest.raises(UsageError, match="view 2 is needed"):
         select(cache, tmp_path / "all.kdcache", samples=backwards, data=images.samples)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from kdcache.cache.planner import pilot_ids
 from kdcache.config.schema import CacheSpec, DatasetSpec, Pipeline, Transform
 from kdcache.data.transforms import build_transform
 from kdcache.data.views import View
-from kdcache.evaluation import costs
+from kdcache.evaluation import costs, scorecard
 from kdcache.evaluation.metrics import expected_calibration_error, negative_log_likelihood, top_k_accuracy
 from kdcache.models import save_weights
 from kdcache.models.small import SmallMLP
@@ -29,9 +30,8 @@ from kdcache.models.small import SmallMLP
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed from a few calls, where the figure does not matter."""
-    monkeypatch.setattr(costs, "_WARM_UP", 0.0)
-    monkeypatch.setattr(costs, "_LONG", 0.0)
+    """Measure speed for as short as possible, where the figure does not matter."""
+    monkeypatch.setattr(scorecard, "score_networks", partial(scorecard.score_networks, min_run_time=0.0))
 
 
 # Measures.
@@ -80,17 +80,20 @@ def test_parameters_and_multiply_adds_are_the_published_ones(name: str) -> None:
     with torch.device("meta"):
         network, image = torchvision.models.get_model(name), torch.empty(1, 3, 224, 224)
     network.eval()
-    assert costs.parameters(network) == published["num_params"]
-    assert costs.multiply_adds(network, image) / 1e9 == pytest.approx(published["_ops"], abs=5e-4)
+    assert costs.count_parameters(network) == published["num_params"]
+    assert costs.count_multiply_adds(network, image) / 1e9 == pytest.approx(published["_ops"], abs=5e-4)
     if name == "resnet18":
-        assert f"{costs.multiply_adds(network, image):.3g}" == "1.81e+09"
+        assert f"{costs.count_multiply_adds(network, image):.3g}" == "1.81e+09"
 
 
 def test_attention_is_counted_where_torch_would_fuse_it() -> None:
     network = VisionTransformer(16, 8, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=20, num_classes=7)
     tokens, width = 5, 12
     of_layer = tokens * (4 * width * width + 2 * width * 20) + 2 * tokens * tokens * width
-    assert costs.multiply_adds(network, torch.zeros(1, 3, 16, 16)) == 4 * 3 * 8 * 8 * width + 2 * of_layer + width * 7
+    assert (
+        costs.count_multiply_adds(network, torch.zeros(1, 3, 16, 16))
+        == 4 * 3 * 8 * 8 * width + 2 * of_layer + width * 7
+    )
     assert network.training
     assert torch.backends.mha.get_fastpath_enabled()
 
@@ -111,13 +114,11 @@ class Sleeper(nn.Module):
         return images
 
 
-def test_speed_is_that_of_a_warm_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "_WARM_UP", 0.05)
-    monkeypatch.setattr(costs, "_LONG", 0.2)
+def test_speed_is_that_of_a_warm_network() -> None:
     network = Sleeper()
-    found = costs.speed(network, torch.zeros(1, 1, 2, 2))
-    assert 11 <= found.milliseconds < 60
-    assert 64 / 0.3 < found.images_per_second <= 64 / 0.074
+    speed = costs.measure_speed(network, torch.zeros(1, 1, 2, 2), min_run_time=0.2)
+    assert 11 <= speed.milliseconds < 60
+    assert 64 / 0.3 < speed.images_per_second <= 64 / 0.074
     assert network.training
 
 
@@ -326,13 +327,13 @@ def test_the_teacher_that_a_pipeline_names_stands_beside_runs(work: Work) -> Non
 def test_a_run_of_an_older_kdcache_is_refused_with_what_works(work: Work, tmp_path: Path) -> None:
     older = run(tmp_path / "older", work.pipeline, work.student, loss="kd")
     said = refused(2, "evaluate", older)
-    assert "does not say of which network" in said
+    assert "does not say which network" in said
     fix = said.split("kdcache evaluate ")[1].split(" (or")[0].split()
     assert told(*fix)["scores"][0]["top1"] == told(work.folder / "s")["scores"][0]["top1"]
 
 
 def test_what_is_no_finished_run_is_refused(work: Work, tmp_path: Path) -> None:
-    assert "there is no run" in refused(2, "evaluate", tmp_path / "nowhere")
+    assert "run folder not found" in refused(2, "evaluate", tmp_path / "nowhere")
     assert "has no model.safetensors" in refused(2, "evaluate", work.cache.path)
     broken = run(tmp_path / "broken", work.pipeline, work.student)
     for text in ("{", "[]"):
@@ -348,7 +349,9 @@ def test_arguments_that_do_not_go_together_are_refused(work: Work) -> None:
     assert "no RUN is given" in refused(2, "evaluate")
     assert "options are missing" in refused(2, "evaluate", work.folder / "s", "--pipeline", pipeline)
     assert "options are missing" in refused(2, "evaluate", work.folder / "s", "--set", "student.args.width=3")
-    assert "in no pipeline" in refused(2, "evaluate", "--pipeline", pipeline, "--network", "student")
+    assert "does not name the weights of a student" in refused(
+        2, "evaluate", "--pipeline", pipeline, "--network", "student"
+    )
     wrong = refused(4, "evaluate", "--pipeline", pipeline, "--network", "teacher", checkpoint)
     assert "does not fit the network" in wrong
     ensemble = ("--set", "teacher=['small:mlp', 'small:mlp']", "--network", "teacher")
@@ -364,7 +367,7 @@ def test_networks_of_different_data_sets_are_refused_and_of_one_at_two_paths_not
     same = told(work.folder / "s", elsewhere("mine", seed=0))["scores"]
     assert same[0]["top1"] == same[1]["top1"]
     for other in (elsewhere("other", seed=1), elsewhere("shorter", seed=0, test_fraction=0.2)):
-        assert "are of different data sets" in refused(4, "evaluate", work.folder / "s", other)
+        assert "trained on different data sets" in refused(4, "evaluate", work.folder / "s", other)
     assert "no sample of other/train is in" in refused(4, "evaluate", tmp_path / "other", "--cache", work.cache.path)
 
 

@@ -32,9 +32,9 @@ from kdcache.data.datasets import load_split
 from kdcache.data.images import Picture
 from kdcache.data.views import View
 from kdcache.evaluation.metrics import reliability
-from kdcache.evaluation.report.charts import Chart, Line, as_svg, draw_lines, draw_verdicts, save_png
+from kdcache.evaluation.report.charts import Chart, Line, as_svg, draw_lines, draw_where_wrong, save_png
 from kdcache.evaluation.report.collect import collect
-from kdcache.evaluation.report.html import samples as shown_samples
+from kdcache.evaluation.report.html import Sample, SampleGrid, render
 from kdcache.evaluation.runs import Mean, Row, find_runs, group_runs, read_run
 from kdcache.models.small import SmallMLP
 
@@ -271,21 +271,26 @@ def test_sharpness_is_of_the_rows_that_the_students_were_shown(work: Work) -> No
 
 def test_disagreement_is_that_of_a_loop(work: Work) -> None:
     found = collect([work.folder / "sweep"], work.cache)
-    assert found.taught is not None
+    assert found.teacher is not None
     teacher = work.teacher().argmax(axis=1)
     for group in found.students:
         expected = np.zeros((len(NAMES), len(NAMES)))
         for run in work.runs(group.loss):
             for of_teacher, logits in zip(teacher, work.says(run, "train")[0], strict=True):
                 expected[of_teacher, logits.argmax()] += 1
-        assert found.taught.disagreement(group, len(NAMES)).tolist() == expected.tolist()
+        assert found.teacher.disagreement(group, len(NAMES)).tolist() == expected.tolist()
 
 
 def test_the_cost_is_counted_by_hand(work: Work) -> None:
     count = len(load_split(work.pipeline.dataset, "train"))
     size = sum(path.stat().st_size for path in work.cache.path.rglob("*") if path.name not in ("README.md", "card.png"))
     size -= sum(path.stat().st_size for path in work.cache.path.rglob("*") if path.is_dir())
-    assert work.told["cost"] == {"once": 2 * count, "live": 4 * EPOCHS * count, "students": 4, "bytes": size}
+    assert work.told["cost"] == {
+        "teacher_passes": 2 * count,
+        "live_teacher_passes": 4 * EPOCHS * count,
+        "students": 4,
+        "cache_bytes": size,
+    }
     seconds = work.page.tables["Cost"][0][1][3]
     assert seconds == f"{sum(metrics(run)['seconds'] for run in work.runs('dtkd')):.1f}"
 
@@ -308,7 +313,7 @@ def test_rows_that_the_students_are_shown_may_be_fewer(work: Work, tmp_path: Pat
     text = Page((tmp_path / "r.html").read_text()).text
     assert f"On 9 of the {len(work.cache)} cached images" in text
     assert f"in {work.told['changed_by_ka']} of" in text  # the teacher is asked about all
-    assert "that are among the images they were shown" in text
+    assert "of them that the students were run on" in text
 
 
 def test_a_data_set_in_another_order_makes_the_same_page(work: Work, tmp_path: Path) -> None:
@@ -334,9 +339,9 @@ def test_a_student_of_a_part_is_compared_on_that_part(work: Work, tmp_path: Path
     train = ("train-student", tmp_path / "mine.yaml", "--cache", work.cache.path, "-o", tmp_path / "run")
     ok(*train, "--loss", "kd", "--allow-missing", *short)
     found = collect([tmp_path / "run"], work.cache)
-    assert found.taught is not None
-    assert found.taught.cost.live == 2 * len(part)
-    assert found.taught.ids.tolist() == part
+    assert found.teacher is not None
+    assert found.teacher.cost.live_teacher_passes == 2 * len(part)
+    assert found.teacher.ids.tolist() == part
     (note,) = found.notes
     assert f"{len(part)} samples of the cache are in mine0/train, {count - len(part)} are missing" in note
     assert "3 of its own are left out" in note
@@ -347,19 +352,19 @@ def test_a_student_of_a_part_is_compared_on_that_part(work: Work, tmp_path: Path
     expected = np.zeros((len(NAMES), len(NAMES)))
     for id_ in part:
         expected[teacher[id_].argmax(), logits[id_].argmax()] += 1
-    assert found.taught.disagreement(group, len(NAMES)).tolist() == expected.tolist()
-    verdicts = [0, 0, 0]
+    assert found.teacher.disagreement(group, len(NAMES)).tolist() == expected.tolist()
+    expected_counts = [0, 0, 0]
     for id_ in part:
         if labels[id_] >= 0 and teacher[id_].argmax() != labels[id_]:
             said = logits[id_].argmax()
-            verdicts[0 if said == labels[id_] else 1 if said == teacher[id_].argmax() else 2] += 1
-    assert found.taught.verdicts(group) == tuple(verdicts)
-    assert found.taught.sharpness(group)["largest"].numpy() == pytest.approx(logits[part].max(axis=1), abs=1e-5)
-    assert int(found.taught.wrong.sum()) == work.told["changed_by_ka"], "the teacher is asked about all"
+            expected_counts[0 if said == labels[id_] else 1 if said == teacher[id_].argmax() else 2] += 1
+    assert found.teacher.predictions_where_wrong(group) == tuple(expected_counts)
+    assert found.teacher.sharpness(group)["largest"].numpy() == pytest.approx(logits[part].max(axis=1), abs=1e-5)
+    assert int(found.teacher.wrong.sum()) == work.told["changed_by_ka"], "the teacher is asked about all"
 
     images = load_split(work.pipeline.dataset, "train").images
-    assert {one.id in part for one in found.taught.hardest} == {True, False}
-    for one in found.taught.hardest:
+    assert {one.id in part for one in found.teacher.hardest} == {True, False}
+    for one in found.teacher.hardest:
         assert (one.picture is not None) is (one.id in part)
         if one.picture is not None:
             assert torch.equal(torch.as_tensor(one.picture), torch.as_tensor(images.picture(one.id)))
@@ -485,7 +490,7 @@ def test_without_the_images_what_the_runs_and_the_cache_say_is_shown(work: Work,
     finally:
         path.with_suffix(".away").rename(path)
     page = Page((tmp_path / "r.html").read_text())
-    assert "There is no test split to look at" in page.text
+    assert "The test split is not available" in page.text
     assert [row[2] for row in page.tables["Over seeds"][0]] == [row[2] for row in work.page.tables["Over seeds"][0]]
     assert [row[5] for row in page.tables["Over seeds"][0]] == ["ECE", "", ""]
     assert page.tables["Where KA changes the teacher"] == work.page.tables["Where KA changes the teacher"][1:]
@@ -515,7 +520,7 @@ def test_a_network_that_is_no_longer_what_it_was_is_told_of(work: Work, tmp_path
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(said))
     (note,) = collect([tmp_path / "run"]).notes
     assert f"had a test accuracy of {said['test']['accuracy']:.2%}" in note
-    assert f"has {said['test']['accuracy'] - 0.25:.2%} here" in note
+    assert f"has {said['test']['accuracy'] - 0.25:.2%} now" in note
 
 
 @pytest.mark.parametrize("classes", [2, 1000])
@@ -552,7 +557,7 @@ def test_pictures_of_every_kind_are_shown(kind: str) -> None:
         "palette": Image.new("P", (8, 6)),
     }
     picture = kinds[kind]
-    (source,) = Page(shown_samples([(picture, ["one"])])).sources
+    (source,) = Page(render("", [SampleGrid([Sample(picture, ["one"])])])).sources
     with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
         assert image.size == ((192, 64) if kind == "PIL" else (8, 6))
         if isinstance(picture, torch.Tensor):
@@ -569,7 +574,7 @@ def test_a_picture_of_dozens_of_groups_has_room_for_their_names(tmp_path: Path) 
     assert axes.height * chart.figure.get_figheight() > 1.5
     strokes = {(line.get_color(), str(line.get_linestyle())) for line in chart.figure.axes[0].lines}
     assert len(strokes) == 36
-    assert save_png(draw_verdicts([("none", (0, 0, 0))], "ka"), tmp_path).stat().st_size > 0
+    assert save_png(draw_where_wrong([("none", (0, 0, 0))], "ka"), tmp_path).stat().st_size > 0
 
 
 # Mistakes.
@@ -585,13 +590,15 @@ def test_runs_of_different_data_sets_are_refused(work: Work, tmp_path: Path) -> 
     )
     (tmp_path / "mine1.npz").unlink()
     assert "name different data sets" in refused(4, "report", tmp_path / "run", work.runs("kd")[0], "-o", out)
-    assert "none of the runs says" in refused(4, "report", tmp_path / "run", "--cache", work.cache.path, "-o", out)
+    assert "none of the runs was trained from" in refused(
+        4, "report", tmp_path / "run", "--cache", work.cache.path, "-o", out
+    )
     assert not out.exists()
 
 
 def test_what_is_no_run_is_refused(work: Work, tmp_path: Path) -> None:
     out = tmp_path / "r.html"
-    assert "there is no run" in refused(2, "report", tmp_path / "none", "-o", out)
+    assert "run folder not found" in refused(2, "report", tmp_path / "none", "-o", out)
     (tmp_path / "sweep" / "loss=kd" / "seed0.partial").mkdir(parents=True)
     (tmp_path / "sweep" / "loss=kd" / "point.json").write_text("{}")
     assert "is finished" in refused(2, "report", tmp_path / "sweep", "-o", out)

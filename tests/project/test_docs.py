@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from helpers.processes import PATIENCE, command_line, exit_code, in_a_process
 from kdcache.cli import main
 from kdcache.config.loader import load_pipeline
 from kdcache.config.schema import EnsembleSpec
-from kdcache.evaluation import costs
+from kdcache.evaluation import scorecard
 
 # FORMAT.md, FIDELITY.md and PERFORMANCE.md show what takes long or is compared elsewhere; the others have no commands.
 GUIDES = [
@@ -87,8 +88,7 @@ def without_benchmarks(output: Path, folder: Path, arguments: list[str]) -> None
     """Run a command as if typed in that folder; no test here looks at how fast a network is."""
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(costs, "_WARM_UP", 0.0)
-        patch.setattr(costs, "_LONG", 0.0)
+        patch.setattr(scorecard, "score_networks", partial(scorecard.score_networks, min_run_time=0.0))
         command_line(output, {}, *arguments)
 
 

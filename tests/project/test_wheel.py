@@ -24,7 +24,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_contains_data_recipes_types_and_license(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for wanted in ("py.typed", "package_data/data/digits/digits.csv.gz", "package_data/data/digits/README.md"):
+    for wanted in (
+        "py.typed",
+        "evaluation/report/template.html.j2",
+        "package_data/data/digits/digits.csv.gz",
+        "package_data/data/digits/README.md",
+    ):
         assert f"kdcache/{wanted}" in names
     assert {f"kdcache/package_data/pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.yaml")} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)

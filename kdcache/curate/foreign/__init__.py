@@ -1,4 +1,4 @@
-"""What other projects have written down of their teachers: read into caches, and written from them."""
+"""Import and export of the soft labels of other projects: FKD, ml-dr and TinyViT."""
 
 from kdcache.curate.foreign.exporter import TARGETS, files_of_cache
 from kdcache.curate.foreign.importer import SOURCES, cache_of_files

@@ -1,11 +1,12 @@
-"""A cache as files that the students of FKD, ml-dr or TinyViT read.
+"""Export a cache as files that the students of FKD, ml-dr or TinyViT read.
 
-Boxes that are recorded are written as they are; those of RandomResizedCrop follow from (seed, sample, view), and are
-drawn again. So the reader's crop is the one that the teacher saw, with its flip.
+Recorded boxes are written as they are; those of RandomResizedCrop follow from (seed, sample, view) and are computed
+again. So the reader's crop and flip are those that the teacher saw.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,10 +36,10 @@ from kdcache.runtime.atomic_write import move_into_place
 from kdcache.runtime.progress import Progress, Silent
 
 TARGETS = ("fkd", "ml-dr", "tinyvit")
-_AT_ONCE = 2**22
-"""Numbers of logits, and of probabilities of all views, that are in memory at once."""
+_VALUES_AT_ONCE = 2**22
+"""Number of logits, and of probabilities of all views, in memory at once."""
 
-_DRAWN, _FLIP = "RandomResizedCrop", "RandomHorizontalFlip"
+_RANDOM_CROP, _FLIP = "RandomResizedCrop", "RandomHorizontalFlip"
 
 
 def files_of_cache(
@@ -50,43 +51,46 @@ def files_of_cache(
     top_k: int | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Write what a cache holds in another project's layout, and say how many classes of a row were kept.
+    """Write a cache in the layout of another project.
 
     Args:
-        cache: whose views are crops, or, for TinyViT, were drawn by TinyViT.
+        cache: a cache whose views are crops or, for TinyViT, that was imported from TinyViT.
         target: one of `TARGETS`.
-        out: a new folder; there is nothing there before all is.
+        out: a new folder; it appears when all files are written.
         samples: the images, whose names and sizes are needed.
-        top_k: how many classes of a row are kept; None for as many as the cache keeps one by one.
-        progress: who is told how it goes.
+        top_k: number of classes per row; None for the head of the cache.
+        progress: progress reporter; silent if None.
+
+    Returns:
+        The number of classes per row.
 
     Raises:
-        UsageError: if the project's students would be shown something else than the teacher was.
-        MismatchError: if these are other samples than the cache's.
+        UsageError: if the project's students would see other images than the teacher did.
+        MismatchError: if `samples` are not the cache's.
     """
-    out, plan, listener = Path(out), cache.manifest.plan, progress or Silent()
+    out, plan, reporter = Path(out), cache.manifest.plan, progress or Silent()
     check_outside(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise UsageError(f"{out} exists already", "give another name with -o")
-    kept = plan.encoding.top_k if top_k is None else top_k
-    if not 0 < kept <= (most := plan.encoding.top_k):
-        raise UsageError(f"{kept} classes of a row are asked for, the cache keeps {most}", f"ask for 1 to {most}")
+    k = plan.encoding.top_k if top_k is None else top_k
+    if not 0 < k <= (stored := plan.encoding.top_k):
+        raise UsageError(f"top_k is {k}, but the cache stores {stored} classes per row", f"use 1 to {stored}")
     if len(cache.views) < plan.views.count:
         raise UsageError(f"{cache.path} holds only {len(cache.views)} of {plan.views.count} views", "pull the others")
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         unfinished = Path(scratch) / out.name
         if target == "tinyvit":
-            _write_epochs(cache, unfinished, samples, kept, listener)
+            _write_epochs(cache, unfinished, samples, k, reporter)
         else:
-            _write_samples(cache, target, unfinished, _images(cache, target, samples, listener), kept, listener)
+            _write_samples(cache, target, unfinished, _images(cache, target, samples, reporter), k, reporter)
         move_into_place(unfinished, out)
-    return kept
+    return k
 
 
 def _images(cache: Cache, target: str, samples: Samples | None, progress: Progress) -> Samples:
     if samples is None:
-        raise UsageError(f"the files of {target} are of images, and none are given", "give the data set: --pipeline P")
+        raise UsageError(f"the files of {target} need the images", "pass the data set with --pipeline PIPELINE")
     _check_crops(cache.manifest.plan.views.transform)
     check_data(cache, samples, None, progress)
     replay(cache, samples, A_FEW)
@@ -94,67 +98,67 @@ def _images(cache: Cache, target: str, samples: Samples | None, progress: Progre
 
 
 def _check_crops(transform: Transform) -> None:
-    """That what a teacher saw of an image is a box of it, perhaps flipped, through steps that draw nothing."""
+    """Check that the transform is a crop, optionally a flip, and then steps that are not random."""
     first = next(iter(transform[0]), "nothing") if transform else "nothing"
     rest = transform[1:]
-    if first == _DRAWN and rest and _FLIP in rest[0]:
+    if first == _RANDOM_CROP and rest and _FLIP in rest[0]:
         rest = rest[1:]
-    if first not in (CROP, _DRAWN) or is_random(rest):
+    if first not in (CROP, _RANDOM_CROP) or is_random(rest):
         raise UsageError(
-            f"what the teacher saw is no crop of an image alone: {transform}",
-            f"only caches whose transform is {CROP}, or {_DRAWN} and perhaps {_FLIP}, and then draws nothing more, can "
-            "be written for readers that cut a box out",
+            f"the views of the teacher are not plain crops: {transform}",
+            f"only a transform of {CROP}, or {_RANDOM_CROP} and optionally {_FLIP}, followed by steps that are not "
+            "random, can be exported",
         )
 
 
 def _write_samples(cache: Cache, target: str, out: Path, samples: Samples, top_k: int, progress: Progress) -> None:
-    """One file a sample, with all its views."""
+    """Write one file per sample, with all its views."""
     plan = cache.manifest.plan
     views = range(plan.views.count)
     transform = plan.views.transform
-    rows, boxes = _MostProbable(cache, top_k), _Boxes(cache, samples, "fraction" if target == "fkd" else "pixels")
-    names = fkd.names_of(samples) if target == "fkd" else [ml_dr.name_of(number) for number in range(len(samples))]
+    reader, boxes = _TopClasses(cache, top_k), _Boxes(cache, samples, "fraction" if target == "fkd" else "pixels")
+    names = fkd.names_of(samples) if target == "fkd" else [ml_dr.name_of(id_) for id_ in range(len(samples))]
     out.mkdir(parents=True)
     if target == "fkd":
         _check_names(samples, names)
     else:
-        size, normal = _stated(transform)
-        ml_dr.write_config(out, samples, len(views), top_k, size, normal)
+        size, normalization = _size_and_normalization(transform)
+        ml_dr.write_config(out, samples, len(views), top_k, size, normalization)
     with progress.task(f"files of {target}", len(samples), "files") as task:
-        for ids in cut_range(range(len(samples)), max(_AT_ONCE // (len(views) * max(top_k, BOX)), 1)):
-            of_views = [rows.of(view, ids) for view in views]
+        for ids in cut_range(range(len(samples)), max(_VALUES_AT_ONCE // (len(views) * max(top_k, BOX)), 1)):
+            of_views = [reader.read(view, ids) for view in views]
             probabilities, classes = (np.stack(parts) for parts in zip(*of_views, strict=True))
-            kept = boxes.of(ids)
-            for place, number in enumerate(ids):
-                said = SparseSoftLabels(probabilities[:, place], classes[:, place], kept[:, place])
+            of_ids = boxes.read(ids)
+            for index, id_ in enumerate(ids):
+                soft_labels = SparseSoftLabels(probabilities[:, index], classes[:, index], of_ids[:, index])
                 if target == "fkd":
-                    fkd.write(out / names[number], said)
+                    fkd.write(out / names[id_], soft_labels)
                 else:
-                    ml_dr.write(out / names[number], number, said)
+                    ml_dr.write(out / names[id_], id_, soft_labels)
                 task.advance(1)
 
 
 def _check_names(samples: Samples, names: Sequence[str]) -> None:
-    """That FKD's reader, which cuts paths at their first point, finds the files under the names of its writer."""
-    astray = next((name for name in names if "." in name.removesuffix(".tar")), None)
-    if astray is not None:
+    """Check that FKD's reader, which truncates paths at their first dot, finds the files."""
+    dotted = next((name for name in names if "." in name.removesuffix(".tar")), None)
+    if dotted is not None:
         raise UsageError(
-            f"FKD's reader does not find {astray}: it ends names at their first point", "rename the folder"
+            f"FKD's reader does not find {dotted}: it truncates paths at their first dot", "rename the folder"
         )
 
 
-class _MostProbable:
-    """The most probable classes of a cache's rows."""
+class _TopClasses:
+    """A reader of the most probable classes of a cache's rows."""
 
     def __init__(self, cache: Cache, top_k: int) -> None:
         plan = cache.manifest.plan
         self._labels, self._encoding, self._top_k = cache.labels, plan.encoding, top_k
         self._reader, self._basis = zarr_store.RowReader(cache.path, plan), zarr_store.read_basis(cache.path, plan)
 
-    def of(self, view: int, ids: range) -> tuple[Any, Any]:
-        """(probabilities, classes) [B, k] of a view of some samples."""
+    def read(self, view: int, ids: range) -> tuple[Any, Any]:
+        """Return (probabilities, classes), both [B, k], of some samples in a view."""
         parts = []
-        for some in cut_range(ids, max(_AT_ONCE // self._encoding.num_classes, 1)):
+        for some in cut_range(ids, max(_VALUES_AT_ONCE // self._encoding.num_classes, 1)):
             labels = torch.from_numpy(self._labels[some.start : some.stop].astype(np.int64))
             logits = decode(self._reader.read(view, some), labels, self._encoding, self._basis)
             parts.append(most_probable(logits, self._top_k))
@@ -163,7 +167,7 @@ class _MostProbable:
 
 
 class _Boxes:
-    """The boxes of a cache's views, in the unit that is asked for."""
+    """A reader of the boxes of a cache's views, in pixels or as fractions of the image."""
 
     def __init__(self, cache: Cache, samples: Samples, unit: str) -> None:
         self._cache, self._samples, self._unit = cache, samples, unit
@@ -172,84 +176,89 @@ class _Boxes:
         self._steps = [build_transform([step]).transforms[0] for step in transform[:2]] if self._crop is None else []  # type: ignore[attr-defined]  # of Compose
         self._flips = len(transform) > 1 and _FLIP in transform[1]
 
-    def of(self, ids: range) -> npt.NDArray[np.float32]:
-        """Of some samples, [V, B, 5]."""
+    def read(self, ids: range) -> npt.NDArray[np.float32]:
+        """Return the boxes of some samples, [V, B, 5]: top, left, height, width, flip."""
         plan = self._cache.manifest.plan
         views = range(plan.views.count)
         if self._crop is not None:
-            kept = np.stack([zarr_store.read_recorded(self._cache.path, plan, view, ids) for view in views])
+            stored = np.stack([zarr_store.read_recorded(self._cache.path, plan, view, ids) for view in views])
             if self._crop.unit == self._unit:
-                return kept
+                return stored
         boxes = np.zeros((len(views), len(ids), BOX), np.float32)
-        for place, number in enumerate(ids):
-            picture = self._samples.images.picture(number)
+        for index, id_ in enumerate(ids):
+            picture = self._samples.images.picture(id_)
             height, width = sides_of(picture)
             for view in views:
                 if self._crop is not None:
-                    box = pixels_of(kept[view, place], self._crop.unit, height, width)
-                    flip = bool(kept[view, place, 4])
+                    box = pixels_of(stored[view, index], self._crop.unit, height, width)
+                    flip = bool(stored[view, index, 4])
                 else:
-                    box, flip = self._drawn(picture, number, view)
+                    box, flip = self._compute(picture, id_, view)
                 sides = (height, width, height, width) if self._unit == "fraction" else (1, 1, 1, 1)
-                boxes[view, place] = [*(value / side for value, side in zip(box, sides, strict=True)), flip]
+                boxes[view, index] = [*(value / side for value, side in zip(box, sides, strict=True)), flip]
         return boxes
 
-    def _drawn(self, picture: Picture, number: int, view: int) -> tuple[PixelBox, bool]:
-        """What the first two steps draw for a view of a sample, in their order."""
+    def _compute(self, picture: Picture, id_: int, view: int) -> tuple[PixelBox, bool]:
+        """Compute the random crop and flip of a view of a sample, in the order of the transform."""
         crop, seed = self._steps[0].step, self._cache.manifest.plan.views.seed
-        draw = getattr(crop, "make_params", None) or crop._get_params  # as torchvision 0.19 calls it
-        with seeded(seed, number, view):
-            drawn = draw([picture])
-            box = PixelBox(*(int(drawn[side]) for side in PixelBox._fields))
+        get_params = getattr(crop, "make_params", None) or crop._get_params  # as torchvision 0.19 calls it
+        with seeded(seed, id_, view):
+            params = get_params([picture])
+            box = PixelBox(*(int(params[side]) for side in PixelBox._fields))
             flipped = self._steps[1](torch.tensor([[[0, 1]]])) if self._flips else torch.tensor([[[0, 1]]])
         return box, bool(flipped[0, 0, 0])
 
 
-def _stated(transform: Transform) -> tuple[list[int], dict[str, Any]]:
-    """(size, normalization) that ml-dr's config can state, and nothing else that the transform does.
+def _size_and_normalization(transform: Transform) -> tuple[list[int], dict[str, Any]]:
+    """Return (size, normalization) of a transform that ml-dr's config can express.
 
     Raises:
-        UsageError: if it does something else.
+        UsageError: if it cannot.
     """
-    crop = transform[0].get(CROP) or transform[0].get(_DRAWN) or {}
+    crop = transform[0].get(CROP) or transform[0].get(_RANDOM_CROP) or {}
     rest = transform[2:] if len(transform) > 1 and _FLIP in transform[1] else transform[1:]
-    plain = [{"ToImage": {}}, {"ToDtype": {"dtype": "float32", "scale": True}}]
-    normal = rest[2].get("Normalize") if len(rest) == len(plain) + 1 else {}
-    if crop.get("interpolation", "bilinear") != "bilinear" or rest[:2] != plain or normal is None or len(rest) > 3:
+    conversion = [{"ToImage": {}}, {"ToDtype": {"dtype": "float32", "scale": True}}]
+    normalization = rest[2].get("Normalize") if len(rest) == len(conversion) + 1 else {}
+    if (
+        crop.get("interpolation", "bilinear") != "bilinear"
+        or rest[:2] != conversion
+        or normalization is None
+        or len(rest) > 3
+    ):
         raise UsageError(
-            f"ml-dr's reader cuts bilinearly and then scales and normalizes alone, and this teacher saw {transform}",
-            f"only {plain} and perhaps Normalize can follow the crop",
+            f"ml-dr's reader only crops bilinearly, scales and normalizes, but the transform is {transform}",
+            f"only {conversion} and optionally Normalize can follow the crop",
         )
     size = crop["size"]
-    return [size, size] if isinstance(size, int) else [*size] * (2 // len(size)), normal
+    return [size, size] if isinstance(size, int) else [*size] * (2 // len(size)), normalization
 
 
 def _write_epochs(cache: Cache, out: Path, samples: Samples | None, top_k: int, progress: Progress) -> None:
-    """A folder an epoch, of a cache whose images TinyViT drew."""
+    """Write one folder per epoch, of a cache that was imported from TinyViT."""
     plan = cache.manifest.plan
     transform = plan.views.transform
     if recorded(transform) != "seeds":
         raise UsageError(
-            "TinyViT's reader draws its images from a seed, by its own code: with any seed that could be written it "
-            "would show a student other images than this teacher saw",
-            "write only caches that came from TinyViT's files; or take --to fkd or --to ml-dr",
+            "TinyViT's reader augments images from a seed by its own code: no seed gives the images that this teacher "
+            "saw",
+            "export only caches that were imported from TinyViT, or use --to fkd or --to ml-dr",
         )
-    if plan.encoding.num_classes > tinyvit.MOST_CLASSES:
-        raise UsageError(f"TinyViT's int16 has no room for {plan.encoding.num_classes} classes", "take fewer")
+    if plan.encoding.num_classes > tinyvit.MAX_CLASSES:
+        raise UsageError(f"TinyViT's int16 cannot hold {plan.encoding.num_classes} classes", "select fewer classes")
     if samples is not None:
         check_data(cache, samples, None, progress)
     (arguments,) = transform[0].values()
     names = tinyvit.names_of(samples, str(arguments.get("keys")), len(cache))
 
-    rows = _MostProbable(cache, top_k)
+    reader = _TopClasses(cache, top_k)
 
-    def said(view: int) -> Iterator[SparseSoftLabels]:
+    def parts(view: int) -> Iterator[SparseSoftLabels]:
         for ids in cut_range(range(len(cache)), plan.shape.chunk_rows):
-            probabilities, classes = rows.of(view, ids)
+            probabilities, classes = reader.read(view, ids)
             seeds = zarr_store.read_recorded(cache.path, plan, view, ids)
             yield SparseSoftLabels(probabilities[None], classes[None], seeds[None])
 
     with progress.task("epochs", plan.views.count, "epochs") as task:
         for view in range(plan.views.count):
-            tinyvit.write(out, view, names, said(view), top_k)
+            tinyvit.write(out, view, names, parts(view), top_k)
             task.advance(1)

@@ -1,4 +1,4 @@
-"""Files of FKD, ml-dr and TinyViT as a cache: their rows, and from what their views were drawn."""
+"""Import the files of FKD, ml-dr and TinyViT as a cache: soft labels, and the boxes or seeds of the views."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs, digest_of
 from kdcache.cache.format.recorded_views import CROP, recorded, unit_of
 from kdcache.cache.format.schema import Encoding, Lineage, Plan, ViewsRecord
 from kdcache.cache.format.sharding import choose_sharding
-from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec, Transform
 from kdcache.curate.foreign.fkd import open_fkd
 from kdcache.curate.foreign.ml_dr import open_ml_dr
-from kdcache.curate.foreign.sparse_labels import Opened, SoftLabelSource, as_rows, logits_of
+from kdcache.curate.foreign.sparse_labels import OpenedSource, SoftLabelSource, as_rows, logits_of
 from kdcache.curate.foreign.tinyvit import open_tinyvit
 from kdcache.curate.recode import complete
+from kdcache.curate.scratch import check_output
 from kdcache.data.alignment import taken
 from kdcache.data.loader import cut_range
 from kdcache.data.recorded_crop import split_recorded
@@ -37,15 +37,15 @@ from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.versions import versions
 
-SOURCES: dict[str, Callable[[Path, Samples], Opened]] = {
+SOURCES: dict[str, Callable[[Path, Samples], OpenedSource]] = {
     "fkd": open_fkd,
     "ml-dr": open_ml_dr,
     "tinyvit": open_tinyvit,
 }
 _UNITS = {"fkd": "fraction", "ml-dr": "pixels"}
 _LOGITS_AT_ONCE = 2**22
-_SAID, _RECORDED = 32, 64
-"""Bytes in memory of a probability, its class and copies of both, and of what else there is in a row."""
+_BYTES_PER_CLASS, _BYTES_PER_ROW = 32, 64
+"""Memory for a probability, its class and copies of both, and for everything else in a row."""
 
 
 def cache_of_files(
@@ -60,34 +60,34 @@ def cache_of_files(
     scheduler: str = "threads",
     progress: Progress | None = None,
 ) -> Cache:
-    """A cache of what another project has written down of its teacher; crop v of an image is its view v.
+    """Make a cache from the soft labels of another project; crop v of an image is its view v.
 
-    Killed at any moment, the same call goes on at the first shard that is not whole.
+    If interrupted at any moment, the same call resumes at the first unfinished shard.
 
     Args:
-        source: the folder that the project's own students read.
+        source: folder that the project's students read.
         layout: one of `SOURCES`.
-        samples: the data set that the teacher was run on.
+        samples: data set that the teacher was run on.
         out: folder of the cache.
-        name: of the teacher; None for that of the folder.
-        transform: what a student is to be shown, which begins with a recorded crop; None for what the files say.
-        spec: `dtype`, `shard_rows`, `license` and `notes` are taken; the rest is what the files have.
-        scheduler: as `operations.over` takes it.
-        progress: who is told how it goes.
+        name: name of the teacher; None for the name of the folder.
+        transform: transform for students, starting with a recorded crop; None for the one that the files state.
+        spec: `dtype`, `shard_rows`, `license` and `notes` are used; everything else follows from the files.
+        scheduler: backend; see `parallel.over`.
+        progress: progress reporter; silent if None.
 
     Raises:
-        UsageError: if the files can be used for no cache, or the transform is not of such crops.
-        MismatchError: if they are of other samples, or `out` was begun with other settings.
-        CorruptError: if a file is missing, or holds something else; names it.
+        UsageError: if no cache can be made from the files, or the transform does not fit them.
+        MismatchError: if they are of other samples, or `out` was started with other settings.
+        CorruptError: if a file is missing or malformed; names it.
     """
     folder, out, spec = Path(source), Path(out).absolute(), spec or CacheSpec()
-    check_place(out)
+    check_output(out)
     if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}", f"give the one that {layout}'s students read")
+        raise UsageError(f"folder not found: {folder}", f"pass the folder that {layout}'s students read")
     opened = SOURCES[layout](folder, samples)
-    shown = _transform(layout, opened, transform)
+    student_transform = _transform(layout, opened, transform)
     keys = samples.keys(progress or Silent())
-    plan = _plan(folder, layout, opened.source, samples, digest_of(keys, samples.labels), shown, name, spec)
+    plan = _plan(folder, layout, opened.source, samples, digest_of(keys, samples.labels), student_transform, name, spec)
     writer = CacheWriter.begin(out, plan, samples.labels, keys)
     pending = {shard: [] for shard in range(plan.shards)}  # type: dict[int, list[int]]
     for view in range(plan.views.count):
@@ -97,43 +97,44 @@ def cache_of_files(
     for shard, views in pending.items():
         ids = plan.shard_ids(shard)
         labels = torch.from_numpy(samples.labels[ids.start : ids.stop].astype(np.int64))
-        names, marked = opened.names[ids.start : ids.stop], _marked(plan, samples, shard)
-        together = [views] if opened.source.by_sample and views else [[view] for view in views]
-        calls += [(shard, some, opened.source, names, labels, marked) for some in together]
+        names, marked = opened.names[ids.start : ids.stop], _fingerprinted(plan, samples, shard)
+        view_groups = [views] if opened.source.by_sample and views else [[view] for view in views]
+        calls += [(shard, group, opened.source, names, labels, marked) for group in view_groups]
     return complete(writer, _write_shard, calls, scheduler)
 
 
-def _transform(layout: str, opened: Opened, said: Transform | None) -> Transform:
-    """What a student is shown: what the user says, or what the files say; each where the other is silent."""
+def _transform(layout: str, opened: OpenedSource, given: Transform | None) -> Transform:
+    """Return the transform for students: the given one, checked against the files, or the one that the files state."""
     if layout == "tinyvit":
-        if said is not None and said != opened.transform:
+        if given is not None and given != opened.transform:
             raise UsageError(
-                "TinyViT's images are drawn by its own code, and a transform was given", "remove `transform`"
+                "a transform is set, but TinyViT's augmentation can only be run by its own code", "remove `transform`"
             )
         return opened.transform or []
-    shown, unit = said if said is not None else opened.transform, _UNITS[layout]
+    transform, unit = given if given is not None else opened.transform, _UNITS[layout]
     example = [{CROP: {"size": 224, "unit": unit}}, {"ToImage": {}}, {"ToDtype": {"dtype": "float32", "scale": True}}]
-    if shown is None or recorded(shown) != "crops" or unit_of(shown) != unit:
+    if transform is None or recorded(transform) != "crops" or unit_of(transform) != unit:
         raise UsageError(
-            f"the files of {layout} hold boxes in {unit}, and the transform "
-            + (f"begins otherwise: {shown[:1]}" if shown else "is not said: they do not say how the crops were seen"),
-            f"begin `transform` of the pipeline so, and go on with its normalization: {example}",
+            f"the files of {layout} hold boxes in the unit {unit!r}, "
+            + (f"but the transform starts with {transform[:1]}" if transform else "but not the rest of the transform"),
+            f"start `transform` of the pipeline like this, and add the normalization: {example}",
         )
-    if _known(shown) != _known(shown if opened.transform is None else opened.transform):
+    if _stated(transform) != _stated(transform if opened.transform is None else opened.transform):
         raise MismatchError(
-            f"the transform is not what the files of {layout} say of it\n  here  {shown}\n  there {opened.transform}",
+            f"the transform differs from the one in the files of {layout}\n  pipeline {transform}\n"
+            f"  files    {opened.transform}",
             "leave `transform` out of the pipeline",
         )
-    if is_drawn(shown):
+    if is_drawn(transform):
         raise UsageError(
-            f"the transform draws at random behind its recorded crop: {shown[1:]}",
-            "leave such steps out: what the teacher said is of the crop alone",
+            f"the transform has random steps after its recorded crop: {transform[1:]}",
+            "remove them: the soft labels are of the crop alone",
         )
-    return shown
+    return transform
 
 
-def _known(transform: Transform) -> tuple[list[int], Transform]:
-    """All that files can say of a transform: how pixels are resampled is not always in them."""
+def _stated(transform: Transform) -> tuple[list[int], Transform]:
+    """Return what all files state of a transform: size of the crop and later steps, but not the interpolation."""
     crop, rest = split_recorded(transform)
     return crop.size if crop is not None else [], rest
 
@@ -148,22 +149,23 @@ def _plan(
     name: str | None,
     spec: CacheSpec,
 ) -> Plan:
+    """Plan the cache: as many classes per row as the files have, and the rest of the mass spread evenly."""
     classes, dense = samples.num_classes, source.top_k == samples.num_classes
-    asked = {"top_k": "all" if dense else source.top_k, "tail": "uniform", "rank": None, "fidelity": None}
+    encoding_spec = {"top_k": "all" if dense else source.top_k, "tail": "uniform", "rank": None, "fidelity": None}
     try:
         encoding = Encoding(
             num_classes=classes, top_k=source.top_k, tail="none" if dense else "uniform", dtype=spec.dtype
         )
-        # What is said of a row, and its box; of all views of a shard at once where a file holds them all.
-        held = (_SAID * source.top_k + _RECORDED) * (source.views if source.by_sample else 1)
+        # All views of a shard are in memory at once if a file holds them all.
+        memory_per_row = (_BYTES_PER_CLASS * source.top_k + _BYTES_PER_ROW) * (source.views if source.by_sample else 1)
         return Plan(
             teacher=teacher_by_hearsay(name or folder.absolute().name, f"by {layout}", level="unknown"),
             dataset=record_of_data(samples, digest),
             views=ViewsRecord(count=source.views, seed=0, transform=transform),
-            request=request_of(spec.model_copy(update=asked)),
+            request=request_of(spec.model_copy(update=encoding_spec)),
             encoding=encoding,
             fidelity=None,
-            shape=choose_sharding(len(samples), held, spec.shard_rows),
+            shape=choose_sharding(len(samples), memory_per_row, spec.shard_rows),
             batch_size=spec.batch_size,
             versions=versions(),
             licence=spec.license,
@@ -173,13 +175,13 @@ def _plan(
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(
-            f"no cache can be made of these files: {first['msg']}",
-            "set cache.dtype to float16 or float32, and look at the transform",
+            f"no cache can be made from these files: {first['msg']}",
+            "set cache.dtype to float16 or float32, and check the transform",
         ) from None
 
 
-def _marked(plan: Plan, samples: Samples, shard: int) -> Samples:
-    """The samples of a shard that leave a fingerprint, with their places in it for ids."""
+def _fingerprinted(plan: Plan, samples: Samples, shard: int) -> Samples:
+    """Return the samples of a shard whose fingerprints are stored; their ids are their positions in the shard."""
     ids = plan.shard_ids(shard)
     marked = np.arange(ids.start, ids.stop, plan.shape.fingerprint_stride)
     return replace(samples, images=taken(samples.images, marked), labels=samples.labels[marked], ids=marked - ids.start)
@@ -194,27 +196,28 @@ def _write_shard(
     labels: torch.Tensor,
     marked: Samples,
 ) -> None:
-    """Write a shard of some views, all of which a file may hold."""
+    """Write one shard of some views."""
     writer = CacheWriter.join(out)
-    said, encoding = source.read(names, views), writer.plan.encoding
-    at_once = max(_LOGITS_AT_ONCE // encoding.num_classes, 1)
-    for place, view in enumerate(views):
-        probabilities, classes = as_rows(said, place)
+    soft_labels, encoding = source.read(names, views), writer.plan.encoding
+    rows_at_once = max(_LOGITS_AT_ONCE // encoding.num_classes, 1)
+    for index, view in enumerate(views):
+        probabilities, classes = as_rows(soft_labels, index)
         rows = [
             encode(
                 logits_of(probabilities[some.start : some.stop], classes[some.start : some.stop], encoding.num_classes),
                 labels[some.start : some.stop],
                 encoding,
             )
-            for some in cut_range(range(len(names)), at_once)
+            for some in cut_range(range(len(names)), rows_at_once)
         ]
-        kept = said.recorded[place]
-        writer.write(view, shard, Rows.concatenate(rows), _inputs(writer.plan, marked, view, kept), kept)
+        boxes_or_seeds = soft_labels.recorded[index]
+        inputs = _inputs(writer.plan, marked, view, boxes_or_seeds)
+        writer.write(view, shard, Rows.concatenate(rows), inputs, boxes_or_seeds)
 
 
-def _inputs(plan: Plan, marked: Samples, view: int, kept: Any) -> Inputs:
-    """Fingerprints of the crops; 0 where nobody here can make them."""
+def _inputs(plan: Plan, marked: Samples, view: int, boxes_or_seeds: Any) -> Inputs:
+    """Return the fingerprints of the crops; 0 for seeds, which cannot be replayed here."""
     if recorded(plan.views.transform) == "seeds":
         return Inputs(np.zeros(len(marked), np.uint32), np.zeros((len(marked), SKETCH_PARTS), np.float32))
-    seen = View(marked, plan.views.transform, plan.views.seed, view, crops=lambda _: kept)
-    return fingerprints_of(seen, range(len(marked)))
+    crops = View(marked, plan.views.transform, plan.views.seed, view, crops=lambda _: boxes_or_seeds)
+    return fingerprints_of(crops, range(len(marked)))

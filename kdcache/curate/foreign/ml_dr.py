@@ -1,17 +1,18 @@
-"""ml-dr's reinforcements: a file an image, with the crop, the flip and a few probabilities of each of its samples.
+"""ml-dr's reinforcements: one file per image, with the crop, the flip and a few probabilities of each of its samples.
 
-FOLDER/NUMBER.pth.tar, numbered as the training images are, is what torch.save made of
+The files FOLDER/NUMBER.pth.tar, with the number of the training image, are written by torch.save:
 
     (NUMBER, [{"params": [(top, left, height, width), flip], "prob": ([k probabilities], [k classes])}, ...])
 
-with boxes in pixels; `params` may also be a dict of (this image's, its partner's) by the names of the transforms.
-FOLDER/config.pth.tar says which transforms these are, at what size, how normalized. Reinforcement v is view v.
+with boxes in pixels; `params` may also be a dict from the names of the transforms to the parameters of (the image, its
+partner in mixing). FOLDER/config.pth.tar states the transforms with size and normalization. Reinforcement v is view v.
 
-What RandAugment, RandomErasing, MixUp or CutMix has changed as well could only be drawn by ml-dr's own code, and is
-refused; where they left a sample alone it is taken.
+Samples that RandAugment, RandomErasing, MixUp or CutMix has changed can only be replayed by ml-dr's own code, and are
+refused; samples that these have left unchanged are accepted.
 
-Its files are pickles of protocol 4, which torch's `weights_only` does not read: they are read here with no name that a
-pickle could call, by Python's own reader, whose memory is bounded by the file. Those written here are of protocol 2.
+Its files are pickles of protocol 4, which torch's `weights_only` does not read. They are read here by Python's own
+unpickler without any globals, so that nothing can be called and memory is bounded by the file. Files are written with
+protocol 2.
 
 Source: github.com/apple/ml-dr at a21113c, reinforce.py (writer), dr/data.py, dr/transforms.py, dr/utils.py (readers).
 """
@@ -31,8 +32,8 @@ import torch
 
 from kdcache.cache.format.recorded_views import CROP, wrong_boxes
 from kdcache.config.schema import Transform
-from kdcache.curate.foreign.fkd import loaded
-from kdcache.curate.foreign.sparse_labels import Opened, SparseSoftLabels, check_first, checked, refused
+from kdcache.curate.foreign.fkd import load_plain
+from kdcache.curate.foreign.sparse_labels import OpenedSource, SparseSoftLabels, check_first, check_rows, malformed
 from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError, UsageError
 
@@ -40,18 +41,18 @@ CONFIG = "config.pth.tar"
 _CROP, _FLIP = "random_resized_crop", "random_horizontal_flip"
 _MIXING = ("mixup", "cutmix")
 _WITH_PARAMETERS = (_CROP, _FLIP, "rand_augment", "random_erase", *_MIXING)
-"""In the order in which compressed parameters have them."""
+"""In the order of compressed parameters."""
 
-_WITHOUT = {"uint8", "to_tensor", "normalize"}
-_LARGEST = 2**26
+_WITHOUT_PARAMETERS = {"uint8", "to_tensor", "normalize"}
+_MAX_BYTES = 2**26
 _NESTED = (list, tuple, dict, set, frozenset)
 
 
-class _Plain(pickle._Unpickler):
-    """Lists, tuples, dicts, strings and numbers: no name of any module can be found.
+class _PlainUnpickler(pickle._Unpickler):
+    """An unpickler of lists, tuples, dicts, strings and numbers, without globals.
 
-    Python's own, for which a number in the file is a key, where C's makes a table as long as a number says; without the
-    one kind of bytes that it makes room for before it has looked how many there are.
+    It is the Python implementation, whose memo is a dict; the C implementation allocates a memo of a size that the file
+    states. BYTEARRAY8 is left out because it allocates before it reads.
     """
 
     dispatch: ClassVar[dict[int, Any]] = {
@@ -62,12 +63,12 @@ class _Plain(pickle._Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("a reference out of the file is not plain data")
+        raise pickle.UnpicklingError("a persistent reference is not plain data")
 
 
 @dataclass(frozen=True)
 class MLDRFiles:
-    """The files of ml-dr in a folder; `steps` are the transforms that draw something, in their order."""
+    """The files of ml-dr in a folder; `steps` are the random transforms, in their order."""
 
     folder: Path
     num_classes: int
@@ -78,51 +79,57 @@ class MLDRFiles:
 
     def read(self, names: Sequence[str], views: Sequence[int]) -> SparseSoftLabels:
         """See `SoftLabelSource`."""
-        found = [self._of_one(name) for name in names]
-        return SparseSoftLabels(*(np.stack(values, axis=1)[list(views)] for values in zip(*found, strict=True)))
+        of_samples = [self._read_sample(name) for name in names]
+        return SparseSoftLabels(*(np.stack(values, axis=1)[list(views)] for values in zip(*of_samples, strict=True)))
 
-    def _of_one(self, name: str) -> SparseSoftLabels:
+    def _read_sample(self, name: str) -> SparseSoftLabels:
+        """Read and check the file of one sample, as arrays [V, ...]."""
         path = self.folder / name
-        number, each = _read(path)
+        number, reinforcements = _read(path)
         if name != name_of(number):
-            raise refused(path, f"is of sample {number}")
-        if len(each) != self.views:
-            raise refused(path, f"holds {len(each)} reinforcements, the first file has {self.views}")
-        # A pickle may name one list any number of times, and a file of a few bytes hold any number of numbers.
+            raise malformed(path, f"is of sample {number}")
+        if len(reinforcements) != self.views:
+            raise malformed(path, f"holds {len(reinforcements)} reinforcements, the first file has {self.views}")
+        # A pickle may refer to one list many times, so that a small file holds any number of values.
         if self.views * self.top_k > path.stat().st_size:
-            raise refused(path, f"is too small for {self.views} reinforcements of {self.top_k} classes")
-        boxes = np.array([_box(path, view, one, self.steps) for view, one in enumerate(each)], np.float32)
+            raise malformed(path, f"is too small for {self.views} reinforcements of {self.top_k} classes")
+        boxes = np.array(
+            [_box(path, view, reinforcement, self.steps) for view, reinforcement in enumerate(reinforcements)],
+            np.float32,
+        )
         if (wrong := wrong_boxes(boxes, "pixels")).any():
-            raise refused(path, f"holds the box {boxes[wrong.argmax()].tolist()}, which is none in pixels")
+            raise malformed(path, f"holds {boxes[wrong.argmax()].tolist()}, which is not a box in pixels")
         try:
-            pairs = [one["prob"] for one in each]
-            parts = [part for values, kept in pairs for part in (values, kept)]
-            if any(len(part) != self.top_k or any(isinstance(number, _NESTED) for number in part) for part in parts):
-                raise ValueError("no list of so many numbers")
+            pairs = [reinforcement["prob"] for reinforcement in reinforcements]
+            parts = [part for pair_values, pair_classes in pairs for part in (pair_values, pair_classes)]
+            if any(len(part) != self.top_k or any(isinstance(value, _NESTED) for value in part) for part in parts):
+                raise ValueError("not a list of that many numbers")
             probabilities = np.array([values for values, _ in pairs], np.float32)
-            classes = np.array([kept for _, kept in pairs])
+            classes = np.array([indices for _, indices in pairs])
         except (ValueError, TypeError, OverflowError, KeyError):
             probabilities, classes = np.empty(0, np.float32), np.empty(0)
         if not probabilities.shape == classes.shape == (self.views, self.top_k) or classes.dtype.kind != "i":
-            raise refused(path, f"does not hold {self.top_k} probabilities and classes a reinforcement, as the first")
-        checked(path, probabilities, classes.astype(np.int64), self.num_classes)
+            raise malformed(
+                path, f"does not hold {self.top_k} probabilities and classes per reinforcement, as the first file"
+            )
+        check_rows(path, probabilities, classes.astype(np.int64), self.num_classes)
         return SparseSoftLabels(probabilities, classes.astype(np.int64), boxes)
 
 
 def name_of(number: int) -> str:
-    """The file of a sample."""
+    """Return the name of the file of a sample."""
     return f"{number}.pth.tar"
 
 
-def open_ml_dr(folder: Path, samples: Samples) -> Opened:
-    """The files of a data set's images, and what the config says of the transform.
+def open_ml_dr(folder: Path, samples: Samples) -> OpenedSource:
+    """Open the files of the images of a data set, and read the transform from the config.
 
     Raises:
-        KdcacheError: if there is no config, its transform begins otherwise than with a random resized crop, or the
-            number of files is not that of the images.
+        KdcacheError: if there is no config, its transform does not start with a random resized crop, or the number of
+            files is not that of the images.
     """
     check_first(folder, CONFIG, "ml-dr")
-    config = loaded(folder / CONFIG)
+    config = load_plain(folder / CONFIG)
     try:
         steps = {
             name: {key: value for key, value in given.items() if key != "enable"}
@@ -131,90 +138,90 @@ def open_ml_dr(folder: Path, samples: Samples) -> Opened:
         }
         crop = {key: value for key, value in steps.get(_CROP, {}).items() if key in ("size", "interpolation")}
     except (KeyError, TypeError, AttributeError):
-        raise refused(folder / CONFIG, "does not say what is done to an image") from None
-    others = sorted(steps.keys() - _WITHOUT - set(_WITH_PARAMETERS))
+        raise malformed(folder / CONFIG, "does not state the augmentation") from None
+    others = sorted(steps.keys() - _WITHOUT_PARAMETERS - set(_WITH_PARAMETERS))
     if "size" not in crop or others:
         raise UsageError(
-            f"{folder / CONFIG} has the transforms {', '.join(steps)}: only crops of random_resized_crop, which are "
-            "the first thing that happens to an image, can be cut again",
+            f"{folder / CONFIG} has the transforms {', '.join(steps)}: only random_resized_crop as the first step can "
+            "be replayed",
             f"reinforce the data set with random_resized_crop{', and without ' if others else ''}{', '.join(others)}",
         )
     names = [name_of(number) for number in range(len(samples))]
     if (folder / name_of(len(samples))).exists() or not (folder / names[-1]).exists():
         raise MismatchError(
-            f"{samples.name}/{samples.split} has {len(samples)} images, and {folder} has not as many files: ml-dr "
-            "numbers all training images",
-            "give the data set that was reinforced; if it is this one, with nothing held out: --set "
+            f"{samples.name}/{samples.split} has {len(samples)} images, but {folder} has another number of files: "
+            "ml-dr numbers all training images",
+            "use the data set that was reinforced; if it is this one, hold nothing out: --set "
             "dataset.validation_fraction=0 and dataset.test_fraction=0",
         )
-    drawing = tuple(name for name in _WITH_PARAMETERS if name in steps)
-    number, each = _read(folder / names[0])
+    random_steps = tuple(name for name in _WITH_PARAMETERS if name in steps)
+    number, reinforcements = _read(folder / names[0])
     try:
-        top_k = len(each[0]["prob"][0])
+        top_k = len(reinforcements[0]["prob"][0])
     except (KeyError, TypeError, IndexError):
-        raise refused(folder / names[0], f"says nothing of sample {number}") from None
-    source = MLDRFiles(folder.absolute(), samples.num_classes, drawing, len(each), top_k)
-    source.read(names[:1], range(len(each)))
-    return Opened(source, names, _transform(crop, steps))
+        raise malformed(folder / names[0], f"holds no probabilities of sample {number}") from None
+    source = MLDRFiles(folder.absolute(), samples.num_classes, random_steps, len(reinforcements), top_k)
+    source.read(names[:1], range(len(reinforcements)))
+    return OpenedSource(source, names, _transform(crop, steps))
 
 
 def _transform(crop: dict[str, Any], steps: dict[str, Any]) -> Transform:
-    """What its reader does to an image, in words of torchvision's v2."""
-    shown: Transform = [
+    """Return the transform of ml-dr's reader, in terms of torchvision v2."""
+    transform: Transform = [
         {CROP: {**crop, "unit": "pixels"}},
         {"ToImage": {}},
         {"ToDtype": {"dtype": "float32", "scale": True}},
     ]
-    return [*shown, {"Normalize": dict(steps["normalize"])}] if "normalize" in steps else shown
+    return [*transform, {"Normalize": dict(steps["normalize"])}] if "normalize" in steps else transform
 
 
 def _read(path: Path) -> tuple[int, list[Any]]:
-    """(number, its reinforcements), of which nothing is known yet."""
+    """Read (number, reinforcements) from a file; the reinforcements are not checked yet."""
     if not path.is_file():
-        raise refused(path, "is missing")
+        raise malformed(path, "is missing")
     try:
         with zipfile.ZipFile(path) as packed:
             (member,) = (info for info in packed.infolist() if info.filename.endswith("/data.pkl"))
-            if member.file_size > min(_LARGEST, path.stat().st_size):  # it is not compressed
+            if member.file_size > min(_MAX_BYTES, path.stat().st_size):  # torch.save does not compress
                 raise ValueError("too large")
-            held = _Plain(io.BytesIO(packed.read(member))).load()
-    except Exception as error:  # whatever the bytes of a broken file make zipfile and pickle stumble over
-        raise refused(
-            path, f"cannot be read ({type(error).__name__}): it is damaged, was written by joblib, or is no plain data"
+            content = _PlainUnpickler(io.BytesIO(packed.read(member))).load()
+    except Exception as error:  # zipfile and pickle raise many kinds of errors for damaged files
+        raise malformed(
+            path, f"cannot be read ({type(error).__name__}): it is damaged, was written by joblib, or is not plain data"
         ) from error
-    is_pair = isinstance(held, tuple) and len(held) == 2 and type(held[0]) is int and isinstance(held[1], list)
-    if not (is_pair and 0 <= held[0] < 2**63):
-        raise refused(path, "does not hold a number and a list of reinforcements")
-    if not held[1]:
-        raise refused(path, "holds no reinforcement")
-    return held[0], held[1]
+    is_pair = isinstance(content, tuple) and len(content) == 2 and type(content[0]) is int
+    is_pair = is_pair and isinstance(content[1], list)
+    if not (is_pair and 0 <= content[0] < 2**63):
+        raise malformed(path, "does not hold a number and a list of reinforcements")
+    if not content[1]:
+        raise malformed(path, "holds no reinforcement")
+    return content[0], content[1]
 
 
-def _box(path: Path, view: int, one: Any, steps: tuple[str, ...]) -> list[float]:
-    """[top, left, height, width, flip] of a reinforcement, of which the other steps have changed nothing."""
+def _box(path: Path, view: int, reinforcement: Any, steps: tuple[str, ...]) -> list[float]:
+    """Return [top, left, height, width, flip] of a reinforcement, and check that other steps have changed nothing."""
     try:
-        values = _of_this_image(one["params"], steps)
+        values = _own_parameters(reinforcement["params"], steps)
         crop, flip = values[_CROP], values.get(_FLIP, False)
         box = [float(side) for side in crop]
-        whole = all(side == int(side) for side in crop) and len(box) == 4 and flip in (True, False)
+        valid = all(side == int(side) for side in crop) and len(box) == 4 and flip in (True, False)
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):
-        whole = False
-    if not whole:
-        raise refused(path, f"holds other parameters for reinforcement {view} than {', '.join(steps)} have")
+        valid = False
+    if not valid:
+        raise malformed(path, f"holds parameters for reinforcement {view} that do not fit {', '.join(steps)}")
     for name in steps[1:]:
         value = values.get(name)
-        spared = name == "random_erase" and isinstance(value, list | tuple) and [*value[:1]] == [-1]
-        if name != _FLIP and value is not None and not spared:
+        skipped = name == "random_erase" and isinstance(value, list | tuple) and [*value[:1]] == [-1]
+        if name != _FLIP and value is not None and not skipped:
             raise UsageError(
-                f"reinforcement {view} in {path} was changed by {name}, which is drawn by ml-dr's own code: no student "
-                "could be shown here what the teacher saw",
+                f"reinforcement {view} in {path} was changed by {name}, which only ml-dr's own code can replay",
                 "reinforce the data set with random_resized_crop and random_horizontal_flip alone",
             )
     return [*box, float(flip)]
 
 
-def _of_this_image(params: Any, steps: tuple[str, ...]) -> dict[str, Any]:
-    """The parameters of the image itself, without those of a partner; None of a step that was left out."""
+def _own_parameters(params: Any, steps: tuple[str, ...]) -> dict[str, Any]:
+    """Return the parameters of the image itself by step, without those of its partner; None for a skipped step."""
     mixes = any(name in _MIXING for name in steps)
     if isinstance(params, dict):
         given = ((name, params.get(name)) for name in steps)
@@ -227,21 +234,21 @@ def _of_this_image(params: Any, steps: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def write(path: Path, number: int, said: SparseSoftLabels) -> None:
-    """One file; `said` is of one sample, its arrays [V, ...]."""
-    each = [
+def write(path: Path, number: int, soft_labels: SparseSoftLabels) -> None:
+    """Write the file of one sample, from arrays [V, ...]."""
+    reinforcements = [
         {
             "params": [tuple(int(side) for side in box[:4]), bool(box[4])],
             "prob": (_below_one(values).tolist(), classes.tolist()),
         }
-        for values, classes, box in zip(*said, strict=True)
+        for values, classes, box in zip(*soft_labels, strict=True)
     ]
-    # Not protocol 4, which ml-dr takes and torch reads no more unless it is allowed to run what it finds.
-    torch.save((number, each), path)
+    # Not protocol 4, which ml-dr uses: torch reads it only with arbitrary code allowed.
+    torch.save((number, reinforcements), path)
 
 
 def _below_one(probabilities: Any) -> Any:
-    """Probabilities whose sum in float32 is 1 at most: its reader takes the softmax of any that have more."""
+    """Scale probabilities until their float32 sum is at most 1: the reader applies a softmax to larger ones."""
     values = torch.from_numpy(probabilities)
     while values.sum() > 1:
         values = values * (1 - 2.0**-20)
@@ -251,7 +258,7 @@ def _below_one(probabilities: Any) -> Any:
 def write_config(
     folder: Path, samples: Samples, views: int, top_k: int, size: list[int], normal: dict[str, Any]
 ) -> None:
-    """What its readers ask of a folder: which transforms, and how many reinforcements."""
+    """Write the config that the readers need: transforms, number of reinforcements, top_k."""
     augmentation = {
         "uint8": {"enable": True},
         _CROP: {"enable": True, "size": size},

@@ -1,10 +1,10 @@
-"""A few probabilities a row, as other projects keep them, and the logits that they stand for.
+"""Sparse soft labels: a few probabilities per row, as other projects store them, and the logits of such rows.
 
-They say nothing of the level of the logits, and of the classes that they leave out only how much mass these have
-together. It is spread evenly (`uniform`); but no class that a file leaves out gets more than the least of those that it
-keeps, and none at all less than 2^-24 / C: a file that was renormalized, or rounded, says that they have nothing, and a
-logarithm of nothing would drown every temperature above 1. So at T = 1 a row is what the file says, to 2^-24; at higher
-temperatures the floor speaks, where the file is silent. `loss: truncated` is the reading without a floor.
+The logits are known up to an additive constant per row. For the classes that are not stored, only their total mass is
+known. It is spread evenly (`uniform`), but no such class gets more than the smallest stored probability, or less than
+the floor 2^-24 / C: in renormalized or rounded files their mass is 0, and log(0) would dominate every temperature above
+1. So at T = 1 a row equals the stored one to 2^-24; at T > 1 the floor changes the soft targets. `loss: truncated` uses
+the stored classes alone, without a floor.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from kdcache.config.schema import Transform
 from kdcache.errors import CorruptError, UsageError
 
 LEAST = 2.0**-24
-"""Of all classes together: the rounding of a sum of float32 probabilities that is 1."""
+"""Total floor over all classes: the rounding error of a sum of float32 probabilities that is 1."""
 
-_MORE_THAN_ONE = 0.01
-"""By how much rounded probabilities may add up to more than 1: a hundred in float16 come to a thousandth at most."""
+_SUM_TOLERANCE = 0.01
+"""By how much the sum of rounded probabilities may exceed 1; a hundred float16 values exceed it by 0.001 at most."""
 
 Floats = npt.NDArray[np.float32]
 
 
 class SparseSoftLabels(NamedTuple):
-    """What files say of B samples in V views.
+    """Soft labels of B samples in V views, k classes each.
 
     Attributes:
         probabilities: [V, B, k] float32.
-        classes: [V, B, k] int64.
-        recorded: from what the views were drawn: boxes [V, B, 5] float32, or seeds [V, B] int32.
+        classes: [V, B, k] int64, the classes of the probabilities.
+        recorded: augmentation of the views: boxes [V, B, 5] float32, or seeds [V, B] int32.
     """
 
     probabilities: Floats
@@ -45,96 +45,102 @@ class SparseSoftLabels(NamedTuple):
 
 
 class SoftLabelSource(Protocol):
-    """Files of another project; small, and may be sent to another process."""
+    """The files of another project; small, and may be sent to another process."""
 
     @property
     def views(self) -> int:
-        """V."""
+        """Number of views V."""
 
     @property
     def top_k(self) -> int:
-        """k, how many classes of a row are kept."""
+        """Number of classes per row k."""
 
     @property
     def by_sample(self) -> bool:
-        """Whether a file holds all views of a sample, and is read once for all of them."""
+        """Whether one file holds all views of a sample."""
 
     def read(self, names: Sequence[str], views: Sequence[int]) -> SparseSoftLabels:
-        """What is said of some samples, by the names that the project has for them, in some views.
+        """Read the soft labels of some samples, by their names in the project, in some views.
 
         Raises:
-            KdcacheError: if a file is missing or holds anything else; names it.
+            KdcacheError: if a file is missing or malformed; names it.
         """
 
 
-class Opened(NamedTuple):
-    """A source, the name that it has for each sample, and the transform that its files state; None if they do not."""
+class OpenedSource(NamedTuple):
+    """The files of another project for a data set.
+
+    Attributes:
+        source: the files.
+        names: name of each sample in the project.
+        transform: transform that the files state; None if they do not.
+    """
 
     source: SoftLabelSource
     names: list[str]
     transform: Transform | None
 
 
-def checked(path: Path, probabilities: Floats, classes: npt.NDArray[np.int64], num_classes: int) -> None:
-    """That rows [..., k] of a file are some probabilities of different classes.
+def check_rows(path: Path, probabilities: Floats, classes: npt.NDArray[np.int64], num_classes: int) -> None:
+    """Check that rows [..., k] of a file are probabilities of different classes.
 
     Raises:
-        CorruptError: which says what else they are.
+        CorruptError: if they are not.
     """
     ascending = np.sort(classes, axis=-1)
     if classes.size and (ascending[..., 0].min() < 0 or ascending[..., -1].max() >= num_classes):
-        raise refused(
-            path, f"names classes from {classes.min()} to {classes.max()}, and the data set has {num_classes}"
+        raise malformed(
+            path, f"holds classes from {classes.min()} to {classes.max()}, but the data set has {num_classes}"
         )
     if (np.diff(ascending, axis=-1) == 0).any():
-        raise refused(path, "names a class twice in one row")
+        raise malformed(path, "holds a class twice in one row")
     with np.errstate(invalid="ignore"):
         wrong = ~(np.isfinite(probabilities) & (probabilities >= 0)).all(axis=-1)
         total = probabilities.sum(axis=-1, dtype=np.float64)
-    if wrong.any() or not ((total > 0) & (total <= 1 + _MORE_THAN_ONE)).all():
-        raise refused(path, "holds numbers that are no probabilities, or add up to nothing or to more than 1")
+    if wrong.any() or not ((total > 0) & (total <= 1 + _SUM_TOLERANCE)).all():
+        raise malformed(path, "holds values that are not probabilities, or that add up to 0 or to more than 1")
 
 
-def refused(path: Path, what: str) -> CorruptError:
-    """A file that cannot be used."""
-    return CorruptError(f"{path} {what}", "get the file again from where it was made")
+def malformed(path: Path, what: str) -> CorruptError:
+    """Return the error for a file that cannot be used."""
+    return CorruptError(f"{path} {what}", "get the file again from its source")
 
 
 def check_first(folder: Path, name: str, layout: str) -> None:
-    """That a folder is one of a layout at all.
+    """Check that a folder has the first file that it would have in a layout.
 
     Raises:
-        UsageError: if the first of the files that it would have is not there.
+        UsageError: if it does not.
     """
     if not (folder / name).is_file():
         raise UsageError(
-            f"{folder} is no folder of {layout}'s files for this data set: it has no {name}",
-            f"give the folder that {layout}'s students read, with --from for what wrote it (fkd, ml-dr or tinyvit)",
+            f"{folder} is not a folder of {layout} files for this data set: {name} not found",
+            f"pass the folder that {layout}'s students read, with --from and the project (fkd, ml-dr or tinyvit)",
         )
 
 
 def logits_of(probabilities: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """The logits that rows stand for, as far as they tell: log-probabilities [B, C] float32.
+    """Return the log-probabilities of rows over all classes, [B, C] float32.
 
     Args:
         probabilities: [B, k].
-        classes: [B, k] int64, of which they are.
-        num_classes: C.
+        classes: [B, k] int64, the classes of the probabilities.
+        num_classes: number of classes C.
     """
     floor, others = LEAST / num_classes, num_classes - probabilities.shape[1]
-    kept = probabilities.double()
-    left = (1 - kept.sum(dim=1, keepdim=True)).clamp_min(0) / max(others, 1)
-    kept = kept.clamp_min(floor)
-    even = left.minimum(kept.amin(dim=1, keepdim=True)).clamp_min(floor)
-    return even.log().expand(-1, num_classes).scatter(1, classes, kept.log()).float()
+    stored = probabilities.double()
+    share = (1 - stored.sum(dim=1, keepdim=True)).clamp_min(0) / max(others, 1)
+    stored = stored.clamp_min(floor)
+    share = share.minimum(stored.amin(dim=1, keepdim=True)).clamp_min(floor)
+    return share.log().expand(-1, num_classes).scatter(1, classes, stored.log()).float()
 
 
 def most_probable(logits: Tensor, top_k: int) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """The largest probabilities of logits [B, C] at T = 1, falling, and their classes; both [B, k]."""
+    """Return the k largest probabilities of logits [B, C] at T = 1, descending, and their classes; both [B, k]."""
     values, classes = logits.double().softmax(dim=1).sort(dim=1, descending=True, stable=True)
     return values[:, :top_k].float().numpy(), classes[:, :top_k].numpy()
 
 
-def as_rows(said: SparseSoftLabels, place: int) -> tuple[Tensor, Tensor]:
-    """(probabilities, classes) of one view, as tensors [B, k]."""
-    return torch.from_numpy(said.probabilities[place]), torch.from_numpy(said.classes[place])
+def as_rows(soft_labels: SparseSoftLabels, index: int) -> tuple[Tensor, Tensor]:
+    """Return (probabilities, classes) of the view at an index, as tensors [B, k]."""
+    return torch.from_numpy(soft_labels.probabilities[index]), torch.from_numpy(soft_labels.classes[index])

@@ -1,14 +1,14 @@
-"""TinyViT's saved logits: of each epoch a folder, with the seed and a few probabilities of each image.
+"""TinyViT's saved logits: one folder per epoch, with the seed and a few probabilities of each image.
 
-FOLDER/logits_topK_epochE/rankR-keys.txt has a key a line, rankR-values.bin beside it a record a line, little-endian
+FOLDER/logits_topK_epochE/rankR-keys.txt has one key per line, and rankR-values.bin one record per key, little-endian:
 
     seed int32, classes int16 [k], probabilities float16 [k]
 
-Epoch e is view e. A key is the number of an image, or, of ImageNet-22k, the name of its file without the ending.
+Epoch e is view e. A key is the number of an image or, for ImageNet-22k, the name of its file without suffix.
 
-The seed drives TinyViT's own augmentation (timm's, over a generator of its own), and mixes images with the next one of
-a batch: what the teacher saw cannot be drawn here. The seeds are kept, so that the files can be written again; the rows
-can be read, compared and selected, and no image is shown.
+The seed is that of TinyViT's own augmentation (timm's, with another generator), which also mixes an image with the next
+one of the batch: it cannot be replayed here. The seeds are stored, so that the files can be exported again; rows can be
+read, compared and selected, but no images are available for training.
 
 Source: github.com/microsoft/Cream at 4a13c40, TinyViT/save_logits.py, TinyViT/data/augmentation/dataset_wrapper.py and
 manager.py.
@@ -27,27 +27,27 @@ import numpy.typing as npt
 
 from kdcache.cache.format.recorded_views import ELSEWHERE
 from kdcache.config.schema import Transform
-from kdcache.curate.foreign.sparse_labels import Opened, SparseSoftLabels, checked, refused
+from kdcache.curate.foreign.sparse_labels import OpenedSource, SparseSoftLabels, check_rows, malformed
 from kdcache.data.images import FileImages
 from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError, UsageError
 
 NUMBERS, NAMES = "numbers", "names"
-MOST_CLASSES = 2**15
+MAX_CLASSES = 2**15
 
 
 def record(top_k: int) -> np.dtype[np.void]:
-    """What is kept of an image in an epoch."""
+    """Return the type of the record of an image in an epoch."""
     return np.dtype([("seed", "<i4"), ("classes", "<i2", (top_k,)), ("probabilities", "<f2", (top_k,))])
 
 
 def folder_of(top_k: int, epoch: int) -> str:
-    """The folder of an epoch."""
+    """Return the name of the folder of an epoch."""
     return f"logits_top{top_k}_epoch{epoch}"
 
 
 def transform_of(keys: str) -> Transform:
-    """What a cache says of images that TinyViT drew."""
+    """Return the transform that stands for TinyViT's augmentation."""
     return [{ELSEWHERE: {"by": "TinyViT, from the seeds", "keys": keys}}]
 
 
@@ -63,52 +63,56 @@ class TinyViTFiles:
 
     def read(self, names: Sequence[str], views: Sequence[int]) -> SparseSoftLabels:
         """See `SoftLabelSource`."""
-        kept = np.stack([self._of_epoch(names, view) for view in views])
+        records = np.stack([self._read_epoch(names, view) for view in views])
         return SparseSoftLabels(
-            kept["probabilities"].astype(np.float32), kept["classes"].astype(np.int64), kept["seed"].astype(np.int32)
+            records["probabilities"].astype(np.float32),
+            records["classes"].astype(np.int64),
+            records["seed"].astype(np.int32),
         )
 
-    def _of_epoch(self, names: Sequence[str], epoch: int) -> npt.NDArray[Any]:
+    def _read_epoch(self, names: Sequence[str], epoch: int) -> npt.NDArray[Any]:
+        """Read the records of some images in an epoch, in the order of their names."""
         folder = self.folder / folder_of(self.top_k, epoch)
-        places = {name: place for place, name in enumerate(names)}
-        kept = np.zeros(len(names), record(self.top_k))
+        missing = {name: index for index, name in enumerate(names)}
+        records = np.zeros(len(names), record(self.top_k))
         for values, keys in _packages(folder):
-            rows = [(places.pop(key), row) for row, key in enumerate(keys) if key in places]
-            if values.stat().st_size != len(keys) * kept.itemsize:
-                raise refused(
-                    values, f"has {values.stat().st_size} bytes, {len(keys)} records of {kept.itemsize} were expected"
+            rows = [(missing.pop(key), row) for row, key in enumerate(keys) if key in missing]
+            if values.stat().st_size != len(keys) * records.itemsize:
+                raise malformed(
+                    values,
+                    f"has {values.stat().st_size} bytes, {len(keys)} records of {records.itemsize} were expected",
                 )
             if rows:
-                to, at = np.array(rows).T
-                kept[to] = np.memmap(values, kept.dtype, "r")[at]
-                checked(
+                target, source = np.array(rows).T
+                records[target] = np.memmap(values, records.dtype, "r")[source]
+                check_rows(
                     values,
-                    kept["probabilities"][to].astype(np.float32),
-                    kept["classes"][to].astype(np.int64),
+                    records["probabilities"][target].astype(np.float32),
+                    records["classes"][target].astype(np.int64),
                     self.num_classes,
                 )
-        if places:
-            raise refused(folder, f"has no record with the key {next(iter(places))} ({len(places)} are missing)")
-        return kept
+        if missing:
+            raise malformed(folder, f"has no record with the key {next(iter(missing))} ({len(missing)} are missing)")
+        return records
 
 
 def _packages(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The values and the keys of each rank, in the order of the ranks, in which the first of several records counts."""
-    found = {
+    """Yield the values and the keys of each rank, in the order of ranks; the first of several records counts."""
+    files = {
         int(name[1]): path for path in folder.glob("*") if (name := re.fullmatch(r"rank(\d+)-values.bin", path.name))
     }
-    if not found:
-        raise refused(folder, "holds no rank0-values.bin")
-    for _, values in sorted(found.items()):
+    if not files:
+        raise malformed(folder, "has no rank0-values.bin")
+    for _, values in sorted(files.items()):
         keys = values.with_name(values.name.replace("-values.bin", "-keys.txt"))
         try:
             yield values, [line.strip() for line in keys.read_text("utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
-            raise refused(keys, f"cannot be read: {type(error).__name__}") from None
+            raise malformed(keys, f"cannot be read: {type(error).__name__}") from None
 
 
-def open_tinyvit(folder: Path, samples: Samples) -> Opened:
-    """The saved logits of a data set's images, all epochs from 0 on.
+def open_tinyvit(folder: Path, samples: Samples) -> OpenedSource:
+    """Open the saved logits of the images of a data set, all epochs from 0 on.
 
     Raises:
         KdcacheError: if there are none, or they are of other images.
@@ -121,57 +125,57 @@ def open_tinyvit(folder: Path, samples: Samples) -> Opened:
     if not epochs:
         raise UsageError(
             f"{folder} has no folder logits_topK_epochE",
-            "give the one that TinyViT's DISTILL.TEACHER_LOGITS_PATH names",
+            "pass the folder that TinyViT's DISTILL.TEACHER_LOGITS_PATH names",
         )
-    kept = set(epochs.values())
-    if sorted(epochs) != list(range(len(epochs))) or len(kept) != 1 or not 0 < min(kept) <= samples.num_classes:
+    top_ks = set(epochs.values())
+    if sorted(epochs) != list(range(len(epochs))) or len(top_ks) != 1 or not 0 < min(top_ks) <= samples.num_classes:
         raise UsageError(
-            f"{folder} holds logits of the epochs {sorted(epochs)}, of the top {sorted(kept)} of {samples.num_classes} "
-            "classes: the views of a cache are those of all epochs from 0 on, with one number of classes",
-            "give the folder that TinyViT's DISTILL.TEACHER_LOGITS_PATH names",
+            f"{folder} holds logits of the epochs {sorted(epochs)}, the top {sorted(top_ks)} of {samples.num_classes} "
+            "classes: the epochs must be 0, 1, ... without gaps, all with the same number of classes",
+            "pass the folder that TinyViT's DISTILL.TEACHER_LOGITS_PATH names",
         )
-    top_k = kept.pop()
-    found = [key for _, keys in _packages(folder / folder_of(top_k, 0)) for key in keys]
-    form = NUMBERS if all(re.fullmatch("0|[1-9][0-9]*", key) for key in found) else NAMES
+    top_k = top_ks.pop()
+    found_keys = [key for _, keys in _packages(folder / folder_of(top_k, 0)) for key in keys]
+    form = NUMBERS if all(re.fullmatch("0|[1-9][0-9]*", key) for key in found_keys) else NAMES
     names = names_of(samples, form)
-    if len(others := set(found).difference(names)):
+    if len(others := set(found_keys).difference(names)):
         raise MismatchError(
-            f"{folder} has {len(others)} images that {samples.name}/{samples.split} has not, such as {min(others)}",
-            "give the data set that TinyViT was run on, with nothing held out: --set dataset.validation_fraction=0 and "
+            f"{folder} has {len(others)} images that are not in {samples.name}/{samples.split}, such as {min(others)}",
+            "use the data set that TinyViT was run on, with nothing held out: --set dataset.validation_fraction=0 and "
             "dataset.test_fraction=0",
         )
     source = TinyViTFiles(folder.absolute(), samples.num_classes, len(epochs), top_k)
     source.read(names[:1], [0])
-    return Opened(source, names, transform_of(form))
+    return OpenedSource(source, names, transform_of(form))
 
 
 def names_of(samples: Samples | None, form: str, count: int | None = None) -> list[str]:
-    """The key of each image.
+    """Return the key of each image.
 
     Raises:
-        UsageError: if they are names, and the data set has none or some twice.
+        UsageError: if keys are names, and the images of the data set have none, or two have the same.
     """
     if form == NUMBERS:
         return [str(number) for number in range(len(samples) if samples is not None else count or 0)]
     if samples is None or not isinstance(samples.images, FileImages):
         raise UsageError(
-            "these keys are names of image files, and no data set with such files is given",
-            "give an image-folder or imagenet data set with --pipeline",
+            "the keys are names of image files, but no data set with image files is given",
+            "pass an image-folder or imagenet data set with --pipeline",
         )
     names = [Path(path).stem for path in samples.images.paths]
     if len(set(names)) < len(names):
-        raise UsageError(f"two images of {samples.name} have the same name, and so the same key", "rename one")
+        raise UsageError(f"two images of {samples.name} have the same name, which is their key", "rename one")
     return names
 
 
 def write(folder: Path, epoch: int, names: list[str], parts: Iterator[SparseSoftLabels], top_k: int) -> None:
-    """The folder of an epoch; the parts, one after the other, have arrays [1, B, ...]."""
-    made = folder / folder_of(top_k, epoch)
-    made.mkdir(parents=True)
-    (made / "rank0-keys.txt").write_text("".join(f"{name}\n" for name in names), "utf-8")
-    with (made / "rank0-values.bin").open("wb") as opened:
-        for said in parts:
-            kept = np.zeros(said.classes.shape[1], record(top_k))
-            kept["seed"], kept["classes"] = said.recorded[0], said.classes[0]
-            kept["probabilities"] = said.probabilities[0]
-            opened.write(kept.tobytes())
+    """Write the folder of an epoch, from consecutive parts with arrays [1, B, ...]."""
+    epoch_folder = folder / folder_of(top_k, epoch)
+    epoch_folder.mkdir(parents=True)
+    (epoch_folder / "rank0-keys.txt").write_text("".join(f"{name}\n" for name in names), "utf-8")
+    with (epoch_folder / "rank0-values.bin").open("wb") as opened:
+        for part in parts:
+            records = np.zeros(part.classes.shape[1], record(top_k))
+            records["seed"], records["classes"] = part.recorded[0], part.classes[0]
+            records["probabilities"] = part.probabilities[0]
+            opened.write(records.tobytes())

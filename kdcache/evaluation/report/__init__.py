@@ -1,1 +1,1 @@
-"""The HTML report: collect the data, draw the charts, write the sections."""
+"""The HTML report: collected data, charts, sections, and the page."""

@@ -1,4 +1,4 @@
-"""What can be found out about finished runs beside one another, and beside the teacher of a cache."""
+"""The data of a report: finished runs side by side, and compared with the teacher of a cache."""
 
 from __future__ import annotations
 
@@ -19,18 +19,24 @@ from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.evaluation.metrics import Reliability, reliability
 from kdcache.evaluation.networks import NetworkRef
-from kdcache.evaluation.report.teacher_stats import Predictions, TeacherStats, study
+from kdcache.evaluation.report.teacher_stats import Predictions, TeacherStats, teacher_stats
 from kdcache.evaluation.runs import Group, Mean, RunRecord, find_runs, group_runs, read_run
 from kdcache.evaluation.scorecard import logits_of, same_split
 from kdcache.models.checks import try_network
 from kdcache.runtime.progress import Progress, Silent
 
-_OTHER = 0.005
-"""Accuracies on the test split that differ by more are not of the same network on the same images."""
+_TOLERANCE = 0.005
+"""Test accuracies of one network that differ by more are reported as a change of images, transform or libraries."""
 
 
-class OnTest(NamedTuple):
-    """A network on the labeled test images: by confidence, and by class ([C] int64 each)."""
+class HeldOutResult(NamedTuple):
+    """A network on the labeled test images.
+
+    Attributes:
+        calibration: its reliability diagram.
+        rows: [C] int64, images per class.
+        correct: [C] int64, correctly classified images per class.
+    """
 
     calibration: Reliability
     rows: Tensor
@@ -39,29 +45,29 @@ class OnTest(NamedTuple):
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that a report shows.
+    """Everything that a report shows.
 
     Attributes:
-        dataset: its name.
-        class_names: where they are known; empty without a cache and without the data set.
-        runs: in the order in which they were given.
-        groups: the same, put together over seeds.
-        tests: by run; empty where there is no test split at hand.
-        taught: None without a cache.
-        notes: what a reader must know: what is left out, and why.
+        dataset: name of the data set.
+        class_names: names of the classes; empty if neither the cache nor the data set is available.
+        runs: in the order in which they were passed.
+        groups: the runs grouped over seeds.
+        tests: test results by run; empty if no test split is available.
+        teacher: statistics of the teacher; None without a cache.
+        notes: what is left out, and why.
     """
 
     dataset: str
     class_names: tuple[str, ...]
     runs: list[RunRecord]
     groups: list[Group]
-    tests: list[OnTest]
-    taught: TeacherStats | None
+    tests: list[HeldOutResult]
+    teacher: TeacherStats | None
     notes: list[str]
 
     def members(self, group: Group) -> list[RunRecord]:
-        """The runs of a group."""
-        return [self.runs[place] for place in group.members]
+        """Return the runs of a group."""
+        return [self.runs[index] for index in group.members]
 
     @property
     def students(self) -> list[Group]:
@@ -69,31 +75,32 @@ class ReportData:
         return [group for group in self.groups if group.network == "student"]
 
     def calibration(self, group: Group) -> Reliability:
-        """Of all test images that the networks of a group were shown."""
-        each = [self.tests[place].calibration for place in group.members]
-        return Reliability(*(torch.stack(values).sum(dim=0) for values in zip(*each, strict=True)))
+        """Return the reliability diagram of a group, over all seeds."""
+        members = [self.tests[index].calibration for index in group.members]
+        return Reliability(*(torch.stack(values).sum(dim=0) for values in zip(*members, strict=True)))
 
     def by_class(self, group: Group) -> Tensor:
-        """Accuracy of each class on the test split, [C] float64, over all seeds; NaN where it has no image."""
-        each = [self.tests[place] for place in group.members]
-        return sum(test.correct for test in each).double() / sum(test.rows for test in each)  # type: ignore[union-attr]  # of tensors, and there is at least one
+        """Return the test accuracy per class, [C] float64, over all seeds; NaN for a class without images."""
+        correct = torch.stack([self.tests[index].correct for index in group.members]).sum(dim=0)
+        rows = torch.stack([self.tests[index].rows for index in group.members]).sum(dim=0)
+        return correct.double() / rows
 
     def means(self, group: Group) -> dict[str, Mean | None]:
-        """The table's figures of a group: accuracies and calibration error in [0, 1], nats, seconds."""
+        """Return the means of a group: accuracies and calibration error in [0, 1], likelihood in nats, seconds."""
         runs = self.members(group)
         return {
             "test": Mean.of(run.accuracy for run in runs),
             "validation": Mean.of(run.validation for run in runs),
             "negative_log_likelihood": Mean.of(run.loss for run in runs),
-            "calibration_error": Mean.of(self.tests[place].calibration.error for place in group.members)
+            "calibration_error": Mean.of(self.tests[index].calibration.error for index in group.members)
             if self.tests
             else None,
             "seconds": Mean.of(run.seconds for run in runs),
         }
 
     def as_record(self) -> dict[str, Any]:
-        """The figures of the table, of KA and of the cost, for programs."""
-        taught = self.taught
+        """Return the means of all groups, the rows changed by KA and the cost, for JSON."""
+        teacher = self.teacher
         groups = [
             {
                 "group": group.label,
@@ -101,7 +108,7 @@ class ReportData:
                 "model": group.model,
                 "loss": group.loss or None,
                 "differences": group.differences,
-                "runs": [run.trained.name for run in self.members(group)],
+                "runs": [run.network_ref.name for run in self.members(group)],
                 "seeds": [run.seed for run in self.members(group)],
                 **{name: mean and mean._asdict() for name, mean in self.means(group).items()},
             }
@@ -110,9 +117,9 @@ class ReportData:
         return {
             "dataset": self.dataset,
             "groups": groups,
-            "cache": taught and taught.digest,
-            "changed_by_ka": int(taught.wrong.sum()) if taught else None,
-            "cost": taught and taught.cost._asdict(),
+            "cache": teacher and teacher.digest,
+            "changed_by_ka": int(teacher.wrong.sum()) if teacher else None,
+            "cost": teacher and teacher.cost._asdict(),
             "notes": self.notes,
         }
 
@@ -125,124 +132,129 @@ def collect(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> ReportData:
-    """Look at runs, and at the teacher of a cache.
+    """Read runs, run their networks, and compare them with the teacher of a cache.
 
     Args:
         paths: run folders, or folders of sweeps.
         cache: of a teacher of the same data set.
-        rows: how many of its samples the networks are shown.
-        device: where the networks run.
-        progress: who is told how it goes.
+        rows: number of its samples that the networks are run on.
+        device: device of the networks.
+        progress: progress reporter; silent if None.
 
     Raises:
-        MismatchError: if the runs, or the cache, are of different data sets.
-        KdcacheError: if a folder is no run, or a network does not fit.
+        MismatchError: if the runs, or the runs and the cache, have different data sets.
+        KdcacheError: if a folder is not a run, or the weights of a network do not fit.
     """
     progress = progress or Silent()
     folders, unfinished = find_runs(paths)
-    notes = [f"{folder} is not finished, and left out." for folder in unfinished]
+    notes = [f"{folder} is not finished and is left out." for folder in unfinished]
     runs = [read_run(folder) for folder in folders]
     test = _test_split(runs, notes)
-    taught = _cached_images(runs, cache, notes, progress) if cache is not None else None
-    seen = taught.view if taught else None
-    places = pilot_ids(len(taught.view if taught else cache), rows) if cache is not None else []
-    looked = []
-    if test is not None or seen is not None:
+    images = _cached_images(runs, cache, notes, progress) if cache is not None else None
+    view = images.view if images else None
+    indices = pilot_ids(len(images.view if images else cache), rows) if cache is not None else []
+    tests: list[HeldOutResult] = []
+    predictions: list[Predictions] = []
+    if test is not None or view is not None:
         with progress.task("networks", len(runs), "networks") as task:
             for run in runs:
-                looked.append(_look(run.trained, test, seen, places, device))
-                task.advance(1, run.trained.name)
-    tests = [found for found, _ in looked if found is not None]
+                on_test, on_cache = _run_network(run.network_ref, test, view, indices, device)
+                tests += [on_test] if on_test is not None else []
+                predictions += [on_cache] if on_cache is not None else []
+                task.advance(1, run.network_ref.name)
     if test is not None:
-        notes += [_drift(run, found) for run, found in zip(runs, tests, strict=True) if _drift(run, found)]
-    networks = [says for _, says in looked if says is not None]
-    known = test or (seen.samples if seen else None)
+        notes += [note for run, result in zip(runs, tests, strict=True) if (note := _changed_accuracy(run, result))]
+    samples = test or (view.samples if view else None)
     return ReportData(
         runs[0].pipeline.dataset.name,
-        known.class_names if known else cache.manifest.plan.dataset.class_names if cache else (),
+        samples.class_names if samples else cache.manifest.plan.dataset.class_names if cache else (),
         runs,
         group_runs(runs),
         tests,
-        study(cache, taught, places, networks, runs) if cache is not None else None,
+        teacher_stats(cache, images, indices, predictions, runs) if cache is not None else None,
         notes,
     )
 
 
 def _test_split(runs: Sequence[RunRecord], notes: list[str]) -> Samples | None:
+    """Return the test split of all runs; None, with a note, if it is not available or has no labels."""
     specs = [run.pipeline.dataset for run in runs]
     try:
         samples = same_split(specs, "test")
     except UsageError as error:
-        # What cannot be loaded can only be compared by what it is called.
-        if odd := next((run for run in runs if run.pipeline.dataset != specs[0]), None):
+        # Data sets that cannot be loaded can only be compared by their configuration.
+        if other := next((run for run in runs if run.pipeline.dataset != specs[0]), None):
             raise MismatchError(
-                f"{error.what}, and {runs[0].trained.name} and {odd.trained.name} name different data sets",
+                f"{error.what}, and {runs[0].network_ref.name} and {other.network_ref.name} name different data sets",
                 "report on the runs of one data set at a time",
             ) from None
-        notes.append(f"There is no test split to look at ({error.what}): what needs one is left out.")
+        notes.append(f"The test split is not available ({error.what}): sections that need it are left out.")
         return None
     if not (samples.labels >= 0).any():
-        notes.append("No test image has a label: what needs labels is left out.")
+        notes.append("No test image has a label: sections that need labels are left out.")
         return None
     return samples
 
 
 def _cached_images(runs: Sequence[RunRecord], cache: Cache, notes: list[str], progress: Progress) -> Shared | None:
+    """Return the images of the cache in the data set of the runs; None, with a note, if it is not available."""
     digest = cache.manifest.digest
     others = [run for run in runs if run.uses_teacher and digest not in run.caches]
     if others:
-        notes.append(f"{len(others)} of the students, {others[0].trained.name} first, learned from another cache.")
+        notes.append(f"{len(others)} of the students, first {others[0].network_ref.name}, used another cache.")
     try:
         samples = load_split(runs[0].pipeline.dataset, "train")
     except UsageError as error:
         if all(digest not in run.caches for run in runs):
             raise MismatchError(
-                f"{error.what}, and none of the runs says that it learned from {cache.path}",
-                "give the cache that they learned from, or bring the data set",
+                f"{error.what}, and none of the runs was trained from {cache.path}",
+                "pass the cache that they were trained from, or make the data set available",
             ) from None
-        notes.append(f"The images of the cache are not at hand ({error.what}): no student is shown them.")
+        notes.append(f"The images of the cache are not available ({error.what}): the students are not run on them.")
         return None
     images = shared(cache, samples, progress)
     if images.note:
-        notes.append(f"{images.note}: the networks are shown what both have.")
+        notes.append(f"{images.note}: the networks are run on the samples that both have.")
     return images
 
 
-def _drift(run: RunRecord, found: OnTest) -> str:
-    """A warning, if a network is not as good as it was when it was trained."""
-    now = int(found.correct.sum()) / int(found.rows.sum())
-    if run.accuracy is None or abs(now - run.accuracy) <= _OTHER:
+def _changed_accuracy(run: RunRecord, result: HeldOutResult) -> str:
+    """Return a warning if a network has another test accuracy than after its training."""
+    accuracy = int(result.correct.sum()) / int(result.rows.sum())
+    if run.accuracy is None or abs(accuracy - run.accuracy) <= _TOLERANCE:
         return ""
     return (
-        f"{run.trained.name} had a test accuracy of {run.accuracy:.2%} when it was trained, and has {now:.2%} here: "
-        "the images, the transform or the libraries are others. Figures by class and calibration are those of here."
+        f"{run.network_ref.name} had a test accuracy of {run.accuracy:.2%} after training and has {accuracy:.2%} now: "
+        "the images, the transform or the libraries have changed. Accuracy by class and calibration are those of now."
     )
 
 
-def _look(
-    trained: NetworkRef,
+def _run_network(
+    network: NetworkRef,
     test: Samples | None,
-    seen: View | None,
-    places: list[int],
+    cached: View | None,
+    indices: list[int],
     device: torch.device | str,
-) -> tuple[OnTest | None, Predictions | None]:
-    """A network on the labeled test images, and on samples of a cache as its teacher saw them."""
-    samples = test or (seen.samples if seen else None)
-    assert samples is not None, "a network is loaded for something"  # noqa: S101
-    model, view = trained.load(samples)
-    try_network(model, view, "cpu", f"network {trained.name}")
+) -> tuple[HeldOutResult | None, Predictions | None]:
+    """Run a network on the labeled test images, and on samples of a cache as its teacher saw them."""
+    samples = test or (cached.samples if cached else None)
+    assert samples is not None, "there are images to run the network on"  # noqa: S101
+    model, view = network.load(samples)
+    try_network(model, view, "cpu", f"network {network.name}")
     model.to(device).eval()
-    on_test = _on_test(trained, model, view, device) if test is not None else None
-    return on_test, Predictions.of(logits_of(trained, model, seen, places, device)) if seen is not None else None
+    on_test = _test_result(network, model, view, device) if test is not None else None
+    if cached is None:
+        return on_test, None
+    return on_test, Predictions.of(logits_of(network, model, cached, indices, device))
 
 
-def _on_test(trained: NetworkRef, model: nn.Module, view: View, device: torch.device | str) -> OnTest:
+def _test_result(network: NetworkRef, model: nn.Module, view: View, device: torch.device | str) -> HeldOutResult:
     labeled = (view.labels >= 0).nonzero().squeeze(1)
-    logits, labels = logits_of(trained, model, view, labeled.tolist(), device), view.labels[labeled]
+    logits, labels = logits_of(network, model, view, labeled.tolist(), device), view.labels[labeled]
     classes = view.samples.num_classes
-    right = labels[logits.argmax(dim=1) == labels]
-    return OnTest(
+    correct = labels[logits.argmax(dim=1) == labels]
+    return HeldOutResult(
         reliability(logits, labels),
         torch.bincount(labels, minlength=classes),
-        torch.bincount(right, minlength=classes),
+        torch.bincount(correct, minlength=classes),
     )

@@ -1,4 +1,4 @@
-"""The teacher of a cache as the rows say it was, and what the networks of runs say of the same images."""
+"""Statistics of the teacher of a cache, compared with the predictions of trained networks on the same images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ _ROWS_AT_ONCE = 4096
 
 
 class Predictions(NamedTuple):
-    """What a network says of some rows: its top class [R] int64, its largest logit and its logsumexp [R] float32."""
+    """Predictions of a network on R rows.
+
+    Attributes:
+        top: [R] int64, class of the largest logit.
+        largest: [R] float32, largest logit.
+        logsumexp: [R] float32, logsumexp of the logits.
+    """
 
     top: Tensor
     largest: Tensor
@@ -31,12 +37,20 @@ class Predictions(NamedTuple):
 
     @staticmethod
     def of(logits: Tensor) -> Predictions:
-        """Of logits [R, C]."""
+        """Return the predictions of logits [R, C]."""
         return Predictions(logits.argmax(dim=1), sharpness_max(logits), sharpness_logsumexp(logits))
 
 
 class HardSample(NamedTuple):
-    """A sample whose label the teacher finds improbable; its picture before the transform, where it is at hand."""
+    """A sample to whose label the teacher gives a low probability.
+
+    Attributes:
+        id: id of the sample in the cache.
+        label: its class.
+        top: top class of the teacher.
+        log_prob: log-probability of the label, nats.
+        picture: the image before any transform; None if the data set does not have it.
+    """
 
     id: int
     label: int
@@ -46,41 +60,41 @@ class HardSample(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What running the teacher once has saved.
+    """Forward passes of the teacher with the cache and without.
 
     Attributes:
-        once: rows that it was run for.
-        live: rows that it would have been run for, had it been there while these students were trained.
-        students: how many learned from this cache.
-        bytes: of the cache.
+        teacher_passes: images of the one pass that made the cache, all views.
+        live_teacher_passes: images of the passes that a live teacher would have run to train the same students.
+        students: number of students trained from this cache.
+        cache_bytes: size of the cache.
     """
 
-    once: int
-    live: int
+    teacher_passes: int
+    live_teacher_passes: int
     students: int
-    bytes: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True)
 class TeacherStats:
-    """The teacher of a cache on view 0 of all its samples, and the runs' networks on some of them.
+    """The teacher of a cache on view 0 of all N samples, and the networks of the runs on R of them.
 
     Attributes:
-        digest: of the cache.
-        labels: [N] int64, -1 where not known; of mixed images none is.
-        mixed: whether the teacher saw mixed images.
-        teacher: on all rows.
-        log_prob: [N] float64, of the label; NaN where it is not known.
-        ids: [R] int64, those that the networks were shown, evenly spread.
-        networks: by run; empty where the data set is not at hand.
-        hardest: the labels that it finds least probable, the least first.
-        cost: of the teacher.
+        digest: digest of the cache.
+        labels: [N] int64, -1 if unknown; all -1 for mixed images.
+        mixed: whether the teacher's images were mixed.
+        predictions: of the teacher, on all N rows.
+        log_prob: [N] float64, log-probability of the label; NaN if it is unknown.
+        ids: [R] int64, ids of the samples that the networks were run on, evenly spread.
+        networks: predictions of each run's network on these R samples; empty if the data set is not available.
+        hardest: samples with the lowest log_prob, lowest first.
+        cost: forward passes of the teacher.
     """
 
     digest: str
     labels: Tensor
     mixed: bool
-    teacher: Predictions
+    predictions: Predictions
     log_prob: Tensor
     ids: Tensor
     networks: list[Predictions]
@@ -89,97 +103,101 @@ class TeacherStats:
 
     @property
     def wrong(self) -> Tensor:
-        """[N] bool: labeled rows whose top class is not the label, which are those that KA changes."""
-        return (self.labels >= 0) & (self.teacher.top != self.labels)
+        """[N] bool: labeled rows whose top class is not the label; these are the rows that KA changes."""
+        return (self.labels >= 0) & (self.predictions.top != self.labels)
 
     def sharpness(self, group: Group) -> dict[str, Tensor]:
-        """Of a group on the rows that it was shown, each [R], mean over the seeds: `largest` logit, `logsumexp`."""
-        each = [self.networks[place] for place in group.members]
-        return {kind: torch.stack([getattr(says, kind) for says in each]).mean(dim=0) for kind in SHARPNESS}
+        """Return `largest` logit and `logsumexp` of a group, each [R], as means over the seeds."""
+        members = [self.networks[run] for run in group.members]
+        return {kind: torch.stack([getattr(member, kind) for member in members]).mean(dim=0) for kind in SHARPNESS}
 
     def by_class(self, num_classes: int) -> Tensor:
-        """Accuracy of the teacher on each class, [C] float64; NaN where no row has that label."""
+        """Return the teacher's accuracy per class, [C] float64; NaN for a class without rows."""
         known = self.labels >= 0
-        rows, right = (self.labels[which] for which in (known, known & ~self.wrong))
-        return torch.bincount(right, minlength=num_classes).double() / torch.bincount(rows, minlength=num_classes)
+        rows, correct = (self.labels[mask] for mask in (known, known & ~self.wrong))
+        return torch.bincount(correct, minlength=num_classes).double() / torch.bincount(rows, minlength=num_classes)
 
-    def verdicts(self, group: Group) -> tuple[int, int, int]:
-        """What a group says of the rows that KA changes: the label, the teacher's class, another; over all seeds."""
-        here = self.wrong[self.ids]
-        label, of_teacher = self.labels[self.ids][here], self.teacher.top[self.ids][here]
-        said = [self.networks[place].top[here] for place in group.members]
-        right = sum(int((top == label).sum()) for top in said)
-        taught = sum(int((top == of_teacher).sum()) for top in said)
-        return right, taught, len(said) * len(label) - right - taught
+    def predictions_where_wrong(self, group: Group) -> tuple[int, int, int]:
+        """Count the top classes of a group on the rows that KA changes, over all seeds.
+
+        Returns:
+            Rows with the label, with the teacher's class, and with another class as the top class.
+        """
+        wrong = self.wrong[self.ids]
+        label, of_teacher = self.labels[self.ids][wrong], self.predictions.top[self.ids][wrong]
+        tops = [self.networks[run].top[wrong] for run in group.members]
+        as_label = sum(int((top == label).sum()) for top in tops)
+        as_teacher = sum(int((top == of_teacher).sum()) for top in tops)
+        return as_label, as_teacher, len(tops) * len(label) - as_label - as_teacher
 
     def disagreement(self, group: Group, num_classes: int) -> Tensor:
-        """[C, C] int64: rows by the teacher's top class and by the network's, over all seeds."""
-        teacher = self.teacher.top[self.ids]
-        pairs = torch.cat([teacher * num_classes + self.networks[place].top for place in group.members])
+        """Return rows by the teacher's top class and by the group's, [C, C] int64, over all seeds."""
+        teacher = self.predictions.top[self.ids]
+        pairs = torch.cat([teacher * num_classes + self.networks[run].top for run in group.members])
         return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def study(
-    cache: Cache, images: Shared | None, places: list[int], networks: Sequence[Predictions], runs: Sequence[RunRecord]
+def teacher_stats(
+    cache: Cache, images: Shared | None, indices: list[int], networks: Sequence[Predictions], runs: Sequence[RunRecord]
 ) -> TeacherStats:
-    """Go once through view 0 of a cache.
+    """Compute the statistics in one pass over view 0 of a cache.
 
     Args:
         cache: of the teacher.
-        images: of its samples, if they are at hand.
-        places: R, those among the images that the networks were shown.
-        networks: what they said.
-        runs: whose networks they are.
+        images: images of its samples; None if they are not available.
+        indices: R positions among the images (or in the cache, without images) that the networks were run on.
+        networks: their predictions there.
+        runs: the runs of these networks.
     """
-    # Each row is asked for once: it is not worth bringing them anywhere.
+    # Each row is read once: no faster placement pays off.
     teacher = cache.teacher(placement="stream")
     plan = cache.manifest.plan
     mixed = split_mixing(plan.views.transform)[1] is not None
     labels = torch.full_like(teacher.labels, -1) if mixed else teacher.labels
-    said, log_probs = [], []
-    for some in torch.split(torch.arange(len(cache)), _ROWS_AT_ONCE):
-        logits = teacher(some)
-        said.append(Predictions.of(logits))
-        own = logits.double().log_softmax(dim=1).gather(1, labels[some].clamp_min(0)[:, None]).squeeze(1)
-        log_probs.append(own.masked_fill(labels[some] < 0, torch.nan))
-    says = Predictions(*(torch.cat(values) for values in zip(*said, strict=True)))
+    predictions, log_probs = [], []
+    for ids in torch.split(torch.arange(len(cache)), _ROWS_AT_ONCE):
+        logits = teacher(ids)
+        predictions.append(Predictions.of(logits))
+        label_log_prob = logits.double().log_softmax(dim=1).gather(1, labels[ids].clamp_min(0)[:, None]).squeeze(1)
+        log_probs.append(label_log_prob.masked_fill(labels[ids] < 0, torch.nan))
+    of_teacher = Predictions(*(torch.cat(values) for values in zip(*predictions, strict=True)))
     log_prob = torch.cat(log_probs)
     return TeacherStats(
         cache.manifest.digest,
         labels,
         mixed,
-        says,
+        of_teacher,
         log_prob,
-        torch.tensor(places) if images is None else torch.from_numpy(images.ids[places]),
+        torch.tensor(indices) if images is None else torch.from_numpy(images.ids[indices]),
         [*networks],
-        _hardest(images, labels, says, log_prob),
+        _hardest(images, labels, of_teacher, log_prob),
         _cost(cache, runs),
     )
 
 
-def _hardest(images: Shared | None, labels: Tensor, says: Predictions, log_prob: Tensor) -> list[HardSample]:
-    known = (labels >= 0).nonzero().squeeze(1)
-    worst = known[log_prob[known].argsort(stable=True)][:HARDEST].tolist()
+def _hardest(images: Shared | None, labels: Tensor, predictions: Predictions, log_prob: Tensor) -> list[HardSample]:
+    labeled = (labels >= 0).nonzero().squeeze(1)
+    hardest = labeled[log_prob[labeled].argsort(stable=True)][:HARDEST].tolist()
     return [
         HardSample(
             id_,
             int(labels[id_]),
-            int(says.top[id_]),
+            int(predictions.top[id_]),
             float(log_prob[id_]),
             _picture(images, id_) if images else None,
         )
-        for id_ in worst
+        for id_ in hardest
     ]
 
 
 def _picture(images: Shared, id_: int) -> Picture | None:
-    """Of a sample of the cache, if the data set has it."""
-    place = int(np.searchsorted(images.ids, id_))
-    there = place < len(images.ids) and images.ids[place] == id_
-    return images.view.samples.images.picture(place) if there else None
+    """Return the image of a sample of the cache; None if the data set does not have it."""
+    index = int(np.searchsorted(images.ids, id_))
+    exists = index < len(images.ids) and images.ids[index] == id_
+    return images.view.samples.images.picture(index) if exists else None
 
 
 def _cost(cache: Cache, runs: Sequence[RunRecord]) -> Cost:
-    taught = [run for run in runs if run.uses_teacher and cache.manifest.digest in run.caches]
-    live = sum(run.epochs * (run.images or len(cache)) for run in taught)
-    return Cost(cache.manifest.plan.views.count * len(cache), live, len(taught), cache.bytes_on_disk)
+    students = [run for run in runs if run.uses_teacher and cache.manifest.digest in run.caches]
+    live = sum(run.epochs * (run.images or len(cache)) for run in students)
+    return Cost(cache.manifest.plan.views.count * len(cache), live, len(students), cache.bytes_on_disk)
