@@ -156,10 +156,16 @@ def fit(
         note = ""
         while not state.is_over(spec):
             began, number = time.perf_counter(), len(state.rows) + 1
-            train.view = view_of(number, views, spec)
+            view = view_of(number, views, spec)
             lr = float(trainer.schedule.get_last_lr()[0])
-            parts = trainer.epoch(train, number, teacher, lambda: task.advance(1, note))  # noqa: B023  # called at once
-            epoch = _line(trainer, number, train.view, lr, parts, validation)
+            parts = trainer.epoch(
+                train,
+                number,
+                teacher,
+                lambda: task.advance(1, note),  # noqa: B023  # called at once
+                view=view,
+            )
+            epoch = _line(trainer, number, view, lr, parts, validation)
             state.take(epoch, trainer.shown)
             state.seconds += time.perf_counter() - began
             if on_epoch:

@@ -134,19 +134,27 @@ class Trainer:
         return [torch.tensor_split(cut, pieces) for cut in cuts]
 
     def epoch(
-        self, train: View, number: int, teacher: Teacher | None = None, on_step: Callable[[], None] | None = None
+        self,
+        train: View,
+        number: int,
+        teacher: Teacher | None = None,
+        on_step: Callable[[], None] | None = None,
+        *,
+        view: int | None = None,
     ) -> list[LossParts]:
         """One epoch of training, and the loss of each of its steps, of all processes together.
 
         Args:
-            train: images and labels, set to the view of this epoch.
+            train: images and labels.
             number: counted from 1; the order of the samples follows from (seed, number).
             teacher: where the teacher's logits come from; None for a loss without one.
             on_step: called after each step but the last.
+            view: index of the view of this epoch; None for `train.view`.
 
         Raises:
             IncompleteError: if a process that loads images dies.
         """
+        view = train.view if view is None else view
         generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + number)
         order = teacher.order(generator) if teacher is not None else torch.randperm(len(train), generator=generator)
         if self.ranks > 1:
@@ -156,15 +164,15 @@ class Trainer:
         own = [cut[self.accelerator.process_index :: self.ranks] for cut in cuts]
         mine = [piece for cut in own for piece in cut]
         if teacher is not None:
-            teacher.prefetch(mine, train.view)
+            teacher.prefetch(mine, view)
         labeled = [int((train.labels[torch.cat(cut)] >= 0).sum()) for cut in cuts]
         self.model.train()
-        loaded = batches(train, [piece.tolist() for piece in mine], self.spec.num_workers, self.device)
+        loaded = batches(train, [piece.tolist() for piece in mine], self.spec.num_workers, self.device, view)
         parts = []
         with report_lost_workers():
             for cut, known in zip(cuts, labeled, strict=True):
                 pieces = [
-                    self._piece(batch, teacher, train.view)
+                    self._piece(batch, teacher, view)
                     for batch in itertools.islice(loaded, self.spec.gradient_accumulation_steps)
                 ]
                 whole = self._whole(sum(map(len, cut)), known, pieces)

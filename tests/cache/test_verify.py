@@ -557,9 +557,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def another_library(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int, int], Tensor]) -> None:
     """Let every image come out of its transform changed, by (pixels, sample, view)."""
-    original = View._seen
+    original = View._apply
     monkeypatch.setattr(
-        View, "_seen", lambda view, picture, first: change(original(view, picture, first), first, view.view)
+        View, "_apply", lambda view, picture, first: change(original(view, picture, first), first, view.view)
     )
 
 

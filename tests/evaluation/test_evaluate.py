@@ -389,8 +389,8 @@ def test_what_cannot_be_measured_is_refused(work: Work, tmp_path: Path) -> None:
 
 
 def test_pixels_that_the_teacher_did_not_see_are_refused(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = View._seen
-    monkeypatch.setattr(View, "_seen", lambda *given: made(*given) + 0.5)
+    made = View._apply
+    monkeypatch.setattr(View, "_apply", lambda *given: made(*given) + 0.5)
     assert "is not what the teacher" in refused(4, "evaluate", work.folder / "s", "--cache", work.cache.path)
 
 

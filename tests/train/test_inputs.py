@@ -223,14 +223,14 @@ class Heard(Silent):
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Any, Batch]]:
     """Every batch that anyone looks at: of which split, in which view, through which transform."""
     batches: list[tuple[str, int, Any, Batch]] = []
-    original = View.__getitems__
+    original = View.batch
 
-    def watched(view: View, ids: Sequence[int]) -> Batch:
-        batch = original(view, ids)
-        batches.append((view.samples.split, view.view, view.transform, batch))
+    def watched(data: View, ids: Sequence[int], view: int) -> Batch:
+        batch = original(data, ids, view)
+        batches.append((data.samples.split, view, data.transform, batch))
         return batch
 
-    monkeypatch.setattr(View, "__getitems__", watched)
+    monkeypatch.setattr(View, "batch", watched)
     return batches
 
 

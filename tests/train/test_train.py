@@ -158,13 +158,13 @@ def test_the_checkpoint_is_the_selected_model(cache: kdcache.Cache, tmp_path: Pa
 
 def test_the_test_split_is_touched_once(cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touched = []
-    original = View.__getitems__
+    original = View.batch
 
-    def watched(view: View, ids: list[int]) -> Batch:
-        touched.extend([view.samples.split] * len(ids))
-        return original(view, ids)
+    def watched(data: View, ids: list[int], view: int) -> Batch:
+        touched.extend([data.samples.split] * len(ids))
+        return original(data, ids, view)
 
-    monkeypatch.setattr(View, "__getitems__", watched)
+    monkeypatch.setattr(View, "batch", watched)
     kdcache.train_student(pipeline(), cache, tmp_path / "run")
     assert touched.count("test") == 500
     assert touched.count("validation") == 2 * 297
@@ -212,9 +212,9 @@ def test_a_student_of_two_views_sees_the_teachers_pixels(tmp_path: Path) -> None
     made = kdcache.dump_teacher(network, samples, tmp_path / "c.kdcache", transform=two.transform, spec=spec)
     seen = View(samples, made.manifest.plan.views.transform, made.manifest.plan.views.seed)
     teacher = made.teacher()
-    for seen.view in range(2):
-        batch = seen.__getitems__([5, 3, 900])
-        assert torch.allclose(teacher(batch.ids, seen.view), network(batch.images), atol=1e-5)
+    for view in range(2):
+        batch = seen.batch([5, 3, 900], view)
+        assert torch.allclose(teacher(batch.ids, view), network(batch.images), atol=1e-5)
     assert not torch.allclose(teacher(batch.ids, 0), teacher(batch.ids, 1), atol=1e-3)
     assert kdcache.train_student(two, made, tmp_path / "run").test is not None
 
