@@ -21,7 +21,7 @@ from kdcache.errors import KdcacheError
 
 if TYPE_CHECKING:
     from kdcache.runtime.progress import Task
-    from kdcache.train.train import Result
+    from kdcache.train.train import RunResult
 
 _SECONDS_BETWEEN_LINES = 10
 _OWED = "kdcache.json"
@@ -126,10 +126,8 @@ class _LineTask:
             speed = self._done / max(now - self._began, 1e-9)
             left = (self._total - self._done) / max(speed, 1e-9)
             after = f", {note}" if note else ""
-            say(
-                f"{self._what}: {self._done:,} of {self._total:,} {self._unit}, "
-                f"{speed:,.1f} a second, {left:,.0f} s left{after}"
-            )
+            rate = f", {speed:,.1f} a second, {left:,.0f} s left" if self._done else ""
+            say(f"{self._what}: {self._done:,} of {self._total:,} {self._unit}{rate}{after}")
 
 
 class Terminal:
@@ -159,7 +157,7 @@ class Terminal:
         say(message)
 
 
-def run_result(out: Path, trained: Result, in_json: bool) -> None:
+def run_result(out: Path, trained: RunResult, in_json: bool) -> None:
     """What a training run came to."""
     best, test = trained.best, trained.test
     if in_json:

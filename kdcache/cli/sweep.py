@@ -77,6 +77,7 @@ def sweep(
     Example: kdcache sweep pipelines/digits.yaml --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
     """
     from kdcache.errors import IncompleteError, InterruptedRun
+    from kdcache.train.inputs import CacheOptions
     from kdcache.train.plots import draw_accuracies
     from kdcache.train.sweep import combinations
     from kdcache.train.sweep import sweep as run
@@ -91,11 +92,8 @@ def sweep(
             seeds,
             caches,
             out,
+            CacheOptions(placement, other_pixels, align, allow_missing),
             device=choose_device(device),
-            placement=placement,
-            other_pixels=other_pixels,
-            by_content=align,
-            allow_missing=allow_missing,
             processes=processes,
             progress=output.Terminal(),
         )

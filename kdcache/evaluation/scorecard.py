@@ -201,7 +201,11 @@ def _score(
         costs.multiply_adds(model, image),
         view.shape(),
         *costs.speed(model, image),
-        _compare(logits_of(network, model, taught.view, taught.places, device), taught.logits) if taught else None,
+        _compare(
+            logits_of(network, model, network.view_for_comparison(taught.view), taught.places, device), taught.logits
+        )
+        if taught
+        else None,
     )
 
 

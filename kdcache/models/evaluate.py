@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,13 @@ class SplitScore(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", batch_size: int = 512) -> SplitScore:
+def evaluate(
+    model: nn.Module,
+    view: View,
+    device: torch.device | str = "cpu",
+    batch_size: int = 512,
+    on_batch: Callable[[int], None] | None = None,
+) -> SplitScore:
     """Accuracy and negative log-likelihood of a network on a view, in evaluation mode.
 
     Raises:
@@ -37,6 +44,8 @@ def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", b
         correct += int((logits.argmax(dim=1) == truth).sum())
         summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
         labeled += int((truth >= 0).sum())
+        if on_batch is not None:
+            on_batch(len(batch.ids))
     model.train(was_training)
     if not labeled:
         raise UsageError(

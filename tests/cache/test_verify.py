@@ -868,4 +868,4 @@ def test_a_student_is_not_trained_on_other_pixels(work: Work, tmp_path: Path, mo
     assert not (tmp_path / "refused").exists()
     found, said = recorded("allowed", "--allow-other-pixels")
     assert f"error: {found['other_pixels']}\n" in message
-    assert "going on, as asked" in said
+    assert "continuing because of --allow-other-pixels" in said

@@ -384,7 +384,7 @@ def test_losses_that_need_the_level_are_refused_and_centered_ones_train(images: 
     for name, what in (("dtkd", "temperature dtkd"), ("dtd", "dtd_flsw"), ("mse", "divergence mse")):
         done = kdcache("train-student", pipeline, "--cache", cache.path, "-o", tmp_path / "no", "--loss", name)
         assert done.exit_code == 2
-        assert "only probabilities are known" in done.stderr
+        assert "only its probabilities were imported" in done.stderr
         assert what in done.stderr
         assert not (tmp_path / "no").exists()
     centered = ["--loss", "dtkd", "--set", "loss.temperature.center=true"]

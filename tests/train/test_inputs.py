@@ -252,7 +252,8 @@ def test_a_student_may_augment_what_a_teacher_of_fixed_images_saw(
     used = load_pipeline(tmp_path / "run" / "resolved.yaml")
     assert used.student is not None and resolved.student is not None
     assert used.student.transform == resolved.student.transform
-    assert used.transform == two[0].manifest.plan.views.transform == used.eval_transform
+    assert used.transform == two[0].manifest.plan.views.transform
+    assert used.eval_transform == [{"ToDtype": {"dtype": "float32", "scale": True}}], "the student's own fixed steps"
     assert {str(how) for split, _, how, _ in shown if split != "train"} == {str(used.eval_transform)}
     epochs: dict[int, dict[int, Tensor]] = {0: {}, 1: {}, 2: {}}
     for split, view, how, batch in shown:

@@ -233,7 +233,9 @@ def _look(
     try_network(model, view, "cpu", f"network {trained.name}")
     model.to(device).eval()
     on_test = _on_test(trained, model, view, device) if test is not None else None
-    return on_test, Predictions.of(logits_of(trained, model, seen, places, device)) if seen is not None else None
+    if seen is None:
+        return on_test, None
+    return on_test, Predictions.of(logits_of(trained, model, trained.view_for_comparison(seen), places, device))
 
 
 def _on_test(trained: NetworkRef, model: nn.Module, view: View, device: torch.device | str) -> OnTest:
