@@ -21,7 +21,7 @@ from kdcache.errors import KdcacheError
 
 if TYPE_CHECKING:
     from kdcache.runtime.progress import Task
-    from kdcache.train.train import Result
+    from kdcache.train.train import RunResult
 
 _SECONDS_BETWEEN_LINES = 10
 _EXPECTED = "kdcache.json"
@@ -127,11 +127,9 @@ class _LineTask:
             self._last_line = now
             speed = self._done / max(now - self._began, 1e-9)
             left = (self._total - self._done) / max(speed, 1e-9)
-            suffix = f", {note}" if note else ""
-            say(
-                f"{self._what}: {self._done:,} of {self._total:,} {self._unit}, "
-                f"{speed:,.1f} {self._unit}/s, {left:,.0f} s left{suffix}"
-            )
+            after = f", {note}" if note else ""
+            rate = f", {speed:,.1f} {self._unit}/s, {left:,.0f} s left" if self._done else ""
+            say(f"{self._what}: {self._done:,} of {self._total:,} {self._unit}{rate}{after}")
 
 
 class Terminal:
@@ -161,7 +159,7 @@ class Terminal:
         say(message)
 
 
-def run_result(out: Path, trained: Result, json_wanted: bool) -> None:
+def run_result(out: Path, trained: RunResult, json_wanted: bool) -> None:
     """Print the result of a training run."""
     best, test = trained.best, trained.test
     if json_wanted:

@@ -76,6 +76,7 @@ def sweep(
     Example: kdcache sweep digits --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
     """
     from kdcache.errors import IncompleteError, InterruptedRun
+    from kdcache.train.inputs import CacheOptions
     from kdcache.train.sweep import combinations
     from kdcache.train.sweep import sweep as run
     from kdcache.train.sweep_results import as_record, write_results
@@ -90,11 +91,8 @@ def sweep(
             seeds,
             caches,
             out,
+            CacheOptions(placement, other_pixels, align, allow_missing),
             device=choose_device(device),
-            placement=placement,
-            other_pixels=other_pixels,
-            by_content=align,
-            allow_missing=allow_missing,
             processes=processes,
             progress=output.Terminal(),
         )

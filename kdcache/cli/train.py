@@ -105,6 +105,7 @@ def train_student(
     Example: kdcache train-student digits --cache runs/digits.kdcache --loss dtkd -o runs/digits-student
     """
     from kdcache.runtime.distributed import is_first
+    from kdcache.train.inputs import CacheOptions
     from kdcache.train.train import train_student as train
 
     resolved = read_pipeline(pipeline, overrides, loss, student__train__seed=seed)
@@ -113,11 +114,8 @@ def train_student(
         resolved,
         open_caches(cache_names, digest, views_used(resolved), progress),
         out,
+        CacheOptions(placement, other_pixels, align, allow_missing),
         device=choose_device(device),
-        placement=placement,
-        other_pixels=other_pixels,
-        by_content=align,
-        allow_missing=allow_missing,
         progress=progress,
     )
     if is_first():

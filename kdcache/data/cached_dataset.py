@@ -99,7 +99,7 @@ class CachedDataset(Dataset[Item]):
 
     def __getitems__(self, ids: Sequence[int]) -> list[Item]:
         """Several items at once, which DataLoader asks for: the transform may take them together."""
-        self._seen.view = view = self.view
-        batch = self._seen.__getitems__(ids)
+        view = self.view
+        batch = self._seen.batch(ids, view)
         items = zip(batch.images, batch.labels.tolist(), batch.ids.tolist(), strict=True)
         return [(image, label, index, view) for image, label, index in items]

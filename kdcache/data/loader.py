@@ -12,19 +12,19 @@ from torch.utils.data import DataLoader, Dataset
 from kdcache.data.views import Batch, View
 from kdcache.errors import IncompleteError, KdcacheError
 
-# Torch raises a bare RuntimeError, from a signal's handler too, wherever the main thread is at that moment.
-_TORCH_SAYS = "DataLoader worker (pid"
+# Torch raises a bare RuntimeError, also from a signal handler, wherever the main thread is at that moment.
+_DEAD_WORKER = "DataLoader worker (pid"
 
-# An error of the data set's own code, in a process that lives on.
-_RAISED_THERE = "Caught "
+# The beginning of an error that the data set's own code raised in a worker that is still alive.
+_RAISED_IN_WORKER = "Caught "
 
 
 @contextmanager
 def report_lost_workers(*ends: type[Exception]) -> Iterator[None]:
-    """Tell of a death inside in words that help.
+    """Report the death of a loader process inside the context as an IncompleteError.
 
     Args:
-        ends: errors that are the end of a pipe here: what torch has not yet seen die, its pipe tells first.
+        ends: errors of a closed pipe to a worker, which may come before torch notices that the worker is dead.
 
     Raises:
         IncompleteError: if a process that loads images died.
@@ -32,36 +32,49 @@ def report_lost_workers(*ends: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = str(error)
-        is_end = isinstance(error, ends) and not said.startswith(_RAISED_THERE)
-        if not (is_end or (isinstance(error, RuntimeError) and said.startswith(_TORCH_SAYS))):
+        message = str(error)
+        is_end = isinstance(error, ends) and not message.startswith(_RAISED_IN_WORKER)
+        if not (is_end or (isinstance(error, RuntimeError) and message.startswith(_DEAD_WORKER))):
             raise
         raise IncompleteError(
-            f"a process that loads images died: {said or type(error).__name__}",
-            "the same command goes on; where memory ran out, with fewer of them (`num_workers`)",
+            f"a process that loads images died: {message or type(error).__name__}",
+            "run the same command again to resume; if memory ran out, lower `num_workers`",
         ) from error
 
 
 def cut_range(ids: range, batch_size: int) -> list[range]:
-    """A run of ids in batches, the last one shorter where it does not come out even."""
+    """Split a range of ids into batches; the last one may be shorter."""
     return [range(start, min(start + batch_size, ids.stop)) for start in range(ids.start, ids.stop, batch_size)]
 
 
 def batches(
-    view: View, cuts: Sequence[Sequence[int]], workers: int = 0, device: torch.device | str = "cpu"
+    data: View,
+    cuts: Sequence[Sequence[int]],
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    view: int | None = None,
 ) -> Iterator[Batch]:
-    """The batches of a view, in the order of `cuts`, loaded by `num_workers` processes ahead of the one that asks.
+    """Yield the batches of a view, in the order of `cuts`, prefetched by worker processes.
+
+    Args:
+        data: data set under its transform.
+        cuts: ids of each batch.
+        workers: number of processes that load images; 0 for this one.
+        device: where the batches are used: pinned memory for a GPU.
+        view: index of the view; None for `data.view`.
 
     Raises:
-        IncompleteError: if one of these processes dies.
+        IncompleteError: if a worker process dies.
     """
+    view = data.view if view is None else view
+    data.boxes(view)  # read before workers are forked, so that they share the memory
     loader: DataLoader[Any] = DataLoader(
-        _Fetched(view),
-        batch_sampler=cuts,  # type: ignore[arg-type]  # torch says lists, and takes ranges as well
+        _Requests(data),
+        batch_sampler=[(view, cut) for cut in cuts],  # type: ignore[misc]  # torch expects lists, and passes anything on
         num_workers=workers,
-        collate_fn=_as_is,
+        collate_fn=_unchanged,
         pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator(),  # of the workers' seeds, which no view uses; the caller's is left alone
+        generator=torch.Generator(),  # seeds the workers, which no view uses; leaves the caller's generator alone
     )
     with report_lost_workers(*((ConnectionError, EOFError) if workers else ())):
         for batch in loader:
@@ -70,19 +83,22 @@ def batches(
             yield batch
 
 
-class _Fetched(Dataset[Any]):
-    """A view whose mistakes come back as values: of one raised in a worker process, DataLoader keeps the text only."""
+class _Requests(Dataset[Any]):
+    """A data set that is indexed by (view, ids).
 
-    def __init__(self, view: View) -> None:
-        self.view = view
-        view.boxes()  # here, so that forked workers share them
+    Errors are returned as values: of an error that is raised in a worker process, DataLoader keeps the text only.
+    """
 
-    def __getitems__(self, ids: Sequence[int]) -> Batch | KdcacheError:
+    def __init__(self, data: View) -> None:
+        self.data = data
+
+    def __getitems__(self, request: tuple[int, Sequence[int]]) -> Batch | KdcacheError:
+        view, ids = request
         try:
-            return self.view.__getitems__(ids)
+            return self.data.batch(ids, view)
         except KdcacheError as error:
             return error
 
 
-def _as_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch

@@ -14,10 +14,11 @@ from kdcache.config.schema import ModelSpec, Pipeline, StudentSpec, TeacherSpec,
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import transform_for_evaluation
 from kdcache.data.views import View
-from kdcache.errors import CorruptError, UsageError
+from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.models import build_model
 from kdcache.models.teacher import load_teacher
 from kdcache.train.run_folder import CHECKPOINT
+from kdcache.train.student_transform import evaluation_transform
 
 Network = Literal["student", "teacher"]
 
@@ -37,6 +38,7 @@ class NetworkRef:
     name: str
     pipeline: Pipeline
     network: Network
+    class_names: tuple[str, ...] | None = None
 
     @property
     def workers(self) -> int:
@@ -52,15 +54,51 @@ class NetworkRef:
             KdcacheError: if the weights are missing or do not fit, or if the pipeline has no deterministic transform
                 for evaluation.
         """
+        self.check_classes(samples)
         if self.network == "teacher":
             loaded = load_teacher(self.pipeline)
             return loaded.model, View(samples, self._transform(loaded.transform))
         view = View(samples, self._transform(samples.transform))
         return build_model(self.pipeline.section("student"), samples.num_classes, view.shape(), trained=True), view
 
+    def check_classes(self, samples: Samples) -> None:
+        """Check that a data set has the classes that the network was trained with, in the same order.
+
+        Raises:
+            MismatchError: with the first class that differs, and both of its names.
+        """
+        trained, given = self.class_names, samples.class_names
+        if trained is None or trained == given:
+            return
+        where = f"{samples.name}/{samples.split}"
+        if len(trained) != len(given):
+            what = f"{self.name} was trained with {len(trained)} classes, and {where} has {len(given)}"
+        else:
+            differ = [number for number, names in enumerate(zip(trained, given, strict=True)) if names[0] != names[1]]
+            first = differ[0]
+            what = (
+                f"class {first} of {self.name} is {trained[first]!r}, and that of {where} is {given[first]!r} "
+                f"({len(differ)} of {len(given)} class names differ)"
+            )
+        raise MismatchError(what, "use the data set that the network was trained on, or rename its classes back")
+
+    def view_for_comparison(self, cached: View) -> View:
+        """Return the samples of a cache as the network takes them: as the teacher saw them, or by its own transform.
+
+        Args:
+            cached: samples of the cache as its teacher saw them.
+        """
+        section = getattr(self.pipeline, self.network)
+        if isinstance(section, StudentSpec) and section.transform is not None:
+            return View(cached.samples, self._transform(cached.transform))
+        return cached
+
     def _transform(self, default: Transform) -> Transform:
-        training = default if self.pipeline.transform is None else self.pipeline.transform
-        return transform_for_evaluation(self.pipeline.eval_transform, training)
+        seen = default if self.pipeline.transform is None else self.pipeline.transform
+        section = getattr(self.pipeline, self.network)
+        if isinstance(section, StudentSpec):
+            return evaluation_transform(self.pipeline, section, seen)
+        return transform_for_evaluation(self.pipeline.eval_transform, seen)
 
 
 def from_run(folder: Path) -> NetworkRef:
@@ -81,7 +119,7 @@ def from_run(folder: Path) -> NetworkRef:
         )
     try:
         metrics = json.loads((folder / _METRICS).read_text(encoding="utf-8"))
-        network = metrics.get("network")
+        network, class_names = metrics.get("network"), metrics.get("class_names")
     except (ValueError, AttributeError) as error:
         raise CorruptError(f"cannot read {folder / _METRICS}: {error}", _checkpoint_hint(folder)) from None
     if network not in ("student", "teacher"):
@@ -90,7 +128,8 @@ def from_run(folder: Path) -> NetworkRef:
             _checkpoint_hint(folder),
         )
     pipeline = load_pipeline(folder / _PIPELINE)
-    return NetworkRef(str(folder), _with_weights(pipeline, network, folder / CHECKPOINT), network)
+    names = tuple(map(str, class_names)) if class_names is not None else None
+    return NetworkRef(str(folder), _with_weights(pipeline, network, folder / CHECKPOINT), network, names)
 
 
 def _checkpoint_hint(folder: Path) -> str:

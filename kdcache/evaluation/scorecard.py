@@ -222,7 +222,10 @@ def _score(
         costs.count_multiply_adds(model, image),
         view.shape(),
         *costs.measure_speed(model, image, min_run_time),
-        _agreement(logits_of(network, model, teacher.view, teacher.indices, device), teacher.logits)
+        _agreement(
+            logits_of(network, model, network.view_for_comparison(teacher.view), teacher.indices, device),
+            teacher.logits,
+        )
         if teacher
         else None,
     )

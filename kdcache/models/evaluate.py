@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     batch_size: int = 512,
     transform: Transform | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> SplitScore:
     """Return the accuracy and the negative log-likelihood of a network, in evaluation mode.
 
@@ -48,6 +50,7 @@ def evaluate(
         device: where to run.
         batch_size: images at once.
         transform: what is done to an image, as in a pipeline file; None for the data set's own.
+        on_batch: called after each batch with its size.
 
     Raises:
         UsageError: if no sample has a label.
@@ -68,6 +71,8 @@ def evaluate(
         correct += int((logits.argmax(dim=1) == truth).sum())
         summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
         labeled += int((truth >= 0).sum())
+        if on_batch is not None:
+            on_batch(len(batch.ids))
     model.train(was_training)
     if not labeled:
         raise UsageError(

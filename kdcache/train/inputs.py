@@ -1,8 +1,7 @@
-"""What a network is trained on: the images, the cached teacher, and that the two belong together."""
+"""The inputs of training: images, labels and the cached teacher, and the check that they belong together."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,30 +18,50 @@ from kdcache.cache.teacher import Teacher, TeacherWrapper
 from kdcache.config.schema import Pipeline, TrainSpec, Transform
 from kdcache.data.alignment import AlignedTeacher, align, aligned, described
 from kdcache.data.datasets import load_held_out, load_split
-from kdcache.data.mixing import split_mixing
 from kdcache.data.replay import A_FEW, check_data, replay
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_random
-from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
 
 
 @dataclass(frozen=True)
-class TrainingInputs:
-    """Everything that students of one data set, one transform and the same caches have in common.
+class CacheOptions:
+    """How the rows of caches are held, and which differences between a cache and the data set are accepted.
 
     Attributes:
-        samples: the training images.
-        validation: for the selection; None without.
-        test: for the end; None without.
-        transform: what the teacher saw, or, without a cache, what the pipeline says.
-        seed: of its views.
-        views: how many a cache has; None for a view of its own in every epoch.
-        teacher: from the caches; None without.
-        record: of caches, placement and replay, for the run folder.
-        crops: the boxes of what the teacher saw, where they are recorded.
-        level_known: whether the teacher's logits are known as they are, or but for a constant of each row.
+        placement: where the rows are held; see `Cache.teacher`.
+        allow_other_pixels: train although the loaded images differ from those that the teacher saw.
+        align: match samples by their content keys, in any order, and leave out those that are not in the cache.
+        allow_missing: the same, and accept that the data set lacks some samples of the cache.
+    """
+
+    placement: Placement | Literal["auto"] = "auto"
+    allow_other_pixels: bool = False
+    align: bool = False
+    allow_missing: bool = False
+
+    @property
+    def by_content(self) -> bool:
+        """Whether samples are matched by their content keys."""
+        return self.align or self.allow_missing
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What students of one data set, one transform and the same caches share.
+
+    Attributes:
+        samples: training images.
+        validation: split for the selection of an epoch; None without one.
+        test: split for the final test; None without one.
+        transform: of the teacher's views, or without a cache that of the pipeline.
+        seed: of the views.
+        views: number of views of the cache; None for a new view in every epoch.
+        teacher: joined teacher of the caches; None without one.
+        record: facts about caches, placement and replay, for the metrics of the run.
+        crops: boxes of the teacher's views, if they are recorded.
+        level_known: whether the teacher's logits are known exactly, or up to an additive constant per sample.
     """
 
     samples: Samples
@@ -58,10 +77,10 @@ class TrainingInputs:
 
 
 def inputs_without_teacher(pipeline: Pipeline) -> TrainingInputs:
-    """The data of a pipeline alone.
+    """Load the data of a pipeline alone.
 
     Raises:
-        KdcacheError: if the splits do not fit one another.
+        KdcacheError: if the splits have different classes.
     """
     samples = load_split(pipeline.dataset, "train")
     transform = samples.transform if pipeline.transform is None else pipeline.transform
@@ -77,37 +96,30 @@ def inputs_without_teacher(pipeline: Pipeline) -> TrainingInputs:
 def inputs_from_caches(
     pipeline: Pipeline,
     caches: Sequence[Cache],
+    options: CacheOptions | None = None,
     *,
     device: torch.device | str = "cpu",
-    placement: Placement | Literal["auto"] = "auto",
-    other_pixels: bool = False,
-    by_content: bool = False,
-    allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> TrainingInputs:
-    """The data of a pipeline, and the teacher that caches of it are.
+    """Load the data of a pipeline, and the teacher of its caches.
 
     Args:
-        pipeline: its `dataset`, `transform`, `join` and whether its `loss` uses a teacher are looked at.
+        pipeline: `dataset`, `transform`, `join`, and whether the `loss` uses a teacher.
         caches: one or several.
-        device: where the logits are wanted.
-        placement: where the rows are held; see `Cache.teacher`.
-        other_pixels: go on although the images that are loaded are not those that the teacher saw.
-        by_content: match samples by their content keys, in whatever order the data set has them, and leave out those
-            that the caches have not.
-        allow_missing: the same, and go on although the data set lacks some samples of the caches.
-        progress: who is told how it goes.
+        options: placement of the rows, and accepted differences; the defaults if None.
+        device: where the logits are returned.
+        progress: progress reporter; silent if None.
 
     Raises:
         MismatchError: if a cache belongs to other images, another order, other labels or another transform, the caches
-            have other views than one another, or some pixels, made anew, are not those that the teacher saw.
-        UsageError: for weights that do not fit the caches.
+            differ in their views, or replayed images are not those that the teacher saw.
+        UsageError: if the number of weights is not that of the caches.
     """
-    progress = progress or Silent()
+    options, progress = options or CacheOptions(), progress or Silent()
     samples = load_split(pipeline.dataset, "train")
     matched: dict[str, dict[str, int]] = {}
-    if by_content or allow_missing:
-        samples, matched = _matched(samples, caches[0], allow_missing, progress)
+    if options.by_content:
+        samples, matched = _matched(samples, caches[0], options.allow_missing, progress)
     views = caches[0].manifest.plan.views
     replayed = []
     for cache in caches:
@@ -118,21 +130,21 @@ def inputs_from_caches(
                 "join caches that were dumped with the same transform, seed and number of views",
             )
         _check_same_boxes(caches[0], cache)
-        replayed.append(_replay(cache, samples, other_pixels, progress))
-    teachers = [cache.teacher(device, placement) for cache in caches] if pipeline.loss.uses_teacher else []
-    for each in teachers:
-        progress.say(f"the cache is held: {each.placement} ({each.why})")
+        replayed.append(_replay(cache, samples, options.allow_other_pixels, progress))
+    cached = [cache.teacher(device, options.placement) for cache in caches] if pipeline.loss.uses_teacher else []
+    for each in cached:
+        progress.say(f"placement of the cache: {each.placement} ({each.why})")
     teacher: Teacher | None = None
-    if teachers:
-        joined = JoinedTeacher(teachers, pipeline.join.weights, pipeline.join.combine)
-        teacher = teachers[0] if len(teachers) == 1 else joined
+    if cached:
+        joined = JoinedTeacher(cached, pipeline.join.weights, pipeline.join.combine)
+        teacher = cached[0] if len(cached) == 1 else joined
         if samples.ids is not None:
             teacher = AlignedTeacher(teacher, samples.ids, len(caches[0]))
-        if all(each.placement != "stream" for each in teachers):
+        if all(each.placement != "stream" for each in cached):
             teacher = decode_if_small(teacher, len(samples), samples.num_classes)
     record = {
         "caches": [cache.manifest.digest for cache in caches],
-        "placement": [each.placement for each in teachers],
+        "placement": [each.placement for each in cached],
         "replay": replayed,
         **matched,
     }
@@ -142,7 +154,7 @@ def inputs_from_caches(
         _held_out(pipeline, "test", samples),
         views.transform,
         views.seed,
-        _first_views(caches),
+        _n_first_views(caches),
         teacher,
         record,
         caches[0].crops,
@@ -151,7 +163,11 @@ def inputs_from_caches(
 
 
 def _check_same_boxes(first: Cache, other: Cache) -> None:
-    """That two teachers of the same views saw the same crops, where these are recorded."""
+    """Check that two teachers of the same views saw the same crops, if these are recorded.
+
+    Raises:
+        MismatchError: if they did not.
+    """
     if first is other or first.crops is None or other.crops is None:
         return
     for view in sorted(set(first.views).intersection(other.views)):
@@ -167,33 +183,37 @@ def _check_same_boxes(first: Cache, other: Cache) -> None:
 def _matched(
     samples: Samples, cache: Cache, allow_missing: bool, progress: Progress
 ) -> tuple[Samples, dict[str, dict[str, int]]]:
-    """The samples of a data set that a cache has, in its order, and how many there are, for the record."""
-    found = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
-    if not len(found.ids):
+    """Return the samples of a data set that are in a cache, in the cache's order, and their numbers for the record.
+
+    Raises:
+        MismatchError: if there are none, or some of the cache are missing and that is not accepted.
+    """
+    alignment = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
+    if not len(alignment.ids):
         raise MismatchError(
             f"no sample of {samples.name}/{samples.split} is in {cache.path}",
             "use a copy of the data set that the cache was made from (`kdcache info CACHE` names it)",
         )
-    if len(found.missing) and not allow_missing:
+    if len(alignment.missing) and not allow_missing:
         raise MismatchError(
-            described(samples, found), "say --allow-missing to train on those that are there, or get the others"
+            described(samples, alignment), "use --allow-missing to train on the samples that match, or add the others"
         )
-    progress.say(f"note: {described(samples, found)}")
-    counts = {"matched": len(found.ids), "missing": len(found.missing), "extra": len(found.extra)}
-    return aligned(samples, found), {"alignment": counts}
+    progress.say(f"note: {described(samples, alignment)}")
+    counts = {"matched": len(alignment.ids), "missing": len(alignment.missing), "extra": len(alignment.extra)}
+    return aligned(samples, alignment), {"alignment": counts}
 
 
-def _first_views(caches: Sequence[Cache]) -> int:
-    """How many views, from the first on, are there of every cache: those are trained on.
+def _n_first_views(caches: Sequence[Cache]) -> int:
+    """Return how many views, from view 0 on, all caches have: students are trained on these.
 
     Raises:
-        UsageError: if there is none.
+        UsageError: if view 0 is missing.
     """
-    here = set.intersection(*(set(cache.views) for cache in caches))
-    count = next(view for view in range(len(here) + 1) if view not in here)
+    common = set.intersection(*(set(cache.views) for cache in caches))
+    count = next(view for view in range(len(common) + 1) if view not in common)
     if count == 0:
         raise UsageError(
-            f"view 0 of {caches[0].path} is not here, and students are shown the views from the first on",
+            f"view 0 of {caches[0].path} is missing, and students are trained on the views from 0 on",
             "pull the first ones: `kdcache pull URL DIR --views 0-...`",
         )
     return count
@@ -206,30 +226,42 @@ def _held_out(pipeline: Pipeline, split: Literal["validation", "test"], samples:
     return held_out
 
 
-def _replay(cache: Cache, samples: Samples, other_pixels: bool, progress: Progress) -> dict[str, Any]:
-    """A look at some images before the first step, for the record of the run."""
+def _replay(cache: Cache, samples: Samples, allow_other_pixels: bool, progress: Progress) -> dict[str, Any]:
+    """Compare some images with those that the teacher saw, and return the result for the record of the run.
+
+    Raises:
+        MismatchError: if they differ, and that is not accepted.
+    """
     try:
-        found = replay(cache, samples, A_FEW)
+        replayed = replay(cache, samples, A_FEW)
     except MismatchError as error:
-        if not other_pixels:
-            raise MismatchError(error.what, f"{error.fix}; or say --allow-other-pixels") from None
-        progress.say(f"note: {error.what}; going on, as asked")
+        if not allow_other_pixels:
+            raise MismatchError(error.what, f"{error.fix}; or use --allow-other-pixels") from None
+        progress.say(f"note: {error.what}; continuing because of --allow-other-pixels")
         return {"other_pixels": error.what}
-    if found.rounded:
-        progress.say(f"note: {found.rounded} of {found.checked} images differ from the teacher's by rounding alone")
-    return found._asdict()
+    if replayed.rounded:
+        progress.say(
+            f"note: {replayed.rounded} of {replayed.checked} images differ from the teacher's by rounding alone"
+        )
+    return replayed._asdict()
 
 
-def few_labels(samples: Samples, spec: TrainSpec) -> Tensor:
-    """The labels that a network is shown, [N] int64: `labels_per_class` of each class, drawn with `seed`, else -1."""
+def labels_shown(samples: Samples, spec: TrainSpec) -> Tensor:
+    """Return the labels that a network is trained with, [N] int64.
+
+    With `labels_per_class`, so many labels per class are drawn with `seed`, and the others are -1.
+    """
     labels = torch.from_numpy(samples.labels).long()
     if spec.labels_per_class is None:
         return labels
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(spec.seed))
-    seen = torch.full_like(labels, -1)
-    for label in range(samples.num_classes):
-        seen[order[labels[order] == label][: spec.labels_per_class]] = label
-    return seen
+    by_class, positions = labels[order].sort(stable=True)
+    starts = torch.searchsorted(by_class, by_class, side="left")
+    rank_in_class = torch.arange(len(labels)) - starts
+    shown = torch.full_like(labels, -1)
+    drawn = order[positions[rank_in_class < spec.labels_per_class]]
+    shown[drawn] = labels[drawn]
+    return shown
 
 
 class FixedImagesTeacher(TeacherWrapper):
@@ -242,24 +274,3 @@ class FixedImagesTeacher(TeacherWrapper):
     def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
         """Announce the batches of ids [B] int64 that will be asked for, in this order."""
         super().prefetch(batches, 0)
-
-
-def own_transform(lessons: TrainingInputs, own: Transform, spec: TrainSpec) -> View:
-    """The training images as a student sees them that augments on its own.
-
-    Raises:
-        UsageError: if the teacher saw random views, or the transform mixes images.
-    """
-    if lessons.teacher is not None:
-        if lessons.views != 1 or is_random(lessons.transform):
-            raise UsageError(
-                f"student.transform is for a teacher of fixed images, and the cache has {lessons.views} views of "
-                f"{json.dumps(lessons.transform)}",
-                "remove student.transform: the student then sees what the teacher saw",
-            )
-        if split_mixing(own)[1]:
-            raise UsageError(
-                f"student.transform mixes images in its step {own[-1]}, and the teacher saw none that are mixed",
-                "dump the teacher on mixed views: put the step at the end of `transform`",
-            )
-    return View(lessons.samples, own, spec.seed, labels=few_labels(lessons.samples, spec))

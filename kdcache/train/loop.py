@@ -1,9 +1,7 @@
-"""The training loop: epochs of steps, and the best epoch on the validation split kept.
+"""The training loop: epochs of optimizer steps, with the weights of the best epoch on the validation split selected.
 
-One step is one batch, however many processes share it and in however many pieces each goes through its part: the
-losses of the pieces are divided by what the whole batch holds, so that they, and their gradients, add up to its own.
-What is different with several processes is what is drawn in the network (dropout), and batch normalization, which sees
-a piece at a time.
+With several processes, only what is drawn in the network (dropout) and batch normalization, which is of one
+micro-batch, differ from a single process; see `step.py`.
 """
 
 from __future__ import annotations
@@ -27,12 +25,12 @@ from kdcache.data.views import View
 from kdcache.errors import CorruptError
 from kdcache.losses import Loss, LossParts
 from kdcache.models.evaluate import SplitScore, evaluate
-from kdcache.runtime.progress import Progress, Silent
+from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.step import Trainer
 
 
 class Epoch(NamedTuple):
-    """A line of metrics.csv; losses are means over the epoch's steps, `LossParts` says of what.
+    """A line of metrics.csv: losses are means over the steps of the epoch, as `LossParts` defines them.
 
     `lr` is that of the first step; temperatures are means over the samples, None without a teacher.
     """
@@ -54,13 +52,13 @@ class Diverged(CorruptError):
 
 
 class Checkpointer(Protocol):
-    """Who keeps what an interrupted run goes on with."""
+    """A store of the state that an interrupted run resumes from."""
 
     def load(self) -> dict[str, Any] | None:
-        """What was kept last; None at the beginning."""
+        """Return the last state that was saved; None if there is none."""
 
     def save(self, state: dict[str, Any]) -> None:
-        """Keep tensors and plain values, whole or not at all."""
+        """Save tensors and plain values, atomically."""
 
 
 @dataclass
@@ -73,21 +71,21 @@ class _Best:
 
 @dataclass
 class TrainingState:
-    """How far a run has come."""
+    """Progress of a run."""
 
     rows: list[Epoch] = field(default_factory=list)
     best: _Best | None = None
     seconds: float = 0.0
 
-    def take(self, epoch: Epoch, network: nn.Module) -> None:
-        """Add an epoch, which is the best if none before it was as good."""
+    def add(self, epoch: Epoch, network: nn.Module) -> None:
+        """Add an epoch; it is the best one if all epochs before were worse."""
         self.rows.append(epoch)
         before = self.best.epoch.validation_accuracy if self.best else None
         if before is None or epoch.validation_accuracy is None or epoch.validation_accuracy > before:
             self.best = _Best(epoch, copy.deepcopy(network.state_dict()))
 
     def is_over(self, spec: TrainSpec) -> bool:
-        """Whether all epochs are done, or none of the last `early_stopping_patience` was the best."""
+        """Return whether all epochs are done, or early stopping applies."""
         if self.best is None:
             return False
         waited = self.rows[-1].epoch - self.best.epoch.epoch
@@ -97,12 +95,12 @@ class TrainingState:
 
 
 class TrainingResult(NamedTuple):
-    """What came of training; the network holds the weights of the best epoch.
+    """The result of training; the network holds the weights of the best epoch.
 
     Attributes:
         best: the first epoch of the best validation accuracy; the last one without a validation split.
-        epochs: all of them.
-        seconds: of training, validation included, interruptions not.
+        epochs: all epochs.
+        seconds: duration of training, with validation, without interruptions.
     """
 
     best: Epoch
@@ -124,59 +122,63 @@ def fit(
     checkpointer: Checkpointer | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
-    """Train a network, and leave in it the weights of its best epoch on the validation split.
+    """Train a network, and load the weights of its best epoch on the validation split into it.
 
     Args:
-        model: the network; moved to `device`.
+        model: network; moved to `device`.
         train: images and labels.
-        validation: for the selection, by the first process; None keeps the last epoch's weights.
+        validation: split for the selection, evaluated by the first process; None selects the last epoch.
         spec: optimizer, schedule, seed.
-        loss: what is minimized.
-        teacher: where the teacher's logits come from.
-        views: how many an epoch's one is of; None gives every epoch a view of its own.
+        loss: minimized.
+        teacher: source of the teacher's logits.
+        views: number of views that epochs go through; None gives every epoch a view of its own.
         device: where to train.
-        on_epoch: called with each line of metrics, also with those of a run that is gone on with.
-        checkpointer: who keeps the state after each epoch, and has that of a run to go on with.
-        progress: who is told how it goes.
+        on_epoch: called with each line of metrics; after a resume, with those before it too.
+        checkpointer: stores the state after each epoch, and returns that of an interrupted run.
+        progress: progress reporter; silent if None.
 
     Raises:
         Diverged: if the loss becomes NaN or infinite.
-        UsageError: if a batch cannot be shared out.
+        UsageError: if a batch has too few images to be divided.
     """
     progress = progress or Silent()
     trainer = Trainer(model, spec, loss, len(train), device)
     state = TrainingState()
-    if checkpointer and (saved := _kept(trainer, checkpointer)) is not None:
+    if checkpointer and (saved := _load(trainer, checkpointer)) is not None:
         state = _resume(trainer, saved)
-        progress.say(f"going on after epoch {len(state.rows)} of {spec.epochs}")
+        progress.say(f"resuming after epoch {len(state.rows)} of {spec.epochs}")
         if on_epoch:
             for epoch in state.rows:
                 on_epoch(epoch)
     with progress.task("training", (spec.epochs - len(state.rows)) * trainer.steps, "steps") as task:
         note = ""
+
+        def after_step() -> None:
+            task.advance(1, note)
+
         while not state.is_over(spec):
             began, number = time.perf_counter(), len(state.rows) + 1
-            train.view = view_of(number, views, spec)
+            view = view_of_epoch(number, views, spec)
             lr = float(trainer.schedule.get_last_lr()[0])
-            parts = trainer.epoch(train, number, teacher, lambda: task.advance(1, note))  # noqa: B023  # called at once
-            epoch = _line(trainer, number, train.view, lr, parts, validation)
-            state.take(epoch, trainer.shown)
+            parts = trainer.epoch(train, number, teacher, after_step, view=view)
+            epoch = _metrics(trainer, Epoch(number, view, lr, 0, 0, 0, None, None, None, None), parts, validation, task)
+            state.add(epoch, trainer.selected_network)
             state.seconds += time.perf_counter() - began
             if on_epoch:
                 on_epoch(epoch)
             if checkpointer:
-                _keep(trainer, state, checkpointer)
+                _save(trainer, state, checkpointer)
             note = f"epoch {number} of {spec.epochs}, loss {epoch.loss:.3f}"
             if epoch.validation_accuracy is not None:
                 note += f", validation {epoch.validation_accuracy:.1%}"
             task.advance(1, note)
-    assert state.best is not None, "there is at least one epoch"  # noqa: S101  # and the type checker must be told
+    assert state.best is not None, "there is at least one epoch"  # noqa: S101  # for the type checker
     model.load_state_dict(state.best.weights)
     return TrainingResult(state.best.epoch, state.rows, state.seconds)
 
 
-def view_of(epoch: int, views: int | None, spec: TrainSpec) -> int:
-    """The view that an epoch, counted from 1, sees."""
+def view_of_epoch(epoch: int, views: int | None, spec: TrainSpec) -> int:
+    """Return the index of the view of an epoch, which is counted from 1."""
     if views is None:
         return epoch - 1
     if spec.view_order == "random":
@@ -185,33 +187,51 @@ def view_of(epoch: int, views: int | None, spec: TrainSpec) -> int:
     return (epoch - 1) % views
 
 
-def _line(
-    trainer: Trainer, number: int, view: int, lr: float, parts: list[LossParts], validation: View | None
-) -> Epoch:
+def _metrics(trainer: Trainer, epoch: Epoch, parts: list[LossParts], validation: View | None, task: Task) -> Epoch:
+    """Return an epoch with the means of its losses and its validation score.
+
+    Raises:
+        Diverged: if the loss is NaN or infinite.
+    """
     means = LossParts(*(torch.stack(values).double().mean() for values in zip(*parts, strict=True)))
     if not math.isfinite(total := means.total.item()):
-        raise Diverged(f"the loss became {total} in epoch {number}", "lower train.lr, or the weights of the loss")
+        raise Diverged(f"the loss became {total} in epoch {epoch.epoch}", "lower train.lr, or the weights of the loss")
     score: list[SplitScore | None] = [None]
     if validation is not None and trainer.accelerator.is_main_process:
-        score = [evaluate(trainer.shown, validation, trainer.device)]
+        evaluated = 0
+
+        def on_batch(count: int) -> None:
+            nonlocal evaluated
+            evaluated += count
+            task.advance(0, f"validating epoch {epoch.epoch}: {evaluated:,} of {len(validation):,} images")
+
+        score = [evaluate(trainer.selected_network, validation, trainer.device, on_batch=on_batch)]
     if trainer.ranks > 1:
         broadcast_object_list(score)
-    accuracy, log_likelihood = score[0] or (None, None)
-    ce, distilled, *temperatures = (value.item() for value in means[1:])
+    accuracy, negative_log_likelihood = score[0] or (None, None)
+    cross_entropy, distillation, *temperatures = (value.item() for value in means[1:])
     student, teacher = temperatures if trainer.loss.uses_teacher else (None, None)
-    return Epoch(number, view, lr, total, ce, distilled, student, teacher, accuracy, log_likelihood)
+    return epoch._replace(
+        loss=total,
+        cross_entropy=cross_entropy,
+        distillation=distillation,
+        student_temperature=student,
+        teacher_temperature=teacher,
+        validation_accuracy=accuracy,
+        validation_loss=negative_log_likelihood,
+    )
 
 
-def _kept(trainer: Trainer, checkpointer: Checkpointer) -> dict[str, Any] | None:
-    """What the first process has kept, to all of them."""
-    kept = [checkpointer.load() if trainer.accelerator.is_main_process else None]
+def _load(trainer: Trainer, checkpointer: Checkpointer) -> dict[str, Any] | None:
+    """Return the state that the first process saved, in all processes."""
+    saved = [checkpointer.load() if trainer.accelerator.is_main_process else None]
     if trainer.ranks > 1:
-        broadcast_object_list(kept)
-    return kept[0]
+        broadcast_object_list(saved)
+    return saved[0]
 
 
-def _keep(trainer: Trainer, state: TrainingState, checkpointer: Checkpointer) -> None:
-    generators = gather_object([_generators(trainer.device)])
+def _save(trainer: Trainer, state: TrainingState, checkpointer: Checkpointer) -> None:
+    generators = gather_object([_generator_states(trainer.device)])
     if not trainer.accelerator.is_main_process or state.best is None:
         return
     checkpointer.save(
@@ -228,15 +248,15 @@ def _keep(trainer: Trainer, state: TrainingState, checkpointer: Checkpointer) ->
 
 def _resume(trainer: Trainer, state: dict[str, Any]) -> TrainingState:
     trainer.load_state_dict(state["trainer"])
-    # Of a run with fewer processes the others draw what they have been seeded with.
+    # If the interrupted run had fewer processes, the additional ones keep the seed that they were given.
     if trainer.accelerator.process_index < len(state["generators"]):
-        _put_back(state["generators"][trainer.accelerator.process_index], trainer.device)
+        _restore_generators(state["generators"][trainer.accelerator.process_index], trainer.device)
     rows = [Epoch(*row) for row in state["rows"]]
     return TrainingState(rows, _Best(rows[state["best"] - 1], state["weights"]), state["seconds"])
 
 
-def _generators(device: torch.device) -> dict[str, Any]:
-    """The states of all generators that a network may draw from."""
+def _generator_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of all generators that a network may draw from."""
     kind, keys, *position = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -246,7 +266,7 @@ def _generators(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _put_back(states: dict[str, Any], device: torch.device) -> None:
+def _restore_generators(states: dict[str, Any], device: torch.device) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["cpu"])

@@ -1,15 +1,16 @@
-"""The folder of a training run: everything that says what was done and what came of it.
+"""The folder of a training run: what was configured, and the results.
 
 model.safetensors   the selected weights
-resolved.yaml       the pipeline, every default spelled out
-metrics.csv         one line an epoch
-metrics.json        the selected epoch, the test result, cost
-curves.png          the lines of metrics.csv as a picture
-versions.json       Python, libraries, and the commits of kdcache and of the folder that it was started in
-logs/               what trackers such as TensorBoard wrote
+resolved.yaml       the pipeline with all defaults
+metrics.csv         one line per epoch
+metrics.json        the selected epoch, the test score, class names, cost
+curves.png          plot of metrics.csv
+versions.json       versions of Python and libraries, commits of kdcache and of the current folder
+logs/               files of trackers such as TensorBoard
 
-It is NAME.partial until it is whole. `state.pt` in it is what a killed run goes on with: everything after the last
-whole epoch, and what it was begun with, so that no other run is gone on with by mistake.
+Until the run is complete, the folder is NAME.partial, and one process at a time may write it. In it, `state.pt` is the
+state after the last complete epoch, from which an interrupted run resumes, and `begun.json` is the configuration, with
+which that of the resuming command is compared.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
@@ -35,7 +35,9 @@ from kdcache.errors import CorruptError, InterruptedRun, MismatchError, UsageErr
 from kdcache.models import save_weights
 from kdcache.runtime.atomic_write import move_into_place, temporary, write_file
 from kdcache.runtime.distributed import is_first
+from kdcache.runtime.folder_lock import locked
 from kdcache.runtime.versions import commits, versions
+from kdcache.train.accelerator import start_trackers
 from kdcache.train.loop import Diverged, Epoch
 from kdcache.train.plots import draw_curves
 
@@ -45,18 +47,18 @@ _BEGUN = "begun.json"
 
 
 class Run:
-    """A run folder that is being filled; `run_folder` puts it in its place when it is whole.
+    """A run folder that is being written; see `run_folder`.
 
-    Of several processes the first one writes; the others go through the same motions.
+    With several processes, only the first one writes.
     """
 
-    def __init__(self, folder: Path, trackers: Sequence[str] = (), kept: dict[str, Any] | None = None) -> None:
-        self.folder, self._names, self._kept = folder, [*trackers], kept
+    def __init__(self, folder: Path, trackers: Sequence[str] = (), state: dict[str, Any] | None = None) -> None:
+        self.folder, self._names, self._state = folder, [*trackers], state
         self._rows: list[Epoch] = []
         self._trackers: list[Any] | None = None
 
     def epoch(self, row: Epoch) -> None:
-        """Add a line to metrics.csv, and tell the trackers."""
+        """Append a line to metrics.csv, and log it to the trackers."""
         if not is_first():
             return
         with (self.folder / "metrics.csv").open("a" if self._rows else "w", newline="", encoding="utf-8") as opened:
@@ -66,50 +68,47 @@ class Run:
             writer.writerow(row._asdict())
         self._rows.append(row)
         if self._names and self._trackers is None:
-            # Those of a run that is gone on with are told all of its lines once more.
+            # After a resume, all lines are logged again.
             shutil.rmtree(self.folder / "logs", ignore_errors=True)
-            accelerator = Accelerator(log_with=self._names, project_dir=self.folder / "logs")
-            accelerator.init_trackers("kdcache")
-            self._trackers = accelerator.trackers
+            self._trackers = start_trackers(self._names, self.folder / "logs")
         for tracker in self._trackers or ():
             tracker.log({key: value for key, value in row._asdict().items() if value is not None}, step=row.epoch)
 
     def load(self) -> dict[str, Any] | None:
-        """What an interrupted run was kept with, once; None at the beginning."""
-        kept, self._kept = self._kept, None
-        return kept
+        """Return the state of an interrupted run, once; None for a new run."""
+        state, self._state = self._state, None
+        return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Keep the state of a run: whole, or as it was before."""
-        held = io.BytesIO()
-        torch.save(state, held)
-        # Written by Python, so that a full disk is the OSError that it is everywhere else.
-        write_file(self.folder / _STATE, held.getbuffer())
+        """Write the state of the run atomically."""
+        serialized = io.BytesIO()
+        torch.save(state, serialized)
+        write_file(self.folder / _STATE, serialized.getbuffer())
 
     def finish(self, model: nn.Module, metrics: Mapping[str, Any]) -> None:
-        """Write the selected weights, the results and the picture."""
+        """Write the selected weights, the metrics and the plot."""
         if not is_first():
             return
         for tracker in self._trackers or ():
             tracker.finish()
         save_weights(model, self.folder / CHECKPOINT)
         draw_curves([row._asdict() for row in self._rows], self.folder / "curves.png")
-        _write_json(self.folder / "metrics.json", metrics)
+        write_json(self.folder / "metrics.json", metrics)
 
 
 def check_free(out: Path) -> None:
-    """That a run may be written to `out`.
+    """Check that a run can be written to `out`.
 
     Raises:
-        UsageError: if something is there already, or the place is inside a cache.
+        UsageError: if it exists, or is inside a cache.
     """
     if out.exists():
-        raise UsageError(f"{out} exists", "give another folder with -o, or delete that one first")
+        raise UsageError(f"{out} exists", "write to another folder with -o, or delete it first")
     check_outside(out)
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """That the trackers that a pipeline names are installed.
+    """Check that the trackers of a pipeline are installed.
 
     Raises:
         UsageError: if one is not.
@@ -124,49 +123,49 @@ def check_trackers(names: Sequence[str]) -> None:
 def run_folder(
     out: Path, pipeline: Pipeline, begun_with: Mapping[str, Any], trackers: Sequence[str] = ()
 ) -> Iterator[Run]:
-    """A folder that appears under its name when the run is whole.
+    """Create the folder of a run, or reopen that of an interrupted one, and rename it to `out` when it is complete.
 
-    If it is interrupted or fails after an epoch, what it needs to go on stays in NAME.partial; before that, or if its
-    loss diverges, nothing.
+    If the run fails or is interrupted after an epoch, NAME.partial is kept so that it can be resumed; before that, or
+    if the loss diverges, it is removed.
 
     Args:
-        out: its name.
+        out: path of the complete folder.
         pipeline: resolved.
-        begun_with: what else the run depends on, such as the digests of caches; plain values.
-        trackers: who is told of the metrics.
+        begun_with: other values that the run depends on, such as the digests of caches.
+        trackers: names of the trackers to which metrics are logged.
 
     Raises:
-        UsageError: if `out` exists.
-        MismatchError: if another run was begun there.
-        CorruptError: if what it kept cannot be read; it stays.
-        InterruptedRun: on Ctrl-C, if it can be gone on with.
+        UsageError: if `out` exists, or another process is writing it.
+        MismatchError: if another run was interrupted there.
+        CorruptError: if its state cannot be read; it is kept.
+        InterruptedRun: on Ctrl-C, if the run can be resumed.
     """
     check_free(out)
-    unfinished = temporary(out)
-    kept = _begin(unfinished, pipeline, begun_with) if is_first() else None
-    run = Run(unfinished, trackers, kept)
-    try:
-        yield run
-    except Diverged:
-        # It would again, from wherever it is gone on with.
-        _remove(unfinished)
-        raise
-    except KeyboardInterrupt:
-        if (unfinished / _STATE).is_file():
-            raise InterruptedRun(
-                f"interrupted; the run is kept in {unfinished} after its last whole epoch",
-                "run the same command again: it goes on there",
-            ) from None
-        _remove(unfinished)
-        raise
-    except BaseException:
-        if not (unfinished / _STATE).is_file():
+    with locked(out) if is_first() else nullcontext():
+        check_free(out)  # another process may have completed it meanwhile
+        unfinished = temporary(out)
+        state = _begin(unfinished, pipeline, begun_with) if is_first() else None
+        try:
+            yield Run(unfinished, trackers, state)
+        except Diverged:
+            _remove(unfinished)  # it would diverge again after a resume
+            raise
+        except KeyboardInterrupt:
+            if (unfinished / _STATE).is_file():
+                raise InterruptedRun(
+                    f"interrupted; the run is kept in {unfinished} after its last complete epoch",
+                    "run the same command again to resume",
+                ) from None
             _remove(unfinished)
-        raise
-    if is_first():
-        for name in (_STATE, _BEGUN):
-            (unfinished / name).unlink(missing_ok=True)
-        move_into_place(unfinished, out)
+            raise
+        except BaseException:
+            if not (unfinished / _STATE).is_file():
+                _remove(unfinished)
+            raise
+        if is_first():
+            for name in (_STATE, _BEGUN):
+                (unfinished / name).unlink(missing_ok=True)
+            move_into_place(unfinished, out)
 
 
 def _remove(folder: Path) -> None:
@@ -175,21 +174,26 @@ def _remove(folder: Path) -> None:
 
 
 def _begin(folder: Path, pipeline: Pipeline, begun_with: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Make the folder of a new run, or give what the interrupted one in it was kept with."""
-    now = {"pipeline": read_yaml(pipeline.to_yaml(), "")[0], **begun_with, "versions": versions()}
+    """Create the folder of a new run, or return the state of the interrupted run in it.
+
+    Raises:
+        MismatchError: if the interrupted run had another configuration.
+        CorruptError: if its files cannot be read.
+    """
+    configuration = {"pipeline": read_yaml(pipeline.to_yaml(), "")[0], **begun_with, "versions": versions()}
     if (folder / _STATE).is_file():
-        before = json.loads((folder / _BEGUN).read_text(encoding="utf-8"))
-        if differs := next(_differences(before, json.loads(json.dumps(now))), None):
-            key, then, here = differs
+        before = read_json(folder / _BEGUN)
+        if difference := next(_differences(before, json.loads(json.dumps(configuration))), None):
+            key, old, new = difference
             raise MismatchError(
-                f"{folder} holds another run that was interrupted: {key} was {then}, and is {here} now",
-                f"give the command that began it, or another folder with -o, or delete {folder}",
+                f"{folder} holds another run that was interrupted: {key} was {old}, and is {new} now",
+                f"run the command that started it, write to another folder with -o, or delete {folder}",
             )
         return _read_state(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _write_json(folder / _BEGUN, now)
-    _write_json(folder / "versions.json", {**versions(), **commits()})
+    write_json(folder / _BEGUN, configuration)
+    write_json(folder / "versions.json", {**versions(), **commits()})
     write_file(folder / "resolved.yaml", pipeline.to_yaml())
     return None
 
@@ -197,14 +201,15 @@ def _begin(folder: Path, pipeline: Pipeline, begun_with: Mapping[str, Any]) -> d
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(folder / _STATE, "cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes of a broken file make torch stumble over
-        # Of torch's words the first line: the others advise to unpickle anything.
+    except Exception as error:  # torch raises many types for a damaged file
+        # Only the first line of torch's message: the others advise to unpickle untrusted files.
         why = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
-        raise CorruptError(f"cannot read {folder / _STATE}: {why}", f"delete {folder}, and begin anew") from error
+        raise CorruptError(f"cannot read {folder / _STATE}: {why}", f"delete {folder}, and start again") from error
     return state
 
 
 def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, old value, new value) of each difference between two nested dicts."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in dict.fromkeys([*before, *now]):
             yield from _differences(
@@ -214,5 +219,18 @@ def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
         yield key, before, now
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically."""
     write_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file of a run.
+
+    Raises:
+        CorruptError: if it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"cannot read {path}: {error}", f"delete {path.parent}, and start again") from error

@@ -1,7 +1,7 @@
 """Many students of one cache: losses, networks, options and seeds, each combination a run of its own.
 
-One process holds the data set and the cache once, for all students. Several map both from the local disk: they share
-the memory that these take. (What each keeps of a small cache's logits decoded, `decoded.py`, is its own.)
+One process loads the data set and the cache once, for all students. Several processes map both from the local disk, and
+share that memory. (Each decodes the logits of a small cache for itself, `decoded_teacher.py`.)
 """
 
 from __future__ import annotations
@@ -10,35 +10,36 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-
-from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
 from kdcache.config.loader import load_pipeline
 from kdcache.config.schema import Pipeline
 from kdcache.config.yaml_lines import read_yaml
 from kdcache.data.images import ArrayImages, map_images
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
-from kdcache.runtime.atomic_write import write_file
-from kdcache.runtime.progress import Progress, Silent
-from kdcache.train.inputs import TrainingInputs, inputs_from_caches, inputs_without_teacher
-from kdcache.train.run_folder import check_trackers
+from kdcache.runtime.folder_lock import locked
+from kdcache.runtime.progress import Progress, Silent, Task
+from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
+from kdcache.train.run_folder import check_trackers, read_json, write_json
+from kdcache.train.sweep_worker import ProgressQueue, StudentProgress, enter_worker, worker_state
 from kdcache.train.train import train_on
 
 _POINT = "point.json"
 
+_SECONDS_BETWEEN_UPDATES = 0.5
+
 
 class Point(NamedTuple):
-    """One combination of what a sweep goes over.
+    """One combination of the values that a sweep goes over.
 
     Attributes:
         name: of its folder and its line in the table.
@@ -50,17 +51,17 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Student:
-    """What came of one student; accuracies in [0, 1].
+class StudentResult:
+    """The result of one student; accuracies in [0, 1].
 
     Attributes:
-        point: which combination.
+        point: name of the combination.
         seed: of its training.
         run: its folder.
         test: test accuracy; None without a test split, or if it failed.
-        validation: of the selected epoch; None without a validation split, or if it failed.
-        seconds: of training.
-        failed: why, if it did.
+        validation: accuracy of the selected epoch; None without a validation split, or if it failed.
+        seconds: duration of training.
+        failed: the error, if it failed.
     """
 
     point: str
@@ -77,26 +78,26 @@ class SweepSummary:
     """The students of one combination over the seeds; `spread` is the standard deviation (n - 1), 0 for one seed."""
 
     point: str
-    students: list[Student]
+    students: list[StudentResult]
 
     @property
     def accuracies(self) -> list[float]:
-        """Test accuracies of those that were trained to the end."""
+        """Test accuracies of the students that did not fail."""
         return [student.test for student in self.students if student.test is not None]
 
     @property
     def mean(self) -> float | None:
-        """Of the test accuracies; None if there is none."""
+        """Mean of the test accuracies; None without any."""
         return statistics.mean(self.accuracies) if self.accuracies else None
 
     @property
     def spread(self) -> float:
-        """Of the test accuracies."""
+        """Standard deviation of the test accuracies."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
     @property
     def validation(self) -> float | None:
-        """Mean of the validation accuracies; None if there is none."""
+        """Mean of the validation accuracies; None without any."""
         known = [student.validation for student in self.students if student.validation is not None]
         return statistics.mean(known) if known else None
 
@@ -155,58 +156,55 @@ class _Job(NamedTuple):
     seed: int
     folder: Path
 
+    @property
+    def name(self) -> str:
+        return f"{self.point.name}, seed {self.seed}"
+
+    @property
+    def epochs(self) -> int:
+        return int(self.point.pipeline.section("student").train.epochs)
+
 
 @dataclass(frozen=True)
-class _Room:
-    """Where students are taught: what they have in common, made once for each data set and transform.
+class _SweepContext:
+    """What the students of a sweep share.
 
     Attributes:
         caches: opened.
         device: where to train.
-        placement: of the caches.
-        other_pixels, by_content, allow_missing: see `train_student`.
-        made: inputs by what they depend on.
+        options: see `train_student`.
+        inputs_by_key: inputs by the sections of the pipeline that they depend on, loaded once each.
     """
 
     caches: Sequence[Cache]
     device: str
-    placement: Placement | Literal["auto"]
-    other_pixels: bool
-    by_content: bool
-    allow_missing: bool
-    made: dict[str, TrainingInputs]
+    options: CacheOptions
+    inputs_by_key: dict[str, TrainingInputs]
 
     def inputs(self, pipeline: Pipeline, progress: Progress | None = None) -> TrainingInputs:
-        """Of a pipeline's data set, transform and way to join caches, and whether its loss needs them."""
+        """Return the inputs of a pipeline, loaded at the first call."""
         key = f"{pipeline.loss.uses_teacher} {pipeline.model_dump_json(include={'dataset', 'transform', 'join'})}"
-        if key not in self.made and self.caches:
-            self.made[key] = inputs_from_caches(
-                pipeline,
-                self.caches,
-                device=self.device,
-                placement=self.placement,
-                other_pixels=self.other_pixels,
-                by_content=self.by_content,
-                allow_missing=self.allow_missing,
-                progress=progress,
+        if key not in self.inputs_by_key:
+            self.inputs_by_key[key] = (
+                inputs_from_caches(pipeline, self.caches, self.options, device=self.device, progress=progress)
+                if self.caches
+                else inputs_without_teacher(pipeline)
             )
-        elif key not in self.made:
-            self.made[key] = inputs_without_teacher(pipeline)
-        return self.made[key]
+        return self.inputs_by_key[key]
 
-    def train_on(self, job: _Job, progress: Progress | None = None) -> Student:
-        """Train a student; what is wrong with it alone does not end the sweep."""
+    def train(self, job: _Job, progress: Progress) -> StudentResult:
+        """Train a student; an error of this student alone is part of its result."""
         student = job.point.pipeline.section("student")
         train = student.train.model_copy(update={"seed": job.seed})
         pipeline = job.point.pipeline.model_copy(update={"student": student.model_copy(update={"train": train})})
-        inputs = self.inputs(pipeline, progress)
+        inputs = self.inputs(pipeline)
         try:
-            train_on(pipeline, inputs, job.folder, device=self.device)
+            train_on(pipeline, inputs, job.folder, device=self.device, progress=progress)
         except InterruptedRun:
             raise
         except KdcacheError as error:
-            return Student(job.point.name, job.seed, str(job.folder), None, None, 0.0, error.what)
-        return _found(job)
+            return StudentResult(job.point.name, job.seed, str(job.folder), None, None, 0.0, error.what)
+        return _read_result(job)
 
 
 def sweep(
@@ -214,57 +212,61 @@ def sweep(
     seeds: int,
     caches: Sequence[Cache],
     out: Path,
+    options: CacheOptions | None = None,
     *,
     device: str = "cpu",
-    placement: Placement | Literal["auto"] = "auto",
-    other_pixels: bool = False,
-    by_content: bool = False,
-    allow_missing: bool = False,
     processes: int = 1,
     progress: Progress | None = None,
 ) -> list[SweepSummary]:
-    """Train a student for each combination and seed; those whose run folder is there already are taken as they are.
+    """Train a student for each combination and seed; finished run folders are not trained again.
 
     Args:
-        points: what differs.
-        seeds: students a combination, from the seed of its pipeline upwards.
-        caches: the teacher; none only for losses that use no teacher.
-        out: a folder with a run folder POINT/seedN for each; may be that of an earlier, smaller sweep.
+        points: combinations.
+        seeds: number of students per combination, from the seed of its pipeline upwards.
+        caches: of the teacher; empty only for losses that use no teacher.
+        out: folder with a run folder POINT/seedN for each student; may be that of an earlier, smaller sweep.
+        options: see `train_student`; with several processes, placement `auto` is a mapped file.
         device: where to train.
-        placement: where the rows are held; with several processes, `auto` is a mapped file.
-        other_pixels, by_content, allow_missing: see `train_student`.
-        processes: that train side by side.
-        progress: who is told how it goes.
+        processes: number of students that are trained at the same time.
+        progress: progress reporter; silent if None.
 
     Raises:
+        UsageError: if another process is writing a combination of `out`.
         MismatchError: if `out` has runs of the same name from another pipeline or cache.
         IncompleteError: if a process dies.
-        KdcacheError: if a pipeline and the caches do not belong together.
+        KdcacheError: if a pipeline and the caches are inconsistent.
     """
-    progress = progress or Silent()
+    progress, options = progress or Silent(), options or CacheOptions()
     for point in points:
         if not caches and point.pipeline.loss.uses_teacher:
-            raise UsageError(f"{point.name} needs a teacher", "give its cache with --cache, or sweep over ce alone")
+            raise UsageError(f"{point.name} needs a teacher", "pass its cache with --cache, or sweep over ce alone")
         check_trackers(point.pipeline.section("student").train.trackers)
-        _enter(point, caches, out)
-    jobs = [
-        _Job(point, seed, out / point.name / f"seed{seed}")
-        for point in points
-        for seed in _seeds(point.pipeline, seeds)
-    ]
-    waiting = [job for job in jobs if not job.folder.exists()]
-    if len(waiting) < len(jobs):
-        progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} students are trained already")
-    trained = {job.folder: _found(job) for job in jobs if job.folder.exists()}
-    # What is in a mapped file is in memory once, however many processes there are.
-    held = "mmap" if processes > 1 and placement == "auto" else placement
-    room = _Room(caches, device, held, other_pixels, by_content, allow_missing, {})
-    with progress.task("students", len(waiting), "students") as task:
-        for job, student in _each(room, waiting, processes, progress):
-            trained[job.folder] = student
-            note = "failed" if student.test is None else f"{student.test:.1%}"
-            task.advance(1, f"{student.point}, seed {student.seed}: {note}")
-    return [SweepSummary(point.name, [trained[job.folder] for job in jobs if job.point is point]) for point in points]
+    with ExitStack() as locks:
+        for point in points:
+            locks.enter_context(locked(out / point.name))
+            _begin_point(point, caches, out)
+        jobs = [
+            _Job(point, seed, out / point.name / f"seed{seed}")
+            for point in points
+            for seed in _seeds(point.pipeline, seeds)
+        ]
+        waiting = [job for job in jobs if not job.folder.exists()]
+        if len(waiting) < len(jobs):
+            progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} students are trained already")
+        results = {job.folder: _read_result(job) for job in jobs if job.folder.exists()}
+        if processes > 1 and options.placement == "auto":
+            # A mapped file is in memory once, however many processes read it.
+            options = replace(options, placement="mmap")
+        context = _SweepContext(caches, device, options, {})
+        for job in waiting:
+            context.inputs(job.point.pipeline, progress)  # inconsistent inputs are found before the first student
+        with progress.task("sweep", sum(job.epochs for job in waiting), "epochs") as task:
+            finished = _train_all(context, waiting, processes, task, progress)
+            for number, (job, student) in enumerate(finished, 1):
+                results[job.folder] = student
+                outcome = "failed" if student.test is None else f"{student.test:.1%}"
+                task.advance(0, f"{number} of {len(waiting)} students, {job.name}: {outcome}")
+    return [SweepSummary(point.name, [results[job.folder] for job in jobs if job.point is point]) for point in points]
 
 
 def _seeds(pipeline: Pipeline, count: int) -> range:
@@ -272,56 +274,74 @@ def _seeds(pipeline: Pipeline, count: int) -> range:
     return range(first, first + count)
 
 
-def _enter(point: Point, caches: Sequence[Cache], out: Path) -> None:
-    """Give a combination its folder, or see that it has it."""
+def _begin_point(point: Point, caches: Sequence[Cache], out: Path) -> None:
+    """Create the folder of a combination, or check that it is of the same pipeline and caches.
+
+    Raises:
+        MismatchError: if it is not.
+    """
     pipeline = point.pipeline.model_dump(mode="json")
-    now = {"pipeline": pipeline, "caches": [cache.manifest.digest for cache in caches]}
+    configuration = {"pipeline": pipeline, "caches": [cache.manifest.digest for cache in caches]}
     path = out / point.name / _POINT
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before != now:
+        if read_json(path) != configuration:
             raise MismatchError(
                 f"{path.parent} holds students of the same name from another pipeline or cache",
-                "give another folder with -o, or delete that one",
+                "write to another folder with -o, or delete that one",
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(now, indent=2) + "\n")
+    write_json(path, configuration)
 
 
-def _found(job: _Job) -> Student:
-    metrics = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))
+def _read_result(job: _Job) -> StudentResult:
+    metrics = read_json(job.folder / "metrics.json")
     test = metrics["test"]["accuracy"] if metrics["test"] else None
     validation = metrics["best"]["validation_accuracy"]
-    return Student(job.point.name, job.seed, str(job.folder), test, validation, metrics["seconds"])
+    return StudentResult(job.point.name, job.seed, str(job.folder), test, validation, metrics["seconds"])
 
 
-def _each(room: _Room, jobs: Sequence[_Job], processes: int, progress: Progress) -> Iterator[tuple[_Job, Student]]:
+def _train_all(
+    context: _SweepContext, jobs: Sequence[_Job], processes: int, task: Task, progress: Progress
+) -> Iterator[tuple[_Job, StudentResult]]:
+    """Yield each job with its result, as soon as it is finished; in this process, or in several others."""
     if processes == 1 or len(jobs) < 2:
         for job in jobs:
-            yield job, room.train_on(job, progress)
+            with StudentProgress(job.name, job.epochs, task.advance, progress.say) as of_student:
+                result = context.train(job, of_student)
+            yield job, result
         return
-    for job in jobs:
-        room.inputs(job.point.pipeline, progress)  # what does not fit is said here, once
     with TemporaryDirectory(prefix="kdcache-sweep-") as folder:
-        made = {key: _mapped(inputs, Path(folder) / str(n)) for n, (key, inputs) in enumerate(room.made.items())}
-        worker = replace(room, caches=[], made=made)
-        pool = ProcessPoolExecutor(processes, get_context("spawn"), _enter_worker, (worker, processes))
+        mapped = {
+            key: _mapped(inputs, Path(folder) / str(n)) for n, (key, inputs) in enumerate(context.inputs_by_key.items())
+        }
+        queue = ProgressQueue()
+        given = (replace(context, caches=[], inputs_by_key=mapped), queue, processes)
+        pool = ProcessPoolExecutor(processes, get_context("spawn"), enter_worker, given)
         try:
             futures = {pool.submit(_train_in_worker, job): job for job in jobs}
-            for future in as_completed(futures):
+            for future in _completed(futures, lambda: queue.forward(task, progress)):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise IncompleteError(
-                f"a process of the sweep has ended: {error}",
-                "run the same command again, with a lower -j if memory ran out: trained students are kept",
+                f"a process of the sweep died: {error}",
+                "run the same command again, with a lower -j if memory ran out: finished students are kept",
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+def _completed(futures: Iterable[Future[Any]], meanwhile: Callable[[], None]) -> Iterator[Future[Any]]:
+    """Yield futures as they complete, and call a function in between."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, _SECONDS_BETWEEN_UPDATES, FIRST_COMPLETED)
+        meanwhile()
+        yield from done
+
+
 def _mapped(inputs: TrainingInputs, folder: Path) -> TrainingInputs:
-    """TrainingInputs that processes may be given: images in memory become images in a file that all of them map."""
+    """Return inputs for other processes: images in memory are written to a file that all of them map."""
     folder.mkdir()
 
     def split(name: str) -> Any:
@@ -333,16 +353,8 @@ def _mapped(inputs: TrainingInputs, folder: Path) -> TrainingInputs:
     return replace(inputs, **{name: split(name) for name in ("samples", "validation", "test")})
 
 
-_here: _Room | None = None
-"""Of a process of the pool."""
-
-
-def _enter_worker(room: _Room, processes: int) -> None:
-    global _here  # noqa: PLW0603  # a process of a pool has no other place to keep what it was given
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    _here = room
-
-
-def _train_in_worker(job: _Job) -> Student:
-    assert _here is not None, "a process is given its room first"  # noqa: S101
-    return _here.train_on(job)
+def _train_in_worker(job: _Job) -> StudentResult:
+    context, queue = worker_state()
+    with StudentProgress(job.name, job.epochs, queue.advance, queue.say) as progress:
+        result: StudentResult = context.train(job, progress)
+    return result

@@ -1,21 +1,19 @@
-"""Stage two: one trainer for students and, with cross-entropy and no cache, for teachers."""
+"""Stage two: one training function for students and, with cross-entropy and without a cache, for teachers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
-from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher
 from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec
-from kdcache.data.transforms import is_random, transform_for_evaluation
+from kdcache.data.transforms import is_random
 from kdcache.data.views import View, seeded
 from kdcache.errors import UsageError
 from kdcache.losses import Loss
@@ -24,28 +22,30 @@ from kdcache.models.checks import try_network
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.distributed import is_first
 from kdcache.runtime.progress import Progress, Silent
+from kdcache.train.accelerator import described_settings, ignored_settings
 from kdcache.train.inputs import (
+    CacheOptions,
     FixedImagesTeacher,
     TrainingInputs,
-    few_labels,
     inputs_from_caches,
     inputs_without_teacher,
-    own_transform,
+    labels_shown,
 )
 from kdcache.train.loop import Epoch, fit
 from kdcache.train.run_folder import CHECKPOINT, check_free, check_trackers, run_folder
+from kdcache.train.student_transform import check_evaluation_shape, evaluation_transform, own_training_view
 
 
 @dataclass(frozen=True)
-class Result:
-    """What came of a run.
+class RunResult:
+    """The result of a run.
 
     Attributes:
-        model: with the selected weights.
+        model: network with the selected weights.
         best: the selected epoch: the first of the best validation accuracy; the last without a validation split.
-        test: on the test split, touched once, by the first process; None without one.
-        seconds: of training, validation included.
-        checkpoint: where the weights lie.
+        test: score on the test split, evaluated once, by the first process; None without one.
+        seconds: duration of training, with validation.
+        checkpoint: path of the weights.
     """
 
     model: nn.Module
@@ -57,19 +57,19 @@ class Result:
 
 def train_teacher(
     pipeline: Pipeline, out: str | Path, *, device: torch.device | str = "cpu", progress: Progress | None = None
-) -> Result:
+) -> RunResult:
     """Train the pipeline's teacher with cross-entropy, from random weights.
 
-    Interrupted after an epoch, it goes on there when it is called again with the same arguments.
+    If it is interrupted, the same call resumes after the last complete epoch.
 
     Args:
-        pipeline: its `dataset`, `transform` and `teacher` sections.
-        out: the run folder; must not exist.
+        pipeline: `dataset`, `transform` and `teacher` sections.
+        out: run folder; must not exist.
         device: where to train.
-        progress: who is told how it goes.
+        progress: progress reporter; silent if None.
 
     Raises:
-        KdcacheError: if anything does not fit; before the first whole epoch, nothing is left behind.
+        KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     spec = pipeline.section("teacher")
     check_free(Path(out))
@@ -82,54 +82,38 @@ def train_student(
     pipeline: Pipeline,
     cache: Cache | Sequence[Cache] | None,
     out: str | Path,
+    options: CacheOptions | None = None,
     *,
     device: torch.device | str = "cpu",
-    placement: Placement | Literal["auto"] = "auto",
-    other_pixels: bool = False,
-    by_content: bool = False,
-    allow_missing: bool = False,
     progress: Progress | None = None,
-) -> Result:
-    """Train the pipeline's student from a cache; the teacher itself is never loaded.
+) -> RunResult:
+    """Train the pipeline's student from a cache; the teacher itself is not loaded.
 
-    Interrupted after an epoch, it goes on there when it is called again with the same arguments.
+    If it is interrupted, the same call resumes after the last complete epoch.
 
     Args:
-        pipeline: its `dataset`, `student`, `join` and `loss` sections.
-        cache: of the same data set, or several; None only for a loss that uses no teacher.
-        out: the run folder; must not exist.
+        pipeline: `dataset`, `student`, `join` and `loss` sections.
+        cache: one or several caches of the data set; None only for a loss that uses no teacher.
+        out: run folder; must not exist.
+        options: placement of the cache's rows, and accepted differences from the data set; the defaults if None.
         device: where to train.
-        placement: where the cache's rows are held meanwhile; see `Cache.teacher`.
-        other_pixels: train although the images that are loaded are not those that the teacher saw.
-        by_content: match samples with the cache's by content, in whatever order they are; leave others out.
-        allow_missing: the same, and train although the data set lacks some of them.
-        progress: who is told how it goes.
+        progress: progress reporter; silent if None.
 
     Raises:
-        MismatchError: if the cache belongs to other images, another order, other labels or another transform, or the
-            pixels of some views, made anew, are not those that the teacher saw.
-        KdcacheError: if anything else does not fit; before the first whole epoch, nothing is left behind.
+        MismatchError: if the cache belongs to other images, another order, other labels or another transform, or
+            replayed images are not those that the teacher saw.
+        KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     pipeline.section("student")
     check_free(Path(out))
+    options = options or CacheOptions()
     caches = [] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
     if caches:
-        inputs = inputs_from_caches(
-            pipeline,
-            caches,
-            device=device,
-            placement=placement,
-            other_pixels=other_pixels,
-            by_content=by_content,
-            allow_missing=allow_missing,
-            progress=progress,
-        )
-    elif by_content or allow_missing:
-        raise UsageError("samples are to be matched with a cache, and none is given", "give one with --cache")
+        inputs = inputs_from_caches(pipeline, caches, options, device=device, progress=progress)
+    elif options.by_content:
+        raise UsageError("--align and --allow-missing match samples with a cache, and there is none", "pass --cache")
     elif pipeline.loss.uses_teacher:
-        raise UsageError(
-            f"the loss {pipeline.loss.name} needs a teacher", "give its cache with --cache, or take --loss ce"
-        )
+        raise UsageError(f"the loss {pipeline.loss.name} needs a teacher", "pass its cache with --cache, or --loss ce")
     else:
         inputs = inputs_without_teacher(pipeline)
     return train_on(pipeline, inputs, out, device=device, progress=progress)
@@ -142,8 +126,8 @@ def train_on(
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> Result:
-    """Train the pipeline's student on inputs that several students may have in common; see `train_student`."""
+) -> RunResult:
+    """Train the pipeline's student on inputs that several students may share; see `train_student`."""
     spec = pipeline.section("student")
     check_free(Path(out))
     return _train(pipeline, spec, pipeline.loss, inputs, Path(out), device, progress or Silent())
@@ -157,30 +141,36 @@ def _train(
     out: Path,
     device: torch.device | str,
     progress: Progress,
-) -> Result:
+) -> RunResult:
+    """Check the inputs of a run, train, evaluate on the test split, and write the run folder."""
     samples, loss = inputs.samples, load_function(loss)
-    train, views, teacher = _seen(spec, loss, inputs, progress)
+    train, views, teacher = _training_view(spec, loss, inputs, progress)
     if not loss.uses_teacher and not bool((train.labels >= 0).any()):
         raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
     _check_loss(loss, train, progress)
     if loss.needs_level and not inputs.level_known:
         raise UsageError(
-            f"of this teacher only probabilities are known, so its logits but for a constant of each row; and "
-            f"{loss.needs_level} depends on that constant",
-            "take one that does not: set loss.normalization to z_score, for dtkd loss.temperature.center to true, or "
-            "take a loss such as kd",
+            f"the logits of this teacher are known up to an additive constant per sample, because only its "
+            f"probabilities were imported; {loss.needs_level} depends on that constant",
+            "set loss.normalization to z_score, for dtkd loss.temperature.center to true, or use a loss such as kd",
         )
     check_trackers(spec.train.trackers)
-    eval_transform = transform_for_evaluation(pipeline.eval_transform, inputs.transform)
+    if ignored := ignored_settings():
+        progress.say(f"note: {described_settings(ignored)}")
+    eval_transform = evaluation_transform(pipeline, spec, inputs.transform)
     validation, test = (
         None if held is None else View(held, eval_transform) for held in (inputs.validation, inputs.test)
     )
+    if isinstance(spec, StudentSpec) and spec.transform is not None and pipeline.eval_transform is None:
+        for held in (validation, test):
+            if held is not None:
+                check_evaluation_shape(spec.transform, train, held)
     used = pipeline.model_copy(update={"transform": inputs.transform, "eval_transform": eval_transform, "loss": loss})
     torch_device = torch.device(device)
     begun_with = {
         "caches": inputs.record.get("caches", []),
         "device": torch_device.type,
-        # The order of the images is another one where rows are read as a stream.
+        # Rows that are read as a stream come in another order.
         "streamed": "stream" in inputs.record.get("placement", []),
         **({"code": code} if (code := code_digest(loss)) else {}),
     }
@@ -190,8 +180,8 @@ def _train(
         seeded(spec.train.seed),
     ):
         torch.manual_seed(spec.train.seed)
-        start = isinstance(spec, StudentSpec) and (spec.weights is not None or "@" in spec.model)
-        model = build_model(spec, samples.num_classes, train.shape(), trained=start)
+        pretrained = isinstance(spec, StudentSpec) and (spec.weights is not None or "@" in spec.model)
+        model = build_model(spec, samples.num_classes, train.shape(), trained=pretrained)
         try_network(model, train, "cpu", "network")
         trained = fit(
             model,
@@ -206,7 +196,10 @@ def _train(
             checkpointer=run,
             progress=progress,
         )
-        score = evaluate(model, test, device) if test is not None and is_first() else None
+        score = None
+        if test is not None and is_first():
+            with progress.task("test", len(test), "images") as task:
+                score = evaluate(model, test, device, on_batch=task.advance)
         run.finish(
             model,
             {
@@ -219,52 +212,54 @@ def _train(
                 "labeled": int((train.labels >= 0).sum()),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "seconds": round(trained.seconds, 3),
+                "class_names": list(samples.class_names),
+                "ignored_environment": ignored,
                 **inputs.record,
             },
         )
-    return Result(model, trained.best, score, trained.seconds, out / CHECKPOINT)
+    return RunResult(model, trained.best, score, trained.seconds, out / CHECKPOINT)
 
 
-def _seen(
+def _training_view(
     spec: TeacherSpec | StudentSpec, loss: Loss, inputs: TrainingInputs, progress: Progress
 ) -> tuple[View, int | None, Teacher | None]:
-    """The training images as the network sees them, how many views of them there are, and who teaches."""
+    """Return the training images of a network, the number of their views, and its teacher."""
     teacher = inputs.teacher if loss.uses_teacher else None
     own = spec.transform if isinstance(spec, StudentSpec) else None
     if own is None:
-        labels = few_labels(inputs.samples, spec.train)
-        return _images(inputs, labels), inputs.views, teacher
-    train = own_transform(inputs, own, spec.train)
+        labels = labels_shown(inputs.samples, spec.train)
+        view = View(inputs.samples, inputs.transform, inputs.seed, labels=labels, crops=inputs.crops)
+        return view, inputs.views, teacher
+    train = own_training_view(inputs, own, spec.train)
     if teacher is not None:
         progress.say("note: the student sees images through student.transform: the teacher did not see these pixels")
     return train, None if is_random(own) else 1, FixedImagesTeacher(teacher) if teacher is not None else None
 
 
-def _images(inputs: TrainingInputs, labels: torch.Tensor) -> View:
-    return View(inputs.samples, inputs.transform, inputs.seed, labels=labels, crops=inputs.crops)
-
-
 def _check_loss(loss: Loss, train: View, progress: Progress) -> None:
-    """That the loss makes sense for these images and labels."""
+    """Check that the loss is defined for these images and labels.
+
+    Raises:
+        UsageError: if it is not.
+    """
     if train.mixes and loss.acts_on_label:
         raise UsageError(
             f"{loss.acts_on_label} acts on the one true class of an image, and {train.transform[-1]} mixes two images",
-            "take a loss without ka, lsr, dkd, pld and ofa, such as kd or dtkd, or a cache of views that are not mixed",
+            "use a loss without ka, lsr, dkd, pld and ofa, such as kd or dtkd, or a cache of views that are not mixed",
         )
     top = loss.adjustment.classes_kept
     if top is not None and top >= train.samples.num_classes:
         raise UsageError(
-            f"truncation to the top {top} would cut nothing off: {train.samples.name} has "
-            f"{train.samples.num_classes} classes",
+            f"truncation to the top {top} has no effect: {train.samples.name} has {train.samples.num_classes} classes",
             "set loss.adjustment.top to fewer, or remove the truncation",
         )
     if loss.skips_unlabeled and (unlabeled := int((train.labels < 0).sum())):
         if unlabeled == len(train.labels):
             raise UsageError(
-                f"no training image has a label, and the divergence {loss.divergence.kind} is of labeled ones alone",
-                "take another divergence, such as kl",
+                f"no training image has a label, and the divergence {loss.divergence.kind} needs labels",
+                "use another divergence, such as kl",
             )
         progress.say(
-            f"note: of the {unlabeled} images without a label nothing is learned: the divergence "
-            f"{loss.divergence.kind} is of labeled ones alone"
+            f"note: the {unlabeled} images without a label do not contribute: the divergence "
+            f"{loss.divergence.kind} needs labels"
         )

@@ -50,6 +50,7 @@ from kdcache.errors import CorruptError, IncompleteError, UsageError
 from kdcache.models.small import SmallCNN
 from kdcache.runtime import resources
 from kdcache.runtime.resources import free_disk, free_memory, home
+from kdcache.train.inputs import CacheOptions
 
 RECIPE = ROOT / "pipelines" / "digits.yaml"
 COUNT, SHARD, CHUNK = 37, 16, 4  # the last shard has two chunks, and the last chunk one row
@@ -888,7 +889,7 @@ def test_a_student_is_the_same_wherever_the_rows_are(digits: Cache, tmp_path: Pa
     weights = {}
     for placed in PLACEMENTS:
         run = tmp_path / placed
-        checkpoint = train_student(pipeline, digits, run, placement=placed).checkpoint
+        checkpoint = train_student(pipeline, digits, run, CacheOptions(placed)).checkpoint
         weights[placed] = checkpoint.read_bytes()
         assert json.loads((run / "metrics.json").read_text())["placement"] == [placed]
         first, second = (float(line.split(",")[2]) for line in (run / "metrics.csv").read_text().splitlines()[1:])
@@ -899,10 +900,10 @@ def test_a_student_is_the_same_wherever_the_rows_are(digits: Cache, tmp_path: Pa
 def test_the_command_says_where_the_rows_are(digits: Cache, tmp_path: Path) -> None:
     common = ("train-student", RECIPE, "--cache", digits.path, "--set", "student.train.epochs=1", "--device", "cpu")
     done = kdcache(*common, "-o", tmp_path / "a")
-    assert "the cache is held: host (" in done.stderr
+    assert "placement of the cache: host (" in done.stderr
     assert " MB free)" in done.stderr
     done = kdcache(*common, "-o", tmp_path / "b", "--placement", "stream")
-    assert "the cache is held: stream (as requested)" in done.stderr
+    assert "placement of the cache: stream (as requested)" in done.stderr
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["placement"] == ["stream"]
     done = kdcache(*common, "-o", tmp_path / "c", "--loss", "ce")
     assert "held" not in done.stderr

@@ -385,7 +385,7 @@ def test_losses_that_need_the_level_are_refused_and_centered_ones_train(images: 
     for name, what in (("dtkd", "temperature dtkd"), ("dtd", "dtd_flsw"), ("mse", "divergence mse")):
         done = kdcache("train-student", pipeline, "--cache", cache.path, "-o", tmp_path / "no", "--loss", name)
         assert done.exit_code == 2
-        assert "only probabilities are known" in done.stderr
+        assert "only its probabilities were imported" in done.stderr
         assert what in done.stderr
         assert not (tmp_path / "no").exists()
     centered = ["--loss", "dtkd", "--set", "loss.temperature.center=true"]
@@ -1046,11 +1046,11 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path, arguments: 
 
 
 def test_boxes_are_of_a_cache_and_of_no_dump(images: Images, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="whose boxes are in a cache"):
+    with pytest.raises(UsageError, match="whose boxes are stored in a cache"):
         dump_teacher(Seeing(CLASSES), images.samples, tmp_path / "c.kdcache", transform=FRACTIONS)
     cache = from_fkd(images, tmp_path)
     logits_of_cache(cache, tmp_path / "l.npz")
-    with pytest.raises(UsageError, match="whose boxes are in a cache"):
+    with pytest.raises(UsageError, match="whose boxes are stored in a cache"):
         cache_of_logits(tmp_path / "l.npz", images.samples, tmp_path / "d.kdcache", transform=FRACTIONS)
     with pytest.raises(MismatchError, match="has the weights"):
         compare_with_teacher(cache, Seeing(CLASSES), images.samples)

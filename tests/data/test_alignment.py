@@ -28,7 +28,7 @@ from kdcache.data.replay import check_data, replay
 from kdcache.data.samples import Samples, wrap
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
-from kdcache.train.inputs import inputs_from_caches
+from kdcache.train.inputs import CacheOptions, inputs_from_caches
 
 RANDOM: Transform = [{"RandomHorizontalFlip": {"p": 0.5}}, {"ToDtype": {"dtype": "float32", "scale": True}}]
 
@@ -187,7 +187,7 @@ def test_a_part_is_trained_on_if_asked_for(work: Path, tmp_path: Path) -> None:
     assert record["replay"][0]["checked"] > 0
 
     pipeline = load_pipeline(theirs)
-    lessons = inputs_from_caches(pipeline, [cache], allow_missing=True)
+    lessons = inputs_from_caches(pipeline, [cache], CacheOptions(allow_missing=True))
     teacher, ids = lessons.teacher, lessons.samples.ids
     assert teacher is not None
     assert ids is not None
@@ -219,4 +219,5 @@ def test_another_data_set_altogether(work: Path, tmp_path: Path) -> None:
     theirs = copy_of(work, tmp_path, [], more=9)
     train = ["train-student", theirs, "--cache", work / "c.kdcache", "-o", tmp_path / "run", *DEVICE]
     assert "no sample of" in refused(4, *train, "--align")
-    assert "none is given" in refused(2, "train-student", theirs, "--align", "-o", tmp_path / "run", *DEVICE)
+    message = refused(2, "train-student", theirs, "--align", "-o", tmp_path / "run", *DEVICE)
+    assert "match samples with a cache, and there is none" in message

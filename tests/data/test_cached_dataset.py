@@ -149,8 +149,8 @@ def test_a_data_set_that_prepares_its_images_otherwise_is_refused(cache: Cache, 
 def test_pixels_that_another_library_would_make_are_refused(
     cache: Cache, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = View._seen
-    monkeypatch.setattr(View, "_seen", lambda *given: made(*given) + 0.5)
+    made = View._apply
+    monkeypatch.setattr(View, "_apply", lambda *given: made(*given) + 0.5)
     with pytest.raises(MismatchError, match="is not what the teacher"):
         CachedDataset(samples, cache)
 

@@ -226,12 +226,13 @@ def test_a_partner_is_seen_as_its_own_view_shows_it() -> None:
 
 
 def test_other_views_mix_with_other_partners() -> None:
-    view = View(samples_of(), [*TO_FLOAT, *MIXUP])
-    told = []
-    for view.view in range(3):
-        told.append(mixed_of(view, list(range(COUNT)))[1])
-    assert len({tuple(one.partner_labels.tolist()) for one in told}) == 3
-    assert len({tuple(one.share.tolist()) for one in told}) == 3
+    data, mixed = View(samples_of(), [*TO_FLOAT, *MIXUP]), []
+    for view in range(3):
+        labels = data.batch(range(COUNT), view).mixed
+        assert labels is not None
+        mixed.append(labels)
+    assert len({tuple(labels.partner_labels.tolist()) for labels in mixed}) == 3
+    assert len({tuple(labels.share.tolist()) for labels in mixed}) == 3
 
 
 def test_a_sample_alone_is_mixed_with_itself() -> None:

@@ -214,7 +214,7 @@ def test_a_step_is_random_unless_it_says_otherwise_and_then_seeded(steps: Path) 
     first = view.__getitems__([3, 5]).images
     assert torch.equal(first, view.__getitems__([3, 5]).images)
     assert torch.equal(first, next(batches(view, [[3, 5]], 1)).images)
-    view.view = 1
+    view = View(tiny_samples(), transform, seed=3, view=1)
     assert not torch.equal(first, view.__getitems__([3, 5]).images)
 
 

@@ -115,10 +115,23 @@ def test_other_views_samples_and_seeds_are_other_pixels() -> None:
     assert len({sha256(seen(*point)) for point in points}) == len(points)
 
 
-def test_a_view_may_be_set_anew_between_epochs() -> None:
-    moving = View(samples_of(), AUGMENT, seed=2, view=0)
-    moving.view = 5
-    assert torch.equal(moving[3][0], View(samples_of(), AUGMENT, seed=2, view=5)[3][0])
+def test_any_view_can_be_requested_in_any_order() -> None:
+    data = View(samples_of(), AUGMENT, seed=2, view=0)
+    for view in (5, 0, 2):
+        expected = View(samples_of(), AUGMENT, seed=2, view=view).__getitems__([3, 1])
+        assert torch.equal(data.batch([3, 1], view).images, expected.images)
+    assert data.view == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_view_index_is_part_of_the_request_to_a_worker(workers: int, files: Samples) -> None:
+    data, ids = View(files, AUGMENT, seed=2), [[3, 1], [2]]
+    loaders = {view: batches(data, ids, workers, view=view) for view in (4, 1)}
+    found = {view: [next(loaders[view]) for _ in ids] for view in (4, 1)}
+    for view in (4, 1):
+        for batch, cut in zip(found[view], ids, strict=True):
+            expected = View(files, AUGMENT, seed=2, view=view).__getitems__(cut)
+            assert torch.equal(batch.images, expected.images)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -322,7 +335,7 @@ def test_the_generators_of_a_gpu_are_not_touched(monkeypatch: pytest.MonkeyPatch
 
 def test_a_mistake_leaves_threads_and_generators_as_they_were() -> None:
     before = states()
-    with threads(2), pytest.raises(UsageError, match="cannot take sample 1"):
+    with threads(2), pytest.raises(UsageError, match="cannot be applied to sample 1"):
         View(samples_of(), [*AUGMENT, {"RandomCrop": {"size": 9}}])[1]
     assert states() == before
 
@@ -549,15 +562,24 @@ def test_nothing_of_a_transform_is_evaluated(
 @pytest.mark.parametrize(
     ("transform", "words"),
     [
-        ([], "ends in torch.uint8 images"),
-        ([{"ToDtype": {"dtype": "uint8"}}], "ends in torch.uint8 images"),
-        ([{"FiveCrop": {"size": 4}}, TO_FLOAT[1]], "cannot take sample 2 of noise/train: ToDtype is given a tuple"),
-        ([{"FiveCrop": {"size": 4}}], "ends in tuple images"),
-        ([{"ToPILImage": {}}], "ends in Image images"),
-        ([{"Normalize": {"mean": [0.5], "std": [0.5]}}], "cannot take sample 2 of noise/train: .*float"),
-        ([{"RandomCrop": {"size": 9}}, TO_FLOAT[1]], r"cannot take sample 2 of noise/train: .*\(9, 9\) .*\(8, 8\)"),
-        ([{"UniformTemporalSubsample": {"num_samples": 2}}, TO_FLOAT[1]], "cannot take sample 2 of noise/train"),
-        ([{"Transform": {}}], "cannot take sample 2 of noise/train"),
+        ([], "returns torch.uint8 images"),
+        ([{"ToDtype": {"dtype": "uint8"}}], "returns torch.uint8 images"),
+        (
+            [{"FiveCrop": {"size": 4}}, TO_FLOAT[1]],
+            "cannot be applied to sample 2 of noise/train: ToDtype is given a tuple",
+        ),
+        ([{"FiveCrop": {"size": 4}}], "returns tuple images"),
+        ([{"ToPILImage": {}}], "returns Image images"),
+        ([{"Normalize": {"mean": [0.5], "std": [0.5]}}], "cannot be applied to sample 2 of noise/train: .*float"),
+        (
+            [{"RandomCrop": {"size": 9}}, TO_FLOAT[1]],
+            r"cannot be applied to sample 2 of noise/train: .*\(9, 9\) .*\(8, 8\)",
+        ),
+        (
+            [{"UniformTemporalSubsample": {"num_samples": 2}}, TO_FLOAT[1]],
+            "cannot be applied to sample 2 of noise/train",
+        ),
+        ([{"Transform": {}}], "cannot be applied to sample 2 of noise/train"),
         (
             [{"RandomResize": {"min_size": 4, "max_size": 40}}, TO_FLOAT[1]],
             r"different sizes: \[3, \d+, \d+\] and \[3,",
@@ -600,4 +622,4 @@ def test_a_mistake_in_a_worker_is_the_same_message(workers: int, tmp_path: Path)
     assert error.fix == "replace or remove it"
     error = failure(View(samples_of(), []), [[0, 1], [2]], workers)
     assert type(error) is UsageError
-    assert error.what == "the transform ends in torch.uint8 images"
+    assert error.what == "the transform returns torch.uint8 images"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -392,8 +393,8 @@ def test_what_cannot_be_measured_is_refused(work: Work, tmp_path: Path) -> None:
 
 
 def test_pixels_that_the_teacher_did_not_see_are_refused(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = View._seen
-    monkeypatch.setattr(View, "_seen", lambda *given: made(*given) + 0.5)
+    made = View._apply
+    monkeypatch.setattr(View, "_apply", lambda *given: made(*given) + 0.5)
     assert "is not what the teacher" in refused(4, "evaluate", work.folder / "s", "--cache", work.cache.path)
 
 
@@ -407,3 +408,32 @@ def test_the_commands_own_runs_are_scored_as_they_scored_themselves(tmp_path: Pa
         assert score["negative_log_likelihood"] == pytest.approx(metrics["test"]["loss"], rel=1e-5)
         assert score["parameters"] == metrics["parameters"]
     assert kdcache("evaluate", "--help").exit_code == 0
+
+
+def test_a_run_is_not_evaluated_on_classes_of_other_names_or_another_order(tmp_path: Path) -> None:
+    names = np.array(["cat", "dog", "owl"])
+    images = np.random.default_rng(0).integers(0, 255, (90, 4, 4), np.uint8)
+
+    def write(class_names: np.ndarray[Any, Any]) -> None:
+        np.savez(tmp_path / "pets.npz", images=images, labels=np.arange(90) % 3, class_names=class_names)
+
+    write(names)
+    (tmp_path / "pets.yaml").write_text(
+        f"dataset: {{name: npz, root: {tmp_path / 'pets.npz'}}}\n"
+        "teacher: {model: 'small:mlp', train: {epochs: 1}}\n"
+        "student: {model: 'small:mlp', train: {epochs: 1}}\nloss: {name: ce}\n"
+    )
+    for command, out in (("train-student", "student"), ("train-teacher", "teacher")):
+        write(names)
+        assert kdcache(command, tmp_path / "pets.yaml", "-o", tmp_path / out, "--device", "cpu").exit_code == 0
+        assert json.loads((tmp_path / out / "metrics.json").read_text())["class_names"] == ["cat", "dog", "owl"]
+        assert kdcache("evaluate", tmp_path / out, "--device", "cpu").exit_code == 0
+        for others, words in (
+            (np.array(["cat", "emu", "owl"]), "class 1 of .* is 'dog', and that of pets/test is 'emu'"),
+            (np.array(["owl", "dog", "cat"]), "class 0 of .* is 'cat', and that of pets/test is 'owl'"),
+            (np.array(["cat", "dog", "owl", "yak"]), "with 3 classes, and pets/test has 4"),
+        ):
+            write(others)
+            done = kdcache("evaluate", tmp_path / out, "--device", "cpu")
+            assert done.exit_code == 4
+            assert re.search(words, done.stderr), done.stderr

@@ -114,8 +114,8 @@ def pipeline(*overrides: str) -> Pipeline:
 @pytest.mark.parametrize(
     ("words", "overrides"),
     [
-        ("truncation to the top 16 would cut nothing off: .* has 10 classes", ["loss.name=truncated"]),
-        ("no training image has a label, and the divergence dkd is of labeled ones alone",
+        ("truncation to the top 16 has no effect: .* has 10 classes", ["loss.name=truncated"]),
+        ("no training image has a label, and the divergence dkd needs labels",
          ["loss.name=dkd", "student.train.labels_per_class=0"]),
     ],
 )  # fmt: skip

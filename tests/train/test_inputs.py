@@ -223,14 +223,14 @@ class Heard(Silent):
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Any, Batch]]:
     """Every batch that anyone looks at: of which split, in which view, through which transform."""
     batches: list[tuple[str, int, Any, Batch]] = []
-    original = View.__getitems__
+    original = View.batch
 
-    def watched(view: View, ids: Sequence[int]) -> Batch:
-        batch = original(view, ids)
-        batches.append((view.samples.split, view.view, view.transform, batch))
+    def watched(data: View, ids: Sequence[int], view: int) -> Batch:
+        batch = original(data, ids, view)
+        batches.append((data.samples.split, view, data.transform, batch))
         return batch
 
-    monkeypatch.setattr(View, "__getitems__", watched)
+    monkeypatch.setattr(View, "batch", watched)
     return batches
 
 
@@ -252,7 +252,8 @@ def test_a_student_may_augment_what_a_teacher_of_fixed_images_saw(
     used = load_pipeline(tmp_path / "run" / "resolved.yaml")
     assert used.student is not None and resolved.student is not None
     assert used.student.transform == resolved.student.transform
-    assert used.transform == two[0].manifest.plan.views.transform == used.eval_transform
+    assert used.transform == two[0].manifest.plan.views.transform
+    assert used.eval_transform == [{"ToDtype": {"dtype": "float32", "scale": True}}], "the student's own fixed steps"
     assert {str(how) for split, _, how, _ in shown if split != "train"} == {str(used.eval_transform)}
     epochs: dict[int, dict[int, Tensor]] = {0: {}, 1: {}, 2: {}}
     for split, view, how, batch in shown:

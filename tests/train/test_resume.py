@@ -150,7 +150,7 @@ def test_killed_at_every_commit_of_every_epoch_it_ends_as_if_it_never_was(
         assert epochs_kept(out) == EPOCHS
     assert runs(("/state.pt", False)) == -signal.SIGKILL
     assert runs(None) == 0, said.read_text()
-    assert said.read_text().count(f"going on after epoch {EPOCHS} of {EPOCHS}") == 4
+    assert said.read_text().count(f"resuming after epoch {EPOCHS} of {EPOCHS}") == 4
     assert contents(out) == contents(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "said"]
 
@@ -176,7 +176,7 @@ def test_ctrl_c_in_a_later_epoch_keeps_the_run_and_says_how_to_go_on(
     stopped = train(home_of_all, out)
     assert stopped.exit_code == 130
     assert f"the run is kept in {unfinished(out)}" in stopped.stderr
-    assert "run the same command again: it goes on there" in stopped.stderr
+    assert "run the same command again to resume" in stopped.stderr
     assert epochs_kept(out) == 1
     monkeypatch.setenv("STEP", str(2 * STEPS + 1))  # of this process: in the fourth epoch
     assert train(home_of_all, out).exit_code == 130
@@ -184,7 +184,7 @@ def test_ctrl_c_in_a_later_epoch_keeps_the_run_and_says_how_to_go_on(
     monkeypatch.delenv("STEP")
     done = train(home_of_all, out)
     assert done.exit_code == 0
-    assert "going on after epoch 3 of 4" in done.stderr
+    assert "resuming after epoch 3 of 4" in done.stderr
     assert contents(out) == contents(whole)
 
 
@@ -246,7 +246,7 @@ def test_a_damaged_state_is_refused_and_kept(damage: str, home_of_all: Path, int
     refused = train(home_of_all, interrupted)
     assert refused.exit_code == 5
     assert f"cannot read {state}" in refused.stderr
-    assert f"delete {unfinished(interrupted)}, and begin anew" in refused.stderr
+    assert f"delete {unfinished(interrupted)}, and start again" in refused.stderr
     state.write_bytes(whole)
     assert train(home_of_all, interrupted).exit_code == 0
 

@@ -29,7 +29,7 @@ from kdcache.errors import UsageError
 from kdcache.losses import Loss, distillation_loss, learned_temperature
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.models.small import SmallCNN, SmallMLP
-from kdcache.train.loop import Epoch, fit, view_of
+from kdcache.train.loop import Epoch, fit, view_of_epoch
 from kdcache.train.optim import rate
 from kdcache.train.step import Trainer
 
@@ -228,7 +228,7 @@ def test_smoothed_labels_are_those_of_torch() -> None:
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     with pytest.raises(
-        UsageError, match=r"a batch of 2 images cannot be shared out in 3 pieces \(1 processes, "
+        UsageError, match=r"a batch of 2 images cannot be divided into 3 micro-batches \(1 processes, "
     ) as caught:
         Trainer(Double(), TrainSpec(batch_size=3, gradient_accumulation_steps=3), CASES["kd"].of, 2)
     assert "lower train.gradient_accumulation_steps" in caught.value.fix
@@ -300,11 +300,11 @@ def test_the_average_is_that_of_the_weights_and_of_running_statistics_and_intege
         for name, value in now.items():
             expected[name] = 0.9 * expected[name] + 0.1 * value if value.is_floating_point() else value
     assert len(steps) == 6
-    for name, value in trainer.shown.state_dict().items():
+    for name, value in trainer.selected_network.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
         if value.numel() > 1 and value.is_floating_point():
             assert not torch.allclose(value, steps[-1][name], rtol=1e-3), "the average is the last of them"
-    assert set(trainer.shown.state_dict()) == set(model.state_dict())
+    assert set(trainer.selected_network.state_dict()) == set(model.state_dict())
 
 
 def test_the_average_is_what_is_validated_and_kept() -> None:
@@ -344,13 +344,13 @@ def test_without_a_validation_split_patience_never_ends_a_run() -> None:
 def test_random_views_are_drawn_with_the_seed_and_cycled_ones_come_in_turn() -> None:
     def views(seed: int, count: int, order: str = "random") -> list[int]:
         spec = TrainSpec.model_validate({"seed": seed, "view_order": order})
-        return [view_of(epoch, count, spec) for epoch in range(1, 101)]
+        return [view_of_epoch(epoch, count, spec) for epoch in range(1, 101)]
 
     assert views(0, 3, "cycle") == [*(3 * [0, 1, 2] * 11), 0]
     assert set(views(0, 3)) == {0, 1, 2}
     assert views(0, 3) == views(0, 3) != views(1, 3)
     assert min(views(0, 3).count(view) for view in range(3)) > 15
-    assert [view_of(epoch, None, TrainSpec(view_order="random")) for epoch in (1, 2, 9)] == [0, 1, 8]
+    assert [view_of_epoch(epoch, None, TrainSpec(view_order="random")) for epoch in (1, 2, 9)] == [0, 1, 8]
 
 
 def test_an_epoch_sees_the_view_that_was_drawn_for_it() -> None:
@@ -363,7 +363,7 @@ def test_an_epoch_sees_the_view_that_was_drawn_for_it() -> None:
     spec = TrainSpec(epochs=8, batch_size=COUNT, view_order="random", seed=4)
     train = View(samples(), [])
     done = fit(Double(), train, None, spec, CASES["kd"].of, teacher=FunctionTeacher(answers, COUNT), views=5)
-    assert asked == [row.view for row in done.epochs] == [view_of(epoch, 5, spec) for epoch in range(1, 9)]
+    assert asked == [row.view for row in done.epochs] == [view_of_epoch(epoch, 5, spec) for epoch in range(1, 9)]
     assert len(set(asked)) > 2
 
 

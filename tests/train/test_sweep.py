@@ -19,8 +19,7 @@ from kdcache.data.datasets import load_split
 from kdcache.data.images import ArrayImages, map_images
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models.small import SmallMLP
-from kdcache.train import sweep as sweep_module
-from kdcache.train.sweep import Point, combinations, sweep
+from kdcache.train.sweep import Point, _read_result, combinations, sweep
 
 RECIPE = ROOT / "pipelines" / "digits.yaml"
 SHORT = ["student.train.epochs=2"]
@@ -155,7 +154,7 @@ def test_interrupted_it_keeps_what_is_trained(
     cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
-    original = sweep_module._found
+    original = _read_result
 
     def interrupted(job: Any) -> object:
         trained.append("")
@@ -163,7 +162,7 @@ def test_interrupted_it_keeps_what_is_trained(
             raise KeyboardInterrupt
         return original(job)
 
-    monkeypatch.setattr("kdcache.train.sweep._found", interrupted)
+    monkeypatch.setattr("kdcache.train.sweep._read_result", interrupted)
     done = command(cache, tmp_path, "--over", "loss=ce,kd", "--seeds", 2)
     assert done.exit_code == 130
     assert f"the trained students are kept in {tmp_path}" in done.stderr
@@ -189,4 +188,4 @@ def test_mapped_images_are_the_images(tmp_path: Path) -> None:
 def test_a_mapped_cache_is_what_processes_share(cache: kdcache.Cache, tmp_path: Path) -> None:
     done = command(cache, tmp_path, "--over", "loss=kd", "--seeds", 2, "-j", 2)
     assert done.exit_code == 0, done.output
-    assert "the cache is held: mmap" in done.stderr
+    assert "placement of the cache: mmap" in done.stderr

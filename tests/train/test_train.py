@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from kdcache.cache.teacher import FunctionTeacher
 from kdcache.config.loader import load_pipeline
 from kdcache.config.schema import CacheSpec, ModelSpec, Pipeline, TrainSpec
 from kdcache.data.datasets import load_split
+from kdcache.data.images import ArrayImages
 from kdcache.data.samples import Samples, wrap
 from kdcache.data.views import Batch, View
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
@@ -37,7 +39,7 @@ from kdcache.losses import Loss, distillation_term
 from kdcache.models import build_model
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.models.small import SmallCNN, SmallMLP
-from kdcache.train.inputs import few_labels
+from kdcache.train.inputs import labels_shown
 from kdcache.train.loop import fit
 from kdcache.train.optim import make_optimizer, rate
 from kdcache.train.step import Trainer
@@ -91,7 +93,7 @@ def test_an_epoch_from_a_dense_cache_is_an_epoch_with_the_live_teacher(
         student = SmallMLP(10, 1, 8, 8)
         spec = TrainSpec(batch_size=50)
         loss = Loss.model_validate({"name": loss_name, "warmup_epochs": 0.0})
-        view = View(samples, samples.transform, labels=few_labels(samples, TrainSpec(labels_per_class=20)))
+        view = View(samples, samples.transform, labels=labels_shown(samples, TrainSpec(labels_per_class=20)))
         trainer = Trainer(student, spec, loss, len(view))
         return [step.total.item() for step in trainer.epoch(view, 1, FunctionTeacher(source, len(view)))]
 
@@ -158,13 +160,13 @@ def test_the_checkpoint_is_the_selected_model(cache: kdcache.Cache, tmp_path: Pa
 
 def test_the_test_split_is_touched_once(cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touched = []
-    original = View.__getitems__
+    original = View.batch
 
-    def watched(view: View, ids: list[int]) -> Batch:
-        touched.extend([view.samples.split] * len(ids))
-        return original(view, ids)
+    def watched(data: View, ids: list[int], view: int) -> Batch:
+        touched.extend([data.samples.split] * len(ids))
+        return original(data, ids, view)
 
-    monkeypatch.setattr(View, "__getitems__", watched)
+    monkeypatch.setattr(View, "batch", watched)
     kdcache.train_student(pipeline(), cache, tmp_path / "run")
     assert touched.count("test") == 500
     assert touched.count("validation") == 2 * 297
@@ -212,9 +214,9 @@ def test_a_student_of_two_views_sees_the_teachers_pixels(tmp_path: Path) -> None
     made = kdcache.dump_teacher(network, samples, tmp_path / "c.kdcache", transform=two.transform, spec=spec)
     seen = View(samples, made.manifest.plan.views.transform, made.manifest.plan.views.seed)
     teacher = made.teacher()
-    for seen.view in range(2):
-        batch = seen.__getitems__([5, 3, 900])
-        assert torch.allclose(teacher(batch.ids, seen.view), network(batch.images), atol=1e-5)
+    for view in range(2):
+        batch = seen.batch([5, 3, 900], view)
+        assert torch.allclose(teacher(batch.ids, view), network(batch.images), atol=1e-5)
     assert not torch.allclose(teacher(batch.ids, 0), teacher(batch.ids, 1), atol=1e-3)
     assert kdcache.train_student(two, made, tmp_path / "run").test is not None
 
@@ -239,7 +241,7 @@ def test_an_epoch_of_mixed_views_is_an_epoch_with_the_live_teacher_and_mixed_lab
     loss_name: str, teacher: nn.Module, mixed_cache: kdcache.Cache
 ) -> None:
     samples, views = digits(), mixed_cache.manifest.plan.views
-    labels = few_labels(samples, TrainSpec(labels_per_class=20))
+    labels = labels_shown(samples, TrainSpec(labels_per_class=20))
     spec, loss = TrainSpec(batch_size=50), Loss.model_validate({"name": loss_name, "warmup_epochs": 0.0})
     torch.manual_seed(1)
     student = SmallMLP(10, 1, 8, 8)
@@ -307,17 +309,17 @@ def test_a_teacher_is_trained_on_mixed_images(tmp_path: Path) -> None:
     assert result.test.accuracy > 0.3
 
 
-def test_few_labels_are_few_of_each_class_and_true() -> None:
+def test_labels_shown_are_few_of_each_class_and_true() -> None:
     samples = digits()
     truth = torch.from_numpy(samples.labels).long()
-    seen = few_labels(samples, TrainSpec(labels_per_class=4, seed=3))
+    seen = labels_shown(samples, TrainSpec(labels_per_class=4, seed=3))
     known = seen >= 0
     assert torch.equal(seen[known], truth[known])
     assert torch.bincount(seen[known]).tolist() == [4] * 10
-    assert torch.equal(seen, few_labels(samples, TrainSpec(labels_per_class=4, seed=3)))
-    assert not torch.equal(seen, few_labels(samples, TrainSpec(labels_per_class=4, seed=4)))
-    assert torch.equal(few_labels(samples, TrainSpec()), truth)
-    assert (few_labels(samples, TrainSpec(labels_per_class=0)) == -1).all()
+    assert torch.equal(seen, labels_shown(samples, TrainSpec(labels_per_class=4, seed=3)))
+    assert not torch.equal(seen, labels_shown(samples, TrainSpec(labels_per_class=4, seed=4)))
+    assert torch.equal(labels_shown(samples, TrainSpec()), truth)
+    assert (labels_shown(samples, TrainSpec(labels_per_class=0)) == -1).all()
 
 
 def test_a_student_learns_from_the_teacher_alone(cache: kdcache.Cache, tmp_path: Path) -> None:
@@ -447,3 +449,26 @@ def cache_free_checkpoint(folder: Path) -> Path:
 
     save_weights(SmallMLP(10, 1, 8, 8, width=5), folder / "other.safetensors")
     return folder / "other.safetensors"
+
+
+def test_labels_per_class_draw_the_first_of_each_class_in_a_random_order_of_all() -> None:
+    samples = digits()
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(5)).tolist()
+    expected, n_shown = torch.full((len(samples),), -1), dict.fromkeys(range(10), 0)
+    for index in order:
+        label = int(samples.labels[index])
+        if n_shown[label] < 7:
+            n_shown[label] += 1
+            expected[index] = label
+    assert torch.equal(labels_shown(samples, TrainSpec(labels_per_class=7, seed=5)), expected)
+
+    n_classes = 20_000
+    labels = np.arange(100_000, dtype=np.int32) % n_classes
+    many = dataclasses.replace(
+        samples,
+        images=ArrayImages(torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8)),
+        labels=labels,
+        class_names=tuple(map(str, range(n_classes))),
+    )
+    shown = labels_shown(many, TrainSpec(labels_per_class=2))
+    assert torch.bincount(shown[shown >= 0]).tolist() == [2] * n_classes

@@ -245,7 +245,7 @@ def _run_network(
     on_test = _test_result(network, model, view, device) if test is not None else None
     if cached is None:
         return on_test, None
-    return on_test, Predictions.of(logits_of(network, model, cached, indices, device))
+    return on_test, Predictions.of(logits_of(network, model, network.view_for_comparison(cached), indices, device))
 
 
 def _test_result(network: NetworkRef, model: nn.Module, view: View, device: torch.device | str) -> HeldOutResult:

@@ -1,0 +1,128 @@
+"""Worker processes of a sweep: they send their progress to the process that started them, and end with it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from kdcache.runtime.progress import Progress, Task
+
+_SECONDS_BETWEEN_MESSAGES = 0.5
+
+
+class ProgressQueue:
+    """A queue of progress messages from workers to the process that started them."""
+
+    def __init__(self) -> None:
+        self._messages = get_context("spawn").SimpleQueue()
+
+    def advance(self, epochs: int, note: str) -> None:
+        """Send a number of finished epochs, and a note."""
+        self._messages.put((epochs, note))
+
+    def say(self, message: str) -> None:
+        """Send a message for the user."""
+        self._messages.put((None, message))
+
+    def forward(self, task: Task, progress: Progress) -> None:
+        """Report all messages that have arrived."""
+        while not self._messages.empty():
+            epochs, text = self._messages.get()
+            if epochs is None:
+                progress.say(text)
+            else:
+                task.advance(epochs, text)
+
+
+class _WorkerState(NamedTuple):
+    context: Any
+    queue: ProgressQueue
+
+
+_state: _WorkerState | None = None
+
+
+def enter_worker(context: Any, queue: ProgressQueue, processes: int) -> None:
+    """Set up a worker process: its share of the threads, the context of the sweep, and the watch on its parent."""
+    global _state  # noqa: PLW0603  # a pool has no other place for what its workers are given
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    _state = _WorkerState(context, queue)
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the parent, and end this process at once: no one would read its results."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def worker_state() -> _WorkerState:
+    """Return what `enter_worker` was given."""
+    assert _state is not None, "set by enter_worker"  # noqa: S101
+    return _state
+
+
+class StudentProgress:
+    """A progress reporter for one student of a sweep; the epochs of its training are reported to the sweep's task.
+
+    Args:
+        name: of the student.
+        epochs: its number of epochs; after early stopping, the others are reported at the end.
+        advance: takes a number of epochs and a note.
+        say: takes a message for the user.
+    """
+
+    def __init__(self, name: str, epochs: int, advance: Callable[[int, str], None], say: Callable[[str], None]) -> None:
+        self._name, self._epochs, self._advance, self._say = name, epochs, advance, say
+        self._reported = 0
+        self._last_message = -_SECONDS_BETWEEN_MESSAGES
+
+    def __enter__(self) -> StudentProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._advance(self._epochs - self._reported, f"{self._name}: finished")
+
+    @contextmanager
+    def task(self, what: str, total: int, unit: str) -> Iterator[Task]:
+        """Begin a task of `total` units; only steps of training count as epochs."""
+        yield _StudentTask(self, what, total, unit, self._epochs if what == "training" else 0)
+
+    def say(self, message: str) -> None:
+        """Report a message, with the name of the student."""
+        self._say(f"{self._name}: {message}")
+
+    def report(self, epochs: int, note: str) -> None:
+        """Report that so many epochs are finished, if there are new ones, or the last note is not a recent one."""
+        now = time.monotonic()
+        new = max(epochs - self._reported, 0)
+        if new or now - self._last_message >= _SECONDS_BETWEEN_MESSAGES:
+            self._last_message, self._reported = now, self._reported + new
+            self._advance(new, f"{self._name}: {note}")
+
+
+class _StudentTask:
+    def __init__(self, progress: StudentProgress, what: str, total: int, unit: str, epochs: int) -> None:
+        self._progress, self._what, self._total, self._unit, self._epochs = progress, what, max(total, 1), unit, epochs
+        self._done = 0
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Count finished units."""
+        self._done += amount
+        done = note or f"{self._done:,} of {self._total:,} {self._unit}"
+        percent = f"{100 * self._done // self._total}%"
+        self._progress.report(self._done * self._epochs // self._total, f"{self._what}, {percent}, {done}")
