@@ -131,8 +131,13 @@ def test_a_mistake_in_a_data_set_is_named_with_file_and_line(case: str, tmp_path
         (tmp_path / "my_data.py").write_text(text)
         name = f"my_data.py:{name}"
     with pytest.raises(UsageError, match=message) as caught:
-        load_split(DatasetSpec(name=f"{tmp_path}/{name}"), "train")
+        load_split(DatasetSpec(name=f"{tmp_path}/{name}", root="here"), "train")
     assert caught.value.fix
+
+
+def test_a_root_is_passed_only_if_it_is_set(tmp_path: Path) -> None:
+    (tmp_path / "my_data.py").write_text("import torch\ndef f(split): return [(torch.zeros(1, 2, 2), 0)] * 9")
+    assert len(load_split(DatasetSpec(name=f"{tmp_path}/my_data.py:f"), "test")) == 9
 
 
 def test_labels_and_classes_that_cannot_be_are_refused(data: Path) -> None:
