@@ -1,8 +1,8 @@
 """Data sets from a file of the user, `path/file.py:function`.
 
 The function is called as `function(split, root=None, **args)` for "train", "validation" and "test", more than once; the
-root is passed only if the pipeline sets it. It returns a map-style data set of (image, label) pairs, or None for a split
-that the set does not have.
+root is passed only if the pipeline sets it. It returns a map-style data set of (image, label) pairs, or None for a
+split that the set does not have.
 """
 
 from __future__ import annotations
