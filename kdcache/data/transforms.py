@@ -165,11 +165,6 @@ def load_step(reference: str) -> user_code.UserCode:
     return user_code.load(reference, "transform step", _SIGNATURE)
 
 
-def code_digests(transform: Transform) -> dict[str, str]:
-    """Return the sha256 of the file of each step of the user's own, by its name."""
-    return {name: user_code.digest_of(name) for name in step_names(transform) if user_code.is_user_code(name)}
-
-
 class UserStep:
     """A step from a file of the user. It can be sent to worker processes, which load the file again.
 

@@ -1,7 +1,8 @@
 """Data sets from a file of the user, `path/file.py:function`.
 
-The function is called as `function(split, root=None, **args)` for "train", "validation" and "test". It returns a
-map-style data set of (image, label) pairs, or None for a split that the set does not have.
+The function is called as `function(split, root=None, **args)` for "train", "validation" and "test", more than once; the
+root is passed only if the pipeline sets it. It returns a map-style data set of (image, label) pairs, or None for a
+split that the set does not have.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def load_user_split(spec: DatasetSpec, split: Split) -> Dataset[Any] | None:
         UsageError: if the function cannot be loaded or called, raises, or returns no map-style data set.
     """
     code = user_code.load(spec.name, "data set", _SIGNATURE)
-    dataset = code(split, root=spec.root, **spec.args)
+    root = {} if spec.root is None else {"root": spec.root}
+    dataset = code(split, **root, **spec.args)
     if dataset is None:
         if split == "train":
             raise code.mistake("returned None for the split 'train', which every data set must have")

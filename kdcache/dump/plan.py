@@ -32,7 +32,7 @@ from kdcache.cache.preconditions import check_same_plan
 from kdcache.config.schema import CacheSpec, Transform
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples
-from kdcache.data.transforms import code_digests, is_random
+from kdcache.data.transforms import is_random
 from kdcache.data.views import View
 from kdcache.errors import UsageError
 from kdcache.models import weights_digest
@@ -146,8 +146,7 @@ def views_of(spec: CacheSpec, transform: Transform) -> ViewsRecord:
             "set cache.views to 1, or add a random transform such as - RandomCrop: {size: 32, padding: 4}",
         )
     try:
-        code = code_digests(transform) or None
-        return ViewsRecord(count=spec.views, seed=spec.seed, transform=transform, code=code)
+        return ViewsRecord(count=spec.views, seed=spec.seed, transform=transform)
     except ValidationError as error:
         raise _invalid_plan(error) from None
 

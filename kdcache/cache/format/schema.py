@@ -120,19 +120,11 @@ class DatasetRecord(Record):
 
 
 class ViewsRecord(Record):
-    """What the teacher saw of every image.
-
-    Attributes:
-        count: number of views.
-        seed: of the views.
-        transform: its steps.
-        code: sha256 of the file of each step `path/file.py:function`, by its name; None without such steps.
-    """
+    """What the teacher saw of every image."""
 
     count: Annotated[int, Field(ge=1, le=2**20)]
     seed: Size
     transform: list[dict[str, dict[str, Any]]]
-    code: Annotated[dict[str, Digest] | None, Field(exclude_if=lambda code: code is None)] = None
 
     @field_validator("transform", mode="before")
     @classmethod
