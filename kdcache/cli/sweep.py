@@ -77,8 +77,8 @@ def sweep(
     """
     from kdcache.errors import IncompleteError, InterruptedRun
     from kdcache.train.inputs import CacheOptions
-    from kdcache.train.sweep import combinations
     from kdcache.train.sweep import sweep as run
+    from kdcache.train.sweep_points import combinations
     from kdcache.train.sweep_results import as_record, write_results
 
     points = combinations(pipeline, overrides, over)

@@ -6,9 +6,6 @@ share that memory. (Each decodes the logits of a small cache for itself, `decode
 
 from __future__ import annotations
 
-import itertools
-import json
-import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,33 +18,21 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from kdcache.cache.reader import Cache
-from kdcache.config.loader import load_pipeline
 from kdcache.config.schema import Pipeline
-from kdcache.config.yaml_lines import read_yaml
 from kdcache.data.images import ArrayImages, map_images
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.folder_lock import locked
 from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
 from kdcache.train.run_folder import check_trackers, read_json, write_json
+from kdcache.train.sweep_points import Point
 from kdcache.train.sweep_worker import ProgressQueue, StudentProgress, enter_worker, worker_state
 from kdcache.train.train import train_on
 
 _POINT = "point.json"
 
+
 _SECONDS_BETWEEN_UPDATES = 0.5
-
-
-class Point(NamedTuple):
-    """One combination of the values that a sweep goes over.
-
-    Attributes:
-        name: of its folder and its line in the table.
-        pipeline: resolved.
-    """
-
-    name: str
-    pipeline: Pipeline
 
 
 @dataclass(frozen=True)
@@ -105,50 +90,6 @@ class SweepSummary:
     def seconds(self) -> float:
         """Mean of the training times."""
         return statistics.mean(student.seconds for student in self.students)
-
-
-def combinations(path: Path, overrides: Sequence[str], over: Sequence[str]) -> list[Point]:
-    """All combinations of the values of some keys, in a pipeline file.
-
-    Args:
-        path: the file.
-        overrides: `KEY=VALUE`, for all of them.
-        over: `KEY=VALUE,VALUE,...` or `KEY=[VALUE, ...]`; the key `loss` takes names, and with each the file's options
-            of another loss go.
-
-    Raises:
-        UsageError: with everything that is wrong with the first combination that is not a good pipeline.
-    """
-    axes = [_axis(given) for given in over]
-    keys = [key for key, _ in axes]
-    if len(set(keys)) < len(keys):
-        raise UsageError(f"--over names a key twice: {', '.join(keys)}", "give all values of a key in one --over")
-    points: list[Point] = []
-    for values in itertools.product(*(values for _, values in axes)):
-        chosen = dict(zip(keys, values, strict=True))
-        loss = chosen.get("loss")
-        given = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if key != "loss"]
-        pipeline = load_pipeline(path, [*overrides, *given], None if loss is None else str(loss))
-        name = ",".join(f"{key.rpartition('.')[2]}={_plain(value)}" for key, value in chosen.items()) or "student"
-        if any(point.name == name for point in points):
-            name = f"{name},{len(points)}"
-        points.append(Point(name, pipeline))
-    return points
-
-
-def _axis(given: str) -> tuple[str, list[Any]]:
-    key, sign, text = given.partition("=")
-    if not (sign and key and text):
-        raise UsageError(f"--over {given!r} is not KEY=VALUE,VALUE", "write for instance --over loss=kd,dtkd")
-    values, _ = read_yaml(text, f"--over {given}")
-    if isinstance(values, str) and "," in values:
-        values = [read_yaml(part, f"--over {given}")[0] for part in values.split(",")]
-    return key, values if isinstance(values, list) else [values]
-
-
-def _plain(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return re.sub(r"[^A-Za-z0-9.+_-]+", "-", text).strip("-")
 
 
 class _Job(NamedTuple):

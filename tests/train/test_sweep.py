@@ -19,7 +19,8 @@ from kdcache.data.datasets import load_split
 from kdcache.data.images import ArrayImages, map_images
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models.small import SmallMLP
-from kdcache.train.sweep import Point, _read_result, combinations, sweep
+from kdcache.train.sweep import _read_result, sweep
+from kdcache.train.sweep_points import Point, combinations
 
 RECIPE = ROOT / "pipelines" / "digits.yaml"
 SHORT = ["student.train.epochs=2"]

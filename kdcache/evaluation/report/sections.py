@@ -12,16 +12,7 @@ from kdcache.evaluation.metrics import BINS
 from kdcache.evaluation.report import charts, teacher_sections
 from kdcache.evaluation.report.charts import Chart, Line
 from kdcache.evaluation.report.collect import ReportData
-from kdcache.evaluation.report.html import (
-    CLASSES_SHOWN,
-    GroupLabel,
-    Heading,
-    Paragraph,
-    Part,
-    Pictures,
-    Table,
-    render,
-)
+from kdcache.evaluation.report.html import CLASSES_SHOWN, GroupLabel, Heading, Paragraph, Part, Pictures, Table, render
 from kdcache.evaluation.runs import Mean
 
 _ROUNDING = 1e-6
