@@ -375,7 +375,7 @@ def test_a_fault_that_stays_is_named_and_nothing_wrong_is_used(
     assert not (folder / "manifest.json").exists()
     with pytest.raises(IncompleteError, match=r"the pull to .* is unfinished"):
         open_cache(folder)
-    with pytest.raises(UsageError, match=r"exists and is not a cache|lies inside"):
+    with pytest.raises(UsageError, match=r"exists and is not a cache|is inside"):
         pull(url, folder / "data.zarr")
     # All that did come is right, and is not fetched again.
     for name, data in contents(folder).items():
