@@ -455,7 +455,7 @@ def test_every_command_on_complete_caches(tmp_path: Path) -> None:
         (["select", "--views", "x"], "write for example --views"),
         (["select", "--samples", "of-classes"], "needs --classes"),
         (["select"], "nothing is selected"),
-        (["merge"], "one cache is given"),
+        (["merge"], "two caches or more, one is given"),
     ],
 )
 def test_mistakes_give_one_message(tmp_path: Path, arguments: list[str], why: str) -> None:
