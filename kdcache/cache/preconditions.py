@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from kdcache.cache.format import array_specs
 from kdcache.cache.format.schema import MANIFEST, PLAN, Record
-from kdcache.cache.lock import check_not_held
+from kdcache.cache.lock import LOCK, check_not_held
 from kdcache.errors import MismatchError, UsageError
+from kdcache.runtime.atomic_write import temporary
 
 
 def check_outside(path: Path) -> None:
@@ -33,6 +35,19 @@ def check_place(path: Path) -> None:
     if path.exists() and not (path / PLAN).exists():
         raise UsageError(f"{path} exists and is not a cache", "use another name with -o")
     check_not_held(path)
+    partial = temporary(path)
+    if os.path.lexists(partial):
+        is_folder = partial.is_dir() and not partial.is_symlink()
+        if not is_folder or (any(partial.iterdir()) and not (partial / LOCK).is_file()):
+            raise not_ours(partial)
+
+
+def not_ours(path: Path) -> UsageError:
+    """Return the error for a file or folder that has the name of temporary data of kdcache."""
+    return UsageError(
+        f"{path} exists and was not made by kdcache, which needs this name for temporary data",
+        "rename or delete it, or give another name with -o",
+    )
 
 
 def check_same_plan(path: Path, before: Record, now: Record, name: str = "", note: str = "") -> None:

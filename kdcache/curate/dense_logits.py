@@ -23,14 +23,14 @@ from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.planner import pilot_ids
-from kdcache.cache.preconditions import check_outside
+from kdcache.cache.preconditions import check_outside, check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec, Transform
 from kdcache.curate.derive import row_bytes
 from kdcache.curate.logit_files import LogitFile, content_of, open_logits
 from kdcache.curate.recode import build
-from kdcache.curate.scratch import check_output, scratch_file
+from kdcache.curate.scratch import scratch_file
 from kdcache.data.loader import cut_range
 from kdcache.data.replay import fingerprints_of
 from kdcache.data.samples import Samples, check_same_samples
@@ -77,7 +77,7 @@ def cache_of_logits(
     """
     source, out, progress = Path(source), Path(out).absolute(), progress or Silent()
     transform = samples.transform if transform is None else transform
-    check_output(out)
+    check_place(out)
     with open_logits(source, out.with_name(f"{out.name}.logits")) as opened:
         keys = samples.keys(progress)
         _check_fits(opened, samples, keys, transform)

@@ -13,11 +13,10 @@ from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.schema import Lineage
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.cache.preconditions import differences
+from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.curate.derive import Encoded, ParentSelection, check_views, derive, inputs_at, planned, row_bytes
-from kdcache.curate.scratch import check_output
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn
 from kdcache.errors import MismatchError, UsageError
@@ -50,7 +49,7 @@ def merge(
         MismatchError: if the caches are inconsistent with each other, or `out` was started with other settings.
     """
     out, first, reporter = Path(out).absolute(), caches[0], progress or Silent()
-    check_output(out)
+    check_place(out)
     if len(caches) < 2:
         raise UsageError("merge needs two caches or more, one is given", "name the others too")
     for other in caches[1:]:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kdcache.cache.lock import LOCK
-from kdcache.cache.preconditions import check_place
+from kdcache.cache.preconditions import not_ours
 from kdcache.errors import UsageError
 
 MARKER = "kdcache-scratch"
@@ -17,22 +16,6 @@ MARKER = "kdcache-scratch"
 
 _DATA = "data"
 _CONTENT = b"Temporary data of kdcache. It may be deleted if no kdcache process is running.\n"
-
-
-def check_output(out: Path) -> None:
-    """Check that a cache can be created or resumed at `out`, without deleting what kdcache has not made.
-
-    Raises:
-        UsageError: if `out`, or the name under which it is created first, is something else, or if another process
-            writes it.
-    """
-    check_place(out)
-    partial = out.with_name(f"{out.name}.partial")
-    if not os.path.lexists(partial):
-        return
-    is_folder = partial.is_dir() and not partial.is_symlink()
-    if not is_folder or (any(partial.iterdir()) and not (partial / LOCK).is_file()):
-        raise _not_ours(partial)
 
 
 @contextmanager
@@ -67,15 +50,15 @@ def scratch_file(folder: Path) -> Iterator[Path]:
 def _check_ours(folder: Path) -> None:
     """Check that a folder is empty, or holds the marker and nothing else than a scratch file."""
     if folder.is_symlink() or not folder.is_dir():
-        raise _not_ours(folder)
+        raise not_ours(folder)
     names = {path.name for path in folder.iterdir()}
     if not names:
         return
     if MARKER not in names or not names <= {MARKER, _DATA}:
-        raise _not_ours(folder)
+        raise not_ours(folder)
     # A process may have been killed after it created the marker and before it wrote it.
     if (folder / MARKER).read_bytes() not in (b"", _CONTENT):
-        raise _not_ours(folder)
+        raise not_ours(folder)
 
 
 def _lock(handle: int, folder: Path) -> None:
@@ -89,10 +72,3 @@ def _lock(handle: int, folder: Path) -> None:
 
 def _in_use(folder: Path) -> UsageError:
     return UsageError(f"{folder} is used by another kdcache process", "wait for it, or give another name with -o")
-
-
-def _not_ours(path: Path) -> UsageError:
-    return UsageError(
-        f"{path} exists and was not made by kdcache, which needs this name for temporary data",
-        "rename or delete it, or give another name with -o",
-    )

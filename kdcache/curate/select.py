@@ -15,11 +15,11 @@ from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
+from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.curate.derive import Encoded, Ids, ParentSelection, check_views, derive, inputs_at, planned, row_bytes
 from kdcache.curate.recode import ParentRows, relabeled
-from kdcache.curate.scratch import check_output
 from kdcache.data.mixing import split_mixing
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn
@@ -61,7 +61,7 @@ def select(
         MismatchError: if `out` was started with other settings, or `data` is another data set.
     """
     out, plan = Path(out).absolute(), cache.manifest.plan
-    check_output(out)
+    check_place(out)
     count = _count_of(views, plan)
     check_views(cache, count)
     ids = np.arange(len(cache)) if samples is None else np.asarray(samples, np.int64)

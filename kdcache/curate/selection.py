@@ -40,7 +40,7 @@ def parse_samples(text: str, cache: Cache, classes: Sequence[str] | None) -> npt
         return np.flatnonzero(np.isin(cache.labels, [index for index, name in enumerate(names) if name in classes]))
     if Path(text).is_file():
         lines = Path(text).read_text(encoding="utf-8").split()
-        if wrong := [line for line in lines if not line.isdecimal()]:
+        if wrong := [line for line in lines if not (line.isascii() and line.isdecimal() and int(line) < 2**63)]:
             raise UsageError(f"{text} contains {wrong[0]!r}, which is not a sample id", "write one integer per line")
         return np.array(lines, np.int64)
     selected = parse_range(text, "--samples")

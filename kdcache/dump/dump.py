@@ -18,7 +18,6 @@ from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.inspect.card import CARD, PICTURE, write_card
-from kdcache.cache.inspect.card_plot import draw_census
 from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_sealed
 from kdcache.cache.summary import ShardStatistics
@@ -144,7 +143,7 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
         cache = prepared.complete or open_sealed(job.out)
         if ranks.is_first and not all((job.out / name).exists() for name in (CARD, PICTURE)):
             # The run that sealed it was killed before it had written the card.
-            _write_card(cache, summary.collect_statistics(job.out, cache.manifest.plan))
+            write_card(cache, summary.histograms(summary.collect_statistics(job.out, cache.manifest.plan)))
         return cache
     writer = prepared.writer
     statistics = _run_pass(job, writer, shards, ranks, timer)
@@ -160,7 +159,7 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
     with timer.phase("sealing"):
         cache = open_sealed(job.out)
         if ranks.is_first:
-            _write_card(cache, collected)
+            write_card(cache, summary.histograms(collected))
     return cache
 
 
@@ -225,14 +224,6 @@ def _write(
     ids = writer.plan.shard_ids(shard)
     of_shard = labels[ids.start : ids.stop]
     statistics[view, shard] = summary.shard_statistics(rows, of_shard, writer.plan.encoding)
-
-
-def _write_card(cache: Cache, statistics: list[ShardStatistics]) -> None:
-    """Write the card and its picture."""
-    unfinished = cache.path / "card.partial.png"
-    draw_census(*summary.histograms(statistics), unfinished)
-    unfinished.replace(cache.path / PICTURE)
-    write_card(cache)
 
 
 def _wait_for_files(writer: CacheWriter, ranks: Ranks) -> None:

@@ -19,7 +19,12 @@ def parse_range(text: str, option: str) -> range:
         UsageError: if the text is something else.
     """
     first, dash, last = text.partition("-")
-    is_range = first.isdecimal() and (last.isdecimal() or not dash) and max(len(first), len(last)) <= _MAX_DIGITS
+    is_range = (
+        text.isascii()
+        and first.isdecimal()
+        and (last.isdecimal() or not dash)
+        and max(len(first), len(last)) <= _MAX_DIGITS
+    )
     if not is_range:
         raise UsageError(f"{option} must be an index or a range, not {text!r}", f"write for example {option} 0-3")
     return range(int(first), int(last or first) + 1)

@@ -16,6 +16,7 @@ from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs, digest_of
 from kdcache.cache.format.recorded_views import CROP, recorded, unit_of
 from kdcache.cache.format.schema import Encoding, Lineage, Plan, ViewsRecord
 from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec, Transform
@@ -24,7 +25,6 @@ from kdcache.curate.foreign.ml_dr import open_ml_dr
 from kdcache.curate.foreign.sparse_labels import OpenedSource, SoftLabelSource, as_rows, logits_of
 from kdcache.curate.foreign.tinyvit import open_tinyvit
 from kdcache.curate.recode import complete
-from kdcache.curate.scratch import check_output
 from kdcache.data.alignment import taken
 from kdcache.data.loader import cut_range
 from kdcache.data.recorded_crop import split_recorded
@@ -81,7 +81,7 @@ def cache_of_files(
         CorruptError: if a file is missing or malformed; names it.
     """
     folder, out, spec = Path(source), Path(out).absolute(), spec or CacheSpec()
-    check_output(out)
+    check_place(out)
     if not folder.is_dir():
         raise UsageError(f"folder not found: {folder}", f"pass the folder that {layout}'s students read")
     opened = SOURCES[layout](folder, samples)
