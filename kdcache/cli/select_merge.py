@@ -51,7 +51,7 @@ def select(
     The teacher is not run. If the command is interrupted or killed, the same command resumes.
 
     \b
-    Example: kdcache select runs/digits.kdcache --samples 0-999 -o runs/first.kdcache
+    Example: kdcache select runs/digits.kdcache --samples 0-499 -o runs/first.kdcache
     """
     from kdcache.cache import open_cache
     from kdcache.curate.select import select as run
