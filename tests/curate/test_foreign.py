@@ -292,10 +292,8 @@ def test_a_student_is_trained_from_fkds_files_on_the_command_line(images: Images
     assert "unknown: the logits are known up to an additive constant per sample" in about
     assert "not run by kdcache" in about
     assert as_json("verify", out, pipeline, "--replay", *held_out)["replay"]["rounded"] == 0
-    assert (
-        "images are those that the cache was imported with"
-        in kdcache("verify", out, pipeline, "--replay", *held_out).stdout
-    )
+    replayed = kdcache("verify", out, pipeline, "--replay", *held_out).stdout
+    assert "images are those that the cache was imported with" in replayed
     done = kdcache("verify", out, pipeline, "--teacher", *held_out)
     assert (done.exit_code, "was not run by kdcache" in done.stderr) == (2, True)
     done = kdcache("train-student", pipeline, "--cache", out, "-o", run, *held_out)
