@@ -463,6 +463,19 @@ def test_control_characters_are_not_printed(capsys: pytest.CaptureFixture[str]) 
     assert "[bold]not markup[/]" in printed.out
 
 
+def test_long_work_is_reported_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = ""
+
+    def is_reported() -> bool:
+        nonlocal printed
+        printed += capsys.readouterr().err
+        return "reading the rows: " in printed
+
+    with output.working("reading the rows", delay=0.01):
+        until(is_reported)
+    assert capsys.readouterr().out == ""
+
+
 # With --json: one JSON document on stdout, the result or the error.
 
 NOTHING = "nowhere.kdcache"

@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+from helpers.markers import EMULATOR, PROCESS, SLOW_FILES, SLOW_TESTS
+from helpers.paths import TESTS
 from importlinter.application import use_cases
 from importlinter.configuration import configure
 
@@ -55,3 +57,10 @@ def test_the_public_api_is_all_there() -> None:
     for name in kdcache.__all__:
         assert getattr(kdcache, name) is not None
     assert set(kdcache.__all__) == set(kdcache._HOME)
+
+
+def test_files_and_tests_with_markers_exist() -> None:
+    files = {path.stem: path.read_text() for path in TESTS.rglob("test_*.py")}
+    assert {*EMULATOR, *PROCESS, *SLOW_FILES, *SLOW_TESTS} <= set(files)
+    renamed = [name for file, names in SLOW_TESTS.items() for name in names if f"def {name}(" not in files[file]]
+    assert not renamed
