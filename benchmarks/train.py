@@ -61,21 +61,21 @@ def timed(owner, name, label):
         finally:
             marks[label] = marks.get(label, 0) + time.perf_counter() - start
     setattr(owner, name, inner)
-import kdcache.cache, kdcache.lessons
+import kdcache.cache, kdcache.train.inputs
 timed(kdcache.cache, "open_cache", "opening the cache, every byte checked")
-timed(kdcache.lessons, "load_split", "loading the data set")
-timed(kdcache.lessons, "load_held_out", "loading the data set")
-timed(kdcache.lessons, "check_data", "content keys of all images")
-timed(kdcache.lessons, "_replay", "replaying 32 images")
+timed(kdcache.train.inputs, "load_split", "loading the data set")
+timed(kdcache.train.inputs, "load_held_out", "loading the data set")
+timed(kdcache.train.inputs, "check_data", "content keys of all images")
+timed(kdcache.train.inputs, "_replay", "replaying 32 images")
 timed(kdcache.cache.reader.Cache, "teacher", "bringing the rows into memory")
 class First(BaseException): pass
-step = kdcache.trainer.Trainer._step
+step = kdcache.train.step.Trainer._step
 def first(*args):
     began_step = time.perf_counter()
     step(*args)
     marks["the first step"] = time.perf_counter() - began_step
     raise First
-kdcache.trainer.Trainer._step = first
+kdcache.train.step.Trainer._step = first
 try:
     kdcache.cli.main(sys.argv[1:], standalone_mode=False)
 except First:
