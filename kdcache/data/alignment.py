@@ -1,8 +1,8 @@
-"""A data set that is another copy of the one a cache was made from: ordered otherwise, a part of it, or with more.
+"""Match a data set with a cache by content: other order, missing samples, or additional samples.
 
-Samples are matched by their content keys. What comes out is in the order of the cache, so that a sample's ordinal is
-its id there, and all that is seeded by it, or asked for by it, is as it was. Only where samples of the cache are
-missing do the ordinals differ from the ids, which `Samples.ids` then says, and an `AlignedTeacher` hears.
+Samples are matched by their content keys. The result is in the order of the cache, so that the ordinal of a sample is
+its id there, and its views and logits are unchanged. Only if samples of the cache are missing do ordinals differ from
+ids: `Samples.ids` then maps them, for the seeds of the views and for an `AlignedTeacher`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Ids = npt.NDArray[np.int64]
 
 
 class Alignment(NamedTuple):
-    """Which sample of a data set is which of a cache.
+    """The mapping between the samples of a data set and those of a cache.
 
     Attributes:
-        ids: [n] int64, of the cache's samples that the data set has, ascending.
-        positions: [n] int64, where it has them.
-        missing: int64, the cache's samples that it has not.
-        extra: int64, positions of those of its samples that no sample of the cache needs.
+        ids: [n] int64, ascending, ids in the cache of the samples that are in both.
+        positions: [n] int64, their positions in the data set.
+        missing: int64, ids of the cache that are not in the data set.
+        extra: int64, positions in the data set that are not in the cache.
     """
 
     ids: Ids
@@ -55,8 +55,8 @@ def align(
 ) -> Alignment:
     """Match samples [M] of a data set with those [N] of a cache, by content key and label.
 
-    Of several samples with the same key and label any may stand for any: they are taken in turn, and if there are
-    fewer than in the cache, the last once more.
+    Samples with the same key and label are interchangeable: they are used in turn, and if there are fewer than in the
+    cache, the last one is used again.
 
     Raises:
         MismatchError: if a sample has other labels in the data set than in the cache.
@@ -85,7 +85,7 @@ def align(
 
 
 def _turns(values: Ids) -> Ids:
-    """How many equal values come before each one."""
+    """Return, for each value, how many equal values come before it."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     turns = np.empty_like(order)
@@ -94,14 +94,14 @@ def _turns(values: Ids) -> Ids:
 
 
 def aligned(samples: Samples, found: Alignment) -> Samples:
-    """The samples of a data set that a cache has, in the cache's order."""
+    """Return the samples of a data set that are in a cache, in the order of the cache."""
     ids = found.ids if len(found.missing) else None
     images = taken(samples.images, found.positions)
     return replace(samples, images=images, labels=samples.labels[found.positions], ids=ids)
 
 
 def taken(images: Images, positions: Ids) -> Images:
-    """Some images, in the order of their positions."""
+    """Return the images at some positions, in that order."""
     if isinstance(images, ArrayImages):
         return ArrayImages(images.pixels[torch.from_numpy(positions)])
     if isinstance(images, FileImages):
@@ -112,7 +112,7 @@ def taken(images: Images, positions: Ids) -> Images:
 
 
 def described(samples: Samples, found: Alignment) -> str:
-    """How many samples are matched, missing and extra, and which, in a line."""
+    """Return a line with the numbers of matched, missing and extra samples, and the first names."""
     parts = [f"{len(found.ids):,} samples of the cache are in {samples.name}/{samples.split}"]
     if len(found.missing):
         parts.append(f"{len(found.missing):,} are missing ({_some(f'sample {i} of the cache' for i in found.missing)})")
@@ -131,12 +131,12 @@ def _some(names: Iterable[str]) -> str:
 
 
 class Shared(NamedTuple):
-    """What a data set and a cache have in common.
+    """The samples that are both in a data set and in a cache.
 
     Attributes:
-        view: view 0 of it, as the teacher saw it, in the cache's order.
-        ids: [n] int64, of its samples in the cache.
-        note: how many they are, and of what; empty where each of the two has every sample of the other.
+        view: view 0 of the samples, as the teacher saw them, in the order of the cache.
+        ids: [n] int64, their ids in the cache.
+        note: the numbers of matched, missing and extra samples; empty if all match.
     """
 
     view: View
@@ -145,10 +145,10 @@ class Shared(NamedTuple):
 
 
 def shared(cache: Cache, samples: Samples, progress: Progress) -> Shared:
-    """The images of a cache among those of a data set, in whatever order that has them.
+    """Return the images of a cache that are in a data set, which may have another order.
 
     Raises:
-        MismatchError: if there is none, they are labeled otherwise, or their pixels are not what the teacher saw.
+        MismatchError: if there are none, or labels or pixels differ from those of the cache.
     """
     found = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
     if not len(found.ids):

@@ -1,4 +1,4 @@
-"""The images that a cached teacher saw, for training loops of other people.
+"""The images that a cached teacher saw, as a data set for any training loop.
 
 data = CachedDataset(dataset, cache)
 for epoch in range(epochs):
@@ -29,10 +29,9 @@ Item = tuple[Tensor, int, int, int]
 
 
 class CachedDataset(Dataset[Item]):
-    """The data set that a cache was made from, seen as its teacher saw it.
+    """The data set that a cache was made from, in the views that its teacher saw.
 
-    A change of the view reaches the workers of a DataLoader too, those that persist as well, with the next batch that
-    they begin.
+    A change of the view reaches the workers of a DataLoader, also persistent ones, with the next batch that they load.
 
     Args:
         dataset: kdcache's `Samples`, or any map-style data set of (image, label) pairs, in the order in which it was
@@ -45,7 +44,7 @@ class CachedDataset(Dataset[Item]):
     Raises:
         MismatchError: if these are other images, another order or other labels than the cache's, or some views, made
             anew, are not what the teacher saw.
-        UsageError: if the cache's views mix two images, or were drawn by code that kdcache has not got.
+        UsageError: if the cache's views mix two images, or were drawn by code outside of kdcache.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class CachedDataset(Dataset[Item]):
         replay(cache, dataset, A_FEW)
         self.views = plan.views.count
         self._seen = seen
-        # In shared memory: a worker that persists would go on with the view that it was started with.
+        # In shared memory: a persistent worker would otherwise keep the view that it was started with.
         self._view = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # in torch
 
     def __len__(self) -> int:
@@ -77,14 +76,14 @@ class CachedDataset(Dataset[Item]):
 
     @property
     def view(self) -> int:
-        """Which view the items are of."""
+        """Index of the view of the items."""
         return int(self._view)
 
     def set_view(self, view: int) -> None:
         """Yield this view from now on.
 
         Raises:
-            UsageError: if the cache has not got it.
+            UsageError: if the cache does not have it.
         """
         if not 0 <= view < self.views:
             raise UsageError(f"the cache has no view {view}", f"ask for one of 0 to {self.views - 1}")
@@ -98,7 +97,7 @@ class CachedDataset(Dataset[Item]):
         return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, ids: Sequence[int]) -> list[Item]:
-        """Several items at once, which DataLoader asks for: the transform may take them together."""
+        """Return several items at once, as DataLoader requests them: some transforms are faster on a batch."""
         view = self.view
         batch = self._seen.batch(ids, view)
         items = zip(batch.images, batch.labels.tolist(), batch.ids.tolist(), strict=True)

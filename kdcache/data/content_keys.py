@@ -1,4 +1,4 @@
-"""Content keys, kept on this machine once they were computed: a large data set need not be read again for them."""
+"""A cache of content keys on this machine, so that a large data set is read only once for them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kdcache.runtime.atomic_write import SUFFIX, open_atomic
 from kdcache.runtime.resources import home
 
 
-def _place(stamp: str) -> Path:
+def _path(stamp: str) -> Path:
     return home() / "keys" / stamp
 
 
 def kept_keys(stamp: str, count: int) -> npt.NDArray[np.uint64] | None:
-    """The keys [N] uint64 that were kept under a stamp; None where there are none, or they are damaged."""
+    """Return the keys [N] uint64 that were stored under a stamp; None if they are missing or damaged."""
     try:
-        data = _place(stamp).read_bytes()
+        data = _path(stamp).read_bytes()
     except OSError:
         return None
     body, digest = data[: 8 * count], data[8 * count :]
@@ -29,8 +29,8 @@ def kept_keys(stamp: str, count: int) -> npt.NDArray[np.uint64] | None:
 
 
 def keep_keys(stamp: str, keys: npt.NDArray[np.uint64]) -> None:
-    """Keep keys [N] uint64 under a stamp, with a digest behind them; a folder that cannot be written to keeps none."""
-    path, body = _place(stamp), keys.astype("<u8").tobytes()
+    """Store keys [N] uint64 under a stamp, with a digest; do nothing if the folder is not writable."""
+    path, body = _path(stamp), keys.astype("<u8").tobytes()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_atomic(path, suffix=f".{os.getpid()}{SUFFIX}") as file:

@@ -1,4 +1,4 @@
-"""Where pixels come from: arrays in memory, mapped files, image files, or the items of a Dataset."""
+"""Sources of pixels: arrays in memory, mapped files, image files, or the items of a Dataset."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ Picture = Tensor | Image.Image
 
 
 class Images(Protocol):
-    """Where the pixels are."""
+    """A source of pixels."""
 
     parallel: ClassVar[bool]
-    """Whether several threads may read at once."""
+    """Whether several threads may read at the same time."""
 
     def __len__(self) -> int: ...
 
     def picture(self, index: int) -> Picture:
-        """Image `index`: a tensor [channels, H, W] or a PIL image."""
+        """Return image `index`: a tensor [channels, H, W] or a PIL image."""
 
     def content(self, index: int) -> bytes:
-        """The bytes that the content key of image `index` is made of."""
+        """Return the bytes that the content key of image `index` is computed from."""
 
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images; of the first one, where they differ."""
+        """Return (channels, height, width) of the images; of the first one if they differ."""
 
     def stamp(self) -> str | None:
-        """A name for the files that the images are in, another one whenever one of them is written; None without."""
+        """Return a name for the state of the image files, which changes with any of them; None without files."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,21 @@ class ArrayImages:
         return len(self.pixels)
 
     def picture(self, index: int) -> Tensor:
-        """Image `index` as a tensor [channels, H, W]."""
+        """Return image `index` as a tensor [channels, H, W]."""
         return self.pixels[index]
 
     def content(self, index: int) -> bytes:
-        """Type, shape and pixels of image `index`."""
+        """Return type, shape and pixels of image `index`."""
         pixels = self.pixels[index].contiguous().numpy()
         return f"{pixels.dtype.str}{pixels.shape}".encode() + pixels.tobytes()
 
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+        """Return (channels, height, width)."""
         channels, height, width = self.pixels.shape[1:]
         return channels, height, width
 
     def stamp(self) -> None:
-        """They are in memory."""
+        """Return None: the images are in memory."""
 
 
 @dataclass(frozen=True)
@@ -80,27 +80,27 @@ class FileImages:
         return len(self.paths)
 
     def picture(self, index: int) -> Image.Image:
-        """Image `index`, as PIL reads it."""
+        """Return image `index` as a PIL image."""
         try:
             with Image.open(self.paths[index]) as image:
                 return image.convert("RGB")
-        except Exception as error:  # whatever the bytes of a broken file make Pillow stumble over
+        except Exception as error:  # Pillow raises many types for a damaged file
             raise self._unreadable(index, error) from error
 
     def content(self, index: int) -> bytes:
-        """The bytes of the file: another encoding of the same picture is another sample."""
+        """Return the bytes of the file: another encoding of the same picture is another sample."""
         try:
             return Path(self.paths[index]).read_bytes()
         except OSError as error:
             raise self._unreadable(index, error) from error
 
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the first image."""
+        """Return (channels, height, width) of the first image."""
         width, height = self.picture(0).size
         return 3, height, width
 
     def stamp(self) -> str:
-        """Of paths, sizes and times: no file can be written and leave the time of its last change as it was."""
+        """Return a digest of paths, sizes and times: writing a file changes its time."""
         sha = hashlib.sha256()
         for index, path in enumerate(self.paths):
             try:
@@ -127,7 +127,7 @@ class ItemImages:
         return self.length
 
     def picture(self, index: int) -> Picture:
-        """The first element of item `index`."""
+        """Return the first element of item `index`."""
         image = self.dataset[index][0]
         if isinstance(image, np.ndarray) and image.ndim in (2, 3):
             # As torchvision's to_image does it, which would cost every command a second of imports.
@@ -141,15 +141,15 @@ class ItemImages:
         )
 
     def content(self, index: int) -> bytes:
-        """Type, shape and values of the image."""
+        """Return type, shape and values of the image."""
         image = self.picture(index)
         if isinstance(image, Image.Image) and image.mode == "P":
-            image = image.convert("RGBA")  # numbers of a palette say nothing without it
+            image = image.convert("RGBA")  # palette indices have no meaning without the palette
         array = np.ascontiguousarray(image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
         return f"{array.dtype.str}{array.shape}".encode() + array.tobytes()
 
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the first image."""
+        """Return (channels, height, width) of the first image."""
         image = self.picture(0)
         if isinstance(image, Image.Image):
             return len(image.getbands()), image.height, image.width
@@ -157,7 +157,7 @@ class ItemImages:
         return channels, height, width
 
     def stamp(self) -> None:
-        """Where they come from is the data set's own matter."""
+        """Return None: the source of the items is unknown."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class MappedImages(ArrayImages):
 
 
 def map_images(images: ArrayImages, path: Path) -> MappedImages:
-    """Images in memory, written to a file and mapped from there."""
+    """Write images in memory to a file, and return them mapped from it."""
     images.pixels.contiguous().numpy().tofile(path)
     return _map(path, images.pixels.shape, images.pixels.dtype)
 

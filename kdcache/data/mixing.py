@@ -1,6 +1,6 @@
-"""MixUp and CutMix: which step of a transform mixes two images into one, how, and what is then known of the label.
+"""MixUp and CutMix as the last step of a transform, which mixes two images into one.
 
-They draw and compute as torchvision's do, for one image and its partner instead of a batch.
+They draw and compute as those of torchvision, for one image and its partner instead of a batch.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ _DRAWING = {"RandomApply", "RandomChoice"}
 
 
 def split_mixing(transform: list[Step]) -> tuple[list[Step], Step | None]:
-    """The steps that an image goes through alone, and the last one, if that mixes it with another.
+    """Return the steps for a single image, and the last step if it mixes two images.
 
     Raises:
         UsageError: if a mixing stands anywhere else.

@@ -1,12 +1,12 @@
-"""Views whose crops were drawn elsewhere, and written down: boxes and flips are data of the cache, not of a seed.
+"""Views with recorded crops: boxes and flips are stored in the cache, instead of drawn from a seed.
 
 A transform that begins with
 
     - RecordedCrop: {size: 224, interpolation: bilinear, unit: fraction}
 
 takes the box of (sample, view) from the cache's array `crops`, five numbers: top, left, height, width and flip. They
-are fractions of the image's height and width, or whole pixels. Where it begins with `DrawnElsewhere`, nobody here can
-draw what the teacher saw: rows can be read, and no image is shown.
+are fractions of the image's height and width, or whole pixels. If it begins with `DrawnElsewhere`, the
+views were drawn by other code: the logits can be read, and the images cannot be replayed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class RecordedCrop:
         self.size, self.interpolation, self.unit = sides, interpolation, unit
 
     def __call__(self, picture: Tensor | Image.Image, box: npt.NDArray[np.float32]) -> Any:
-        """The crop of a picture.
+        """Return the crop of a picture.
 
         Args:
             picture: [channels, H, W], or a PIL image.
@@ -80,7 +80,7 @@ class RecordedCrop:
 
 
 def sides_of(picture: Tensor | Image.Image) -> tuple[int, int]:
-    """(height, width)."""
+    """Return (height, width)."""
     if isinstance(picture, Image.Image):
         return picture.height, picture.width
     height, width = picture.shape[-2:]
@@ -88,7 +88,7 @@ def sides_of(picture: Tensor | Image.Image) -> tuple[int, int]:
 
 
 def pixels_of(box: npt.NDArray[np.float32], unit: str, height: int, width: int) -> PixelBox:
-    """The pixels that a box stands for: its edges, each rounded, as Pillow rounds those of a crop.
+    """Return the pixels of a box: its edges, each rounded, as Pillow rounds those of a crop.
 
     Fractions that were rounded themselves may reach beyond the last pixel, and end there.
 
@@ -107,10 +107,10 @@ def pixels_of(box: npt.NDArray[np.float32], unit: str, height: int, width: int) 
 
 
 def split_recorded(transform: list[Step]) -> tuple[RecordedCrop | None, list[Step]]:
-    """The recorded crop at the beginning of a transform, if there is one, and the other steps.
+    """Return the recorded crop at the beginning of a transform, if there is one, and the other steps.
 
     Raises:
-        UsageError: if its arguments cannot be, or the images were drawn elsewhere.
+        UsageError: if its arguments are invalid, or the views were drawn by other code.
     """
     kind = recorded(transform)
     rest = transform if kind is None else transform[1:]

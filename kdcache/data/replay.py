@@ -1,4 +1,4 @@
-"""A cache held against what it was made from: the pixels that the teacher saw, and the teacher itself."""
+"""Compare a cache with the data set that it was made from: samples, labels, and replayed pixels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ A_FEW = 32
 
 
 def check_data(cache: Cache, samples: Samples, transform: Transform | None, progress: Progress | None) -> None:
-    """That a cache was made from a data set, with its labels, in its order, through the transform that a pipeline says.
+    """Check that a cache was made from a data set, with its labels, order, and the transform of a pipeline.
 
     Raises:
         MismatchError: which says what differs, and where it begins.
@@ -53,17 +53,17 @@ def check_data(cache: Cache, samples: Samples, transform: Transform | None, prog
 
 
 def view_of(cache: Cache, samples: Samples, view: int = 0) -> View:
-    """What the teacher of a cache saw of a data set, in one of its views.
+    """Return a data set as the teacher of a cache saw it in a view.
 
     Raises:
-        UsageError: if it was drawn by code that kdcache has not got.
+        UsageError: if it was drawn by code outside of kdcache.
     """
     views = cache.manifest.plan.views
     return View(samples, views.transform, views.seed, view, crops=cache.crops)
 
 
 def fingerprints_of(view: View, ids: Sequence[int]) -> Inputs:
-    """What some images leave behind of themselves in a cache, in that order."""
+    """Return the fingerprints and sketches of some images of a view, in that order."""
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
     return Inputs.concatenate([inputs_of(batch.images) for batch in batches(view, cuts)])
 
@@ -83,14 +83,14 @@ class Replay(NamedTuple):
 def replay(
     cache: Cache, samples: Samples, limit: int | None = None, workers: int = 0, progress: Progress | None = None
 ) -> Replay:
-    """Make views anew and compare their fingerprints with those in the cache, without the teacher.
+    """Replay views and compare their fingerprints with those in the cache, without the teacher.
 
     Args:
         cache: that was made from them.
         samples: the data set as it is now.
-        limit: how many images to look at, spread over samples and views; None for every one with a fingerprint.
-        workers: processes that load them.
-        progress: who is told how it goes.
+        limit: number of images to compare, spread over samples and views; None for all with a fingerprint.
+        workers: number of processes that load images.
+        progress: progress reporter; silent if None.
 
     Raises:
         MismatchError: which names the first sample and view that differ.
@@ -119,7 +119,7 @@ def replay(
 
 
 def compare_inputs(cache: Cache, view: int, ids: Tensor, then: Inputs, now: Inputs) -> int:
-    """How many images [M] of a view differ by rounding alone from what the teacher saw.
+    """Return how many of M images of a view differ by rounding alone from what the teacher saw.
 
     Raises:
         MismatchError: which names the first that differs by more.

@@ -1,4 +1,4 @@
-"""What a data set is to kdcache: images, labels, content keys, and a digest that says whether two copies are the same.
+"""The samples of a data set split: images, labels and content keys.
 
 `Samples` are in a fixed order: a sample's ordinal is its id in every cache. Each has a 64-bit content key, so that
 another copy, another order, or another version of the set is noticed before it does harm.
@@ -36,7 +36,7 @@ class Samples:
         split: which part.
         images: where the pixels are.
         labels: [N] int32, -1 where not known.
-        class_names: one a class; their number is the number of classes.
+        class_names: one per class, in the order of the labels.
         transform: what is done to an image where the pipeline does not say (`views.py` has the form).
         ids: [N] int64, ascending, by which the views of samples are seeded where these are some of a cache's and their
             ids there are not their ordinals here.
@@ -69,7 +69,7 @@ class Samples:
         return len(self.class_names)
 
     def keys(self, progress: Progress | None = None) -> npt.NDArray[np.uint64]:
-        """The 64-bit content keys of all samples, [N] uint64: BLAKE2b-64 of each image's content.
+        """Return the 64-bit content keys of all samples, [N] uint64: BLAKE2b-64 of each image's content.
 
         Files are read once on a machine: their keys are kept in kdcache's own folder, for as long as no file changes.
         """
@@ -99,7 +99,7 @@ class Samples:
 
 
 def check_labels(labels: npt.NDArray[np.integer[Any]], num_classes: int, where: str) -> None:
-    """That labels run from 0 to `num_classes - 1`, or are -1 where not known.
+    """Check that labels run from 0 to `num_classes - 1`, or are -1 where not known.
 
     Raises:
         MismatchError: which names the first that does not.
@@ -133,7 +133,7 @@ def wrap(
         class_names: for the manifest; "0", "1", ... if not given.
 
     Raises:
-        UsageError: if it is no such data set.
+        UsageError: if it is not such a data set.
         MismatchError: for a label out of range, or a class name too many or too few.
     """
     names = tuple(str(c) for c in (range(num_classes) if class_names is None else class_names))
@@ -213,7 +213,7 @@ def check_same_samples(
     cached_keys: npt.NDArray[np.uint64],
     cached_labels: npt.NDArray[np.int32],
 ) -> None:
-    """That row i of a cache belongs to sample i of a data set.
+    """Check that row i of a cache belongs to sample i of a data set.
 
     Raises:
         MismatchError: which says whether it is another set, another order, or another labeling, and where it begins.

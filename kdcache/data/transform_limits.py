@@ -1,6 +1,6 @@
 """How much a transform may ask for: one that a cache names is replayed on other people's machines.
 
-The limits hold for every transform, a pipeline's own too, so that no cache is made that nobody could use.
+The limits hold for every transform, a pipeline's own too, so that every cache can be replayed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Bounded:
                 raise _refused(f"{self.name} has {key} {self.arguments[key]}; {MOST_STEPS} is the most")
 
     def __call__(self, *images: Any) -> Any:
-        """The step on an image, or a batch of them; one that chooses among mixings has a partner and a share as well.
+        """Apply the step to an image or a batch; one that chooses among mixings also takes a partner and a share.
 
         Raises:
             UsageError: if it would make too large an image.
@@ -123,7 +123,7 @@ class Bounded:
                 # Of one channel it makes as many as there are means.
                 channels = max(channels, self._means)
             case "ElasticTransform":
-                pass  # its alpha is no side
+                pass  # its alpha is not a size
             case _:
                 # Whatever it does, and whatever torchvision may yet get: a number may be a side.
                 side = max(largest.values(), default=0.0)
@@ -145,7 +145,7 @@ def _counted(channels: float, height: float, width: float) -> float:
 
 
 def check_batch(values: float, count: int) -> None:
-    """That so many images of so many values may be held at once.
+    """Check that so many images of so many values may be held at once.
 
     Raises:
         UsageError: if they are too many.
@@ -158,7 +158,7 @@ def check_batch(values: float, count: int) -> None:
 
 
 def check_steps(names: Iterator[str]) -> None:
-    """That a transform has not too many steps, those inside others counted.
+    """Check that a transform does not have too many steps, including those inside others.
 
     Raises:
         UsageError: if it has.
@@ -175,7 +175,7 @@ def _refused(what: str) -> UsageError:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in an argument, without their signs; what is no number, and so below no limit, as the largest."""
+    """Yield the absolute values of all numbers in an argument; NaN as the largest, as no limit holds for it."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield min(_AS_GOOD_AS_INFINITE, abs(value))  # in this order: NaN is not below anything
     elif isinstance(value, list | tuple):

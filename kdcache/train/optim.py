@@ -1,4 +1,4 @@
-"""Optimizers, and the learning rate as a function of how far training has come."""
+"""Optimizers and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _ONECYCLE_START, _ONECYCLE_END = 1 / 25, 1 / (25 * 1e4)
 
 
 def rate(done: int, steps: int, spec: TrainSpec) -> float:
-    """The learning rate, as a factor of `spec.lr`, of the step after `done` steps, `steps` of which are an epoch.
+    """Return the learning rate of the step after `done` steps, as a factor of `spec.lr`, with `steps` steps per epoch.
 
     constant    1
-    multistep   decay to the power of the milestones that are passed
+    multistep   gamma to the power of the number of milestones that are passed
     cosine      from 1 down to 0 along half a cosine
     onecycle    from 1/25 up to 1 and down to 4e-6, along half a cosine each (Smith & Topin 2018, 1708.07120; the shape
                 and the figures are those of torch's OneCycleLR, the momentum stays)
 
-    The first three come after a line from 0, which itself is no step's rate, to 1 over `spec.warmup_epochs`.
+    The first three follow a linear warm-up from 0 to 1 over `spec.warmup_epochs`.
     """
     at = done / steps
     if spec.schedule == "onecycle":
@@ -46,12 +46,12 @@ def _along_cosine(start: float, end: float, share: float) -> float:
 
 
 def make_schedule(optimizer: Optimizer, spec: TrainSpec, steps: int) -> LambdaLR:
-    """The schedule of an optimizer that takes `steps` steps an epoch; stepped after each of them."""
+    """Return the schedule of an optimizer with `steps` steps per epoch; to be stepped after each of them."""
     return LambdaLR(optimizer, partial(rate, steps=steps, spec=spec))
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec, theta: nn.Parameter | None = None) -> Optimizer:
-    """The optimizer that a pipeline describes, of the model and of what its loss learns."""
+    """Return the optimizer of a pipeline, for the model and the learned parameter of its loss."""
     parameters = [*model.parameters(), *([] if theta is None else [theta])]
     if spec.optimizer == "adamw":
         return AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay)

@@ -1,4 +1,4 @@
-"""Pictures of what was found."""
+"""Plots of a run and of a sweep."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LONG_NAME = 12
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A PNG of a run's lines of metrics.csv: losses on the left, accuracy on the right.
+    """Write a PNG of the lines of metrics.csv: losses on the left, accuracy on the right.
 
     Args:
-        rows: `fit.Epoch`, one an epoch, as a dict.
+        rows: `loop.Epoch` as a dict, one per epoch.
         path: of the PNG.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -60,14 +60,14 @@ def draw_accuracies(
     path: Path,
     label: str = "loss of the student",
 ) -> None:
-    """A PNG of test accuracies: a dot a seed, a bar at the mean of each column, a line for the teacher.
+    """Write a PNG of test accuracies: one dot per seed, a bar at the mean of each column, a line for the teacher.
 
     Args:
-        by_point: accuracies in [0, 1], one a seed.
-        teacher: its accuracy on the same split, if it is known.
+        by_point: accuracies in [0, 1], one per seed.
+        teacher: accuracy of the teacher on the same split; None if unknown.
         title: one line.
         path: of the PNG.
-        label: of what the columns are.
+        label: of the horizontal axis.
     """
     figure = Figure(figsize=(max(7, 1.2 * len(by_point)), 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -75,16 +75,16 @@ def draw_accuracies(
     if teacher is not None:
         axes.axhline(100 * teacher, color="0.4", linestyle="--", linewidth=1, label=f"teacher, {teacher:.1%}")
         axes.legend(loc="lower right", frameon=False)
-    for place, accuracies in enumerate(by_point.values()):
+    for column, accuracies in enumerate(by_point.values()):
         percent = [100 * accuracy for accuracy in accuracies]
         if not percent:
             continue
-        # Dots of one column stand side by side, so that equal accuracies can be told apart.
+        # Dots of one column are side by side, so that equal accuracies do not overlap.
         offsets = [0.1 * (i - (len(percent) - 1) / 2) for i in range(len(percent))]
-        axes.plot([place + offset for offset in offsets], percent, "o", color=f"C{place}", alpha=0.7)
+        axes.plot([column + offset for offset in offsets], percent, "o", color=f"C{column}", alpha=0.7)
         mean = statistics.mean(percent)
-        axes.hlines(mean, place - 0.35, place + 0.35, color=f"C{place}", linewidth=2.5)
-        axes.annotate(f"{mean:.1f}", (place + 0.38, mean), va="center", fontsize=9)
+        axes.hlines(mean, column - 0.35, column + 0.35, color=f"C{column}", linewidth=2.5)
+        axes.annotate(f"{mean:.1f}", (column + 0.38, mean), va="center", fontsize=9)
     names = list(by_point)
     axes.set_xticks(range(len(names)), names)
     if max(map(len, names)) > _LONG_NAME:

@@ -7,32 +7,35 @@ share that memory. (Each decodes the logits of a small cache for itself, `decode
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kdcache.cache.reader import Cache
 from kdcache.config.schema import Pipeline
-from kdcache.data.images import ArrayImages, map_images
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.folder_lock import locked
 from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
 from kdcache.train.run_folder import check_trackers, read_json, write_json
 from kdcache.train.sweep_points import Point
-from kdcache.train.sweep_worker import ProgressQueue, StudentProgress, enter_worker, worker_state
+from kdcache.train.sweep_worker import (
+    ProgressQueue,
+    StudentProgress,
+    completed,
+    enter_worker,
+    mapped_inputs,
+    worker_state,
+)
 from kdcache.train.train import train_on
 
 _POINT = "point.json"
-
-
-_SECONDS_BETWEEN_UPDATES = 0.5
 
 
 @dataclass(frozen=True)
@@ -254,14 +257,15 @@ def _train_all(
         return
     with TemporaryDirectory(prefix="kdcache-sweep-") as folder:
         mapped = {
-            key: _mapped(inputs, Path(folder) / str(n)) for n, (key, inputs) in enumerate(context.inputs_by_key.items())
+            key: mapped_inputs(inputs, Path(folder) / str(n))
+            for n, (key, inputs) in enumerate(context.inputs_by_key.items())
         }
         queue = ProgressQueue()
         given = (replace(context, caches=[], inputs_by_key=mapped), queue, processes)
         pool = ProcessPoolExecutor(processes, get_context("spawn"), enter_worker, given)
         try:
             futures = {pool.submit(_train_in_worker, job): job for job in jobs}
-            for future in _completed(futures, lambda: queue.forward(task, progress)):
+            for future in completed(futures, lambda: queue.forward(task, progress)):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise IncompleteError(
@@ -270,28 +274,6 @@ def _train_all(
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _completed(futures: Iterable[Future[Any]], meanwhile: Callable[[], None]) -> Iterator[Future[Any]]:
-    """Yield futures as they complete, and call a function in between."""
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, _SECONDS_BETWEEN_UPDATES, FIRST_COMPLETED)
-        meanwhile()
-        yield from done
-
-
-def _mapped(inputs: TrainingInputs, folder: Path) -> TrainingInputs:
-    """Return inputs for other processes: images in memory are written to a file that all of them map."""
-    folder.mkdir()
-
-    def split(name: str) -> Any:
-        samples = getattr(inputs, name)
-        if samples is None or not isinstance(samples.images, ArrayImages):
-            return samples
-        return replace(samples, images=map_images(samples.images, folder / name))
-
-    return replace(inputs, **{name: split(name) for name in ("samples", "validation", "test")})
 
 
 def _train_in_worker(job: _Job) -> StudentResult:

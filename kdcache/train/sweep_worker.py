@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import wait as futures_wait
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
+from kdcache.data.images import ArrayImages, map_images
 from kdcache.runtime.progress import Progress, Task
+from kdcache.train.inputs import TrainingInputs
 
 _SECONDS_BETWEEN_MESSAGES = 0.5
 
@@ -126,3 +132,25 @@ class _StudentTask:
         done = note or f"{self._done:,} of {self._total:,} {self._unit}"
         percent = f"{100 * self._done // self._total}%"
         self._progress.report(self._done * self._epochs // self._total, f"{self._what}, {percent}, {done}")
+
+
+def completed(futures: Iterable[Future[Any]], meanwhile: Callable[[], None]) -> Iterator[Future[Any]]:
+    """Yield futures as they complete, and call a function in between."""
+    pending = set(futures)
+    while pending:
+        done, pending = futures_wait(pending, _SECONDS_BETWEEN_MESSAGES, FIRST_COMPLETED)
+        meanwhile()
+        yield from done
+
+
+def mapped_inputs(inputs: TrainingInputs, folder: Path) -> TrainingInputs:
+    """Return inputs for other processes: images in memory are written to a file that all of them map."""
+    folder.mkdir()
+
+    def split(name: str) -> Any:
+        samples = getattr(inputs, name)
+        if samples is None or not isinstance(samples.images, ArrayImages):
+            return samples
+        return replace(samples, images=map_images(samples.images, folder / name))
+
+    return replace(inputs, **{name: split(name) for name in ("samples", "validation", "test")})
