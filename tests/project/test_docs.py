@@ -38,8 +38,8 @@ def blocks(language: str, text: str) -> list[str]:
 
 def shown_files(text: str) -> dict[str, str]:
     """Return the files that a document shows, by path: blocks whose first line is a comment with the path."""
-    found = re.findall(r"^```(?:python|yaml)\n# ([\w/]+\.(?:py|yaml))\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return dict(found)
+    block = r"^```(?:python|yaml)\n# ([\w/]+\.(?:py|yaml))\n(.*?)^```$"
+    return dict(re.findall(block, text, flags=re.MULTILINE | re.DOTALL))
 
 
 @pytest.fixture
