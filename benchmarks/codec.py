@@ -1,12 +1,12 @@
-"""What encoding and decoding cost beside the networks that they serve: `python benchmarks/codec.py`.
+"""Compare the cost of encoding and decoding with that of the networks: `python benchmarks/codec.py`.
 
-A batch of 256 at 1000 classes: encoding it beside the inference of a ResNet-18 (224 pixels), the smallest of teachers;
-and a cached teacher's answer for random ids, its rows in the memory of the host (gathered there, decoded on the
-device), beside a training step of a ResNet-18, forward, backward and SGD. All on the same device, taking turns, in
-float32 with torch's usual settings; medians. Each is to be under 2% of its network.
+For a batch of 256 with 1000 classes: encoding against inference of a ResNet-18 (224 pixels), the smallest of teachers;
+and the cached teacher's logits for random ids (rows gathered in host memory, decoded on the device) against a training
+step of a ResNet-18: forward, backward and SGD. All on the same device, interleaved, in float32 with torch's default
+settings; medians. The bound is 2% of the network.
 
-The encoding is what `--fidelity 0.02` chooses for made-up logits that are like a trained teacher's (`common.py`). On
-two cores a training step takes about a minute, and a run some ten.
+The encoding is what `--fidelity 0.02` chooses for synthetic logits like those of a trained teacher (`common.py`). On
+two cores a training step takes about a minute, and a run about ten.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ def main() -> None:
     """Print the table."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usual = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments.add_argument("--device", default=usual, help=f"where all of it runs; here {usual}")
+    arguments.add_argument("--device", default=usual, help=f"device; default {usual}")
     arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--quick", action="store_true", help="small sizes, which say nothing of the bounds")
+    arguments.add_argument(
+        "--quick", action="store_true", help="small sizes; the results do not compare with the bounds"
+    )
     asked = arguments.parse_args()
     batch, pixels, classes, samples = (16, 64, 100, 2000) if asked.quick else (256, 224, 1000, 100_000)
     rounds, device = 1 if asked.quick else asked.rounds, asked.device
@@ -71,8 +73,8 @@ def main() -> None:
         seconds = in_turn(works, rounds, device)
     name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} CPU threads"
     output.table(
-        f"ms a batch of {batch}; {classes} classes; {name}",
-        ["work", "time", "beside", "time", "ratio", "bound"],
+        f"ms per batch of {batch}; {classes} classes; {name}",
+        ["work", "time", "compared with", "time", "ratio", "bound"],
         [
             [f"{work}: {described(chosen)}", f"{1000 * taken:.2f}", of, f"{1000 * beside:.1f}"]
             + [f"{ratio:.2%}" for ratio in (taken / beside, _BOUND)]

@@ -1,4 +1,4 @@
-"""What the benchmarks of speed share: rows as of a trained teacher, a cache of them, and times taken in turn."""
+"""Shared by the speed benchmarks: rows like those of a trained teacher, a cache of them, and interleaved timing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NOTHING = "sha256:" + "0" * 64
 
 
 def made_up_logits(rows: int, classes: int, seed: int) -> Tensor:
-    """[N, C] float32, of a spectrum, a spread and a planned encoding near those of the teacher of `glyphs.py`."""
+    """Return logits [N, C] float32, with a spectrum and a spread close to those of the teacher of `glyphs.py`."""
     directions = torch.randn(_DIRECTIONS, classes, generator=torch.Generator().manual_seed(1))
     features = torch.randn(rows, _DIRECTIONS, generator=torch.Generator().manual_seed(seed))
     falling = torch.exp(-torch.arange(_DIRECTIONS) / _DECAY)
@@ -39,19 +39,19 @@ def made_up_logits(rows: int, classes: int, seed: int) -> Tensor:
 
 
 def request(**settings: object) -> Request:
-    """What a user asks for who asks for nothing else."""
+    """Return a request with the default settings, except for those given."""
     usual = {"top_k": "auto", "tail": "lowrank", "rank": None, "fidelity": None, "dtype": "float16", "pilot_rows": 4096}
     return Request.model_validate(usual | settings)
 
 
 def planned(classes: int, **settings: object) -> Candidate:
-    """What the planner chooses for such a teacher."""
+    """Return the encoding that the planner chooses for logits like these."""
     pilot = made_up_logits(_PILOT, classes, seed=2)
     return plan_encoding(pilot, pilot.argmax(dim=1), request(**settings)).chosen
 
 
 class Pool(NamedTuple):
-    """Encoded rows, all different, of which a larger cache is filled over and over.
+    """Encoded rows, all different, that are repeated to fill a larger cache.
 
     Attributes:
         rows: encoded.
@@ -67,7 +67,7 @@ class Pool(NamedTuple):
 
 
 def encoded(chosen: Candidate, rows: int) -> Pool:
-    """A pool of rows, encoded a thousand at a time."""
+    """Return a pool of encoded rows."""
     parts, labels = [], []
     for start in range(0, rows, 1000):
         logits = made_up_logits(min(1000, rows - start), chosen.encoding.num_classes, seed=3 + start)
@@ -77,12 +77,12 @@ def encoded(chosen: Candidate, rows: int) -> Pool:
 
 
 class Written(NamedTuple):
-    """A cache, and how long its shards took to write.
+    """A cache, and the time to write its shards.
 
     Attributes:
         path: of the cache.
         plan: of it.
-        seconds: in `CacheWriter.write`, flushing, digests and commit markers included.
+        seconds: in `CacheWriter.write`, including flushing, digests and commit markers.
     """
 
     path: Path
@@ -91,7 +91,7 @@ class Written(NamedTuple):
 
 
 def write_cache(path: Path, pool: Pool, samples: int) -> Written:
-    """A sealed cache of `samples` rows: those of the pool, over and over."""
+    """Write a sealed cache of `samples` rows, those of the pool repeated."""
     plan = _plan(pool.encoding, samples)
     ids = torch.arange(samples) % len(pool.rows)
     keys = np.arange(samples, dtype=np.uint64)
@@ -110,6 +110,7 @@ def write_cache(path: Path, pool: Pool, samples: int) -> Written:
 
 
 def _plan(encoding: Encoding, samples: int) -> Plan:
+    """Return the plan of a cache without a real teacher or data set."""
     names = tuple(map(str, range(encoding.num_classes)))
     return Plan(
         teacher=TeacherRecord(
@@ -129,10 +130,10 @@ def _plan(encoding: Encoding, samples: int) -> Plan:
 
 
 def in_turn(works: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
-    """Median seconds of each work, after one round that does not count; all take turns, so that all meet the same load.
+    """Return the median seconds per call of each function, after one warm-up round.
 
-    What is short is done again and again for a fifth of a second in each of its turns. What it returns is kept until
-    the turn is over: what is loaded once is loaded into new memory.
+    The functions take turns, so that all run under the same load. Short ones are repeated for at least 0.2 s per turn.
+    Results are held until the turn is over, so that each call loads into new memory.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
@@ -149,7 +150,7 @@ def _seconds(work: Callable[[], object], device: str) -> float:
     began = time.perf_counter()
     while not kept or time.perf_counter() - began < _SHORTEST:
         kept.append(work())
-        # A work is over when the device has done it, not when the device has been told of it.
+        # The device runs asynchronously: wait until it has finished.
         _wait(device)
     return (time.perf_counter() - began) / len(kept)
 

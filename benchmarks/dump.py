@@ -1,16 +1,16 @@
-"""What `dump-teacher` costs beside its teacher, and how much memory it takes: `python benchmarks/dump.py`.
+"""Compare `dump-teacher` with its teacher alone, and measure its peak memory: `python benchmarks/dump.py`.
 
-The pass of `dump-teacher` (loading, teacher, encoding, fingerprints, writing, flushing) beside a bare loop of the same
-DataLoader and the same forward pass that throws its output away. The teacher is torchvision's ResNet-50 with random
-weights and 1000 classes, of which is kept what is planned for it; the images, 224 pixels, are made beforehand, and
-flipped, scaled and normalized one by one. Each round runs both, now the one first and now the other; the ratio is the
-median over the rounds. It is to be at most 1.05 on a CPU and 1.03 on a GPU.
+The pass of `dump-teacher` (loading, teacher, encoding, fingerprints, writing, flushing) against a bare loop of the same
+DataLoader and forward pass that discards the output. The teacher is torchvision's ResNet-50 with random weights and
+1000 classes, in the encoding that is planned for it; the images, 224 pixels, are made in advance, and flipped, scaled
+and normalized one by one. Each round runs both, in alternating order; the ratio is the median over the rounds. The
+bound is 1.05 on a CPU and 1.03 on a GPU.
 
-What comes before the pass (content keys, pilot, plan) and after it (sealing) is given apart, as a share of the pass.
-The pilot looks at 128 images here, a fixed number and no share of a data set.
+The time before the pass (content keys, pilot, plan) and after it (sealing) is printed as a share of the pass. The pilot
+is 128 images here, a fixed number that does not grow with the data set.
 
-Then the peak memory of a process that dumps N rows of a network of one layer, and 10 N, 1000 classes, every class kept
-in float16, beside what these rows take. (`load.py` measures how quick writing alone is.)
+Then the peak memory of a process that dumps N and 10 N rows of a network of one layer, 1000 classes, every class as
+float16, compared with the size of these rows. (`load.py` measures the speed of writing alone.)
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MadeImages:
-    """Color noise, as many images as one likes: those after the first 256 are the same again."""
+    """Color noise; the first 256 images are repeated."""
 
     parallel: ClassVar[bool] = True
 
@@ -63,30 +63,30 @@ class MadeImages:
         return self.count
 
     def picture(self, index: int) -> Tensor:
-        """[3, side, side] uint8."""
+        """Return an image [3, side, side] uint8."""
         return self.pixels[index % _DIFFERENT]
 
     def content(self, index: int) -> bytes:
-        """Stands for the pixels: hashing those of every image is no part of the pass."""
+        """Return the index in place of the pixels, which need not be hashed before the pass."""
         return index.to_bytes(8, "little")
 
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+        """Return (channels, height, width)."""
         return 3, self.side, self.side
 
     def stamp(self) -> None:
-        """They are in memory."""
+        """Do nothing: the images are in memory."""
 
 
 class Pass(Silent):
-    """Notes when the teacher's pass begins and ends: it is the last piece of work that is told of."""
+    """A progress reporter that records when the pass begins and ends: it is the last task."""
 
     def __init__(self) -> None:
         self.began = self.ended = 0.0
 
     @contextmanager
     def task(self, what: str, total: int, unit: str) -> Iterator[Task]:
-        """Begin a piece of work."""
+        """Record the times of a task."""
         self.began = time.perf_counter()
         with super().task(what, total, unit) as task:
             yield task
@@ -94,7 +94,7 @@ class Pass(Silent):
 
 
 class Turn(NamedTuple):
-    """Seconds of one round: of dump-teacher before its pass, in it and after it, and of the bare loop."""
+    """Seconds of one round: of dump-teacher before, in and after its pass, and of the bare loop."""
 
     before: float
     dumped: float
@@ -103,7 +103,7 @@ class Turn(NamedTuple):
 
 
 class Bench:
-    """A teacher, its images, and how both are run."""
+    """A teacher and its images, run by dump-teacher and by a bare loop."""
 
     def __init__(self, asked: argparse.Namespace, samples: int, batch: int, side: int, classes: int) -> None:
         self.device = torch.device(asked.device)
@@ -117,15 +117,17 @@ class Bench:
         )
 
     def dump(self, folder: Path) -> tuple[float, float, float]:
-        """Seconds of dump-teacher before, in and after its pass."""
-        heard = Pass()
+        """Return the seconds of dump-teacher before, in and after its pass."""
+        reporter = Pass()
         began = time.perf_counter()
-        dump_teacher(self.model, self.samples, folder / "c.kdcache", spec=self.spec, device=self.device, progress=heard)
-        return heard.began - began, heard.ended - heard.began, time.perf_counter() - heard.ended
+        dump_teacher(
+            self.model, self.samples, folder / "c.kdcache", spec=self.spec, device=self.device, progress=reporter
+        )
+        return reporter.began - began, reporter.ended - reporter.began, time.perf_counter() - reporter.ended
 
     @torch.no_grad()
     def bare(self) -> float:
-        """Seconds of a loop over the same batches that throws away what the teacher says."""
+        """Return the seconds of a loop over the same batches that discards the logits."""
         dtype = _AUTOCAST[self.spec.precision]
         began = time.perf_counter()
         cuts = cut_range(range(len(self.samples)), self.spec.batch_size)
@@ -137,7 +139,7 @@ class Bench:
         return time.perf_counter() - began
 
     def turn(self, dump_first: bool) -> Turn:
-        """Both, one after the other."""
+        """Run both, one after the other."""
         with tempfile.TemporaryDirectory() as folder:
             if dump_first:
                 dumped = self.dump(Path(folder))
@@ -150,11 +152,13 @@ def main() -> None:
     """Print the tables."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usual = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments.add_argument("--device", default=usual, help=f"where the teacher runs; here {usual}")
+    arguments.add_argument("--device", default=usual, help=f"device of the teacher; default {usual}")
     arguments.add_argument("--precision", default="fp32", choices=list(_AUTOCAST), help="of the teacher")
-    arguments.add_argument("--workers", type=int, default=0 if usual == "cpu" else 8, help="that load images")
+    arguments.add_argument("--workers", type=int, default=0 if usual == "cpu" else 8, help="processes that load images")
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--quick", action="store_true", help="small sizes, which say nothing of the bounds")
+    arguments.add_argument(
+        "--quick", action="store_true", help="small sizes; the results do not compare with the bounds"
+    )
     asked = arguments.parse_args()
     on_cpu = torch.device(asked.device).type == "cpu"
     size = (256, 32, 224, 1000) if on_cpu else (16_384, 256, 224, 1000)
@@ -166,6 +170,7 @@ def main() -> None:
 
 
 def _print_times(bench: Bench, turns: list[Turn]) -> None:
+    """Print the table of times."""
     before, dumped, after, bare = (statistics.median(values) for values in zip(*turns, strict=True))
     ratios = sorted(turn.dumped / turn.bare for turn in turns)
     kind = bench.device.type
@@ -187,20 +192,20 @@ def _print_times(bench: Bench, turns: list[Turn]) -> None:
 
 
 class OneLayer(nn.Module):
-    """1000 logits of images [3, 8, 8]."""
+    """A linear layer with 1000 logits for images [3, 8, 8]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(3 * 8 * 8, 1000)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, 8, 8] -> [B, 1000]."""
+        """Return logits [B, 1000] of images [B, 3, 8, 8]."""
         logits: Tensor = self.layer(images.flatten(1))
         return logits
 
 
 def _peak(folder: str, samples: int) -> int:
-    """Bytes that this process has taken at most when it has dumped."""
+    """Return the peak memory of this process after a dump, in bytes."""
     names, labels = tuple(map(str, range(1000))), np.zeros(samples, np.int32)
     made = Samples("made", "train", MadeImages(samples, 8), labels, names, _TRANSFORM)
     dump_teacher(OneLayer(), made, Path(folder) / "c.kdcache", spec=CacheSpec(top_k="all", shard_rows=500))
@@ -210,11 +215,11 @@ def _peak(folder: str, samples: int) -> int:
 def _print_memory(counts: tuple[int, int]) -> None:
     rows = []
     for count in counts:
-        # A process of its own for each, as a peak never falls.
+        # In a new process each, as the peak of a process never decreases.
         with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
             peak = pool.apply(_peak, (folder, count))
         rows.append([f"{count:,}", f"{count * 2 * 1000 / 1e6:.1f}", f"{peak / 1e6:.1f}"])
-    output.table("peak memory, MB", ["rows", "of log-probabilities", "of the process"], rows)
+    output.table("peak memory, MB", ["rows", "log-probabilities", "process"], rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a row costs and how faithful it is: `python benchmarks/fidelity.py [LOGITS.npz]`.
+"""Measure the size and the fidelity of encodings: `python benchmarks/fidelity.py [LOGITS.npz]`.
 
 The error is that of the KD gradient with respect to the student's logits, |p' - p| / |q - p|, at T = 1, 2, 4, 8, on
-rows that neither the basis nor the plan has seen. The default rows are 1500 of a trained 300-class teacher and a
-half-trained student; an npz of one's own holds `teacher` [N, C], `student` [N, C] and `labels` [N].
+rows that neither the basis nor the plan was fitted to. The default rows are 1500 of a trained 300-class teacher and a
+half-trained student. Your own npz holds `teacher` [N, C], `student` [N, C] and `labels` [N].
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def main() -> None:
         ours("every class, float16", Encoding(num_classes=classes, top_k=classes, tail="none", dtype="float16")),
     ]
     output.table(
-        f"{classes} classes, {int(held.sum())} rows: bytes a row, and relative error of the KD gradient",
-        ["kept", "raw", "on disk", *(f"T={t}" for t in TEMPERATURES)],
+        f"{classes} classes, {int(held.sum())} rows: bytes per row, and relative error of the KD gradient",
+        ["encoding", "raw", "on disk", *(f"T={t}" for t in TEMPERATURES)],
         table,
     )
 

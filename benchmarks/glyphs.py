@@ -1,10 +1,10 @@
-"""Logits of a 1000-class teacher and of a half-trained student, both trained here, on a CPU, in two to four minutes.
+"""Train a 1000-class teacher and a half-trained student on rendered letters, in two to four minutes on a CPU.
 
 The classes are the first letters that six DejaVu fonts share (they come with matplotlib); an image is one of them in a
-font drawn at random, turned, sheared, shifted, dimmed and with noise. Many letters of Latin, Greek and Cyrillic look
-alike, so that the teacher is unsure among a few classes, as one of photographs is: after 2000 steps it is right on
-about 76% of new images, with a mean top probability of 0.67. Its last features are 512, those of ResNet-18, so that
-the rank of its logits is not bounded any lower than there.
+random font, rotated, sheared, shifted, dimmed and with noise. Many letters of Latin, Greek and Cyrillic look alike, so
+that the teacher is unsure among a few classes, as one of photographs is: after 2000 steps its accuracy is about 76% on
+new images, with a mean top probability of 0.67. It has 512 features in the last layer, as ResNet-18 has, so that the
+rank of its logits has the same bound.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BATCH = 256
 
 
 class Logits(NamedTuple):
-    """What a teacher and a student say of images that neither has seen.
+    """Logits of a teacher and a student for images that neither was trained on.
 
     Attributes:
         teacher: [N, C] float32.
@@ -48,7 +48,7 @@ class Logits(NamedTuple):
 
 
 def train(classes: int, steps: int, rows: int) -> Logits:
-    """Train both, the student a quarter of the `steps`, and let them answer for `rows` new images."""
+    """Train both, the student for a quarter of the `steps`, and return their logits for `rows` new images."""
     torch.manual_seed(0)
     typefaces = Typefaces(_DEJAVU, letters_of(_DEJAVU, classes))
     output.say(f"training a teacher of {classes} classes, {steps} steps, and a student, {steps // 4} steps")
@@ -59,7 +59,7 @@ def train(classes: int, steps: int, rows: int) -> Logits:
 
 
 def letters_of(names: Sequence[str], count: int) -> list[str]:
-    """The first letters that some of matplotlib's fonts share."""
+    """Return the first letters that some of matplotlib's fonts share."""
     shared = set.intersection(*(set(FT2Font(str(_FOLDER / f"{name}.ttf")).get_charmap()) for name in names))
     return [chr(code) for code in sorted(shared) if unicodedata.category(chr(code)).startswith("L")][:count]
 
@@ -84,7 +84,7 @@ class Typefaces:
         self._glyphs = torch.from_numpy(drawn)
 
     def images(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(images [count, 1, SIZE, SIZE] float32, labels [count] int64) of letters drawn at random."""
+        """Return (images [count, 1, SIZE, SIZE] float32, labels [count] int64) of random letters."""
 
         def around_0(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator) * 2 - 1
@@ -100,7 +100,7 @@ class Typefaces:
 
 
 def network(classes: int, width: int, features: int) -> nn.Sequential:
-    """Three convolutions of stride 2 and a hidden layer of `features`, for images [B, 1, SIZE, SIZE]."""
+    """Return a network of three convolutions and a hidden layer of `features`, for images [B, 1, SIZE, SIZE]."""
     channels = (1, width, 2 * width, 4 * width)
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(channels):
@@ -111,7 +111,7 @@ def network(classes: int, width: int, features: int) -> nn.Sequential:
 
 
 def trained(network: nn.Sequential, typefaces: Typefaces, steps: int, seed: int) -> nn.Sequential:
-    """A network after so many steps of cross-entropy on new images; in evaluation mode."""
+    """Train a network with cross-entropy on new images, and return it in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.2, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)

@@ -1,17 +1,17 @@
-"""What a cache gives that is larger than memory: `python benchmarks/larger_than_memory.py`.
+"""Measure a cache that is larger than memory: `python benchmarks/larger_than_memory.py`.
 
-Rows a second, in batches of 256, encoded, as they go to the device that decodes them (`codec.py` measures that), for
-each placement in the order that a trainer takes there; and the anonymous memory that a process takes at most when it
-opens a cache and asks for batches, for N rows and for ten times as many. To be reached: 50,000 rows/s mapped, in random
-order with look-ahead, from a cold disk; 1,000,000 rows/s streamed; a peak that does not grow with the rows, but for the
-label, the content key and the place in the order of each sample.
+Rows per second of each placement, in batches of 256, still encoded (`codec.py` measures the decoding), in the order
+that a trainer uses with that placement; and the peak of anonymous memory of a process that opens a cache and reads
+batches, for N rows and for 10 N. The bounds: 50,000 rows/s for mmap in random order with look-ahead from a cold disk;
+1,000,000 rows/s for stream; and a peak that does not grow with the rows, except for the label, the content key and the
+position in the order of each sample.
 
-Cold: the files were dropped from the system's page cache just before, and the last column says what then came from the
-disk. Mapped rows are few for the size of the file, and taken in several passes, each after another dropping: in a long
-one most pages would be there by the time that they are asked for. Medians of the passes.
+Cold: the files were dropped from the page cache just before, and the last column shows what was then read from the
+disk. A pass of mmap reads few rows compared with the size of the file, and there are several passes, each after the
+files were dropped again: in a long pass most pages would be in memory already. Medians of the passes.
 
-The rows are made up (`common.py`), encoded, and repeated after 20,000: more than a chunk holds, in which they are
-compressed, so that no row meets itself there. Give a --folder on the disk that is meant; it takes 170 bytes a row.
+The rows are synthetic (`common.py`), encoded, and repeated after 20,000. That is more than a chunk holds, so that
+compression does not gain from the repetition. Give a --folder on the disk to measure; it takes 170 bytes per row.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from kdcache.cli import output
 _BATCH = 256
 _SECTOR = 512
 _AT_MOST = {"host": 2**22, "mmap": 2**15, "stream": 2**22}
-"""Rows of a pass."""
+"""Rows per pass."""
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 P = ParamSpec("P")
@@ -51,10 +51,10 @@ class Case(NamedTuple):
     """A line of the first table.
 
     Attributes:
-        placement: where the rows are.
-        ahead: whether the batches are announced.
-        cold: whether the disk is.
-        bound: rows a second to be reached.
+        placement: of the rows.
+        ahead: whether the batches are prefetched.
+        cold: whether the files are dropped from the page cache first.
+        bound: rows per second.
     """
 
     placement: Placement
@@ -75,7 +75,7 @@ _CASES = [
 
 
 class Pace(NamedTuple):
-    """What a pass came to: rows a second, and bytes a row that were read from the disk."""
+    """Result of a pass: rows per second, and bytes per row that were read from the disk."""
 
     rows: float
     read: float
@@ -85,9 +85,11 @@ def main() -> None:
     """Print the tables."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rows", type=int, default=1_600_000, help="N (default 1,600,000)")
-    arguments.add_argument("--folder", type=Path, help="where the files lie for as long as they are needed")
+    arguments.add_argument("--folder", type=Path, help="folder for temporary files, on the disk to measure")
     arguments.add_argument("--passes", type=int, default=3)
-    arguments.add_argument("--quick", action="store_true", help="small sizes, which say nothing of the bounds")
+    arguments.add_argument(
+        "--quick", action="store_true", help="small sizes; the results do not compare with the bounds"
+    )
     asked = arguments.parse_args()
     rows, classes, passes = (2000, 100, 1) if asked.quick else (asked.rows, 1000, asked.passes)
     pool = encoded(planned(classes, top_k=4, rank=48), min(rows, 20_000))
@@ -100,12 +102,12 @@ def main() -> None:
         speed = [_speed_row(case, caches[10 * rows], passes) for case in _CASES]
     output.table(
         f"batches of {_BATCH} from a cache of {10 * rows:,} rows, {classes} classes",
-        ["place", "look-ahead", "disk", "rows/s", "bound", "from disk, B/row"],
+        ["placement", "look-ahead", "disk", "rows/s", "bound", "from disk, bytes/row"],
         speed,
     )
     output.table(
-        "peak of anonymous memory over that of a process that has only imported kdcache, MB",
-        ["place", *(f"{count:,} rows" for count in caches), "B per further row"],
+        "peak of anonymous memory above that after importing kdcache, MB",
+        ["placement", *(f"{count:,} rows" for count in caches), "bytes per added row"],
         memory,
     )
 
@@ -129,6 +131,7 @@ def _memory_row(placement: Placement, caches: dict[int, Path]) -> list[str]:
 
 
 def _pace(cache: Path, case: Case) -> Pace:
+    """Read the batches of one pass."""
     teacher = open_cache(cache).teacher(placement=case.placement)
     order = teacher.order(torch.Generator().manual_seed(time.time_ns()))
     batches = torch.split(order[: _AT_MOST[case.placement]], _BATCH)
@@ -163,13 +166,13 @@ def _drop(cache: Path) -> None:
 
 
 def _alone(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a new process answers."""
+    """Call a function in a new process, and return its result."""
     with ProcessPoolExecutor(1, _PROCESSES) as pool:
         return pool.submit(work, *args, **kwargs).result()
 
 
 def peak(cache: Path, placement: Placement) -> int:
-    """Bytes that this process takes at most while it takes batches from a cache, over what it took before."""
+    """Return by how many bytes the memory of this process grows at most while it reads batches from a cache."""
     before, taken, done = _anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -189,7 +192,7 @@ def peak(cache: Path, placement: Placement) -> int:
 
 
 def _anonymous() -> int:
-    """Bytes of memory that belong to no file: pages of files are only lent, and leave when memory is short."""
+    """Return the anonymous memory of this process in bytes; pages of files are not included, they can be evicted."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 

@@ -1,12 +1,12 @@
-"""How long a cache takes to write and to load: `python benchmarks/load.py`.
+"""Measure how long a cache takes to write and to load: `python benchmarks/load.py`.
 
-A cache of a million rows at 1000 classes is written shard by shard, with its flushing, digests and commit markers, then
-a whole view of it is read into memory, beside `np.load` of the same arrays from `.npy` files; both from the page cache,
-taking turns, medians. Reading is to take at most 12 times as long; writing is to reach 500,000 rows/s at k = 16 with an
-even tail.
+A cache of a million rows of 1000 classes is written shard by shard, including flushing, digests and commit markers.
+Then a whole view is read into memory, compared with `np.load` of the same arrays from `.npy` files; both from the page
+cache, interleaved, medians. The bounds: reading takes at most 12 times as long as np.load; writing reaches 500,000
+rows/s with k = 16 and a uniform tail.
 
-The rows are made up (`common.py`), encoded, and repeated after 50,000: more than a chunk holds, in which they are
-compressed, so that no row meets itself there.
+The rows are synthetic (`common.py`), encoded, and repeated after 50,000. That is more than a chunk holds, so that
+compression does not gain from the repetition.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ _BOUND = 12
 def main() -> None:
     """Print the table."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--folder", type=Path, help="where the files lie for as long as they are needed")
+    arguments.add_argument("--folder", type=Path, help="folder for temporary files")
     arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--quick", action="store_true", help="small sizes, which say nothing of the bounds")
+    arguments.add_argument(
+        "--quick", action="store_true", help="small sizes; the results do not compare with the bounds"
+    )
     asked = arguments.parse_args()
     samples, classes, distinct = (20_000, 100, 5000) if asked.quick else (1_000_000, 1000, 50_000)
     rounds = 1 if asked.quick else asked.rounds
@@ -40,12 +42,13 @@ def main() -> None:
             table.append(_row(chosen, Path(folder), samples, distinct, rounds))
     output.table(
         f"a cache of {samples:,} rows, {classes} classes: sizes in MB, times in ms",
-        ["kept", "raw", "files", "np.load", "load", "ratio", "bound", "written, rows/s"],
+        ["encoding", "raw", "files", "np.load", "load", "ratio", "bound", "written, rows/s"],
         table,
     )
 
 
 def _row(chosen: Candidate, folder: Path, samples: int, distinct: int, rounds: int) -> list[str]:
+    """Return the row of one encoding: write a cache, and load it."""
     written = write_cache(folder / "made-up.kdcache", encoded(chosen, distinct), samples)
     everything = range(samples)
     arrays = zarr_store.read_rows(written.path, written.plan, 0, everything).arrays()

@@ -1,40 +1,40 @@
-"""What a row costs and how faithful it is, here and elsewhere: `python benchmarks/peers.py [LOGITS.npz]`.
+"""Compare the size and the fidelity of kdcache with other formats: `python benchmarks/peers.py [LOGITS.npz]`.
 
 The rows are those of `glyphs.py` (1000 classes; a teacher and a half-trained student that are trained first, two to
-four minutes; `--save` keeps them as an npz), then 1500 of a trained 300-class teacher. No logits of an ImageNet teacher
-come with this repository: an npz of one's own holds `teacher` [N, C], `student` [N, C] and `labels` [N], and is then
-measured alone. A third of the rows is measured, on the others the basis is fitted and the encoding planned. (The logits
+four minutes; `--save` stores them as an npz), then 1500 of a trained 300-class teacher. No logits of an ImageNet
+teacher come with this repository: your own npz holds `teacher` [N, C], `student` [N, C] and `labels` [N], and is then
+measured alone. A third of the rows is measured; the basis is fitted and the encoding planned on the others. (The logits
 of the 300-class teacher are stored as float16, so that a dense cache of float16 has no error there.)
 
-Columns, in bytes a row:
-    raw       the label alone, as numbers: here, head, label, statistics and tail
-    files     what it takes in files: here, the Zarr store (the basis, 2 R C bytes a cache, is not in it)
-    replay    what lies beside it in the same files, by which its augmentation is replayed and the row is found; here
-              nothing: a view is drawn from (seed, id, view)
+Columns, in bytes per row:
+    raw       the logits alone, as numbers: here, head, label, statistics and tail
+    files     their size in files: here, the Zarr store (without the basis, 2 R C bytes per cache)
+    replay    what else the files hold to replay the augmentation and to find the row; here nothing: a view is drawn
+              from (seed, id, view)
 TV is the mean total variation between decoded and true softmax at T = 4, and the worst of T = 1, 2 and 4, which is what
 `--fidelity 0.02` bounds; the last four columns are the relative error of the KD gradient with respect to the student's
 logits, |p' - p| / |q - p|.
 
-What others keep, from their code. All keep probabilities p at one temperature, 1 unless said otherwise; at another one
-their target is softmax(log p' / T).
+What others store, from their code. All store probabilities p at one temperature, 1 unless stated otherwise; at another
+temperature their target is softmax(log p' / T).
 
 FKD, github.com/szq0214/FKD at afd5294b43c8b8c437c4d314c01661b24569aa0e. FKD/FKD_SLG/generate_soft_label.py
     (label_quantization): the k = 5 or 10 largest of softmax(logits / --temp) and their classes, all as float32, or
-    float16 with --use_fp16; torch.save of [coords, flips, labels [500, 2, k]], a file an image, 500 crops
+    float16 with --use_fp16; torch.save of [coords, flips, labels [500, 2, k]], a file per image, 500 crops
     (`marginal_smoothing_k5` is the default). FKD/utils_FKD.py (Recover_soft_label): the rest of the mass evenly over
-    all other classes. Their scatter refuses float16 values; they are taken for float32 here. numpy pickles bytes as
-    text in protocol 2, that of torch.save, where those above 127 take two: hence more in the file than raw.
+    all other classes. Their scatter refuses float16 values; they are read as float32 here. numpy pickles bytes as text
+    in protocol 2, that of torch.save, where those above 127 take two: hence files are larger than raw.
 TinyViT, github.com/microsoft/Cream at 4a13c4091e78f9abd2160e7e01c02e48c1cf8fb9. TinyViT/save_logits.py: the k largest
-    of the softmax as float16, classes as int16, and an int32 seed, k * 4 + 4 bytes a row and epoch;
-    data/augmentation/manager.py: a line of text with its key beside it. k is 100 in config.py; the 16 GB of README.md
+    of the softmax as float16, classes as int16, and an int32 seed, k * 4 + 4 bytes per row and epoch;
+    data/augmentation/manager.py: a line of text with its key. k is 100 in config.py; the 16 GB of README.md
     for 300 epochs of ImageNet-1k are k = 10, the 481 GB for 90 of ImageNet-22k k = 100. main.py: the rest of the mass
     evenly over all other classes.
 ml-dr, github.com/apple/ml-dr at a21113c779714b68bcc8b6518f2a4ad149b29f00. dr/utils.py (sparsify): the 10 largest
     probabilities and classes as Python lists; reinforce.py: torch.save, pickle protocol 4, of (id, [{params, prob}]), a
-    file an image, in a .tar.gz for distribution (configs/imagenet/reinforce/randaug.yaml). `files` is of the archive,
-    `raw` of the files that are trained from. densify, `smooth`: the rest evenly over all other classes; but where
-    rounding carries the sum past 1, zeros, and the softmax of the ten probabilities. Published, 400 rows an image:
-    37.5 GB, 73 bytes a row with its augmentation, as all rows of a file are of one image; here they are of many.
+    file per image, in a .tar.gz for distribution (configs/imagenet/reinforce/randaug.yaml). `files` is the archive,
+    `raw` the files that training reads. densify, `smooth`: the rest evenly over all other classes; but where
+    rounding carries the sum past 1, zeros, and the softmax of the ten probabilities. Published, 400 rows per image:
+    37.5 GB, 73 bytes per row with its augmentation, as all rows of a file are of one image; here they are of many.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ TINYVIT_SEED = 4
 TINYVIT_KEY = len("1281166\n")
 
 
-class Kept(NamedTuple):
-    """A way of keeping logits.
+class Format(NamedTuple):
+    """A format for logits.
 
     Attributes:
         name: of it.
-        raw: bytes a row of the label.
-        files: bytes a row of it in files.
-        replay: bytes a row beside it.
-        decoded: a temperature to the logits [B, C] that are to be used at it.
+        raw: bytes per row of the logits.
+        files: bytes per row of them in files.
+        replay: bytes per row of what replays the augmentation.
+        decoded: temperature -> logits [B, C] to use at it.
     """
 
     name: str
@@ -90,9 +90,9 @@ class Kept(NamedTuple):
 def main() -> None:
     """Print the tables."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("logits", type=Path, nargs="?", help="measure these rows, and train nothing")
-    arguments.add_argument("--save", type=Path, metavar="NPZ", help="where to keep the rows of the 1000-class teacher")
-    arguments.add_argument("--quick", action="store_true", help="a teacher of 100 classes, hardly trained")
+    arguments.add_argument("logits", type=Path, nargs="?", help="measure these rows instead")
+    arguments.add_argument("--save", type=Path, metavar="NPZ", help="store the rows of the 1000-class teacher")
+    arguments.add_argument("--quick", action="store_true", help="a teacher of 100 classes, trained for seconds")
     asked = arguments.parse_args()
     if asked.logits is not None:
         _print(asked.logits.name, _read(asked.logits))
@@ -112,6 +112,7 @@ def _read(path: Path) -> Logits:
 
 
 def _print(name: str, rows: Logits) -> None:
+    """Measure all formats on some rows, and print the table."""
     held = torch.arange(len(rows.teacher)) % 3 == 0
     measured = Logits(*(values[held] for values in rows))
     true, student, labels = measured
@@ -138,48 +139,48 @@ def _print(name: str, rows: Logits) -> None:
     top = true.softmax(dim=1).amax(dim=1).mean()
     correct = [float((logits.argmax(dim=1) == labels).float().mean()) for logits in (true, student)]
     output.table(
-        f"{name}: {true.shape[1]} classes, {len(true)} rows; right: teacher {correct[0]:.1%} (mean top probability "
+        f"{name}: {true.shape[1]} classes, {len(true)} rows; accuracy: teacher {correct[0]:.1%} (mean top probability "
         f"{top:.2f}), student {correct[1]:.1%}",
-        ["kept", "raw", "files", "replay", "TV T=4", "worst TV", *(f"T={t}" for t in TEMPERATURES)],
+        ["format", "raw", "files", "replay", "TV T=4", "worst TV", *(f"T={t}" for t in TEMPERATURES)],
         table,
     )
 
 
-def planned(pilot: Logits, measured: Logits) -> Kept:
-    """What `--fidelity 0.02` chooses on the pilot."""
+def planned(pilot: Logits, measured: Logits) -> Format:
+    """Return the encoding that `--fidelity 0.02` chooses on the pilot."""
     chosen = plan_encoding(pilot.teacher, pilot.labels, request(fidelity=USUAL_FIDELITY)).chosen
     rows = encode(measured.teacher, measured.labels, chosen.encoding, chosen.basis)
     decoded = decode(rows, measured.labels, chosen.encoding, chosen.basis)
     raw = sum(value.numel() * value.element_size() for value in rows.arrays().values()) / len(rows)
     name = f"kdcache, planned for {USUAL_FIDELITY}: {described(chosen)}"
-    return Kept(name, raw, zarr_store.bytes_per_row(chosen.encoding, rows), 0, lambda _: decoded)
+    return Format(name, raw, zarr_store.bytes_per_row(chosen.encoding, rows), 0, lambda _: decoded)
 
 
-def dense(logits: Tensor) -> Kept:
-    """Every logit in float16."""
+def dense(logits: Tensor) -> Format:
+    """Return every logit in float16."""
     stored = logits.half()
-    return Kept("dense, float16", 2 * logits.shape[1], 2 * logits.shape[1], 0, lambda _: stored.float())
+    return Format("dense, float16", 2 * logits.shape[1], 2 * logits.shape[1], 0, lambda _: stored.float())
 
 
-def top_renormalized(logits: Tensor, top_k: int) -> Kept:
-    """The largest logits in float16 and their classes in int16; the others have no probability."""
+def top_renormalized(logits: Tensor, top_k: int) -> Format:
+    """Return the largest logits in float16 and their classes in int16; the others have no probability."""
     top = logits.topk(top_k)
     decoded = torch.full_like(logits, -math.inf).scatter(1, top.indices, top.values.half().float())
-    return Kept(f"top {top_k}, renormalized", 4 * top_k, 4 * top_k, 0, lambda _: decoded)
+    return Format(f"top {top_k}, renormalized", 4 * top_k, 4 * top_k, 0, lambda _: decoded)
 
 
-def top_even(logits: Tensor, top_k: int) -> Kept:
-    """The largest log-probabilities and that of the tail in float16, classes in int16; the others share the tail."""
+def top_even(logits: Tensor, top_k: int) -> Format:
+    """Return the largest log-probabilities and that of the tail, float16; the other classes share the tail."""
     log_probs = logits.log_softmax(dim=1)
     top = log_probs.topk(top_k)
     tail = log_probs.scatter(1, top.indices, -math.inf).logsumexp(dim=1, keepdim=True).half().float()
     each = (tail - math.log(logits.shape[1] - top_k)).expand_as(logits)
     decoded = each.scatter(1, top.indices, top.values.half().float())
-    return Kept(f"top {top_k}, even tail", 4 * top_k + 2, 4 * top_k + 2, 0, lambda _: decoded)
+    return Format(f"top {top_k}, even tail", 4 * top_k + 2, 4 * top_k + 2, 0, lambda _: decoded)
 
 
-def least_even(logits: Tensor) -> Kept:
-    """The least of the largest that an even tail needs to be as faithful as what is planned."""
+def least_even(logits: Tensor) -> Format:
+    """Return the smallest top k whose even tail has the fidelity of the planned encoding."""
     fewest, enough = 1, logits.shape[1] - 1
     while fewest < enough:
         top_k = (fewest + enough) // 2
@@ -193,13 +194,13 @@ def least_even(logits: Tensor) -> Kept:
 
 
 def _even_tail(values: Tensor, classes: Tensor, count: int) -> Tensor:
-    """Logits [B, C] of probabilities [B, k], the rest of the mass evenly over all others; none where none is left."""
+    """Return logits [B, C] of probabilities [B, k], with the rest of the mass spread evenly over the others."""
     rest = (1 - values.sum(dim=1, keepdim=True)) / (count - values.shape[1])
     return rest.repeat(1, count).scatter(1, classes, values).clamp_min(0).log()
 
 
-def fkd(logits: Tensor, top_k: int, dtype: type[np.floating[Any]] = np.float32) -> Kept:
-    """FKD, `marginal_smoothing`."""
+def fkd(logits: Tensor, top_k: int, dtype: type[np.floating[Any]] = np.float32) -> Format:
+    """Return FKD with `marginal_smoothing`."""
     labels, decoded = _fkd_through(logits, top_k, dtype, 1)
     alone = with_crops = 0
     for start in range(0, len(labels), FKD_CROPS):
@@ -209,11 +210,11 @@ def fkd(logits: Tensor, top_k: int, dtype: type[np.floating[Any]] = np.float32) 
         with_crops += len(_saved([coords, flips == 1, of_image]))
     name = f"FKD, top {top_k}, {np.dtype(dtype).name}"
     rows = len(logits)
-    return Kept(name, labels.nbytes / rows, alone / rows, (with_crops - alone) / rows, lambda _: decoded)
+    return Format(name, labels.nbytes / rows, alone / rows, (with_crops - alone) / rows, lambda _: decoded)
 
 
-def fkd_at_every_temperature(logits: Tensor, top_k: int) -> Kept:
-    """FKD, generated anew with --temp T for each T."""
+def fkd_at_every_temperature(logits: Tensor, top_k: int) -> Format:
+    """Return FKD, generated again with --temp T for each T."""
     kept = fkd(logits, top_k)
     return kept._replace(
         name=f"FKD, top {top_k}, another cache for every T",
@@ -230,15 +231,15 @@ def _fkd_through(
     return stored, temperature * _even_tail(values, classes.long(), logits.shape[1])
 
 
-def tinyvit(logits: Tensor, top_k: int) -> Kept:
-    """TinyViT."""
+def tinyvit(logits: Tensor, top_k: int) -> Format:
+    """Return TinyViT."""
     top = logits.softmax(dim=1).topk(top_k)
     decoded = _even_tail(top.values.half().float(), top.indices, logits.shape[1])
-    return Kept(f"TinyViT, top {top_k}", 4 * top_k, 4 * top_k, TINYVIT_SEED + TINYVIT_KEY, lambda _: decoded)
+    return Format(f"TinyViT, top {top_k}", 4 * top_k, 4 * top_k, TINYVIT_SEED + TINYVIT_KEY, lambda _: decoded)
 
 
-def ml_dr(logits: Tensor, top_k: int) -> Kept:
-    """ml-dr, `densify: smooth`."""
+def ml_dr(logits: Tensor, top_k: int) -> Format:
+    """Return ml-dr with `densify: smooth`."""
     labels = []
     for row in logits.softmax(dim=1).numpy():
         classes = np.argpartition(row, -top_k)[-top_k:]
@@ -248,7 +249,7 @@ def ml_dr(logits: Tensor, top_k: int) -> Kept:
     alone = _ml_dr_files([{"prob": label} for label in labels])
     whole = _ml_dr_files([{"params": _ml_dr_params(draw), "prob": label} for label in labels])
     raw, files, with_params = (size / len(labels) for size in (sum(map(len, alone)), _tarred(alone), _tarred(whole)))
-    return Kept(f"ml-dr, top {top_k}", raw, files, with_params - files, lambda _: decoded)
+    return Format(f"ml-dr, top {top_k}", raw, files, with_params - files, lambda _: decoded)
 
 
 def _densified(kept: list[float], classes: list[int], count: int) -> Tensor:
@@ -265,7 +266,7 @@ def _ml_dr_files(rows: list[dict[str, object]]) -> list[bytes]:
 
 
 def _ml_dr_params(draw: random.Random) -> list[object]:
-    """What a random-resized crop, a flip, two operations of RandAugment and an erasing (224 pixels) leave there."""
+    """Return the parameters of a random-resized crop, a flip, two operations of RandAugment and an erasing."""
     crop = (draw.randrange(200), draw.randrange(200), draw.randrange(50, 400), draw.randrange(50, 400))
     operations = [(draw.randrange(14), draw.uniform(-1, 1)) for _ in range(2)]
     erased = tuple(draw.randrange(224) for _ in range(4)) if draw.random() < 0.25 else None

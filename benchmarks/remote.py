@@ -1,12 +1,12 @@
-"""How fast a cache is pulled and verified.
+"""Measure how fast a cache is pulled and verified.
 
-python benchmarks/remote.py            a cache of some 300 MB
-python benchmarks/remote.py --quick    a small one, which says nothing of the bounds
+python benchmarks/remote.py            a cache of about 300 MB
+python benchmarks/remote.py --quick    a small one; the results do not compare with the bounds
 
-Pulled over loopback HTTP, where each answer is 30 ms late, against a plain parallel download of the same bytes that
-checks and keeps nothing but the files; the server is a process of its own. Verified: sizes and sha256 of all files, as
-every use of a cache does, on one thread. Medians, after a round that does not count. A pull is to reach half the speed
-of the plain download, verification 300 MB/s.
+Pull over loopback HTTP, with 30 ms latency per response, compared with a plain parallel download of the same files
+without checks; the server is a separate process. Verify: sizes and sha256 of all files, as every use of a cache does,
+on one thread. Medians, after a warm-up round. The bounds: a pull reaches half the speed of the plain download,
+verification 300 MB/s.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ LATENCY = 0.03
 
 
 def serve(folder: Path, address: multiprocessing.Queue[str]) -> None:
-    """Serve a folder for ever, and tell at what URL."""
+    """Serve a folder until the process is killed, and put its URL into the queue."""
     address.put(FileServer(folder, LATENCY).url)
     time.sleep(10**6)
 
 
 def plain_download(url: str, names: list[str], to: Path) -> None:
-    """Every file with a bare HTTP client, as many at once as kdcache asks for, each thread on one connection."""
+    """Download every file with http.client, with as many connections as kdcache uses."""
 
     def some(mine: list[str]) -> None:
         at = urlsplit(url)
@@ -62,7 +62,7 @@ def plain_download(url: str, names: list[str], to: Path) -> None:
 
 
 def seconds(work: Callable[[Path], object], rounds: int, room: Path) -> float:
-    """Median of several rounds, each into an empty folder, and after one more."""
+    """Return the median seconds of several rounds after a warm-up, each into an empty folder."""
     taken = []
     for number in range(rounds + 1):
         to = room / str(number)
@@ -75,7 +75,7 @@ def seconds(work: Callable[[Path], object], rounds: int, room: Path) -> float:
 
 
 def main() -> None:
-    """Print how long it takes."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small cache and one round")
     quick = parser.parse_args().quick
@@ -99,7 +99,7 @@ def main() -> None:
         server.kill()
     works = {"pull, checked": pulled, f"plain download, {THREADS} connections": plain, "verify, one thread": verified}
     output.table(
-        f"a cache of {size:,.1f} MB in {len(files)} files, every answer {LATENCY * 1000:.0f} ms late",
+        f"a cache of {size:,.1f} MB in {len(files)} files, latency {LATENCY * 1000:.0f} ms per response",
         ["work", "s", "MB/s", "bound, MB/s"],
         [
             [what, f"{took:.2f}", f"{size / took:,.1f}", bound]

@@ -1,25 +1,25 @@
-"""Do students from the cache learn what students of the live teacher learn? `python benchmarks/students.py`.
+"""Compare students of a cache with students of the live teacher: `python benchmarks/students.py`.
 
-A teacher of 200 classes is trained on rendered letters, run once, and students are trained from it with KD at T = 4
-(weight 0.9, cross-entropy 0.1) and with DTKD (sharpness: logsumexp, as in the paper; with the authors' largest logit
-students of so few epochs do not leave the start, from the live teacher either), over several seeds and two schedules,
-from
+A teacher of 200 classes is trained on rendered letters and run once. Students are trained with KD at T = 4 (weight 0.9,
+cross-entropy 0.1) and with DTKD (sharpness: logsumexp, as in the paper; with the largest logit, as in the authors'
+code, students do not learn in so few epochs, from the live teacher either), over several seeds and two schedules, from
 
-    live                 the teacher itself, asked for every batch
-    default cache        as `dump-teacher` makes it when nothing is asked for (fidelity 0.02)
-    fidelity 0.005       a cache that is asked to be nearer
+    live                 the teacher itself, run on every batch
+    default cache        as `dump-teacher` writes it by default (fidelity 0.02)
+    fidelity 0.005       a cache with a smaller error
     dense cache          every class, float32
-    top 16, renormalized another loss: the teacher's 16 largest classes alone (`truncated`), from the default cache
+    top 16, renormalized another loss: only the teacher's 16 largest classes (`truncated`), from the default cache
     top 16, even tail    another loss: a cache of 16 classes, the rest of the mass spread evenly (--tail uniform)
     labels alone         cross-entropy, no teacher
 
-The letters are drawn in typefaces that come with matplotlib, turned, sheared, shifted, dimmed and with noise
+The letters are drawn in typefaces that come with matplotlib, rotated, sheared, shifted, dimmed and with noise
 (`glyphs.py`): 12,000 images in seven of them for the students, new ones of the same kind for the teacher, and 6,000 in
-three others for the test. The claim is that the default cache is the live teacher within the spread over seeds.
+three others for the test. The claim is that students of the default cache equal those of the live teacher within the
+spread over seeds.
 
-Accuracy is in percent, of the last epoch, mean and standard deviation (n - 1) over the seeds; the last column is the
-mean and the standard error of the difference to `live`, seed by seed, of all schedules and losses together. Some 20
-minutes on two cores; `--quick` is seconds and says nothing.
+Accuracy is in percent, of the last epoch, mean and standard deviation (n - 1) over the seeds. The last column is the
+mean and the standard error of the difference to `live`, per seed, over all schedules and losses. A run takes about 20
+minutes on two cores; `--quick` takes seconds, and its accuracies mean nothing.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ _QUICK = Scale(100, 300, 100, 10, {"short": 1}, 2)
 
 
 class Source(NamedTuple):
-    """Where the teacher's logits come from, and what is added to the loss."""
+    """A source of the teacher's logits, and what is added to the loss."""
 
     teacher: Teacher | None
     adjustment: dict[str, object]
-    bytes_a_row: float | None
+    bytes_per_row: float | None
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
     teacher = trained(network(scale.classes, width=32, features=512), seen, scale.steps, seed=1)
     train, test = _samples(seen, scale.images, 3), _samples(held_out, scale.tested, 4)
     score = evaluate(teacher, View(test, []))
-    output.say(f"the teacher is right on {score.accuracy:.1%} of the images in typefaces that it has not seen")
+    output.say(f"accuracy of the teacher: {score.accuracy:.1%} on images in other typefaces")
     with tempfile.TemporaryDirectory() as folder:
         sources = _sources(teacher, train, Path(folder))
         _table(_accuracies(sources, train, test, scale), sources, scale)
@@ -103,6 +103,7 @@ def _samples(typefaces: Typefaces, count: int, seed: int) -> Samples:
 
 
 def _sources(teacher: nn.Module, train: Samples, folder: Path) -> dict[str, Source]:
+    """Return the sources by name; caches are written to `folder`."""
     images = View(train, [])
 
     @torch.no_grad()
@@ -115,13 +116,13 @@ def _sources(teacher: nn.Module, train: Samples, folder: Path) -> dict[str, Sour
         return cache.teacher(), cache.bytes_on_disk / len(cache)
 
     default, small = cached("default")
-    near, nearer = cached("near", fidelity=0.005)
+    precise, of_precise = cached("precise", fidelity=0.005)
     dense, large = cached("dense", top_k="all", dtype="float32")
     even, of_even = cached("even", top_k=16, tail="uniform")
     return {
         "live": Source(live, {}, None),
         "default cache": Source(default, {}, small),
-        "fidelity 0.005": Source(near, {}, nearer),
+        "fidelity 0.005": Source(precise, {}, of_precise),
         "dense cache": Source(dense, {}, large),
         "top 16, renormalized": Source(default, {"adjustment": {"kind": "truncation", "top": 16}}, None),
         "top 16, even tail": Source(even, {}, of_even),
@@ -132,7 +133,7 @@ def _sources(teacher: nn.Module, train: Samples, folder: Path) -> dict[str, Sour
 def _accuracies(
     sources: dict[str, Source], train: Samples, test: Samples, scale: Scale
 ) -> dict[str, dict[str, list[float]]]:
-    """[source][loss and schedule] -> test accuracies, one a seed."""
+    """Train all students, and return [source][loss and schedule] -> test accuracies, one per seed."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in sources}
     runs = [(schedule, loss) for schedule in scale.schedules for loss in ("kd", "dtkd")]
     with output.Terminal().task("students", scale.seeds * len(runs) * len(sources), "students") as task:
@@ -142,8 +143,8 @@ def _accuracies(
                     task.advance(1, name)
                     if source.teacher is None and loss == "dtkd":
                         continue
-                    taught = {**(_KD if loss == "kd" else _DTKD), **source.adjustment}
-                    given = taught if source.teacher else {"name": "ce"}
+                    distilled = {**(_KD if loss == "kd" else _DTKD), **source.adjustment}
+                    given = distilled if source.teacher else {"name": "ce"}
                     spec = TrainSpec(epochs=scale.schedules[schedule], batch_size=128, lr=_RATE[loss], seed=seed)
                     accuracy = _student(train, test, spec, Loss.model_validate(given), source.teacher)
                     found[name].setdefault(f"{loss}, {schedule}", []).append(accuracy)
@@ -158,10 +159,11 @@ def _student(train: Samples, test: Samples, spec: TrainSpec, loss: Loss, teacher
 
 
 def _table(found: dict[str, dict[str, list[float]]], sources: dict[str, Source], scale: Scale) -> None:
+    """Print the table of accuracies."""
     columns = list(found["live"])
     rows = []
     for name, by_column in found.items():
-        size = sources[name].bytes_a_row
+        size = sources[name].bytes_per_row
         cells = [_spread(by_column[column]) if column in by_column else "" for column in columns]
         apart = [
             value - live
@@ -173,7 +175,7 @@ def _table(found: dict[str, dict[str, list[float]]], sources: dict[str, Source],
         rows.append([name, "" if size is None else f"{size:.0f}", *cells, difference])
     epochs = ", ".join(f"{name} {count} epochs" for name, count in scale.schedules.items())
     title = f"Test accuracy in %, {scale.classes} classes, {scale.images:,} images, {scale.seeds} seeds; {epochs}"
-    output.table(title, ["logits from", "bytes a row", *columns, "to live"], rows)
+    output.table(title, ["logits from", "bytes per row", *columns, "to live"], rows)
 
 
 def _spread(accuracies: list[float]) -> str:

@@ -1,15 +1,15 @@
-"""What training from a cache costs beside plain training: `python benchmarks/train.py`.
+"""Compare training from a cache with plain training: `python benchmarks/train.py`.
 
-An epoch of kdcache's trainer with KD and with DTKD from a cache, with plain cross-entropy, and of a bare loop of some
-30 lines of PyTorch with cross-entropy; a ResNet-18 of 1000 classes on images of 64 pixels, and a small network of 100
-classes on images of 28. All take turns in one process, a ratio is the median of the rounds' ratios. From the cache to
-cross-entropy it is to be at most 1.03 on a CPU (1.02 on a GPU), cross-entropy to the bare loop at most 1.03.
+An epoch of kdcache's trainer with KD and with DTKD from a cache, with plain cross-entropy, and of a bare loop of about
+30 lines of PyTorch with cross-entropy; for a ResNet-18 with 1000 classes on images of 64 pixels, and a small network
+with 100 classes on images of 28. All are interleaved in one process; a ratio is the median of the ratios per round. The
+bounds: cache against cross-entropy 1.03 on a CPU and 1.02 on a GPU, cross-entropy against the bare loop 1.03.
 
-The logits of so small caches are decoded once and kept; of a large one they are decoded batch by batch, which has a row
-of its own, as has DTKD on logits that lie in a tensor: what the loss costs without any cache. Then the same trainer
-with a live teacher whose forward pass is as dear as 1, 5 and 20 of the student's, beside the cache. Last, how long the
-command `train-student` takes to its first step with a cache of 1000 classes that is on the disk, and where the time
-goes. (How fast rows are gathered and decoded: `codec.py`, `load.py`.)
+The logits of such small caches are decoded once and kept in memory; those of a large one are decoded batch by batch,
+which has its own row, as has DTKD on logits in a tensor: the cost of the loss without a cache. Then the same trainer
+with a live teacher whose forward pass costs 1, 5 and 20 times that of the student, compared with the cache. Last, the
+time of the command `train-student` to its first step, and where it is spent. (For the speed of gathering and decoding
+rows see `codec.py` and `load.py`.)
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ print(json.dumps(marks))
 
 
 class Case(NamedTuple):
-    """A student and its images; `shown` is what is said of it."""
+    """A student and its images; `shown` is its name in the table."""
 
     shown: str
     make: Callable[[], nn.Module]
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="seconds, and figures that say nothing")
+    parser.add_argument("--quick", action="store_true", help="small sizes; the results do not compare with the bounds")
     given = parser.parse_args()
     cases, rounds = (_QUICK, 1) if given.quick else (_CASES, given.rounds)
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def _samples(case: Case, folder: Path) -> Samples:
-    """Noise, and in `folder` a cache of it as if of a teacher."""
+    """Return samples of noise, and write a cache with synthetic logits for them to `folder`."""
     pixels = torch.rand(case.images, case.channels, case.side, case.side, generator=torch.Generator().manual_seed(0))
     pool = encoded(planned(case.classes), case.images)
     write_cache(folder, pool, case.images)
@@ -136,6 +136,7 @@ def _samples(case: Case, folder: Path) -> Samples:
 
 
 def _measure(case: Case, device: str, rounds: int, folder: Path) -> None:
+    """Measure one case, and print its table."""
     samples = _samples(case, folder)
     cached = open_cache(folder).teacher(device)
     kept = kept_decoded(cached, len(samples), case.classes)
@@ -175,11 +176,11 @@ def _measure(case: Case, device: str, rounds: int, folder: Path) -> None:
         )
     threads = f"{torch.get_num_threads()} threads of a CPU" if device == "cpu" else torch.cuda.get_device_name(device)
     title = f"{case.shown}: an epoch of {case.images} images in batches of {case.batch}, {rounds} rounds; {threads}"
-    output.table(title, ["", "seconds", "ratio", "to", "bound", "to the cache"], rows)
+    output.table(title, ["", "seconds", "ratio", "to", "bound", "ratio to cache"], rows)
 
 
 def _bare(network: nn.Module, samples: Samples, spec: TrainSpec, device: str) -> Callable[[], object]:
-    """What one writes who wants nothing but cross-entropy."""
+    """Return an epoch of plain PyTorch with cross-entropy."""
     images: Tensor = samples.images.pixels  # type: ignore[attr-defined]  # they are in memory
     labels = torch.from_numpy(samples.labels).long()
     loader = DataLoader(TensorDataset(images, labels), batch_size=spec.batch_size, shuffle=True, drop_last=True)
@@ -198,7 +199,7 @@ def _bare(network: nn.Module, samples: Samples, spec: TrainSpec, device: str) ->
 
 
 def _looked_up(teacher: Teacher, count: int) -> Teacher:
-    """No cache at all: what is then above cross-entropy is the loss itself."""
+    """Return a teacher with its logits in a tensor: the rest of the time is that of the loss."""
     logits = teacher(torch.arange(count), 0)
     return lambda ids, _: logits[ids]
 
@@ -217,7 +218,7 @@ def _live(network: nn.Module, samples: Samples, times: int, device: str) -> Teac
 
 
 def _in_turn(works: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each round of each work, after one that does not count; every other round the other way round."""
+    """Return the seconds of each round of each function, after a warm-up; every other round in reverse order."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         names = list(works) if number % 2 else list(works)[::-1]
@@ -236,7 +237,7 @@ def _ratio(taken: Sequence[float], other: Sequence[float]) -> str:
 
 
 def _start_up(folder: Path, times: int) -> None:
-    """Seconds to the first step on the shipped digits, with a warm disk."""
+    """Print the seconds to the first step on the digits, with files in the page cache."""
     recipe = Path(__file__).parent.parent / "pipelines" / "digits.yaml"
     quick = ["--set", "teacher.train.epochs=1"]
     weights = ["--set", f"teacher.weights={folder / 'teacher' / 'model.safetensors'}"]
@@ -247,11 +248,11 @@ def _start_up(folder: Path, times: int) -> None:
     traced = [sys.executable, "-c", _TRACE, *command, "--device", "cpu"]
     runs = [_marks(_run(traced)) for _ in range(times)]
     rows = [[name, f"{statistics.median(run[name] for run in runs):.2f}"] for name in runs[0]]
-    output.table("train-student on the digits: seconds to the end of the first step", ["", "seconds"], rows)
+    output.table("train-student on the digits: seconds until the first step has ended", ["", "seconds"], rows)
 
 
 def _marks(text: str) -> dict[str, float]:
-    """What a traced run has printed last."""
+    """Return the times that a traced run has printed last."""
     marks: dict[str, float] = json.loads(text.splitlines()[-1])
     return marks
 

@@ -102,7 +102,8 @@ def _decode(source: Path, out: Path, as_json: bool) -> None:
     from kdcache.curate.dense_logits import logits_of_cache
 
     cache = open_cache(source, progress=output.Terminal())
-    logits_of_cache(cache, out)
+    with output.working(f"decoding {source}"):
+        logits_of_cache(cache, out)
     views, size = cache.manifest.plan.views.count, [len(cache), cache.num_classes]
     shape = [views, *size] if views > 1 else size
     if as_json:

@@ -52,7 +52,8 @@ def _measure(cache: Cache, as_json: bool) -> None:
     from kdcache.cache.inspect.self_fidelity import measure_itself
 
     plan = cache.manifest.plan
-    measured = measure_itself(cache.path, plan)
+    with output.working(f"decoding the rows of {cache.path}"):
+        measured = measure_itself(cache.path, plan)
     if as_json:
         planned = plan.fidelity.model_dump() if plan.fidelity else None
         output.as_json({"planned": planned, "measured": [one._asdict() for one in measured]})

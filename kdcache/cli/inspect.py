@@ -41,7 +41,8 @@ def summarize(cache: str | Path, worst: int, threshold: float, scheduler: str, a
     from kdcache.cache.inspect.summary import take_census
 
     opened = open_cache(cache, progress=output.Terminal())
-    census = take_census(opened, worst, threshold, scheduler)
+    with output.working(f"reading the rows of {cache}"):
+        census = take_census(opened, worst, threshold, scheduler)
     if as_json:
         named = {name: [one._asdict() for one in getattr(census, name)] for name in ("classes", "hardest", "suspects")}
         output.as_json({"cache": str(cache), "digest": opened.manifest.digest, **asdict(census), **named})
@@ -104,7 +105,9 @@ def diff(first: str | Path, second: str | Path, worst: int, scheduler: str, as_j
     from kdcache.cache.inspect.diff import compare
 
     progress = output.Terminal()
-    difference = compare(open_cache(first, progress=progress), open_cache(second, progress=progress), worst, scheduler)
+    one, other = (open_cache(path, progress=progress) for path in (first, second))
+    with output.working("comparing the rows"):
+        difference = compare(one, other, worst, scheduler)
     if as_json:
         output.as_json(_as_json(difference))
     else:
@@ -174,7 +177,9 @@ def card(cache: Path, scheduler: str, as_json: bool) -> None:
     from kdcache.cache import open_cache
     from kdcache.cache.inspect.card import write_card
 
-    text, picture = write_card(open_cache(cache, progress=output.Terminal()), scheduler=scheduler)
+    opened = open_cache(cache, progress=output.Terminal())
+    with output.working(f"reading the rows of {cache}"):
+        text, picture = write_card(opened, scheduler=scheduler)
     if as_json:
         output.as_json({"cache": str(cache), "card": str(text), "picture": str(picture)})
     else:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -99,6 +100,26 @@ def error_as_json(problem: KdcacheError) -> None:
     # Of the processes that torchrun starts, only the first prints JSON.
     if _meta().get(_EXPECTED) and os.environ.get("RANK", "0") == "0":
         as_json({"error": {"what": problem.what, "fix": problem.fix, "exit_code": problem.exit_code}})
+
+
+@contextmanager
+def working(what: str, delay: float = 2) -> Iterator[None]:
+    """Report to stderr how long work takes that has no progress of its own; nothing in the first `delay` seconds."""
+    done = Event()
+
+    def report() -> None:
+        start, wait = time.monotonic(), delay
+        while not done.wait(wait):
+            say(f"{what}: {time.monotonic() - start:,.0f} s")
+            wait = _SECONDS_BETWEEN_LINES
+
+    thread = Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class _BarTask:

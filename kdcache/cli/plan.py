@@ -99,7 +99,7 @@ def describe(planned: Planned, as_json: bool) -> None:
         )
     if planned.rows_per_second is not None:
         seconds = planned.rows / planned.rows_per_second
-        facts["time"] = f"about {_duration(seconds)}, {planned.rows_per_second:,.0f} rows/s on this machine"
+        facts["time"] = f"about {_duration(seconds)}, {planned.rows_per_second:,.0f} rows/s on this device"
     output.facts(facts)
 
 

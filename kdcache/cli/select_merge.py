@@ -51,7 +51,7 @@ def select(
     The teacher is not run. If the command is interrupted or killed, the same command resumes.
 
     \b
-    Example: kdcache select runs/digits.kdcache --samples 0-999 -o runs/first.kdcache
+    Example: kdcache select runs/digits.kdcache --samples 0-499 -o runs/first.kdcache
     """
     from kdcache.cache import open_cache
     from kdcache.curate.select import select as run
@@ -60,17 +60,18 @@ def select(
 
     opened = open_cache(cache, progress=output.Terminal())
     names = parse_classes(classes) if classes is not None else None
-    selected = run(
-        opened,
-        out,
-        views=parse_range(views, "--views") if views is not None else None,
-        classes=names,
-        samples=parse_samples(samples, opened, names) if samples is not None else None,
-        top_k=top_k,
-        data=read_samples(data),
-        scheduler=scheduler,
-        progress=output.Terminal(),
-    )
+    with output.working(f"writing {out}"):
+        selected = run(
+            opened,
+            out,
+            views=parse_range(views, "--views") if views is not None else None,
+            classes=names,
+            samples=parse_samples(samples, opened, names) if samples is not None else None,
+            top_k=top_k,
+            data=read_samples(data),
+            scheduler=scheduler,
+            progress=output.Terminal(),
+        )
     describe(selected, as_json)
 
 
@@ -96,5 +97,6 @@ def merge(
 
     progress = output.Terminal()
     opened = [open_cache(path, progress=progress) for path in caches]
-    merged = run(opened, out, reencode=reencode, data=read_samples(data), scheduler=scheduler, progress=progress)
+    with output.working(f"writing {out}"):
+        merged = run(opened, out, reencode=reencode, data=read_samples(data), scheduler=scheduler, progress=progress)
     describe(merged, as_json)

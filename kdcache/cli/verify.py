@@ -72,7 +72,8 @@ def verify(
     named = source(cache, digest)
     path = mirror(named, None, None, output.Terminal()).folder if named.is_remote else Path(named.where)
     results: dict[str, Any] = {"signed_by": check_signature(path, signed_by)} if signed_by is not None else {}
-    checked = audit(path)
+    with output.working(f"checking the files and rows of {path}"):
+        checked = audit(path)
     check_pinned(path, checked.digest or "none: it is not sealed", named.digest)
     if resolved is not None and checked.failure is None:
         from kdcache.cache import open_cache

@@ -762,7 +762,7 @@ def test_commands_take_urls(work: Path, tmp_path: Path) -> None:
         assert "views" in ok("pull", url)
     assert "--views must be an index or a range" in refused(2, "pull", url, "--views", "one")
     assert "is not a URL" in refused(2, "pull", work / "c.kdcache")
-    assert "--digest is of one cache" in refused(
+    assert "--digest is for one cache" in refused(
         2, "train-student", recipe, "-o", tmp_path / "no", "--cache", url, "--cache", url, "--digest", digest, *device
     )
 

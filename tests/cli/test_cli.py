@@ -1,4 +1,4 @@
-"""Every command, and every mistake that people make: one clear message, the right exit code, nothing left behind."""
+"""Every command, and common user errors: one clear message, the right exit code, no files left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUICK = ["--set", "teacher.train.epochs=1", "--set", "student.train.epochs=1", "
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a trained teacher and its cache, made by the commands."""
+    """Make a folder with a trained teacher and its cache, by the commands."""
     folder = tmp_path_factory.mktemp("work")
     ok("train-teacher", RECIPE, "-o", folder / "teacher", *QUICK)
     ok("dump-teacher", RECIPE, "-o", folder / "digits.kdcache", *QUICK[4:], *weights(folder))
@@ -43,16 +43,16 @@ def files(folder: Path) -> set[str]:
 def test_info_says_what_the_manifest_says(work: Path) -> None:
     cache = work / "digits.kdcache"
     text = ok("info", cache)
-    told = json.loads(ok("info", cache, "--json"))
+    printed = json.loads(ok("info", cache, "--json"))
     manifest = json.loads((cache / "manifest.json").read_text())
-    assert told["digest"] == manifest["digest"]
-    assert told["digest"] in text
-    assert told["summary"] == manifest["summary"]
+    assert printed["digest"] == manifest["digest"]
+    assert printed["digest"] in text
+    assert printed["summary"] == manifest["summary"]
     assert f"{manifest['summary']['teacher_accuracy']:.2%}" in text
-    card = (cache / "README.md", cache / "card.png")  # which is no part of it
+    card = (cache / "README.md", cache / "card.png")  # no part of the cache
     size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path not in card)
-    assert told["bytes"] == size
-    assert told["bytes_per_row"] == round(size / 1000, 2)
+    assert printed["bytes"] == size
+    assert printed["bytes_per_row"] == round(size / 1000, 2)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,9 @@ def glyphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_plan_says_what_it_tried_and_what_it_costs(glyphs: Path) -> None:
     text = ok("plan", "--logits", glyphs, "--fidelity", 0.02)
-    told = json.loads(ok("plan", "--logits", glyphs, "--fidelity", 0.02, "--json"))
-    (chosen,) = (candidate for candidate in told["tried"] if candidate["chosen"])
-    within = [c for c in told["tried"] if max(c["total_variation"][t] for t in "124") <= 0.02]
+    printed = json.loads(ok("plan", "--logits", glyphs, "--fidelity", 0.02, "--json"))
+    (chosen,) = (candidate for candidate in printed["tried"] if candidate["chosen"])
+    within = [c for c in printed["tried"] if max(c["total_variation"][t] for t in "124") <= 0.02]
     assert chosen["bytes_per_row"] == min(candidate["bytes_per_row"] for candidate in within)
     assert f"top {chosen['top_k']}, rank {chosen['rank']}, step {chosen['step']:g}" in text
     assert text.count("chosen") == 2
@@ -79,13 +79,13 @@ def test_plan_says_what_it_tried_and_what_it_costs(glyphs: Path) -> None:
 def test_plan_of_a_pipeline_writes_nothing(work: Path) -> None:
     before = files(work)
     assert "every class, as float16" in ok("plan", RECIPE, *weights(work))
-    told = json.loads(ok("plan", RECIPE, *weights(work), "--set", "cache.top_k=3", "--json"))
-    assert told["encoding"]["top_k"] == 3
-    assert told["rows"] == 1000
+    printed = json.loads(ok("plan", RECIPE, *weights(work), "--set", "cache.top_k=3", "--json"))
+    assert printed["encoding"]["top_k"] == 3
+    assert printed["rows"] == 1000
     assert files(work) == before
 
 
-def test_plan_of_what_is_no_logits(tmp_path: Path, glyphs: Path) -> None:
+def test_plan_of_invalid_logits(tmp_path: Path, glyphs: Path) -> None:
     bad = tmp_path / "bad.npz"
     np.savez(bad, logits=np.zeros((5, 3), np.int64))
     assert "holds logits [5, 3] int64" in refused(2, "plan", "--logits", bad)
@@ -106,20 +106,22 @@ def test_a_cache_measures_itself(work: Path, tmp_path: Path) -> None:
     arguments = ["-o", tmp_path / "three.kdcache", "--top-k", 3, *weights(work), "--json"]
     planned = json.loads(ok("dump-teacher", RECIPE, *arguments))["plan"]["fidelity"]["total_variation"]
     assert "total variation" in ok("info", tmp_path / "three.kdcache")
-    told = json.loads(ok("info", tmp_path / "three.kdcache", "--fidelity", "--json"))
-    assert [(found["view"], found["temperature"]) for found in told["measured"]] == [(0, 2), (0, 4), (0, 8)]
-    for found in told["measured"]:
+    printed = json.loads(ok("info", tmp_path / "three.kdcache", "--fidelity", "--json"))
+    assert [(found["view"], found["temperature"]) for found in printed["measured"]] == [(0, 2), (0, 4), (0, 8)]
+    for found in printed["measured"]:
         # A difference in one set of classes is never more than the total variation.
         assert 0 < found["tail_mass"] <= 1.1 * planned[str(found["temperature"])] + 1e-4
     table = ok("info", tmp_path / "three.kdcache", "--fidelity")
-    assert f"{told['measured'][0]['logsumexp']:.5f}" in table
+    assert f"{printed['measured'][0]['logsumexp']:.5f}" in table
 
 
 @pytest.mark.parametrize("loss", ["ce", "kd", "dtkd", "ka", "dtd", "ka+dtd", "dtkd+ka"])
 def test_a_student_of_every_loss(loss: str, work: Path, tmp_path: Path) -> None:
     cache = ["--cache", work / "digits.kdcache"] if loss != "ce" else []
-    told = json.loads(ok("train-student", RECIPE, *cache, "--loss", loss, "-o", tmp_path / "run", "--json", *QUICK))
-    assert told["test"]["accuracy"] == json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["accuracy"]
+    printed = json.loads(ok("train-student", RECIPE, *cache, "--loss", loss, "-o", tmp_path / "run", "--json", *QUICK))
+    assert (
+        printed["test"]["accuracy"] == json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["accuracy"]
+    )
     assert f"name: {loss}\n" in (tmp_path / "run" / "resolved.yaml").read_text()
 
 
@@ -259,7 +261,7 @@ def test_a_teacher_that_misbehaves(code: int, words: str, body: str, tmp_path: P
     assert {name for name in files(tmp_path) if "__pycache__" not in name} == before
 
 
-def test_another_teacher_of_the_same_weights_does_not_go_on_with_a_cache(work: Path, tmp_path: Path) -> None:
+def test_another_teacher_with_the_same_weights_does_not_resume_a_cache(work: Path, tmp_path: Path) -> None:
     code = tmp_path / "net.py"
     code.write_text(
         "import torch\n"
@@ -328,7 +330,7 @@ def test_a_cache_of_other_data_is_refused(work: Path, tmp_path: Path) -> None:
     arguments = ["--cache", tmp_path / "mine.kdcache", "-o", tmp_path / "run"]
     with np.load(tmp_path / "mine.npz") as stored:
         images, labels = stored["images"], stored["labels"]
-    # What is held out goes by position: exchanging two training images shuffles the training split alone.
+    # Splits are by position: exchanging two training images reorders the training split only.
     here = {"images": images.copy(), "labels": labels}
     first, second = train_ids(recipe)[5], train_ids(recipe)[8]
     assert labels[first] != labels[second]
@@ -358,9 +360,9 @@ def train_ids(recipe: Path) -> list[int]:
     from kdcache.data.datasets import load_split
 
     with np.load(recipe.with_suffix(".npz")) as stored:
-        whole = [image.tobytes() for image in stored["images"]]
+        everything = [image.tobytes() for image in stored["images"]]
     split = load_split(load_pipeline(recipe).dataset, "train")
-    return [whole.index(split.images.picture(i).numpy().tobytes()) for i in range(len(split))]  # type: ignore[union-attr]
+    return [everything.index(split.images.picture(i).numpy().tobytes()) for i in range(len(split))]  # type: ignore[union-attr]
 
 
 def test_labels_out_of_range(tmp_path: Path) -> None:
@@ -420,7 +422,7 @@ def test_a_section_that_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["train-teacher", "demo"])
-def test_ctrl_c_ends_with_130_and_leaves_what_can_be_gone_on_with(command: str, tmp_path: Path) -> None:
+def test_ctrl_c_ends_with_130_and_leaves_what_can_be_resumed(command: str, tmp_path: Path) -> None:
     arguments = (
         [RECIPE, "-o", str(tmp_path / "run"), "--set", "teacher.train.epochs=100000"] if command != "demo" else []
     )
@@ -433,21 +435,21 @@ def test_ctrl_c_ends_with_130_and_leaves_what_can_be_gone_on_with(command: str, 
     )
     until(lambda: list(tmp_path.rglob("state.pt")))
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, said
-    assert "run the same command again" in said
-    assert "Traceback" not in said
+    _, messages = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, messages
+    assert "run the same command again" in messages
+    assert "Traceback" not in messages
     assert [path.name for path in tmp_path.iterdir()] == ([] if command == "demo" else ["run.partial"])
 
 
-def test_a_place_that_cannot_be_written_to(work: Path, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_to(work: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "x.kdcache"
     assert str(tmp_path / "file") in refused(2, "dump-teacher", RECIPE, "-o", place, *weights(work))
     assert files(tmp_path) == {"file"}
 
 
-def test_nothing_that_is_printed_is_obeyed_by_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     evil = "teacher \x1b]0;owned\x07\x9b31m\r\x08 naïve 金"
     output.result(evil)
     output.say(evil)
@@ -460,11 +462,24 @@ def test_nothing_that_is_printed_is_obeyed_by_a_terminal(capsys: pytest.CaptureF
     assert "[bold]not markup[/]" in printed.out
 
 
-# For programs: one JSON document on stdout, be it the result or the mistake.
+def test_long_work_is_reported_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = ""
+
+    def is_reported() -> bool:
+        nonlocal printed
+        printed += capsys.readouterr().err
+        return "reading the rows: " in printed
+
+    with output.working("reading the rows", delay=0.01):
+        until(is_reported)
+    assert capsys.readouterr().out == ""
+
+
+# With --json: one JSON document on stdout, the result or the error.
 
 NOTHING = "nowhere.kdcache"
 
-MISTAKES: dict[str, tuple[int, list[str]]] = {
+ERRORS: dict[str, tuple[int, list[str]]] = {
     "demo": (2, ["--out", "file/demo"]),
     "pipelines list": (2, []),
     "train-teacher": (2, [RECIPE, "-o", "run", "--set", "teacher=null"]),
@@ -485,11 +500,11 @@ MISTAKES: dict[str, tuple[int, list[str]]] = {
     "convert": (2, ["nowhere.npz", "-o", "c.kdcache"]),
     "card": (2, [NOTHING]),
 }
-SAY_IT_THEMSELVES = {"doctor", "verify"}
+PROBLEMS_IN_RESULT = {"doctor", "verify"}
 
 
 def with_json(group: click.Group, before: str = "") -> set[str]:
-    """The names of all commands that have the option."""
+    """Return the names of all commands that have --json."""
     found = set()
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
@@ -499,13 +514,13 @@ def with_json(group: click.Group, before: str = "") -> set[str]:
     return found
 
 
-def test_every_command_for_programs_is_looked_at() -> None:
-    assert with_json(main) == {*MISTAKES, *SAY_IT_THEMSELVES}
+def test_every_command_with_json_is_tested() -> None:
+    assert with_json(main) == {*ERRORS, *PROBLEMS_IN_RESULT}
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["--json first", "--json last"])
-@pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_is_told_to_programs_too(
+@pytest.mark.parametrize("command", ERRORS)
+def test_an_error_is_printed_as_json_too(
     command: str, first: bool, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -514,27 +529,27 @@ def test_a_mistake_is_told_to_programs_too(
     (tmp_path / "damaged.kdcache" / "manifest.json").write_text("{")
     if command == "pipelines list":
         monkeypatch.setattr("kdcache.cli.pipelines.recipes", raising)
-    code, arguments = MISTAKES[command]
+    code, arguments = ERRORS[command]
     said = refused(code, *command.split(), *arguments)
     done = kdcache(*command.split(), *(["--json", *arguments] if first else [*arguments, "--json"]))
     assert done.exit_code == code
     assert done.stderr == said
-    mistake = json.loads(done.stdout)["error"]
-    assert mistake["exit_code"] == code
-    assert f"error: {mistake['what']}" in said
-    assert f"fix: {mistake['fix']}" in said
+    error = json.loads(done.stdout)["error"]
+    assert error["exit_code"] == code
+    assert f"error: {error['what']}" in said
+    assert f"fix: {error['fix']}" in said
 
 
 @pytest.mark.parametrize(
     "mistyped",
     [["nosuch"], ["info"], ["info", "--nonsense", "c"], ["convert", "fkd", "--from", "foo", "-o", "c"], ["diff", "a"]],
 )
-def test_what_is_mistyped_is_told_to_programs_too(mistyped: list[str]) -> None:
+def test_a_usage_error_is_printed_as_json_too(mistyped: list[str]) -> None:
     done = kdcache(*mistyped, "--json")
     assert done.exit_code == 2
-    mistake = json.loads(done.stdout)["error"]
-    assert mistake["exit_code"] == 2
-    assert mistake["what"] in done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert error["exit_code"] == 2
+    assert error["what"] in done.stderr
     assert kdcache(*mistyped).stdout == ""
 
 
@@ -542,7 +557,7 @@ def raising() -> None:
     raise UsageError("there is no recipe", "install kdcache again")
 
 
-def test_mistakes_of_every_kind_have_their_exit_codes(work: Path, tmp_path: Path) -> None:
+def test_errors_of_every_kind_have_their_exit_codes(work: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(work / "digits.kdcache", tmp_path / "c.kdcache"))
     foreign = npz_recipe(tmp_path)
     for code, arguments in (
@@ -555,7 +570,7 @@ def test_mistakes_of_every_kind_have_their_exit_codes(work: Path, tmp_path: Path
         assert (done.exit_code, json.loads(done.stdout)["error"]["exit_code"]) == (code, code)
 
 
-def test_a_result_that_tells_of_the_mistake_stays_the_only_document(work: Path, tmp_path: Path) -> None:
+def test_a_result_that_includes_the_error_is_the_only_document(work: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(work / "digits.kdcache", tmp_path / "c.kdcache"))
     (cache / "commits/0/0.json").unlink()
     done = kdcache("verify", cache, "--json")
@@ -567,6 +582,6 @@ def test_a_result_that_tells_of_the_mistake_stays_the_only_document(work: Path, 
     assert json.loads(done.stdout)["ok"] is False
 
 
-def test_of_several_processes_one_speaks_to_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_of_several_processes_prints_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert refused(2, "info", NOTHING, "--json")

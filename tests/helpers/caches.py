@@ -18,10 +18,10 @@ class Made(NamedTuple):
     teacher: nn.Module
 
     def images(self, view: int = 0) -> Tensor:
-        """What the teacher saw of every sample."""
+        """Return the images of a view as the teacher saw them."""
         views = self.cache.manifest.plan.views
         return View(self.samples, views.transform, views.seed, view).__getitems__(range(len(self.samples)))[0]
 
     def live(self, view: int = 0) -> Tensor:
-        """What the teacher itself says of every sample."""
+        """Return the logits of the live teacher."""
         return self.teacher(self.images(view))  # type: ignore[no-any-return]  # a Module's call is untyped

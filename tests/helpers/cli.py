@@ -1,4 +1,4 @@
-"""The command line, called in this process."""
+"""Call the command line in this process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ok(*arguments: object) -> str:
 
 
 def refused(code: int, *arguments: object) -> str:
-    """The message of a mistake: it has a fix, no traceback, and nothing goes to stdout."""
+    """Return the message of an error, after checking that it has a fix and no traceback, and stdout is empty."""
     done = kdcache(*arguments)
     assert done.exit_code == code, (done.exit_code, done.output)
     assert isinstance(done.exception, SystemExit)
@@ -36,7 +36,7 @@ def refused(code: int, *arguments: object) -> str:
 
 
 def npz_recipe(folder: Path, **arrays: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Path:
-    """A pipeline over images and labels of one's own."""
+    """Write a pipeline of images and labels in an npz file."""
     rng = np.random.default_rng(0)
     given = {"images": rng.integers(0, 255, (60, 8, 8), np.uint8), "labels": np.arange(60) % 3, **arrays}
     np.savez(folder / "mine.npz", **given)  # type: ignore[arg-type]  # numpy's stub takes the names for its flags

@@ -1,4 +1,4 @@
-"""Commands and functions in processes of their own, forked from a server that has imported everything."""
+"""Run commands and functions in new processes, forked from a server that has imported everything."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEACHER = """
 import os, signal, time, torch
 
 class Teacher(torch.nn.Module):
-    # Its logits depend on the batch. Where the environment names a sample, something happens to it there.
+    # Its logits depend on the batch. At the sample named in the environment, the statement in HAPPENS is executed.
     def __init__(self, num_classes):
         super().__init__()
         seed = torch.Generator().manual_seed(int(os.environ.get("SEED", "1")))
@@ -39,7 +39,7 @@ class Teacher(torch.nn.Module):
 
 
 def recipe(folder: Path, count: int = 12) -> Path:
-    """A pipeline over `count` images of 10 classes in shards of 8; both upper corners of an image hold its number."""
+    """Write a pipeline of `count` images, 10 classes, shards of 8; both upper corners of an image hold its index."""
     images = np.random.default_rng(0).integers(0, 9, (count, 4, 4), np.uint8)
     images[:, 0, 0] = images[:, 0, 3] = np.arange(count)
     np.savez(folder / "tiny.npz", images=images, labels=np.arange(count) % 10)
@@ -60,24 +60,24 @@ FORKS = multiprocessing.get_context("forkserver")
 
 
 def in_a_process(target: Callable[..., None], *args: object) -> BaseProcess:
-    process = FORKS.Process(target=_as_ever, args=(target, *args))
+    process = FORKS.Process(target=_as_usual, args=(target, *args))
     process.start()
     return process
 
 
-def _as_ever(target: Callable[..., None], *args: object) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # a server of its own would cost seconds
+def _as_usual(target: Callable[..., None], *args: object) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # another fork server would take seconds to start
     torch.set_num_threads(1)  # as torchrun has it
     target(*args)
 
 
-def command_line(said: Path, environment: dict[str, str], *arguments: object) -> None:
-    """`kdcache` in this process, made the leader of its group, as a terminal's job is; what it says goes to a file."""
+def command_line(log: Path, environment: dict[str, str], *arguments: object) -> None:
+    """Run `kdcache` as the leader of a process group, like a job of a terminal; its output goes to a file."""
     from kdcache.cli import main
 
     os.setpgrp()
     os.environ.update(environment)
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     main([str(argument) for argument in arguments])
@@ -101,12 +101,12 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def kill_at(out: Path, commit: str, after: bool) -> None:
-    """Kill this process just before a rename or removal that commits something, or as soon as that is done."""
+    """Kill this process just before a rename or removal that commits something, or just after it."""
     committing = None
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         nonlocal committing
-        if committing == get_ident():  # the thread that does it is already about something else
+        if committing == get_ident():  # the thread has finished the commit
             committing = None
             os.kill(os.getpid(), signal.SIGKILL)
         if event in ("os.rename", "os.remove") and str(args[0]) == f"{out}{commit}":

@@ -11,7 +11,7 @@ from helpers.processes import in_a_process
 
 
 def together(store: TCPStore, count: int, target: Callable[..., None], *args: object) -> list[BaseProcess]:
-    """`count` processes, each of which calls `target(rank, environment, *args)`."""
+    """Start `count` processes, each of which calls `target(rank, environment, *args)`."""
     return [
         in_a_process(
             target,
@@ -31,5 +31,5 @@ def together(store: TCPStore, count: int, target: Callable[..., None], *args: ob
 
 
 def meeting_place() -> TCPStore:
-    """Where they find one another; outlives each of them."""
+    """Return the store by which the processes find one another."""
     return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

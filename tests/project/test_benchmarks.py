@@ -1,4 +1,4 @@
-"""Every benchmark runs, and prints the table that it promises, with figures that hang together."""
+"""Every benchmark runs, and prints its tables, with consistent numbers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def printed(name: str, *arguments: str) -> str:
 
 
 def tables(name: str) -> list[dict[str, list[str]]]:
-    """The tables of a benchmark: what a line is about, to its cells in the other columns; of the heading, ""."""
+    """Return the tables of a benchmark: name of a row -> its other cells; "" -> those of the heading."""
     found: list[dict[str, list[str]]] = []
     for line in printed(name, "--quick").splitlines():
         first, *cells = COLUMNS.split(line.strip())
-        if first in ("kept", "work"):
+        if first in ("encoding", "format", "work"):
             found.append({"": cells})
         elif found and cells:
             found[-1][first] = cells
@@ -42,7 +42,7 @@ def tables(name: str) -> list[dict[str, list[str]]]:
 
 
 def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
-    """A column of figures, by what the line is about; percentages as fractions."""
+    """Return a column of numbers, by name of the row; percentages as fractions."""
     where = table[""].index(column)
     values = {}
     for name, cells in table.items():
@@ -107,7 +107,7 @@ def test_one_set_of_rows_can_be_measured_alone() -> None:
 def test_ratios_of_the_codec_are_those_of_the_times_beside_them() -> None:
     (table,) = tables("codec.py")
     heading = table.pop("")
-    assert heading == ["time", "beside", "time", "ratio", "bound"]
+    assert heading == ["time", "compared with", "time", "ratio", "bound"]
     assert [name.split(":")[0] for name in table] == ["encode", "gather and decode"]
     for time, _, beside, ratio, bound in table.values():
         assert float(time) > 0

@@ -1,4 +1,4 @@
-"""The walls of the house: what may import what, who prints, who knows zarr and dask, how large a room is."""
+"""The structure of the package: imports, where output is printed, sizes of modules, unsafe calls, the public API."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+from helpers.markers import EMULATOR, PROCESS, SLOW_FILES, SLOW_TESTS
+from helpers.paths import TESTS
 from importlinter.application import use_cases
 from importlinter.configuration import configure
 
@@ -39,7 +41,7 @@ def test_only_output_prints() -> None:
     assert printing == {"cli.output"}
 
 
-def test_rooms_are_small() -> None:
+def test_modules_are_small() -> None:
     large = {name_of(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > 350}
     assert not large
 
@@ -55,3 +57,10 @@ def test_the_public_api_is_all_there() -> None:
     for name in kdcache.__all__:
         assert getattr(kdcache, name) is not None
     assert set(kdcache.__all__) == set(kdcache._HOME)
+
+
+def test_files_and_tests_with_markers_exist() -> None:
+    files = {path.stem: path.read_text() for path in TESTS.rglob("test_*.py")}
+    assert {*EMULATOR, *PROCESS, *SLOW_FILES, *SLOW_TESTS} <= set(files)
+    renamed = [name for file, names in SLOW_TESTS.items() for name in names if f"def {name}(" not in files[file]]
+    assert not renamed

@@ -1,4 +1,4 @@
-"""The built wheel alone, in a fresh environment outside the checkout, does the main job."""
+"""The built wheel alone, in a fresh environment outside the checkout, runs the demo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_it_carries_data_recipes_types_and_licence(wheel: Path) -> None:
+def test_it_contains_data_recipes_types_and_license(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for wanted in ("py.typed", "package_data/data/digits/digits.csv.gz", "package_data/data/digits/README.md"):
         assert f"kdcache/{wanted}" in names
@@ -38,8 +38,8 @@ def test_it_runs_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
     site = environment / "lib" / version / "site-packages"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--prefix", str(environment)]
     subprocess.run([*install, "--ignore-installed", str(wheel)], check=True, timeout=PATIENCE)
-    # Its dependencies are this environment's, which has them installed; a path in a .pth file adds their folder and
-    # does not run the .pth files in it, so the editable kdcache of a developer is not seen.
+    # The dependencies are those of the current environment: a path in a .pth file adds their folder, and does not run
+    # the .pth files in it, so that an editable install of kdcache is not found.
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     python = str(environment / "bin" / "python")

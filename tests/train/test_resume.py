@@ -195,7 +195,7 @@ def test_ctrl_c_in_the_first_epoch_leaves_nothing(
     monkeypatch.setenv("STEP", "2")
     stopped = train(home_of_all, tmp_path / "run")
     assert stopped.exit_code == 130
-    assert "nothing half-written was kept" in stopped.stderr
+    assert "no partial file was kept" in stopped.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -288,7 +288,7 @@ def test_a_full_disk_keeps_the_state_before_and_can_be_gone_on_with(
     full = {"STEP": str(2 * STEPS + 1), "HAPPENS": "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"}
     process = in_a_process(command_line, said, full, *arguments(home_of_all, out, "--device", "cpu"))
     assert exit_code(process) == 3, said.read_text()
-    assert "make room there, and run the same command again" in said.read_text()
+    assert "free disk space there, and run the same command again" in said.read_text()
     assert epochs_kept(out) == 2
     assert train(home_of_all, out).exit_code == 0
     assert contents(out) == contents(whole)

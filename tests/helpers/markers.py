@@ -1,0 +1,98 @@
+"""Which tests are marked `slow`, `emulator` and `process`; tests/conftest.py applies it."""
+
+from __future__ import annotations
+
+EMULATOR = {"test_clouds", "test_remote", "test_signatures"}
+"""Files whose tests need a server of object storage, of the Hugging Face Hub, or of plain HTTP, on this machine."""
+
+PROCESS = {
+    "test_benchmarks",
+    "test_clouds",
+    "test_docs",
+    "test_dump_options",
+    "test_examples",
+    "test_faults",
+    "test_lock",
+    "test_parallel",
+    "test_placement",
+    "test_ranks",
+    "test_resume",
+    "test_sweep",
+    "test_wheel",
+}
+"""Files whose tests start other processes, and kill some of them."""
+
+SLOW_FILES = {
+    "test_benchmarks",
+    "test_clouds",
+    "test_docs",
+    "test_examples",
+    "test_ranks",
+    "test_report",
+    "test_resume",
+    "test_wheel",
+}
+"""Files of which most tests take over two seconds, or wait for a fixture that does."""
+
+SLOW_TESTS = {
+    "test_cli": {
+        "test_a_disk_that_fills_up_while_weights_are_saved",
+        "test_ctrl_c_ends_with_130_and_leaves_what_can_be_resumed",
+    },
+    "test_cached_dataset": {"test_a_view_that_is_set_reaches_workers_that_persist"},
+    "test_dense_logits": {"test_every_command_on_whole_caches"},
+    "test_dump_options": {
+        "test_killed_while_it_takes_shards_over_it_goes_on",
+        "test_peak_memory_does_not_grow_with_samples_or_views",
+    },
+    "test_faults": {
+        "test_a_full_disk_leaves_nothing_or_a_cache_to_go_on_with",
+        "test_killed_at_any_change_of_a_file_it_goes_on_to_the_same_cache",
+        "test_killed_at_any_moment_it_goes_on_to_the_same_cache",
+    },
+    "test_foreign": {"test_what_fkd_says_is_what_the_cache_says"},
+    "test_parallel": {
+        "test_a_cluster_makes_the_same_caches",
+        "test_a_scheduler_that_is_not_there_is_said",
+        "test_a_shorter_head_is_that_of_a_dump_with_so_many",
+        "test_processes_count_as_threads_do",
+        "test_what_does_not_belong_together_is_refused_with_the_reason",
+        "test_what_a_killed_worker_had_begun_another_one_does_again",
+    },
+    "test_placement": {
+        "test_every_place_gives_what_was_written",
+        "test_the_benchmark_runs",
+        "test_workers_are_given_the_same",
+    },
+    "test_recipes": {
+        "test_commands_take_the_name_of_a_recipe",
+        "test_every_recipe_runs",
+        "test_the_template_trains_a_teacher_of_one_s_own",
+    },
+    "test_remote": {
+        "test_a_push_that_is_killed_goes_on",
+        "test_commands_take_urls",
+        "test_what_is_pulled_is_what_was_pushed",
+    },
+    "test_sweep": {
+        "test_a_mapped_cache_is_what_processes_share",
+        "test_each_student_is_what_it_would_be_alone",
+        "test_one_cache_and_one_data_set_serve_all",
+    },
+    "test_views": {"test_another_interpreter_changes_nothing", "test_processes_change_nothing"},
+}
+"""File -> tests that take over two seconds on an idle machine, as `pytest --durations=0` shows."""
+
+
+def markers_of(file: str, test: str) -> list[str]:
+    """Return the names of the markers of a test.
+
+    Args:
+        file: its name without `.py`.
+        test: name of the function.
+    """
+    return [
+        *(["emulator"] if file in EMULATOR else []),
+        *(["process"] if file in PROCESS else []),
+        *(["slow"] if file in SLOW_FILES or test in SLOW_TESTS.get(file, ()) else []),
+    ]
