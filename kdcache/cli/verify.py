@@ -110,7 +110,7 @@ def verify(
 
 def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
     """Print what was checked, every problem, and the results of the checks against a pipeline."""
-    problems = checked.findings
+    problems = checked.problems
     if as_json:
         output.as_json(
             {
