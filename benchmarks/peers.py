@@ -176,11 +176,11 @@ def top_even(logits: Tensor, top_k: int) -> Format:
     tail = log_probs.scatter(1, top.indices, -math.inf).logsumexp(dim=1, keepdim=True).half().float()
     each = (tail - math.log(logits.shape[1] - top_k)).expand_as(logits)
     decoded = each.scatter(1, top.indices, top.values.half().float())
-    return Format(f"top {top_k}, even tail", 4 * top_k + 2, 4 * top_k + 2, 0, lambda _: decoded)
+    return Format(f"top {top_k}, uniform tail", 4 * top_k + 2, 4 * top_k + 2, 0, lambda _: decoded)
 
 
 def least_even(logits: Tensor) -> Format:
-    """Return the smallest top k whose even tail has the fidelity of the planned encoding."""
+    """Return the smallest top k whose uniform tail has the fidelity of the planned encoding."""
     fewest, enough = 1, logits.shape[1] - 1
     while fewest < enough:
         top_k = (fewest + enough) // 2

@@ -9,7 +9,7 @@ code, students do not learn in so few epochs, from the live teacher either), ove
     fidelity 0.005       a cache with a smaller error
     dense cache          every class, float32
     top 16, renormalized another loss: only the teacher's 16 largest classes (`truncated`), from the default cache
-    top 16, even tail    another loss: a cache of 16 classes, the rest of the mass spread evenly (--tail uniform)
+    top 16, uniform tail another loss: a cache of 16 classes, the rest of the mass spread evenly (--tail uniform)
     labels alone         cross-entropy, no teacher
 
 The letters are drawn in typefaces that come with matplotlib, rotated, sheared, shifted, dimmed and with noise
@@ -125,7 +125,7 @@ def _sources(teacher: nn.Module, train: Samples, folder: Path) -> dict[str, Sour
         "fidelity 0.005": Source(precise, {}, of_precise),
         "dense cache": Source(dense, {}, large),
         "top 16, renormalized": Source(default, {"adjustment": {"kind": "truncation", "top": 16}}, None),
-        "top 16, even tail": Source(even, {}, of_even),
+        "top 16, uniform tail": Source(even, {}, of_even),
         "labels alone": Source(None, {}, None),
     }
 

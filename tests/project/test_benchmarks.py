@@ -63,7 +63,7 @@ def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
 PEERS = {
     "dense, float16",
     "top 16, renormalized",
-    "top 16, even tail",
+    "top 16, uniform tail",
     "FKD, top 5, float32",
     "FKD, top 5, float16",
     "FKD, top 10, float32",
@@ -138,7 +138,7 @@ def test_students_of_all_sources_are_compared_with_those_of_the_live_teacher() -
         "fidelity 0.005",
         "dense cache",
         "top 16, renormalized",
-        "top 16, even tail",
+        "top 16, uniform tail",
         "labels alone",
     ]
     assert list(table) == sources

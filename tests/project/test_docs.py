@@ -36,6 +36,12 @@ def blocks(language: str, text: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def shown_files(text: str) -> dict[str, str]:
+    """Return the files that a document shows, by path: blocks whose first line is a comment with the path."""
+    block = r"^```(?:python|yaml)\n# ([\w/]+\.(?:py|yaml))\n(.*?)^```$"
+    return dict(re.findall(block, text, flags=re.MULTILINE | re.DOTALL))
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder that looks like a clone to a document's commands, with `pip` and `pytest` already run."""
@@ -100,10 +106,16 @@ def names_of_lines(text: str) -> list[str]:
 @pytest.mark.parametrize("name", GUIDES)
 def test_every_block_runs_in_order_and_prints_what_is_shown(name: str, checkout: Path) -> None:
     text, printed = read(name), ""
+    files = shown_files(text)
+    for path, content in files.items():
+        if "/" not in path:
+            (checkout / path).write_text(content)
     for block in blocks("bash", text):
         ours = block.startswith("kdcache ")
         printed += run_in_forks(block, checkout) if ours else run(["bash", "-euc", block], checkout)
     for number, block in enumerate(blocks("python", text)):
+        if block.partition("\n")[2] in files.values():
+            continue
         script = checkout / f"block{number}.py"
         script.write_text(block)
         run([sys.executable, "-W", "error", str(script)], checkout)
@@ -112,6 +124,13 @@ def test_every_block_runs_in_order_and_prints_what_is_shown(name: str, checkout:
     if name == "README.md":
         assert (checkout / ".tools" / "called").read_text().count("install -e") == 2
         assert (checkout / "kdcache-demo" / "demo.png").stat().st_size > 10_000
+
+
+def test_adding_a_loss_is_shown_as_it_is_tested() -> None:
+    text, tested = read("docs/EXTENDING.md"), read("tests/losses/test_adding_a_loss.py")
+    assert shown_files(text)["kdcache/losses/jeffreys.py"] in tested
+    (line,) = re.findall(r"^```\n(.+)\n```$", text, flags=re.MULTILINE)
+    assert line in tested
 
 
 def test_yaml_blocks_are_good_pipelines(tmp_path: Path) -> None:

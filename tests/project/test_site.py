@@ -127,8 +127,9 @@ def test_pages_name_files_that_exist() -> None:
     rows = re.findall(r"^\| `([\w/]+/)` \| (.*) \|$", table, flags=re.MULTILINE)
     assert rows
     for folder, content in rows:
-        for name in re.findall(r"`([\w/.]+)`", content):
-            assert (ROOT / "kdcache" / folder / name).exists(), f"{folder}{name}"
+        named = set(re.findall(r"`([\w/.]+)`", content))
+        there = {path.name for path in (ROOT / "kdcache" / folder).glob("*.py")} - {"__init__.py"}
+        assert named == there, f"{folder}: not there {named - there}, not named {there - named}"
 
 
 def test_the_picture_has_both_color_schemes() -> None:
