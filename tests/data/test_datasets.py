@@ -636,7 +636,7 @@ def test_a_wrapped_data_set_is_checked() -> None:
     wrong(UsageError, "item 1 .* a whole number", [0, None, 1, 1])
     wrong(MismatchError, "2 class names for 3 classes", FOUR, class_names=["a", "b"])
     wrong(MismatchError, "0 class names for 3 classes", FOUR, class_names=[])
-    with pytest.raises(UsageError, match="item 0 of the data set is no pair"):
+    with pytest.raises(UsageError, match="item 0 of the data set is not a pair"):
         wrap(TensorDataset(torch.zeros(3, 1, 2, 2)), 3)
     with pytest.raises(UsageError, match="dataset/train holds no image"):
         wrap(Pairs([], []), 3)

@@ -355,7 +355,7 @@ def test_a_cache_of_mixed_views_holds_what_the_teacher_says_of_the_mixtures(made
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_replay_makes_the_mixtures_anew(made: Path, workers: int) -> None:
-    assert replay(open_cache(made), tiny_samples(100), workers=workers) == Replay(checked=68, rounded=0)
+    assert replay(open_cache(made), tiny_samples(100), num_workers=workers) == Replay(checked=68, rounded=0)
 
 
 def test_replay_names_the_first_mixture_that_a_changed_image_shows_in(made: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_teacher_is_needed_and_must_fit(cache: kdcache.Cache, tmp_path: Path) 
     with pytest.raises(UsageError, match="loss=kd needs a teacher"):
         sweep(combinations(RECIPE, SHORT, ["loss=kd"]), 1, [], tmp_path)
     other = kdcache.load_pipeline(RECIPE, ["transform=[{ToDtype: {dtype: float32, scale: true}}]"])
-    with pytest.raises(MismatchError, match="through another transform"):
+    with pytest.raises(MismatchError, match="transform is not that of the cache"):
         sweep([Point("other", other)], 1, [cache], tmp_path)
 
 

@@ -436,7 +436,7 @@ def test_what_does_not_belong_together_is_refused(cache: kdcache.Cache, tmp_path
         assert list(tmp_path.glob("run*")) == []
 
     refused(UsageError, "the loss kd needs a teacher", without=True)
-    refused(MismatchError, "through another transform", "transform=[{ToDtype: {dtype: float32, scale: true}}]")
+    refused(MismatchError, "transform is not that of the cache", "transform=[{ToDtype: {dtype: float32, scale: true}}]")
     refused(MismatchError, "does not fit", f"student.weights={cache_free_checkpoint(tmp_path.parent)}")
     (tmp_path / "run").mkdir()
     with pytest.raises(UsageError, match="exists"):
