@@ -60,7 +60,7 @@ def test_every_sample_is_matched_with_one_of_its_key_and_label(data: st.DataObje
         assert len(used) == min(own.count(pair), cached.count(pair)), "none is used twice while another is not"
 
 
-def test_a_label_that_differs_is_named() -> None:
+def test_a_different_label_is_reported() -> None:
     with pytest.raises(MismatchError, match=r"sample 1 of the data set has label 3, and is sample 0 .* with label 5"):
         align(*arrays([8, 7], [0, 3]), *arrays([7, 8], [5, 0]))
 
@@ -94,7 +94,7 @@ class Pairs(torch.utils.data.Dataset[Any]):
         return torch.full((1, 2, 2), float(index)), index % 3
 
 
-def test_other_peoples_data_sets_are_put_in_order() -> None:
+def test_data_sets_of_other_libraries_are_put_in_the_order_of_the_cache() -> None:
     whole, turned = wrap(Pairs(), 3), wrap(Subset(Pairs(), [5, 3, 1, 0, 2, 4]), 3)
     found = align(turned.keys(), turned.labels, whole.keys(), whole.labels)
     again = apply_alignment(turned, found)

@@ -53,7 +53,7 @@ GROWING: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "arguments"), GROWING)
-def test_what_is_counted_beforehand_is_no_less_than_what_torchvision_makes(
+def test_the_predicted_size_is_an_upper_bound_of_the_actual_size(
     name: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_what_is_counted_beforehand_is_no_less_than_what_torchvision_makes(
             step(image)
 
 
-def test_an_image_may_stay_as_large_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_may_keep_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transform_limits, "MAX_IMAGE_VALUES", 100)
     crop: Transform = [{"RandomHorizontalFlip": {}}, {"RandomCrop": {"size": 5}}]
     assert build_transform(crop)(torch.rand(3, 20, 20)).shape == (3, 5, 5)
@@ -77,7 +77,7 @@ def test_an_image_may_stay_as_large_as_it_came(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("transform", [[{"Resize": {"size": 6}}], [{"RandomCrop": {"size": 4, "padding": 1}}]])
-def test_a_batch_is_no_larger_than_it_may_be(transform: Transform, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_above_the_limit_is_refused(transform: Transform, monkeypatch: pytest.MonkeyPatch) -> None:
     values = build_transform(transform)(tiny_samples(1).images.picture(0)).numel()
     monkeypatch.setattr(transform_limits, "MAX_BATCH_VALUES", 8 * values)
     view = View(tiny_samples(12), transform)
@@ -133,18 +133,18 @@ def replay_hostile(folder: Path) -> None:
             pytest.fail(name)
 
 
-def test_a_hostile_cache_is_refused_in_little_memory(tmp_path: Path) -> None:
+def test_an_excessive_transform_of_a_cache_is_refused_in_little_memory(tmp_path: Path) -> None:
     process = in_a_process(replay_hostile, tmp_path)
     assert exit_code(process) == 0
 
 
-def test_what_is_no_number_hides_no_number() -> None:
+def test_nan_does_not_hide_other_numbers() -> None:
     with pytest.raises(UsageError, match="this transform exceeds a limit"):
         build_transform([{"RandomResizedCrop": {"antialias": math.nan, "size": 9_000}}])(torch.rand(3, 4, 4))
 
 
 @pytest.mark.parametrize("depth", [60, 70, 400])
-def test_steps_inside_one_another_are_counted_too(depth: int) -> None:
+def test_nested_steps_are_counted(depth: int) -> None:
     transform: Transform = [{"Identity": {}}]
     for _ in range(depth - 1):
         transform = [{"Compose": {"transforms": transform}}]
@@ -156,7 +156,7 @@ def test_steps_inside_one_another_are_counted_too(depth: int) -> None:
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
-def test_the_transforms_of_the_recipes_are_well_within(path: Path) -> None:
+def test_the_transforms_of_the_recipes_are_within_the_limits(path: Path) -> None:
     pipeline = load_pipeline(path)
     said = [one for one in (pipeline.transform, pipeline.eval_transform) if one is not None]
     for transform in said or [photograph_transform()]:
