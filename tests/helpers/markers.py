@@ -40,7 +40,7 @@ SLOW_TESTS = {
         "test_ctrl_c_ends_with_130_and_leaves_what_can_be_resumed",
     },
     "test_cached_dataset": {"test_set_view_takes_effect_in_persistent_workers"},
-    "test_dense_logits": {"test_every_command_on_whole_caches"},
+    "test_dense_logits": {"test_every_command_on_complete_caches"},
     "test_dump_options": {
         "test_killed_while_it_takes_shards_over_it_goes_on",
         "test_peak_memory_does_not_grow_with_samples_or_views",
