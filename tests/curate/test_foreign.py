@@ -519,7 +519,7 @@ def test_a_config_that_says_nothing_is_named(images: Images, tmp_path: Path) -> 
     for held, why in (
         ({"reinforce": {"image_augmentation": plain}}, "has the transforms random_horizontal_flip"),
         ({"reinforce": {"image_augmentation": {"random_resized_crop": {}}}}, "has the transforms random_resized_crop"),
-        ({"reinforce": {"image_augmentation": plain | {"random_resized_crop": {"size": "x"}}}}, "size 'x' is"),
+        ({"reinforce": {"image_augmentation": plain | {"random_resized_crop": {"size": "x"}}}}, "size must be a number of pixels or"),
         ({"reinforce": {"image_augmentation": [1]}}, "config.pth.tar does not state the augmentation"),
         ([], "config.pth.tar does not state the augmentation"),
         (Calls(), "config.pth.tar cannot be read"),
@@ -1026,7 +1026,7 @@ def test_a_recorded_crop_has_one_place(images: Images) -> None:
             View(images.samples, steps, crops=lambda view: boxes[view])
     with pytest.raises(UsageError, match="whose boxes are recorded for training images only"):
         transform_for_evaluation(FRACTIONS, FRACTIONS)
-    with pytest.raises(UsageError, match="need one that does not"):
+    with pytest.raises(UsageError, match="need one that is not"):
         transform_for_evaluation(None, FRACTIONS)
 
 

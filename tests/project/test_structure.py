@@ -82,7 +82,7 @@ PER = "row|image|step|loss|shard|sample|view|epoch|batch|class|second|core|file|
 UNIDIOMATIC = {
     "resume": r"\b(go(es|ing)?|gone|went) on\b",
     "is not a": r"(?<!there )\b(is|are) (no|(?-i:none))\b(?! (longer|more))",
-    "per": rf"\b({COUNTED}) an? ({PER})\b",
+    "per": rf"\b({COUNTED}) an? ({PER})\b(?! (holds|has|stores))",
     "does not have": r"\b(has|have) not got\b",
     "plain verbs": r"\b(hears?|told|tells? of|mends?|mended|stumbl\w+|brought along|given back|lies? (there|here))\b",
     "plain nouns": r"\b(whoever|nobody|beforehand|thereof|somebody)\b|\b(how|as|so|too) (dear|near)\b",

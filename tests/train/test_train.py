@@ -204,7 +204,7 @@ def test_each_epoch_asks_for_its_view(tmp_path: Path) -> None:
 
 def test_a_student_of_two_views_sees_the_teachers_pixels(tmp_path: Path) -> None:
     crop = "transform=[{RandomCrop: {size: 8, padding: 1}}, {ToDtype: {dtype: float32, scale: true}}]"
-    with pytest.raises(UsageError, match="validation and test images need one that does not") as caught:
+    with pytest.raises(UsageError, match="validation and test images need one that is not") as caught:
         kdcache.train_student(pipeline(crop, "loss.name=ce"), None, tmp_path / "run")
     assert '[{"ToDtype": {"dtype": "float32", "scale": true}}]' in caught.value.fix
     two = pipeline(crop, "eval_transform=[{ToDtype: {dtype: float32, scale: true}}]")
