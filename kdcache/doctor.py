@@ -188,9 +188,10 @@ def _teacher(
     cache = estimate(loaded, pipeline.cache, device, progress, out, pilot_rows=pipeline.cache.batch_size)
     if cache.rows_per_second is None:
         raise ValueError("a pilot is run where the cache is to be written")
-    minutes = cache.rows / cache.rows_per_second / 60
+    seconds = cache.rows / cache.rows_per_second
+    duration = f"{seconds:,.0f} s" if seconds < 60 else f"{seconds / 60:,.1f} min"
     size = f"{cache.bytes / 1e6:,.2f} MB"
-    return f"{cache.rows_per_second:,.0f} images/s; a cache of about {size} and {minutes:,.1f} minutes"
+    return f"{cache.rows_per_second:,.0f} images/s; estimated cache: {size}, dumped in {duration}"
 
 
 def _transform(pipeline: Pipeline, samples: Samples, transform: Transform) -> str:

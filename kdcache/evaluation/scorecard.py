@@ -13,7 +13,7 @@ from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.config.schema import DatasetSpec
-from kdcache.data.alignment import shared
+from kdcache.data.alignment import match_samples
 from kdcache.data.datasets import load_held_out, load_split
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples
@@ -188,7 +188,7 @@ class _TeacherRows(NamedTuple):
 
 
 def _teacher_rows(cache: Cache, dataset: DatasetSpec, rows: int, progress: Progress) -> _TeacherRows:
-    images = shared(cache, load_split(dataset, "train"), progress)
+    images = match_samples(cache, load_split(dataset, "train"), progress)
     if images.note:
         progress.say(f"note: {images.note}")
     indices = pilot_ids(len(images.view), rows)

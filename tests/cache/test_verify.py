@@ -566,7 +566,7 @@ def another_library(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, i
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_views_are_replayed_to_the_bit_by_any_number_of_workers(workers: int, seen: Made) -> None:
-    assert replay(seen.cache, seen.samples, workers=workers) == Replay(68, 0)
+    assert replay(seen.cache, seen.samples, num_workers=workers) == Replay(68, 0)
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ SLOW_TESTS = {
         "test_a_disk_that_fills_up_while_weights_are_saved",
         "test_ctrl_c_ends_with_130_and_leaves_what_can_be_resumed",
     },
-    "test_cached_dataset": {"test_a_view_that_is_set_reaches_workers_that_persist"},
-    "test_dense_logits": {"test_every_command_on_whole_caches"},
+    "test_cached_dataset": {"test_set_view_takes_effect_in_persistent_workers"},
+    "test_dense_logits": {"test_every_command_on_complete_caches"},
     "test_dump_options": {
         "test_killed_while_it_takes_shards_over_it_goes_on",
         "test_peak_memory_does_not_grow_with_samples_or_views",
@@ -75,11 +75,11 @@ SLOW_TESTS = {
         "test_what_is_pulled_is_what_was_pushed",
     },
     "test_sweep": {
-        "test_a_mapped_cache_is_what_processes_share",
-        "test_each_student_is_what_it_would_be_alone",
-        "test_one_cache_and_one_data_set_serve_all",
+        "test_processes_share_a_mapped_cache",
+        "test_each_student_of_a_sweep_equals_a_single_run",
+        "test_all_students_share_one_cache_and_data_set",
     },
-    "test_views": {"test_another_interpreter_changes_nothing", "test_processes_change_nothing"},
+    "test_views": {"test_views_are_the_same_in_another_interpreter", "test_views_are_the_same_in_worker_processes"},
 }
 """File -> tests that take over two seconds on an idle machine, as `pytest --durations=0` shows."""
 
