@@ -25,9 +25,16 @@ from kdcache.models import cifar, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.construct import construct, place_of
 from kdcache.models.small import SmallCNN, SmallMLP
+from kdcache.runtime.progress import Progress
 
 
-def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], trained: bool = False) -> nn.Module:
+def build_model(
+    spec: ModelSpec,
+    num_classes: int,
+    shape: tuple[int, int, int],
+    trained: bool = False,
+    progress: Progress | None = None,
+) -> nn.Module:
     """The network that a pipeline file names, on the CPU.
 
     Args:
@@ -35,6 +42,7 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
         num_classes: C, the size of its output.
         shape: (channels, height, width) of the images before the transform.
         trained: load the weights that `spec` names, and refuse a network that would have random ones.
+        progress: is told which weights of a checkpoint were taken, where it has several; silent if None.
 
     Raises:
         UsageError: for a name or arguments that cannot be, or weights that are not there.
@@ -66,7 +74,7 @@ def build_model(spec: ModelSpec, num_classes: int, shape: tuple[int, int, int], 
             "small:mlp or path/file.py:function",
         )
     if trained and spec.weights is not None:
-        load_weights(model, Path(spec.weights))
+        load_weights(model, spec.weights, progress)
     return model
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,49 +14,128 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
+from kdcache.models.digest import plain_state
+from kdcache.models.exported import is_exported, is_torchscript, members_of, read_exported
+from kdcache.models.safe_globals import safe_globals
+from kdcache.models.state_dicts import Match, State, likely_cause, match_keys, part_of, state_dicts_in
+from kdcache.runtime.progress import Progress, Silent
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
-_PARALLEL = "module."
 _SHOWN = 3
 
+_SAVE = "give a safetensors file, or one written with torch.save(model.state_dict(), path)"
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill a network from a checkpoint, safetensors or a torch file read with `weights_only`.
+_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+"""What `save_pretrained` writes into a folder, and a run of kdcache."""
 
-    Keys may carry the `module.` of DataParallel, and a torch file may hold its state under `state_dict` or `model`.
+
+def load_weights(model: nn.Module, path: str | Path, progress: Progress | None = None) -> None:
+    """Fill a network from a checkpoint.
+
+    Keys may carry the names of wrappers (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of
+    Lightning and others), and a file may hold its state dict among other things, as training scripts write them.
+
+    Args:
+        model: the network.
+        path: a safetensors file, a torch file (read with `weights_only`), a file of torch.export, or a folder of
+            `save_pretrained`; `PATH#PART` chooses among several state dicts in it, such as `last.pth#state_dict_ema`.
+        progress: is told which state dict was taken, where there are several; silent if None.
 
     Raises:
-        UsageError: if there is no such file.
+        UsageError: if there is no such file, or no such part in it.
         CorruptError: if it cannot be read as tensors.
         MismatchError: if it does not fit the network; names the first keys that do not.
     """
-    if not path.is_file():
-        raise UsageError(
-            f"there is no checkpoint {path}", "train one (`kdcache train-teacher`), or set `weights:` to where it lies"
-        )
+    path, part = _split(path)
+    states = _read_states(path)
+    if part is not None:
+        chosen = part_of(states, part)
+        if not chosen:
+            raise UsageError(
+                f"the checkpoint {path} has no part {part!r}",
+                f"it has {', '.join(name for name in states if name) or 'one state dict: leave the # out'}",
+            )
+        states = chosen
     expected = model.state_dict()
-    state = read_state(path)
-    if not any(key.startswith(_PARALLEL) for key in expected):
-        state = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
+    matches = {name: match_keys(state, expected) for name, state in states.items()}
+    fitting = [name for name in states if _fits(matches[name], states[name], expected)]
+    name = fitting[0] if fitting else next(iter(states))
+    match, state = matches[name], states[name]
+    if not fitting:
+        raise _misfit(path, name, state, match, expected)
+    if match.is_ambiguous:
+        prefixes = sorted(prefix.removesuffix(".") for prefix in (match.prefix, *match.alternatives))
+        raise MismatchError(
+            f"the checkpoint {path} holds several networks of this kind: {', '.join(prefixes)}",
+            f"choose one: `weights: {path}#{prefixes[0]}`",
+        )
+    _fill(model, path, state, match, expected)
+    for remark in _remarks(path, name, fitting[1:], match, part):
+        (progress or Silent()).say(remark)
+
+
+def _split(given: str | Path) -> tuple[Path, str | None]:
+    """Return the path of a checkpoint and the part of it that is meant, as in `last.pth#state_dict_ema`."""
+    path = Path(given)
+    if path.exists() or "#" not in str(given):
+        return path, None
+    name, _, part = str(given).rpartition("#")
+    return Path(name), part
+
+
+def _fits(match: Match, state: State, expected: Mapping[str, Any]) -> bool:
+    return match.fits and not _other_shapes(match, state, expected) and not _other_types(match, state, expected)
+
+
+def _other_shapes(match: Match, state: State, expected: Mapping[str, Any]) -> dict[str, tuple[list[int], list[int]]]:
+    """Return the shapes in the checkpoint and in the network where they differ."""
+    shapes = {}
+    for ours, theirs in match.keys.items():
+        one, other = state[theirs], expected[ours]
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape != other.shape:
+            shapes[ours] = list(one.shape), list(other.shape)
+    return shapes
+
+
+def _other_types(match: Match, state: State, expected: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the types where one is of fractions and the other of whole numbers: a copy would lose what they mean."""
+    types = {}
+    for ours, theirs in match.keys.items():
+        one, other = (_kind(value) for value in (state[theirs], expected[ours]))
+        if one != other:
+            types[ours] = _type_name(state[theirs]), _type_name(expected[ours])
+    return types
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return "object"
+    if value.is_quantized:
+        return "quantized"
+    return "fractional" if value.is_floating_point() or value.is_complex() else "integer"
+
+
+def _type_name(value: object) -> str:
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _misfit(path: Path, name: str, state: State, match: Match, expected: Mapping[str, Any]) -> MismatchError:
+    """Return the error of a checkpoint that does not fit, with what was found and what was expected."""
+    shapes, types = _other_shapes(match, state, expected), _other_types(match, state, expected)
     problems = [
-        *_some("missing", [k for k in expected if k not in state]),
-        *_some("unexpected", [k for k in state if k not in expected]),
+        *_some("missing", match.missing),
+        *_some("unexpected", match.unexpected),
         *_some(
             "of another shape",
-            [
-                f"{k} {list(state[k].shape)}, the network has {list(expected[k].shape)}"
-                for k in expected
-                if k in state and state[k].shape != expected[k].shape
-            ],
+            [f"{key} {theirs}, the network has {ours}" for key, (theirs, ours) in shapes.items()],
         ),
+        *_some("of another type", [f"{key} {theirs}, the network has {ours}" for key, (theirs, ours) in types.items()]),
     ]
-    if problems:
-        raise MismatchError(
-            "\n  ".join([f"the checkpoint {path} does not fit the network:", *problems]),
-            "set `model:` and `args:` to what the checkpoint was made with, and check the number of classes",
-        )
-    model.load_state_dict(state)
+    where = f" (its part {name})" if name else ""
+    return MismatchError(
+        "\n  ".join([f"the checkpoint {path}{where} does not fit the network:", *problems]),
+        likely_cause(match, shapes),
+    )
 
 
 def _some(what: str, keys: list[str]) -> list[str]:
@@ -65,52 +145,178 @@ def _some(what: str, keys: list[str]) -> list[str]:
     return [f"{what}: {'; '.join(keys[:_SHOWN])}{more}"]
 
 
+def _fill(model: nn.Module, path: Path, state: State, match: Match, expected: Mapping[str, Any]) -> None:
+    """Copy a state dict that fits into the network; counters of batches that it lacks stay as they are."""
+    whole: OrderedDict[str, Any] = OrderedDict(
+        (key, state[match.keys[key]] if key in match.keys else value) for key, value in expected.items()
+    )
+    # By this the modules know how they wrote it: those of quantization have changed their keys.
+    if (metadata := getattr(state, "_metadata", None)) is not None and all(a == b for a, b in match.keys.items()):
+        whole._metadata = metadata  # type: ignore[attr-defined]  # torch's own way to keep it
+    try:
+        model.load_state_dict(whole)
+    except Exception as error:  # whatever a module's own way to load its state may raise
+        raise MismatchError(
+            f"the checkpoint {path} cannot be loaded into the network: {_first_line(error)}",
+            "set `model:` and `args:` to what the checkpoint was made with",
+        ) from error
+
+
+def _remarks(path: Path, name: str, others: list[str], match: Match, part: str | None) -> list[str]:
+    """Return what the user should know of the weights that were taken from among others."""
+    remarks = []
+    if others and part is None:
+        choices = " or ".join(f"`weights: {path}#{other}`" for other in others if other)
+        remarks.append(f"note: the weights are {name or 'the whole'} of {path}; choose another part with {choices}")
+    if match.alternatives:
+        prefix, other = (p.removesuffix(".") or "those without a prefix" for p in (match.prefix, match.alternatives[0]))
+        remarks.append(f"note: the weights are {prefix} of {path}, which also has {other} (`weights: {path}#{other}`)")
+    if match.ignored:
+        remarks.append(f"note: not of the network, and not loaded from {path}: {'; '.join(_shortened(match.ignored))}")
+    return remarks
+
+
+def _shortened(keys: list[str]) -> list[str]:
+    return [*keys[:_SHOWN], *([f"and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else [])]
+
+
 def read_state(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a checkpoint by name; nothing else in it is unpickled.
+    """Return the tensors of a checkpoint by name, of the preferred state dict in it; nothing else is unpickled.
 
     Raises:
+        UsageError: if there is no such file.
         CorruptError: if it cannot be read as tensors.
     """
-    fix = "give a safetensors file, or one written with torch.save(model.state_dict(), path)"
-    held: Any
+    return next(iter(_read_states(path).values()))
+
+
+def _read_states(path: Path) -> dict[str, State]:
+    """Return the state dicts of a file or folder by their paths in it, preferred first.
+
+    Raises:
+        UsageError: if it is not there, or a TorchScript archive.
+        CorruptError: if it cannot be read as tensors.
+    """
+    if path.is_dir():
+        return {"": _read_folder(path)}
+    states = state_dicts_in(_read_file(path))
+    if not states:
+        raise CorruptError(f"the checkpoint {path} holds no state dict of tensors", _SAVE)
+    return states
+
+
+def _read_folder(folder: Path) -> State:
+    """Return the tensors of a folder that `save_pretrained` has written, in one file or in several (shards)."""
+    for name in _FOLDER_FILES:
+        if (folder / name).is_file():
+            return dict(next(iter(_read_states(folder / name).values())))
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = [file for file in files if Path(file).name != file]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptError(f"cannot read {index}: {_first_line(error)}", "get the folder again") from error
+        lacking = [file for file in files if not (folder / file).is_file()]
+        if outside or lacking or not files:
+            raise CorruptError(
+                f"{index} names {', '.join((outside or lacking)[:_SHOWN]) or 'no file'}, which "
+                f"{'is not in the folder' if lacking else 'is not the name of a file in the folder'}",
+                "get the folder again, with all its shards",
+            )
+        state: dict[str, Any] = {}
+        for file in files:
+            state.update(next(iter(_read_states(folder / file).values())))
+        return state
+    raise UsageError(
+        f"there is no checkpoint {folder}: the folder has no {' and no '.join(_FOLDER_FILES)}",
+        "train one (`kdcache train-teacher`), or set `weights:` to the file of the weights",
+    )
+
+
+def _read_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(
+            f"there is no checkpoint {path}", "train one (`kdcache train-teacher`), or set `weights:` to its path"
+        )
     try:
-        held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        members = members_of(path)
+        if is_torchscript(members):
+            raise _torchscript(path)
+        return read_exported(path, _load) if is_exported(members) else _load(path)
+    except KdcacheError:
+        raise
     except Exception as error:  # whatever the bytes of a broken file make torch stumble over
-        raise CorruptError(f"cannot read the checkpoint {path}: {_why(error)}", fix) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(held, Mapping) and isinstance(held.get(wrapper), Mapping):
-            held = held[wrapper]
-    tensors = isinstance(held, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items())
-    if not tensors:
-        raise CorruptError(f"the checkpoint {path} holds no state dict of tensors", fix)
-    return held  # type: ignore[no-any-return]  # looked at just above
+        raise CorruptError(f"cannot read the checkpoint {path}: {_why(error)}", _fix(error)) from error
+
+
+def _load(file: Any) -> Any:
+    with safe_globals():
+        return torch.load(file, "cpu", weights_only=True)
+
+
+def _torchscript(path: Path) -> UsageError:
+    return UsageError(
+        f"the checkpoint {path} is a TorchScript archive, which holds code: it is not loaded as weights",
+        "where you trust it, write its weights: torch.save(torch.jit.load(path, 'cpu').state_dict(), 'weights.pt'); or "
+        "use the whole as a teacher: `model: file.py:function`, which returns torch.jit.load(path, 'cpu')",
+    )
+
+
+def _code(error: Exception) -> str | None:
+    """Return the name of what a checkpoint holds beside tensors, from torch's error."""
+    found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return found[1] if found else None
 
 
 def _why(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         # torch's own words advise to unpickle anything.
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        return f"it holds more than tensors ({code[1]}), which is not loaded" if code else "it is damaged"
-    return " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+        return f"it holds more than tensors ({_code(error)}), which is not loaded" if _code(error) else "it is damaged"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _fix(error: Exception) -> str:
+    if _code(error) is None:
+        return _SAVE
+    return f"{_SAVE}: load it where it was made and you trust it, and write its state dict alone"
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).splitlines()[:1])
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a network's parameters and buffers as safetensors, whole or not at all."""
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    """Write a network's parameters and buffers as safetensors, whole or not at all.
+
+    Raises:
+        MismatchError: if the network has values that safetensors cannot hold; see `check_savable`.
+    """
+    check_savable(model, "network")
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in plain_state(model).items()}
     unfinished = path.with_suffix(".partial")
     # Written by Python, so that a full disk is the OSError that it is everywhere else.
     unfinished.write_bytes(save(state))
     unfinished.replace(path)
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Digest of what a network computes with: sha256 over names, types, shapes and bytes of parameters and buffers.
+def check_savable(model: nn.Module, who: str) -> None:
+    """Check that a network's state can be written as safetensors: dense tensors alone.
 
-    Sorted by name, so that it depends on the weights alone and not on the file that they came in.
+    Raises:
+        MismatchError: which names the first value that is something else.
     """
-    sha = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        data = value.detach().cpu().contiguous()
-        sha.update(f"{key}\0{data.dtype}\0{list(data.shape)}\0".encode())
-        sha.update(data.flatten().view(torch.uint8).numpy().tobytes() if data.numel() else b"")
-    return f"sha256:{sha.hexdigest()}"
+    for key, value in plain_state(model).items():
+        if not isinstance(value, Tensor):
+            kind = f"a {type(value).__name__}"
+        elif value.is_quantized or value.layout != torch.strided:
+            kind = f"a tensor that is {'quantized' if value.is_quantized else 'sparse'}"
+        else:
+            continue
+        raise MismatchError(
+            f"the {who}'s state has {key}, {kind}, which model.safetensors cannot hold",
+            "let the network keep it as a dense tensor (register_buffer), or not in its state (persistent=False)",
+        )

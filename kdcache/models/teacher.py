@@ -88,7 +88,7 @@ def _load(
         arguments = {"args": spec.args, "outputs": outputs, "classes": record_of_groups(groups)}
     if remark := compare_names(spec, groups, samples.class_names):
         progress.say(remark)
-    model = build_model(spec, outputs, shape, trained=True)
+    model = build_model(spec, outputs, shape, trained=True, progress=progress)
     path, _, _ = spec.model.partition(":")
     code = f"sha256:{record_of(Path(path)).sha256}" if path.endswith(".py") else None
     # Of a teacher from a file the name is kept, not where the file lay on this machine.

@@ -190,7 +190,7 @@ def _train(
     ):
         torch.manual_seed(spec.train.seed)
         start = isinstance(spec, StudentSpec) and (spec.weights is not None or "@" in spec.model)
-        model = build_model(spec, samples.num_classes, train.shape(), trained=start)
+        model = build_model(spec, samples.num_classes, train.shape(), trained=start, progress=progress)
         try_network(model, train, "cpu", "network")
         trained = fit(
             model,
