@@ -26,7 +26,7 @@ from kdcache.dump.plan import measured, request_of, run_pilot, views_of
 from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.models import build_model
 from kdcache.models.checks import check_logits, try_network
-from kdcache.models.inference import InferenceModel
+from kdcache.models.inference import InferenceModel, try_teacher
 from kdcache.models.teacher import load_teacher
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.resources import existing, free_disk, free_memory
@@ -156,7 +156,7 @@ def _teacher(
     spec = pipeline.cache
     rows = len(samples) * views_of(spec, transform).count
     view = View(samples, transform, spec.seed)
-    try_network(model.to(device), view, device, "teacher")
+    try_teacher(model, view, spec, device)
     teacher = InferenceModel(model, samples.num_classes, spec, device)
     pilot = run_pilot(teacher, view, spec, progress, spec.batch_size)
     every = encoding_without_pilot(samples.num_classes, request_of(spec))
@@ -180,7 +180,7 @@ def _student(pipeline: Pipeline, samples: Samples, seen: Transform, device: torc
     spec = pipeline.section("student")
     check_trackers(spec.train.trackers)
     view = View(samples, seen if spec.transform is None else spec.transform, pipeline.cache.seed)
-    trained = spec.weights is not None or "@" in spec.model
+    trained = spec.weights is not None or spec.names_weights
     model = build_model(spec, samples.num_classes, view.shape(), trained=trained)
     try_network(model, view, "cpu", "student")
     seconds = _first_piece(model.to(device), view, spec.train, device)

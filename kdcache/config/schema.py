@@ -124,18 +124,28 @@ class ModelSpec(Section):
     """Which network (`models/`)."""
 
     model: str
-    """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `timm:NAME`, `timm:NAME@TAG`, `cifar:NAME`, `small:cnn`,
-    `small:mlp` or `path/file.py:function`."""
+    """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `timm:NAME`, `timm:NAME@TAG`, `hf:FOLDER` (an image classifier
+    of transformers), `cifar:NAME`, `small:cnn`, `small:mlp` or `path/file.py:function`."""
     args: dict[str, Any] = Field(default={})
     """Keyword arguments of the network's constructor."""
     weights: str | None = None
-    """A checkpoint, safetensors or torch: the teacher that is dumped; what a student starts from, if not at random."""
+    """A checkpoint, safetensors or torch: the teacher that is dumped; what a student starts from, if not at random.
+    `PATH#PART` chooses among several state dicts in it, such as `last.pth#state_dict_ema`. A folder is one that
+    `save_pretrained` wrote."""
+    output: NotNegativeInt | str | None = None
+    """Which part of a tuple, dictionary or record that the network returns holds the logits: an index or a name, of
+    parts within parts names with dots between. None: the part `logits`, if it does not return a tensor."""
 
     @property
     def names_weights(self) -> bool:
         """Whether `model` names weights that a library keeps."""
         kind, _, name = self.model.partition(":")
         return kind in ("torchvision", "timm") and "@" in name
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether a teacher of this `model` has weights without a checkpoint: its library's or those of its folder."""
+        return self.names_weights or (self.model.startswith("hf:") and self.weights is None)
 
 
 class TrainedSpec(ModelSpec):
@@ -151,9 +161,9 @@ class TrainedSpec(ModelSpec):
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.outputs is not None and self.classes is None:
             yield ("outputs", "classes"), "belongs to classes, which says what the outputs stand for"
-        if self.outputs is not None and self.names_weights:
+        if self.outputs is not None and self.has_own_weights:
             yield ("outputs", "model"), f"cannot be set: {self.model} has as many as it has"
-        if self.outputs is None and self.classes is not None and not self.names_weights:
+        if self.outputs is None and self.classes is not None and not self.has_own_weights:
             yield ("outputs", "classes", "model"), "is needed beside classes: how many outputs the network has"
 
 

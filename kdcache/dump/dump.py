@@ -29,8 +29,7 @@ from kdcache.dump.plan import Pilot, Planned, choose, measured, plan_cache, requ
 from kdcache.dump.teacher_pass import PhaseTimer, Shard, run_pass
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError
 from kdcache.models import weights_digest
-from kdcache.models.checks import try_network
-from kdcache.models.inference import InferenceModel
+from kdcache.models.inference import InferenceModel, try_teacher
 from kdcache.models.teacher import TeacherIdentity, load_teacher
 from kdcache.runtime.distributed import Ranks
 from kdcache.runtime.progress import Progress, Silent
@@ -71,7 +70,7 @@ def plan_for_teacher(
     if every is not None and out is None:
         return Planned(every, None, rows)
     view = View(loaded.samples, loaded.transform, spec.seed)
-    try_network(loaded.model.to(device), view, device, "teacher")
+    try_teacher(loaded.model, view, spec, device)
     teacher = InferenceModel(loaded.model, loaded.samples.num_classes, spec, device)
     if every is not None:
         pilot = run_pilot(teacher, view, spec, progress, _TIMED * spec.batch_size)
@@ -226,7 +225,7 @@ def _settle(
     # What cannot be asked for is refused before all images are read.
     encoding_without_pilot(samples.num_classes, request_of(spec))
     view = View(samples, transform, spec.seed)
-    try_network(model.to(device), view, device, "teacher")
+    level = try_teacher(model, view, spec, device)
     keys = samples.keys(progress)
     path, begun = out, read_plan(out / PLAN) if (out / PLAN).exists() else None
     if begun is None and extends is not None:
@@ -237,7 +236,7 @@ def _settle(
 
     chosen = choose(path, begun, spec, samples.num_classes, pilot)
     shape = extends.manifest.plan.shape if extends else None
-    plan = plan_cache(teacher, model, samples, digest_of(keys, samples.labels), spec, views, chosen, shape)
+    plan = plan_cache(teacher, model, samples, digest_of(keys, samples.labels), spec, views, chosen, shape, level)
     if extends is not None:
         check_extends(extends, plan, keys, samples.labels)
     if not (out / PLAN).exists():

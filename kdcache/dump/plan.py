@@ -222,6 +222,7 @@ def plan_cache(
     views: ViewsRecord,
     choice: Chosen,
     shape: Sharding | None = None,
+    level: Literal["unknown"] | None = None,
 ) -> Plan:
     """What a cache will be, before the teacher has run over it; `shape` is that of a cache that it extends.
 
@@ -236,6 +237,7 @@ def plan_cache(
                 weights_digest=weights_digest(model),
                 parameters=sum(p.numel() for p in model.parameters()),
                 precision=described_precision(spec),
+                level=level,
             ),
             dataset=record_of_data(samples, digest),
             views=views,

@@ -5,6 +5,8 @@
     timm:resnet18, timm:resnet50@a1_in1k        the same of timm, an optional extra
     cifar:resnet32x4, cifar:wrn_40_2, ...       models/cifar.py, the networks of the papers' CIFAR-100 pairs
     small:cnn, small:mlp                        models/small.py
+    hf:path/to/folder                           an image classifier of transformers, an optional extra, as
+                                                save_pretrained wrote it; with its weights where they are wanted
     path/file.py:function                       function(num_classes=..., **args) -> torch.nn.Module
 
 Small images and gray ones need no change of the network: they are repeated to three channels and enlarged on their way
@@ -21,9 +23,10 @@ from torch import nn
 
 from kdcache.config.schema import ModelSpec, Transform
 from kdcache.errors import MismatchError, UsageError
-from kdcache.models import cifar, from_timm, from_torchvision
+from kdcache.models import cifar, from_hf, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.construct import construct, place_of
+from kdcache.models.outputs import take_part
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.runtime.progress import Progress
 
@@ -49,7 +52,7 @@ def build_model(
         MismatchError: for weights that do not fit.
     """
     kind, _, name = spec.model.partition(":")
-    if trained and spec.weights is None and not kind.endswith(".py") and not spec.names_weights:
+    if trained and spec.weights is None and not kind.endswith(".py") and kind != "hf" and not spec.names_weights:
         raise UsageError(
             f"the teacher {spec.model} has no weights",
             "make some with `kdcache train-teacher`, and set teacher.weights to the checkpoint "
@@ -61,6 +64,8 @@ def build_model(
         model = from_torchvision.build(name, spec, num_classes, shape[0])
     elif kind == "timm":
         model = from_timm.build(name, spec, num_classes, shape[0])
+    elif kind == "hf":
+        model = from_hf.build(name, spec, num_classes, shape[0], trained, progress)
     elif kind == "cifar":
         model = cifar.build(name, spec, num_classes, shape[0])
     elif kind == "small":
@@ -70,9 +75,10 @@ def build_model(
     else:
         raise UsageError(
             f"unknown model {spec.model!r}",
-            "write torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME, timm:NAME@TAG, cifar:NAME, small:cnn, "
-            "small:mlp or path/file.py:function",
+            "write torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME, timm:NAME@TAG, hf:FOLDER, cifar:NAME, "
+            "small:cnn, small:mlp or path/file.py:function",
         )
+    take_part(model, spec.output, spec.model)
     if trained and spec.weights is not None:
         load_weights(model, spec.weights, progress)
     return model
@@ -94,12 +100,14 @@ def _check_named(spec: ModelSpec, num_classes: int, trained: bool) -> None:
 
 
 def outputs_of(spec: ModelSpec) -> int | None:
-    """How many outputs the weights have that a model names; None for a model that names none.
+    """Return how many outputs the weights have that a model names; None for a model that names none.
 
     Raises:
         UsageError: if there are no such weights.
     """
     kind, _, name = spec.model.partition(":")
+    if spec.has_own_weights and kind == "hf":
+        return from_hf.outputs(name)
     if not spec.names_weights:
         return None
     return len(from_torchvision.categories(name)) if kind == "torchvision" else from_timm.outputs(name)
@@ -108,12 +116,16 @@ def outputs_of(spec: ModelSpec) -> int | None:
 def categories_of(spec: ModelSpec) -> list[str] | None:
     """What the outputs of the weights that a model names are called; None where torchvision does not say it."""
     kind, _, name = spec.model.partition(":")
+    if spec.has_own_weights and kind == "hf":
+        return from_hf.categories(name)
     return from_torchvision.categories(name) if kind == "torchvision" and spec.names_weights else None
 
 
 def preset_transform(spec: ModelSpec) -> Transform | None:
     """How the weights that a model names are evaluated by their library, as data; None for a model that names none."""
     kind, _, name = spec.model.partition(":")
+    if spec.has_own_weights and kind == "hf":
+        return from_hf.preset(name)
     if not spec.names_weights:
         return None
     return from_torchvision.preset(name) if kind == "torchvision" else from_timm.preset(name, spec.args)

@@ -59,7 +59,7 @@ def load_weights(model: nn.Module, path: str | Path, progress: Progress | None =
     expected = model.state_dict()
     matches = {name: match_keys(state, expected) for name, state in states.items()}
     fitting = [name for name in states if _fits(matches[name], states[name], expected)]
-    name = fitting[0] if fitting else next(iter(states))
+    name = fitting[0] if fitting else min(states, key=lambda name: matches[name].distance)
     match, state = matches[name], states[name]
     if not fitting:
         raise _misfit(path, name, state, match, expected)

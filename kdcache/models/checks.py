@@ -1,12 +1,28 @@
-"""Check a network's output before work begins."""
+"""Check a network before work begins: what it returns, in the mode and precision in which it will run."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
-from kdcache.data.views import View
-from kdcache.errors import MismatchError
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kdcache.data.views import View, seeded
+from kdcache.errors import MismatchError, UsageError
+from kdcache.models.checkpoints import check_savable
+from kdcache.models.outputs import logits_of
+
+OutputScale = Literal["logits", "probabilities", "log-probabilities"]
+
+_TOLERANCE = 2e-5
+"""How far the sums of probabilities may be from 1, beside the rounding of their type."""
+
+_CANNOT = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, NotImplementedError)
+"""What networks raise for images that they cannot take."""
 
 
 @torch.no_grad()
@@ -18,29 +34,128 @@ def try_network(model: nn.Module, view: View, device: torch.device | str, who: s
     """
     images = view[0].images
     model.eval()
-    try:
+    with refusing(images, who):
         logits = model(images.to(device))
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    check_logits(logits, len(images), view.samples.num_classes, who)
+
+
+@contextmanager
+def refusing(images: Tensor, who: str) -> Iterator[None]:
+    """Turn what a network raises for images [B, channels, H, W] into a MismatchError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _CANNOT as error:
         raise MismatchError(
             f"the {who} cannot take images {list(images.shape[1:])} (channels, height, width): {error}",
             f"take another {who}, or a transform that gives the images it wants",
         ) from None
-    check_logits(logits, len(images), view.samples.num_classes, who)
 
 
-def check_logits(model_says: object, batch: int, num_classes: int, who: str) -> torch.Tensor:
-    """A network's output, if it is [B, C].
+@torch.no_grad()
+def try_training(model: nn.Module, view: View, who: str, micro_batch: int) -> None:
+    """Run a network that is on the CPU in training mode, in which some return something else than in evaluation mode.
+
+    Its buffers (such as the statistics of batch normalization), its mode and the random generators stay as they are.
+
+    Args:
+        model: the network.
+        view: of the training images.
+        who: what to call the network in errors.
+        micro_batch: the smallest number of images that it will be trained on at once.
 
     Raises:
-        MismatchError: if it is anything else.
+        UsageError: if it has no parameters to train, or the batches are too small for its batch normalization.
+        MismatchError: if it cannot take the images, does not return [B, C], or cannot be saved.
     """
-    if not isinstance(model_says, torch.Tensor):
-        raise MismatchError(
-            f"the {who} returned a {type(model_says).__name__}", "let it return logits, a tensor [B, C]"
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            f"the {who} has no parameters that can be trained",
+            "take a network with parameters that require gradients (not a frozen or an exported one)",
         )
-    if model_says.shape != (batch, num_classes):
+    check_savable(model, who)
+    if isinstance(model, torch.jit.ScriptModule):
+        return  # its buffers cannot be exchanged
+    images = view.__getitems__(range(min(max(micro_batch, 1), 2, len(view)))).images
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    was_training = model.training
+    model.train()
+    try:
+        with seeded(0), refusing(images, who):
+            logits = functional_call(model, buffers, (images,))
+    except MismatchError as error:
+        if "more than 1 value per channel" not in error.what:
+            raise
+        raise UsageError(
+            f"the {who} cannot be trained on {len(images)} image at once: its batch normalization needs at least two",
+            "raise train.batch_size, or lower train.gradient_accumulation_steps",
+        ) from None
+    finally:
+        model.train(was_training)
+    check_logits(logits, len(images), view.samples.num_classes, f"{who} in training mode")
+
+
+def check_logits(model_says: object, batch: int, num_classes: int, who: str) -> Tensor:
+    """Return a network's logits, if they are [B, C]; of a tuple, dictionary or record, the part called `logits`.
+
+    Raises:
+        MismatchError: if they are anything else.
+    """
+    logits = logits_of(model_says, who=who)
+    if logits.shape == (batch, num_classes):
+        return logits
+    if logits.ndim == 4:
+        fix = "it predicts every pixel (segmentation): take a network that returns logits [B, C] for each image"
+    else:
+        fix = f"take a {who} that returns [B, {num_classes}], or the data set that it was made for"
+    raise MismatchError(
+        f"the {who} returned {list(logits.shape)} for {batch} images, the data set has {num_classes} classes",
+        fix,
+    )
+
+
+def output_scale(outputs: Tensor) -> OutputScale:
+    """Return whether the outputs of a network [B, C] are logits, probabilities (Softmax) or their logarithms.
+
+    Probabilities are at least 0 and sum to 1, and log-probabilities are at most 0 and have a logsumexp of 0, in every
+    row; of logits neither is true but by chance.
+    """
+    rounding = torch.finfo(outputs.dtype).eps if outputs.is_floating_point() else 0.0
+    values = outputs.detach().double()
+    if not len(values) or not bool(values.isfinite().all()):
+        return "logits"
+    if bool((values >= 0).all()) and bool(((values.sum(dim=1) - 1).abs() <= _TOLERANCE + rounding).all()):
+        return "probabilities"
+    # Rounded, log-probabilities move their logsumexp by no more than the entropy times the relative error.
+    tolerance = _TOLERANCE + rounding * math.log(values.shape[1])
+    if bool((values <= tolerance).all()) and bool((values.logsumexp(dim=1).abs() <= tolerance).all()):
+        return "log-probabilities"
+    return "logits"
+
+
+def log_probabilities(probabilities: Tensor) -> Tensor:
+    """Return the logarithms of probabilities [B, C] in float32; -inf where one has underflowed.
+
+    Below the smallest normal number of their type, probabilities have lost their last digits, if they are not 0.
+    """
+    if not probabilities.is_floating_point():
+        probabilities = probabilities.float()
+    underflowed = probabilities < torch.finfo(probabilities.dtype).tiny
+    return probabilities.float().log().masked_fill(underflowed, -torch.inf)
+
+
+def refuse_underflow(probabilities: Tensor) -> None:
+    """Check that the logits can be told from probabilities [B, C], but for an additive constant of each row.
+
+    Raises:
+        MismatchError: if some have underflowed.
+    """
+    underflowed = ~log_probabilities(probabilities).isfinite()
+    if bool(underflowed.any()):
         raise MismatchError(
-            f"the {who} returned {list(model_says.shape)} for {batch} images, the data set has {num_classes} classes",
-            f"take a {who} that returns [B, {num_classes}], or the data set that it was made for",
+            f"the teacher returns probabilities (every row sums to 1), and {int(underflowed.sum())} of "
+            f"{probabilities.numel()} have underflowed: its logits cannot be told from them",
+            "let it return logits: leave out its last layer, a Softmax (with `model: file.py:function`, return the "
+            "network without it)",
         )
-    return model_says

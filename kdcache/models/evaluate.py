@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.views import View
 from kdcache.errors import UsageError
+from kdcache.models.outputs import logits_of
 
 
 class SplitScore(NamedTuple):
@@ -32,7 +33,7 @@ def evaluate(model: nn.Module, view: View, device: torch.device | str = "cpu", b
     correct, summed, labeled = 0, 0.0, 0
     cuts = [list(cut) for cut in cut_range(range(len(view)), batch_size)]
     for batch in batches(view, cuts, 0, device):
-        logits = model(batch.images.to(device)).float()
+        logits = logits_of(model(batch.images.to(device))).float()
         truth = batch.labels.to(device)
         correct += int((logits.argmax(dim=1) == truth).sum())
         summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))

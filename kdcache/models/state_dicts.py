@@ -67,6 +67,11 @@ class Match(NamedTuple):
     alternatives: tuple[str, ...] = ()
 
     @property
+    def distance(self) -> int:
+        """How many keys are on one side alone."""
+        return len(self.missing) + len(self.unexpected)
+
+    @property
     def is_ambiguous(self) -> bool:
         """Whether several networks fit, and none of them is under the names of wrappers alone."""
         return bool(self.alternatives) and not _of_wrappers(self.prefix)
@@ -74,7 +79,7 @@ class Match(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether every key of the network is there, and nothing else."""
-        return not self.missing and not self.unexpected
+        return not self.distance
 
 
 def state_dicts_in(held: object) -> dict[str, State]:
@@ -141,7 +146,7 @@ def match_keys(given: Iterable[str], expected: Iterable[str]) -> Match:
         tries.append(_compare(plain_given, plain_expected, []))
     return next(
         (match for match in tries if match.fits),
-        min(tries, key=lambda match: len(match.missing) + len(match.unexpected)),
+        min(tries, key=lambda match: match.distance),
     )
 
 

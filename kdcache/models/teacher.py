@@ -18,6 +18,7 @@ from kdcache.models import (
     Ensemble,
     build_model,
     compare_names,
+    from_hf,
     outputs_of,
     preset_transform,
     read_groups,
@@ -86,11 +87,17 @@ def _load(
         outputs = outputs_of(spec) or spec.outputs or outputs
         groups = read_groups(spec.classes, outputs, samples.num_classes)
         arguments = {"args": spec.args, "outputs": outputs, "classes": record_of_groups(groups)}
+    if spec.output is not None:
+        chosen = arguments if spec.classes is not None else {"args": spec.args}
+        arguments = {**chosen, "output": spec.output}
     if remark := compare_names(spec, groups, samples.class_names):
         progress.say(remark)
     model = build_model(spec, outputs, shape, trained=True, progress=progress)
     path, _, _ = spec.model.partition(":")
     code = f"sha256:{record_of(Path(path)).sha256}" if path.endswith(".py") else None
+    if path == "hf":
+        # The same weights compute something else with other settings, such as an activation.
+        code = f"sha256:{record_of(Path(spec.model.partition(':')[2]) / from_hf.CONFIG).sha256}"
     # Of a teacher from a file the name is kept, not where the file lay on this machine.
     identity = TeacherIdentity(spec.model.rpartition("/")[2], _without_folders(arguments), code)
     return (model if groups is None else ChosenOutputs(model, outputs, groups)), identity

@@ -12,16 +12,16 @@ from torch import nn
 
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
-from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec
+from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec, TrainSpec
 from kdcache.data.transforms import is_random, transform_for_evaluation
 from kdcache.data.views import View, seeded
 from kdcache.errors import UsageError
 from kdcache.losses import Loss
 from kdcache.losses.config import Truncation
 from kdcache.models import build_model
-from kdcache.models.checks import try_network
+from kdcache.models.checks import try_network, try_training
 from kdcache.models.evaluate import SplitScore, evaluate
-from kdcache.runtime.distributed import is_first
+from kdcache.runtime.distributed import is_first, n_processes
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.inputs import (
     OfFixedImages,
@@ -189,9 +189,10 @@ def _train(
         seeded(spec.train.seed),
     ):
         torch.manual_seed(spec.train.seed)
-        start = isinstance(spec, StudentSpec) and (spec.weights is not None or "@" in spec.model)
+        start = isinstance(spec, StudentSpec) and (spec.weights is not None or spec.names_weights)
         model = build_model(spec, samples.num_classes, train.shape(), trained=start, progress=progress)
         try_network(model, train, "cpu", "network")
+        try_training(model, train, "network", _smallest_micro_batch(spec.train, len(train)))
         trained = fit(
             model,
             train,
@@ -222,6 +223,11 @@ def _train(
             },
         )
     return Result(model, trained.best, score, trained.seconds, out / CHECKPOINT)
+
+
+def _smallest_micro_batch(spec: TrainSpec, n_samples: int) -> int:
+    """Return the number of images that a process goes through at once, where it is smallest."""
+    return min(spec.batch_size, n_samples) // (spec.gradient_accumulation_steps * n_processes())
 
 
 def _seen(
