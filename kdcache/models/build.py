@@ -79,7 +79,8 @@ def build_model(
             "small:cnn, small:mlp or path/file.py:function",
         )
     take_part(model, spec.output, spec.model)
-    if trained and spec.weights is not None:
+    read_by_library = kind == "hf" and from_hf.weights_folder(spec) is not None
+    if trained and spec.weights is not None and not read_by_library:
         load_weights(model, spec.weights, progress)
     return model
 

@@ -25,7 +25,7 @@ _SHOWN = 3
 
 _SAVE = "give a safetensors file, or one written with torch.save(model.state_dict(), path)"
 
-_FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 """What `save_pretrained` writes into a folder, and a run of kdcache."""
 
 
@@ -123,13 +123,13 @@ def _misfit(path: Path, name: str, state: State, match: Match, expected: Mapping
     """Return the error of a checkpoint that does not fit, with what was found and what was expected."""
     shapes, types = _other_shapes(match, state, expected), _other_types(match, state, expected)
     problems = [
-        *_some("missing", match.missing),
-        *_some("unexpected", match.unexpected),
-        *_some(
+        *some("missing", match.missing),
+        *some("unexpected", match.unexpected),
+        *some(
             "of another shape",
             [f"{key} {theirs}, the network has {ours}" for key, (theirs, ours) in shapes.items()],
         ),
-        *_some("of another type", [f"{key} {theirs}, the network has {ours}" for key, (theirs, ours) in types.items()]),
+        *some("of another type", [f"{key} {theirs}, the network has {ours}" for key, (theirs, ours) in types.items()]),
     ]
     where = f" (its part {name})" if name else ""
     return MismatchError(
@@ -138,7 +138,8 @@ def _misfit(path: Path, name: str, state: State, match: Match, expected: Mapping
     )
 
 
-def _some(what: str, keys: list[str]) -> list[str]:
+def some(what: str, keys: list[str]) -> list[str]:
+    """Return a line with the first of some keys and what they are; nothing if there are none."""
     if not keys:
         return []
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
@@ -207,7 +208,7 @@ def _read_states(path: Path) -> dict[str, State]:
 
 def _read_folder(folder: Path) -> State:
     """Return the tensors of a folder that `save_pretrained` has written, in one file or in several (shards)."""
-    for name in _FOLDER_FILES:
+    for name in FOLDER_FILES:
         if (folder / name).is_file():
             return dict(next(iter(_read_states(folder / name).values())))
         index = folder / f"{name}.index.json"
@@ -230,7 +231,7 @@ def _read_folder(folder: Path) -> State:
             state.update(next(iter(_read_states(folder / file).values())))
         return state
     raise UsageError(
-        f"there is no checkpoint {folder}: the folder has no {' and no '.join(_FOLDER_FILES)}",
+        f"there is no checkpoint {folder}: the folder has no {' and no '.join(FOLDER_FILES)}",
         "train one (`kdcache train-teacher`), or set `weights:` to the file of the weights",
     )
 

@@ -12,27 +12,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import nn
 
 from kdcache.config.schema import ModelSpec, Transform
-from kdcache.data.transforms import build_transform
-from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
+from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.models.checkpoints import FOLDER_FILES, some
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct
+from kdcache.models.hf_processors import transform_of
 from kdcache.runtime.progress import Progress, Silent
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-
-_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-"""torchvision's names of Pillow's numbers."""
-
-_COMPARED = ((300, 400), (257, 199), (96, 96))
-"""Heights and widths of the images on which a transform is compared with the processor that it is translated from."""
-
-_MEAN_ERROR, _LARGEST_ERROR = 0.5, 4.0
-"""How far they may differ, in levels of 8-bit images: Pillow and torch round resized pixels differently."""
 
 
 def build(
@@ -54,8 +43,8 @@ def build(
     for key, value in spec.args.items():
         setattr(config, key, value)
     check_channels(spec, channels, getattr(config, "num_channels", 3))
-    own_weights = trained and spec.weights is None
-    if not own_weights:
+    source = weights_folder(spec) if trained else None
+    if not trained or spec.weights is not None:
         config.num_labels = num_classes
     elif config.num_labels != num_classes:
         raise MismatchError(
@@ -65,8 +54,8 @@ def build(
         )
     kind = _transformers().AutoModelForImageClassification
     with _quiet():
-        if own_weights:
-            model = _pretrained(kind, spec, folder, config, progress or Silent())
+        if source is not None:
+            model = _pretrained(kind, source, config, progress or Silent())
         else:
             model = construct(kind.from_config, spec.model_copy(update={"args": {}}), config=config)
     model.float()
@@ -74,6 +63,19 @@ def build(
     height, width = (side, side) if isinstance(side, int) else side
     model.register_forward_pre_hook(Fit(height, width, getattr(config, "num_channels", 3)))
     return model
+
+
+def weights_folder(spec: ModelSpec) -> Path | None:
+    """Return the folder from which transformers reads the weights: the network's, or that of `weights`.
+
+    None if `weights` is another checkpoint, such as a run of kdcache. Files of transformers have other keys than its
+    networks, which it alone translates.
+    """
+    if spec.weights is None:
+        return Path(spec.model.partition(":")[2])
+    path = Path(spec.weights)
+    folder = path.parent if path.name in FOLDER_FILES else path
+    return folder if (folder / CONFIG).is_file() else None
 
 
 def outputs(folder: str) -> int:
@@ -112,92 +114,7 @@ def preset(folder: str) -> Transform:
             f"cannot read the image processor {path}: {_first_line(error)}",
             "say in `transform` what the teacher is to see",
         ) from error
-    reasons = []
-    for transform in _candidates(settings):
-        reason = _difference(transform, processor, settings)
-        if reason is None:
-            return transform
-        reasons.append(reason)
-    raise UsageError(
-        f"{type(processor).__name__} of {folder} prepares images as no transform of torchvision does: "
-        f"{reasons[0] if reasons else 'its settings are not known'}",
-        "say in `transform` what the teacher is to see",
-    )
-
-
-def _candidates(settings: dict[str, Any]) -> Iterator[Transform]:
-    """Yield transforms that a processor may mean by its settings: some resize in their own way."""
-    interpolation = _INTERPOLATIONS.get(int(settings.get("resample") or 0), "bilinear")
-    crop = settings.get("crop_size") or {}
-    crops: Transform = []
-    if settings.get("do_center_crop") and {"height", "width"} <= crop.keys():
-        crops = [{"CenterCrop": {"size": [crop["height"], crop["width"]]}}]
-    for size, own_crop in _sizes(settings):
-        resize: Transform = [{"Resize": {"size": size, "interpolation": interpolation}}] if size else []
-        cut = crops if own_crop is None else [{"CenterCrop": {"size": own_crop}}]
-        values = _values(settings)
-        yield [{"ToImage": {}}, *resize, *cut, *values]
-        yield [*resize, *cut, {"ToImage": {}}, *values]
-
-
-def _sizes(settings: dict[str, Any]) -> Iterator[tuple[list[int] | None, list[int] | None]]:
-    """Yield what images are resized to, and to what they are then cropped if not as the settings have it."""
-    size = settings.get("size") or {}
-    if not settings.get("do_resize"):
-        yield None, None
-    elif {"height", "width"} <= size.keys():
-        yield [size["height"], size["width"]], None
-    elif "shortest_edge" in size:
-        side = int(size["shortest_edge"])
-        if share := settings.get("crop_pct"):
-            yield [int(side / share)], [side, side]  # ConvNext, small
-            yield [side, side], None  # ConvNext, large
-            yield [int(side / share)], None  # PoolFormer
-        yield [side], None
-        yield [int(256 / 224 * side)], None  # LeViT
-
-
-def _values(settings: dict[str, Any]) -> Transform:
-    """Return the steps that make numbers of pixels: scaling and normalization in one."""
-    # Pixels / 255 are what ToDtype makes; everything that follows is (x - mean) / std of these.
-    factor = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale") else 255.0
-    offset = 1.0 if settings.get("rescale_offset") else 0.0
-    mean, std = [0.0] * 3, [1.0] * 3
-    if settings.get("do_normalize"):
-        mean, std = list(settings["image_mean"]), list(settings["image_std"])
-    means = [(value + offset) / factor for value in mean]
-    # EfficientNet with `include_top` divides by the deviations once more.
-    stds = [value ** (2 if settings.get("include_top") else 1) / factor for value in std]
-    steps: Transform = [{"ToDtype": {"dtype": "float32", "scale": True}}]
-    if any(means) or any(abs(value - 1) > 1e-9 for value in stds):
-        steps.append({"Normalize": {"mean": means, "std": stds}})
-    return steps
-
-
-def _difference(transform: Transform, processor: Any, settings: dict[str, Any]) -> str | None:
-    """Return how a transform differs from the processor on some images; None if it does not."""
-    level = max(1.0, *(1 / value for value in settings.get("image_std") or [1.0])) / 255
-    for height, width in _COMPARED:
-        image = _image(height, width)
-        try:
-            wanted = torch.as_tensor(np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0]))
-            made = build_transform(transform)(image)
-        except (KdcacheError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            return _first_line(error)
-        if made.shape != wanted.shape:
-            return f"images {list(wanted.shape)}, where a transform makes {list(made.shape)}"
-        errors = (made - wanted).abs() / level
-        if errors.mean() > _MEAN_ERROR or errors.max() > _LARGEST_ERROR:
-            return f"pixels {errors.mean():.1f} levels from those of a transform"
-    return None
-
-
-def _image(height: int, width: int) -> Image.Image:
-    """Return an image of smooth colors with some noise."""
-    rows, columns = np.mgrid[0:height, 0:width]
-    waves = [np.sin(rows / 17 + channel) * np.cos(columns / 23 - channel) for channel in range(3)]
-    noise = np.random.default_rng(0).normal(size=(height, width, 3))
-    return Image.fromarray((127 + 90 * np.stack(waves, axis=2) + 10 * noise).clip(0, 255).astype(np.uint8))
+    return transform_of(processor, settings, folder)
 
 
 def _config(folder: str) -> Any:
@@ -236,25 +153,32 @@ def _config(folder: str) -> Any:
     return config
 
 
-def _pretrained(kind: Any, spec: ModelSpec, folder: str, config: Any, progress: Progress) -> nn.Module:
-    """Return the network with the weights of its folder, every one of them."""
+def _pretrained(kind: Any, folder: Path, config: Any, progress: Progress) -> nn.Module:
+    """Return the network with the weights of a folder, every one of them."""
     try:
         model, report = kind.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them
         )
-    except Exception as error:  # of weights that are missing, damaged or of other shapes
+    except Exception as error:  # of weights that are missing or damaged
         raise MismatchError(
-            f"the weights of {spec.model} cannot be loaded: {_first_line(error)}",
+            f"the weights in {folder} cannot be loaded: {_first_line(error)}",
             "get the folder again, with config.json and all weights; for other weights set `weights:`",
         ) from error
     lacking = sorted(report.get("missing_keys", ()))
-    if lacking:
+    shapes = [f"{key} {list(one)}, the network has {list(other)}" for key, one, other in report["mismatched_keys"]]
+    if lacking or shapes:
+        problems = [*some("missing", lacking), *some("of another shape", sorted(shapes))]
         raise MismatchError(
-            f"the weights of {spec.model} lack {', '.join(lacking[:3])}{' and others' if len(lacking) > 3 else ''}",
-            "give the folder of a network that was trained to classify, or set `weights:`",
+            "\n  ".join([f"the weights in {folder} do not fit the network:", *problems]),
+            "give the folder of a network that was trained to tell these classes, and check `args:`",
         )
     if unused := sorted(report.get("unexpected_keys", ())):
-        progress.say(f"note: weights of {spec.model} that it does not use: {', '.join(unused[:3])}")
+        progress.say(f"note: weights in {folder} that the network does not use: {', '.join(unused[:3])}")
     return model  # type: ignore[no-any-return]  # transformers is loaded by name
 
 

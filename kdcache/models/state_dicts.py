@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -43,6 +44,9 @@ _CAUSES = {
     ),
 }
 """Parts of unexpected keys that tell why they are there."""
+
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+"""Keys of torchvision's published weights of densenet, which are older than its networks'."""
 
 _DEPTH = 4
 
@@ -189,7 +193,7 @@ def _unwrapped(keys: list[str]) -> dict[str, str]:
     """Return keys by what is left of them without the names of wrappers; fewer of them where two become the same."""
     found = {}
     for key in keys:
-        *parts, last = key.split(".")
+        *parts, last = _OLD_DENSENET.sub(r"\1\2.", key).split(".")
         while parts and parts[0] in _WRAPPERS:
             del parts[0]
         found[".".join([*(part for part in parts if part not in _ANYWHERE), last])] = key
