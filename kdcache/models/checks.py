@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from kdcache.data.views import View, seeded
 from kdcache.errors import MismatchError, UsageError
@@ -33,10 +33,18 @@ def try_network(model: nn.Module, view: View, device: torch.device | str, who: s
         MismatchError: if it cannot take the image, or does not return [B, C].
     """
     images = view[0].images
-    model.eval()
+    set_evaluation_mode(model)
     with refusing(images, who):
         logits = model(images.to(device))
     check_logits(logits, len(images), view.samples.num_classes, who)
+
+
+def set_evaluation_mode(model: nn.Module) -> None:
+    """Put a network into evaluation mode; the program of torch.export stays in the mode that it was exported in."""
+    try:
+        model.eval()
+    except NotImplementedError:
+        return
 
 
 @contextmanager
@@ -55,9 +63,9 @@ def refusing(images: Tensor, who: str) -> Iterator[None]:
 
 @torch.no_grad()
 def try_training(model: nn.Module, view: View, who: str, micro_batch: int) -> None:
-    """Run a network that is on the CPU in training mode, in which some return something else than in evaluation mode.
+    """Run a copy of a network on the CPU in training mode, in which some return something else than in evaluation mode.
 
-    Its buffers (such as the statistics of batch normalization), its mode and the random generators stay as they are.
+    The network itself and the random generators stay as they are.
 
     Args:
         model: the network.
@@ -75,15 +83,15 @@ def try_training(model: nn.Module, view: View, who: str, micro_batch: int) -> No
             "take a network with parameters that require gradients (not a frozen or an exported one)",
         )
     check_savable(model, who)
-    if isinstance(model, torch.jit.ScriptModule):
-        return  # its buffers cannot be exchanged
     images = view.__getitems__(range(min(max(micro_batch, 1), 2, len(view)))).images
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    was_training = model.training
-    model.train()
+    try:
+        # A copy is trained: a network may count its steps, or keep statistics in whatever it likes.
+        trial = copy.deepcopy(model).train()
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+        return  # it cannot be copied, which is no fault
     try:
         with seeded(0), refusing(images, who):
-            logits = functional_call(model, buffers, (images,))
+            logits = trial(images)
     except MismatchError as error:
         if "more than 1 value per channel" not in error.what:
             raise
@@ -91,8 +99,6 @@ def try_training(model: nn.Module, view: View, who: str, micro_batch: int) -> No
             f"the {who} cannot be trained on {len(images)} image at once: its batch normalization needs at least two",
             "raise train.batch_size, or lower train.gradient_accumulation_steps",
         ) from None
-    finally:
-        model.train(was_training)
     check_logits(logits, len(images), view.samples.num_classes, f"{who} in training mode")
 
 

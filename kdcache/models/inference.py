@@ -17,6 +17,7 @@ from kdcache.models.checks import (
     output_scale,
     refuse_underflow,
     refusing,
+    set_evaluation_mode,
 )
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +46,8 @@ class InferenceModel:
         self.scale: OutputScale | None = None
         self._dtype = _AUTOCAST[spec.precision]
         self._format = torch.channels_last if spec.channels_last else torch.contiguous_format
-        model = model.to(self.device).eval()
+        model = model.to(self.device)
+        set_evaluation_mode(model)
         if spec.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self._model = torch.compile(model) if spec.compile else model

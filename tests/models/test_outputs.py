@@ -563,3 +563,19 @@ def test_an_inference_model_returns_log_probabilities() -> None:
 
 def test_try_network_passes_the_part_of_a_network() -> None:
     try_network(Returns(lambda logits: {"logits": logits}), view(), "cpu", "student")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_program_is_a_teacher_in_the_mode_that_it_was_exported_in(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Returns(lambda logits: logits).eval()
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    program = torch.export.export(model, (torch.rand(2, 1, 4, 4),), dynamic_shapes=({0: batch},))
+    exported = program.module()
+    with pytest.raises(NotImplementedError):
+        exported.eval()
+    spec = CacheSpec(dtype="float32")
+    one = dump_teacher(exported, tiny_samples(), tmp_path / "a.kdcache", spec=spec)
+    other = dump_teacher(model, tiny_samples(), tmp_path / "b.kdcache", spec=spec)
+    ids = torch.arange(37)
+    assert torch.allclose(one.teacher()(ids), other.teacher()(ids), atol=1e-5)
