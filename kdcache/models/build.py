@@ -45,7 +45,7 @@ def build_model(
         num_classes: C, the size of its output.
         shape: (channels, height, width) of the images before the transform.
         trained: load the weights that `spec` names, and refuse a network that would have random ones.
-        progress: is told which weights of a checkpoint were taken, where it has several; silent if None.
+        progress: progress reporter; names the weights that were loaded if a checkpoint has several. Silent if None.
 
     Raises:
         UsageError: for a name or arguments that cannot be, or weights that are not there.

@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, path: str | Path, progress: Progress | None =
         model: the network.
         path: a safetensors file, a torch file (read with `weights_only`), a file of torch.export, or a folder of
             `save_pretrained`; `PATH#PART` chooses among several state dicts in it, such as `last.pth#state_dict_ema`.
-        progress: is told which state dict was taken, where there are several; silent if None.
+        progress: progress reporter; names the state dict that was loaded if there are several. Silent if None.
 
     Raises:
         UsageError: if there is no such file, or no such part in it.
@@ -237,6 +237,12 @@ def _read_folder(folder: Path) -> State:
 
 
 def _read_file(path: Path) -> Any:
+    """Return what a file holds: tensors by name, perhaps inside other containers.
+
+    Raises:
+        UsageError: if it does not exist, or is a TorchScript archive.
+        CorruptError: if it cannot be read as tensors.
+    """
     if not path.is_file():
         raise UsageError(
             f"there is no checkpoint {path}", "train one (`kdcache train-teacher`), or set `weights:` to its path"
@@ -250,7 +256,7 @@ def _read_file(path: Path) -> Any:
         return read_exported(path, _load) if is_exported(members) else _load(path)
     except KdcacheError:
         raise
-    except Exception as error:  # whatever the bytes of a broken file make torch stumble over
+    except Exception as error:  # torch raises anything for the bytes of a broken file
         raise CorruptError(f"cannot read the checkpoint {path}: {_why(error)}", _fix(error)) from error
 
 

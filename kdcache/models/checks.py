@@ -88,7 +88,7 @@ def try_training(model: nn.Module, view: View, who: str, micro_batch: int) -> No
         # A copy is trained: a network may count its steps, or keep statistics in whatever it likes.
         trial = copy.deepcopy(model).train()
     except (RuntimeError, TypeError, NotImplementedError, AttributeError):
-        return  # it cannot be copied, which is no fault
+        return  # a network that cannot be copied may still be trainable
     try:
         with seeded(0), refusing(images, who):
             logits = trial(images)
@@ -152,7 +152,7 @@ def log_probabilities(probabilities: Tensor) -> Tensor:
 
 
 def refuse_underflow(probabilities: Tensor) -> None:
-    """Check that the logits can be told from probabilities [B, C], but for an additive constant of each row.
+    """Check that logits can be recovered from probabilities [B, C], up to an additive constant per row.
 
     Raises:
         MismatchError: if some have underflowed.
@@ -161,7 +161,7 @@ def refuse_underflow(probabilities: Tensor) -> None:
     if bool(underflowed.any()):
         raise MismatchError(
             f"the teacher returns probabilities (every row sums to 1), and {int(underflowed.sum())} of "
-            f"{probabilities.numel()} have underflowed: its logits cannot be told from them",
+            f"{probabilities.numel()} have underflowed: its logits cannot be recovered from them",
             "let it return logits: leave out its last layer, a Softmax (with `model: file.py:function`, return the "
             "network without it)",
         )

@@ -1,4 +1,4 @@
-"""What the outputs of a network stand for, where they are not the classes of the data set one by one."""
+"""Mapping from the outputs of a network to the classes of a data set, if they are not the same."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from kdcache.models.build import categories_of
 from kdcache.models.outputs import logits_of
 
 Groups = list[list[int]]
-"""For each class of the data set, the outputs of a network that stand for it."""
+"""Output indices of a network for each class of the data set."""
 
 _LISTED = 64
-"""A record lists so many classes one by one, and of more a digest."""
+"""Largest number of classes that a record lists; for more it has a digest."""
 
 
 class ChosenOutputs(nn.Module):
-    """A network of which some outputs stand for the classes of a data set.
+    """A network whose outputs are selected and merged into the classes of a data set.
 
-    The logits of several outputs of one class are joined by logsumexp: the class's probability is then the sum of
-    theirs. The outputs that stand for no class drop out, as if the network had never had them.
+    The logits of several outputs of one class are merged by logsumexp: the class's probability is then the sum of
+    theirs. Outputs without a class are dropped, as if the network did not have them.
 
     Args:
         network: returns logits [B, `outputs`].
-        outputs: how many it is said to have.
-        groups: which of them stand for each class.
+        outputs: expected number of outputs.
+        groups: output indices of each class.
     """
 
     def __init__(self, network: nn.Module, outputs: int, groups: Groups) -> None:
@@ -48,7 +48,7 @@ class ChosenOutputs(nn.Module):
         self.register_buffer("places", order.argsort())
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, channels, H, W] -> logits [B, C] float32."""
+        """Return logits [B, C] float32 of images [B, channels, H, W]."""
         logits = logits_of(self.network(images), who="network whose outputs are chosen")
         if logits.shape != (len(images), self.outputs):
             raise MismatchError(
@@ -62,16 +62,16 @@ class ChosenOutputs(nn.Module):
 
 
 def read_groups(classes: list[int | list[int]] | str, outputs: int, num_classes: int) -> Groups:
-    """Which outputs stand for which class, as `teacher.classes` says it.
+    """Return the output indices of each class, from `teacher.classes`.
 
     Args:
-        classes: the list, or the path of a text file with the outputs of one class a line.
-        outputs: how many the network has.
+        classes: the list, or the path of a text file with the outputs of one class per line.
+        outputs: number of outputs of the network.
         num_classes: C, of the data set.
 
     Raises:
-        UsageError: if the file cannot be read, or an output is given twice: it would count twice in every softmax.
-        MismatchError: if there are not C entries, or an output that the network has not.
+        UsageError: if the file cannot be read, or an output is given twice (it would count twice in every softmax).
+        MismatchError: if there are not C entries, or an output that the network does not have.
     """
     groups = _from_file(Path(classes)) if isinstance(classes, str) else [_listed(entry) for entry in classes]
     where = f"teacher.classes ({classes})" if isinstance(classes, str) else "teacher.classes"
@@ -108,7 +108,7 @@ def _from_file(path: Path) -> Groups:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(
-            f"cannot read teacher.classes from {path}: {reason}", "give a text file, a line a class"
+            f"cannot read teacher.classes from {path}: {reason}", "give a text file, one line per class"
         ) from None
     groups = []
     for number, line in enumerate(lines, 1):
@@ -123,7 +123,7 @@ def _from_file(path: Path) -> Groups:
 
 
 def record_of_groups(groups: Groups) -> list[int | list[int]] | str:
-    """The groups as a record has them: a list, or the digest of a long one."""
+    """Return the groups as a record stores them: a list, or the digest of a long one."""
     plain = [group[0] if len(group) == 1 else group for group in groups]
     if len(plain) <= _LISTED:
         return plain
@@ -131,12 +131,15 @@ def record_of_groups(groups: Groups) -> list[int | list[int]] | str:
 
 
 def compare_names(spec: ModelSpec, groups: Groups | None, class_names: tuple[str, ...]) -> str | None:
-    """A remark on what the weights that a model names call their outputs, if that is not what the data set does.
+    """Compare the class names of the weights that a model names with those of the data set.
 
     Args:
         spec: the model.
-        groups: which of its outputs stand for each class; None for all, in order.
+        groups: output indices of each class; None for all, in order.
         class_names: of the data set.
+
+    Returns:
+        A note on the names that differ; None if none do, or the names of the weights are not known.
 
     Raises:
         MismatchError: if both have the same names, in another order.

@@ -90,6 +90,7 @@ def _parts(key: str, value: Any) -> Iterator[bytes]:
 
 
 def _tensor_parts(key: str, value: Tensor) -> Iterator[bytes]:
+    """Yield the bytes that stand for a tensor: for a quantized or a sparse one, those of its components."""
     if value.is_quantized:
         yield f"{key}\0{value.dtype}\0{value.qscheme()}\0".encode()
         if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):

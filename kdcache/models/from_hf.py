@@ -109,7 +109,7 @@ def preset(folder: str) -> Transform:
             folder, local_files_only=True, trust_remote_code=False
         )
         settings = processor.to_dict()
-    except Exception as error:  # whatever a file of another version or kind makes transformers stumble over
+    except Exception as error:  # transformers raises anything for files of other versions
         raise UsageError(
             f"cannot read the image processor {path}: {_first_line(error)}",
             "say in `transform` what the teacher is to see",

@@ -87,7 +87,7 @@ def try_teacher(model: nn.Module, view: View, spec: CacheSpec, device: torch.dev
 
     Raises:
         MismatchError: if it cannot take the images, does not return [B, C], or returns probabilities from which its
-            logits cannot be told.
+            logits cannot be recovered.
     """
     spec = spec.model_copy(update={"compile": False})
     running = _tried(model, view, spec, device, [0])

@@ -32,7 +32,7 @@ _AUXILIARY = ("AuxLogits", "aux1", "aux2", "aux_classifier")
 _OF_TRAINING = ("criterion", "loss", "loss_fn", "loss_fct", "loss_function")
 
 _NOT_TENSORS = ("_extra_state", "_packed_params", "dtype")
-"""Last parts of the keys whose values are no tensors: extra state, and those of quantized modules."""
+"""Last parts of the keys whose values are not tensors: extra state and entries of quantized modules."""
 
 _CAUSES = {
     ("lora_",): "the checkpoint holds LoRA weights: merge them into the network (merge_and_unload) and save it again",
