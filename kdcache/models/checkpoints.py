@@ -231,7 +231,7 @@ def _read_folder(folder: Path) -> State:
             state.update(next(iter(_read_states(folder / file).values())))
         return state
     raise UsageError(
-        f"there is no checkpoint {folder}: the folder has no {' and no '.join(FOLDER_FILES)}",
+        f"checkpoint not found: {folder}; the folder has no {' and no '.join(FOLDER_FILES)}",
         "train one (`kdcache train-teacher`), or set `weights:` to the file of the weights",
     )
 
@@ -245,7 +245,7 @@ def _read_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise UsageError(
-            f"there is no checkpoint {path}", "train one (`kdcache train-teacher`), or set `weights:` to its path"
+            f"checkpoint not found: {path}", "train one (`kdcache train-teacher`), or set `weights:` to its path"
         )
     try:
         if path.suffix == ".safetensors":

@@ -159,7 +159,7 @@ def test_files_that_are_not_there(work: Path, tmp_path: Path) -> None:
     assert "is not a cache" in refused(2, "info", tmp_path)
     missing = ["--set", "teacher.weights=gone.safetensors"]
     message = refused(2, "dump-teacher", RECIPE, "-o", tmp_path / "x.kdcache", *missing)
-    assert "there is no checkpoint gone.safetensors" in message
+    assert "checkpoint not found: gone.safetensors" in message
     assert "kdcache train-teacher" in message
     student = ["--cache", tmp_path / "nothing.kdcache", "-o", tmp_path / "x"]
     assert "kdcache dump-teacher" in refused(2, "train-student", RECIPE, *student)

@@ -116,12 +116,12 @@ def test_a_pipeline_that_can_run_is_well_and_its_cache_is_as_large_as_said(weigh
 
 
 PROBLEMS = {
-    "teacher.weights=nowhere.pt": (2, "teacher", "there is no checkpoint nowhere.pt"),
+    "teacher.weights=nowhere.pt": (2, "teacher", "checkpoint not found: nowhere.pt"),
     "teacher.args={width: 8}": (4, "teacher", "does not fit the network"),
     "dataset={name: image-folder, root: nowhere}": (2, "data set", "there is no folder nowhere"),
     "eval_transform=null": (2, "transform", "the transform draws at random"),
     "student.model=small:rnn": (2, "student", "no small network 'rnn'"),
-    "student.weights=nowhere.pt": (2, "student", "there is no checkpoint nowhere.pt"),
+    "student.weights=nowhere.pt": (2, "student", "checkpoint not found: nowhere.pt"),
     "student.train.trackers=[aim]": (2, "student", "the tracker aim is not installed"),
     "student.train.epochs=0": (2, "pipeline", "student.train.epochs"),
 }
@@ -157,7 +157,7 @@ def test_all_problems_are_told_and_the_first_gives_the_exit_code(tmp_path: Path)
     done = CliRunner().invoke(main, ["doctor", "smoke", "-o", str(tmp_path), "--device", "cpu", *given])
     assert done.exit_code == 2
     assert done.stdout.count("PROBLEM: ") == 2
-    assert "error: there is no checkpoint nowhere.pt" in done.stderr
+    assert "error: checkpoint not found: nowhere.pt" in done.stderr
     assert "train-teacher" in done.stderr
     done = CliRunner().invoke(main, ["doctor", "--set", "cache.views=2"])
     assert (done.exit_code, "--set needs a pipeline" in done.stderr) == (2, True)

@@ -234,7 +234,7 @@ def test_a_part_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path)
     assert refused(UsageError, "has no part 'teacher'", f"{tmp_path}/net.pt#teacher") == "it has model, ema"
     torch.save(Net(1).state_dict(), tmp_path / "net.pt")
     assert "leave the # out" in refused(UsageError, "has no part 'ema'", f"{tmp_path}/net.pt#ema")
-    refused(UsageError, "there is no checkpoint .*no.pt", f"{tmp_path}/no.pt#ema")
+    refused(UsageError, "checkpoint not found: .*no.pt", f"{tmp_path}/no.pt#ema")
 
 
 def test_a_file_may_have_a_hash_in_its_name(tmp_path: Path) -> None:

@@ -439,7 +439,7 @@ def test_a_function_in_a_file_may_use_our_own_errors(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError) as caught:
         network(f"{path}:make")
-    assert caught.value.what == "there is no checkpoint no.safetensors"
+    assert caught.value.what == "checkpoint not found: no.safetensors"
 
 
 def test_a_file_or_function_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -542,9 +542,7 @@ def test_a_teacher_is_built_with_its_checkpoint(tmp_path: Path) -> None:
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "no.safetensors", tmp_path):
-        assert "train-teacher" in refused(
-            UsageError, f"there is no checkpoint {path}", load_weights, Everything(), path
-        )
+        assert "train-teacher" in refused(UsageError, f"checkpoint not found: {path}", load_weights, Everything(), path)
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_first_keys(tmp_path: Path) -> None:
