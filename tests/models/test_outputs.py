@@ -465,6 +465,13 @@ def test_what_is_neither_is_taken_for_logits() -> None:
     for outputs in (torch.zeros(4, 3), torch.full((4, 3), torch.nan), torch.full((2, 3), -torch.inf), one_hot_plus):
         assert output_scale(outputs) == "logits"
     assert output_scale(torch.eye(3)) == "probabilities"
+    assert output_scale(torch.eye(3).log()) == "log-probabilities"
+
+
+def test_probabilities_that_were_rounded_before_are_found() -> None:
+    rounded = torch.randn(64, 100, generator=torch.Generator().manual_seed(0)).softmax(dim=1).bfloat16().float()
+    assert output_scale(rounded) == "logits"
+    assert output_scale(rounded, torch.bfloat16) == "probabilities"
 
 
 class Ends(TinyTeacher):

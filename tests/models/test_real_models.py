@@ -190,7 +190,9 @@ def test_a_checkpoint_that_lightning_wrote_is_read(tmp_path: Path) -> None:
     messages = Messages()
     built = build_model(spec, 10, (3, 64, 64), trained=True, progress=messages)
     assert weights_digest(built) == weights_digest(module.model)
-    assert messages.said == [f"note: not part of the network, and not loaded from {tmp_path}/last.ckpt: criterion.weight"]
+    assert messages.said == [
+        f"note: not part of the network, and not loaded from {tmp_path}/last.ckpt: criterion.weight"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["ViT", "ResNet"])
