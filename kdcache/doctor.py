@@ -204,7 +204,7 @@ def _student(pipeline: Pipeline, samples: Samples, transform: Transform, device:
     spec = pipeline.section("student")
     check_trackers(spec.train.trackers)
     view = View(samples, transform if spec.transform is None else spec.transform, pipeline.cache.seed)
-    trained = spec.weights is not None or "@" in spec.model
+    trained = spec.weights is not None or spec.names_weights
     model = build_model(spec, samples.num_classes, view.shape(), trained=trained)
     try_network(model, view, "cpu", "student")
     seconds = _first_micro_batch(model.to(device), view, spec.train, device)

@@ -160,6 +160,7 @@ def plan_cache(
     views: ViewsRecord,
     choice: Chosen,
     shape: Sharding | None = None,
+    level: Literal["unknown"] | None = None,
 ) -> Plan:
     """Make the plan of a cache; `shape` is the sharding of a cache that it extends.
 
@@ -174,6 +175,7 @@ def plan_cache(
                 weights_digest=weights_digest(model),
                 parameters=sum(p.numel() for p in model.parameters()),
                 precision=described_precision(spec),
+                level=level,
             ),
             dataset=record_of_data(samples, digest),
             views=views,

