@@ -15,7 +15,8 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 from torch import nn
 
-from kdcache.config.schema import Pipeline, TrainSpec, Transform
+from kdcache.config.schema import Pipeline, TrainSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import SPLITS, load_held_out, load_split
 from kdcache.data.images import FileImages
 from kdcache.data.samples import Samples

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kdcache.config.section import Section
+from kdcache.config.transform import Transform, step_names
 from kdcache.config.yaml_lines import write_yaml
 from kdcache.errors import UsageError
 from kdcache.losses.config import Loss
@@ -20,23 +21,17 @@ from kdcache.runtime.user_code import is_user_code, trust
 
 Count = Annotated[int, Field(ge=1)]
 
+
 NotNegativeInt = Annotated[int, Field(ge=0)]
+
 
 Output = NotNegativeInt
 
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-Transform = list[dict[str, dict[str, Any]]]
-
-
-def step_names(steps: Any) -> Iterator[str]:
-    """Yield the names of all steps of a transform, including those inside other steps."""
-    for step in steps if isinstance(steps, list) else []:
-        for name, arguments in step.items() if isinstance(step, dict) else []:
-            yield name
-            yield from step_names(arguments.get("transforms") if isinstance(arguments, dict) else None)
 
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz")

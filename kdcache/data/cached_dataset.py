@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdcache.cache.reader import Cache
-from kdcache.config.schema import Transform, step_names
+from kdcache.config.transform import Transform, step_names
 from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay, teacher_view
 from kdcache.data.samples import Samples, wrap
 from kdcache.errors import UsageError

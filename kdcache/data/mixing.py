@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta
 
-from kdcache.config.schema import step_names
+from kdcache.config.transform import step_names
 from kdcache.errors import UsageError
 
 Step = dict[str, dict[str, Any]]

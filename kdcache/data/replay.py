@@ -12,7 +12,7 @@ from kdcache.cache.format import zarr_store
 from kdcache.cache.format.fingerprints import Inputs, inputs_of
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples, check_same_samples
 from kdcache.data.transform_limits import MAX_BATCH_VALUES, MAX_IMAGE_VALUES

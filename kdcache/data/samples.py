@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from kdcache.config.schema import Transform, step_names
+from kdcache.config.transform import Transform, step_names
 from kdcache.data.content_keys import load_keys, save_keys
 from kdcache.data.images import Images, ItemImages
 from kdcache.errors import MismatchError, UsageError

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from kdcache.cache.format.recorded_views import CROP, ELSEWHERE, recorded
-from kdcache.config.schema import Transform, step_names
+from kdcache.config.transform import Transform, step_names
 from kdcache.data.mixing import MIXINGS, split_mixing
 from kdcache.data.transform_limits import SizeLimitedStep, check_steps
 from kdcache.errors import UsageError

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdcache.cache.format.recorded_views import CROP, Crops
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages, Picture
 from kdcache.data.mixing import Mixing, split_mixing
 from kdcache.data.recorded_crop import split_recorded

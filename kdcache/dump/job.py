@@ -20,7 +20,8 @@ from kdcache.cache.planner import encoding_without_pilot, pilot_ids
 from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec, Transform
+from kdcache.config.schema import CacheSpec
+from kdcache.config.transform import Transform
 from kdcache.data.mixing import split_mixing
 from kdcache.data.samples import Samples
 from kdcache.data.views import View

@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import nn
 
-from kdcache.config.schema import ModelSpec, Transform
+from kdcache.config.schema import ModelSpec
 from kdcache.config.section import validated
+from kdcache.config.transform import Transform
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models import cifar, from_hf, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights

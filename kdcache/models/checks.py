@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.samples import Samples, as_samples
 from kdcache.data.views import View, seeded
 from kdcache.errors import MismatchError, UsageError

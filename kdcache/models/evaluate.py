@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from kdcache.config.schema import Transform, step_names
+from kdcache.config.transform import Transform, step_names
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples, as_samples
 from kdcache.data.views import View

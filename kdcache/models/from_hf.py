@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from kdcache.config.schema import ModelSpec, Transform
+from kdcache.config.schema import ModelSpec
+from kdcache.config.transform import Transform
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.models.checkpoints import FOLDER_FILES, some
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torchvision import models as tv
 
-from kdcache.config.schema import ModelSpec, Transform
+from kdcache.config.schema import ModelSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import photograph_transform
 from kdcache.errors import UsageError
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.transforms import build_transform
 from kdcache.errors import KdcacheError, UsageError
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from kdcache.cache.format.integrity import record_of
-from kdcache.config.schema import EnsembleSpec, Pipeline, TrainedSpec, Transform
+from kdcache.config.schema import EnsembleSpec, Pipeline, TrainedSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
 from kdcache.data.views import View

@@ -15,7 +15,8 @@ from kdcache.cache.joined_teacher import JoinedTeacher
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher, TeacherWrapper
-from kdcache.config.schema import Pipeline, TrainSpec, Transform
+from kdcache.config.schema import Pipeline, TrainSpec
+from kdcache.config.transform import Transform
 from kdcache.data.alignment import AlignedTeacher, align, apply_alignment, describe_alignment
 from kdcache.data.datasets import load_held_out, load_split
 from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay

@@ -39,7 +39,8 @@ from kdcache.cache.inspect.audit import audit
 from kdcache.cli import main
 from kdcache.cli.convert import _LAYOUTS
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import CacheSpec, Pipeline, Transform
+from kdcache.config.schema import CacheSpec, Pipeline
+from kdcache.config.transform import Transform
 from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
 from kdcache.curate.foreign import SOURCES, TARGETS, cache_of_files, files_of_cache
 from kdcache.curate.foreign.sparse_labels import LEAST

@@ -20,7 +20,7 @@ from torch.utils.data import Subset
 
 from kdcache import open_cache
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.alignment import align, apply_alignment, describe_alignment
 from kdcache.data.datasets import load_split
 from kdcache.data.images import ArrayImages, FileImages

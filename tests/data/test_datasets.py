@@ -26,7 +26,8 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision import datasets as tv
 
 from kdcache.cache.format.fingerprints import digest_of
-from kdcache.config.schema import DatasetSpec, Transform
+from kdcache.config.schema import DatasetSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import SPLITS, load_held_out, load_split
 from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.samples import Samples, Split, check_same_samples, wrap

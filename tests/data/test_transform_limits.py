@@ -16,7 +16,7 @@ from helpers.tiny import tiny_samples
 
 from kdcache import open_cache
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data import transform_limits
 from kdcache.data.datasets import photograph_transform
 from kdcache.data.mixing import split_mixing

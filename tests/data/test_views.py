@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples, wrap

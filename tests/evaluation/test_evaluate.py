@@ -20,7 +20,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from kdcache import Cache, dump_teacher, load_split
 from kdcache.cache.planner import pilot_ids
-from kdcache.config.schema import CacheSpec, DatasetSpec, Pipeline, Transform
+from kdcache.config.schema import CacheSpec, DatasetSpec, Pipeline
+from kdcache.config.transform import Transform
 from kdcache.data.transforms import build_transform
 from kdcache.data.views import View
 from kdcache.evaluation import costs, scorecard
@@ -387,7 +388,8 @@ def test_log_probabilities_are_used_if_a_network_returns_probabilities(work: Wor
             self.scale = scale
 
         def forward(self, images: Tensor) -> Tensor:
-            return (self.scale * work.student(images)).softmax(dim=1).to(dtype)
+            probabilities: Tensor = (self.scale * work.student(images)).softmax(dim=1)
+            return probabilities.to(dtype)
 
     found = scorecard.logits_of(from_run(work.folder / "s"), Probabilities(0.1), view, ids, "cpu")
     assert found.dtype == torch.float32

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from kdcache.cache.teacher import FunctionTeacher
-from kdcache.config.schema import DatasetSpec, TrainSpec, Transform
+from kdcache.config.schema import DatasetSpec, TrainSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
 from kdcache.data.views import View

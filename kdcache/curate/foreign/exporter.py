@@ -21,7 +21,7 @@ from kdcache.cache.format.codec import decode
 from kdcache.cache.format.recorded_views import BOX, CROP, recorded
 from kdcache.cache.preconditions import check_outside
 from kdcache.cache.reader import Cache
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.curate.foreign import fkd, ml_dr, tinyvit
 from kdcache.curate.foreign.sparse_labels import SparseSoftLabels, most_probable
 from kdcache.data.images import Picture

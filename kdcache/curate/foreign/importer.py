@@ -19,7 +19,8 @@ from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec, Transform
+from kdcache.config.schema import CacheSpec
+from kdcache.config.transform import Transform
 from kdcache.curate.foreign.fkd import open_fkd
 from kdcache.curate.foreign.ml_dr import open_ml_dr
 from kdcache.curate.foreign.sparse_labels import OpenedSource, SoftLabelSource, as_rows, logits_of
