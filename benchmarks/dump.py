@@ -33,7 +33,8 @@ from torchvision.models import resnet50
 
 from kdcache import Samples, dump_teacher
 from kdcache.cli import output
-from kdcache.config.schema import CacheSpec, Transform
+from kdcache.config.schema import CacheSpec
+from kdcache.config.transform import Transform
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.views import View
 from kdcache.models.small import SmallCNN

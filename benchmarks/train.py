@@ -65,7 +65,7 @@ import kdcache.cache, kdcache.train.inputs
 timed(kdcache.cache, "open_cache", "opening the cache, every byte checked")
 timed(kdcache.train.inputs, "load_split", "loading the data set")
 timed(kdcache.train.inputs, "load_held_out", "loading the data set")
-timed(kdcache.train.inputs, "check_data", "content keys of all images")
+timed(kdcache.train.inputs, "check_matches_cache", "content keys of all images")
 timed(kdcache.train.inputs, "_replay", "replaying 32 images")
 timed(kdcache.cache.reader.Cache, "teacher", "bringing the rows into memory")
 class First(BaseException): pass

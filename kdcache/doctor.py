@@ -15,7 +15,8 @@ import torch
 from accelerate.commands.config.config_args import default_config_file
 from torch import nn
 
-from kdcache.config.schema import Pipeline, TrainSpec, Transform
+from kdcache.config.schema import Pipeline, TrainSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import SPLITS, load_held_out, load_split
 from kdcache.data.images import FileImages
 from kdcache.data.samples import Samples
@@ -188,9 +189,10 @@ def _teacher(
     cache = estimate(loaded, pipeline.cache, device, progress, out, pilot_rows=pipeline.cache.batch_size)
     if cache.rows_per_second is None:
         raise ValueError("a pilot is run where the cache is to be written")
-    minutes = cache.rows / cache.rows_per_second / 60
+    seconds = cache.rows / cache.rows_per_second
+    duration = f"{seconds:,.0f} s" if seconds < 60 else f"{seconds / 60:,.1f} min"
     size = f"{cache.bytes / 1e6:,.2f} MB"
-    return f"{cache.rows_per_second:,.0f} images/s; a cache of about {size} and {minutes:,.1f} minutes"
+    return f"{cache.rows_per_second:,.0f} images/s; estimated cache: {size}, dumped in {duration}"
 
 
 def _transform(pipeline: Pipeline, samples: Samples, transform: Transform) -> str:
@@ -203,7 +205,7 @@ def _student(pipeline: Pipeline, samples: Samples, transform: Transform, device:
     spec = pipeline.section("student")
     check_trackers(spec.train.trackers)
     view = View(samples, transform if spec.transform is None else spec.transform, pipeline.cache.seed)
-    trained = spec.weights is not None or "@" in spec.model
+    trained = spec.weights is not None or spec.names_weights
     model = build_model(spec, samples.num_classes, view.shape(), trained=trained)
     try_network(model, view, "cpu", "student")
     seconds = _first_micro_batch(model.to(device), view, spec.train, device)

@@ -1,4 +1,7 @@
-"""Lock a cache for writing: the first process of a run locks a file in the folder, which names that process."""
+"""Lock a cache for writing: the first process of a run holds a lock on a file in the folder that names the process.
+
+The lock is not filelock's, since it moves with the folder when that is renamed, and messages name its holder.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +16,33 @@ from kdcache.errors import UsageError
 
 LOCK = "writer.lock"
 
-_CHECK_SECONDS = 0.5
-"""Seconds to wait for a lock: a process that only checks whether it is held holds it for a moment."""
+_CHECK_TIMEOUT = 0.5
+"""Seconds to wait for a process that only checks the lock, and holds it meanwhile."""
 
 _held: dict[Path, int] = {}
-"""Cache -> handle of its lock file, of the locks that this process holds."""
+"""Open file descriptors of the locks that this process holds, by cache."""
 
 
 def hold(cache: Path, folder: Path) -> None:
-    """Lock a cache for writing until `release`, or until this process ends.
+    """Lock a cache until `release`, or until this process ends.
 
     Args:
-        cache: its final path.
-        folder: where its files are now.
+        cache: final path of the cache.
+        folder: folder that holds its files now.
 
     Raises:
-        UsageError: if another process writes it; names the process.
+        UsageError: if another process holds the lock; with the name of that process.
     """
     if _is_held_here(cache):
         return
     try:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except FileNotFoundError:  # another process has renamed the folder
+    except FileNotFoundError:  # its writer has just renamed or deleted the folder
         raise _taken(cache, "another process") from None
     try:
         _lock(handle, cache)
         if os.fstat(handle).st_nlink == 0:
-            raise UsageError(
-                f"{cache} was written by another process, which has ended just now",
-                "run the same command again: it ends at once if the cache is complete",
-            )
+            raise _taken(cache, "another process")
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BaseException:
@@ -52,22 +52,22 @@ def hold(cache: Path, folder: Path) -> None:
 
 
 def release(cache: Path) -> None:
-    """Unlock a cache, if this process holds its lock."""
+    """Release the lock of a cache, if this process holds it."""
     if _is_held_here(cache):
         os.close(_held.pop(cache.absolute()))
 
 
 def check_not_held(cache: Path) -> None:
-    """Check that no other process is writing a cache.
+    """Check that no other process writes a cache.
 
     Raises:
-        UsageError: if one is; names the process.
+        UsageError: if one does; with the name of that process.
     """
     if _is_held_here(cache):
         return
     try:
         handle = os.open(cache / LOCK, os.O_RDWR)
-    except OSError:  # the cache does not exist, or is not writable
+    except OSError:  # there is no such cache, or no permission to write it
         return
     try:
         _lock(handle, cache)
@@ -79,29 +79,36 @@ def _is_held_here(cache: Path) -> bool:
     return cache.absolute() in _held
 
 
-def _close_in_child() -> None:
-    """Close the locks in a forked process: a worker may outlive a killed parent by seconds and hold its locks."""
+def _close_inherited() -> None:
+    """Close inherited locks in a forked process, since data loader workers outlive a killed parent by seconds."""
     while _held:
         os.close(_held.popitem()[1])
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 def _lock(handle: int, cache: Path) -> None:
-    late = time.monotonic() + _CHECK_SECONDS
+    """Lock an open file, waiting shortly for processes that only check it.
+
+    Raises:
+        UsageError: if another process holds the lock.
+    """
+    deadline = time.monotonic() + _CHECK_TIMEOUT
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno != errno.EWOULDBLOCK:
                 return  # a file system without locks
-            if time.monotonic() > late:
+            if time.monotonic() > deadline:
                 raise _taken(cache, os.pread(handle, 200, 0).decode(errors="replace") or "another process") from None
             time.sleep(0.02)
         else:
             return
 
 
-def _taken(cache: Path, who: str) -> UsageError:
-    return UsageError(f"{cache} is being written by {who}", "wait until that has ended, or use another name with -o")
+def _taken(cache: Path, holder: str) -> UsageError:
+    return UsageError(
+        f"{cache} is being written by {holder}", "wait until that process ends, or set another path with -o"
+    )

@@ -78,7 +78,7 @@ def verify(
     if resolved is not None and checked.failure is None:
         from kdcache.cache import open_cache
         from kdcache.data.datasets import load_split
-        from kdcache.data.replay import check_data
+        from kdcache.data.replay import check_matches_cache
         from kdcache.data.replay import replay as replay_views
         from kdcache.dump.check_teacher import compare_with_teacher
         from kdcache.models.teacher import load_teacher
@@ -90,11 +90,11 @@ def verify(
                 "run the command without --teacher",
             )
         samples = load_split(resolved.dataset, "train")
-        check_data(opened, samples, resolved.transform, progress)
+        check_matches_cache(opened, samples, resolved.transform, progress)
         results["dataset"] = {"samples": len(samples)}
         if replay:
             workers = resolved.cache.num_workers
-            replayed = replay_views(opened, samples, workers=workers, progress=progress)
+            replayed = replay_views(opened, samples, num_workers=workers, progress=progress)
             results["replay"] = {**replayed._asdict(), "teacher_seen": opened.teacher_seen}
         if teacher:
             model = load_teacher(resolved, progress).model
@@ -110,7 +110,7 @@ def verify(
 
 def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
     """Print what was checked, every problem, and the results of the checks against a pipeline."""
-    problems = checked.findings
+    problems = checked.problems
     if as_json:
         output.as_json(
             {

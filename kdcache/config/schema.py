@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kdcache.config.section import Section
+from kdcache.config.transform import Transform, step_names
 from kdcache.config.yaml_lines import write_yaml
 from kdcache.errors import UsageError
 from kdcache.losses.config import Loss
@@ -20,23 +21,17 @@ from kdcache.runtime.user_code import is_user_code, trust
 
 Count = Annotated[int, Field(ge=1)]
 
+
 NotNegativeInt = Annotated[int, Field(ge=0)]
+
 
 Output = NotNegativeInt
 
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-Transform = list[dict[str, dict[str, Any]]]
-
-
-def step_names(steps: Any) -> Iterator[str]:
-    """Yield the names of all steps of a transform, including those inside other steps."""
-    for step in steps if isinstance(steps, list) else []:
-        for name, arguments in step.items() if isinstance(step, dict) else []:
-            yield name
-            yield from step_names(arguments.get("transforms") if isinstance(arguments, dict) else None)
 
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz")
@@ -148,18 +143,28 @@ class ModelSpec(Section):
     """A network (`models/`)."""
 
     model: str
-    """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `timm:NAME`, `timm:NAME@TAG`, `cifar:NAME`, `small:cnn`,
-    `small:mlp` or `path/file.py:function`."""
+    """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `timm:NAME`, `timm:NAME@TAG`, `hf:FOLDER` (an image classifier
+    of transformers), `cifar:NAME`, `small:cnn`, `small:mlp` or `path/file.py:function`."""
     args: dict[str, Any] = Field(default={})
     """Keyword arguments of the network's constructor."""
     weights: str | None = None
-    """Checkpoint, safetensors or torch: of the teacher that is dumped; for a student its initial weights."""
+    """Checkpoint, safetensors or torch: of the teacher that is dumped; for a student its initial weights. `PATH#PART`
+    selects one of several state dicts in it, such as `last.pth#state_dict_ema`. A folder is one that `save_pretrained`
+    wrote."""
+    output: NotNegativeInt | str | None = None
+    """The part of a returned tuple, dictionary or record that holds the logits: an index or a name; a nested part is
+    written with dots. None: the part `logits`, if the network does not return a tensor."""
 
     @property
     def names_weights(self) -> bool:
         """Whether `model` names weights that a library provides."""
         kind, _, name = self.model.partition(":")
         return kind in ("torchvision", "timm") and "@" in name
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether a teacher of this `model` has weights without a checkpoint: its library's or those of its folder."""
+        return self.names_weights or (self.model.startswith("hf:") and self.weights is None)
 
 
 class TrainedSpec(ModelSpec):
@@ -174,9 +179,9 @@ class TrainedSpec(ModelSpec):
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.outputs is not None and self.classes is None:
             yield ("outputs", "classes"), "belongs to classes, which says what the outputs stand for"
-        if self.outputs is not None and self.names_weights:
+        if self.outputs is not None and self.has_own_weights:
             yield ("outputs", "model"), f"cannot be set: {self.model} has a fixed number of outputs"
-        if self.outputs is None and self.classes is not None and not self.names_weights:
+        if self.outputs is None and self.classes is not None and not self.has_own_weights:
             yield ("outputs", "classes", "model"), "is needed with classes: the number of outputs of the network"
 
 

@@ -26,7 +26,8 @@ from kdcache.cache.planner import pilot_ids
 from kdcache.cache.preconditions import check_outside, check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec, Transform
+from kdcache.config.schema import CacheSpec
+from kdcache.config.transform import Transform
 from kdcache.curate.derive import row_bytes
 from kdcache.curate.logit_files import LogitFile, content_of, open_logits
 from kdcache.curate.recode import build

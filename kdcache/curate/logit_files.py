@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from kdcache.curate.scratch import scratch_file
 from kdcache.errors import CorruptError, UsageError
+from kdcache.models.checks import OutputScale, output_scale
 
-Content = Literal["logits", "log-probabilities", "probabilities"]
 Array = npt.NDArray[Any]
 
 _ROWS_AT_ONCE = 2048
@@ -36,10 +36,8 @@ _HOW = (
 )
 _SAVE_LOGITS = "save the logits, or log_softmax(logits) in float32, instead of the softmax"
 
-_SUM_TOLERANCE = 2.0**-7
-_LOGSUMEXP_TOLERANCE = 2.0**-5
-"""By how much the sum of a row of probabilities, and the logsumexp of one of log-probabilities, may be off: rounded to
-bfloat16, whose precision is 2^-8, they are not off by more. Rows of logits are not all that close to either."""
+_LEAST_PRECISE = torch.bfloat16
+"""Type that the values may have been rounded to before they were saved as another one."""
 
 
 class LogitFile(NamedTuple):
@@ -65,7 +63,7 @@ class LogitFile(NamedTuple):
     sample_keys: npt.NDArray[np.uint64] | None
     seed: int | None
     ignored: tuple[str, ...] = ()
-    content: Content = "logits"
+    content: OutputScale = "logits"
 
     def values(self, view: int, rows: slice | list[int]) -> Array:
         """Return some rows of a view as they are in the file, [B, C]."""
@@ -107,14 +105,14 @@ def open_logits(source: Path, scratch: Path) -> Iterator[LogitFile]:
         yield _described(source, source, {})
 
 
-def content_of(file: LogitFile) -> Content:
+def content_of(file: LogitFile) -> OutputScale:
     """Tell logits from the outputs of LogSoftmax and Softmax, by the rows: all must be normalized.
 
     Raises:
         CorruptError: if a log-probability is -inf.
         UsageError: if a probability has underflowed: zero, or too small for the full precision of its type.
     """
-    possible: set[Content] = {"probabilities", "log-probabilities"}
+    content: OutputScale | None = None
     smallest = torch.finfo(getattr(torch, file.dtype)).tiny
     underflowed: int | None = None
     infinite: int | None = None
@@ -122,16 +120,12 @@ def content_of(file: LogitFile) -> Content:
     for view in range(views):
         for start in range(0, rows, _ROWS_AT_ONCE):
             values = torch.from_numpy(file.values(view, slice(start, start + _ROWS_AT_ONCE)).astype(np.float64))
-            in_range = bool(((values >= 0) & (values <= 1)).all())
-            if not in_range or not bool(((values.sum(dim=1) - 1).abs() <= _SUM_TOLERANCE).all()):
-                possible.discard("probabilities")
-            if not bool((values <= 0).all() and (values.logsumexp(dim=1).abs() <= _LOGSUMEXP_TOLERANCE).all()):
-                possible.discard("log-probabilities")
-            if not possible:
+            of_rows = output_scale(values, _LEAST_PRECISE)
+            if of_rows == "logits" or content not in (None, of_rows):
                 return "logits"
+            content = of_rows
             underflowed = underflowed if underflowed is not None else _first(start, values < smallest)
             infinite = infinite if infinite is not None else _first(start, values.isinf())
-    content = possible.pop()
     if content == "log-probabilities" and infinite is not None:
         raise CorruptError(
             f"{file.source} holds log-probabilities, and those of sample {infinite} include -inf: the probability has "
@@ -144,7 +138,7 @@ def content_of(file: LogitFile) -> Content:
             "logarithm is lost",
             _SAVE_LOGITS,
         )
-    return content
+    return content or "logits"
 
 
 def _first(start: int, mask: Tensor) -> int | None:

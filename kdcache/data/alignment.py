@@ -20,13 +20,14 @@ from torch.utils.data import Subset
 from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher, TeacherWrapper
 from kdcache.data.images import ArrayImages, FileImages, Images, ItemImages
-from kdcache.data.replay import A_FEW, check_data, replay, view_of
+from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay, teacher_view
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.errors import MismatchError
 from kdcache.runtime.progress import Progress
 
-_NAMED = 3
+_NAMES_SHOWN = 3
+"""Samples that a message names."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -55,52 +56,52 @@ def align(
 ) -> Alignment:
     """Match samples [M] of a data set with those [N] of a cache, by content key and label.
 
-    Samples with the same key and label are interchangeable: they are used in turn, and if there are fewer than in the
-    cache, the last one is used again.
+    Samples with the same key and label are interchangeable: each is used once, and if there are fewer than in the
+    cache, the last one is repeated.
 
     Raises:
-        MismatchError: if a sample has other labels in the data set than in the cache.
+        MismatchError: if a sample has another label in the data set than in the cache.
     """
-    same = np.unique(np.concatenate([keys, cached_keys]), return_inverse=True)[1].astype(np.int64)
+    key_ids = np.unique(np.concatenate([keys, cached_keys]), return_inverse=True)[1].astype(np.int64)
     width = int(max(labels.max(), cached_labels.max())) + 2
-    pairs, cached = np.split(same * width + np.concatenate([labels, cached_labels]) + 1, [len(keys)])
+    pairs, cached = np.split(key_ids * width + np.concatenate([labels, cached_labels]) + 1, [len(keys)])
     order = np.argsort(pairs, kind="stable")
     ordered = pairs[order]
     start = np.searchsorted(ordered, cached, "left")
     count = np.searchsorted(ordered, cached, "right") - start
-    there = count > 0
-    relabeled = np.flatnonzero(~there & np.isin(cached_keys, keys))
+    matched = count > 0
+    relabeled = np.flatnonzero(~matched & np.isin(cached_keys, keys))
     if len(relabeled):
         first = relabeled[0]
-        here = int(np.flatnonzero(keys == cached_keys[first])[0])
+        position = int(np.flatnonzero(keys == cached_keys[first])[0])
         raise MismatchError(
-            f"sample {here} of the data set has label {labels[here]}, and is sample {first} of the cache with label "
-            f"{cached_labels[first]} ({len(relabeled)} samples are labeled otherwise)",
+            f"sample {position} of the data set has label {labels[position]}, and is sample {first} of the cache "
+            f"with label {cached_labels[first]} ({len(relabeled)} samples have other labels)",
             "use the labels that the cache was made with, or dump the teacher again",
         )
-    positions = order[(start + np.minimum(_turns(cached), count - 1))[there]]
+    positions = order[(start + np.minimum(_count_earlier(cached), count - 1))[matched]]
     unused = np.ones(len(keys), bool)
     unused[positions] = False
-    return Alignment(np.flatnonzero(there), positions, np.flatnonzero(~there), np.flatnonzero(unused))
+    return Alignment(np.flatnonzero(matched), positions, np.flatnonzero(~matched), np.flatnonzero(unused))
 
 
-def _turns(values: Ids) -> Ids:
+def _count_earlier(values: Ids) -> Ids:
     """Return, for each value, how many equal values come before it."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
-    turns = np.empty_like(order)
-    turns[order] = np.arange(len(values)) - np.searchsorted(ordered, ordered, "left")
-    return turns
+    earlier = np.empty_like(order)
+    earlier[order] = np.arange(len(values)) - np.searchsorted(ordered, ordered, "left")
+    return earlier
 
 
-def aligned(samples: Samples, found: Alignment) -> Samples:
+def apply_alignment(samples: Samples, alignment: Alignment) -> Samples:
     """Return the samples of a data set that are in a cache, in the order of the cache."""
-    ids = found.ids if len(found.missing) else None
-    images = taken(samples.images, found.positions)
-    return replace(samples, images=images, labels=samples.labels[found.positions], ids=ids)
+    ids = alignment.ids if len(alignment.missing) else None
+    images = select_images(samples.images, alignment.positions)
+    return replace(samples, images=images, labels=samples.labels[alignment.positions], ids=ids)
 
 
-def taken(images: Images, positions: Ids) -> Images:
+def select_images(images: Images, positions: Ids) -> Images:
     """Return the images at some positions, in that order."""
     if isinstance(images, ArrayImages):
         return ArrayImages(images.pixels[torch.from_numpy(positions)])
@@ -108,16 +109,18 @@ def taken(images: Images, positions: Ids) -> Images:
         return FileImages([images.paths[position] for position in positions])
     if isinstance(images, ItemImages):
         return ItemImages(Subset(images.dataset, positions.tolist()), len(positions))
-    raise TypeError(f"images of the kind {type(images).__name__} cannot be put in another order")
+    raise TypeError(f"images of type {type(images).__name__} cannot be reordered")
 
 
-def described(samples: Samples, found: Alignment) -> str:
-    """Return a line with the numbers of matched, missing and extra samples, and the first names."""
-    parts = [f"{len(found.ids):,} samples of the cache are in {samples.name}/{samples.split}"]
-    if len(found.missing):
-        parts.append(f"{len(found.missing):,} are missing ({_some(f'sample {i} of the cache' for i in found.missing)})")
-    if len(found.extra):
-        parts.append(f"{len(found.extra):,} of its own are left out ({_some(_name(samples, i) for i in found.extra)})")
+def describe_alignment(samples: Samples, alignment: Alignment) -> str:
+    """Return the numbers of matched, missing and extra samples, and the first names, as one line of text."""
+    parts = [f"{len(alignment.ids):,} samples of the cache are in {samples.name}/{samples.split}"]
+    if len(alignment.missing):
+        names = _first_few(f"sample {i} of the cache" for i in alignment.missing)
+        parts.append(f"{len(alignment.missing):,} are missing ({names})")
+    if len(alignment.extra):
+        names = _first_few(_name(samples, i) for i in alignment.extra)
+        parts.append(f"{len(alignment.extra):,} of its own are left out ({names})")
     return ", ".join(parts)
 
 
@@ -125,18 +128,18 @@ def _name(samples: Samples, position: int) -> str:
     return str(samples.images.paths[position]) if isinstance(samples.images, FileImages) else f"sample {position}"
 
 
-def _some(names: Iterable[str]) -> str:
-    given = list(names)
-    return ", ".join(given[:_NAMED]) + (", ..." if len(given) > _NAMED else "")
+def _first_few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
 
 
-class Shared(NamedTuple):
+class MatchedSamples(NamedTuple):
     """The samples that are both in a data set and in a cache.
 
     Attributes:
         view: view 0 of the samples, as the teacher saw them, in the order of the cache.
-        ids: [n] int64, their ids in the cache.
-        note: the numbers of matched, missing and extra samples; empty if all match.
+        ids: [n] int64, ids of the samples in the cache.
+        note: numbers of matched, missing and extra samples; empty if all match.
     """
 
     view: View
@@ -144,31 +147,31 @@ class Shared(NamedTuple):
     note: str
 
 
-def shared(cache: Cache, samples: Samples, progress: Progress) -> Shared:
-    """Return the images of a cache that are in a data set, which may have another order.
+def match_samples(cache: Cache, samples: Samples, progress: Progress) -> MatchedSamples:
+    """Return the samples of a data set that are in a cache; the data set may have another order.
 
     Raises:
-        MismatchError: if there are none, or labels or pixels differ from those of the cache.
+        MismatchError: if no sample is in the cache, or labels or pixels differ from those of the cache.
     """
-    found = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
-    if not len(found.ids):
+    alignment = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
+    if not len(alignment.ids):
         raise MismatchError(
             f"no sample of {samples.name}/{samples.split} is in {cache.path}",
-            "give the cache of a teacher of this data set (`kdcache info CACHE` names its own)",
+            "use a cache that was made from this data set (`kdcache info CACHE` names the cache's data set)",
         )
-    in_order = np.array_equal(found.positions, np.arange(len(samples)))
-    here = samples if in_order and not len(found.missing) else aligned(samples, found)
-    check_data(cache, here, None, progress)
-    replay(cache, here, A_FEW)
-    note = described(samples, found) if len(found.missing) or len(found.extra) else ""
-    return Shared(view_of(cache, here), found.ids, note)
+    in_order = np.array_equal(alignment.positions, np.arange(len(samples)))
+    matched = samples if in_order and not len(alignment.missing) else apply_alignment(samples, alignment)
+    check_matches_cache(cache, matched, None, progress)
+    replay(cache, matched, SPOT_CHECK_IMAGES)
+    note = describe_alignment(samples, alignment) if len(alignment.missing) or len(alignment.extra) else ""
+    return MatchedSamples(teacher_view(cache, matched), alignment.ids, note)
 
 
 class AlignedTeacher(TeacherWrapper):
     """A teacher that takes ordinals of samples in a data set, and maps them to their ids in the cache.
 
     Args:
-        teacher: of the cache.
+        teacher: teacher of the cache.
         ids: [n] int64, ascending, the id of each sample in the cache.
         count: N, the number of samples of the cache.
     """
@@ -176,8 +179,8 @@ class AlignedTeacher(TeacherWrapper):
     def __init__(self, teacher: Teacher, ids: Ids, count: int) -> None:
         super().__init__(teacher)
         self._ids = torch.from_numpy(ids)
-        self._place = torch.full((count,), -1)
-        self._place[self._ids] = torch.arange(len(ids))
+        self._ordinals = torch.full((count,), -1)
+        self._ordinals[self._ids] = torch.arange(len(ids))
 
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
         """Return the logits [B, C] of the samples at ordinals `ids` [B] int64 in a view."""
@@ -185,8 +188,8 @@ class AlignedTeacher(TeacherWrapper):
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Return a random order of all ordinals, [n] int64: the wrapped teacher's, without the missing samples."""
-        places = self._place[super().order(generator)]
-        return places[places >= 0]
+        ordinals = self._ordinals[super().order(generator)]
+        return ordinals[ordinals >= 0]
 
     def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
         """Announce the batches of ordinals [B] int64 that will be asked for, in this order."""

@@ -1,4 +1,4 @@
-"""A cache of content keys on this machine, so that a large data set is read only once for them."""
+"""Content keys stored on this machine, so that a large data set is read only once to compute them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _path(stamp: str) -> Path:
     return home() / "keys" / stamp
 
 
-def kept_keys(stamp: str, count: int) -> npt.NDArray[np.uint64] | None:
+def load_keys(stamp: str, count: int) -> npt.NDArray[np.uint64] | None:
     """Return the keys [N] uint64 that were stored under a stamp; None if they are missing or damaged."""
     try:
         data = _path(stamp).read_bytes()
@@ -28,7 +28,7 @@ def kept_keys(stamp: str, count: int) -> npt.NDArray[np.uint64] | None:
     return np.frombuffer(body, "<u8").astype(np.uint64) if hashlib.sha256(body).digest() == digest else None
 
 
-def keep_keys(stamp: str, keys: npt.NDArray[np.uint64]) -> None:
+def save_keys(stamp: str, keys: npt.NDArray[np.uint64]) -> None:
     """Store keys [N] uint64 under a stamp, with a digest; do nothing if the folder is not writable."""
     path, body = _path(stamp), keys.astype("<u8").tobytes()
     with suppress(OSError):

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from torchvision import datasets as tv
 
-from kdcache.config.schema import DatasetSpec, Transform
+from kdcache.config.schema import DatasetSpec
 from kdcache.config.section import validated
+from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.samples import Samples, Split, check_labels
 from kdcache.data.user_dataset import load_user_split, user_samples

@@ -38,7 +38,7 @@ class Images(Protocol):
         """Return (channels, height, width) of the images; of the first one if they differ."""
 
     def stamp(self) -> str | None:
-        """Return a name for the state of the image files, which changes with any of them; None without files."""
+        """Return a digest that changes if an image file changes; None if the images are not in files."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class FileImages:
             raise self._unreadable(index, error) from error
 
     def content(self, index: int) -> bytes:
-        """Return the bytes of the file: another encoding of the same picture is another sample."""
+        """Return the bytes of the file: another encoding of the same image is another sample."""
         try:
             return Path(self.paths[index]).read_bytes()
         except OSError as error:
@@ -100,14 +100,14 @@ class FileImages:
         return 3, height, width
 
     def stamp(self) -> str:
-        """Return a digest of paths, sizes and times: writing a file changes its time."""
+        """Return a digest of the files' paths, sizes, modification times and inodes."""
         sha = hashlib.sha256()
         for index, path in enumerate(self.paths):
             try:
-                found = Path(path).stat()
+                status = Path(path).stat()
             except OSError as error:
                 raise self._unreadable(index, error) from error
-            parts = (path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+            parts = (path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
             sha.update(repr(parts).encode())
         return sha.hexdigest()
 
@@ -130,14 +130,14 @@ class ItemImages:
         """Return the first element of item `index`."""
         image = self.dataset[index][0]
         if isinstance(image, np.ndarray) and image.ndim in (2, 3):
-            # As torchvision's to_image does it, which would cost every command a second of imports.
+            # Equal to torchvision's to_image, whose import would take every command a second.
             image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).contiguous()
         if isinstance(image, Image.Image) or (isinstance(image, Tensor) and image.ndim == 3):
             return image
         shape = f" {list(image.shape)}" if isinstance(image, Tensor | np.ndarray) else ""
         raise UsageError(
-            f"item {index} of the data set holds a {type(image).__name__}{shape} for an image",
-            "return a tensor [channels, H, W], a numpy array [H, W] or [H, W, channels], or a PIL image",
+            f"item {index} of the data set has an image of type {type(image).__name__}{shape}",
+            "return an image as a tensor [channels, H, W], a numpy array [H, W] or [H, W, channels], or a PIL image",
         )
 
     def content(self, index: int) -> bytes:
@@ -162,7 +162,7 @@ class ItemImages:
 
 @dataclass(frozen=True)
 class MappedImages(ArrayImages):
-    """Images in a file of the bare pixels that is mapped into memory: processes that map it share what it takes."""
+    """Images in a memory-mapped file of pixels without a header; processes that map it share the memory."""
 
     path: Path
 
@@ -171,7 +171,7 @@ class MappedImages(ArrayImages):
 
 
 def map_images(images: ArrayImages, path: Path) -> MappedImages:
-    """Write images in memory to a file, and return them mapped from it."""
+    """Write images that are in memory to a file, and return them as a memory map of it."""
     images.pixels.contiguous().numpy().tofile(path)
     return _map(path, images.pixels.shape, images.pixels.dtype)
 

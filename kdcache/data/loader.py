@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from kdcache.data.views import Batch, View
 from kdcache.errors import IncompleteError, KdcacheError
 
-# Torch raises a bare RuntimeError, also from a signal handler, wherever the main thread is at that moment.
+# Torch raises a plain RuntimeError with this text, also from a signal handler, at any point of the main thread.
 _DEAD_WORKER = "DataLoader worker (pid"
 
 # The beginning of an error that the data set's own code raised in a worker that is still alive.
@@ -20,11 +20,11 @@ _RAISED_IN_WORKER = "Caught "
 
 
 @contextmanager
-def report_lost_workers(*ends: type[Exception]) -> Iterator[None]:
+def report_lost_workers(*pipe_errors: type[Exception]) -> Iterator[None]:
     """Report the death of a loader process inside the context as an IncompleteError.
 
     Args:
-        ends: errors of a closed pipe to a worker, which may come before torch notices that the worker is dead.
+        pipe_errors: errors of a closed pipe to a worker, which may be raised before torch detects that the worker died.
 
     Raises:
         IncompleteError: if a process that loads images died.
@@ -33,8 +33,8 @@ def report_lost_workers(*ends: type[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         message = str(error)
-        is_end = isinstance(error, ends) and not message.startswith(_RAISED_IN_WORKER)
-        if not (is_end or (isinstance(error, RuntimeError) and message.startswith(_DEAD_WORKER))):
+        is_pipe_error = isinstance(error, pipe_errors) and not message.startswith(_RAISED_IN_WORKER)
+        if not (is_pipe_error or (isinstance(error, RuntimeError) and message.startswith(_DEAD_WORKER))):
             raise
         raise IncompleteError(
             f"a process that loads images died: {message or type(error).__name__}",
@@ -50,17 +50,17 @@ def cut_range(ids: range, batch_size: int) -> list[range]:
 def batches(
     data: View,
     cuts: Sequence[Sequence[int]],
-    workers: int = 0,
+    num_workers: int = 0,
     device: torch.device | str = "cpu",
     view: int | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of a view, in the order of `cuts`, prefetched by worker processes.
 
     Args:
-        data: data set under its transform.
+        data: views of a data set.
         cuts: ids of each batch.
-        workers: number of processes that load images; 0 for this one.
-        device: where the batches are used: pinned memory for a GPU.
+        num_workers: number of processes that load images; 0 for this one.
+        device: device that uses the batches; for a GPU, they are in pinned memory.
         view: index of the view; None for `data.view`.
 
     Raises:
@@ -71,12 +71,12 @@ def batches(
     loader: DataLoader[Any] = DataLoader(
         _Requests(data),
         batch_sampler=[(view, cut) for cut in cuts],  # type: ignore[misc]  # torch expects lists, and passes anything on
-        num_workers=workers,
+        num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # seeds the workers, which no view uses; leaves the caller's generator alone
     )
-    with report_lost_workers(*((ConnectionError, EOFError) if workers else ())):
+    with report_lost_workers(*((ConnectionError, EOFError) if num_workers else ())):
         for batch in loader:
             if isinstance(batch, KdcacheError):
                 raise batch
@@ -86,7 +86,7 @@ def batches(
 class _Requests(Dataset[Any]):
     """A data set that is indexed by (view, ids).
 
-    Errors are returned as values: of an error that is raised in a worker process, DataLoader keeps the text only.
+    Errors are returned as values: of an error that a worker process raises, DataLoader passes on the text only.
     """
 
     def __init__(self, data: View) -> None:

@@ -1,6 +1,6 @@
 """MixUp and CutMix as the last step of a transform, which mixes two images into one.
 
-They draw and compute as those of torchvision, for one image and its partner instead of a batch.
+They compute the same as torchvision's MixUp and CutMix, for one image and its partner instead of a batch.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 from torch.distributions import Beta
 
-from kdcache.config.schema import step_names
+from kdcache.config.transform import step_names
 from kdcache.errors import UsageError
 
 Step = dict[str, dict[str, Any]]
 
 Mixture = tuple[Tensor, Tensor, float]
-"""(image [channels, H, W], its partner, handed on as it is, and the share of the image's own label)."""
+"""(image [channels, H, W], its partner, returned unchanged, and the share of the image's own label)."""
 
 Mixing = Callable[[Tensor, Tensor, float], Mixture]
-"""A step that mixes more of the partner into an image; torchvision's RandomApply and RandomChoice hand all three on."""
+"""A step that mixes the partner into an image; torchvision's RandomApply and RandomChoice pass on all arguments."""
 
 
 class MixUp:
-    """A weighted sum of the two.
+    """A weighted sum of an image and its partner.
 
     Args:
-        alpha: the image's weight is drawn from Beta(alpha, alpha).
+        alpha: parameter of Beta(alpha, alpha), from which the image's weight is drawn.
 
     Raises:
         ValueError: if alpha is not above 0, or too large.
@@ -41,17 +41,17 @@ class MixUp:
         self._ratios = _beta(alpha)
 
     def __call__(self, image: Tensor, partner: Tensor, share: float) -> Mixture:
-        """Draw a ratio, and mix."""
-        ratio = self._ratios.sample().item()
-        return partner.mul(1.0 - ratio).add_(image.mul(ratio)), partner, share * ratio
+        """Draw a weight, and return the mixture."""
+        weight = self._ratios.sample().item()
+        return partner.mul(1.0 - weight).add_(image.mul(weight)), partner, share * weight
 
 
 class CutMix:
-    """A box of the partner in the image.
+    """An image in which a random box is replaced by the partner's pixels.
 
     Args:
-        alpha: the part of the image outside the box, but for what of the box is cut off at the edges, is drawn from
-            Beta(alpha, alpha).
+        alpha: parameter of Beta(alpha, alpha), from which the share of the image outside the box is drawn, before the
+            box is clipped at the edges.
 
     Raises:
         ValueError: if alpha is not above 0, or too large.
@@ -63,11 +63,11 @@ class CutMix:
         self._ratios = _beta(alpha)
 
     def __call__(self, image: Tensor, partner: Tensor, share: float) -> Mixture:
-        """Draw a ratio and a place for the box, and mix."""
+        """Draw the size and center of the box, and return the mixture."""
         height, width = image.shape[-2:]
         half = 0.5 * math.sqrt(1.0 - self._ratios.sample().item())
-        columns = _within(width, int(half * width))
-        rows = _within(height, int(half * height))
+        columns = _draw_range(width, int(half * width))
+        rows = _draw_range(height, int(half * height))
         mixed = image.clone()
         mixed[..., rows, columns] = partner[..., rows, columns]
         box = (rows.stop - rows.start) * (columns.stop - columns.start)
@@ -77,41 +77,42 @@ class CutMix:
 def _beta(alpha: float) -> Beta:
     concentration = torch.tensor([float(alpha)])
     if not 0.0 < concentration.item() < math.inf:
-        raise ValueError(f"alpha {alpha} is not a float32 above 0")
+        raise ValueError(f"alpha must be a finite float32 above 0, not {alpha}")
     return Beta(concentration, concentration)
 
 
-def _within(side: int, reach: int) -> slice:
-    """As far as `reach` to both sides of a place that is drawn, within [0, side)."""
+def _draw_range(side: int, half: int) -> slice:
+    """Draw a center in [0, side), and return the range of `half` to both sides of it, clipped to [0, side)."""
     center = int(torch.randint(side, (1,)))
-    return slice(max(center - reach, 0), min(center + reach, side))
+    return slice(max(center - half, 0), min(center + half, side))
 
 
 MIXINGS: dict[str, Callable[..., Mixing]] = {"MixUp": MixUp, "CutMix": CutMix}
 
-_DRAWING = {"RandomApply", "RandomChoice"}
+_RANDOM_CONTAINERS = {"RandomApply", "RandomChoice"}
 
 
 def split_mixing(transform: list[Step]) -> tuple[list[Step], Step | None]:
-    """Return the steps for a single image, and the last step if it mixes two images.
+    """Return the steps for a single image, and the last step if it mixes two images, else None.
 
     Raises:
-        UsageError: if a mixing stands anywhere else.
+        UsageError: if another step mixes two images.
     """
     mixing = transform[-1] if transform and _mixes(transform[-1]) else None
-    alone = transform if mixing is None else transform[:-1]
-    if astray := sorted(MIXINGS.keys() & set(step_names(alone))):
+    single = transform if mixing is None else transform[:-1]
+    if misplaced := sorted(MIXINGS.keys() & set(step_names(single))):
         raise UsageError(
-            f"{' and '.join(astray)} can only be the last step of a transform: it mixes two images that are done",
-            "put it at the end; one of several is drawn by "
+            f"{' and '.join(misplaced)} can only be the last step of a transform: it mixes two transformed images",
+            "put it at the end; to draw one of several, write "
             "- RandomChoice: {transforms: [{MixUp: {alpha: 0.2}}, {CutMix: {alpha: 1.0}}]}",
         )
-    return alone, mixing
+    return single, mixing
 
 
 def _mixes(step: Any) -> bool:
+    """Return whether a step mixes two images, by itself or by its inner steps."""
     if not (isinstance(step, dict) and len(step) == 1):
         return False
     ((name, arguments),) = step.items()
-    inner = arguments.get("transforms") if name in _DRAWING and isinstance(arguments, dict) else None
+    inner = arguments.get("transforms") if name in _RANDOM_CONTAINERS and isinstance(arguments, dict) else None
     return name in MIXINGS or (isinstance(inner, list) and bool(inner) and all(map(_mixes, inner)))

@@ -5,8 +5,8 @@ A transform that begins with
     - RecordedCrop: {size: 224, interpolation: bilinear, unit: fraction}
 
 takes the box of (sample, view) from the cache's array `crops`, five numbers: top, left, height, width and flip. They
-are fractions of the image's height and width, or whole pixels. If it begins with `DrawnElsewhere`, the
-views were drawn by other code: the logits can be read, and the images cannot be replayed.
+are fractions of the image's height and width, or whole pixels. If it begins with `DrawnElsewhere`, other code drew the
+views: the logits can be read, but the images cannot be replayed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from kdcache.cache.format.recorded_views import CROP, UNITS, Step, recorded
-from kdcache.data.transform_limits import CHANNELS, MOST_VALUES
+from kdcache.data.transform_limits import CHANNELS, MAX_IMAGE_VALUES
 from kdcache.errors import UsageError
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
 class PixelBox(NamedTuple):
-    """Whole pixels of an image."""
+    """A box in whole pixels of an image."""
 
     top: int
     left: int
@@ -36,15 +36,15 @@ class PixelBox(NamedTuple):
 
 
 class RecordedCrop:
-    """A crop whose box is given, brought to one size, and flipped where the box says so.
+    """A crop with a given box, resized to a fixed size, and flipped horizontally if the box's flip is 1.
 
     Args:
-        size: of what comes out: [height, width], or both.
-        interpolation: of torchvision's `resized_crop`, antialiased.
-        unit: of the boxes.
+        size: size of the result in pixels: [height, width], or one number for both.
+        interpolation: mode of torchvision's `resized_crop`, which is antialiased: nearest, bilinear or bicubic.
+        unit: unit of the boxes.
 
     Raises:
-        ValueError: for any other argument.
+        ValueError: if an argument has another value.
     """
 
     def __init__(
@@ -55,32 +55,34 @@ class RecordedCrop:
     ) -> None:
         sides = [size, size] if isinstance(size, int) else [*size]
         if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-            raise ValueError(f"size {size!r} is neither a number of pixels nor [height, width]")
-        if CHANNELS * sides[0] * sides[1] > MOST_VALUES:
-            raise ValueError(f"size {size!r} is of more than {MOST_VALUES // CHANNELS:,} pixels")
-        if unit not in UNITS or interpolation not in _INTERPOLATIONS:
-            raise ValueError(f"{unit!r} is no unit of {UNITS}, or {interpolation!r} none of {_INTERPOLATIONS}")
+            raise ValueError(f"size must be a number of pixels or [height, width], not {size!r}")
+        if CHANNELS * sides[0] * sides[1] > MAX_IMAGE_VALUES:
+            raise ValueError(f"size {size!r} has more than {MAX_IMAGE_VALUES // CHANNELS:,} pixels")
+        if unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, not {unit!r}")
+        if interpolation not in _INTERPOLATIONS:
+            raise ValueError(f"interpolation must be one of {', '.join(_INTERPOLATIONS)}, not {interpolation!r}")
         self.size, self.interpolation, self.unit = sides, interpolation, unit
 
     def __call__(self, picture: Tensor | Image.Image, box: npt.NDArray[np.float32]) -> Any:
-        """Return the crop of a picture.
+        """Return the crop of an image.
 
         Args:
             picture: [channels, H, W], or a PIL image.
-            box: [5], as `BOX` says.
+            box: [5]: top, left, height, width, flip; see `BOX`.
 
         Raises:
-            ValueError: if the box does not lie inside the picture.
+            ValueError: if the box is not inside the image.
         """
         from torchvision.transforms.v2 import InterpolationMode, functional  # noqa: PLC0415  # a second of imports
 
-        within = pixels_of(box, self.unit, *sides_of(picture))
-        cut = functional.resized_crop(picture, *within, self.size, InterpolationMode(self.interpolation), True)
-        return functional.horizontal_flip(cut) if box[4] else cut
+        pixel_box = pixels_of(box, self.unit, *sides_of(picture))
+        crop = functional.resized_crop(picture, *pixel_box, self.size, InterpolationMode(self.interpolation), True)
+        return functional.horizontal_flip(crop) if box[4] else crop
 
 
 def sides_of(picture: Tensor | Image.Image) -> tuple[int, int]:
-    """Return (height, width)."""
+    """Return (height, width) of an image."""
     if isinstance(picture, Image.Image):
         return picture.height, picture.width
     height, width = picture.shape[-2:]
@@ -88,29 +90,29 @@ def sides_of(picture: Tensor | Image.Image) -> tuple[int, int]:
 
 
 def pixels_of(box: npt.NDArray[np.float32], unit: str, height: int, width: int) -> PixelBox:
-    """Return the pixels of a box: its edges, each rounded, as Pillow rounds those of a crop.
+    """Return a box in whole pixels: each edge is rounded, as Pillow rounds the edges of a crop.
 
-    Fractions that were rounded themselves may reach beyond the last pixel, and end there.
+    Stored fractions are rounded numbers: a box that extends beyond the last pixel is cut off there.
 
     Raises:
-        ValueError: if none are left, or pixels lie outside of the image.
+        ValueError: if no pixel remains, or the box is not inside the image.
     """
-    top, left, tall, wide = (float(number) for number in box[:4])
+    top, left, box_height, box_width = (float(value) for value in box[:4])
     if unit == "fraction":
-        top, left, tall, wide = top * height, left * width, tall * height, wide * width
-    first, begin, last, end = round(top), round(left), round(top + tall), round(left + wide)
+        top, left, box_height, box_width = top * height, left * width, box_height * height, box_width * width
+    y0, x0, y1, x1 = round(top), round(left), round(top + box_height), round(left + box_width)
     if unit == "fraction":
-        last, end = min(last, height), min(end, width)
-    if not (0 <= first < last <= height and 0 <= begin < end <= width):
-        raise ValueError(f"the box {[float(number) for number in box[:4]]} ({unit}) is not inside {height} x {width}")
-    return PixelBox(first, begin, last - first, end - begin)
+        y1, x1 = min(y1, height), min(x1, width)
+    if not (0 <= y0 < y1 <= height and 0 <= x0 < x1 <= width):
+        raise ValueError(f"the box {[float(value) for value in box[:4]]} ({unit}) is not inside {height} x {width}")
+    return PixelBox(y0, x0, y1 - y0, x1 - x0)
 
 
 def split_recorded(transform: list[Step]) -> tuple[RecordedCrop | None, list[Step]]:
-    """Return the recorded crop at the beginning of a transform, if there is one, and the other steps.
+    """Return the recorded crop that a transform begins with, or None, and the other steps.
 
     Raises:
-        UsageError: if its arguments are invalid, or the views were drawn by other code.
+        UsageError: if its arguments are invalid, or code outside of kdcache drew the views.
     """
     kind = recorded(transform)
     rest = transform if kind is None else transform[1:]
@@ -118,8 +120,8 @@ def split_recorded(transform: list[Step]) -> tuple[RecordedCrop | None, list[Ste
         return None, rest
     if kind == "seeds":
         raise UsageError(
-            f"what this teacher saw was drawn by code that kdcache has not got: {transform[0]}",
-            "use its rows in your own loop, with the images as that code draws them: open_cache(CACHE).teacher()",
+            f"the views of this cache were drawn by code outside of kdcache, and cannot be replayed: {transform[0]}",
+            "use open_cache(CACHE).teacher() in your own training loop, with the images that this code draws",
         )
     try:
         return RecordedCrop(**transform[0][CROP]), rest

@@ -12,29 +12,29 @@ from kdcache.cache.format import zarr_store
 from kdcache.cache.format.fingerprints import Inputs, inputs_of
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples, check_same_samples
-from kdcache.data.transform_limits import MOST_IN_A_BATCH, MOST_VALUES
+from kdcache.data.transform_limits import MAX_BATCH_VALUES, MAX_IMAGE_VALUES
 from kdcache.data.views import View
 from kdcache.errors import MismatchError
 from kdcache.runtime.progress import Progress, Silent
 
-_LAST_BITS = 1e-5
-"""Parts of a picture whose means are within this of one another differ by the rounding of another library at most."""
+_ROUNDING_TOLERANCE = 1e-5
+"""Largest relative difference of an image's sketch that is attributed to rounding in another library version."""
 
-_BATCH = MOST_IN_A_BATCH // MOST_VALUES
-"""So few that images of any size that a transform may make can be looked at."""
+_BATCH = MAX_BATCH_VALUES // MAX_IMAGE_VALUES
+"""Images per batch: as many as fit the limit of a batch when each has the largest size that a transform may make."""
 
-A_FEW = 32
-"""Images that are compared before anything is made of a cache; `kdcache verify --replay` takes all."""
+SPOT_CHECK_IMAGES = 32
+"""Images that are compared before a cache is used; `kdcache verify --replay` compares all."""
 
 
-def check_data(cache: Cache, samples: Samples, transform: Transform | None, progress: Progress | None) -> None:
-    """Check that a cache was made from a data set, with its labels, order, and the transform of a pipeline.
+def check_matches_cache(cache: Cache, samples: Samples, transform: Transform | None, progress: Progress | None) -> None:
+    """Check that a data set has the samples, order and labels of a cache, and that a pipeline has its transform.
 
     Raises:
-        MismatchError: which says what differs, and where it begins.
+        MismatchError: if they differ; the message says in what, and names the first such sample.
     """
     plan = cache.manifest.plan
     if cache.num_classes != samples.num_classes:
@@ -46,34 +46,34 @@ def check_data(cache: Cache, samples: Samples, transform: Transform | None, prog
     check_same_samples(samples, samples.keys(progress), cache.sample_keys[ids], cache.labels[ids])
     if transform is not None and transform != plan.views.transform:
         raise MismatchError(
-            f"the teacher saw images through another transform\n  cache: {plan.views.transform}\n"
+            f"the pipeline's transform is not that of the cache\n  cache: {plan.views.transform}\n"
             f"  pipeline: {transform}",
             "remove `transform` from the pipeline: the student then sees what the teacher saw",
         )
 
 
-def view_of(cache: Cache, samples: Samples, view: int = 0) -> View:
-    """Return a data set as the teacher of a cache saw it in a view.
+def teacher_view(cache: Cache, samples: Samples, view: int = 0) -> View:
+    """Return a view of a data set, with the transform and seed that a cache's teacher had.
 
     Raises:
-        UsageError: if it was drawn by code outside of kdcache.
+        UsageError: if code outside of kdcache drew the views.
     """
     views = cache.manifest.plan.views
     return View(samples, views.transform, views.seed, view, crops=cache.crops)
 
 
 def fingerprints_of(view: View, ids: Sequence[int]) -> Inputs:
-    """Return the fingerprints and sketches of some images of a view, in that order."""
+    """Return the fingerprints and sketches of the samples `ids` of a view, in that order."""
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
     return Inputs.concatenate([inputs_of(batch.images) for batch in batches(view, cuts)])
 
 
 class Replay(NamedTuple):
-    """How the pixels of a data set, as a student would load it, compare with those that the teacher saw.
+    """The result of a replay: how many images match those that the teacher saw.
 
     Attributes:
-        checked: images whose fingerprints were compared.
-        rounded: those of them that differ, but by rounding alone.
+        checked: number of images whose fingerprints were compared.
+        rounded: number of images among these that differ by rounding alone.
     """
 
     checked: int
@@ -81,57 +81,57 @@ class Replay(NamedTuple):
 
 
 def replay(
-    cache: Cache, samples: Samples, limit: int | None = None, workers: int = 0, progress: Progress | None = None
+    cache: Cache, samples: Samples, limit: int | None = None, num_workers: int = 0, progress: Progress | None = None
 ) -> Replay:
     """Replay views and compare their fingerprints with those in the cache, without the teacher.
 
     Args:
-        cache: that was made from them.
-        samples: the data set as it is now.
-        limit: number of images to compare, spread over samples and views; None for all with a fingerprint.
-        workers: number of processes that load images.
+        cache: cache to compare with.
+        samples: data set that the cache was made from.
+        limit: number of images to compare, spread over samples and views; None for all that have a fingerprint.
+        num_workers: number of processes that load images.
         progress: progress reporter; silent if None.
 
     Raises:
-        MismatchError: which names the first sample and view that differ.
+        MismatchError: if an image differs by more than rounding; the message names sample and view.
     """
     plan = cache.manifest.plan
     stride = plan.shape.fingerprint_stride
-    # Of what is here: some views may not have been pulled, and some samples of the cache be missing.
-    in_cache = np.arange(len(samples)) if samples.ids is None else samples.ids
-    marked = np.flatnonzero(in_cache % stride == 0)
-    every = np.arange(len(cache.views) * len(marked))
-    chosen = every if limit is None else every[pilot_ids(len(every), limit)]
-    which, numbers = np.divmod(chosen, max(len(marked), 1))
+    # Some views may not have been pulled, and some samples of the cache may be missing from the data set.
+    cache_ids = np.arange(len(samples)) if samples.ids is None else samples.ids
+    with_fingerprint = np.flatnonzero(cache_ids % stride == 0)
+    pairs = np.arange(len(cache.views) * len(with_fingerprint))
+    chosen = pairs if limit is None else pairs[pilot_ids(len(pairs), limit)]
+    view_positions, sample_positions = np.divmod(chosen, max(len(with_fingerprint), 1))
     rounded = 0
     with (progress or Silent()).task("replay", len(chosen), "images") as task:
-        for place in np.unique(which).tolist():
-            number = cache.views[place]
-            kept = zarr_store.read_inputs(cache.path, plan, number)
-            view = view_of(cache, samples, number)
-            ids = marked[numbers[which == place]].tolist()
+        for position in np.unique(view_positions).tolist():
+            view_index = cache.views[position]
+            stored = zarr_store.read_inputs(cache.path, plan, view_index)
+            view = teacher_view(cache, samples, view_index)
+            ids = with_fingerprint[sample_positions[view_positions == position]].tolist()
             cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), _BATCH)]
-            for batch in batches(view, cuts, workers):
-                then = Inputs(*(values[in_cache[batch.ids.numpy()] // stride] for values in kept))
-                rounded += compare_inputs(cache, number, batch.ids, then, inputs_of(batch.images))
+            for batch in batches(view, cuts, num_workers):
+                expected = Inputs(*(values[cache_ids[batch.ids.numpy()] // stride] for values in stored))
+                rounded += compare_inputs(cache, view_index, batch.ids, expected, inputs_of(batch.images))
                 task.advance(len(batch.ids))
     return Replay(len(chosen), rounded)
 
 
-def compare_inputs(cache: Cache, view: int, ids: Tensor, then: Inputs, now: Inputs) -> int:
-    """Return how many of M images of a view differ by rounding alone from what the teacher saw.
+def compare_inputs(cache: Cache, view: int, ids: Tensor, expected: Inputs, actual: Inputs) -> int:
+    """Return how many of M images of a view differ by rounding alone from those that the teacher saw.
 
     Raises:
-        MismatchError: which names the first that differs by more.
+        MismatchError: if an image differs by more than rounding; the message names the first.
     """
-    differ = then.fingerprints != now.fingerprints
-    scale = np.maximum(np.abs(then.sketches).max(axis=1), 1.0)
-    gap = np.abs(then.sketches - now.sketches).max(axis=1)
-    for place in np.flatnonzero(differ & ~(gap <= _LAST_BITS * scale)):
+    differ = expected.fingerprints != actual.fingerprints
+    scale = np.maximum(np.abs(expected.sketches).max(axis=1), 1.0)
+    gap = np.abs(expected.sketches - actual.sketches).max(axis=1)
+    for row in np.flatnonzero(differ & ~(gap <= _ROUNDING_TOLERANCE * scale)):
         raise MismatchError(
-            f"view {view} of sample {int(ids[place])} is not what the teacher of {cache.path} saw: parts of the "
-            f"picture differ by up to {gap[place]:.3g} in their mean (fingerprint {now.fingerprints[place]:08x}, "
-            f"in the cache {then.fingerprints[place]:08x})",
+            f"view {view} of sample {int(ids[row])} is not what the teacher of {cache.path} saw: the means of "
+            f"image regions differ by up to {gap[row]:.3g} (fingerprint {actual.fingerprints[row]:08x}, "
+            f"in the cache {expected.fingerprints[row]:08x})",
             "use the images and the library versions that the cache was made with (`kdcache info` names them)",
         )
     return int(differ.sum())

@@ -1,7 +1,7 @@
 """The samples of a data set split: images, labels and content keys.
 
 `Samples` are in a fixed order: a sample's ordinal is its id in every cache. Each has a 64-bit content key, so that
-another copy, another order, or another version of the set is noticed before it does harm.
+a changed copy, order or version of the data set is detected before a cache is used with it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from kdcache.config.schema import Transform, step_names
-from kdcache.data.content_keys import keep_keys, kept_keys
+from kdcache.config.transform import Transform, step_names
+from kdcache.data.content_keys import load_keys, save_keys
 from kdcache.data.images import Images, ItemImages
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
@@ -32,14 +32,14 @@ class Samples:
     """One split of a data set, in a fixed order.
 
     Attributes:
-        name: of the data set.
-        split: which part.
-        images: where the pixels are.
-        labels: [N] int32, -1 where not known.
-        class_names: one per class, in the order of the labels.
-        transform: what is done to an image where the pipeline does not say (`views.py` has the form).
-        ids: [N] int64, ascending, by which the views of samples are seeded where these are some of a cache's and their
-            ids there are not their ordinals here.
+        name: name of the data set.
+        split: name of the split.
+        images: source of the pixels.
+        labels: [N] int32, -1 for unknown labels.
+        class_names: name of each class, in the order of the labels.
+        transform: default transform, for pipelines without one; see `views.py` for the format.
+        ids: [N] int64, ascending, ids of the samples in a cache, from which their views are seeded. None if they are
+            the ordinals of the samples.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Samples:
         if len(self.labels) != len(self.images):
             raise MismatchError(
                 f"{self.name}/{self.split} has {len(self.images)} images and {len(self.labels)} labels",
-                "give one label an image, -1 where it is not known",
+                "give one label per image; -1 marks an unknown label",
             )
         if len(self.labels) == 0:
             raise UsageError(f"{self.name}/{self.split} holds no image", "check dataset.root and the split fractions")
@@ -69,27 +69,27 @@ class Samples:
         return len(self.class_names)
 
     def keys(self, progress: Progress | None = None) -> npt.NDArray[np.uint64]:
-        """Return the 64-bit content keys of all samples, [N] uint64: BLAKE2b-64 of each image's content.
+        """Return the content key of each sample, [N] uint64: BLAKE2b-64 of the image's content.
 
-        Files are read once on a machine: their keys are kept in kdcache's own folder, for as long as no file changes.
+        Image files are read once per machine: their keys are stored in kdcache's own folder until a file changes.
         """
         stamp = self.images.stamp()
-        if stamp is not None and (kept := kept_keys(stamp, len(self))) is not None:
-            return kept
-        keys = self._computed_keys(progress or Silent())
+        if stamp is not None and (stored := load_keys(stamp, len(self))) is not None:
+            return stored
+        keys = self._compute_keys(progress or Silent())
         if stamp is not None:
-            keep_keys(stamp, keys)
+            save_keys(stamp, keys)
         return keys
 
-    def _computed_keys(self, progress: Progress) -> npt.NDArray[np.uint64]:
+    def _compute_keys(self, progress: Progress) -> npt.NDArray[np.uint64]:
         with (
             progress.task(f"content keys of {self.name}/{self.split}", len(self), "images") as task,
             ThreadPoolExecutor(max_workers=None if self.images.parallel else 1) as pool,
         ):
             blocks = [range(start, min(start + 256, len(self))) for start in range(0, len(self), 256)]
             keys = np.empty(len(self), np.uint64)
-            for block, of_block in zip(blocks, pool.map(self._keys_of, blocks), strict=True):
-                keys[block.start : block.stop] = of_block
+            for block, block_keys in zip(blocks, pool.map(self._keys_of, blocks), strict=True):
+                keys[block.start : block.stop] = block_keys
                 task.advance(len(block))
         return keys
 
@@ -99,17 +99,17 @@ class Samples:
 
 
 def check_labels(labels: npt.NDArray[np.integer[Any]], num_classes: int, where: str) -> None:
-    """Check that labels run from 0 to `num_classes - 1`, or are -1 where not known.
+    """Check that each label is between 0 and `num_classes - 1`, or -1 if it is unknown.
 
     Raises:
-        MismatchError: which names the first that does not.
+        MismatchError: for a label out of range; the message names the first such sample.
     """
-    out = np.flatnonzero((labels < -1) | (labels >= num_classes))
-    if len(out):
+    invalid = np.flatnonzero((labels < -1) | (labels >= num_classes))
+    if len(invalid):
         raise MismatchError(
-            f"label out of range in {where}: sample {out[0]} has label {labels[out[0]]}, "
-            f"classes run from 0 to {num_classes - 1} ({len(out)} such samples)",
-            "correct the labels, or give the right number of classes; -1 marks a label that is not known",
+            f"label out of range in {where}: sample {invalid[0]} has label {labels[invalid[0]]}, "
+            f"classes run from 0 to {num_classes - 1} ({len(invalid)} such samples)",
+            "correct the labels or the number of classes; -1 marks an unknown label",
         )
 
 
@@ -121,24 +121,24 @@ def wrap(
     transform: Transform | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Samples:
-    """Any map-style `torch.utils.data.Dataset` of (image, label) pairs, as kdcache's own sets.
+    """Return a map-style `torch.utils.data.Dataset` of (image, label) pairs as `Samples`.
 
     Args:
         dataset: with `__len__` and `__getitem__`; images are tensors [channels, H, W], numpy arrays [H, W] or
             [H, W, channels], or PIL images; labels are integers.
         num_classes: labels run from 0 to `num_classes - 1`; -1 marks an unknown label.
-        name: what the manifest calls it.
-        split: which part of it this is.
-        transform: as in a pipeline file; None leaves the images as the data set gives them.
-        class_names: for the manifest; "0", "1", ... if not given.
+        name: name of the data set in the manifest.
+        split: name of the split.
+        transform: steps as in a pipeline file; None leaves the images as the data set returns them.
+        class_names: name of each class, for the manifest; "0", "1", ... if None.
 
     Raises:
         UsageError: if it is not such a data set.
-        MismatchError: for a label out of range, or a class name too many or too few.
+        MismatchError: if a label is out of range, or the number of class names is not `num_classes`.
     """
     names = tuple(str(c) for c in (range(num_classes) if class_names is None else class_names))
     if len(names) != num_classes:
-        raise MismatchError(f"{len(names)} class names for {num_classes} classes", "give one name a class")
+        raise MismatchError(f"{len(names)} class names for {num_classes} classes", "give one name per class")
     labels = labels_of(dataset)
     check_labels(labels, num_classes, f"{name}/{split}")
     trust(step_names(transform))
@@ -146,10 +146,10 @@ def wrap(
 
 
 def as_samples(data: Samples | Dataset[Any]) -> Samples:
-    """Return samples as they are, and any other data set of (image, label) pairs wrapped.
+    """Return `Samples` unchanged, and any other data set of (image, label) pairs wrapped.
 
     Raises:
-        KdcacheError: if it is no such data set, or its classes are not clear; see `wrap` and `class_names`.
+        KdcacheError: if it is not such a data set, or its classes are ambiguous; see `wrap` and `class_names`.
     """
     if isinstance(data, Samples):
         return data
@@ -158,15 +158,15 @@ def as_samples(data: Samples | Dataset[Any]) -> Samples:
 
 
 def class_names(dataset: Dataset[Any], where: str) -> Sequence[str]:
-    """Return the attribute `classes` of a data set, or the numbers up to its largest label.
+    """Return the attribute `classes` of a data set; without one, "0", "1", ... up to the largest label.
 
     Args:
-        dataset: of (image, label) pairs.
-        where: its name, for error messages.
+        dataset: data set of (image, label) pairs.
+        where: name of the data set, for error messages.
 
     Raises:
         UsageError: if `classes` is not a sequence of names.
-        MismatchError: if there is none, and labels are so large that most classes would have no sample.
+        MismatchError: if there is no such attribute, and the largest label is not below the number of images.
     """
     names = getattr(dataset, "classes", None)
     if names is not None:
@@ -203,7 +203,7 @@ def _label(item: Any, index: int) -> int:
         return operator.index(item[1])
     except (TypeError, ValueError, LookupError):
         raise UsageError(
-            f"item {index} of the data set is no pair of an image and a whole number", "return (image, label)"
+            f"item {index} of the data set is not a pair of an image and an integer label", "return (image, label)"
         ) from None
 
 
@@ -216,29 +216,29 @@ def check_same_samples(
     """Check that row i of a cache belongs to sample i of a data set.
 
     Raises:
-        MismatchError: which says whether it is another set, another order, or another labeling, and where it begins.
+        MismatchError: if samples, order or labels differ; the message names the first such sample.
     """
-    here = f"{samples.name}/{samples.split}"
+    name = f"{samples.name}/{samples.split}"
     if len(keys) != len(cached_keys):
         raise MismatchError(
-            f"the cache holds {len(cached_keys)} samples, {here} has {len(keys)}",
+            f"the cache holds {len(cached_keys)} samples, {name} has {len(keys)}",
             "use the data set and the split that the cache was made from (`kdcache info CACHE` names them)",
         )
     differ = np.flatnonzero(keys != cached_keys)
     if len(differ):
         if np.array_equal(np.sort(keys), np.sort(cached_keys)):
             raise MismatchError(
-                f"{here} holds the cache's samples in another order, first at sample {differ[0]}",
-                "do not shuffle the data set; shuffling is the sampler's work",
+                f"{name} holds the cache's samples in another order, first at sample {differ[0]}",
+                "do not shuffle the data set; let the sampler of the DataLoader shuffle",
             )
         raise MismatchError(
-            f"{len(differ)} of {len(keys)} samples of {here} are not those of the cache, first sample {differ[0]}",
+            f"{len(differ)} of {len(keys)} samples of {name} are not those of the cache, first sample {differ[0]}",
             "use the data set that the cache was made from, or dump the teacher on this one",
         )
     differ = np.flatnonzero(samples.labels != cached_labels)
     if len(differ):
         raise MismatchError(
-            f"sample {differ[0]} of {here} has label {samples.labels[differ[0]]}, in the cache "
+            f"sample {differ[0]} of {name} has label {samples.labels[differ[0]]}, in the cache "
             f"{cached_labels[differ[0]]} ({len(differ)} labels differ)",
             "use the labels that the cache was made with, or dump the teacher again",
         )

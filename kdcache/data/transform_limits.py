@@ -1,6 +1,6 @@
-"""How much a transform may ask for: one that a cache names is replayed on other people's machines.
+"""Limits on the memory and time of a transform, since the transform of a downloaded cache is replayed on this machine.
 
-The limits hold for every transform, a pipeline's own too, so that every cache can be replayed.
+They hold for all transforms, also those of the user's own pipeline, so that every cache can be replayed.
 """
 
 from __future__ import annotations
@@ -17,36 +17,38 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 
-MOST_VALUES = 2**28
-"""Of an image: four channels of 8192 by 8192; one of fewer channels is counted as if it had four."""
+MAX_IMAGE_VALUES = 2**28
+"""Values of an image: 4 channels of 8192 x 8192 pixels. Fewer channels are counted as 4."""
 
 CHANNELS = 4
 
-MOST_IN_A_BATCH = 2**31
+MAX_BATCH_VALUES = 2**31
+"""Values of all images of a batch."""
 
-MOST_STEPS = 64
-"""Those inside other steps too; and how often a step may repeat what it does."""
+MAX_STEPS = 64
+"""Steps of a transform, with those inside other steps; also the repetitions of one step."""
 
-MOST_OF_A_KERNEL = 255
+MAX_KERNEL_SIZE = 255
+"""Pixels of a side of a convolution kernel."""
 
 _REPEATS = ("chain_depth", "mixture_width", "num_ops", "trials")
-_AS_GOOD_AS_INFINITE = 2.0**53
+_INFINITE = 2.0**53
 _KERNEL_OF_SIGMA = 8
-"""ElasticTransform's kernel is so many times as wide as its sigma."""
+"""Ratio of the kernel size of ElasticTransform to its sigma."""
 
 _ZOOM_OUT = (1.0, 4.0)
 _JITTER = (0.1, 2.0)
-"""What torchvision takes for `side_range` and `scale_range` where nothing is said."""
+"""Defaults of torchvision for `side_range` of RandomZoomOut and `scale_range` of ScaleJitter."""
 
 
 @dataclass(frozen=True)
-class Bounded:
-    """A step of a transform that looks at the size of an image before it makes another one of it.
+class SizeLimitedStep:
+    """A step of a transform that checks the size of its result before it computes it.
 
     Attributes:
-        step: what does the work.
-        name: of it.
-        arguments: that it was built with, as they stand in the transform.
+        step: the step of torchvision.
+        name: name of the step.
+        arguments: arguments of the step, as given in the transform.
     """
 
     step: Callable[..., Any]
@@ -59,18 +61,18 @@ class Bounded:
             kernel = _largest(self.arguments.get("kernel_size"))
         if self.name == "ElasticTransform":
             kernel = _KERNEL_OF_SIGMA * _largest(self.arguments.get("sigma"))
-        if kernel > MOST_OF_A_KERNEL:
-            raise _refused(f"{self.name} has a kernel of {kernel:,.0f} pixels; {MOST_OF_A_KERNEL} are the most")
+        if kernel > MAX_KERNEL_SIZE:
+            raise _refused(f"{self.name} has a kernel of {kernel:,.0f} pixels, more than {MAX_KERNEL_SIZE}")
         for key in _REPEATS:
-            if _largest(self.arguments.get(key)) > MOST_STEPS:
-                raise _refused(f"{self.name} has {key} {self.arguments[key]}; {MOST_STEPS} is the most")
+            if _largest(self.arguments.get(key)) > MAX_STEPS:
+                raise _refused(f"{self.name} has {key} {self.arguments[key]}, more than {MAX_STEPS}")
 
     def __call__(self, *images: Any) -> Any:
-        """Apply the step to an image or a batch; one that chooses among mixings also takes a partner and a share.
+        """Apply the step to an image or a batch; a step that mixes images also takes a partner and a share.
 
         Raises:
-            UsageError: if it would make too large an image.
-            TypeError: if the step before it has made something else of an image, such as five crops.
+            UsageError: if the result could be too large.
+            TypeError: if the previous step did not return one image, but for instance five crops.
         """
         picture = images[0]
         if isinstance(picture, Image.Image):
@@ -80,39 +82,39 @@ class Bounded:
             channels, height, width = picture.shape[-3:]
         else:
             raise TypeError(f"{self.name} is given a {type(picture).__name__}, not one image")
-        made = self._made(channels, height, width)
-        if _counted(*made) > max(_counted(channels, height, width), MOST_VALUES):
-            sides = " x ".join(f"{side:,.0f}" for side in made)
-            most = f"{CHANNELS} x {MOST_VALUES // CHANNELS:,}"
-            raise _refused(f"{self.name} makes up to {sides} values of an image; {most} are the most")
-        check_batch(math.prod(made), batch)
+        shape = self._largest_shape(channels, height, width)
+        if _count_values(*shape) > max(_count_values(channels, height, width), MAX_IMAGE_VALUES):
+            sides = " x ".join(f"{side:,.0f}" for side in shape)
+            limit = f"{CHANNELS} x {MAX_IMAGE_VALUES // CHANNELS:,}"
+            raise _refused(f"{self.name} returns images of up to {sides} values, more than {limit}")
+        check_batch(math.prod(shape), batch)
         return self.step(*images)
 
-    # Read once, and not for each of millions of images.
+    # Cached: they are used for each of millions of images.
 
     @cached_property
     def _size(self) -> list[float]:
         return [*_numbers(self.arguments.get("size"))]
 
     @cached_property
-    def _most(self) -> dict[str, float]:
+    def _largest_numbers(self) -> dict[str, float]:
         return {key: _largest(value) for key, value in self.arguments.items()}
 
     @cached_property
-    def _means(self) -> int:
+    def _n_means(self) -> int:
         return max(len([*_numbers(self.arguments.get(key))]) for key in ("mean", "std"))
 
-    def _made(self, channels: int, height: int, width: int) -> tuple[float, float, float]:
-        """[channels, H, W] at most, while the step is at work or when it is done."""
-        size, largest, scale, side = self._size, self._most, 1.0, 0.0
+    def _largest_shape(self, channels: int, height: int, width: int) -> tuple[float, float, float]:
+        """Return the largest (channels, H, W) that the step allocates, for intermediate results as well."""
+        size, largest, scale, side = self._size, self._largest_numbers, 1.0, 0.0
         match self.name:
             case "Pad" | "RandomCrop":
-                around, side = 2 * largest.get("padding", 0.0), max(size, default=0.0)
-                return channels, max(height + around, side), max(width + around, side)
+                margin, side = 2 * largest.get("padding", 0.0), max(size, default=0.0)
+                return channels, max(height + margin, side), max(width + margin, side)
             case "Resize" if len(size) == 2:
                 return channels, size[0], size[1]
             case "Resize" | "RandomResize" | "RandomShortestSize":
-                scale = self._enlarged(size, largest, height, width)
+                scale = self._largest_scale(size, largest, height, width)
             case "RandomZoomOut":
                 scale = _largest(self.arguments.get("side_range", _ZOOM_OUT))
             case "ScaleJitter":
@@ -120,40 +122,40 @@ class Bounded:
             case "RandomRotation" if self.arguments.get("expand"):
                 side = math.hypot(height, width) + 2  # its corners are rounded outward
             case "Normalize":
-                # Of one channel it makes as many as there are means.
-                channels = max(channels, self._means)
+                # One channel is broadcast to as many as there are means.
+                channels = max(channels, self._n_means)
             case "ElasticTransform":
                 pass  # its alpha is not a size
             case _:
-                # Whatever it does, and whatever torchvision may yet get: a number may be a side.
+                # In a step that is not known here, also one of a future torchvision, any number may be a side.
                 side = max(largest.values(), default=0.0)
         return channels, max(scale * height, side), max(scale * width, side)
 
-    def _enlarged(self, size: list[float], largest: Mapping[str, float], height: int, width: int) -> float:
-        """How many times larger at most a step makes an image that keeps the shape of it."""
+    def _largest_scale(self, size: list[float], largest: Mapping[str, float], height: int, width: int) -> float:
+        """Return the largest factor by which a step that keeps the aspect ratio enlarges an image."""
         shorter, longer = sorted((max(height, 1), max(width, 1)))
-        most = largest.get("max_size", 0.0)
+        limit = largest.get("max_size", 0.0)
         if self.name == "RandomResize":
-            return most / shorter
-        wanted = size[0] if size else largest.get("min_size", 0.0)
-        scales = [wanted / shorter] * bool(wanted) + [most / longer] * bool(most)
+            return limit / shorter
+        target = size[0] if size else largest.get("min_size", 0.0)
+        scales = [target / shorter] * bool(target) + [limit / longer] * bool(limit)
         return min(scales, default=1.0)
 
 
-def _counted(channels: float, height: float, width: float) -> float:
+def _count_values(channels: float, height: float, width: float) -> float:
     return max(channels, CHANNELS) * height * width
 
 
 def check_batch(values: float, count: int) -> None:
-    """Check that so many images of so many values may be held at once.
+    """Check that `count` images of `values` values each are within the limit of a batch.
 
     Raises:
-        UsageError: if they are too many.
+        UsageError: if they exceed it.
     """
-    if count > 1 and count * values > MOST_IN_A_BATCH:
+    if count > 1 and count * values > MAX_BATCH_VALUES:
         raise UsageError(
-            f"a batch of {count} images of {values:,.0f} values has more than {MOST_IN_A_BATCH:,}",
-            "set a smaller batch_size, or take smaller images with `transform`",
+            f"a batch of {count} images of {values:,.0f} values has more than {MAX_BATCH_VALUES:,}",
+            "lower batch_size, or reduce the size of the images in `transform`",
         )
 
 
@@ -161,23 +163,23 @@ def check_steps(names: Iterator[str]) -> None:
     """Check that a transform does not have too many steps, including those inside others.
 
     Raises:
-        UsageError: if it has.
+        UsageError: if it has more than `MAX_STEPS`.
     """
-    if len([*islice(names, MOST_STEPS + 1)]) > MOST_STEPS:
-        raise _refused(f"it has more than {MOST_STEPS} steps")
+    if len([*islice(names, MAX_STEPS + 1)]) > MAX_STEPS:
+        raise _refused(f"it has more than {MAX_STEPS} steps")
 
 
 def _refused(what: str) -> UsageError:
     return UsageError(
-        f"this transform asks for too much: {what}",
-        "take less in `transform`; if a cache from elsewhere has this transform, do not use it (docs/FORMAT.md, 6.2)",
+        f"this transform exceeds a limit: {what}",
+        "reduce it in `transform`; do not use a downloaded cache with such a transform (docs/FORMAT.md, 6.2)",
     )
 
 
 def _numbers(value: Any) -> Iterator[float]:
     """Yield the absolute values of all numbers in an argument; NaN as the largest, as no limit holds for it."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        yield min(_AS_GOOD_AS_INFINITE, abs(value))  # in this order: NaN is not below anything
+        yield min(_INFINITE, abs(value))  # in this order: NaN is not below anything
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _numbers(inner)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from kdcache.cache.format.recorded_views import CROP, ELSEWHERE, recorded
-from kdcache.config.schema import Transform, step_names
+from kdcache.config.transform import Transform, step_names
 from kdcache.data.mixing import MIXINGS, split_mixing
-from kdcache.data.transform_limits import Bounded, check_steps
+from kdcache.data.transform_limits import SizeLimitedStep, check_steps
 from kdcache.errors import UsageError
 from kdcache.runtime import user_code
 
@@ -128,7 +128,7 @@ def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
         if name in MIXINGS:
             fix = "give alpha only: the loss gets both labels and their shares"
         raise UsageError(f"transform {name}: {error}", fix) from None
-    return built if name in MIXINGS else Bounded(built, name, arguments)
+    return built if name in MIXINGS else SizeLimitedStep(built, name, arguments)
 
 
 def _argument(key: str, value: Any) -> Any:

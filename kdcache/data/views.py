@@ -6,8 +6,8 @@ A transform is data: a list of names and arguments of `torchvision.transforms.v2
     - ToDtype: {dtype: float32, scale: true}
 
 The manifest stores it unchanged, so that the student can replay what the teacher saw. The last step may mix two images
-(`mixing.py`): view v of sample i with view v of a partner, drawn from (seed, i, v) among all samples. The first step
-may be a crop whose boxes are recorded in the cache (`recorded_crop.py`).
+(`mixing.py`): view v of sample i with view v of a partner, which (seed, i, v) draws among all samples. The first step
+may be a crop whose boxes are stored in the cache (`recorded_crop.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdcache.cache.format.recorded_views import CROP, Crops
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages, Picture
 from kdcache.data.mixing import Mixing, split_mixing
 from kdcache.data.recorded_crop import split_recorded
@@ -56,25 +56,25 @@ class Batch(NamedTuple):
 def seeded(*parts: int) -> Iterator[None]:
     """Seed the generators of Python, NumPy and torch from `parts`, and restore their states at the end.
 
-    Of torch's generators, only that of the CPU, where transforms run: `torch.manual_seed` would seed a GPU's too.
+    Of torch's generators, only the CPU's is seeded, as transforms run there; `torch.manual_seed` would also seed GPUs.
     """
     digest = hashlib.blake2b(b"".join(part.to_bytes(8, "little") for part in parts), digest_size=8).digest()
     seed = int.from_bytes(digest, "little")
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Run torch on one thread, as DataLoader workers do: the rounding of a sum depends on how threads share it."""
+    """Run torch on one thread, as DataLoader workers do: the rounding of a sum depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -84,21 +84,21 @@ def _one_thread() -> Iterator[None]:
 
 
 class View(Dataset[Batch]):
-    """A data set under a transform, in seeded views, read a batch at a time.
+    """A data set with a transform, in seeded views, read a batch at a time.
 
-    Indexing (`__getitem__`, and `__getitems__`, which DataLoader calls) returns the view that the constructor is given;
-    `batch` returns any view.
+    Indexing (`__getitem__`, and `__getitems__`, which DataLoader calls) returns samples of the constructor's `view`;
+    `batch` returns samples of any view.
 
     Args:
         samples: data set.
         transform: steps that are applied to an image.
         seed: seed of the views.
         view: index of the view that indexing returns.
-        labels: [N] int64, replace those of the data set, such as for a student that is shown a part of them.
-        crops: boxes of a transform that begins with a recorded crop, by the samples' ids.
+        labels: [N] int64, which replace the labels of the data set, for instance to hide some; None for its own labels.
+        crops: boxes by sample id, for a transform that begins with a recorded crop.
 
     Raises:
-        UsageError: if the transform is invalid, or its boxes are not given.
+        UsageError: if the transform is invalid, or its boxes are missing.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class View(Dataset[Batch]):
         self._mixing = build_transform([mixing]) if mixing else None
         if mixing and samples.ids is not None:
             raise UsageError(
-                f"{mixing} mixes images with any others of the cache, and some of these are missing here",
+                f"{mixing} mixes each image with any other one of the cache, and some of these are missing",
                 "train on the whole data set, or from a cache of views that are not mixed",
             )
         self._random = is_random(steps)
@@ -171,29 +171,29 @@ class View(Dataset[Batch]):
             UsageError: if the transform cannot be applied to an image.
             CorruptError: if an image cannot be read.
         """
-        which = torch.as_tensor(ids, dtype=torch.int64)
+        indices = torch.as_tensor(ids, dtype=torch.int64)
         if self._arrays is not None:
             # One call for the whole batch gives the same pixels as one per image, many times faster.
-            pixels = self._apply(self._arrays.pixels[which], int(which[0])).float()
-            return Batch(pixels, self.labels[which], which, None)
+            pixels = self._apply(self._arrays.pixels[indices], int(indices[0])).float()
+            return Batch(pixels, self.labels[indices], indices, None)
         count = len(ids)
         with _one_thread():
             if self._mixing is None:
-                images = _stacked([self._image(int(index), view, count) for index in ids])
-                return Batch(images, self.labels[which], which, None)
+                stacked = _stack([self._image(int(index), view, count) for index in ids])
+                return Batch(stacked, self.labels[indices], indices, None)
             mixtures = (self._mixed(int(index), view, self._mixing, count) for index in ids)
-            each, shares, partners = zip(*mixtures, strict=True)
+            images, shares, partners = zip(*mixtures, strict=True)
             mixed = MixedLabels(self.labels[list(partners)], torch.tensor(shares))
-            return Batch(_stacked(each), self.labels[which], which, mixed)
+            return Batch(_stack(images), self.labels[indices], indices, mixed)
 
     def _mixed(self, index: int, view: int, mixing: Mixing, count: int) -> tuple[Tensor, float, int]:
-        """Return an image mixed with another, the share of its own label, and the index of the other."""
+        """Return an image mixed with its partner, the share of its own label, and the index of the partner."""
         with self._seeded(index, view):
             own = self._transformed(index, view, count)
             partner = int(torch.randint(len(self), ()))
-            other = self._image(partner, view, count)
-            _check_sizes([own, other])
-            image, _, share = mixing(own, other, 1.0)
+            partner_image = self._image(partner, view, count)
+            _check_sizes([own, partner_image])
+            image, _, share = mixing(own, partner_image, 1.0)
         return image, share, partner
 
     def _image(self, index: int, view: int, count: int) -> Tensor:
@@ -209,17 +209,17 @@ class View(Dataset[Batch]):
         return seeded(self.seed, self._id(index), view)
 
     def _transformed(self, index: int, view: int, count: int) -> Tensor:
-        """Return an image, one of `count` that are held in memory at once."""
+        """Return an image after the transform; `count` images are in memory at the same time."""
         picture = self.samples.images.picture(index)
         if isinstance(picture, Tensor):
-            picture = picture.clone()  # a transform may work in place, and must not change the data set
+            picture = picture.clone()  # a transform may modify its input, and must not modify the data set
         if self._crop is not None and (boxes := self.boxes(view)) is not None:
             try:
                 picture = self._crop(picture, boxes[self._id(index)])
             except ValueError as error:
                 raise CorruptError(
                     f"sample {self._id(index)} of {self.samples.name}/{self.samples.split}, view {view}: {error}",
-                    "use the images that the boxes were drawn for",
+                    "use the images from which the boxes were drawn",
                 ) from None
         pixels = self._apply(picture, index)
         check_batch(pixels.numel(), count)
@@ -252,7 +252,7 @@ def _check_sizes(images: Sequence[Tensor]) -> None:
         )
 
 
-def _stacked(images: Sequence[Tensor]) -> Tensor:
+def _stack(images: Sequence[Tensor]) -> Tensor:
     """Stack images of one size into [B, channels, H, W] float32."""
     _check_sizes(images)
     return torch.stack(list(images)).float()

@@ -13,7 +13,7 @@ from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.config.schema import CacheSpec
 from kdcache.data.loader import batches, cut_range
-from kdcache.data.replay import view_of
+from kdcache.data.replay import teacher_view
 from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError
 from kdcache.models import weights_digest
@@ -87,7 +87,7 @@ def compare_with_teacher(
     agreements = []
     with (progress or Silent()).task("teacher", len(ids) * len(cache.views), "rows") as task:
         for view in cache.views:
-            images = view_of(cache, samples, view)
+            images = teacher_view(cache, samples, view)
             parts = []
             for batch in batches(images, cuts, spec.num_workers, device):
                 live = running(batch.images)

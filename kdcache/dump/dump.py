@@ -22,8 +22,9 @@ from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_sealed
 from kdcache.cache.summary import ShardStatistics
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec, Transform, step_names
+from kdcache.config.schema import CacheSpec
 from kdcache.config.section import validated
+from kdcache.config.transform import Transform, step_names
 from kdcache.data.samples import Samples
 from kdcache.dump.job import DumpJob, Prepared, pending_shards, prepare
 from kdcache.dump.teacher_pass import PhaseTimer, Shard, run_pass

@@ -20,8 +20,7 @@ from kdcache.data.views import View
 from kdcache.dump.check_images import check_images
 from kdcache.dump.plan import Pilot, request_of, run_pilot, views_of
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
-from kdcache.models.checks import try_network
-from kdcache.models.inference import InferenceModel
+from kdcache.models.inference import InferenceModel, try_teacher
 from kdcache.models.teacher import LoadedTeacher
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.resources import free_disk
@@ -85,7 +84,7 @@ def estimate(
     if encoding is not None and out is None:
         return Estimate(encoding, None, rows)
     view = View(loaded.samples, loaded.transform, spec.seed)
-    try_network(loaded.model.to(device), view, device, "teacher")
+    try_teacher(loaded.model, view, spec, device)
     teacher = InferenceModel(loaded.model, num_classes, spec, device)
     if encoding is not None:
         pilot = run_pilot(teacher, view, spec, progress, pilot_rows or _TIMED_BATCHES * spec.batch_size)

@@ -20,7 +20,8 @@ from kdcache.cache.planner import encoding_without_pilot, pilot_ids
 from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec, Transform
+from kdcache.config.schema import CacheSpec
+from kdcache.config.transform import Transform
 from kdcache.data.mixing import split_mixing
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
@@ -30,8 +31,7 @@ from kdcache.dump.extend import check_extends
 from kdcache.dump.plan import Chosen, Pilot, choose, plan_cache, request_of, run_pilot, views_of
 from kdcache.dump.teacher_pass import Shard
 from kdcache.errors import UsageError
-from kdcache.models.checks import try_network
-from kdcache.models.inference import InferenceModel
+from kdcache.models.inference import InferenceModel, try_teacher
 from kdcache.models.teacher import TeacherIdentity
 from kdcache.runtime.progress import Progress
 
@@ -107,9 +107,10 @@ def prepare(job: DumpJob) -> Prepared:
     views = views_of(spec, job.transform)
     # Invalid settings are refused before all images are read.
     encoding_without_pilot(samples.num_classes, request_of(spec))
+    level = None
     if not is_sealed:
         check_images(samples, job.progress, job.decode_images)
-        try_network(job.model.to(job.device), job.view(), job.device, "teacher")
+        level = try_teacher(job.model, job.view(), spec, job.device)
     keys = samples.keys(job.progress)
     digest = digest_of(keys, samples.labels)
     shape = job.extends.manifest.plan.shape if job.extends else None
@@ -118,13 +119,13 @@ def prepare(job: DumpJob) -> Prepared:
         if sealed.dataset.class_names != samples.class_names:
             raise UsageError(f"{out} is already a sealed cache, of other classes", _OTHER_NAME)
         chosen = Chosen(sealed.encoding, sealed.fidelity, None, 0)
-        plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape)
+        plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape, sealed.teacher.level)
         return Prepared(None, _complete(job, sealed, plan))
     path, begun = out, read_plan(out / PLAN) if (out / PLAN).exists() else None
     if begun is None and job.extends is not None:
         path, begun = job.extends.path, job.extends.manifest.plan
     chosen = choose(path, begun, spec, samples.num_classes, job.run_pilot)
-    plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape)
+    plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape, level)
     if job.extends is not None:
         check_extends(job.extends, plan, keys, samples.labels)
     if not (out / PLAN).exists():

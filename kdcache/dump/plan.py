@@ -29,7 +29,8 @@ from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.preconditions import check_same_plan
-from kdcache.config.schema import CacheSpec, Transform
+from kdcache.config.schema import CacheSpec
+from kdcache.config.transform import Transform
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_random
@@ -160,6 +161,7 @@ def plan_cache(
     views: ViewsRecord,
     choice: Chosen,
     shape: Sharding | None = None,
+    level: Literal["unknown"] | None = None,
 ) -> Plan:
     """Make the plan of a cache; `shape` is the sharding of a cache that it extends.
 
@@ -174,6 +176,7 @@ def plan_cache(
                 weights_digest=weights_digest(model),
                 parameters=sum(p.numel() for p in model.parameters()),
                 precision=described_precision(spec),
+                level=level,
             ),
             dataset=record_of_data(samples, digest),
             views=views,

@@ -10,7 +10,8 @@ from typing import Literal
 from torch import nn
 
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import ModelSpec, Pipeline, StudentSpec, TeacherSpec, Transform
+from kdcache.config.schema import ModelSpec, Pipeline, StudentSpec, TeacherSpec
+from kdcache.config.transform import Transform
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import transform_for_evaluation
 from kdcache.data.views import View

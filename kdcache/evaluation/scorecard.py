@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.config.schema import DatasetSpec
-from kdcache.data.alignment import shared
+from kdcache.data.alignment import match_samples
 from kdcache.data.datasets import load_held_out, load_split
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples
@@ -21,7 +22,7 @@ from kdcache.data.views import View
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.evaluation import costs, metrics
 from kdcache.evaluation.networks import NetworkRef
-from kdcache.models.checks import check_logits, try_network
+from kdcache.models.checks import check_logits, log_probabilities, output_scale, set_evaluation_mode, try_network
 from kdcache.runtime.progress import Progress, Silent
 
 _BATCH = 256
@@ -188,7 +189,7 @@ class _TeacherRows(NamedTuple):
 
 
 def _teacher_rows(cache: Cache, dataset: DatasetSpec, rows: int, progress: Progress) -> _TeacherRows:
-    images = shared(cache, load_split(dataset, "train"), progress)
+    images = match_samples(cache, load_split(dataset, "train"), progress)
     if images.note:
         progress.say(f"note: {images.note}")
     indices = pilot_ids(len(images.view), rows)
@@ -208,7 +209,7 @@ def _score(
     """Build a network, and compute its metrics on the labeled samples, its costs, and its agreement."""
     model, view = network.load(samples)
     try_network(model, view, "cpu", f"network {network.name}")
-    model.to(device).eval()
+    set_evaluation_mode(model.to(device))
     logits = logits_of(network, model, view, labeled, device)
     labels = view.labels[labeled]
     image = view[0].images.to(device)
@@ -235,6 +236,9 @@ def _score(
 def logits_of(network: NetworkRef, model: nn.Module, view: View, ids: list[int], device: torch.device | str) -> Tensor:
     """Return the logits of a network in evaluation mode for some samples, [len(ids), C] float32 on the CPU.
 
+    Of a network that returns probabilities, they are the log-probabilities; one that has underflowed is replaced by the
+    smallest normal number of its type.
+
     Raises:
         CorruptError: if a logit is NaN or infinite.
         KdcacheError: if the network does not return logits [B, C].
@@ -243,7 +247,7 @@ def logits_of(network: NetworkRef, model: nn.Module, view: View, ids: list[int],
     parts = []
     for batch in batches(view, id_batches, network.workers, device):
         output = model(batch.images.to(device, non_blocking=True))
-        logits = check_logits(output, len(batch.ids), view.samples.num_classes, f"network {network.name}").float().cpu()
+        logits = check_logits(output, len(batch.ids), view.samples.num_classes, f"network {network.name}").cpu()
         if (not_finite := ~logits.isfinite().all(dim=1)).any():
             raise CorruptError(
                 f"{network.name} returned NaN or infinite logits for sample {int(batch.ids[not_finite][0])} of "
@@ -251,7 +255,10 @@ def logits_of(network: NetworkRef, model: nn.Module, view: View, ids: list[int],
                 "use a checkpoint of a training that did not diverge, and check eval_transform",
             )
         parts.append(logits)
-    return torch.cat(parts)
+    outputs = torch.cat(parts)
+    if not outputs.is_floating_point() or output_scale(outputs) != "probabilities":
+        return outputs.float()
+    return log_probabilities(outputs).clamp(min=math.log(torch.finfo(outputs.dtype).tiny))
 
 
 def _agreement(logits: Tensor, teacher: Tensor) -> TeacherAgreement:

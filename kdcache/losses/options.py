@@ -109,7 +109,7 @@ class DivergenceOptions(Options):
         acts_on_label: whether it treats the one true class of each sample apart.
         skips_unlabeled: whether it is 0 for samples without a label; its mean is then over the labeled ones.
         needs_level: whether a constant that is added to a row of the teacher's logits changes it.
-        needs_logits: whether it compares logits, for which log-probabilities are no substitute.
+        needs_logits: whether it compares logits; log-probabilities cannot replace them.
         needs_order: whether it needs the order of the teacher's classes.
         compares_other_classes: whether it compares the classes beside the true one among themselves.
         ignores_shared_temperature: whether a temperature that student and teacher share cancels out of tau^2 * D.

@@ -1,8 +1,9 @@
 """Networks by name, their checkpoints, and the digest of their weights."""
 
 from kdcache.models.build import build_model, outputs_of, preset_transform
-from kdcache.models.checkpoints import load_weights, save_weights, weights_digest
+from kdcache.models.checkpoints import load_weights, save_weights
 from kdcache.models.class_mapping import ChosenOutputs, compare_names, read_groups, record_of_groups
+from kdcache.models.digest import weights_digest
 from kdcache.models.ensemble import Ensemble
 
 __all__ = [

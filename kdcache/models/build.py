@@ -5,6 +5,8 @@
     timm:resnet18, timm:resnet50@a1_in1k        the same for timm, an optional extra
     cifar:resnet32x4, cifar:wrn_40_2, ...       models/cifar.py, the networks of the papers' CIFAR-100 pairs
     small:cnn, small:mlp                        models/small.py
+    hf:path/to/folder                           an image classifier of transformers, an optional extra, from a folder of
+                                                save_pretrained; with its weights if trained ones are needed
     path/file.py:function                       function(num_classes=..., **args) -> torch.nn.Module
 
 Small and gray images are enlarged and repeated to three channels by a forward hook, which does not change the network
@@ -14,19 +16,21 @@ or its state dict.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from kdcache.config.schema import ModelSpec, Transform
+from kdcache.config.schema import ModelSpec
 from kdcache.config.section import validated
+from kdcache.config.transform import Transform
 from kdcache.errors import MismatchError, UsageError
-from kdcache.models import cifar, from_timm, from_torchvision
+from kdcache.models import cifar, from_hf, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.construct import construct
+from kdcache.models.outputs import take_part
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.runtime import user_code
+from kdcache.runtime.progress import Progress
 
 _SIGNATURE = "function(num_classes=C, **args) -> torch.nn.Module"
 
@@ -36,14 +40,16 @@ def build_model(
     num_classes: int,
     shape: tuple[int, int, int],
     trained: bool = False,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Return a network by name, such as `small:cnn`, on the CPU.
 
     Args:
-        model: its name, or a mapping with the keys `model`, `args` and `weights` as in a pipeline file.
+        model: its name, or a mapping with the keys `model`, `args`, `weights` and `output` as in a pipeline file.
         num_classes: C, the size of its output.
         shape: (channels, height, width) of the images before the transform.
         trained: load the weights that `model` names, and refuse a network that would have random ones.
+        progress: progress reporter; names the weights that were loaded if a checkpoint has several. Silent if None.
 
     Raises:
         UsageError: for a name or arguments that are not known, or weights that are not found.
@@ -51,7 +57,7 @@ def build_model(
     """
     spec = _spec_of(model)
     kind, _, name = spec.model.partition(":")
-    if trained and spec.weights is None and not user_code.is_user_code(spec.model) and not spec.names_weights:
+    if trained and spec.weights is None and not user_code.is_user_code(spec.model) and not spec.has_own_weights:
         raise UsageError(
             f"the teacher {spec.model} has no weights",
             "make some with `kdcache train-teacher`, and set teacher.weights to the checkpoint "
@@ -63,6 +69,8 @@ def build_model(
         network = from_torchvision.build(name, spec, num_classes, shape[0])
     elif kind == "timm":
         network = from_timm.build(name, spec, num_classes, shape[0])
+    elif kind == "hf":
+        network = from_hf.build(name, spec, num_classes, shape[0], trained, progress)
     elif kind == "cifar":
         network = cifar.build(name, spec, num_classes, shape[0])
     elif kind == "small":
@@ -73,11 +81,13 @@ def build_model(
     else:
         raise UsageError(
             f"unknown model {spec.model!r}",
-            "write torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME, timm:NAME@TAG, cifar:NAME, small:cnn, "
-            "small:mlp or path/file.py:function",
+            "write torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME, timm:NAME@TAG, hf:FOLDER, cifar:NAME, "
+            "small:cnn, small:mlp or path/file.py:function",
         )
-    if trained and spec.weights is not None:
-        load_weights(network, Path(spec.weights))
+    take_part(network, spec.output, spec.model)
+    read_by_library = kind == "hf" and from_hf.weights_folder(spec) is not None
+    if trained and spec.weights is not None and not read_by_library:
+        load_weights(network, spec.weights, progress)
     return network
 
 
@@ -109,20 +119,26 @@ def outputs_of(spec: ModelSpec) -> int | None:
         UsageError: if the weights do not exist.
     """
     kind, _, name = spec.model.partition(":")
+    if kind == "hf" and spec.has_own_weights:
+        return from_hf.outputs(name)
     if not spec.names_weights:
         return None
     return len(from_torchvision.categories(name)) if kind == "torchvision" else from_timm.outputs(name)
 
 
 def categories_of(spec: ModelSpec) -> list[str] | None:
-    """Return the class names of the weights that a model names; None if it is not one of torchvision's."""
+    """Return the class names of the weights that a model names; None for those of timm, and without names."""
     kind, _, name = spec.model.partition(":")
+    if kind == "hf" and spec.has_own_weights:
+        return from_hf.categories(name)
     return from_torchvision.categories(name) if kind == "torchvision" and spec.names_weights else None
 
 
 def preset_transform(spec: ModelSpec) -> Transform | None:
     """Return the transform that a library evaluates the named weights with; None for a model that names none."""
     kind, _, name = spec.model.partition(":")
+    if kind == "hf" and spec.has_own_weights:
+        return from_hf.preset(name)
     if not spec.names_weights:
         return None
     return from_torchvision.preset(name) if kind == "torchvision" else from_timm.preset(name, spec.args)

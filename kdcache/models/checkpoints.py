@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,103 +14,317 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
+from kdcache.models.digest import plain_state
+from kdcache.models.exported import is_exported, is_torchscript, members_of, read_exported
+from kdcache.models.safe_globals import safe_globals
+from kdcache.models.state_dicts import Match, State, likely_cause, match_keys, part_of, state_dicts_in
 from kdcache.runtime.atomic_write import write_file
+from kdcache.runtime.progress import Progress, Silent
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
-_PARALLEL = "module."
 _SHOWN = 3
 
+_SAVE = "give a safetensors file, or one written with torch.save(model.state_dict(), path)"
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a checkpoint into a network: safetensors, or a torch file read with `weights_only`.
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Files of weights that `save_pretrained` writes into a folder; a run of kdcache writes the first."""
 
-    Keys may carry the `module.` of DataParallel, and a torch file may hold its state under `state_dict` or `model`.
+
+def load_weights(model: nn.Module, path: str | Path, progress: Progress | None = None) -> None:
+    """Load a checkpoint into a network.
+
+    Keys may have the prefixes of wrappers (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of
+    Lightning and others), and a file may hold other objects besides the state dict, as training scripts write them.
+
+    Args:
+        model: the network.
+        path: a safetensors file, a torch file (read with `weights_only`), a file of torch.export, or a folder of
+            `save_pretrained`; `PATH#PART` selects one of several state dicts in it, such as `last.pth#state_dict_ema`.
+        progress: progress reporter; names the state dict that was loaded if there are several. Silent if None.
 
     Raises:
-        UsageError: if the file does not exist.
+        UsageError: if the file does not exist, or does not have the part.
         CorruptError: if it cannot be read as tensors.
         MismatchError: if it does not fit the network; names the first keys that do not.
     """
-    if not path.is_file():
-        raise UsageError(
-            f"checkpoint not found: {path}", "train one (`kdcache train-teacher`), or set `weights:` to its path"
-        )
+    path, part = _split(path)
+    states = _read_states(path)
+    if part is not None:
+        chosen = part_of(states, part)
+        if not chosen:
+            raise UsageError(
+                f"the checkpoint {path} has no part {part!r}",
+                f"it has {', '.join(name for name in states if name) or 'one state dict: leave the # out'}",
+            )
+        states = chosen
     expected = model.state_dict()
-    state = read_state(path)
-    if not any(key.startswith(_PARALLEL) for key in expected):
-        state = {key.removeprefix(_PARALLEL): value for key, value in state.items()}
-    problems = [
-        *_some("missing", [k for k in expected if k not in state]),
-        *_some("unexpected", [k for k in state if k not in expected]),
-        *_some(
-            "of another shape",
-            [
-                f"{k} {list(state[k].shape)}, the network has {list(expected[k].shape)}"
-                for k in expected
-                if k in state and state[k].shape != expected[k].shape
-            ],
-        ),
-    ]
-    if problems:
+    matches = {name: match_keys(state, expected) for name, state in states.items()}
+    fitting = [name for name in states if _fits(matches[name], states[name], expected)]
+    name = fitting[0] if fitting else min(states, key=lambda name: matches[name].distance)
+    match, state = matches[name], states[name]
+    if not fitting:
+        raise _misfit(path, name, state, match, expected)
+    if match.is_ambiguous:
+        prefixes = sorted(prefix.removesuffix(".") for prefix in (match.prefix, *match.alternatives))
         raise MismatchError(
-            "\n  ".join([f"the checkpoint {path} does not fit the network:", *problems]),
-            "set `model:` and `args:` to what the checkpoint was made with, and check the number of classes",
+            f"the checkpoint {path} holds several networks of this kind: {', '.join(prefixes)}",
+            f"choose one: `weights: {path}#{prefixes[0]}`",
         )
-    model.load_state_dict(state)
+    _fill(model, path, state, match, expected)
+    for remark in _remarks(path, name, fitting[1:], match, part):
+        (progress or Silent()).say(remark)
 
 
-def _some(what: str, keys: list[str]) -> list[str]:
+def _split(given: str | Path) -> tuple[Path, str | None]:
+    """Return the path of a checkpoint and the part of it that is selected, as in `last.pth#state_dict_ema`."""
+    path = Path(given)
+    if path.exists() or "#" not in str(given):
+        return path, None
+    name, _, part = str(given).rpartition("#")
+    return Path(name), part
+
+
+def _fits(match: Match, state: State, expected: Mapping[str, Any]) -> bool:
+    return match.fits and not _other_shapes(match, state, expected) and not _other_types(match, state, expected)
+
+
+def _other_shapes(match: Match, state: State, expected: Mapping[str, Any]) -> dict[str, tuple[list[int], list[int]]]:
+    """Return the shapes in the checkpoint and in the network of the tensors whose shapes differ."""
+    shapes = {}
+    for ours, theirs in match.keys.items():
+        one, other = state[theirs], expected[ours]
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape != other.shape:
+            shapes[ours] = list(one.shape), list(other.shape)
+    return shapes
+
+
+def _other_types(match: Match, state: State, expected: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the types of the tensors that cannot be copied: floating point in one place and integer in the other."""
+    types = {}
+    for ours, theirs in match.keys.items():
+        one, other = (_kind(value) for value in (state[theirs], expected[ours]))
+        if one != other:
+            types[ours] = _type_name(state[theirs]), _type_name(expected[ours])
+    return types
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return "object"
+    if value.is_quantized:
+        return "quantized"
+    return "fractional" if value.is_floating_point() or value.is_complex() else "integer"
+
+
+def _type_name(value: object) -> str:
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _misfit(path: Path, name: str, state: State, match: Match, expected: Mapping[str, Any]) -> MismatchError:
+    """Return the error of a checkpoint that does not fit, with the keys, shapes and types that differ."""
+    shapes, types = _other_shapes(match, state, expected), _other_types(match, state, expected)
+    problems = [
+        *some("missing", match.missing),
+        *some("unexpected", match.unexpected),
+        *some(
+            "of another shape",
+            [f"{key} {theirs}, the network has {ours}" for key, (theirs, ours) in shapes.items()],
+        ),
+        *some("of another type", [f"{key} {theirs}, the network has {ours}" for key, (theirs, ours) in types.items()]),
+    ]
+    where = f" (its part {name})" if name else ""
+    return MismatchError(
+        "\n  ".join([f"the checkpoint {path}{where} does not fit the network:", *problems]),
+        likely_cause(match, shapes),
+    )
+
+
+def some(what: str, keys: list[str]) -> list[str]:
+    """Return a line with the first of some keys, after what they are; an empty list without keys."""
     if not keys:
         return []
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return [f"{what}: {'; '.join(keys[:_SHOWN])}{more}"]
 
 
+def _fill(model: nn.Module, path: Path, state: State, match: Match, expected: Mapping[str, Any]) -> None:
+    """Copy a state dict that fits into the network; counters of batches that it lacks do not change."""
+    whole: OrderedDict[str, Any] = OrderedDict(
+        (key, state[match.keys[key]] if key in match.keys else value) for key, value in expected.items()
+    )
+    # Modules read the version of their keys from it: those of quantization have changed them.
+    if (metadata := getattr(state, "_metadata", None)) is not None and all(a == b for a, b in match.keys.items()):
+        whole._metadata = metadata  # type: ignore[attr-defined]  # as torch stores it
+    try:
+        model.load_state_dict(whole)
+    except Exception as error:  # modules with their own way to load their state raise errors of many types
+        raise MismatchError(
+            f"the checkpoint {path} cannot be loaded into the network: {_first_line(error)}",
+            "set `model:` and `args:` to those that the checkpoint was made with",
+        ) from error
+
+
+def _remarks(path: Path, name: str, others: list[str], match: Match, part: str | None) -> list[str]:
+    """Return notes on the weights that were selected among several, and on those that were not loaded."""
+    remarks = []
+    if others and part is None:
+        choices = " or ".join(f"`weights: {path}#{other}`" for other in others if other)
+        remarks.append(f"note: the weights are {name or 'the top level'} of {path}; select another part with {choices}")
+    if match.alternatives:
+        prefix, other = (p.removesuffix(".") or "those without a prefix" for p in (match.prefix, match.alternatives[0]))
+        remarks.append(f"note: the weights are {prefix} of {path}, which also has {other} (`weights: {path}#{other}`)")
+    if match.ignored:
+        remarks.append(
+            f"note: not part of the network, and not loaded from {path}: {'; '.join(_shortened(match.ignored))}"
+        )
+    return remarks
+
+
+def _shortened(keys: list[str]) -> list[str]:
+    return [*keys[:_SHOWN], *([f"and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else [])]
+
+
 def read_state(path: Path) -> Mapping[str, Tensor]:
-    """Return the tensors of a checkpoint by name; nothing else in it is unpickled.
+    """Return the tensors of a checkpoint by name, of the preferred state dict in it; nothing else is unpickled.
 
     Raises:
+        UsageError: if the file does not exist.
         CorruptError: if it cannot be read as tensors.
     """
-    fix = "give a safetensors file, or one written with torch.save(model.state_dict(), path)"
-    held: Any
+    return next(iter(_read_states(path).values()))
+
+
+def _read_states(path: Path) -> dict[str, State]:
+    """Return the state dicts of a file or folder by their paths in it, preferred first.
+
+    Raises:
+        UsageError: if it does not exist, or is a TorchScript archive.
+        CorruptError: if it cannot be read as tensors.
+    """
+    if path.is_dir():
+        return {"": _read_folder(path)}
+    states = state_dicts_in(_read_file(path))
+    if not states:
+        raise CorruptError(f"the checkpoint {path} holds no state dict of tensors", _SAVE)
+    return states
+
+
+def _read_folder(folder: Path) -> State:
+    """Return the tensors of a folder that `save_pretrained` has written, in one file or in several shards."""
+    for name in FOLDER_FILES:
+        if (folder / name).is_file():
+            return dict(next(iter(_read_states(folder / name).values())))
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = [file for file in files if Path(file).name != file]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptError(f"cannot read {index}: {_first_line(error)}", "get the folder again") from error
+        lacking = [file for file in files if not (folder / file).is_file()]
+        if outside or lacking or not files:
+            raise CorruptError(
+                f"{index} names {', '.join((outside or lacking)[:_SHOWN]) or 'no file'}, which "
+                f"{'is not in the folder' if lacking else 'is not the name of a file in the folder'}",
+                "get the folder again, with all its shards",
+            )
+        state: dict[str, Any] = {}
+        for file in files:
+            state.update(next(iter(_read_states(folder / file).values())))
+        return state
+    raise UsageError(
+        f"checkpoint not found: {folder}; the folder has no {' and no '.join(FOLDER_FILES)}",
+        "train one (`kdcache train-teacher`), or set `weights:` to the file of the weights",
+    )
+
+
+def _read_file(path: Path) -> Any:
+    """Return the content of a file: tensors by name, perhaps inside other containers.
+
+    Raises:
+        UsageError: if it does not exist, or is a TorchScript archive.
+        CorruptError: if it cannot be read as tensors.
+    """
+    if not path.is_file():
+        raise UsageError(
+            f"checkpoint not found: {path}", "train one (`kdcache train-teacher`), or set `weights:` to its path"
+        )
     try:
-        held = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        members = members_of(path)
+        if is_torchscript(members):
+            raise _torchscript(path)
+        return read_exported(path, _load) if is_exported(members) else _load(path)
+    except KdcacheError:
+        raise
     except Exception as error:  # torch raises errors of many types for a damaged file
-        raise CorruptError(f"cannot read the checkpoint {path}: {_why(error)}", fix) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(held, Mapping) and isinstance(held.get(wrapper), Mapping):
-            held = held[wrapper]
-    tensors = isinstance(held, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in held.items())
-    if not tensors:
-        raise CorruptError(f"the checkpoint {path} holds no state dict of tensors", fix)
-    return held  # type: ignore[no-any-return]  # looked at just above
+        raise CorruptError(f"cannot read the checkpoint {path}: {_why(error)}", _fix(error)) from error
+
+
+def _load(file: Any) -> Any:
+    with safe_globals():
+        return torch.load(file, "cpu", weights_only=True)
+
+
+def _torchscript(path: Path) -> UsageError:
+    return UsageError(
+        f"the checkpoint {path} is a TorchScript archive, which holds code: it is not loaded as weights",
+        "if you trust it, write its weights: torch.save(torch.jit.load(path, 'cpu').state_dict(), 'weights.pt'); or "
+        "use the archive as a teacher: `model: file.py:function`, which returns torch.jit.load(path, 'cpu')",
+    )
+
+
+def _code(error: Exception) -> str | None:
+    """Return the name of the object that a checkpoint holds besides tensors, from torch's error."""
+    found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return found[1] if found else None
 
 
 def _why(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         # torch's own message advises to unpickle everything.
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        return f"it holds more than tensors ({code[1]}), which is not loaded" if code else "it is damaged"
-    return " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+        return f"it holds more than tensors ({_code(error)}), which is not loaded" if _code(error) else "it is damaged"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _fix(error: Exception) -> str:
+    if _code(error) is None:
+        return _SAVE
+    return f"{_SAVE}: if you trust it, load it where it was made, and write its state dict only"
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).splitlines()[:1])
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a network's parameters and buffers as safetensors, atomically."""
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    """Write a network's parameters and buffers as safetensors, atomically.
+
+    Raises:
+        MismatchError: if the network has values that safetensors cannot hold; see `check_savable`.
+    """
+    check_savable(model, "network")
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in plain_state(model).items()}
     # Written by Python, so that a full disk is the OSError that it is everywhere else.
     write_file(path, save(state))
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Return the sha256 over names, types, shapes and bytes of a network's parameters and buffers.
+def check_savable(model: nn.Module, who: str) -> None:
+    """Check that a network's state can be written as safetensors: dense tensors only.
 
-    They are sorted by name, so that the digest depends on the weights only, not on their file.
+    Raises:
+        MismatchError: with the first value that is not a dense tensor.
     """
-    sha = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        data = value.detach().cpu().contiguous()
-        sha.update(f"{key}\0{data.dtype}\0{list(data.shape)}\0".encode())
-        sha.update(data.flatten().view(torch.uint8).numpy().tobytes() if data.numel() else b"")
-    return f"sha256:{sha.hexdigest()}"
+    for key, value in plain_state(model).items():
+        if not isinstance(value, Tensor):
+            kind = f"a {type(value).__name__}"
+        elif value.is_quantized or value.layout != torch.strided:
+            kind = f"a tensor that is {'quantized' if value.is_quantized else 'sparse'}"
+        else:
+            continue
+        raise MismatchError(
+            f"the {who}'s state has {key}, {kind}, which model.safetensors cannot hold",
+            "store it as a dense tensor (register_buffer), or not in the state of the network (persistent=False)",
+        )

@@ -1,18 +1,32 @@
-"""Check a network's output before the work begins."""
+"""Check a network before the work begins: its outputs, in the mode and precision in which it will run."""
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.samples import Samples, as_samples
-from kdcache.data.views import View
-from kdcache.errors import MismatchError
+from kdcache.data.views import View, seeded
+from kdcache.errors import MismatchError, UsageError
+from kdcache.models.checkpoints import check_savable
+from kdcache.models.outputs import logits_of
+
+OutputScale = Literal["logits", "probabilities", "log-probabilities"]
+
+_TOLERANCE = 2e-5
+"""Largest error of the sums of probabilities, in addition to the rounding of their type."""
+
+_CANNOT = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, NotImplementedError)
+"""Errors that networks raise for images that they cannot take."""
 
 
 @torch.no_grad()
@@ -23,8 +37,9 @@ def try_network(model: nn.Module, view: View, device: torch.device | str, who: s
         MismatchError: if it cannot take the image, or does not return [B, C].
     """
     images = view[0].images
-    model.eval()
-    logits = _call(model, images.to(device), who)
+    set_evaluation_mode(model)
+    with refusing(images, who):
+        logits = model(images.to(device))
     check_logits(logits, len(images), view.samples.num_classes, who)
 
 
@@ -46,36 +61,142 @@ def samples_for(
     if isinstance(data, Samples) or hasattr(data, "classes"):
         return samples
     images = View(samples, transform or []).__getitems__([0]).images
-    model.to(device).eval()
-    with torch.no_grad():
-        logits = _call(model, images.to(device), "teacher")
-    outputs = logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim == 2 else 0
+    set_evaluation_mode(model.to(device))
+    with torch.no_grad(), refusing(images, "teacher"):
+        logits = logits_of(model(images.to(device)))
+    outputs = logits.shape[1] if logits.ndim == 2 else 0
     # A data set need not have a sample of the last classes.
     return replace(samples, class_names=tuple(map(str, range(max(outputs, samples.num_classes)))))
 
 
-def _call(model: nn.Module, images: torch.Tensor, who: str) -> object:
-    """Return what a network returns for images [B, channels, H, W]; an error of its own is a mismatch."""
+def set_evaluation_mode(model: nn.Module) -> None:
+    """Put a network into evaluation mode; the program of torch.export stays in the mode that it was exported in."""
     try:
-        return model(images)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        model.eval()
+    except NotImplementedError:
+        return
+
+
+@contextmanager
+def refusing(images: Tensor, who: str) -> Iterator[None]:
+    """Convert the errors that a network raises for images [B, channels, H, W] into a MismatchError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _CANNOT as error:
         raise MismatchError(
             f"the {who} cannot take images {list(images.shape[1:])} (channels, height, width): {error}",
             f"take another {who}, or a transform that gives the images it wants",
         ) from None
 
 
-def check_logits(logits: object, batch: int, num_classes: int, who: str) -> torch.Tensor:
-    """Return a network's output, if it is [B, C].
+@torch.no_grad()
+def try_training(model: nn.Module, view: View, who: str, micro_batch: int) -> None:
+    """Run a copy of a network on the CPU in training mode, in which it may return more than in evaluation mode.
+
+    The network itself and the random generators do not change.
+
+    Args:
+        model: the network.
+        view: of the training images.
+        who: name of the network in errors.
+        micro_batch: number of images of the smallest micro-batch.
 
     Raises:
-        MismatchError: if it is anything else.
+        UsageError: if it has no parameters to train, or the batches are too small for its batch normalization.
+        MismatchError: if it cannot take the images, does not return [B, C], or cannot be saved.
     """
-    if not isinstance(logits, torch.Tensor):
-        raise MismatchError(f"the {who} returned a {type(logits).__name__}", "let it return logits, a tensor [B, C]")
-    if logits.shape != (batch, num_classes):
-        raise MismatchError(
-            f"the {who} returned {list(logits.shape)} for {batch} images, the data set has {num_classes} classes",
-            f"take a {who} that returns [B, {num_classes}], or the data set that it was made for",
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            f"the {who} has no parameters that can be trained",
+            "take a network with parameters that require gradients (not a frozen or an exported one)",
         )
-    return logits
+    check_savable(model, who)
+    images = view.__getitems__(range(min(max(micro_batch, 1), 2, len(view)))).images
+    try:
+        # A copy is run: a network may update counters or statistics in training mode.
+        trial = copy.deepcopy(model).train()
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+        return  # a network that cannot be copied may still be trainable
+    try:
+        with seeded(0), refusing(images, who):
+            logits = trial(images)
+    except MismatchError as error:
+        if "more than 1 value per channel" not in error.what:
+            raise
+        raise UsageError(
+            f"the {who} cannot be trained on {len(images)} image at once: its batch normalization needs at least two",
+            "raise train.batch_size, or lower train.gradient_accumulation_steps",
+        ) from None
+    check_logits(logits, len(images), view.samples.num_classes, f"{who} in training mode")
+
+
+def check_logits(returned: object, batch: int, num_classes: int, who: str) -> Tensor:
+    """Return a network's logits, if they are [B, C]; of a tuple, dictionary or record, the part named `logits`.
+
+    Raises:
+        MismatchError: if they are anything else.
+    """
+    logits = logits_of(returned, who=who)
+    if logits.shape == (batch, num_classes):
+        return logits
+    if logits.ndim == 4:
+        fix = "it predicts every pixel (segmentation): take a network that returns logits [B, C] for each image"
+    else:
+        fix = f"take a {who} that returns [B, {num_classes}], or the data set that it was made for"
+    raise MismatchError(
+        f"the {who} returned {list(logits.shape)} for {batch} images, the data set has {num_classes} classes",
+        fix,
+    )
+
+
+def output_scale(outputs: Tensor, rounded_to: torch.dtype | None = None) -> OutputScale:
+    """Return whether the outputs of a network are logits, probabilities (Softmax) or log-probabilities (LogSoftmax).
+
+    Probabilities are at least 0 and sum to 1, and log-probabilities are at most 0 and have a logsumexp of 0, in every
+    row; of logits neither is true except by chance. Log-probabilities may be -inf.
+
+    Args:
+        outputs: [B, C].
+        rounded_to: least precise type that they may have been rounded to; None for their own.
+    """
+    dtype = outputs.dtype if rounded_to is None else rounded_to
+    rounding = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    values = outputs.detach().double()
+    if not len(values):
+        return "logits"
+    if bool((values >= 0).all()) and bool(((values.sum(dim=1) - 1).abs() <= _TOLERANCE + rounding).all()):
+        return "probabilities"
+    # Rounding changes the logsumexp of log-probabilities by at most the entropy times the relative error.
+    tolerance = _TOLERANCE + rounding * math.log(values.shape[1])
+    if bool((values <= tolerance).all()) and bool((values.logsumexp(dim=1).abs() <= tolerance).all()):
+        return "log-probabilities"
+    return "logits"
+
+
+def log_probabilities(probabilities: Tensor) -> Tensor:
+    """Return the logarithms of probabilities [B, C] in float32; -inf for those that have underflowed.
+
+    Those below the smallest normal number of their type have lost precision, or are 0.
+    """
+    if not probabilities.is_floating_point():
+        probabilities = probabilities.float()
+    underflowed = probabilities < torch.finfo(probabilities.dtype).tiny
+    return probabilities.float().log().masked_fill(underflowed, -torch.inf)
+
+
+def refuse_underflow(probabilities: Tensor) -> None:
+    """Check that logits can be recovered from probabilities [B, C], up to an additive constant per row.
+
+    Raises:
+        MismatchError: if some have underflowed.
+    """
+    underflowed = ~log_probabilities(probabilities).isfinite()
+    if bool(underflowed.any()):
+        raise MismatchError(
+            f"the teacher returns probabilities (every row sums to 1), and {int(underflowed.sum())} of "
+            f"{probabilities.numel()} have underflowed: its logits cannot be recovered from them",
+            "let it return logits: leave out its last layer, a Softmax (with `model: file.py:function`, return the "
+            "network without it)",
+        )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kdcache.config.schema import ModelSpec
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models.build import categories_of
+from kdcache.models.outputs import logits_of
 
 Groups = list[list[int]]
 """For each class of the data set, the indices of the network's outputs that stand for it."""
@@ -48,11 +49,10 @@ class ChosenOutputs(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, C] float32 of images [B, channels, H, W]."""
-        logits = self.network(images)
-        if not isinstance(logits, Tensor) or logits.shape != (len(images), self.outputs):
-            returned = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        logits = logits_of(self.network(images), who="network whose outputs are chosen")
+        if logits.shape != (len(images), self.outputs):
             raise MismatchError(
-                f"the network whose outputs are chosen returned {returned} for {len(images)} images, not "
+                f"the network whose outputs are chosen returned {list(logits.shape)} for {len(images)} images, not "
                 f"[{len(images)}, {self.outputs}]",
                 "set teacher.outputs to the number of its outputs",
             )

@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from kdcache.config.schema import Transform, step_names
+from kdcache.config.transform import Transform, step_names
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples, as_samples
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
+from kdcache.models.checks import set_evaluation_mode
+from kdcache.models.outputs import logits_of
 from kdcache.runtime.user_code import trust
 
 
@@ -61,11 +63,11 @@ def evaluate(
         known = as_samples(samples)
         samples = View(known, known.transform if transform is None else transform)
     was_training = model.training
-    model.to(device).eval()
+    set_evaluation_mode(model.to(device))
     correct, summed, labeled = 0, 0.0, 0
     cuts = [list(cut) for cut in cut_range(range(len(samples)), batch_size)]
     for batch in batches(samples, cuts, 0, device):
-        logits = model(batch.images.to(device)).float()
+        logits = logits_of(model(batch.images.to(device))).float()
         _check_classes(logits, batch.labels)
         truth = batch.labels.to(device)
         correct += int((logits.argmax(dim=1) == truth).sum())
@@ -73,7 +75,8 @@ def evaluate(
         labeled += int((truth >= 0).sum())
         if on_batch is not None:
             on_batch(len(batch.ids))
-    model.train(was_training)
+    if model.training != was_training:
+        model.train(was_training)
     if not labeled:
         raise UsageError(
             f"no sample of {samples.samples.name}/{samples.samples.split} has a label", "evaluate on a labeled split"

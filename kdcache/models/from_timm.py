@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.config.schema import ModelSpec, Transform
+from kdcache.config.schema import ModelSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import photograph_transform
 from kdcache.errors import UsageError
 from kdcache.models.checkpoints import read_state

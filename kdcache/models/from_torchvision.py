@@ -9,13 +9,17 @@ import torch
 from torch import nn
 from torchvision import models as tv
 
-from kdcache.config.schema import ModelSpec, Transform
+from kdcache.config.schema import ModelSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import photograph_transform
 from kdcache.errors import UsageError
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct
 
 _AUXILIARY = ("googlenet", "inception_v3")
 """These have auxiliary outputs in training, which no loss uses; `args: {aux_logits: true}` keeps them."""
+
+_AUXILIARY_SIDE = 299
+"""Pixels that the auxiliary head of inception_v3 needs; its other layers take smaller images."""
 
 
 def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
@@ -36,6 +40,8 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Mod
     else:
         model = construct(tv.get_model, spec, **options, weights=None, num_classes=num_classes)
     height, width = weights.meta["min_size"]
+    if architecture == "inception_v3" and spec.args.get("aux_logits"):
+        height = width = _AUXILIARY_SIDE
     if isinstance(model, tv.VisionTransformer):
         height = width = model.image_size  # the only size that it takes; `args:` may set it
     model.register_forward_pre_hook(Fit(max(height, SMALLEST_SIDE), max(width, SMALLEST_SIDE)))

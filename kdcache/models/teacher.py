@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kdcache.config.schema import EnsembleSpec, Pipeline, TrainedSpec, Transform
+from kdcache.cache.format.integrity import record_of
+from kdcache.config.schema import EnsembleSpec, Pipeline, TrainedSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
@@ -17,6 +19,7 @@ from kdcache.models import (
     Ensemble,
     build_model,
     compare_names,
+    from_hf,
     outputs_of,
     preset_transform,
     read_groups,
@@ -85,10 +88,17 @@ def _load(
         outputs = outputs_of(spec) or spec.outputs or outputs
         groups = read_groups(spec.classes, outputs, samples.num_classes)
         arguments = {"args": spec.args, "outputs": outputs, "classes": record_of_groups(groups)}
+    if spec.output is not None:
+        chosen = arguments if spec.classes is not None else {"args": spec.args}
+        arguments = {**chosen, "output": spec.output}
     if remark := compare_names(spec, groups, samples.class_names):
         progress.say(remark)
-    model = build_model(spec, outputs, shape, trained=True)
+    model = build_model(spec, outputs, shape, trained=True, progress=progress)
     code = user_code.digest_of(spec.model) if user_code.is_user_code(spec.model) else None
+    kind, _, folder = spec.model.partition(":")
+    if kind == "hf":
+        # The same weights compute something else with other settings, such as an activation.
+        code = f"sha256:{record_of(Path(folder) / from_hf.CONFIG).sha256}"
     # Of a teacher from a file the name is recorded, not its folder on this machine.
     identity = TeacherIdentity(spec.model.rpartition("/")[2], _without_folders(arguments), code)
     return (model if groups is None else ChosenOutputs(model, outputs, groups)), identity

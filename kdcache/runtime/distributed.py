@@ -1,7 +1,7 @@
-"""Several processes that dump one teacher: started by torchrun or `accelerate launch`, on one machine or many.
+"""Ranks: processes that dump one teacher together, started by torchrun or `accelerate launch` on one or more machines.
 
-They share a file system, and shards are dealt out among them. What they say to one another is little: the first one
-plans and creates, tells the others what is to be done, and seals when all are through.
+They share a file system, and each writes its share of the shards. They communicate little: the first rank plans and
+creates the cache, broadcasts the plan, and seals the cache when all ranks are done.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from torch import distributed
 
 from kdcache.errors import IncompleteError, KdcacheError
 
-_LONGEST_START, _LONGEST_PASS = timedelta(minutes=30), timedelta(days=30)
+_START_TIMEOUT, _PASS_TIMEOUT = timedelta(minutes=30), timedelta(days=30)
+"""How long ranks wait for one another to start, and to finish a pass of the teacher."""
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share the work.
+    """This process among the ranks that share the work.
 
     Attributes:
-        rank: its number.
-        count: how many there are.
-        group: all of them; None for one alone.
+        rank: index of this process.
+        count: number of ranks.
+        group: process group of all ranks; None for a single process.
     """
 
     rank: int = 0
@@ -37,32 +39,32 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that creates and seals."""
+        """Whether this rank creates and seals the cache."""
         return self.rank == 0
 
     def named(self) -> str:
-        """For progress: which one of how many; nothing for one alone."""
+        """Return `, rank R of N` for progress messages; an empty string for a single process."""
         return f", rank {self.rank} of {self.count}" if self.count > 1 else ""
 
     def share(self, work: Sequence[T]) -> list[T]:
-        """What of some work is this one's to do."""
+        """Return the share of some work that this rank does."""
         return list(work[self.rank :: self.count])
 
     def tell(self, what: T | KdcacheError | None) -> T:
-        """What the first one says, to all of them.
+        """Broadcast a value from the first rank, and return it on all ranks.
 
         Raises:
-            KdcacheError: if that is what it says.
+            KdcacheError: if the value is an error.
             IncompleteError: if another rank has ended.
         """
         if self.count > 1:
-            said = [what]
-            with _others():
-                distributed.broadcast_object_list(said, src=0, group=self.group)
-            what = said[0]
+            values = [what]
+            with _peer_errors():
+                distributed.broadcast_object_list(values, src=0, group=self.group)
+            what = values[0]
         if isinstance(what, KdcacheError):
             raise what
-        return what  # type: ignore[return-value]  # only the first one's counts, and that is a T
+        return what  # type: ignore[return-value]  # that of the first rank, which is a T
 
     def gather(self, value: T) -> list[T]:
         """Return the value of every rank, in order, on the first rank; an empty list on the others.
@@ -73,54 +75,59 @@ class Ranks:
         if self.count == 1:
             return [value]
         values: list[T | None] | None = [None] * self.count if self.is_first else None
-        with _others():
+        with _peer_errors():
             distributed.gather_object(value, values, dst=0, group=self.group)
         return values or []  # type: ignore[return-value]  # all of them were replaced
 
     def wait(self) -> None:
-        """Until all of them are here.
+        """Wait until all ranks call this.
 
         Raises:
             IncompleteError: if another rank has ended.
         """
         if self.count > 1:
-            with _others():
+            with _peer_errors():
                 distributed.barrier(self.group)
 
 
 def is_first() -> bool:
-    """Whether this process is the first of those that torchrun or `accelerate launch` has started, or alone."""
+    """Return whether this is the first rank that torchrun or `accelerate launch` started, or a single process."""
     return os.environ.get("RANK", "0") == "0"
 
 
+def n_processes() -> int:
+    """Return how many processes torchrun or `accelerate launch` has started; 1 for one alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
-def _others() -> Iterator[None]:
+def _peer_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         raise IncompleteError(
-            f"another rank has ended, or has not come: {str(error).splitlines()[0]}",
-            "see what it says; then run the same command again, with any number of ranks: finished shards are kept",
+            f"another rank has ended or did not start: {str(error).splitlines()[0]}",
+            "read its output, then run the same command again, with any number of ranks: finished shards are kept",
         ) from error
 
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """The ranks that torchrun or `accelerate launch` has started; this process alone where there are none.
+    """Join the ranks that torchrun or `accelerate launch` started, and yield them; a single process without these.
 
     Raises:
-        IncompleteError: if one of them does not come.
+        IncompleteError: if one of them does not start.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks()
         return
-    with _others():
-        distributed.init_process_group("gloo", timeout=_LONGEST_START)
+    with _peer_errors():
+        distributed.init_process_group("gloo", timeout=_START_TIMEOUT)
     try:
-        with _others():
-            # One that never came is not waited for as long as one that has work to do.
-            group = distributed.new_group(timeout=_LONGEST_PASS, backend="gloo")
-        yield Ranks(distributed.get_rank(), count, group)  # type: ignore[arg-type]  # a number is for those left out
+        with _peer_errors():
+            # Starting has a shorter timeout than working.
+            group = distributed.new_group(timeout=_PASS_TIMEOUT, backend="gloo")
+        yield Ranks(distributed.get_rank(), count, group)  # type: ignore[arg-type]  # an int is returned to ranks outside the group
     finally:
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""How long work tells of itself without knowing who listens: the command line draws bars, a library call is silent."""
+"""Progress reporting for long operations: the command line shows bars, library calls are silent."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One piece of work in progress."""
+    """An operation in progress."""
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """`amount` more units are done; `note` is a few words on how it goes."""
+        """Report `amount` more units as done, with a short note on the state."""
 
 
 class Progress(Protocol):
-    """Whoever listens to long work."""
+    """A progress reporter."""
 
     def task(self, what: str, total: int, unit: str) -> AbstractContextManager[Task]:
-        """Begin a piece of work of `total` units, as a context that ends it."""
+        """Begin an operation of `total` units; the context ends it."""
 
     def say(self, message: str) -> None:
-        """One line that the user should read and that is not a result."""
+        """Show a line to the user that is not part of the result."""
 
 
 class _NoTask:
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Nobody listens."""
+        """Do nothing."""
 
 
 class Silent:
-    """The listener of a library call: nothing is printed."""
+    """A progress reporter that prints nothing."""
 
     @contextmanager
     def task(self, what: str, total: int, unit: str) -> Iterator[Task]:
-        """Begin a piece of work that nobody watches."""
+        """Begin an operation without reporting it."""
         yield _NoTask()
 
     def say(self, message: str) -> None:
-        """Nobody listens."""
+        """Do nothing."""

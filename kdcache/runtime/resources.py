@@ -1,4 +1,4 @@
-"""What this machine has to spare: memory, disk, and a folder for what is kept between runs."""
+"""Free memory and disk space of this machine, and kdcache's own folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def home() -> Path:
-    """Where kdcache keeps files of its own: `$KDCACHE_HOME`, or `kdcache` in the user's cache folder."""
+    """Return kdcache's own folder: `$KDCACHE_HOME`, or `kdcache` in the user's cache folder."""
     given = os.environ.get("KDCACHE_HOME")
     if given:
         return Path(given)
@@ -21,7 +21,7 @@ def home() -> Path:
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that a device has to spare; of the host's memory, what the container's limit leaves of it."""
+    """Return the free memory of a device in bytes; on the host, within the limit of the container."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -29,19 +29,19 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     try:
         limit, current = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        # Files that were read count as taken, and are dropped when memory is asked for.
+        # The page cache counts as used, and is dropped when memory is needed.
         return min(available, limit - current + int(counts["inactive_file"]) + int(counts["active_file"]))
     except (OSError, ValueError, KeyError):  # no such limit, or another kind of system
         return available
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that may still be written to a folder, which need not be there yet."""
+    """Return the free disk space in bytes for a folder, which may not exist yet."""
     return shutil.disk_usage(existing(folder)).free
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or its closest parent that exists."""
     while not folder.exists():
         folder = folder.parent
     return folder

@@ -1,4 +1,4 @@
-"""With what a cache or a run was made."""
+"""Versions of the software that writes a cache or a run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _LIBRARIES = ("kdcache", "torch", "torchvision", "numpy", "zarr", "numcodecs")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results depend on."""
+    """Return the versions of Python and of the libraries that results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
 def commits() -> dict[str, str]:
-    """The commits of kdcache's own checkout and of the one that the current folder is in, `-dirty` if changed since."""
+    """Return the git commits of kdcache's checkout and of the current folder's, with `-dirty` if modified."""
     here = Path(__file__)
-    # An installed copy may lie in somebody's checkout, which is not its own.
+    # An installed copy may be inside another project's checkout.
     own = _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
     describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     found = {"kdcache_commit": _git(here.parent, *describe) if own else None, "commit": _git(Path.cwd(), *describe)}
@@ -26,7 +26,7 @@ def commits() -> dict[str, str]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says; None where there is none, or it refuses."""
+    """Return the output of a git command; None if git is missing or fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10

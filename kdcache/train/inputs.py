@@ -15,10 +15,11 @@ from kdcache.cache.joined_teacher import JoinedTeacher
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher, TeacherWrapper
-from kdcache.config.schema import Pipeline, TrainSpec, Transform
-from kdcache.data.alignment import AlignedTeacher, align, aligned, described
+from kdcache.config.schema import Pipeline, TrainSpec
+from kdcache.config.transform import Transform
+from kdcache.data.alignment import AlignedTeacher, align, apply_alignment, describe_alignment
 from kdcache.data.datasets import load_held_out, load_split
-from kdcache.data.replay import A_FEW, check_data, replay
+from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_random
 from kdcache.errors import MismatchError, UsageError
@@ -123,7 +124,7 @@ def inputs_from_caches(
     views = caches[0].manifest.plan.views
     replayed = []
     for cache in caches:
-        check_data(cache, samples, pipeline.transform, progress)
+        check_matches_cache(cache, samples, pipeline.transform, progress)
         if cache.manifest.plan.views != views:
             raise MismatchError(
                 f"{cache.path} has other views than {caches[0].path}\n  {cache.manifest.plan.views}\n  {views}",
@@ -196,11 +197,12 @@ def _matched(
         )
     if len(alignment.missing) and not allow_missing:
         raise MismatchError(
-            described(samples, alignment), "use --allow-missing to train on the samples that match, or add the others"
+            describe_alignment(samples, alignment),
+            "use --allow-missing to train on the samples that match, or add the others",
         )
-    progress.say(f"note: {described(samples, alignment)}")
+    progress.say(f"note: {describe_alignment(samples, alignment)}")
     counts = {"matched": len(alignment.ids), "missing": len(alignment.missing), "extra": len(alignment.extra)}
-    return aligned(samples, alignment), {"alignment": counts}
+    return apply_alignment(samples, alignment), {"alignment": counts}
 
 
 def _n_first_views(caches: Sequence[Cache]) -> int:
@@ -233,7 +235,7 @@ def _replay(cache: Cache, samples: Samples, allow_other_pixels: bool, progress: 
         MismatchError: if they differ, and that is not accepted.
     """
     try:
-        replayed = replay(cache, samples, A_FEW)
+        replayed = replay(cache, samples, SPOT_CHECK_IMAGES)
     except MismatchError as error:
         if not allow_other_pixels:
             raise MismatchError(error.what, f"{error.fix}; or use --allow-other-pixels") from None

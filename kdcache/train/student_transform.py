@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec, TrainSpec, Transform
+from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec, TrainSpec
+from kdcache.config.transform import Transform
 from kdcache.data.mixing import split_mixing
 from kdcache.data.transforms import is_random, transform_for_evaluation
 from kdcache.data.views import View

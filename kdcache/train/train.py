@@ -12,15 +12,15 @@ from torch import nn
 from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher
 from kdcache.config.loss import code_digest, load_function
-from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec
+from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec, TrainSpec
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View, seeded
 from kdcache.errors import UsageError
 from kdcache.losses import Loss
 from kdcache.models import build_model
-from kdcache.models.checks import try_network
+from kdcache.models.checks import try_network, try_training
 from kdcache.models.evaluate import SplitScore, evaluate
-from kdcache.runtime.distributed import is_first
+from kdcache.runtime.distributed import is_first, n_processes
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.accelerator import described_settings, ignored_settings
 from kdcache.train.inputs import (
@@ -180,9 +180,10 @@ def _train(
         seeded(spec.train.seed),
     ):
         torch.manual_seed(spec.train.seed)
-        pretrained = isinstance(spec, StudentSpec) and (spec.weights is not None or "@" in spec.model)
-        model = build_model(spec, samples.num_classes, train.shape(), trained=pretrained)
+        pretrained = isinstance(spec, StudentSpec) and (spec.weights is not None or spec.names_weights)
+        model = build_model(spec, samples.num_classes, train.shape(), trained=pretrained, progress=progress)
         try_network(model, train, "cpu", "network")
+        try_training(model, train, "network", _smallest_micro_batch(spec.train, len(train)))
         trained = fit(
             model,
             train,
@@ -218,6 +219,11 @@ def _train(
             },
         )
     return RunResult(model, trained.best, score, trained.seconds, out / CHECKPOINT)
+
+
+def _smallest_micro_batch(spec: TrainSpec, n_samples: int) -> int:
+    """Return the number of images of the smallest micro-batch of a process."""
+    return min(spec.batch_size, n_samples) // (spec.gradient_accumulation_steps * n_processes())
 
 
 def _training_view(

@@ -57,9 +57,9 @@ def test_a_dump_leaves_a_card_that_says_what_the_manifest_says(tmp_path: Path) -
         manifest.plan.dataset.digest,
         f"{manifest.summary.teacher_accuracy:.2%} on these samples",
         f"{manifest.summary.mean_sharpness:.3f}, mean logsumexp",
-        "2 of each sample, seed 7",
+        "2 per sample, seed 7",
         "RandomHorizontalFlip {'p': 0.5}",
-        "the 3 largest and the label as float16, the others in 4 coordinates",
+        "log-probabilities of the top 3 classes and the label as float16; of the others 4 coordinates",
         f"74 rows, {cache.bytes_on_disk:,} bytes",
         "membership inference",
         "CC-BY-4.0",
@@ -111,7 +111,7 @@ def test_notes_of_the_user_are_kept_and_the_rest_is_made_anew(tmp_path: Path) ->
     path = cache.path / "README.md"
     written = path.read_text()
     begin = "<!-- your notes: kept by `kdcache card` -->\n"
-    path.write_text(written.replace(begin, f"{begin}Seen with *care*.\n\nTwice.").replace("## Limits", "## None"))
+    path.write_text(written.replace(begin, f"{begin}Seen with *care*.\n\nTwice.").replace("## Limitations", "## None"))
     noted = write_card(cache)[0].read_text()
     assert noted == written.replace(begin, f"{begin}Seen with *care*.\n\nTwice.")
     assert write_card(cache)[0].read_text() == noted
@@ -152,7 +152,7 @@ def test_a_derived_cache_says_what_it_was_made_of(tmp_path: Path) -> None:
     text = (select(cache, tmp_path / "s.kdcache", top_k=2).path / "README.md").read_text()
     assert "select, top_k 2" in text
     assert cache.manifest.digest in text
-    assert "It was not measured against the teacher." in text
+    assert "Not measured against the teacher." in text
 
 
 def test_the_command_draws_and_says_where(tmp_path: Path) -> None:

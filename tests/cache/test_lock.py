@@ -114,7 +114,7 @@ def dump_at(start: float, out: Path) -> None:
         dump_teacher(TinyTeacher(), tiny_samples(12), out, spec=SPEC, progress=Loser())
     except UsageError as error:
         assert "another process" in error.what or "written by process" in error.what or "sealed cache" in error.what
-        assert "the same command again" in error.fix or "wait until that has ended" in error.fix
+        assert "the same command again" in error.fix or "wait until that process ends" in error.fix
         os._exit(2)
 
 

@@ -396,7 +396,7 @@ def test_a_cache_does_not_differ_from_itself_and_others_say_why_not(tmp_path: Pa
     assert same.agreement is not None
     assert (same.agreement.rows, same.agreement.same_class, same.agreement.variations[0].mean) == (74, 1, 0)
     fewer = select(cache, tmp_path / "fewer.kdcache", samples=np.arange(9))
-    assert compare(cache, fewer).why_not == "they hold other samples, or another order: 37 and 9, 9 of them in both"
+    assert compare(cache, fewer).why_not == "they have different samples or another order: 37 and 9, 9 of them in both"
     two = select(cache, tmp_path / "two.kdcache", classes=["class 1", "class 2"])
     assert compare(cache, two).why_not == "they have 12 and 2 classes"
 

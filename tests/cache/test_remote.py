@@ -158,7 +158,7 @@ def test_only_the_views_that_are_asked_for_are_fetched(server: FileServer, cache
     with pytest.raises(UsageError, match=r"views \[7\] are not in this cache of 2 views"):
         open_cache(url, views=[7])
     found = audit(folder)
-    assert found.findings == []
+    assert found.problems == []
     assert isinstance(found.failure, IncompleteError)
     before = server.asked.copy()
     assert pull(url, folder).views == (0, 1)

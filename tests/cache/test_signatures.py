@@ -49,7 +49,7 @@ def test_a_signature_is_of_whom_it_says(cache: Path, keys: Path) -> None:
     # It is beside the cache, not of it.
     assert {name: data for name, data in contents(cache).items() if name != SIGNATURE} == before
     assert open_cache(cache).manifest.digest == digest
-    assert audit(cache).findings == []
+    assert audit(cache).problems == []
 
 
 def test_any_ssh_verifies_it(cache: Path, keys: Path) -> None:

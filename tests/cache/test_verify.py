@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from kdcache import Cache, dump_teacher, open_cache
 from kdcache.cache.format.codec import decode, encode
 from kdcache.cache.format.fingerprints import digest_of
-from kdcache.cache.format.integrity import NOT_LISTED, _wrong
+from kdcache.cache.format.integrity import NOT_LISTED, _row_checks
 from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import MANIFEST, PLAN, Encoding, Sharding, canonical, commit_file
 from kdcache.cache.format.tail_basis import TailBasis
@@ -65,7 +65,7 @@ def copy(whole: Cache, tmp_path: Path) -> Path:
 
 
 def where(found: Audit) -> list[str]:
-    return [finding.where for finding in found.findings]
+    return [finding.where for finding in found.problems]
 
 
 def accusation(cache: Path) -> str:
@@ -95,7 +95,7 @@ def failed(code: int, *arguments: object) -> Result:
 def test_a_whole_cache_is_whole(copy: Path, whole: Cache) -> None:
     (copy / "README.md").write_text("The card is prose.")
     found = audit(copy)
-    assert (found.findings, found.failure) == ([], None)
+    assert (found.problems, found.failure) == ([], None)
     assert found.digest == whole.manifest.digest
     assert (found.files, found.rows) == (len(contents(whole.path)), 24)
     assert whole.manifest.digest in ok("verify", copy)
@@ -152,8 +152,8 @@ def test_the_command_names_the_file_and_the_manifest(copy: Path) -> None:
     name = "data.zarr/tail/c/1/1/0"
     (copy / name).write_bytes(flipped((copy / name).read_bytes(), 3))
     done = failed(5, copy)
-    assert f"{name}: holds other bytes" in done.stdout
-    assert f"{name}: holds other bytes" in done.stderr
+    assert f"{name}: has other bytes" in done.stdout
+    assert f"{name}: has other bytes" in done.stderr
     assert "20 checked" in done.stdout, "the four rows of that shard were not"
     (copy / MANIFEST).write_bytes(flipped((copy / MANIFEST).read_bytes(), 1000))
     assert MANIFEST in refused(5, "verify", copy)
@@ -166,7 +166,7 @@ def test_files_that_no_digest_covers_are_found(copy: Path) -> None:
         (copy / name).write_bytes(b"")
     (copy / strays[-1]).symlink_to(copy / MANIFEST)
     found = audit(copy)
-    assert [tuple(finding) for finding in found.findings] == [(name, NOT_LISTED) for name in strays]
+    assert [tuple(finding) for finding in found.problems] == [(name, NOT_LISTED) for name in strays]
     assert found.failure is not None
     assert "delete" in found.failure.fix
     said = failed(5, copy).stdout
@@ -195,7 +195,7 @@ def unseal(cache: Path, *missing: tuple[int, int]) -> None:
 def test_an_unsealed_cache_is_incomplete(copy: Path) -> None:
     unseal(copy, (0, 1), (1, 0), (1, 1))
     found = audit(copy)
-    assert (found.findings, found.digest, found.rows) == ([], None, 8)
+    assert (found.problems, found.digest, found.rows) == ([], None, 8)
     assert isinstance(found.failure, IncompleteError)
     assert "3 of its 4 shards are missing" in found.failure.what
     assert "3 of its 4 shards are missing" in failed(3, copy).stderr
@@ -279,8 +279,8 @@ OUTSIDE, WITHOUT = 9, 8
 """Of shard 1: a sample whose label is outside the head in view 1, and one without a label."""
 
 ROWS: list[tuple[str, str, int, Callable[[Values], object]]] = [
-    ("a class stands twice in the head", "indices", 10, lambda row: row[[0, 1, 0]]),
-    ("the log-probabilities do not descend", "log_probs", 10, lambda row: row[[0, 2, 1]]),
+    ("a class occurs twice in the head", "indices", 10, lambda row: row[[0, 1, 0]]),
+    ("the log-probabilities are not in descending order", "log_probs", 10, lambda row: row[[0, 2, 1]]),
     ("a log-probability is above 0", "log_probs", 10, cell(0, 2**-12)),
     ("a log-probability is NaN or infinite", "log_probs", 10, cell(1, math.nan)),
     ("a log-probability is NaN or infinite", "log_probs", 11, cell(2, -math.inf)),
@@ -288,8 +288,8 @@ ROWS: list[tuple[str, str, int, Callable[[Values], object]]] = [
     ("the logsumexp is NaN or infinite", "logsumexp", 10, lambda _: math.inf),
     ("head, label and tail do not add up to 1", "log_probs", 11, lambda row: row[[0, 0, 0]]),
     ("head, label and tail do not add up to 1", "statistics", 10, column(TOP_3, "tail_log_mass_t1", -30)),
-    ("a label outside the head is above", "statistics", OUTSIDE, column(TOP_3, "label_log_prob", -1e-3)),
-    ("the label's log-probability is above 0", "statistics", OUTSIDE, column(TOP_3, "label_log_prob", 2**-12)),
+    ("a label outside the head is more probable", "statistics", OUTSIDE, column(TOP_3, "label_log_prob", -1e-3)),
+    ("the log-probability of the label is above 0", "statistics", OUTSIDE, column(TOP_3, "label_log_prob", 2**-12)),
     ("a row without a label has", "statistics", WITHOUT, column(TOP_3, "label_log_prob", -1)),
     ("a statistic is NaN or infinite", "statistics", 10, column(TOP_3, "logit_mean", math.nan)),
     ("a statistic is NaN or infinite", "statistics", 10, column(TOP_3, "tail_log_mass_t8", -math.inf)),
@@ -309,14 +309,14 @@ def test_a_row_that_cannot_be_is_found(
     open_cache(copy)
     found = audit(copy)
     assert set(where(found)) == {f"view 1, shard 1, sample {sample}"}
-    assert any(finding.what.startswith(what) for finding in found.findings)
+    assert any(finding.what.startswith(what) for finding in found.problems)
     assert found.failure is not None
     assert found.failure.exit_code == 5
 
 
 def test_a_class_that_there_is_not_is_found(copy: Path) -> None:
     rewrite(copy, "indices", (1, 10), cell(1, 10))
-    (finding,) = audit(copy).findings
+    (finding,) = audit(copy).problems
     assert finding.where.startswith("view 1, shard 1")
     assert "class index of 10" in finding.what
     assert "view 1, shard 1" in failed(5, copy).stdout
@@ -324,21 +324,21 @@ def test_a_class_that_there_is_not_is_found(copy: Path) -> None:
 
 def test_every_row_that_cannot_be_is_counted(copy: Path) -> None:
     rewrite(copy, "logsumexp", (0,), lambda rows: np.where(np.arange(12) % 3 == 2, math.nan, rows))
-    found = {tuple(finding) for finding in audit(copy).findings}
+    found = {tuple(finding) for finding in audit(copy).problems}
     for where_, count in (("shard 0, sample 2", 2), ("shard 1, sample 8", 2)):
         assert (f"view 0, {where_}", f"the logsumexp is NaN or infinite ({count} rows of the shard)") in found
     done = failed(5, copy)
     assert "4 problems" in done.stdout
-    assert "and 1 more findings" in done.stderr
+    assert "and 1 more problems" in done.stderr
 
 
 def test_a_basis_that_decodes_to_nothing_is_found(copy: Path) -> None:
     rewrite(copy, "tail_mean", (), lambda mean: mean + np.float32(3e38) * (np.arange(10) % 2 * 2 - 1))
     found = audit(copy)
     assert where(found) == [f"view {v}, shard {s}, sample {8 * s}" for v in range(2) for s in range(2)]
-    assert all("does not decode to finite logits" in finding.what for finding in found.findings)
+    assert all("does not decode to finite logits" in finding.what for finding in found.problems)
     rewrite(copy, "tail_scale", (), cell(2, 0.0))
-    assert all("tail basis" in finding.what for finding in audit(copy).findings)
+    assert all("tail basis" in finding.what for finding in audit(copy).problems)
     assert audit(copy).failure is not None
 
 
@@ -348,7 +348,7 @@ def test_a_label_that_there_is_not_is_found(label: int, copy: Path, whole: Cache
     labels = whole.labels.copy()
     labels[9] = label
     forge(copy, setting(digest_of(whole.sample_keys, labels), "plan", "dataset", "digest"))
-    (finding,) = audit(copy).findings
+    (finding,) = audit(copy).problems
     assert f"label {label} for sample 9" in finding.what
     assert f"label {label} for sample 9" in failed(5, copy).stdout
 
@@ -356,8 +356,8 @@ def test_a_label_that_there_is_not_is_found(label: int, copy: Path, whole: Cache
 def test_labels_and_keys_that_are_not_those_of_the_data_set_are_found(copy: Path) -> None:
     for name in ("labels", "sample_keys"):
         rewrite(copy, name, (4,), lambda value: value + 1)
-        (finding,) = audit(copy).findings
-        assert "have the digest sha256:" in finding.what
+        (finding,) = audit(copy).problems
+        assert "have digest sha256:" in finding.what
         rewrite(copy, name, (4,), lambda value: value - 1)
     assert audit(copy).failure is None
 
@@ -386,7 +386,7 @@ def test_a_dense_row_that_cannot_be_is_found(what: str, tmp_path: Path) -> None:
     rewrite(cache.path, name, (0, 3), change(cache.manifest.plan.encoding))
     found = audit(cache.path)
     assert set(where(found)) == {"view 0, shard 0, sample 3"}
-    assert any(finding.what.startswith(what) for finding in found.findings)
+    assert any(finding.what.startswith(what) for finding in found.problems)
 
 
 def crc32c(data: bytearray) -> int:
@@ -421,10 +421,10 @@ def test_a_chunk_that_a_shard_says_it_has_not_is_found(name: str, chunks: int, c
     with pytest.raises(CorruptError, match=f"chunk {chunk} of .*{name} is missing"):
         open_cache(copy).teacher()
     found = audit(copy)
-    assert len(found.findings) == 1
-    assert f"{name} is missing" in found.findings[0].what
+    assert len(found.problems) == 1
+    assert f"{name} is missing" in found.problems[0].what
     if name.split("/")[2] == "1" and name.count("/") > 2:
-        assert found.findings[0].where == f"view 1, shard {name.split('/')[3]}"
+        assert found.problems[0].where == f"view 1, shard {name.split('/')[3]}"
     assert failed(5, copy).stdout.count("is missing") == 1
 
 
@@ -468,7 +468,7 @@ def encoded(draw: st.DrawFn) -> tuple[Tensor, Tensor, Encoding, TailBasis | None
 
 def accusations(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis | None = None) -> list[str]:
     rows = encode(logits, labels, encoding, basis)
-    found = [what for what, wrong in _wrong(rows, labels, encoding) if wrong.any()]
+    found = [what for what, wrong in _row_checks(rows, labels, encoding) if wrong.any()]
     return found if decode(rows, labels, encoding, basis).isfinite().all() else [*found, "not finite"]
 
 
@@ -519,7 +519,7 @@ def test_a_cache_of_any_encoding_is_whole(teacher: nn.Module, top_k: int | str, 
     out = tmp_path / "c.kdcache"
     cache = dump_teacher(teacher, tiny_samples(12, labels=LABELS), out, spec=spec)
     assert cache.manifest.plan.encoding.tail == ("none" if top_k == "all" else "lowrank")
-    assert audit(out).findings == []
+    assert audit(out).problems == []
 
 
 # In parallel.
@@ -535,7 +535,7 @@ def test_the_findings_do_not_depend_on_threads(
         (copy / name).write_bytes(flipped((copy / name).read_bytes(), 9))
     (copy / "commits/x").touch()
     usual = audit(copy)
-    assert len(usual.findings) == 3 + 1 + 2 * 2 + 1
+    assert len(usual.problems) == 3 + 1 + 2 * 2 + 1
     monkeypatch.setattr("kdcache.cache.format.integrity.ThreadPoolExecutor", partial(ThreadPoolExecutor, threads))
     with dask.config.set(num_workers=threads):
         assert [audit(copy) for _ in range(3)] == 3 * [usual]
@@ -566,7 +566,7 @@ def another_library(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, i
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_views_are_replayed_to_the_bit_by_any_number_of_workers(workers: int, seen: Made) -> None:
-    assert replay(seen.cache, seen.samples, workers=workers) == Replay(68, 0)
+    assert replay(seen.cache, seen.samples, num_workers=workers) == Replay(68, 0)
 
 
 @pytest.mark.parametrize(

@@ -406,7 +406,7 @@ def test_a_damaged_cache_is_refused(work: Path, tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert "holds other bytes than were written" in refused(5, "info", tmp_path / "c.kdcache")
+    assert "has other bytes than were written" in refused(5, "info", tmp_path / "c.kdcache")
 
 
 def test_no_such_device(tmp_path: Path) -> None:

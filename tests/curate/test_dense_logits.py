@@ -431,7 +431,7 @@ def test_every_command_on_complete_caches(tmp_path: Path) -> None:
     assert found["rows"]["same_class"] == 1
     assert {line["key"] for line in found["manifest"]} >= {"lineage.operation", "digest"}
     assert found["rows"]["variations"][0]["mean"] == 0
-    assert as_json("diff", one, two)["why_not"].startswith("they hold other samples")
+    assert as_json("diff", one, two)["why_not"].startswith("they have different samples")
     census = as_json("summarize", whole, "--worst", 2)
     assert census["rows"] == 12
     assert len(census["hardest"]) == 2

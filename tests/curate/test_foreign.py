@@ -39,7 +39,8 @@ from kdcache.cache.inspect.audit import audit
 from kdcache.cli import main
 from kdcache.cli.convert import _LAYOUTS
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import CacheSpec, Pipeline, Transform
+from kdcache.config.schema import CacheSpec, Pipeline
+from kdcache.config.transform import Transform
 from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
 from kdcache.curate.foreign import SOURCES, TARGETS, cache_of_files, files_of_cache
 from kdcache.curate.foreign.sparse_labels import LEAST
@@ -47,7 +48,7 @@ from kdcache.curate.merge import merge
 from kdcache.curate.select import select
 from kdcache.data.datasets import load_split
 from kdcache.data.recorded_crop import PixelBox, pixels_of
-from kdcache.data.replay import replay, view_of
+from kdcache.data.replay import replay, teacher_view
 from kdcache.data.transforms import transform_for_evaluation
 from kdcache.data.views import View
 from kdcache.dump.check_teacher import compare_with_teacher
@@ -248,7 +249,7 @@ def test_a_student_is_shown_the_crops_that_fkd_recorded(images: Images, tmp_path
     cache = from_fkd(images, tmp_path)
     assert replay(cache, images.samples).rounded == 0
     for view in range(VIEWS):
-        seen = view_of(cache, images.samples, view)
+        seen = teacher_view(cache, images.samples, view)
         for number in range(COUNT):
             shown = seen[number].images[0]
             check_same_pixels(shown, fkd_shows(images, tmp_path / "labels", number, view))
@@ -486,7 +487,7 @@ def test_ml_drs_crops_and_probabilities_are_the_caches(
     assert audit(cache.path).failure is None
     assert replay(cache, images.samples).rounded == 0
     for view in range(VIEWS):
-        seen, found = view_of(cache, images.samples, view), logits_of(cache, view).softmax(dim=1)
+        seen, found = teacher_view(cache, images.samples, view), logits_of(cache, view).softmax(dim=1)
         for number in range(COUNT):
             check_same_pixels(seen[number].images[0], images.cut(number, view))
             values, classes = unpacked(folder / f"{number}.pth.tar")[1][view]["prob"]
@@ -519,7 +520,10 @@ def test_a_config_that_says_nothing_is_named(images: Images, tmp_path: Path) -> 
     for held, why in (
         ({"reinforce": {"image_augmentation": plain}}, "has the transforms random_horizontal_flip"),
         ({"reinforce": {"image_augmentation": {"random_resized_crop": {}}}}, "has the transforms random_resized_crop"),
-        ({"reinforce": {"image_augmentation": plain | {"random_resized_crop": {"size": "x"}}}}, "size 'x' is"),
+        (
+            {"reinforce": {"image_augmentation": plain | {"random_resized_crop": {"size": "x"}}}},
+            "size must be a number of pixels or",
+        ),
         ({"reinforce": {"image_augmentation": [1]}}, "config.pth.tar does not state the augmentation"),
         ([], "config.pth.tar does not state the augmentation"),
         (Calls(), "config.pth.tar cannot be read"),
@@ -628,7 +632,7 @@ def test_whatever_needs_no_images_works_with_tinyvits_rows(images: Images, tmp_p
     np.testing.assert_array_equal(kept["seeds"], all_of_them["seeds"][:, chosen])
     assert all_of_them["seeds"].dtype == np.int32
     assert (all_of_them["seeds"] == 2**31 - 1 - np.arange(COUNT)).all()
-    why = "drawn by code that kdcache has not got"
+    why = "drawn by code outside of kdcache"
     for command in (
         ["train-student", pipeline, "--cache", out, "-o", tmp_path / "run"],
         ["verify", out, pipeline, "--replay"],
@@ -699,7 +703,7 @@ def test_their_readers_cut_what_our_teacher_saw(
     out = tmp_path / "out"
     files_of_cache(cache, target, out, images.samples, top_k=5)
     for view in range(VIEWS):
-        seen = view_of(cache, images.samples, view)
+        seen = teacher_view(cache, images.samples, view)
         probabilities = logits_of(cache, view).softmax(dim=1).numpy()
         for number in range(COUNT):
             shown = SHOWS[target](images, out, number, view)
@@ -727,7 +731,7 @@ def test_there_and_back_again(images: Images, tmp_path: Path, source: str, targe
         torch.testing.assert_close(
             logits_of(again, view).softmax(dim=1), logits_of(cache, view).softmax(dim=1), rtol=5e-3, atol=1e-4
         )
-        mine, theirs = (view_of(made, images.samples, view) for made in (cache, again))
+        mine, theirs = (teacher_view(made, images.samples, view) for made in (cache, again))
         check_same_pixels(mine[3].images, theirs[3].images)
 
 
@@ -1003,9 +1007,9 @@ WRONG_TRANSFORMS: dict[str, tuple[Transform | None, str]] = {
     "twice": ([*FRACTIONS, FRACTIONS[0]], "has random steps after its recorded crop"),
     "and erased": ([*FRACTIONS, {"RandomErasing": {"p": 0.5}}], "has random steps after its recorded crop"),
     "no size": ([{"RecordedCrop": {}}, *REST], "missing"),
-    "three sizes": ([{"RecordedCrop": {"size": [1, 2, 3]}}, *REST], "neither a number"),
+    "three sizes": ([{"RecordedCrop": {"size": [1, 2, 3]}}, *REST], "size must be a number of pixels or"),
     "another unit": ([{"RecordedCrop": {"size": 8, "unit": "inches"}}, *REST], "boxes in the unit 'fraction'"),
-    "another interpolation": ([{"RecordedCrop": {"size": 8, "interpolation": "wild"}}, *REST], "none of"),
+    "another interpolation": ([{"RecordedCrop": {"size": 8, "interpolation": "wild"}}, *REST], "must be one of"),
 }
 
 
@@ -1026,7 +1030,7 @@ def test_a_recorded_crop_has_one_place(images: Images) -> None:
             View(images.samples, steps, crops=lambda view: boxes[view])
     with pytest.raises(UsageError, match="whose boxes are recorded for training images only"):
         transform_for_evaluation(FRACTIONS, FRACTIONS)
-    with pytest.raises(UsageError, match="need one that does not"):
+    with pytest.raises(UsageError, match="need one that is not"):
         transform_for_evaluation(None, FRACTIONS)
 
 
@@ -1111,10 +1115,10 @@ def test_selected_and_merged_samples_keep_their_boxes(images: Images, cropped: C
         assert audit(cache.path).failure is None
     # Their images, in their order, are seen as the teacher saw them.
     samples = images.samples
-    from kdcache.data.alignment import align, aligned
+    from kdcache.data.alignment import align, apply_alignment
 
     found = align(samples.keys(), samples.labels, whole.sample_keys, whole.labels)
-    assert replay(whole, aligned(samples, found)).rounded == 0
+    assert replay(whole, apply_alignment(samples, found)).rounded == 0
     fewer = select(cropped, tmp_path / "fewer.kdcache", views=[0, 1], top_k=2)
     np.testing.assert_array_equal(stored(fewer)["crops"], boxes_of(images)[:2])
 
@@ -1204,8 +1208,8 @@ def test_hostile_boxes_are_found_and_refused(images: Images, cropped: Cache, tmp
     assert "view 1, sample 11" in failure.what
     cache = open_cache(path)
     assert cache.crops is not None
-    with pytest.raises(CorruptError, match="which is none: view 1, sample 11"):
-        view_of(cache, images.samples, 1)[0]
+    with pytest.raises(CorruptError, match=r"holds the invalid box .*: view 1, sample 11"):
+        teacher_view(cache, images.samples, 1)[0]
 
 
 def test_a_changed_byte_of_the_boxes_is_found(cropped: Cache) -> None:

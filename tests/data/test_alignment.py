@@ -20,11 +20,11 @@ from torch.utils.data import Subset
 
 from kdcache import open_cache
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import Transform
-from kdcache.data.alignment import align, aligned, described
+from kdcache.config.transform import Transform
+from kdcache.data.alignment import align, apply_alignment, describe_alignment
 from kdcache.data.datasets import load_split
 from kdcache.data.images import ArrayImages, FileImages
-from kdcache.data.replay import check_data, replay
+from kdcache.data.replay import check_matches_cache, replay
 from kdcache.data.samples import Samples, wrap
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
@@ -47,7 +47,7 @@ def test_every_sample_is_matched_with_one_of_its_key_and_label(data: st.DataObje
     relabeled = [pair for pair in cached if pair not in own and pair[0] in own_keys]
     given_own, given_cached = (arrays([k for k, _ in some], [y for _, y in some]) for some in (own, cached))
     if relabeled:
-        with pytest.raises(MismatchError, match=f"{len(relabeled)} samples are labeled otherwise"):
+        with pytest.raises(MismatchError, match=f"{len(relabeled)} samples have other labels"):
             align(*given_own, *given_cached)
         return
     found = align(*given_own, *given_cached)
@@ -60,7 +60,7 @@ def test_every_sample_is_matched_with_one_of_its_key_and_label(data: st.DataObje
         assert len(used) == min(own.count(pair), cached.count(pair)), "none is used twice while another is not"
 
 
-def test_a_label_that_differs_is_named() -> None:
+def test_a_different_label_is_reported() -> None:
     with pytest.raises(MismatchError, match=r"sample 1 of the data set has label 3, and is sample 0 .* with label 5"):
         align(*arrays([8, 7], [0, 3]), *arrays([7, 8], [5, 0]))
 
@@ -74,11 +74,11 @@ def test_what_is_missing_and_extra_is_counted_and_named(tmp_path: Path) -> None:
     keys = samples.keys()
     cached = np.concatenate([keys[[3, 1]], np.arange(4, dtype=np.uint64)])
     found = align(keys, samples.labels, cached, np.zeros(6, np.int32))
-    assert described(samples, found) == (
+    assert describe_alignment(samples, found) == (
         "2 samples of the cache are in mine/train, 4 are missing (sample 2 of the cache, sample 3 of the cache, "
         f"sample 4 of the cache, ...), 3 of its own are left out ({paths[0]}, {paths[2]}, {paths[4]})"
     )
-    part = aligned(samples, found)
+    part = apply_alignment(samples, found)
     assert isinstance(part.images, FileImages)
     assert [*part.images.paths] == [paths[3], paths[1]]
     assert part.keys().tolist() == cached[:2].tolist()
@@ -94,10 +94,10 @@ class Pairs(torch.utils.data.Dataset[Any]):
         return torch.full((1, 2, 2), float(index)), index % 3
 
 
-def test_other_peoples_data_sets_are_put_in_order() -> None:
+def test_data_sets_of_other_libraries_are_put_in_the_order_of_the_cache() -> None:
     whole, turned = wrap(Pairs(), 3), wrap(Subset(Pairs(), [5, 3, 1, 0, 2, 4]), 3)
     found = align(turned.keys(), turned.labels, whole.keys(), whole.labels)
-    again = aligned(turned, found)
+    again = apply_alignment(turned, found)
     assert again.ids is None
     assert again.keys().tolist() == whole.keys().tolist()
     assert again.labels.tolist() == whole.labels.tolist()
@@ -111,14 +111,14 @@ def test_views_of_a_part_are_those_of_the_whole() -> None:
     copy = replace(whole, images=ArrayImages(whole.images.pixels[order]), labels=whole.labels[order])
     found = align(copy.keys(), copy.labels, whole.keys(), whole.labels)
     assert found.ids.tolist() == ids.tolist()
-    part = aligned(copy, found)
+    part = apply_alignment(copy, found)
     for number in range(3):
         expected = View(whole, RANDOM, seed=4, view=number).__getitems__(ids.tolist())
         seen = View(part, RANDOM, seed=4, view=number).__getitems__(range(5))
         assert torch.equal(seen.images, expected.images)
         assert torch.equal(seen.labels, expected.labels)
         assert seen.ids.tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(UsageError, match="mixes images with any others of the cache"):
+    with pytest.raises(UsageError, match="mixes each image with any other one of the cache"):
         View(part, [*RANDOM, {"MixUp": {"alpha": 1.0}}])
 
 
@@ -200,7 +200,7 @@ def test_a_part_is_trained_on_if_asked_for(work: Path, tmp_path: Path) -> None:
     drawn = teacher.order(torch.Generator().manual_seed(0))
     assert sorted(drawn.tolist()) == here.tolist()
     assert drawn.tolist() != here.tolist()
-    check_data(cache, lessons.samples, None, None)
+    check_matches_cache(cache, lessons.samples, None, None)
     assert replay(cache, lessons.samples).rounded == 0
 
 

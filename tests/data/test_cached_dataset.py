@@ -47,7 +47,7 @@ def loaded(data: CachedDataset, **options: Any) -> list[list[Tensor]]:
 
 @pytest.mark.parametrize("kind", ["samples", "pairs"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_is_what_the_teacher_saw_and_its_ids_and_views_say_what_it_said(
+def test_a_batch_has_the_images_that_the_teacher_saw_and_indexes_its_logits(
     kind: str, workers: int, cache: Cache, samples: Samples
 ) -> None:
     data = CachedDataset(samples if kind == "samples" else Pairs(samples), cache)
@@ -82,7 +82,7 @@ def test_one_item_is_the_same_as_in_a_batch(cache: Cache, samples: Samples) -> N
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_a_view_that_is_set_reaches_workers_that_persist(context: str, cache: Cache, samples: Samples) -> None:
+def test_set_view_takes_effect_in_persistent_workers(context: str, cache: Cache, samples: Samples) -> None:
     data = CachedDataset(samples, cache)
     workers = multiprocessing.get_context(context)
     loader = DataLoader(data, batch_size=8, num_workers=1, persistent_workers=True, multiprocessing_context=workers)
@@ -102,7 +102,7 @@ def test_a_cache_without_random_steps_is_given_whole_batches(tmp_path: Path, sam
     assert (ids.tolist(), views.tolist()) == (list(range(8)), [0] * 8)
 
 
-def test_the_teacher_answers_for_a_view_of_each_sample(cache: Cache, samples: Samples) -> None:
+def test_the_teacher_takes_a_view_per_sample(cache: Cache, samples: Samples) -> None:
     teacher, live = cache.teacher(), TinyTeacher()
     ids, views = torch.tensor([7, 0, 7, 36, 7]), torch.tensor([2, 0, 1, 1, 0])
     pairs = zip(ids.tolist(), views.tolist(), strict=True)
@@ -139,7 +139,7 @@ def test_another_data_set_is_refused(wrapped: bool, cache: Cache, samples: Sampl
         CachedDataset(Pairs(tiny_samples(num_classes=11)), cache)
 
 
-def test_a_data_set_that_prepares_its_images_otherwise_is_refused(cache: Cache, samples: Samples) -> None:
+def test_a_data_set_with_its_own_preprocessing_is_refused(cache: Cache, samples: Samples) -> None:
     assert isinstance(samples.images, ArrayImages)
     shifted = TensorDataset(samples.images.pixels + 1, torch.from_numpy(samples.labels))
     with pytest.raises(MismatchError, match="37 of 37 samples of tiny/train are not those of the cache"):
@@ -155,7 +155,7 @@ def test_pixels_that_another_library_would_make_are_refused(
         CachedDataset(samples, cache)
 
 
-def test_mixed_views_and_views_that_are_not_there_are_refused(tmp_path: Path, cache: Cache, samples: Samples) -> None:
+def test_mixed_and_missing_views_are_refused(tmp_path: Path, cache: Cache, samples: Samples) -> None:
     mixed = dump_teacher(
         TinyTeacher(), samples, tmp_path / "mixed.kdcache", transform=[*FLIP, {"MixUp": {"alpha": 0.2}}], spec=SPEC
     )

@@ -26,7 +26,8 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision import datasets as tv
 
 from kdcache.cache.format.fingerprints import digest_of
-from kdcache.config.schema import DatasetSpec, Transform
+from kdcache.config.schema import DatasetSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import SPLITS, load_held_out, load_split
 from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.samples import Samples, Split, check_same_samples, wrap
@@ -150,7 +151,7 @@ def ids_of(samples: Samples) -> list[int]:
 
 @settings(deadline=None, max_examples=40)
 @given(count=st.integers(5, 600), validation=st.floats(0.0, 0.45), test=st.floats(0.0, 0.45))
-def test_held_out_splits_are_disjoint_whole_and_always_the_same(
+def test_held_out_splits_are_disjoint_complete_and_deterministic(
     count: int, validation: float, test: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     spec = counted(tmp_path_factory.getbasetemp() / "c.npz", count, validation_fraction=validation, test_fraction=test)
@@ -166,7 +167,7 @@ def test_held_out_splits_are_disjoint_whole_and_always_the_same(
     assert sorted(i for ids in expected.values() for i in ids) == list(range(count))
 
 
-def test_nothing_held_out_is_no_split(tmp_path: Path) -> None:
+def test_an_empty_split_is_none(tmp_path: Path) -> None:
     spec = counted(tmp_path / "c.npz", 50, validation_fraction=0.0, test_fraction=0.2)
     assert load_held_out(spec, "validation") is None
     held_out = load_held_out(spec, "test")
@@ -242,9 +243,7 @@ def test_cifar_is_read_from_its_own_files(
     assert len(load_split(DatasetSpec(name=kind, root=str(tmp_path), validation_fraction=0.0), "train")) == 100
 
 
-def test_another_fraction_for_the_test_takes_nothing_from_cifar(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_test_fraction_takes_no_images_from_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cifar_folder(tmp_path, "cifar10")
     trust_md5(monkeypatch, tmp_path)
     assert len(load_split(DatasetSpec(name="cifar10", root=str(tmp_path), test_fraction=0.5), "train")) == 90
@@ -262,7 +261,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(("kind", "archive"), [("cifar10", "cifar-10-python"), ("cifar100", "cifar-100-python")])
-def test_what_cannot_be_downloaded_says_what_to_put_where(
+def test_a_failed_download_names_the_file_to_copy(
     kind: Literal["cifar10", "cifar100"], archive: str, tmp_path: Path
 ) -> None:
     root = tmp_path / "here"
@@ -319,7 +318,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(name: Literal["image-folder"
     assert samples.images.shape() == (3, 6, 5)
 
 
-def test_an_image_folder_has_the_splits_it_has_and_holds_out_the_others(tmp_path: Path) -> None:
+def test_an_image_folder_holds_out_the_splits_that_it_lacks(tmp_path: Path) -> None:
     everything = folders(tmp_path / "all", train=20, val=4, test=3)
     some = folders(tmp_path / "some", train=20, validation=4)
     one = folders(tmp_path / "one", train=20)
@@ -341,7 +340,7 @@ def test_an_image_folder_has_the_splits_it_has_and_holds_out_the_others(tmp_path
         assert list(images.paths) == [str(everyone[i]) for i in ids]
 
 
-def test_the_validation_images_of_imagenet_are_its_test(tmp_path: Path) -> None:
+def test_the_test_split_of_imagenet_is_its_val_folder(tmp_path: Path) -> None:
     folders(tmp_path, train=20, val=4)
     spec = DatasetSpec(name="imagenet", root=str(tmp_path), validation_fraction=0.1)
     sizes = {split: len(samples) for split, samples in splits_of(spec).items()}
@@ -354,7 +353,7 @@ def test_the_validation_images_of_imagenet_are_its_test(tmp_path: Path) -> None:
     )
 
 
-def test_a_grey_or_transparent_file_is_read_as_rgb(tmp_path: Path) -> None:
+def test_a_grayscale_or_transparent_file_is_read_as_rgb(tmp_path: Path) -> None:
     gray = np.arange(30, dtype=np.uint8).reshape(5, 6)
     for name in ("train/a/0.png", "train/b/0.png"):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -374,7 +373,7 @@ def refused(kind: type[KdcacheError], code: int, words: str, spec: DatasetSpec, 
 
 
 @pytest.mark.parametrize("name", ["image-folder", "imagenet"])
-def test_a_folder_that_is_not_there_says_what_to_put_where(
+def test_a_missing_folder_is_reported_with_the_expected_layout(
     name: Literal["image-folder", "imagenet"], tmp_path: Path
 ) -> None:
     nowhere = DatasetSpec(name=name, root=str(tmp_path / "nowhere"))
@@ -435,7 +434,7 @@ def test_a_broken_image_is_named(which: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(9, 5, 4), (9, 5, 4, 1), (9, 5, 4, 3)])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_npz_file_holds_grey_or_color_images(
+def test_an_npz_file_holds_grayscale_or_color_images(
     shape: tuple[int, ...], save: Callable[..., None], tmp_path: Path
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -510,7 +509,7 @@ def test_an_npz_file_that_is_not_images_and_labels_is_refused(
     refused(kind, 2 if kind is UsageError else 4, words, npz(tmp_path / "m.npz", **arrays))
 
 
-def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_npz_is_refused(tmp_path: Path) -> None:
     spec = DatasetSpec(name="npz", root=str(tmp_path / "m.npz"))
     refused(UsageError, 2, f"file not found: {tmp_path}/m.npz", spec)
     for data in (b"", b"images,labels\n", pickle.dumps({"images": 1})):
@@ -531,7 +530,7 @@ def test_a_truncated_npz_file_is_refused(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
-def test_a_damaged_npz_file_is_read_right_or_refused(
+def test_a_damaged_npz_file_is_read_correctly_or_refused(
     place: float, byte: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     buffer = io.BytesIO()
@@ -607,7 +606,7 @@ def test_a_torch_data_set_of_any_images_shows_the_same_pixels(images: Sequence[A
     assert wrap(Pairs(images, FOUR), 3).keys().tolist() == keys.tolist()
 
 
-def test_grey_arrays_have_one_channel() -> None:
+def test_grayscale_arrays_have_one_channel() -> None:
     samples = wrap(Pairs(list(COLOUR[..., 0]), FOUR), 3)
     assert samples.images.shape() == (1, 5, 6)
     assert (pixels_of(samples)[:, 0] == COLOUR[..., 0]).all()
@@ -631,12 +630,12 @@ def test_a_wrapped_data_set_is_checked() -> None:
     wrong(MismatchError, "sample 1 has label -2", [0, -2, 2, 2])
     wrong(MismatchError, "sample 0 has label 4294967296", [2**32, 0, 0, 0])
     wrong(MismatchError, f"sample 0 has label {2**70}", [2**70, 0, 0, 0])
-    wrong(UsageError, "item 2 .* a whole number", [0, 1, 0.5, 2])
-    wrong(UsageError, "item 0 .* a whole number", [torch.tensor([0.0, 1.0]), 1, 1, 1])
-    wrong(UsageError, "item 1 .* a whole number", [0, None, 1, 1])
+    wrong(UsageError, "item 2 .* an integer label", [0, 1, 0.5, 2])
+    wrong(UsageError, "item 0 .* an integer label", [torch.tensor([0.0, 1.0]), 1, 1, 1])
+    wrong(UsageError, "item 1 .* an integer label", [0, None, 1, 1])
     wrong(MismatchError, "2 class names for 3 classes", FOUR, class_names=["a", "b"])
     wrong(MismatchError, "0 class names for 3 classes", FOUR, class_names=[])
-    with pytest.raises(UsageError, match="item 0 of the data set is no pair"):
+    with pytest.raises(UsageError, match="item 0 of the data set is not a pair"):
         wrap(TensorDataset(torch.zeros(3, 1, 2, 2)), 3)
     with pytest.raises(UsageError, match="dataset/train holds no image"):
         wrap(Pairs([], []), 3)
@@ -654,13 +653,13 @@ def test_a_stream_cannot_be_wrapped() -> None:
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        ([[1, 2]], "holds a list for an image"),
-        (torch.zeros(8, 8), r"holds a Tensor \[8, 8\] for an image"),
-        (np.zeros(8, np.uint8), r"holds a ndarray \[8\] for an image"),
-        ("a.png", "holds a str for an image"),
+        ([[1, 2]], "has an image of type list"),
+        (torch.zeros(8, 8), r"has an image of type Tensor \[8, 8\]"),
+        (np.zeros(8, np.uint8), r"has an image of type ndarray \[8\]"),
+        ("a.png", "has an image of type str"),
     ],
 )
-def test_what_is_no_image_is_refused(image: object, words: str) -> None:
+def test_an_item_without_an_image_is_refused(image: object, words: str) -> None:
     samples = wrap(Pairs([image], [0]), 1)
     for look in (samples.images.shape, samples.keys, lambda: View(samples, [])[0]):
         with pytest.raises(UsageError, match=f"item 0 of the data set {words}"):
@@ -675,7 +674,7 @@ def test_the_same_samples_pass() -> None:
     check_same_samples(samples, samples.keys(), samples.keys().copy(), samples.labels.copy())
 
 
-def test_samples_that_are_not_the_cache_s_are_told_from_one_another() -> None:
+def test_other_samples_orders_and_labels_are_distinguished() -> None:
     samples = load_split(DIGITS, "test")
     keys, labels = samples.keys(), samples.labels
 
@@ -701,7 +700,7 @@ def test_samples_that_are_not_the_cache_s_are_told_from_one_another() -> None:
     )
 
 
-def test_labels_and_images_must_be_as_many() -> None:
+def test_numbers_of_labels_and_images_must_match() -> None:
     with pytest.raises(MismatchError, match="mine/train has 2 images and 3 labels"):
         Samples("mine", "train", ArrayImages(torch.zeros(2, 1, 2, 2)), np.zeros(3, np.int32), ("a",), [])
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from kdcache import Samples, dump_teacher, open_cache
-from kdcache.config.schema import CacheSpec, Transform
+from kdcache.config.schema import CacheSpec
+from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages
 from kdcache.data.loader import batches
 from kdcache.data.mixing import MIXINGS
@@ -216,7 +217,7 @@ def test_the_share_of_cutmix_is_the_area_outside_a_box_that_shows_the_partner() 
     assert boxes > 0.9 * count
 
 
-def test_a_partner_is_seen_as_its_own_view_shows_it() -> None:
+def test_a_partner_has_the_pixels_of_its_own_view() -> None:
     # Ratios are always a half: what is left of a mixture, its own image taken off, is the partner's own.
     alone = View(samples_of(), OWN, seed=3, view=2).__getitems__(range(COUNT)).images
     mixed, _ = mixed_of(View(samples_of(), [*OWN, {"MixUp": {"alpha": 1e30}}], seed=3, view=2), list(range(COUNT)))
@@ -235,13 +236,13 @@ def test_other_views_mix_with_other_partners() -> None:
     assert len({tuple(labels.share.tolist()) for labels in mixed}) == 3
 
 
-def test_a_sample_alone_is_mixed_with_itself() -> None:
+def test_a_single_sample_is_mixed_with_itself() -> None:
     images, mixed = mixed_of(View(samples_of(PIXELS[:1]), [*TO_FLOAT, *MIXUP]), [0])
     torch.testing.assert_close(images[0], PIXELS[0] / 255)
     assert mixed.partner_labels.tolist() == [0]
 
 
-def test_a_partner_whose_label_is_hidden_has_none() -> None:
+def test_a_partner_with_a_hidden_label_has_no_label() -> None:
     hidden = torch.full((COUNT,), -1)
     hidden[: COUNT // 2] = torch.arange(COUNT // 2)
     batch = View(samples_of(), [*TO_FLOAT, *MIXUP], labels=hidden).__getitems__(range(COUNT))
@@ -260,7 +261,7 @@ def expected_partner(index: int, view: int = 0, count: int = COUNT) -> int:
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3")
-def test_workers_and_the_cut_into_batches_change_nothing_that_is_told(workers: int) -> None:
+def test_workers_and_batch_boundaries_do_not_change_mixed_batches(workers: int) -> None:
     view = View(samples_of(), [*OWN, *EITHER], seed=11, view=4)
     whole, told = mixed_of(view, list(range(COUNT)))
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(workers)).tolist()
@@ -299,11 +300,11 @@ def test_a_mixing_that_is_not_the_last_step_is_refused_with_the_fix(transform: T
         ({"MixUp": {"alpha": 0.2, "num_classes": 10}}, "transform MixUp: .*unexpected keyword argument 'num_classes'"),
         ({"CutMix": {"labels_getter": None}}, "transform CutMix: .*unexpected keyword argument 'labels_getter'"),
         ({"RandomChoice": {"transforms": [{"CutMix": {"beta": 1}}]}}, "transform CutMix: .*'beta'"),
-        ({"MixUp": {"alpha": 0}}, "transform MixUp: alpha 0 is not"),
-        ({"CutMix": {"alpha": -1.0}}, "transform CutMix: alpha -1.0 is not"),
-        ({"MixUp": {"alpha": 1e-60}}, "transform MixUp: alpha 1e-60 is not"),
-        ({"MixUp": {"alpha": math.inf}}, "transform MixUp: alpha inf is not"),
-        ({"MixUp": {"alpha": math.nan}}, "transform MixUp: alpha nan is not"),
+        ({"MixUp": {"alpha": 0}}, "transform MixUp: alpha must be a finite float32 above 0, not 0"),
+        ({"CutMix": {"alpha": -1.0}}, "transform CutMix: alpha must be a finite float32 above 0, not -1.0"),
+        ({"MixUp": {"alpha": 1e-60}}, "transform MixUp: alpha must be a finite float32 above 0, not 1e-60"),
+        ({"MixUp": {"alpha": math.inf}}, "transform MixUp: alpha must be a finite float32 above 0, not inf"),
+        ({"MixUp": {"alpha": math.nan}}, "transform MixUp: alpha must be a finite float32 above 0, not nan"),
         ({"MixUp": {"alpha": None}}, "transform MixUp: .*NoneType"),
         ({"RandomChoice": {"transforms": [*MIXUP, *CUTMIX], "p": [1.0]}}, "transform RandomChoice: Length of p"),
         ({"MixUp": None}, "step {'MixUp': None} of a transform is not one name"),
@@ -341,7 +342,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_cache_of_mixed_views_holds_what_the_teacher_says_of_the_mixtures(made: Path) -> None:
+def test_a_cache_of_mixed_views_holds_the_logits_of_the_mixtures(made: Path) -> None:
     cache, network, samples = open_cache(made), TinyTeacher(), tiny_samples(100)
     assert cache.labels.tolist() == samples.labels.tolist()
     teacher = cache.teacher()
@@ -354,11 +355,11 @@ def test_a_cache_of_mixed_views_holds_what_the_teacher_says_of_the_mixtures(made
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_replay_makes_the_mixtures_anew(made: Path, workers: int) -> None:
-    assert replay(open_cache(made), tiny_samples(100), workers=workers) == Replay(checked=68, rounded=0)
+def test_replay_reproduces_the_mixtures(made: Path, workers: int) -> None:
+    assert replay(open_cache(made), tiny_samples(100), num_workers=workers) == Replay(checked=68, rounded=0)
 
 
-def test_replay_names_the_first_mixture_that_a_changed_image_shows_in(made: Path) -> None:
+def test_replay_names_the_first_mixture_with_a_changed_image(made: Path) -> None:
     cache, samples = open_cache(made), tiny_samples(100)
     stride = cache.manifest.plan.shape.fingerprint_stride
     assert stride == 3

@@ -16,7 +16,7 @@ from helpers.tiny import tiny_samples
 
 from kdcache import open_cache
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data import transform_limits
 from kdcache.data.datasets import photograph_transform
 from kdcache.data.mixing import split_mixing
@@ -53,7 +53,7 @@ GROWING: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "arguments"), GROWING)
-def test_what_is_counted_beforehand_is_no_less_than_what_torchvision_makes(
+def test_the_predicted_size_is_an_upper_bound_of_the_actual_size(
     name: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -63,23 +63,23 @@ def test_what_is_counted_beforehand_is_no_less_than_what_torchvision_makes(
         outcomes = [step(image).shape for _ in range(100)]
         made = max(max(channels, 4) * height * width for channels, height, width in outcomes)
         assert made > 4 * image.numel()
-        with monkeypatch.context() as patch, pytest.raises(UsageError, match=f"{name} makes up to"):
-            patch.setattr(transform_limits, "MOST_VALUES", made - 1)
+        with monkeypatch.context() as patch, pytest.raises(UsageError, match=f"{name} returns images of up to"):
+            patch.setattr(transform_limits, "MAX_IMAGE_VALUES", made - 1)
             step(image)
 
 
-def test_an_image_may_stay_as_large_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transform_limits, "MOST_VALUES", 100)
+def test_an_image_may_keep_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transform_limits, "MAX_IMAGE_VALUES", 100)
     crop: Transform = [{"RandomHorizontalFlip": {}}, {"RandomCrop": {"size": 5}}]
     assert build_transform(crop)(torch.rand(3, 20, 20)).shape == (3, 5, 5)
-    with pytest.raises(UsageError, match=r"RandomCrop makes up to 3 x 21 x 21 values of an image; 4 x 25 are the most"):
+    with pytest.raises(UsageError, match=r"RandomCrop returns images of up to 3 x 21 x 21 values, more than 4 x 25"):
         build_transform([{"RandomCrop": {"size": 21, "pad_if_needed": True}}])(torch.rand(3, 20, 20))
 
 
 @pytest.mark.parametrize("transform", [[{"Resize": {"size": 6}}], [{"RandomCrop": {"size": 4, "padding": 1}}]])
-def test_a_batch_is_no_larger_than_it_may_be(transform: Transform, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_above_the_limit_is_refused(transform: Transform, monkeypatch: pytest.MonkeyPatch) -> None:
     values = build_transform(transform)(tiny_samples(1).images.picture(0)).numel()
-    monkeypatch.setattr(transform_limits, "MOST_IN_A_BATCH", 8 * values)
+    monkeypatch.setattr(transform_limits, "MAX_BATCH_VALUES", 8 * values)
     view = View(tiny_samples(12), transform)
     assert len(view.__getitems__(range(8)).images) == 8
     with pytest.raises(UsageError, match=f"a batch of 9 images of {values} values has more than"):
@@ -128,37 +128,37 @@ def replay_hostile(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (here + 2**29, resource.RLIM_INFINITY))
     for name, transform in HOSTILE.items():
         forge(cache, setting(transform, "plan", "views", "transform"))
-        with pytest.raises(UsageError, match="this transform asks for too much"):
+        with pytest.raises(UsageError, match="this transform exceeds a limit"):
             replay(open_cache(cache), samples)
             pytest.fail(name)
 
 
-def test_a_hostile_cache_is_refused_in_little_memory(tmp_path: Path) -> None:
+def test_an_excessive_transform_of_a_cache_is_refused_in_little_memory(tmp_path: Path) -> None:
     process = in_a_process(replay_hostile, tmp_path)
     assert exit_code(process) == 0
 
 
-def test_what_is_no_number_hides_no_number() -> None:
-    with pytest.raises(UsageError, match="asks for too much"):
+def test_nan_does_not_hide_other_numbers() -> None:
+    with pytest.raises(UsageError, match="this transform exceeds a limit"):
         build_transform([{"RandomResizedCrop": {"antialias": math.nan, "size": 9_000}}])(torch.rand(3, 4, 4))
 
 
 @pytest.mark.parametrize("depth", [60, 70, 400])
-def test_steps_inside_one_another_are_counted_too(depth: int) -> None:
+def test_nested_steps_are_counted(depth: int) -> None:
     transform: Transform = [{"Identity": {}}]
     for _ in range(depth - 1):
         transform = [{"Compose": {"transforms": transform}}]
-    if depth <= transform_limits.MOST_STEPS:
+    if depth <= transform_limits.MAX_STEPS:
         assert View(tiny_samples(3), transform)[0].images.shape == (1, 1, 4, 4)
         return
-    with pytest.raises(UsageError, match="asks for too much"):
+    with pytest.raises(UsageError, match="this transform exceeds a limit"):
         View(tiny_samples(3), transform)
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
-def test_the_transforms_of_the_recipes_are_well_within(path: Path) -> None:
+def test_the_transforms_of_the_recipes_are_within_the_limits(path: Path) -> None:
     pipeline = load_pipeline(path)
     said = [one for one in (pipeline.transform, pipeline.eval_transform) if one is not None]
     for transform in said or [photograph_transform()]:
         images = build_transform(split_mixing(transform)[0])(torch.zeros(3, 500, 375, dtype=torch.uint8))
-        assert 512 * images.numel() < transform_limits.MOST_IN_A_BATCH
+        assert 512 * images.numel() < transform_limits.MAX_BATCH_VALUES

@@ -101,7 +101,7 @@ def test_splits_of_its_own_are_taken_and_classes_counted(data: Path) -> None:
     assert load_split(every, "test").class_names == ("0", "1", "2")
 
 
-def test_root_and_arguments_are_handed_on(data: Path) -> None:
+def test_root_and_arguments_are_passed_on(data: Path) -> None:
     assert len(load_split(spec(data, "rooted", root="50", validation_fraction=0.0, test_fraction=0.0), "train")) == 50
     first = load_split(spec(data, "flowers", args={"offset": 7}), "test").images.picture(0)
     assert isinstance(first, torch.Tensor)
@@ -140,13 +140,13 @@ def test_a_root_is_passed_only_if_it_is_set(tmp_path: Path) -> None:
     assert len(load_split(DatasetSpec(name=f"{tmp_path}/my_data.py:f"), "test")) == 9
 
 
-def test_labels_and_classes_that_cannot_be_are_refused(data: Path) -> None:
+def test_invalid_labels_and_classes_are_refused(data: Path) -> None:
     with pytest.raises(MismatchError, match="label 900 and only 4 images") as caught:
         load_split(spec(data, "wide", validation_fraction=0.0, test_fraction=0.0), "train")
     assert "attribute `classes`" in caught.value.fix
     with pytest.raises(UsageError, match=r"attribute `classes` of .* is a str"):
         load_split(spec(data, "unnamed"), "train")
-    with pytest.raises(UsageError, match="item 1 of the data set is no pair of an image and a whole number"):
+    with pytest.raises(UsageError, match="item 1 of the data set is not a pair of an image and an integer label"):
         load_split(spec(data, "lines", validation_fraction=0.0, test_fraction=0.0), "train")
 
 
@@ -222,7 +222,7 @@ def test_a_step_is_random_unless_it_says_otherwise_and_then_seeded(steps: Path) 
     assert not torch.equal(first, view.__getitems__([3, 5]).images)
 
 
-def test_a_step_inside_another_step_will_do(steps: Path) -> None:
+def test_a_step_may_be_inside_another_step(steps: Path) -> None:
     transform = [{"RandomApply": {"p": 1.0, "transforms": [{f"{steps}:plus": {"amount": 2.0}}]}}]
     Pipeline.model_validate({"dataset": {"name": "digits"}, "transform": transform})
     assert build_transform(transform)(torch.zeros(1, 2, 2)).max() == 2
@@ -239,7 +239,7 @@ BAD_STEPS = {
 
 
 @pytest.mark.parametrize("case", BAD_STEPS)
-def test_a_step_that_cannot_be_is_refused_when_it_is_built(case: str, tmp_path: Path) -> None:
+def test_an_invalid_step_is_refused_when_it_is_built(case: str, tmp_path: Path) -> None:
     text, arguments, message = BAD_STEPS[case]
     if text is not None:
         (tmp_path / "my_steps.py").write_text(text)
@@ -257,7 +257,7 @@ BAD_RESULTS = {
 
 
 @pytest.mark.parametrize("case", BAD_RESULTS)
-def test_a_result_that_is_no_image_is_named_with_file_and_line(case: str, tmp_path: Path) -> None:
+def test_a_result_that_is_not_an_image_is_reported_with_file_and_line(case: str, tmp_path: Path) -> None:
     body, message = BAD_RESULTS[case]
     (tmp_path / "my_steps.py").write_text(f"def f(image):\n    {body}\n")
     view = View(tiny_samples(), trusting([{f"{tmp_path}/my_steps.py:f": {}}]))
@@ -295,7 +295,7 @@ def dumped(recipe: Path) -> kdcache.Cache:
     return kdcache.dump_teacher(model, samples, out, transform=pipeline.transform)
 
 
-def test_a_teacher_is_dumped_and_a_student_trained_with_code_of_ones_own(recipe: Path, steps: Path) -> None:
+def test_a_teacher_is_dumped_and_a_student_trained_with_user_code(recipe: Path, steps: Path) -> None:
     cache = dumped(recipe)
     views = cache.manifest.plan.views
     assert views.transform == [{f"{steps}:plus": {"amount": 2.0}}]
@@ -315,7 +315,7 @@ def test_a_cache_alone_does_not_decide_what_is_run(recipe: Path, steps: Path, tm
         own = tmp_path / "own.yaml"
         lines = [transform if line.startswith("transform:") else line for line in recipe.read_text().splitlines()]
         own.write_text("\n".join(lines))
-        with pytest.raises(kdcache.KdcacheError, match=r"code that is not part of the cache|another transform"):
+        with pytest.raises(kdcache.KdcacheError, match=r"code that is not part of the cache|not that of the cache"):
             kdcache.train_student(kdcache.load_pipeline(own), cache, tmp_path / "run")
     with pytest.raises(UsageError, match=r"my_steps\.py:plus, code that is not part of the cache") as caught:
         kdcache.CachedDataset(samples, cache)
@@ -325,7 +325,7 @@ def test_a_cache_alone_does_not_decide_what_is_run(recipe: Path, steps: Path, tm
     assert len(kdcache.CachedDataset(samples, cache, transform=own_transform)) == len(samples)
 
 
-def test_another_step_than_the_teacher_saw_is_noticed(recipe: Path, steps: Path, tmp_path: Path) -> None:
+def test_a_changed_user_step_is_detected(recipe: Path, steps: Path, tmp_path: Path) -> None:
     cache = dumped(recipe)
     steps.write_text(STEPS.replace("image + amount\n", "image + 2 * amount\n"))
     with pytest.raises(MismatchError, match=r"is not what the teacher of .* saw"):

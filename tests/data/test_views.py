@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples, wrap
@@ -135,7 +135,7 @@ def test_the_view_index_is_part_of_the_request_to_a_worker(workers: int, files: 
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_workers_and_the_cut_into_batches_change_nothing(workers: int, files: Samples) -> None:
+def test_workers_and_batch_boundaries_do_not_change_batches(workers: int, files: Samples) -> None:
     for samples in (samples_of(), files):
         view = View(samples, AUGMENT, seed=11, view=4)
         whole = view.__getitems__(range(COUNT)).images
@@ -227,7 +227,7 @@ def digests() -> dict[tuple[str, int], str]:
 
 
 @pytest.mark.parametrize("name", MANY)
-def test_threads_and_the_order_of_a_batch_change_nothing(name: str, digests: dict[tuple[str, int], str]) -> None:
+def test_threads_and_the_order_of_a_batch_do_not_change_pixels(name: str, digests: dict[tuple[str, int], str]) -> None:
     before = states()
     with threads(2):
         images = views_of_photos()[name].__getitems__([1, 0, 1]).images
@@ -236,7 +236,7 @@ def test_threads_and_the_order_of_a_batch_change_nothing(name: str, digests: dic
 
 
 @pytest.mark.parametrize(("workers", "start"), [(1, "fork"), (3, "fork"), (1, "spawn")])
-def test_processes_change_nothing(workers: int, start: str, digests: dict[tuple[str, int], str]) -> None:
+def test_views_are_the_same_in_worker_processes(workers: int, start: str, digests: dict[tuple[str, int], str]) -> None:
     loader = DataLoader(Digests(), batch_size=None, shuffle=True, num_workers=workers, multiprocessing_context=start)
     assert {(name, index): digest for digest, name, index in loader} == digests
 
@@ -250,7 +250,7 @@ for name, view in pickle.loads(sys.stdin.buffer.read()).items():
 """
 
 
-def test_another_interpreter_changes_nothing(digests: dict[tuple[str, int], str]) -> None:
+def test_views_are_the_same_in_another_interpreter(digests: dict[tuple[str, int], str]) -> None:
     said = subprocess.run(
         [sys.executable, "-c", SCRIPT], input=pickle.dumps(views_of_photos()), capture_output=True, check=True
     ).stdout.decode()
@@ -258,7 +258,7 @@ def test_another_interpreter_changes_nothing(digests: dict[tuple[str, int], str]
     assert {(name, int(index)): digest for name, index, digest in found} == digests
 
 
-def test_a_view_is_written_down_once() -> None:
+def test_the_pixels_of_a_view_match_a_recorded_digest() -> None:
     # Only what is exact on every machine: whole-pixel moves of 8-bit images. A change here breaks every cache there is.
     exact: Transform = [*AUGMENT[:3], AUGMENT[4]]
     pixels = View(samples_of(), exact, seed=1, view=2).__getitems__(range(COUNT)).images
@@ -333,14 +333,14 @@ def test_the_generators_of_a_gpu_are_not_touched(monkeypatch: pytest.MonkeyPatch
     View(samples_of(), [*AUGMENT, {"MixUp": {}}]).__getitems__([0, 1])
 
 
-def test_a_mistake_leaves_threads_and_generators_as_they_were() -> None:
+def test_an_error_restores_threads_and_generators() -> None:
     before = states()
     with threads(2), pytest.raises(UsageError, match="cannot be applied to sample 1"):
         View(samples_of(), [*AUGMENT, {"RandomCrop": {"size": 9}}])[1]
     assert states() == before
 
 
-def test_seeded_is_the_same_draw_each_time_and_another_for_other_parts() -> None:
+def test_seeded_draws_depend_on_the_parts_alone() -> None:
     def draws(*parts: int) -> tuple[float, float, float]:
         with seeded(*parts):
             return random.gauss(), float(np.random.random()), float(torch.rand(()))
@@ -374,7 +374,7 @@ def test_labels_may_be_replaced() -> None:
 
 @settings(deadline=None)
 @given(start=st.integers(0, 50), length=st.integers(0, 50), size=st.integers(1, 20))
-def test_cuts_are_whole_but_the_last(start: int, length: int, size: int) -> None:
+def test_all_batches_but_the_last_are_full(start: int, length: int, size: int) -> None:
     cuts = cut_range(range(start, start + length), size)
     assert [i for cut in cuts for i in cut] == list(range(start, start + length))
     assert all(len(cut) == size for cut in cuts[:-1])
@@ -469,7 +469,7 @@ def classes_of_torchvision() -> dict[str, type[v2.Transform]]:
 
 
 @pytest.mark.parametrize("name", sorted(classes_of_torchvision().keys() - FRAMES))
-def test_what_draws_at_random_is_known_of_every_transform_of_torchvision(name: str) -> None:
+def test_every_transform_of_torchvision_is_classified_as_random_or_fixed(name: str) -> None:
     assert name in EXAMPLES, f"torchvision has a new transform: give an example of {name}"
     arguments, *given = EXAMPLES[name]
     before = states()
@@ -481,7 +481,7 @@ def test_what_draws_at_random_is_known_of_every_transform_of_torchvision(name: s
     assert is_random([{"ToImage": {}}, {name: {}}]) == (states() != before)
 
 
-def test_what_is_not_known_to_be_fixed_is_seeded() -> None:
+def test_unknown_transforms_are_seeded() -> None:
     assert not is_random([])
     for name in [*FRAMES, "TransformOfNextYear"]:
         assert is_random([{name: {}}])
@@ -527,7 +527,7 @@ def test_names_stand_for_torch_types_enumerations_and_transforms_inside_others()
         ([{"RandomApply": {"transforms": [{"Blur": {}}]}}], "has no transform 'Blur'"),
     ],
 )
-def test_a_transform_that_cannot_be_is_refused(transform: Transform, words: str) -> None:
+def test_an_invalid_transform_is_refused(transform: Transform, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         build_transform(transform)
     assert caught.value.exit_code == 2
@@ -613,7 +613,7 @@ def failure(view: View, cuts: Sequence[list[int]], workers: int) -> KdcacheError
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_mistake_in_a_worker_is_the_same_message(workers: int, tmp_path: Path) -> None:
+def test_an_error_in_a_worker_has_the_same_message(workers: int, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     broken = samples_of(FileImages([str(tmp_path / "broken.png")] * COUNT))
     error = failure(View(broken, TO_FLOAT), [[0, 1], [2]], workers)

@@ -481,7 +481,7 @@ def test_a_file_that_belongs_to_no_cache_is_not_vouched_for(copy: Path) -> None:
     shutil.copy(copy / "commits/0/0.json", copy / "commits/0/2.json")
     open_cache(copy)
     forge(copy, lambda manifest: setting(manifest["files"]["commits/0/0.json"], "files", "commits/0/2.json")(manifest))
-    with pytest.raises(CorruptError, match="lists 28 files, a cache has 27"):
+    with pytest.raises(CorruptError, match="lists 28 files, its plan has 27"):
         open_cache(copy)
 
 

@@ -251,7 +251,7 @@ def test_a_rank_with_another_teacher_is_refused(pipeline: Path, whole: Cache, tm
 
 def impatient(said: Path, environment: dict[str, str], *arguments: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdcache.runtime.distributed._LONGEST_START", timedelta(seconds=1))
+        patch.setattr("kdcache.runtime.distributed._START_TIMEOUT", timedelta(seconds=1))
         command_line(said, environment, *arguments)
 
 
@@ -260,7 +260,7 @@ def test_a_rank_that_never_comes_is_not_waited_for_for_ever(pipeline: Path, tmp_
     said, out = tmp_path / "said", tmp_path / "c.kdcache"
     process = in_a_process(impatient, said, as_rank(0, 2, store), "dump-teacher", pipeline, "-o", out)
     assert exit_code(process) == 3
-    assert "another rank has ended, or has not come" in message(said.read_text())
+    assert "another rank has ended or did not start" in message(said.read_text())
 
 
 def test_ctrl_c_ends_all_of_them(pipeline: Path, whole: Cache, tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from kdcache import Cache, dump_teacher, load_split
 from kdcache.cache.planner import pilot_ids
-from kdcache.config.schema import CacheSpec, DatasetSpec, Pipeline, Transform
+from kdcache.config.schema import CacheSpec, DatasetSpec, Pipeline
+from kdcache.config.transform import Transform
 from kdcache.data.transforms import build_transform
 from kdcache.data.views import View
 from kdcache.evaluation import costs, scorecard
 from kdcache.evaluation.metrics import expected_calibration_error, negative_log_likelihood, top_k_accuracy
+from kdcache.evaluation.networks import from_run
 from kdcache.models import save_weights
 from kdcache.models.small import SmallMLP
 
@@ -370,6 +372,31 @@ def test_networks_of_different_data_sets_are_refused_and_of_one_at_two_paths_not
     for other in (elsewhere("other", seed=1), elsewhere("shorter", seed=0, test_fraction=0.2)):
         assert "trained on different data sets" in refused(4, "evaluate", work.folder / "s", other)
     assert "no sample of other/train is in" in refused(4, "evaluate", tmp_path / "other", "--cache", work.cache.path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_log_probabilities_are_used_if_a_network_returns_probabilities(work: Work, dtype: torch.dtype) -> None:
+    view = View(load_split(work.pipeline.dataset, "train"), CLEAN)
+    ids = [*range(len(view))]
+    logits = work.student(view.__getitems__(ids).images).detach()
+
+    class Probabilities(nn.Module):
+        """Returns the softmax of the student's logits times `scale`."""
+
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, images: Tensor) -> Tensor:
+            probabilities: Tensor = (self.scale * work.student(images)).softmax(dim=1)
+            return probabilities.to(dtype)
+
+    found = scorecard.logits_of(from_run(work.folder / "s"), Probabilities(0.1), view, ids, "cpu")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, (0.1 * logits).log_softmax(dim=1), atol=2e-3, rtol=0)
+    underflowed = scorecard.logits_of(from_run(work.folder / "s"), Probabilities(1000.0), view, ids, "cpu")
+    assert underflowed.min().item() == pytest.approx(np.log(torch.finfo(dtype).tiny))
+    assert torch.equal(underflowed.argmax(dim=1), logits.argmax(dim=1))
 
 
 def test_what_cannot_be_measured_is_refused(work: Work, tmp_path: Path) -> None:

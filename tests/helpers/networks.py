@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from kdcache import load_split
-from kdcache.config.schema import Pipeline, Transform
+from kdcache.config.schema import Pipeline
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import SPLITS
 from kdcache.data.images import ArrayImages
 from kdcache.models.small import SmallMLP

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages
 from kdcache.data.samples import Samples
 

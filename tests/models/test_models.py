@@ -745,7 +745,7 @@ def test_what_is_no_logits_is_refused() -> None:
     assert check_logits(logits, 4, 3, "teacher") is logits
     for other, words in [
         ((logits,), "returned a tuple"),
-        ({"logits": logits}, "returned a dict"),
+        ({"out": logits}, "returned a dict"),
         (None, "returned a NoneType"),
         (torch.zeros(3, 4), r"returned \[3, 4\] for 4 images"),
         (torch.zeros(4, 3, 1), r"returned \[4, 3, 1\]"),

@@ -1,9 +1,12 @@
-"""The structure of the package: imports, where output is printed, sizes of modules, unsafe calls, the public API."""
+"""The structure of the package: imports, printing, module sizes, unsafe calls, docstrings, terms, the public API."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 from helpers.markers import EMULATOR, PROCESS, SLOW_FILES, SLOW_TESTS
@@ -51,6 +54,64 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
         text = path.read_text()
         for word in ("pickle.load", "weights_only=False", "allow_pickle=True", "yaml.load(", " eval(", "exec("):
             assert word not in text, f"{word} in {path}"
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_long_private_functions_have_a_docstring() -> None:
+    """Those of more than 15 lines; ruff requires the docstrings of public ones."""
+    undocumented = [
+        f"{name_of(path)}.{function.name}"
+        for path in SOURCES
+        for function in functions(path)
+        if function.end_lineno is not None
+        and function.end_lineno - function.lineno + 1 > 15
+        and re.match("_(?!_)", function.name)
+        and ast.get_docstring(function) is None
+    ]
+    assert not undocumented
+
+
+COUNTED = "bytes|images|rows|samples|seeds|views|labels|passes|epochs|shards|files|lines|points|steps|seconds|dots?"
+PER = "row|image|step|loss|shard|sample|view|epoch|batch|class|second|core|file|cache|line|network|teacher|machine"
+
+UNIDIOMATIC = {
+    "resume": r"\b(go(es|ing)?|gone|went) on\b",
+    "is not a": r"(?<!there )\b(is|are) (no|(?-i:none))\b(?! (longer|more))",
+    "per": rf"\b({COUNTED}) an? ({PER})\b(?! (holds|has|stores))",
+    "does not have": r"\b(has|have) not got\b",
+    "plain verbs": r"\b(hears?|told|tells? of|mends?|mended|stumbl\w+|brought along|given back|lies? (there|here))\b",
+    "plain nouns": r"\b(whoever|nobody|beforehand|thereof|somebody)\b|\b(how|as|so|too) (dear|near)\b",
+}
+"""By the word to write instead: phrases that are not the usual terms, in documentation, messages and names."""
+
+
+def test_texts_use_the_usual_terms() -> None:
+    """Docstrings, comments, help texts and messages, also those that are split over several lines."""
+    found = []
+    for path in SOURCES:
+        text = path.read_text()
+        comments = [
+            token.string
+            for token in tokenize.generate_tokens(io.StringIO(text).readline)
+            if token.type == tokenize.COMMENT
+        ]
+        strings = [
+            node.value
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        for instead, phrase in UNIDIOMATIC.items():
+            found += [
+                f"{name_of(path)}: {match[0]!r}, write: {instead}"
+                for part in (" ".join(comments), *strings)
+                if (match := re.search(phrase, " ".join(part.split()), re.IGNORECASE))
+            ]
+    assert not found
 
 
 def test_the_public_api_is_all_there() -> None:

@@ -62,7 +62,7 @@ def test_caches_joined_are_the_ensemble_of_their_networks(
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 0.8, 1.2]])
-def test_the_most_confident_teacher_of_each_sample_is_heard(weights: list[float] | None, caches: list[Cache]) -> None:
+def test_the_most_confident_teacher_of_each_sample_is_used(weights: list[float] | None, caches: list[Cache]) -> None:
     ids = torch.arange(37)
     joined = JoinedTeacher([cache.teacher() for cache in caches], weights, "confidence")
     said = [network(images(1, ids)) for network in NETWORKS]
@@ -79,7 +79,7 @@ def test_the_most_confident_teacher_of_each_sample_is_heard(weights: list[float]
     assert len(set(heard)) > 1
 
 
-def test_of_teachers_that_are_equally_sure_the_first_is_heard() -> None:
+def test_the_first_of_equally_confident_teachers_is_used() -> None:
     def of(logits: list[list[float]]) -> Any:
         return lambda ids, view: torch.tensor(logits)[ids]
 
@@ -90,7 +90,7 @@ def test_of_teachers_that_are_equally_sure_the_first_is_heard() -> None:
 
 
 @pytest.mark.parametrize("places", [("mmap", "stream"), ("stream", "host"), ("mmap", "mmap")])
-def test_teachers_that_lie_on_disk_are_asked_in_an_order_that_serves_them(
+def test_joined_teachers_on_disk_share_one_block_order(
     places: tuple[Literal["mmap", "stream", "host"], ...], caches: list[Cache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teachers = [cache.teacher(placement=place) for cache, place in zip(caches, places, strict=False)]
@@ -107,7 +107,7 @@ def test_teachers_that_lie_on_disk_are_asked_in_an_order_that_serves_them(
             torch.testing.assert_close(joined(cut, view), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_are_one_a_cache(caches: list[Cache]) -> None:
+def test_there_is_one_weight_per_cache(caches: list[Cache]) -> None:
     with pytest.raises(UsageError, match="2 weights were given for 3 caches") as caught:
         JoinedTeacher([cache.teacher() for cache in caches], [1.0, 2.0])
     assert "join.weights" in caught.value.fix
@@ -159,7 +159,7 @@ def test_a_student_of_two_caches(two: list[Cache], tmp_path: Path) -> None:
     assert not list(tmp_path.glob("run*"))
 
 
-def test_two_copies_of_a_cache_teach_as_one(two: list[Cache], tmp_path: Path) -> None:
+def test_two_copies_of_a_cache_are_equal_to_one(two: list[Cache], tmp_path: Path) -> None:
     one = train_student(pipeline(), two[0], tmp_path / "one")
     both = train_student(pipeline("join.weights=[3, 1]"), [two[0], two[0]], tmp_path / "both")
     for ours, theirs in zip(both.model.parameters(), one.model.parameters(), strict=True):
@@ -234,7 +234,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Any, Batch]]:
     return batches
 
 
-def test_a_student_may_augment_what_a_teacher_of_fixed_images_saw(
+def test_a_student_may_augment_the_images_of_a_fixed_view(
     two: list[Cache], tmp_path: Path, shown: list[tuple[str, int, Any, Batch]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -272,13 +272,13 @@ def test_a_fixed_transform_of_the_student_is_one_view(two: list[Cache], tmp_path
     assert result.test is not None
 
 
-def test_labels_alone_need_no_leave_of_a_teacher(tmp_path: Path) -> None:
+def test_training_on_labels_alone_allows_any_transform(tmp_path: Path) -> None:
     mixing = f"student.transform=[{FLOAT}, {{MixUp: {{alpha: 0.5}}}}]"
     result = train_student(pipeline(mixing, "loss.name=ce"), None, tmp_path / "run")
     assert result.test is not None
 
 
-def test_pixels_of_its_own_are_refused_where_the_teachers_are_random_or_mixed(two: list[Cache], tmp_path: Path) -> None:
+def test_a_student_transform_is_refused_for_random_or_mixed_views(two: list[Cache], tmp_path: Path) -> None:
     flipped = [*FLIP, *two[0].manifest.plan.views.transform]
 
     def refused(words: str, fix: str, cache: Cache, *overrides: str) -> None:
@@ -296,7 +296,7 @@ def test_pixels_of_its_own_are_refused_where_the_teachers_are_random_or_mixed(tw
     refused("student.transform mixes images", "at the end of `transform`", two[0], mixing)
 
 
-def test_a_teacher_of_fixed_images_answers_for_every_view_as_for_its_one(two: list[Cache]) -> None:
+def test_a_teacher_of_one_fixed_view_returns_it_for_every_view(two: list[Cache]) -> None:
     teacher = two[0].teacher()
     fixed = FixedImagesTeacher(teacher)
     ids = torch.tensor([4, 2, 900])

@@ -131,9 +131,7 @@ def train_alone(said: Path, out: Path, kill: tuple[str, bool] | None, *arguments
     train_as_a_rank(0, {}, said, out, kill, *arguments)
 
 
-def test_killed_at_every_commit_of_every_epoch_it_ends_as_if_it_never_was(
-    home_of_all: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_at_any_commit_resumes_to_the_same_result(home_of_all: Path, whole: Path, tmp_path: Path) -> None:
     out, said = tmp_path / "run", tmp_path / "said"
 
     def runs(kill: tuple[str, bool] | None) -> int:
@@ -156,7 +154,7 @@ def test_killed_at_every_commit_of_every_epoch_it_ends_as_if_it_never_was(
 
 
 @pytest.mark.parametrize("commit", ["/state.pt", "/begun.json", ""])
-def test_killed_while_the_folder_is_put_in_its_place_it_ends_with_the_same(
+def test_a_run_killed_while_its_folder_is_renamed_resumes_to_the_same_result(
     commit: str, home_of_all: Path, whole: Path, tmp_path: Path
 ) -> None:
     out, said = tmp_path / "run", tmp_path / "said"
@@ -167,7 +165,7 @@ def test_killed_while_the_folder_is_put_in_its_place_it_ends_with_the_same(
     assert contents(out) == contents(whole)
 
 
-def test_ctrl_c_in_a_later_epoch_keeps_the_run_and_says_how_to_go_on(
+def test_ctrl_c_in_a_later_epoch_keeps_the_run_and_says_how_to_resume(
     home_of_all: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -267,7 +265,7 @@ UNREADABLE = "from kdcache.errors import CorruptError; raise CorruptError('canno
 
 
 @pytest.mark.parametrize(("happens", "code"), [(UNREADABLE, 5), ("raise RuntimeError('out of memory')", 1)])
-def test_a_failure_that_may_be_mended_keeps_what_there_is(
+def test_a_failure_that_can_be_fixed_keeps_the_state(
     happens: str, code: int, home_of_all: Path, whole: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HAPPENS", happens)
@@ -281,7 +279,7 @@ def test_a_failure_that_may_be_mended_keeps_what_there_is(
     assert contents(interrupted) == contents(whole)
 
 
-def test_a_full_disk_keeps_the_state_before_and_can_be_gone_on_with(
+def test_a_full_disk_keeps_the_previous_state_and_the_run_resumes(
     home_of_all: Path, whole: Path, tmp_path: Path
 ) -> None:
     out, said = tmp_path / "run", tmp_path / "said"
@@ -316,9 +314,7 @@ def test_patience_counts_the_epochs_before_an_interruption(
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-def test_two_processes_of_which_one_is_killed_go_on_to_what_two_would_have_come_to(
-    home_of_all: Path, tmp_path: Path
-) -> None:
+def test_two_processes_of_which_one_is_killed_resume_to_the_same_result(home_of_all: Path, tmp_path: Path) -> None:
     def runs(out: Path, kill: tuple[str, bool] | None = None) -> list[int]:
         store = meeting_place()
         given = arguments(home_of_all, out, "--loss", "dtd+dist")
@@ -336,7 +332,7 @@ def test_two_processes_of_which_one_is_killed_go_on_to_what_two_would_have_come_
     assert contents(out) == contents(whole)
 
 
-def test_a_finished_run_is_not_begun_anew(home_of_all: Path, whole: Path) -> None:
+def test_a_finished_run_is_not_started_again(home_of_all: Path, whole: Path) -> None:
     before = contents(whole)
     refused = train(home_of_all, whole)
     assert (refused.exit_code, f"{whole} exists" in refused.stderr) == (2, True)

@@ -70,13 +70,13 @@ def check_told(run: Path) -> None:
     assert {float(row[f"{who}_temperature"]) for row in rows for who in ("student", "teacher")} == {4.0}
 
 
-def test_tensorboard_is_told_every_line(cache: Cache, tmp_path: Path) -> None:
+def test_tensorboard_gets_every_line(cache: Cache, tmp_path: Path) -> None:
     train_student(pipeline("student.train.trackers=[tensorboard]"), cache, tmp_path / "run")
     check_told(tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted([*FILES, "logs"])
 
 
-def test_tensorboard_is_told_every_line_once_by_a_run_that_was_gone_on_with(
+def test_tensorboard_gets_every_line_once_from_a_resumed_run(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolved = pipeline("student.train.trackers=[tensorboard]")
@@ -161,7 +161,7 @@ def test_a_run_without_validation_has_curves_and_no_accuracies(tmp_path: Path) -
     assert inked(tmp_path / "run" / "curves.png").any()
 
 
-def test_a_run_is_not_put_inside_a_cache_or_over_anything(cache: Cache, tmp_path: Path) -> None:
+def test_a_run_is_not_written_into_a_cache_or_over_other_files(cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists"):
         check_free(tmp_path)
     with pytest.raises(UsageError):

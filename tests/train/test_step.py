@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from kdcache.cache.teacher import FunctionTeacher
-from kdcache.config.schema import DatasetSpec, TrainSpec, Transform
+from kdcache.config.schema import DatasetSpec, TrainSpec
+from kdcache.config.transform import Transform
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
@@ -147,7 +148,7 @@ def check_same(found: Outcome, expected: Outcome) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_step_in_pieces_is_the_step_of_the_whole_batch(name: str, accumulate: int) -> None:
+def test_a_step_in_micro_batches_equals_the_step_of_the_whole_batch(name: str, accumulate: int) -> None:
     expected = by_hand(CASES[name])
     first, last = expected.losses[0][0], expected.losses[-1][0]
     assert abs(first - last) > 0.02, "nothing was learned, so the comparison says little"
@@ -155,7 +156,7 @@ def test_a_step_in_pieces_is_the_step_of_the_whole_batch(name: str, accumulate: 
 
 
 @pytest.mark.parametrize("name", ["dtd", "cwsm", "dist", "dtd+dist", "ctkd+dist"])
-def test_a_loss_of_the_batch_needs_the_logits_of_all_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_of_the_batch_gets_the_logits_of_all_micro_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Loss, "is_of_the_batch", property(lambda _: False))
     found, expected = by_the_trainer(CASES[name], 3), by_hand(CASES[name])
     gap = max(float((ours - theirs).abs().max()) for ours, theirs in zip(found.weights, expected.weights, strict=True))
@@ -198,7 +199,7 @@ class Drawing(nn.Module):
         return logits
 
 
-def test_both_passes_over_the_pieces_see_the_same_and_leave_what_one_leaves() -> None:
+def test_both_passes_over_the_micro_batches_are_equal_and_leave_the_state_of_one() -> None:
     model, train = Drawing(), View(samples(), [])
     twin = copy.deepcopy(model)
     trainer = Trainer(model, TrainSpec(batch_size=COUNT, gradient_accumulation_steps=3), CASES["dtd+dist"].of, COUNT)
@@ -226,7 +227,7 @@ def test_smoothed_labels_are_those_of_torch() -> None:
     assert steps[0].total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+def test_a_batch_that_cannot_be_divided_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"a batch of 2 images cannot be divided into 3 micro-batches \(1 processes, "
     ) as caught:
@@ -234,7 +235,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     assert "lower train.gradient_accumulation_steps" in caught.value.fix
 
 
-def test_a_last_batch_is_left_out_where_it_is_short_and_leaves_pieces_of_one() -> None:
+def test_a_short_last_batch_with_micro_batches_of_one_is_left_out() -> None:
     def steps(count: int, batch_size: int, accumulate: int) -> int:
         spec = TrainSpec(batch_size=batch_size, gradient_accumulation_steps=accumulate)
         return Trainer(Double(), spec, CASES["kd"].of, count).steps
@@ -307,7 +308,7 @@ def test_the_average_is_that_of_the_weights_and_of_running_statistics_and_intege
     assert set(trainer.selected_network.state_dict()) == set(model.state_dict())
 
 
-def test_the_average_is_what_is_validated_and_kept() -> None:
+def test_the_ema_weights_are_validated_and_saved() -> None:
     train = View(digits(), digits().transform)
     model, rows = SmallMLP(10, 1, 8, 8), list[Epoch]()
     frozen = copy.deepcopy(model)
@@ -320,7 +321,7 @@ def test_the_average_is_what_is_validated_and_kept() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_it_stops_when_no_epoch_of_patience_was_better() -> None:
+def test_early_stopping_after_patience_epochs_without_improvement() -> None:
     seen = View(digits(), digits().transform)
     rows: list[Epoch] = []
     # After the first step, which is 0.5 long, none moves a weight: no epoch is better than the first.

@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 
 from kdcache.cli import main
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import Pipeline, Transform
+from kdcache.config.schema import Pipeline
+from kdcache.config.transform import Transform
 from kdcache.errors import UsageError
 from kdcache.train.student_transform import evaluation_transform
 

@@ -39,7 +39,7 @@ def command(cache: kdcache.Cache, out: Path, *options: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_all_combinations_and_only_they() -> None:
+def test_a_sweep_has_all_combinations() -> None:
     points = combinations(RECIPE, SHORT, ["loss=kd,dtkd", "student.train.lr=[0.1, 1e-2]", "student.args={width: 8}"])
     assert [point.name for point in points] == [
         "loss=kd,lr=0.1,args=width-8",
@@ -70,13 +70,13 @@ def test_values_whose_names_are_alike_get_folders_of_their_own() -> None:
         (["student.train.lrr=1,2"], "did you mean lr"),
     ],
 )
-def test_what_cannot_be_gone_over_is_refused(over: list[str], words: str) -> None:
+def test_invalid_sweep_axes_are_refused(over: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         combinations(RECIPE, [], over)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_each_student_is_what_it_would_be_alone(processes: int, cache: kdcache.Cache, tmp_path: Path) -> None:
+def test_each_student_of_a_sweep_equals_a_single_run(processes: int, cache: kdcache.Cache, tmp_path: Path) -> None:
     points = combinations(RECIPE, SHORT, ["loss=ce,dtkd"])
     found = sweep(points, 2, [cache], tmp_path / "sweep", processes=processes)
     assert [(student.point, student.seed) for summary in found for student in summary.students] == [
@@ -96,7 +96,7 @@ def test_each_student_is_what_it_would_be_alone(processes: int, cache: kdcache.C
                 torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
 
 
-def test_one_cache_and_one_data_set_serve_all(
+def test_all_students_share_one_cache_and_data_set(
     cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
@@ -115,7 +115,7 @@ def test_one_cache_and_one_data_set_serve_all(
     assert sum(len(summary.accuracies) for summary in found) == 4
 
 
-def test_what_is_trained_is_kept_and_the_rest_is_done(cache: kdcache.Cache, tmp_path: Path) -> None:
+def test_a_sweep_resumes_with_the_students_that_are_missing(cache: kdcache.Cache, tmp_path: Path) -> None:
     assert command(cache, tmp_path, "--over", "loss=kd", "--seeds", 1).exit_code == 0
     first = (tmp_path / "loss=kd" / "seed0" / "model.safetensors").stat()
     done = command(cache, tmp_path, "--over", "loss=kd,ce", "--seeds", 2, "--json")
@@ -133,14 +133,14 @@ def test_what_is_trained_is_kept_and_the_rest_is_done(cache: kdcache.Cache, tmp_
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_students_of_another_pipeline_are_not_taken_for_these(cache: kdcache.Cache, tmp_path: Path) -> None:
+def test_students_of_another_pipeline_are_not_reused(cache: kdcache.Cache, tmp_path: Path) -> None:
     assert command(cache, tmp_path, "--over", "loss=ce", "--seeds", 1).exit_code == 0
     done = command(cache, tmp_path, "--over", "loss=ce", "--seeds", 1, "--set", "student.train.lr=0.5")
     assert done.exit_code == 4
     assert "from another pipeline or cache" in done.stderr
 
 
-def test_one_that_fails_does_not_end_the_others(cache: kdcache.Cache, tmp_path: Path) -> None:
+def test_a_failed_student_does_not_stop_the_others(cache: kdcache.Cache, tmp_path: Path) -> None:
     done = command(cache, tmp_path, "--over", "student.train.lr=1e30,0.05", "--seeds", 1, "--json")
     assert done.exit_code == 3
     assert "1 of 2 students failed; lr=1e" in done.stderr
@@ -151,7 +151,7 @@ def test_one_that_fails_does_not_end_the_others(cache: kdcache.Cache, tmp_path: 
     assert well["test_mean"] > 0
 
 
-def test_interrupted_it_keeps_what_is_trained(
+def test_an_interrupted_sweep_keeps_finished_students(
     cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
@@ -175,18 +175,18 @@ def test_a_teacher_is_needed_and_must_fit(cache: kdcache.Cache, tmp_path: Path) 
     with pytest.raises(UsageError, match="loss=kd needs a teacher"):
         sweep(combinations(RECIPE, SHORT, ["loss=kd"]), 1, [], tmp_path)
     other = kdcache.load_pipeline(RECIPE, ["transform=[{ToDtype: {dtype: float32, scale: true}}]"])
-    with pytest.raises(MismatchError, match="through another transform"):
+    with pytest.raises(MismatchError, match="transform is not that of the cache"):
         sweep([Point("other", other)], 1, [cache], tmp_path)
 
 
-def test_mapped_images_are_the_images(tmp_path: Path) -> None:
+def test_mapped_images_are_equal(tmp_path: Path) -> None:
     pixels = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8)
     images = map_images(ArrayImages(pixels), tmp_path / "pixels")
     assert torch.equal(images.pixels, pixels)
     assert images.content(2) == ArrayImages(pixels).content(2)
 
 
-def test_a_mapped_cache_is_what_processes_share(cache: kdcache.Cache, tmp_path: Path) -> None:
+def test_processes_share_a_mapped_cache(cache: kdcache.Cache, tmp_path: Path) -> None:
     done = command(cache, tmp_path, "--over", "loss=kd", "--seeds", 2, "-j", 2)
     assert done.exit_code == 0, done.output
     assert "placement of the cache: mmap" in done.stderr

@@ -158,7 +158,7 @@ def test_the_checkpoint_is_the_selected_model(cache: kdcache.Cache, tmp_path: Pa
     assert result.best.epoch == accuracies.index(max(accuracies)) + 1
 
 
-def test_the_test_split_is_touched_once(cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_split_is_used_once(cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touched = []
     original = View.batch
 
@@ -204,7 +204,7 @@ def test_each_epoch_asks_for_its_view(tmp_path: Path) -> None:
 
 def test_a_student_of_two_views_sees_the_teachers_pixels(tmp_path: Path) -> None:
     crop = "transform=[{RandomCrop: {size: 8, padding: 1}}, {ToDtype: {dtype: float32, scale: true}}]"
-    with pytest.raises(UsageError, match="validation and test images need one that does not") as caught:
+    with pytest.raises(UsageError, match="validation and test images need one that is not") as caught:
         kdcache.train_student(pipeline(crop, "loss.name=ce"), None, tmp_path / "run")
     assert '[{"ToDtype": {"dtype": "float32", "scale": true}}]' in caught.value.fix
     two = pipeline(crop, "eval_transform=[{ToDtype: {dtype: float32, scale: true}}]")
@@ -289,7 +289,7 @@ def test_a_student_of_mixed_views_is_trained_and_its_pixels_are_checked(
     assert not (tmp_path / "other").exists()
 
 
-def test_what_mixed_images_cannot_teach_or_test_is_refused(mixed_cache: kdcache.Cache, tmp_path: Path) -> None:
+def test_options_that_mixed_images_do_not_allow_are_refused(mixed_cache: kdcache.Cache, tmp_path: Path) -> None:
     def refused(words: str, *overrides: str, cache: kdcache.Cache | None = mixed_cache) -> None:
         with pytest.raises(UsageError, match=words) as caught:
             kdcache.train_student(mixing(*overrides), cache, tmp_path / "run")
@@ -349,7 +349,7 @@ def test_schedules_are_those_of_torch() -> None:
     rates_of({"schedule": "constant", "warmup_epochs": 4.0}, 5, lambda o: LinearLR(o, 1 / 20, total_iters=19))
 
 
-def test_one_cycle_is_that_of_torch_to_a_step() -> None:
+def test_one_cycle_equals_that_of_torch_within_a_step() -> None:
     # Theirs reaches the last rate with the last step, ours after it, as the cosine does.
     spec = TrainSpec.model_validate({"epochs": 10, "lr": 0.1, "schedule": "onecycle"})
     optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -379,7 +379,7 @@ def test_the_rate_of_an_epoch_is_that_of_its_first_step() -> None:
     assert rates == pytest.approx([0.1 * (1 + np.cos(np.pi * e / 4)) / 2 for e in range(4)])
 
 
-def test_a_last_batch_of_one_is_left_out_and_nothing_else() -> None:
+def test_only_a_last_batch_of_one_is_left_out() -> None:
     images = torch.rand(9, 1, 8, 8)
     samples = wrap(torch.utils.data.TensorDataset(images, torch.arange(9) % 2), num_classes=2)
     network = SmallCNN(2, 1, width=4)
@@ -429,14 +429,14 @@ def test_a_student_can_start_from_a_checkpoint(cache: kdcache.Cache, tmp_path: P
     assert second.test.accuracy == pytest.approx(first.test.accuracy, abs=0.003)
 
 
-def test_what_does_not_belong_together_is_refused(cache: kdcache.Cache, tmp_path: Path) -> None:
+def test_inconsistent_inputs_are_refused(cache: kdcache.Cache, tmp_path: Path) -> None:
     def refused(kind: type[KdcacheError], words: str, *overrides: str, without: bool = False) -> None:
         with pytest.raises(kind, match=words):
             kdcache.train_student(pipeline(*overrides), None if without else cache, tmp_path / "run")
         assert list(tmp_path.glob("run*")) == []
 
     refused(UsageError, "the loss kd needs a teacher", without=True)
-    refused(MismatchError, "through another transform", "transform=[{ToDtype: {dtype: float32, scale: true}}]")
+    refused(MismatchError, "transform is not that of the cache", "transform=[{ToDtype: {dtype: float32, scale: true}}]")
     refused(MismatchError, "does not fit", f"student.weights={cache_free_checkpoint(tmp_path.parent)}")
     (tmp_path / "run").mkdir()
     with pytest.raises(UsageError, match="exists"):

@@ -1,6 +1,7 @@
-"""Which arrays and files a cache has, from its plan alone: names, shapes, types, chunks, compression.
+"""Specify the arrays and files of a cache from its plan alone: names, shapes, types, chunks, compression.
 
-Nothing is opened here but the index at the end of a shard, whose gaps a reader would take for zeros.
+Of the files themselves only the chunk index at the end of a shard is read here, since zarr would read missing chunks as
+zeros. docs/FORMAT.md describes the arrays in section 3 and the files in section 2.4.
 """
 
 from __future__ import annotations
@@ -14,28 +15,50 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdcache.cache.format.chunk_headers import codecs_of, unpacked
+from kdcache.cache.format.chunk_headers import codecs_of, stated_size
 from kdcache.cache.format.fingerprints import SKETCH_PARTS
 from kdcache.cache.format.recorded_views import BOX, recorded
 from kdcache.cache.format.schema import Encoding, Plan, commit_file
 from kdcache.errors import CorruptError
 
 STORE = "data.zarr"
-AGAIN = "get the cache again from where it was made, or delete it and dump the teacher again"
-_LARGEST_TYPESIZE = 255
-_ENTRY = struct.Struct("<QQ")
-_CHECKSUM = 4
-_SLACK = 2**10
-_LARGEST_JSON = 2**20
-_MISSING = 2**64 - 1
-_INPUTS = ("fingerprints", "sketches")
+"""Folder of the Zarr store in a cache (docs/FORMAT.md, section 1)."""
+
+AGAIN = "download the cache again, or delete it and dump the teacher again"
+"""How to fix a damaged cache."""
+
+_MAX_TYPESIZE = 255
+"""Bytes per element that blosc can shuffle, at most (docs/FORMAT.md, section 3)."""
+
+_INDEX_ENTRY = struct.Struct("<QQ")
+"""Entry of a shard's chunk index: offset and size in bytes (docs/FORMAT.md, section 10.1)."""
+
+_CHECKSUM_BYTES = 4
+"""Bytes of the crc32c after a chunk and after a shard's chunk index (docs/FORMAT.md, section 3)."""
+
+_COMPRESSOR_OVERHEAD = 2**10
+"""Bytes by which a compressed chunk may exceed twice its uncompressed size (docs/FORMAT.md, section 8)."""
+
+_MAX_JSON_BYTES = 2**20
+"""Bytes of a zarr.json or commit marker at most (docs/FORMAT.md, section 8)."""
+
+_NO_CHUNK = 2**64 - 1
+"""Offset and size that mark a chunk as missing in a shard's index (docs/FORMAT.md, section 10.1)."""
+
+_INPUT_ARRAYS = ("fingerprints", "sketches")
 
 
 class Array(NamedTuple):
-    """How an array lies in the store; `chunks` lie in `shards`, which are its files.
+    """Storage layout of an array.
 
-    A chunk is compressed with zstd; where there is a `typesize`, by blosc, after a shuffle of elements of that size.
-    Where there are `columns`, they are named in the attributes.
+    Attributes:
+        shape: extent per dimension.
+        chunks: extent of a chunk, the unit of compression.
+        shards: extent of a shard, which is one file of chunks.
+        dtype: name of the data type.
+        names: names of the dimensions.
+        typesize: bytes per element that blosc shuffles before it compresses with zstd; None for plain zstd.
+        columns: names of the columns, stored as an attribute; None without.
     """
 
     shape: tuple[int, ...]
@@ -48,23 +71,23 @@ class Array(NamedTuple):
 
 
 class Part(NamedTuple):
-    """An array of rows: the shape of a row in it, and the type."""
+    """What one array holds of a row: shape `width` and data type."""
 
     width: tuple[int, ...]
     dtype: str
 
     @property
     def typesize(self) -> int:
-        """What is shuffled, to bring bytes of the same meaning together: a number, or a row of bytes.
+        """Return bytes per element for blosc's shuffle: a number, or a whole row of single bytes.
 
-        Columns first, with a transposition, is no smaller than this, and many times slower to read.
+        Storing columns first, by a transposition, compresses no better than this and is many times slower to read.
         """
         size, row = np.dtype(self.dtype).itemsize, math.prod(self.width)
-        return size if size > 1 or row > _LARGEST_TYPESIZE else row
+        return size if size > 1 or row > _MAX_TYPESIZE else row
 
 
 def row_parts(encoding: Encoding) -> dict[str, Part]:
-    """The arrays that hold rows."""
+    """Return the arrays that hold rows, by name."""
     index_type = "uint8" if encoding.num_classes <= 2**8 else "uint16" if encoding.num_classes <= 2**16 else "uint32"
     parts = {
         "log_probs": Part((encoding.top_k,), encoding.dtype),
@@ -81,12 +104,12 @@ def row_parts(encoding: Encoding) -> dict[str, Part]:
 
 
 def raw_bytes(encoding: Encoding) -> int:
-    """Bytes of a row before compression."""
+    """Return bytes per row before compression."""
     return sum(math.prod(part.width) * np.dtype(part.dtype).itemsize for part in row_parts(encoding).values())
 
 
 def row_arrays(plan: Plan) -> dict[str, Array]:
-    """The arrays that hold rows, [V, N, ...]."""
+    """Return the layout of the arrays that hold rows, [V, N, ...]."""
     return {
         name: _of_rows(plan, part, plan.encoding.statistics if name == "statistics" else None)
         for name, part in row_parts(plan.encoding).items()
@@ -94,7 +117,7 @@ def row_arrays(plan: Plan) -> dict[str, Array]:
 
 
 def _of_rows(plan: Plan, part: Part, columns: tuple[str, ...] | None = None) -> Array:
-    """An array with something of each row, [V, N, ...]."""
+    """Return the layout of an array with one entry per view and sample, [V, N, ...]."""
     return Array(
         shape=(plan.views.count, plan.dataset.samples, *part.width),
         chunks=(1, plan.shape.chunk_rows, *part.width),
@@ -107,20 +130,20 @@ def _of_rows(plan: Plan, part: Part, columns: tuple[str, ...] | None = None) -> 
 
 
 def recorded_arrays(plan: Plan) -> dict[str, Array]:
-    """The array that says what each view was drawn from, where (seed, sample, view) does not: boxes, or seeds."""
+    """Return the array of recorded boxes or seeds, for views that do not follow from (seed, sample, view)."""
     parts = {"crops": Part((BOX,), "float32"), "seeds": Part((), "int32")}
     return {name: _of_rows(plan, part) for name, part in parts.items() if name == recorded(plan.views.transform)}
 
 
 def input_arrays(plan: Plan) -> dict[str, Array]:
-    """The arrays of fingerprints, [V, M, ...]: one chunk a shard of rows."""
+    """Return the layout of the arrays of fingerprints, [V, M, ...]: one chunk per shard of rows."""
     stride = plan.shape.fingerprint_stride
-    count, of_shard = -(-plan.dataset.samples // stride), plan.shape.shard_rows // stride
+    count, per_shard = -(-plan.dataset.samples // stride), plan.shape.shard_rows // stride
     return {
         name: Array(
             shape=(plan.views.count, count, *width),
-            chunks=(1, of_shard, *width),
-            shards=(1, of_shard, *width),
+            chunks=(1, per_shard, *width),
+            shards=(1, per_shard, *width),
             dtype=dtype,
             names=("view", "fingerprint", *("part" for _ in width)),
         )
@@ -129,12 +152,12 @@ def input_arrays(plan: Plan) -> dict[str, Array]:
 
 
 def shard_arrays(plan: Plan) -> dict[str, Array]:
-    """The arrays that are written a shard at a time."""
+    """Return the layout of the arrays that are written shard by shard."""
     return row_arrays(plan) | input_arrays(plan) | recorded_arrays(plan)
 
 
 def basis_arrays(plan: Plan) -> dict[str, Array]:
-    """The arrays of the tail's basis, each whole in one chunk."""
+    """Return the layout of the arrays of the tail's basis, one chunk each."""
     rank, classes = plan.encoding.rank, plan.encoding.num_classes
     if not rank:
         return {}
@@ -150,7 +173,7 @@ def basis_arrays(plan: Plan) -> dict[str, Array]:
 
 
 def sample_arrays(plan: Plan) -> dict[str, Array]:
-    """The arrays that hold one value a sample, [N]."""
+    """Return the layout of the arrays with one value per sample, [N]."""
     return {
         name: Array(
             shape=(plan.dataset.samples,),
@@ -163,150 +186,154 @@ def sample_arrays(plan: Plan) -> dict[str, Array]:
     }
 
 
-def whole_arrays(plan: Plan) -> dict[str, Array]:
-    """The arrays that are written when the store is made."""
+def common_arrays(plan: Plan) -> dict[str, Array]:
+    """Return the layout of the arrays that are written when the store is created."""
     return sample_arrays(plan) | basis_arrays(plan)
 
 
 def shard_file(name: str, array: Array, view: int, shard: int) -> str:
-    """The file of one array of a shard, relative to the cache."""
+    """Return the file of one array of a shard, relative to the cache."""
     return f"{STORE}/{name}/c/{view}/{shard}" + "/0" * (len(array.shape) - 2)
 
 
 def shard_files(plan: Plan, view: int, shard: int) -> list[str]:
-    """The files of one shard of rows, relative to the cache."""
+    """Return the files of one shard of rows, relative to the cache."""
     return [shard_file(name, array, view, shard) for name, array in shard_arrays(plan).items()]
 
 
 def common_files(plan: Plan) -> Iterator[str]:
-    """The files of the store that belong to no shard of rows, relative to the cache: metadata and whole arrays."""
+    """Yield the files that belong to no shard of rows, relative to the cache: metadata, sample and basis arrays."""
     yield f"{STORE}/zarr.json"
-    for name in shard_arrays(plan) | whole_arrays(plan):
+    for name in shard_arrays(plan) | common_arrays(plan):
         yield f"{STORE}/{name}/zarr.json"
     for name, array in basis_arrays(plan).items():
-        yield _whole_file(name, array)
+        yield _basis_file(name, array)
     for name in sample_arrays(plan):
         for shard in range(plan.shards):
             yield f"{STORE}/{name}/c/{shard}"
 
 
 def check_listed(cache: Path | str, plan: Plan, sizes: dict[str, int]) -> None:
-    """That a manifest lists every file of its plan and no other, none too small or too large for what it must hold.
+    """Check that a manifest lists exactly the files of its plan, each with a size that is possible for its content.
 
-    What is not listed would not be checked, and zarr would read it as zeros. A shard ends in 16 bytes a chunk, so
-    that after this no declared size is larger than the files allow; and no file fills a disk for nothing.
+    A file that is not listed would not be checked, and zarr would read it as zeros. Since a shard has an index of 16
+    bytes per chunk, a plan cannot declare more chunks than its files have bytes for; and no file can be larger than
+    needed to fill a disk.
 
     Raises:
-        CorruptError: which names the first such file.
+        CorruptError: with the first wrong file.
     """
     expected = 0
     for name, least, most in _all_files(plan):
         if not least <= sizes.get(name, -1) <= most:
-            state = "is not in its manifest"
+            problem = "is not in its manifest"
             if name in sizes:
-                state = f"is too {'small' if sizes[name] < least else 'large'}, {sizes[name]} bytes"
-            raise CorruptError(f"{cache} is damaged: {name} {state}", AGAIN)
+                problem = f"is too {'small' if sizes[name] < least else 'large'}, {sizes[name]} bytes"
+            raise CorruptError(f"{cache} is damaged: {name} {problem}", AGAIN)
         expected += 1
     if len(sizes) != expected:
-        raise CorruptError(f"{cache} is damaged: its manifest lists {len(sizes)} files, a cache has {expected}", AGAIN)
+        raise CorruptError(f"{cache} is damaged: its manifest lists {len(sizes)} files, its plan has {expected}", AGAIN)
 
 
 def _all_files(plan: Plan) -> Iterator[tuple[str, int, int]]:
-    """Every file of a complete cache but its manifest, and the bytes that it has at least and at most."""
-    arrays = shard_arrays(plan) | whole_arrays(plan)
-    most = {name: _largest(array) for name, array in arrays.items()}
-    smallest = _ENTRY.size * (plan.shape.shard_rows // plan.shape.chunk_rows)
+    """Yield every file of a complete cache but its manifest, with its minimum and maximum size in bytes."""
+    arrays = shard_arrays(plan) | common_arrays(plan)
+    largest = {name: _max_shard_bytes(array) for name, array in arrays.items()}
+    smallest = _INDEX_ENTRY.size * (plan.shape.shard_rows // plan.shape.chunk_rows)
     for name in common_files(plan):
-        yield (name, 0, _LARGEST_JSON) if name.endswith(".json") else (name, _ENTRY.size, most[name.split("/")[1]])
+        if name.endswith(".json"):
+            yield name, 0, _MAX_JSON_BYTES
+        else:
+            yield name, _INDEX_ENTRY.size, largest[name.split("/")[1]]
     for view in range(plan.views.count):
         for shard in range(plan.shards):
-            yield commit_file(view, shard), 0, _LARGEST_JSON
+            yield commit_file(view, shard), 0, _MAX_JSON_BYTES
             for name in shard_files(plan, view, shard):
-                of = name.split("/")[1]
-                yield name, _ENTRY.size if of in _INPUTS else smallest, most[of]
+                array_name = name.split("/")[1]
+                yield name, _INDEX_ENTRY.size if array_name in _INPUT_ARRAYS else smallest, largest[array_name]
 
 
-def _largest(array: Array) -> int:
-    """Bytes of a shard, its index included: what a compressor cannot make smaller, it makes hardly larger."""
+def _max_shard_bytes(array: Array) -> int:
+    """Return the maximum size of a shard file in bytes; compressors hardly enlarge incompressible data."""
     chunks = math.prod(array.shards) // math.prod(array.chunks)
-    return chunks * (2 * chunk_bytes(array) + _SLACK)
+    return chunks * (2 * chunk_bytes(array) + _COMPRESSOR_OVERHEAD)
 
 
 def chunk_bytes(array: Array) -> int:
-    """Bytes of a chunk before compression."""
+    """Return bytes per chunk before compression."""
     return math.prod(array.chunks) * np.dtype(array.dtype).itemsize
 
 
 def check_codecs(cache: Path, arrays: Mapping[str, Array]) -> None:
-    """That arrays are packed with the codecs of the format, and no others.
+    """Check that arrays use exactly the codecs of the format.
 
     Raises:
-        CorruptError: which names the first that is not.
+        CorruptError: with the first array that does not.
     """
     for name, array in arrays.items():
         path = cache / STORE / name / "zarr.json"
         expected = ["bytes", "blosc" if array.typesize else "zstd", "crc32c"]
-        found = codecs_of(path.read_bytes()) if path.is_file() else None
-        if found != (["sharding_indexed"], expected, ["bytes", "crc32c"]):
-            raise CorruptError(f"{path} is packed with other codecs than those of the format: {found}", AGAIN)
+        actual = codecs_of(path.read_bytes()) if path.is_file() else None
+        if actual != (["sharding_indexed"], expected, ["bytes", "crc32c"]):
+            raise CorruptError(f"{path} has other codecs than those of the format: {actual}", AGAIN)
 
 
-def check_whole(path: Path, array: Array, needed: int) -> None:
-    """That the first `needed` chunks of a shard are there, and are not larger than they should be when unpacked.
+def check_chunks(path: Path, array: Array, needed: int) -> None:
+    """Check that the first `needed` chunks of a shard exist and decompress to their size in the plan.
 
-    A shard ends in (offset, size) of each chunk and a checksum; a chunk that is marked as missing there would be read
-    as zeros, and no digest can tell, if it was made so. A chunk says itself what it unpacks to, and is believed.
+    A shard ends with (offset, size) of each chunk and a checksum. zarr would read a chunk that is marked as missing as
+    zeros, which no digest detects if the cache was published so. Decompressors trust the size that a chunk states.
 
     Raises:
-        CorruptError: which names the file and the chunk.
+        CorruptError: with the file and the chunk.
     """
-    index = _ENTRY.size * (math.prod(array.shards) // math.prod(array.chunks)) + _CHECKSUM
+    index = _INDEX_ENTRY.size * (math.prod(array.shards) // math.prod(array.chunks)) + _CHECKSUM_BYTES
     if not path.is_file() or path.stat().st_size < index:
-        raise CorruptError(f"{path} is missing, or too small to be a shard", AGAIN)
+        raise CorruptError(f"{path} is missing, or too small for a shard", AGAIN)
     room = path.stat().st_size - index
-    with path.open("rb") as opened:
-        opened.seek(-index, os.SEEK_END)
-        for chunk, (offset, size) in enumerate(_ENTRY.iter_unpack(opened.read(_ENTRY.size * needed))):
-            if _MISSING in (offset, size) or not size:
+    with path.open("rb") as file:
+        file.seek(-index, os.SEEK_END)
+        for chunk, (offset, size) in enumerate(_INDEX_ENTRY.iter_unpack(file.read(_INDEX_ENTRY.size * needed))):
+            if _NO_CHUNK in (offset, size) or not size:
                 raise CorruptError(f"chunk {chunk} of {path} is missing", AGAIN)
-            if size > room:  # no two of them are in the same place
-                raise CorruptError(f"chunk {chunk} of {path} is said to lie outside of it", AGAIN)
+            if size > room:  # chunks do not overlap
+                raise CorruptError(f"chunk {chunk} of {path} exceeds the file", AGAIN)
             room -= size
-            if unpacked(opened, offset, size - _CHECKSUM, array.typesize is not None) != chunk_bytes(array):
+            if stated_size(file, offset, size - _CHECKSUM_BYTES, array.typesize is not None) != chunk_bytes(array):
                 raise CorruptError(
-                    f"chunk {chunk} of {path} does not say that it unpacks to {chunk_bytes(array)} bytes", AGAIN
+                    f"chunk {chunk} of {path} does not state that it unpacks to {chunk_bytes(array)} bytes", AGAIN
                 )
 
 
 def check_shard(cache: Path, plan: Plan, view: int, shard: int) -> None:
-    """That every chunk of a shard of rows is there.
+    """Check that every chunk of a shard of rows exists.
 
     Raises:
-        CorruptError: which names the first that is not.
+        CorruptError: with the first missing chunk.
     """
     for name, array in (row_arrays(plan) | recorded_arrays(plan)).items():
-        check_whole(cache / shard_file(name, array, view, shard), array, _needed(plan, shard))
+        check_chunks(cache / shard_file(name, array, view, shard), array, _used_chunks(plan, shard))
     for name, array in input_arrays(plan).items():
-        check_whole(cache / shard_file(name, array, view, shard), array, 1)
+        check_chunks(cache / shard_file(name, array, view, shard), array, 1)
 
 
 def check_common(cache: Path, plan: Plan) -> None:
-    """That every chunk of labels, sample keys and basis is there.
+    """Check that every chunk of labels, sample keys and basis exists.
 
     Raises:
-        CorruptError: which names the first that is not.
+        CorruptError: with the first missing chunk.
     """
     for name, array in basis_arrays(plan).items():
-        check_whole(cache / _whole_file(name, array), array, 1)
+        check_chunks(cache / _basis_file(name, array), array, 1)
     for name, array in sample_arrays(plan).items():
         for shard in range(plan.shards):
-            check_whole(cache / f"{STORE}/{name}/c/{shard}", array, _needed(plan, shard))
+            check_chunks(cache / f"{STORE}/{name}/c/{shard}", array, _used_chunks(plan, shard))
 
 
-def _needed(plan: Plan, shard: int) -> int:
-    """How many chunks of a shard hold samples."""
+def _used_chunks(plan: Plan, shard: int) -> int:
+    """Return the number of chunks of a shard that hold samples."""
     return -(-len(plan.shard_ids(shard)) // plan.shape.chunk_rows)
 
 
-def _whole_file(name: str, array: Array) -> str:
+def _basis_file(name: str, array: Array) -> str:
     return f"{STORE}/{name}/c" + "/0" * len(array.shape)

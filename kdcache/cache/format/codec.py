@@ -1,13 +1,13 @@
-"""Logits [B, C] to rows and back, in plain torch, on any device.
+"""Encode logits [B, C] as rows and decode them, in plain torch, on any device (docs/FORMAT.md, sections 4 and 5).
 
-A row keeps the k largest log-probabilities at T = 1 and their classes (the head), the log-probability of the true class
-wherever it stands, the logsumexp (log-probability + logsumexp = raw logit), and statistics of the whole distribution.
-Log-probabilities lose ten times less in fp16 than raw logits of the same size: the large probabilities, which matter,
-lie near 0, where fp16 is finest.
+A row stores the k largest log-probabilities at T = 1 and their classes (the head), the log-probability of the true
+class whatever its rank, the logsumexp (log-probability + logsumexp = raw logit), and statistics of the whole
+distribution. Log-probabilities lose ten times less in float16 than raw logits: those of the large probabilities are
+close to 0, where float16 is most precise.
 
-The tail is every class that the row does not state one by one: neither in the head nor the label. Its mass is recorded
-at T = 1, 2, 4, 8; its shape, with the `lowrank` policy, is R coordinates in a basis that was fitted to this teacher
-(`basis.py`). The masses at T > 1 are not used to decode, so that they can tell how well that went.
+The tail consists of the classes that the row does not state individually: neither in the head nor the label. Its mass
+is stored at T = 1, 2, 4, 8; its shape, with the `lowrank` policy, is R coordinates in a basis that was fitted to this
+teacher (`tail_basis.py`). Decoding does not use the masses at T > 1, so that they can measure the decoding error.
 """
 
 from __future__ import annotations
@@ -24,18 +24,34 @@ from kdcache.cache.format.tail_basis import TailBasis, fit_coordinates, round_co
 from kdcache.errors import CorruptError
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
-_SMALLEST_RANGE = 1e-4
-_HALF_STEP = 2.0**-11
+
+_MIN_RANGE = 1e-4
+"""Range of log-probabilities in nats by which uint8 encoding divides, at least (docs/FORMAT.md, section 4.1)."""
+
+_HALF_PRECISION = 2.0**-11
+"""Largest relative rounding error of float16 (docs/FORMAT.md, section 5)."""
+
 _TINY = 1e-30
-_NOTHING = -1e4
-_ROUNDS = 3
-_MISSING = 5e-4
-_LEAST_REACHING = math.exp(-40)
-_FARTHEST = -80
+"""Smallest divisor, against division by zero (docs/FORMAT.md, section 5)."""
+
+_MIN_LOG_PROB = -1e4
+"""Log-probability in nats, at least, in the entropy (docs/FORMAT.md, section 4.2)."""
+
+_CAP_ROUNDS = 3
+"""Rounds in which mass above the cap is distributed to other classes (docs/FORMAT.md, section 5)."""
+
+_MAX_LOST_MASS = 5e-4
+"""Share of a tail's mass that may be missing after these rounds (docs/FORMAT.md, section 5)."""
+
+_MIN_THRESHOLD = math.exp(-40)
+"""Probability relative to the cap, at least, from which classes are raised to it (docs/FORMAT.md, section 5)."""
+
+_MIN_LOG_RATIO = -80
+"""Log of a probability relative to the cap, at least, in these rounds (docs/FORMAT.md, section 5)."""
 
 
 def index_dtype(num_classes: int) -> torch.dtype:
-    """The smallest type that holds a class index and that torch can gather on every device (not uint16 or uint32)."""
+    """Return the smallest type for class indices that torch can gather on every device (not uint16 or uint32)."""
     return torch.uint8 if num_classes <= 2**8 else torch.int16 if num_classes <= 2**15 else torch.int32
 
 
@@ -44,12 +60,12 @@ class Rows:
     """Encoded logits of B samples.
 
     Attributes:
-        log_probs: [B, k] float16 or float32, at T = 1; descending, or in class order where k = C. For k = C also uint8,
-            in 255ths of the row's range below its maximum.
-        indices: [B, k] uint8, int16 or int32, the classes of `log_probs`; None where k = C.
-        logsumexp: [B] float32, of the raw logits: DTKD's sharpness.
+        log_probs: [B, k] float16 or float32, at T = 1; descending, or in class order if k = C. If k = C also uint8, the
+            distance below the row's maximum in 255ths of the row's range.
+        indices: [B, k] uint8, int16 or int32, the classes of `log_probs`; None if k = C.
+        logsumexp: [B] float32, logsumexp of the raw logits (DTKD's sharpness).
         statistics: [B, S] float16, columns named by `Encoding.statistics`.
-        tail: [B, R] int8, coordinates in the teacher's basis; None without the `lowrank` tail.
+        tail: [B, R] int8, coordinates in the teacher's basis; None without a `lowrank` tail.
     """
 
     log_probs: Tensor
@@ -62,12 +78,12 @@ class Rows:
         return len(self.logsumexp)
 
     def arrays(self) -> dict[str, Tensor]:
-        """The tensors by name, without those that the encoding has not."""
+        """Return the tensors by name, without those that the encoding does not have."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
     def to(self, device: torch.device | str) -> Rows:
-        """The same rows on another device."""
+        """Return the rows on another device."""
         return Rows.of({name: value.to(device) for name, value in self.arrays().items()})
 
     def __getitem__(self, which: Tensor | slice) -> Rows:
@@ -75,19 +91,19 @@ class Rows:
 
     @staticmethod
     def of(arrays: Mapping[str, Tensor]) -> Rows:
-        """The rows that `arrays()` gave."""
+        """Return the rows of a mapping as `arrays()` returns it."""
         return Rows(
             arrays["log_probs"], arrays.get("indices"), arrays["logsumexp"], arrays["statistics"], arrays.get("tail")
         )
 
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
-        """All rows of all parts, in order."""
+        """Concatenate parts in order."""
         return Rows.of({name: torch.cat([part.arrays()[name] for part in parts]) for name in parts[0].arrays()})
 
 
 def not_finite(logits: Tensor) -> Tensor:
-    """Positions in the batch of the rows that hold a NaN or an infinity, [n] int64."""
+    """Return the positions in the batch of rows with NaN or infinite logits, [n] int64."""
     return (~logits.isfinite().all(dim=1)).nonzero().squeeze(1)
 
 
@@ -95,10 +111,10 @@ def encode(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis 
     """Encode a batch of the teacher's raw logits.
 
     Args:
-        logits: [B, C], of any floating type; computed with in float32.
-        labels: [B] int64, -1 where not known.
+        logits: [B, C] of any floating type; converted to float32.
+        labels: [B] int64, -1 if unknown.
         encoding: k, tail and types.
-        basis: of the teacher's tail, on the device of the logits, where the tail is `lowrank`.
+        basis: basis of the teacher's tail, on the device of the logits, if the tail is `lowrank`.
 
     Raises:
         CorruptError: if a logit is NaN or infinite in float32, or the shape is wrong.
@@ -109,12 +125,12 @@ def encode(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis 
         )
     logits = logits.float()
     if len(bad := not_finite(logits)):
-        raise CorruptError(f"row {bad[0].item()} of the batch holds NaN or infinite logits", "correct the teacher")
+        raise CorruptError(f"row {bad[0].item()} of the batch holds NaN or infinite logits", "check the teacher")
     return encode_finite(logits, labels, encoding, basis)
 
 
 def encode_finite(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis | None = None) -> Rows:
-    """Encode logits [B, C] float32 whose rows are finite, or are looked at later: a GPU is not waited for."""
+    """Encode logits [B, C] float32 whose rows are finite, or checked later, without waiting for the GPU."""
     log_probs = logits.log_softmax(dim=1)
     known = labels >= 0
     label = labels.clamp_min(0).unsqueeze(1)
@@ -122,8 +138,8 @@ def encode_finite(logits: Tensor, labels: Tensor, encoding: Encoding, basis: Tai
         "label_log_prob": log_probs.gather(1, label).squeeze(1).where(known, 0.0),
         "logit_mean": logits.mean(dim=1),
         "logit_std": logits.std(dim=1, correction=0),
-        # Where a probability is 0 its logarithm may be infinite.
-        "entropy": -(log_probs.exp() * log_probs.clamp_min(_NOTHING)).sum(dim=1),
+        # A probability of 0 has a logarithm of -inf.
+        "entropy": -(log_probs.exp() * log_probs.clamp_min(_MIN_LOG_PROB)).sum(dim=1),
     }
     indices = tail = None
     if encoding.dense:
@@ -142,37 +158,40 @@ def encode_finite(logits: Tensor, labels: Tensor, encoding: Encoding, basis: Tai
     statistics = _to_finite(torch.stack([columns[name] for name in encoding.statistics], dim=1), torch.float16)
     if encoding.dtype == "uint8":
         top, spread = (_column(statistics, encoding, name) for name in ("log_prob_max", "log_prob_range"))
-        stored = ((top - log_probs) / spread.clamp_min(_SMALLEST_RANGE) * 255).round().clamp(0, 255).to(torch.uint8)
+        stored = ((top - log_probs) / spread.clamp_min(_MIN_RANGE) * 255).round().clamp(0, 255).to(torch.uint8)
     else:
         stored = _to_finite(head, _DTYPES[encoding.dtype])
     return Rows(stored, indices, logits.logsumexp(dim=1), statistics, tail)
 
 
 def stated_at(indices: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """[B, C] bool: the classes that rows keep one by one, the head at `indices` [B, k] and the label if known."""
-    nothing = torch.zeros(len(indices), classes, dtype=torch.bool, device=indices.device)
+    """Return the classes that rows state individually, [B, C] bool: the head at `indices` [B, k], and known labels."""
+    none = torch.zeros(len(indices), classes, dtype=torch.bool, device=indices.device)
     label, known = labels.clamp_min(0).unsqueeze(1), (labels >= 0).unsqueeze(1)
-    return nothing.scatter(1, indices.long(), True) | nothing.scatter(1, label, known)
+    return none.scatter(1, indices.long(), True) | none.scatter(1, label, known)
 
 
 def stated_classes(logits: Tensor, labels: Tensor, top_k: int) -> Tensor:
-    """[B, C] bool: the classes that rows of these logits keep one by one, the `top_k` largest and the label."""
+    """Return the classes that rows of logits state individually, [B, C] bool: the `top_k` largest and the label."""
     return stated_at(_largest(logits, top_k), labels, logits.shape[1])
 
 
 def _largest(logits: Tensor, top_k: int) -> Tensor:
-    """[B, k] int64: a stable order, so that equal logits give the same row on every device."""
-    # As integers that rise with the float, its place below them: no two are equal, and topk need not be stable. The sum
-    # makes -0.0, which equals 0.0, the same integer.
+    """Return the classes of the k largest logits, [B, k] int64, in an order that is the same on every device.
+
+    Each logit is mapped to an integer in the same order, with the class in its low bits: no two are equal, so topk need
+    not be stable.
+    """
+    # Adding 0.0 turns -0.0 into 0.0, whose bits differ.
     bits = (logits + 0.0).view(torch.int32)
     rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
     last = logits.shape[1] - 1
-    places = torch.arange(last, -1, -1, device=logits.device)
-    return last - (rising | places).topk(top_k, dim=1).values.bitwise_and(0xFFFFFFFF)
+    tie_breaks = torch.arange(last, -1, -1, device=logits.device)
+    return last - (rising | tie_breaks).topk(top_k, dim=1).values.bitwise_and(0xFFFFFFFF)
 
 
 def tail_log_mass(logits: Tensor, stated: Tensor, temperature: float) -> Tensor:
-    """Log of the softmax's mass at a temperature over the classes that are not stated, [B]; -inf without any."""
+    """Return the log of the softmax's mass at a temperature over the classes not stated, [B]; -inf without any."""
     return (logits / temperature).log_softmax(dim=1).masked_fill(stated, -math.inf).logsumexp(dim=1)
 
 
@@ -186,17 +205,17 @@ def _to_finite(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def decode(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis | None = None) -> Tensor:
-    """The logits that rows stand for, [B, C] float32: what the teacher returned, as far as the row knows it.
+    """Decode rows to logits [B, C] float32, an approximation of those that the teacher returned.
 
-    Head and label come back to the precision of their type, twice its rounding at most, and the logsumexp at T = 1 to
-    1e-3. The tail has the recorded mass at T = 1, evenly spread (`uniform`) or in the shape that its coordinates give
-    (`lowrank`). Nothing outside the head comes back above the head's last.
+    Head and label have at most twice the rounding error of their type, and the logsumexp at T = 1 an error up to 1e-3.
+    The tail has the stored mass at T = 1, spread evenly (`uniform`) or in the shape given by its coordinates
+    (`lowrank`). No class outside the head exceeds the last class of the head.
 
     Args:
-        rows: of B samples.
-        labels: [B] int64, as they were encoded.
-        encoding: as they were encoded.
-        basis: as they were encoded, on the device of the rows.
+        rows: rows of B samples.
+        labels: [B] int64, as for encoding.
+        encoding: as for encoding.
+        basis: as for encoding, on the device of the rows.
     """
     if rows.indices is None:
         log_probs = rows.log_probs.float()
@@ -205,54 +224,55 @@ def decode(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis | No
             log_probs = top - log_probs * (spread / 255)
     else:
         log_probs = _with_tail(rows, labels, encoding, basis)
-    return _whole_mass(log_probs, encoding) + rows.logsumexp.unsqueeze(1)
+    return _normalized(log_probs, encoding) + rows.logsumexp.unsqueeze(1)
 
 
 def _capped(log_probs: Tensor, mass: Tensor, last: Tensor, tail: Tensor) -> Tensor:
-    """A tail [B, C] of a log-mass [B, 1] with no class above `last` [B, 1]: what the cap takes goes to those below it.
+    """Return tail log-probabilities [B, C] with a given log-mass [B, 1] and no class above the cap `last` [B, 1].
 
-    All of these are raised alike, some then reach the cap, and the next round has the others share what is missing:
-    three rounds are enough for a row that the basis fits. To all of the tail what is missing must not go: it is little,
-    but each of a thousand small classes would get as much of it. Only a row that the basis does not fit is drawn so
-    towards all classes at the cap, as far as the mass asks for.
+    Mass above the cap is distributed to the classes below it in proportion to their probabilities; some then reach the
+    cap, and the next round distributes the rest. Three rounds are enough for a row that the basis fits. The rest is not
+    spread over the whole tail: it is small, but each of a thousand small classes would get the same amount. Only a row
+    that the basis does not fit is interpolated towards the cap in all classes, as far as its mass requires.
     """
-    # A mass below the cap's own is never cut, and may be too small for a float32.
+    # A mass below the cap is never cut, and its exponential may be too small for float32.
     cut, wanted = mass > last, (mass - last).exp()
-    # Limited, since float32 is slow below e^-87 and then has nothing left that could be raised.
-    of_cap = (log_probs - last).clamp(_FARTHEST, 0).exp()
+    # Clamped, since float32 is subnormal, hence slow, below e^-87 and then 0.
+    of_cap = (log_probs - last).clamp(_MIN_LOG_RATIO, 0).exp()
     reaching = torch.ones_like(wanted)
-    for _ in range(_ROUNDS):
+    for _ in range(_CAP_ROUNDS):
         below = of_cap < reaching
         room = wanted - (~below).sum(dim=1, keepdim=True)
-        reaching = ((of_cap * below).sum(dim=1, keepdim=True) / room.clamp_min(_TINY)).clamp(_LEAST_REACHING, 1)
+        reaching = ((of_cap * below).sum(dim=1, keepdim=True) / room.clamp_min(_TINY)).clamp(_MIN_THRESHOLD, 1)
     raised = (log_probs - reaching.log().where(cut, 0.0)).minimum(last)
     of_cap = (of_cap / reaching).clamp_max(1)
     held = of_cap.sum(dim=1, keepdim=True)
     share = ((wanted - held) / (tail.sum(dim=1, keepdim=True) - held).clamp_min(_TINY)).clamp(0, 1)
     drawn = (of_cap + share * (1 - of_cap)).log() + last
-    return torch.where(cut & (wanted - held > _MISSING * wanted), drawn, raised)
+    return torch.where(cut & (wanted - held > _MAX_LOST_MASS * wanted), drawn, raised)
 
 
-def _whole_mass(log_probs: Tensor, encoding: Encoding) -> Tensor:
-    """Log-probabilities [B, C] whose probabilities add up to 1 again, which the rounding of many of them disturbs.
+def _normalized(log_probs: Tensor, encoding: Encoding) -> Tensor:
+    """Return log-probabilities [B, C] corrected for rounding, so that probabilities add up to 1.
 
-    In float16 each is off by up to 2^-11 of itself, so together by up to 2^-11 of the entropy: stretching all of them
-    by as much restores the sum, and moves none by more than it may be off already.
+    In float16 each has a relative error up to 2^-11, so the sum has an error up to 2^-11 of the entropy. Scaling all of
+    them by a factor within that error restores the sum, and changes none by more than its rounding error.
     """
     if encoding.dtype == "float32":
         return log_probs
     largest, at = log_probs.max(dim=1, keepdim=True)
     others = log_probs.scatter(1, at, -math.inf).exp().sum(dim=1, keepdim=True)
-    # The logsumexp, which in float32 would be noise where one class has nearly all of the mass.
+    # The logsumexp, computed so that it is precise in float32 where one class has nearly all of the mass.
     excess = torch.log1p(torch.expm1(largest) + others)
     if encoding.dtype == "uint8":
         return log_probs - excess
     entropy = -(log_probs.exp() * log_probs).sum(dim=1, keepdim=True)
-    return log_probs * (1 + (excess / entropy.clamp_min(_TINY)).clamp(-_HALF_STEP, _HALF_STEP))
+    return log_probs * (1 + (excess / entropy.clamp_min(_TINY)).clamp(-_HALF_PRECISION, _HALF_PRECISION))
 
 
 def _with_tail(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis | None) -> Tensor:
-    head, indices = rows.log_probs.float(), rows.indices.long()  # type: ignore[union-attr]  # the caller has asked
+    """Return log-probabilities [B, C] of rows with k < C: head, label and decoded tail."""
+    head, indices = rows.log_probs.float(), rows.indices.long()  # type: ignore[union-attr]  # the caller checked
     known = labels >= 0
     label = labels.clamp_min(0).unsqueeze(1)
     stated = stated_at(indices, labels, encoding.num_classes)
@@ -266,6 +286,6 @@ def _with_tail(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis 
     log_probs = log_probs + (mass - log_probs.logsumexp(dim=1, keepdim=True).nan_to_num(neginf=0.0))
     log_probs = _capped(log_probs, mass, last, ~stated)
     label_log_prob = _column(rows.statistics, encoding, "label_log_prob")
-    # Rounded to float16 it could overtake a head in float32; where it stands in the head, the head's value wins.
+    # Rounded to float16 it could exceed a float32 head; if the label is in the head, the head's value is used.
     stated_label = torch.where(known.unsqueeze(1), label_log_prob.minimum(last), log_probs.gather(1, label))
     return log_probs.scatter(1, label, stated_label).scatter(1, indices, head)

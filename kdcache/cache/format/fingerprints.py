@@ -1,7 +1,7 @@
-"""What is kept of the pixels that a teacher saw, so that a student's can be told from them before training, not after.
+"""Fingerprint the pixels that a teacher saw, so that other pixels for a student are detected before training.
 
-A fingerprint is exact. Where it differs, a sketch of the picture tells the last bits of another library or processor,
-which do no harm, from another picture.
+A fingerprint is exact. Where it differs, a sketch of the image distinguishes harmless rounding differences of another
+library or processor from a different image (docs/FORMAT.md, section 6.3).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 SKETCH_PARTS = 8
+"""Numbers per sketch (docs/FORMAT.md, section 6.3)."""
 
 _GRID = (2, 4)
+"""Rows and columns of cells over which a sketch averages (docs/FORMAT.md, section 6.3)."""
 
 
 class Inputs(NamedTuple):
@@ -26,29 +28,29 @@ class Inputs(NamedTuple):
 
     Attributes:
         fingerprints: [M] uint32, CRC-32 (that of zlib) of the pixels [channels, H, W], float32, little-endian.
-        sketches: [M, 8] float32, means over two rows of four parts of the image, all channels together, weighed
-            by 1, 2, 3, ..., so that no two can change places unseen.
+        sketches: [M, 8] float32, means over 2 x 4 cells of the image and over channels weighted by 1, 2, 3, ..., so
+            that exchanged channels change the sketch.
     """
 
     fingerprints: npt.NDArray[np.uint32]
     sketches: npt.NDArray[np.float32]
 
     def at(self, which: slice | npt.NDArray[np.int64]) -> Inputs:
-        """Some of them."""
+        """Return a subset."""
         return Inputs(self.fingerprints[which], self.sketches[which])
 
     @staticmethod
     def concatenate(parts: list[Inputs]) -> Inputs:
-        """All of them, in order."""
+        """Concatenate parts in order."""
         return Inputs(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
 def inputs_of(images: Tensor) -> Inputs:
-    """Fingerprints of images [M, channels, H, W] float32, as a network sees them."""
+    """Return the fingerprints of images [M, channels, H, W] float32, as a network gets them."""
     pixels = images.contiguous().numpy().astype("<f4", copy=False)
     weights = torch.arange(1, images.shape[1] + 1, dtype=torch.float64).reshape(1, -1, 1, 1)
-    weighed = (images.double() * weights).mean(dim=1, keepdim=True)
-    parts = adaptive_avg_pool2d(weighed, _GRID) if len(images) else weighed
+    weighted = (images.double() * weights).mean(dim=1, keepdim=True)
+    parts = adaptive_avg_pool2d(weighted, _GRID) if len(images) else weighted
     return Inputs(
         np.array([zlib.crc32(image.tobytes()) for image in pixels], np.uint32),
         parts.reshape(len(images), SKETCH_PARTS).float().numpy(),
@@ -56,7 +58,7 @@ def inputs_of(images: Tensor) -> Inputs:
 
 
 def digest_of(keys: npt.NDArray[np.uint64], labels: npt.NDArray[np.int32]) -> str:
-    """Digest of a data set: sha256 over its content keys, then its labels, both little-endian, in order."""
+    """Return the digest of a dataset: sha256 over its content keys, then its labels, little-endian, in order."""
     sha = hashlib.sha256(keys.astype("<u8").tobytes())
     sha.update(labels.astype("<i4").tobytes())
     return f"sha256:{sha.hexdigest()}"

@@ -1,4 +1,4 @@
-"""Whether a cache is what its manifest says: its files, and what the rows in them may hold at all."""
+"""Check that the files of a cache match its manifest, and that its rows hold possible values."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from kdcache.cache.format.schema import Encoding, FileRecord, Plan
 from kdcache.errors import CorruptError
 
 NOT_LISTED = "is not in the manifest"
-_ROWS_AT_ONCE = 4096
+_BLOCK_ROWS = 4096
+"""Rows that are decoded at once."""
 
 
 class Problem(NamedTuple):
-    """Something that cannot be right.
+    """A defect of a cache.
 
     Attributes:
-        where: a file, or a view, shard and sample.
-        what: is wrong there.
+        where: file, or view, shard and sample.
+        what: what is wrong with it.
     """
 
     where: str
@@ -41,36 +42,36 @@ class Problem(NamedTuple):
 
 
 def record_of(path: Path) -> FileRecord:
-    """Size and sha256 of a file."""
-    with path.open("rb") as opened:
-        sha = hashlib.file_digest(opened, "sha256").hexdigest()
-        return FileRecord(size=opened.tell(), sha256=sha)
+    """Return size and sha256 of a file."""
+    with path.open("rb") as file:
+        sha = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(size=file.tell(), sha256=sha)
 
 
 def check_files(cache: Path, expected: dict[str, FileRecord]) -> None:
-    """That every file is there, with the size and the bytes that were written.
+    """Check that every file exists with the size and the bytes that were written.
 
-    zarr itself would read a missing or an empty chunk as zeros, without a word.
+    zarr itself would silently read a missing or empty chunk as zeros.
 
     Raises:
-        CorruptError: which names the first file that differs, and how many do.
+        CorruptError: with the first file that differs, and the number of such files.
     """
     raise_first(cache, damaged_files(cache, expected), f"files of {len(expected)}")
 
 
-def raise_first(cache: Path, findings: list[Problem], of: str) -> None:
-    """Refuse a cache in which something was found.
+def raise_first(cache: Path, problems: list[Problem], of: str) -> None:
+    """Raise the first of some problems.
 
     Raises:
-        CorruptError: which names the first finding, and says how many there are.
+        CorruptError: with the first problem and their number, if there is any.
     """
-    if findings:
-        more = f" ({len(findings)} {of} are not as they were written)" if len(findings) > 1 else ""
-        raise CorruptError(f"{cache} is damaged: {findings[0].where} {findings[0].what}{more}", AGAIN)
+    if problems:
+        more = f" ({len(problems)} {of} differ from what was written)" if len(problems) > 1 else ""
+        raise CorruptError(f"{cache} is damaged: {problems[0].where} {problems[0].what}{more}", AGAIN)
 
 
 def damaged_files(cache: Path, expected: dict[str, FileRecord]) -> list[Problem]:
-    """Every file that is missing or differs from its record; several are read at once."""
+    """Return every file that is missing or differs from its record; files are read in parallel."""
     with ThreadPoolExecutor() as pool:
         problems = pool.map(lambda item: _problem(cache, *item), expected.items())
     return [Problem(name, what) for name, what in zip(expected, problems, strict=True) if what]
@@ -83,25 +84,25 @@ def _problem(cache: Path, name: str, expected: FileRecord) -> str | None:
     if path.stat().st_size != expected.size:
         return f"has {path.stat().st_size} bytes, {expected.size} were written"
     if record_of(path).sha256 != expected.sha256:
-        return "holds other bytes than were written"
+        return "has other bytes than were written"
     return None
 
 
-def strangers(cache: Path, listed: dict[str, FileRecord]) -> list[Problem]:
-    """Files among those of a cache that its manifest does not list, and that no digest covers."""
-    found = (path for part in (STORE, "commits") for path in sorted((cache / part).rglob("*")) if not path.is_dir())
-    names = (path.relative_to(cache).as_posix() for path in found)
+def unlisted_files(cache: Path, listed: dict[str, FileRecord]) -> list[Problem]:
+    """Return files in the folders of a cache that its manifest does not list, so that no digest covers them."""
+    paths = (path for part in (STORE, "commits") for path in sorted((cache / part).rglob("*")) if not path.is_dir())
+    names = (path.relative_to(cache).as_posix() for path in paths)
     return [Problem(name, NOT_LISTED) for name in names if name not in listed]
 
 
 def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Tensor) -> list[Problem]:
-    """What cannot be right in the rows of one shard: of each kind the first row, and how many there are.
+    """Return the problems in the rows of one shard: per kind the first row, and the number of rows.
 
     Args:
-        cache: its folder.
-        plan: of the cache.
-        view: which view.
-        shard: which shard of it.
+        cache: folder of the cache.
+        plan: its plan.
+        view: index of the view.
+        shard: index of the shard.
         labels: [N] int64.
     """
     ids = plan.shard_ids(shard)
@@ -113,24 +114,24 @@ def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Ten
     except CorruptError as error:
         return [Problem(f"view {view}, shard {shard}", error.what)]
     bad: dict[str, list[int]] = {}
-    for start in range(0, len(ids), _ROWS_AT_ONCE):
-        some = rows[start : start + _ROWS_AT_ONCE]
+    for start in range(0, len(ids), _BLOCK_ROWS):
+        block = rows[start : start + _BLOCK_ROWS]
         first = ids.start + start
-        truth = labels[first : first + len(some)]
-        for what, wrong in _wrong(some, truth, plan.encoding):
+        truth = labels[first : first + len(block)]
+        for what, wrong in _row_checks(block, truth, plan.encoding):
             bad.setdefault(what, []).extend((wrong.nonzero().squeeze(1) + first).tolist())
-        wrong = ~decode(some, truth, plan.encoding, basis).isfinite().all(dim=1)
+        wrong = ~decode(block, truth, plan.encoding, basis).isfinite().all(dim=1)
         bad.setdefault("does not decode to finite logits", []).extend((wrong.nonzero().squeeze(1) + first).tolist())
     return [
-        Problem(f"view {view}, shard {shard}, sample {where[0]}", f"{what} ({len(where)} rows of the shard)")
-        for what, where in bad.items()
-        if where
+        Problem(f"view {view}, shard {shard}, sample {samples[0]}", f"{what} ({len(samples)} rows of the shard)")
+        for what, samples in bad.items()
+        if samples
     ]
 
 
-def _wrong(rows: Rows, labels: Tensor, encoding: Encoding) -> Iterator[tuple[str, Tensor]]:
-    """What rows may not be, and for each of them, [B] bool, whether it is."""
-    # Log-probabilities are rounded by 2^-11 of themselves: their sum by so much of the entropy, log C at most.
+def _row_checks(rows: Rows, labels: Tensor, encoding: Encoding) -> Iterator[tuple[str, Tensor]]:
+    """Yield each possible defect with a mask of the rows that have it, [B] bool."""
+    # float16 log-probabilities have a relative error up to 2^-11, so their sum up to 2^-11 of the entropy (<= log C).
     rounding = 2**-11 * (2 + math.log(encoding.num_classes))
     columns = dict(zip(encoding.statistics, rows.statistics.float().unbind(dim=1), strict=True))
     known, label_log_prob = labels >= 0, columns["label_log_prob"]
@@ -142,8 +143,8 @@ def _wrong(rows: Rows, labels: Tensor, encoding: Encoding) -> Iterator[tuple[str
         (entropy < 0) | (entropy > math.log(encoding.num_classes) + rounding),
     )
     yield "the standard deviation of the logits is negative", columns["logit_std"] < 0
-    yield "the label's log-probability is above 0", known & (label_log_prob > 0)
-    yield "a row without a label has a label's log-probability", ~known & (label_log_prob != 0)
+    yield "the log-probability of the label is above 0", known & (label_log_prob > 0)
+    yield "a row without a label has a log-probability of the label", ~known & (label_log_prob != 0)
     if encoding.dtype == "uint8":
         yield "the largest log-probability is above 0", columns["log_prob_max"] > 0
         yield "the range of the log-probabilities is negative", columns["log_prob_range"] < 0
@@ -155,43 +156,44 @@ def _wrong(rows: Rows, labels: Tensor, encoding: Encoding) -> Iterator[tuple[str
     if rows.indices is None:
         yield "the probabilities do not add up to 1", (stated - 1).abs() > rounding
         return
-    yield "the log-probabilities do not descend", (head.diff(dim=1) > 0).any(dim=1)
-    yield "a class stands twice in the head", (rows.indices.sort(dim=1).values.diff(dim=1) == 0).any(dim=1)
+    yield "the log-probabilities are not in descending order", (head.diff(dim=1) > 0).any(dim=1)
+    yield "a class occurs twice in the head", (rows.indices.sort(dim=1).values.diff(dim=1) == 0).any(dim=1)
     in_head = (rows.indices.long() == labels.unsqueeze(1)).any(dim=1)
     tail = columns["tail_log_mass_t1"].double().exp()
     stated = stated + torch.where(known & ~in_head, label_log_prob.double().exp(), 0.0)
     yield "head, label and tail do not add up to 1", (stated + tail - 1).abs() > rounding
-    # A head in float32 may reach lower than the label's float16.
+    # A float32 head may hold lower values than the label's float16.
     above = label_log_prob > head[:, -1].clamp_min(torch.finfo(torch.float16).min) * (1 - 2**-10)
-    yield "a label outside the head is above the head's last", known & ~in_head & above
+    yield "a label outside the head is more probable than the last class of the head", known & ~in_head & above
     for name, values in columns.items():
         if name.startswith("tail_log_mass"):
             yield f"{name} is above 0", values > rounding
 
 
 def check_inputs(cache: Path, plan: Plan, views: Iterable[int]) -> list[Problem]:
-    """What cannot be right in the fingerprints of the teacher's input, in some views."""
-    found = []
+    """Return the problems in the fingerprints of the teacher's input in some views."""
+    problems = []
     for view in views:
         try:
             sketches = zarr_store.read_inputs(cache, plan, view).sketches
         except CorruptError as error:
-            found.append(Problem(f"view {view}, fingerprints", error.what))
+            problems.append(Problem(f"view {view}, fingerprints", error.what))
             continue
         wrong = ~np.isfinite(sketches).all(axis=1)
         if wrong.any():
             sample = int(wrong.argmax()) * plan.shape.fingerprint_stride
-            found.append(Problem(f"view {view}, sample {sample}", f"its sketch is NaN or infinite ({wrong.sum()} are)"))
-    return found
+            what = f"its sketch is NaN or infinite ({wrong.sum()} sketches of the view)"
+            problems.append(Problem(f"view {view}, sample {sample}", what))
+    return problems
 
 
 def check_samples(cache: Path, plan: Plan) -> list[Problem]:
-    """What cannot be right in what is kept of the samples: their labels and content keys."""
+    """Return the problems in labels and content keys."""
     try:
         labels, keys = zarr_store.read_samples(cache, plan)
     except CorruptError as error:
         return [Problem("labels and sample_keys", error.what)]
     digest = digest_of(keys, labels)
     if digest != plan.dataset.digest:
-        return [Problem("labels and sample_keys", f"have the digest {digest}, not {plan.dataset.digest}")]
+        return [Problem("labels and sample_keys", f"have digest {digest}, the plan has {plan.dataset.digest}")]
     return []

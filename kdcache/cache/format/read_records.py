@@ -1,4 +1,4 @@
-"""Read plan, manifest, commit and file records, and refuse bytes that are not as they were written."""
+"""Read plan, manifest, commit and file records, and reject any bytes that differ from what was written."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def read_manifest(path: Path | str, data: bytes | None = None) -> Manifest:
     """Read and check a manifest, or the `data` that were read from `path`: schema, canonical bytes and digest.
 
     Raises:
-        CorruptError: if any byte of it is not as it was written.
+        CorruptError: if any byte differs from what was written.
     """
     manifest = _read(path, Manifest, data)
     if manifest.digest != root_digest(manifest):
-        raise _damaged(path, "its digest does not fit its contents")
+        raise _damaged(path, "its digest does not match its contents")
     return manifest
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan; a CorruptError if it is not as it was written."""
+    """Read a plan; raise CorruptError if it differs from what was written."""
     return _read(path, Plan)
 
 
 def read_commit(path: Path) -> Commit:
-    """Read a commit marker; a CorruptError if it is not as it was written."""
+    """Read a commit marker; raise CorruptError if it differs from what was written."""
     return _read(path, Commit)
 
 
 def read_file_record(path: Path) -> FileRecord:
-    """Read the record of a file that lies beside it; a CorruptError if it is not as it was written."""
+    """Read the record of a file, stored beside it; raise CorruptError if it differs from what was written."""
     return _read(path, FileRecord)
 
 
@@ -52,13 +52,18 @@ R = TypeVar("R", bound=Record)
 
 
 def _read(path: Path | str, kind: type[R], data: bytes | None = None) -> R:
+    """Read a record, or parse the `data` that were read from `path`, and compare it with its canonical bytes.
+
+    Raises:
+        CorruptError: if it has another format version, or differs from what was written.
+    """
     try:
         data = Path(path).read_bytes() if data is None else data
         content = json.loads(data)
         version = _version(content)
         if version not in (None, FORMAT_VERSION):
             raise CorruptError(
-                f"{path} is of format version {version!r}; this kdcache reads version {FORMAT_VERSION}",
+                f"{path} has format version {version!r}; this kdcache reads version {FORMAT_VERSION}",
                 "dump the teacher again" if version == 0 else "pip install --upgrade kdcache, or dump it again",
             )
         record = kind.model_validate(content)
@@ -69,7 +74,7 @@ def _read(path: Path | str, kind: type[R], data: bytes | None = None) -> R:
     except (ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from None
     if written != data:
-        raise _damaged(path, "its bytes are not those that were written")
+        raise _damaged(path, "its bytes differ from those that were written")
     return record
 
 
@@ -79,6 +84,4 @@ def _version(data: Any) -> Any:
 
 
 def _damaged(path: Path | str, why: str) -> CorruptError:
-    return CorruptError(
-        f"{path} is damaged: {why}", "get the cache again from where it was made, or dump the teacher again"
-    )
+    return CorruptError(f"{path} is damaged: {why}", "download the cache again, or dump the teacher again")

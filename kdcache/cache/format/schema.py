@@ -1,7 +1,7 @@
-"""What a cache says of itself: the plan it was begun with, and the manifest that seals it.
+"""Records of a cache: the plan that it is written with, and the manifest that seals it (docs/FORMAT.md, section 2).
 
-Both are JSON files read with pydantic. The manifest's bytes are canonical, so that any changed byte is found: it is
-refused unless writing it again gives the same bytes, and its last field is the digest of all the others.
+Both are JSON files that pydantic validates. A manifest's bytes are canonical, so that any changed byte is detected: it
+is rejected unless serializing it again gives the same bytes, and its last field is the digest of all others.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ FORMAT_VERSION: Literal[1] = 1
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 
-LARGEST_CHUNK = 16_384  # rows
+LARGEST_CHUNK = 16_384
+"""Rows per chunk at most (docs/FORMAT.md, section 2.1)."""
 
 STATISTICS = ("label_log_prob", "logit_mean", "logit_std", "entropy")
 
 TAIL_TEMPERATURES = (1, 2, 4, 8)
+"""Temperatures at which the mass of the tail is stored (docs/FORMAT.md, section 4.2)."""
 
 TAIL_STATISTICS = tuple(f"tail_log_mass_t{t}" for t in TAIL_TEMPERATURES)
 
@@ -44,10 +46,10 @@ class Encoding(Record):
 
     Attributes:
         num_classes: C.
-        top_k: k, how many classes are kept exactly; k = C keeps all, in class order and without indices.
-        tail: what is known of the others; "none" where k = C.
-        rank: R, coordinates of a `lowrank` tail; 0 otherwise.
-        dtype: type of the log-probabilities; uint8 only where k = C.
+        top_k: k, number of classes that are stored individually; k = C stores all, in class order without indices.
+        tail: representation of the other classes; "none" if k = C.
+        rank: R, number of coordinates of a `lowrank` tail; else 0.
+        dtype: type of the log-probabilities; uint8 only if k = C.
     """
 
     num_classes: Annotated[int, Field(ge=2, le=2**31)]
@@ -61,16 +63,16 @@ class Encoding(Record):
         if self.top_k > self.num_classes:
             raise ValueError(f"top_k {self.top_k} is larger than the number of classes, {self.num_classes}")
         if self.dense != (self.tail == "none"):
-            raise ValueError("the tail is 'none' exactly where every class is kept")
+            raise ValueError("the tail must be 'none' if every class is stored, and only then")
         if (self.rank > 0) != (self.tail == "lowrank") or self.rank > self.num_classes:
-            raise ValueError(f"rank {self.rank} does not go with a {self.tail} tail of {self.num_classes} classes")
+            raise ValueError(f"rank {self.rank} is invalid for a {self.tail} tail of {self.num_classes} classes")
         if self.dtype == "uint8" and not self.dense:
             raise ValueError("uint8 needs every class (top_k: all)")
         return self
 
     @property
     def dense(self) -> bool:
-        """Whether every class is kept."""
+        """Whether every class is stored."""
         return self.top_k == self.num_classes
 
     @property
@@ -82,7 +84,7 @@ class Encoding(Record):
 
 
 class TeacherRecord(Record):
-    """Which network ran.
+    """The teacher network.
 
     Attributes:
         name: as the pipeline has it, without the folder of a file.
@@ -90,9 +92,9 @@ class TeacherRecord(Record):
             outputs of other numbers, `args`, `outputs` and `classes`.
         code_digest: of the user's file that builds it; None for a network that a library builds.
         weights_digest: over parameters and buffers.
-        parameters: their number.
-        precision: that it ran in.
-        level: "unknown" where only probabilities are known, and so the logits but for a constant of each row.
+        parameters: number of parameters.
+        precision: numeric precision of its forward pass.
+        level: "unknown" if only probabilities are known, so logits up to an additive constant per row.
     """
 
     name: str
@@ -105,7 +107,7 @@ class TeacherRecord(Record):
 
 
 class DatasetRecord(Record):
-    """What it ran on, and by what another copy of it can be recognized."""
+    """The dataset, with a digest that identifies other copies of it."""
 
     name: str
     split: str
@@ -120,7 +122,7 @@ class DatasetRecord(Record):
 
 
 class ViewsRecord(Record):
-    """What the teacher saw of every image."""
+    """The views of every image that the teacher saw."""
 
     count: Annotated[int, Field(ge=1, le=2**20)]
     seed: Size
@@ -129,7 +131,7 @@ class ViewsRecord(Record):
     @field_validator("transform", mode="before")
     @classmethod
     def _as_read_back(cls, given: Any) -> Any:
-        """What JSON makes of it (a tuple is a list there), so that a plan in memory equals its file."""
+        """Convert to what JSON reads back (lists for tuples), so that a plan in memory equals its file."""
         try:
             return json.loads(json.dumps(given, allow_nan=False))
         except TypeError as error:
@@ -137,12 +139,12 @@ class ViewsRecord(Record):
 
 
 class Sharding(Record):
-    """How rows are laid out in files.
+    """The division of rows into files and chunks.
 
     Attributes:
-        shard_rows: rows of a shard, the unit that is written at once.
-        chunk_rows: rows of a chunk, the unit that is compressed at once.
-        fingerprint_stride: every so many samples the teacher's input leaves a fingerprint.
+        shard_rows: rows per shard, the unit of writing.
+        chunk_rows: rows per chunk, the unit of compression.
+        fingerprint_stride: distance in samples of those whose input is fingerprinted.
     """
 
     shard_rows: Annotated[int, Field(ge=1, le=2**40)]
@@ -158,7 +160,7 @@ class Sharding(Record):
 
 
 class Request(Record):
-    """What the user asked for, from which the encoding was planned; the words are those of `pipeline.CacheSpec`."""
+    """The user's request from which the encoding was planned; fields as in `config.schema.CacheSpec`."""
 
     top_k: Annotated[int, Field(ge=1)] | Literal["all", "auto"]
     tail: Literal["uniform", "lowrank"]
@@ -169,10 +171,10 @@ class Request(Record):
 
 
 class Fidelity(Record):
-    """What was measured on pilot rows that the basis was not fitted to.
+    """Fidelity measured on pilot rows that the basis was not fitted to.
 
     Attributes:
-        rows: how many.
+        rows: number of these rows.
         total_variation: mean total variation between decoded and true softmax, by temperature.
     """
 
@@ -181,7 +183,7 @@ class Fidelity(Record):
 
 
 class Lineage(Record):
-    """What a cache was made from, if not from a teacher: how, with what arguments, and its parents' root digests."""
+    """How a cache was derived from others: operation, its arguments, and the root digests of the parents."""
 
     operation: str
     arguments: dict[str, Any]
@@ -189,7 +191,7 @@ class Lineage(Record):
 
 
 class Plan(Record):
-    """Everything that is settled before the first row: a run that goes on must agree with all of it."""
+    """Everything that is fixed before the first row; a resumed run must have an equal plan."""
 
     format: Literal["kdcache"] = "kdcache"
     format_version: Literal[1] = FORMAT_VERSION
@@ -201,7 +203,7 @@ class Plan(Record):
     fidelity: Fidelity | None
     shape: Sharding
     batch_size: Annotated[int, Field(ge=1)]
-    """Rows of a teacher batch: with another one the last bits of the logits may differ."""
+    """Rows per teacher batch; the last bits of the logits may depend on it."""
     versions: dict[str, str]
     licence: str
     notes: str
@@ -210,22 +212,22 @@ class Plan(Record):
     @model_validator(mode="after")
     def _classes_agree(self) -> Plan:
         if len(self.dataset.class_names) != self.encoding.num_classes:
-            raise ValueError("as many class names as classes are needed")
+            raise ValueError("the number of class names must be the number of classes")
         return self
 
     @property
     def shards(self) -> int:
-        """Number of shards of a view."""
+        """Number of shards per view."""
         return -(-self.dataset.samples // self.shape.shard_rows)
 
     def shard_ids(self, shard: int) -> range:
-        """The sample ids whose rows a shard holds."""
+        """Return the ids of the samples whose rows a shard holds."""
         start = shard * self.shape.shard_rows
         return range(start, min(start + self.shape.shard_rows, self.dataset.samples))
 
 
 class Summary(Record):
-    """What the rows say, over all views; labels of -1 do not count towards the accuracy."""
+    """Means over the rows of all views; the accuracy excludes labels of -1."""
 
     teacher_accuracy: float | None
     mean_sharpness: float
@@ -247,7 +249,7 @@ class Commit(Record):
 
 
 class Manifest(Record):
-    """A sealed cache: the plan, what came of it, every file of it, and the root digest over all of that."""
+    """A sealed cache: plan, summary, the record of every file, and the root digest over all of these."""
 
     plan: Plan
     summary: Summary
@@ -267,23 +269,23 @@ class Manifest(Record):
 
 
 def commit_file(view: int, shard: int) -> str:
-    """The marker of a shard, relative to the cache."""
+    """Return the file name of a shard's commit marker, relative to the cache."""
     return f"commits/{view}/{shard}.json"
 
 
 def canonical(record: Record) -> bytes:
-    """The bytes of a record's file: JSON, indented, keys in the order of the schema, files by name."""
+    """Serialize a record: indented JSON, keys in the order of the schema, files by name."""
     return (json.dumps(record.model_dump(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def seal(plan: Plan, summary: Summary, files: dict[str, FileRecord]) -> Manifest:
-    """The manifest of a complete cache, with its root digest."""
+    """Return the manifest of a complete cache, with its root digest."""
     files = dict(sorted(files.items()))
     unsealed = Manifest(plan=plan, summary=summary, files=files, digest="sha256:" + "0" * 64)
     return unsealed.model_copy(update={"digest": root_digest(unsealed)})
 
 
 def root_digest(manifest: Manifest) -> str:
-    """sha256 of the canonical manifest with 64 zeros where its digest stands."""
+    """Return the sha256 of the canonical manifest with 64 zeros in place of its digest."""
     zeroed = manifest.model_copy(update={"digest": "sha256:" + "0" * 64})
     return f"sha256:{hashlib.sha256(canonical(zeroed)).hexdigest()}"

@@ -1,23 +1,38 @@
-"""How the rows of a view are cut into shards and chunks, and which of their images leave a fingerprint."""
+"""Choose how the rows of a view are divided into shards and chunks, and which images get a fingerprint."""
 
 from __future__ import annotations
 
 from kdcache.cache.format.schema import LARGEST_CHUNK, Sharding
 
 _FINGERPRINTS = 16
+"""Fingerprints per shard at least, where a divisor allows it; the writer's choice (docs/FORMAT.md, section 6.3)."""
+
+_MAX_BYTES = 2**30
+"""Bytes of log-probabilities per chunk, and per chosen shard, at most: a shard is held in memory before it is written,
+and blosc does not accept chunks of 2 GiB (docs/FORMAT.md, section 3)."""
+
+_MIN_SHARDS, _MIN_SHARD_ROWS, _MAX_SHARD_ROWS = 8, 1024, 131_072
+"""Shards per view, and rows per shard, that are chosen by default; the writer's choice (docs/FORMAT.md, section 3)."""
+
+_ROW_MULTIPLE = 64
+"""Rows per shard are a multiple of it: with few divisors, every row would get a fingerprint."""
 
 
 def choose_sharding(samples: int, row_bytes: int, shard_rows: int | None = None) -> Sharding:
-    """Rows of a shard and of a chunk for N samples whose log-probabilities take `row_bytes` each.
+    """Choose rows per shard and per chunk for N samples.
 
-    Eight shards or more where the set is large enough, so that little is lost to a kill and several ranks have work; at
-    most 131,072 rows a shard and 16,384 a chunk, so that a reader of a part need not read much more; and about a
-    gibibyte, as a shard is held in memory before it is written, and blosc takes no chunk of two.
+    There are at least eight shards if the dataset is large enough, so that a kill loses little work and several ranks
+    have some; shards have at most 131,072 rows and chunks 16,384, so that a partial read reads little more.
+
+    Args:
+        samples: N.
+        row_bytes: bytes of log-probabilities per row.
+        shard_rows: requested rows per shard; None to choose them.
     """
-    fitting = max(2**30 // row_bytes, 1)
+    fitting = max(_MAX_BYTES // row_bytes, 1)
     chunk_rows = min(LARGEST_CHUNK, fitting)
     if shard_rows is None:
-        shard_rows = min(_rounded(max(-(-samples // 8), 1024)), 131_072, fitting)
+        shard_rows = min(_rounded_up(max(-(-samples // _MIN_SHARDS), _MIN_SHARD_ROWS)), _MAX_SHARD_ROWS, fitting)
     if shard_rows > chunk_rows:
         shard_rows = -(-shard_rows // chunk_rows) * chunk_rows
     else:
@@ -25,13 +40,12 @@ def choose_sharding(samples: int, row_bytes: int, shard_rows: int | None = None)
     return Sharding(shard_rows=shard_rows, chunk_rows=chunk_rows, fingerprint_stride=_stride(shard_rows, samples))
 
 
-def _rounded(rows: int) -> int:
-    """Up to a multiple of 64: a number with few divisors would leave every row a fingerprint."""
-    return -(-rows // 64) * 64
+def _rounded_up(rows: int) -> int:
+    return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 def _stride(shard_rows: int, samples: int) -> int:
-    """The largest divisor of a shard that leaves it, or a set that does not fill one, sixteen fingerprints."""
+    """Return the largest divisor of `shard_rows` that gives a shard, or a smaller dataset, 16 fingerprints."""
     filled = min(shard_rows, samples)
     largest = max(filled // _FINGERPRINTS, 1)
     return next(stride for stride in range(largest, 0, -1) if shard_rows % stride == 0)

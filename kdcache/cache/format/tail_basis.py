@@ -1,17 +1,17 @@
-"""The shape of a teacher's tail in R small integers a row.
+"""Encode the shape of a teacher's tail in R small integers per row (docs/FORMAT.md, section 4.3).
 
-A classifier's logits are an affine function of its last features, so they lie near a subspace of few dimensions. Its
-basis is fitted once, on a pilot, by principal components; a row then keeps its coordinates as int8.
+A classifier's logits are an affine function of its last features, so they lie close to a subspace of few dimensions.
+A basis of it is fitted once, on a pilot, by principal components; a row then stores its coordinates as int8.
 
-Two things make the same bytes go two to three times as far as plain projection and a scale per component do (gradient
-error of KD on 300 classes, `benchmarks/`):
+Compared with plain projection and one scale per component, two choices reduce the gradient error of KD on 300 classes
+two to three times at the same size (`benchmarks/`):
 
 - The coordinates are the weighted least-squares fit to the tail alone, not the projection of the whole row. The head
-  and the label are stored anyway; their large logits need not be explained, and a class weighs as much as its
-  probability at T = 2 says that it matters.
-- All components share one step, as far as int8 reaches. In an orthonormal basis an error of one step costs the same in
-  every direction, so finer steps for the weaker components are bytes wasted; with a common step their coordinates are
-  small integers, which zstd packs well.
+  and the label are stored anyway, so their large logits need not be fitted; a class is weighted by its probability at
+  T = 2.
+- All components share one step, as far as the range of int8 allows. In an orthonormal basis an error of one step costs
+  the same in every direction, so finer steps for the weaker components waste bytes; with a common step their
+  coordinates are small integers, which zstd compresses well.
 """
 
 from __future__ import annotations
@@ -22,21 +22,35 @@ import torch
 from torch import Tensor
 
 LARGEST = 127
+"""Absolute value of a stored coordinate at most, in steps (docs/FORMAT.md, section 4.3)."""
+
 _WEIGHT_TEMPERATURE = 2.0
+"""Temperature of the softmax that weights classes in the fit."""
+
 _WEIGHT_FLOOR = 0.03
+"""Added to the weights, whose mean over all classes is 1."""
+
 _RIDGE = 1e-6
+"""Multiple of the identity in the normal equations, relative to the sum of the weights."""
+
 _ITERATIONS = 18
+"""Conjugate gradient iterations per batch."""
+
+_SCALE_QUANTILE = 0.9995
+"""Share of a component's coordinates that must be representable (docs/FORMAT.md, section 4.3)."""
+
 _TINY = 1e-30
+"""Smallest divisor, against division by zero."""
 
 
 @dataclass(frozen=True)
 class TailBasis:
-    """Where the tail lies: `mean + (coordinates * scale) @ basis`.
+    """An affine basis of the tail: logits are `mean + (coordinates * scale) @ basis`.
 
     Attributes:
-        basis: [R, C] float16 values, orthonormal rows but for rounding.
-        mean: [C] float32, of the pilot's logits.
-        scale: [R] float32, logits a step of each coordinate.
+        basis: [R, C] float16, rows orthonormal up to rounding.
+        mean: [C] float32, mean of the pilot's logits.
+        scale: [R] float32, logits per step of each coordinate.
     """
 
     basis: Tensor
@@ -44,19 +58,20 @@ class TailBasis:
     scale: Tensor
 
     def to(self, device: torch.device | str) -> TailBasis:
-        """The same basis on another device."""
+        """Return the basis on another device."""
         return TailBasis(self.basis.to(device), self.mean.to(device), self.scale.to(device))
 
     @property
     def directions(self) -> Tensor:
-        """[R, C] float32: the logits that one step of each coordinate adds."""
+        """Logits that one step of each coordinate adds, [R, C] float32."""
         return self.basis.float() * self.scale.unsqueeze(1)
 
 
 def principal_components(logits: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(basis [R, C] float16, mean [C] float32) of pilot logits [P, C]; each direction's largest entry is positive.
+    """Return (basis [R, C] float16, mean [C] float32) of pilot logits [P, C].
 
-    In float64 and through the smaller of the two Gram matrices, so that neither many classes nor many rows are dear.
+    The entry of largest magnitude of each direction is positive. Computed in float64 from the smaller of the two Gram
+    matrices, so that the cost stays low for many classes and for many rows.
     """
     mean = logits.double().mean(dim=0)
     centered = logits.double() - mean
@@ -65,30 +80,30 @@ def principal_components(logits: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         vectors = torch.linalg.eigh(centered.T @ centered).eigenvectors.flip(1)[:, :rank].T
     else:
         vectors = torch.linalg.eigh(centered @ centered.T).eigenvectors.flip(1)[:, :rank].T @ centered
-        vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(_TINY)
     signs = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
     return (vectors * signs).half(), mean.float()
 
 
 def fit_coordinates(logits: Tensor, stated: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
-    """Coordinates [B, R] float32 that explain the tails of rows best, before they are rounded.
+    """Return the coordinates [B, R] float32 that fit the tails of rows best, before rounding.
 
-    argmin_c sum_j w_j (logits_j - mean_j - (c @ basis)_j)^2 over the classes j that are not stated, where w is the
-    softmax at T = 2 relative to its mean, plus a floor. Solved by conjugate gradients: a fixed number of matrix
-    products for the whole batch, where a factorisation a row would take R times the memory. The basis is orthonormal
-    and few classes weigh more than the floor, so that the system is nearly a multiple of the identity; a diagonal
-    preconditioner makes it converge later, not sooner.
+    These are argmin_c sum_j w_j (logits_j - mean_j - (c @ basis)_j)^2 over the classes j that are not stated, where w
+    is the softmax at T = 2 relative to its mean, plus a floor. Solved by conjugate gradients, with a fixed number of
+    matrix products per batch, since a factorization per row would need R times the memory. The basis is orthonormal and
+    few classes weigh more than the floor, so the system is close to a multiple of the identity; a diagonal
+    preconditioner slows convergence down.
 
     Args:
         logits: [B, C] float32.
-        stated: [B, C] bool, the classes that a row keeps one by one.
+        stated: [B, C] bool, the classes that a row states individually.
         basis: [R, C].
         mean: [C].
     """
     basis = basis.float()
     probabilities = (logits / _WEIGHT_TEMPERATURE).softmax(dim=1)
     weights = (probabilities * logits.shape[1] + _WEIGHT_FLOOR).masked_fill(stated, 0.0)
-    # A little of the identity, since a basis may have more directions than a tail has classes.
+    # Regularized, since a basis may have more directions than a tail has classes.
     ridge = _RIDGE * weights.sum(dim=1, keepdim=True).clamp_min(_RIDGE)
     residual = direction = (weights * (logits - mean)) @ basis.T
     coordinates = torch.zeros_like(residual)
@@ -104,11 +119,11 @@ def fit_coordinates(logits: Tensor, stated: Tensor, basis: Tensor, mean: Tensor)
 
 
 def choose_scale(coordinates: Tensor, step: float) -> Tensor:
-    """[R] float32: `step` logits for every component, more for those whose coordinates int8 would not hold."""
-    reach = coordinates.abs().float().quantile(0.9995, dim=0) / LARGEST
+    """Return the scale [R] float32: `step` logits, or more for components whose coordinates exceed int8."""
+    reach = coordinates.abs().float().quantile(_SCALE_QUANTILE, dim=0) / LARGEST
     return reach.clamp_min(step)
 
 
 def round_coordinates(coordinates: Tensor, scale: Tensor) -> Tensor:
-    """[B, R] int8."""
+    """Return coordinates [B, R] as int8, in steps of `scale` [R]."""
     return (coordinates / scale).round().clamp(-LARGEST, LARGEST).to(torch.int8)

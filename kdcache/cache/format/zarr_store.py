@@ -1,7 +1,7 @@
-"""Rows in a Zarr v3 store: arrays, shards, codecs. The only module that knows zarr.
+"""Read and write the Zarr v3 store of a cache. The only module that imports zarr.
 
-Only codecs of the Zarr v3 core, so that TensorStore and zarrs read what is written here. Every chunk ends in a crc32c;
-every array writes its chunks even where they hold nothing but the fill value, or a shard of zeros would be no file.
+Only codecs of the Zarr v3 core are used, so that TensorStore and zarrs read the store. Every chunk ends with a crc32c.
+Chunks that hold only the fill value are written too, since a shard of zeros would otherwise have no file.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from kdcache.cache.format.array_specs import (
     check_codecs,
     check_common,
     check_shard,
+    common_arrays,
     input_arrays,
     recorded_arrays,
     row_arrays,
     row_parts,
     sample_arrays,
     shard_arrays,
-    whole_arrays,
 )
 from kdcache.cache.format.codec import Rows, index_dtype
 from kdcache.cache.format.fingerprints import Inputs
@@ -42,14 +42,16 @@ from kdcache.cache.format.schema import Encoding, FileRecord, Plan
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.errors import CorruptError
 
-_LARGEST_BLOCK = 2**20
+_MAX_BLOSC_BLOCK = 2**20
+"""Bytes per block of a blosc chunk; the writer's choice (docs/FORMAT.md, section 3)."""
+
 _CONFIG: Any = {"write_empty_chunks": True}
 
 
 def _compressors(typesize: int | None) -> list[Any]:
     if typesize is None:
         return [ZstdCodec(level=3), Crc32cCodec()]
-    blosc = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=typesize, blocksize=_LARGEST_BLOCK)
+    blosc = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=typesize, blocksize=_MAX_BLOSC_BLOCK)
     return [blosc, Crc32cCodec()]
 
 
@@ -60,9 +62,9 @@ def create_store(
     keys: npt.NDArray[np.uint64],
     basis: TailBasis | None = None,
 ) -> None:
-    """Make the store of a new cache: the arrays of rows, still empty, and labels, sample keys and basis, whole."""
+    """Create the store of a new cache: empty arrays of rows, and complete labels, sample keys and basis."""
     group = zarr.create_group(cache / STORE, zarr_format=3)
-    for name, array in (shard_arrays(plan) | whole_arrays(plan)).items():
+    for name, array in (shard_arrays(plan) | common_arrays(plan)).items():
         group.create_array(
             name,
             shape=array.shape,
@@ -74,15 +76,16 @@ def create_store(
             dimension_names=array.names,
             attributes={"columns": list(array.columns)} if array.columns else {},
         )
-    whole: dict[str, npt.NDArray[Any]] = {"labels": labels, "sample_keys": keys}
+    values: dict[str, npt.NDArray[Any]] = {"labels": labels, "sample_keys": keys}
     if basis is not None:
-        whole |= {"tail_basis": basis.basis.numpy(), "tail_mean": basis.mean.numpy(), "tail_scale": basis.scale.numpy()}
-    for name, expected in whole_arrays(plan).items():
-        _array(group, name, expected).with_config(_CONFIG)[...] = whole[name]
+        values |= {"tail_basis": basis.basis.numpy(), "tail_mean": basis.mean.numpy()}
+        values |= {"tail_scale": basis.scale.numpy()}
+    for name, expected in common_arrays(plan).items():
+        _array(group, name, expected).with_config(_CONFIG)[...] = values[name]
 
 
 def bytes_per_row(encoding: Encoding, rows: Rows) -> float:
-    """What rows take in a store, compressed, measured on these rows."""
+    """Return the compressed bytes per row in a store, measured on these rows."""
     stored: dict[str, Any] = {}
     group = zarr.create_group(zarr.storage.MemoryStore(stored), zarr_format=3)
     for name, tensor in rows.arrays().items():
@@ -109,7 +112,7 @@ def write_shard(
     Files that an interrupted run left there must have been deleted.
     """
     if (recorded is None) == bool(recorded_arrays(plan)):
-        raise ValueError("what the views were drawn from is kept exactly where a plan has an array for it")
+        raise ValueError("recorded boxes or seeds must be passed exactly if the plan has an array for them")
     ids = plan.shard_ids(shard)
     store = _HashingStore(cache / STORE)
     group = zarr.open_group(store, mode="r+", zarr_format=3)
@@ -144,14 +147,14 @@ class _HashingStore(zarr.storage.LocalStore):
 
 
 class RowReader:
-    """The rows of a cache, its arrays opened once.
+    """A reader of a cache's rows that opens the arrays once.
 
     Args:
-        cache: its folder.
-        plan: of the cache.
+        cache: folder of the cache.
+        plan: its plan.
 
     Raises:
-        CorruptError: here and when it reads, if the store is not as the plan has it.
+        CorruptError: on construction and on reading, if the store does not match the plan.
     """
 
     def __init__(self, cache: Path, plan: Plan) -> None:
@@ -161,7 +164,7 @@ class RowReader:
         self._arrays = {name: _array(group, name, expected) for name, expected in arrays.items()}
 
     def read(self, view: int, ids: range) -> Rows:
-        """The rows of a run of sample ids in one view; whole chunks and shards are read fastest."""
+        """Read the rows of consecutive sample ids in one view; aligning them with chunks or shards is fastest."""
         rows = self._plan.shape.shard_rows
         for shard in range(ids.start // rows, -(-ids.stop // rows)):
             check_shard(self._cache, self._plan, view, shard)
@@ -169,9 +172,9 @@ class RowReader:
         for name, array in self._arrays.items():
             values = _values(array, (view, slice(ids.start, ids.stop)))
             if name == "indices":
-                out = (values >= self._plan.encoding.num_classes).any(axis=1)
-                if out.any():
-                    where = f"view {view}, sample {ids.start + int(out.argmax())}"
+                out_of_range = (values >= self._plan.encoding.num_classes).any(axis=1)
+                if out_of_range.any():
+                    where = f"view {view}, sample {ids.start + int(out_of_range.argmax())}"
                     raise CorruptError(f"{self._cache} holds a class index of {values.max()}: {where}", AGAIN)
                 values = values.astype(torch.empty(0, dtype=index_dtype(self._plan.encoding.num_classes)).numpy().dtype)
             parts[name] = torch.from_numpy(np.ascontiguousarray(values))
@@ -179,15 +182,15 @@ class RowReader:
 
 
 def read_rows(cache: Path, plan: Plan, view: int, ids: range) -> Rows:
-    """The rows of a run of sample ids in one view."""
+    """Read the rows of consecutive sample ids in one view."""
     return RowReader(cache, plan).read(view, ids)
 
 
 def read_recorded(cache: Path, plan: Plan, view: int, ids: range | None = None) -> npt.NDArray[Any]:
-    """What a view of some samples, or of all, was drawn from: boxes [B, 5] float32, or seeds [B] int32.
+    """Read the recorded boxes [B, 5] float32, or seeds [B] int32, of a view, for some sample ids or for all.
 
     Raises:
-        CorruptError: if a box cannot be one, or the store is not as the plan has it.
+        CorruptError: if a box is invalid, or the store does not match the plan.
     """
     ((name, expected),) = recorded_arrays(plan).items()
     ids = range(plan.dataset.samples) if ids is None else ids
@@ -198,24 +201,24 @@ def read_recorded(cache: Path, plan: Plan, view: int, ids: range | None = None) 
     values = _read(group, name, expected, (view, slice(ids.start, ids.stop)))
     if name == "crops" and (wrong := wrong_boxes(values, unit_of(plan.views.transform))).any():
         where = f"view {view}, sample {ids.start + int(wrong.argmax())}"
-        raise CorruptError(f"{cache} holds the box {values[wrong.argmax()].tolist()}, which is none: {where}", AGAIN)
+        raise CorruptError(f"{cache} holds the invalid box {values[wrong.argmax()].tolist()}: {where}", AGAIN)
     return values
 
 
 @dataclass(frozen=True)
 class StoredCrops:
-    """The boxes of a cache, by view; may be sent to another process."""
+    """The recorded boxes of a cache, by view; can be pickled for another process."""
 
     cache: Path
     plan: Plan
 
     def __call__(self, view: int) -> npt.NDArray[np.float32]:
-        """[N, 5]."""
+        """Return the boxes of all samples in a view, [N, 5]."""
         return read_recorded(self.cache, self.plan, view)
 
 
 def read_inputs(cache: Path, plan: Plan, view: int) -> Inputs:
-    """The fingerprints of one view; number j is of sample j * `fingerprint_stride`."""
+    """Read the fingerprints of one view; fingerprint j is of sample j * `fingerprint_stride`."""
     arrays = input_arrays(plan)
     for shard in range(plan.shards):
         check_shard(cache, plan, view, shard)
@@ -224,19 +227,19 @@ def read_inputs(cache: Path, plan: Plan, view: int) -> Inputs:
 
 
 def read_samples(cache: Path, plan: Plan) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
-    """(labels [N] int32, sample keys [N] uint64)."""
+    """Read (labels [N] int32, sample keys [N] uint64)."""
     check_common(cache, plan)
     arrays = sample_arrays(plan)
     group = _open(cache, arrays)
     labels, keys = (_read(group, name, expected, slice(None)) for name, expected in arrays.items())
-    out = (labels < -1) | (labels >= plan.encoding.num_classes)
-    if out.any():
-        raise CorruptError(f"{cache} has the label {labels[out.argmax()]} for sample {out.argmax()}", AGAIN)
+    wrong = (labels < -1) | (labels >= plan.encoding.num_classes)
+    if wrong.any():
+        raise CorruptError(f"{cache} has the label {labels[wrong.argmax()]} for sample {wrong.argmax()}", AGAIN)
     return labels, keys
 
 
 def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
-    """The basis of the teacher's tail; None where the encoding has none."""
+    """Read the basis of the teacher's tail; None if the encoding does not use one."""
     if not plan.encoding.rank:
         return None
     check_common(cache, plan)
@@ -248,15 +251,15 @@ def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
     return TailBasis(*(torch.from_numpy(arrays[name]) for name in ("tail_basis", "tail_mean", "tail_scale")))
 
 
-# What zarr raises at metadata or chunks that are not well.
+# Exceptions that zarr raises for damaged metadata or chunks.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, NotImplementedError)
 
 
 def _open(cache: Path, arrays: Mapping[str, Array]) -> zarr.Group:
-    """The store of a cache, of which these arrays are to be read."""
+    """Open the store of a cache to read some arrays, whose codecs are checked first."""
     check_codecs(cache, arrays)
     try:
-        # What a group may say of its arrays all together is not what they say themselves.
+        # Consolidated metadata of the group could differ from the metadata that was checked.
         return zarr.open_group(cache / STORE, mode="r", zarr_format=3, use_consolidated=False)
     except _UNREADABLE as error:
         raise CorruptError(f"the store of {cache} cannot be opened: {error}", AGAIN) from None
@@ -274,29 +277,33 @@ def _values(array: zarr.Array[Any], where: Any) -> npt.NDArray[Any]:
 
 
 def _array(group: zarr.Group, name: str, expected: Array) -> zarr.Array[Any]:
-    """An array of the store, if it lies there as the plan has it: read in another way, its files would be zeros."""
+    """Return an array of the store after checking its layout: with another layout, zarr would read zeros.
+
+    Raises:
+        CorruptError: if it is missing or differs from the plan.
+    """
     try:
-        found = group.get(name)
+        array = group.get(name)
     except _UNREADABLE as error:
         raise CorruptError(f"{group.store_path}/{name} cannot be opened: {error}", AGAIN) from None
-    if not isinstance(found, zarr.Array):
+    if not isinstance(array, zarr.Array):
         raise CorruptError(f"the store {group.store_path} has no array {name}", AGAIN)
-    have = (found.dtype.name, found.shape, found.chunks, found.shards)
-    want = (expected.dtype, expected.shape, expected.chunks, expected.shards)
-    if have != want:
+    actual = (array.dtype.name, array.shape, array.chunks, array.shards)
+    planned = (expected.dtype, expected.shape, expected.chunks, expected.shards)
+    if actual != planned:
         raise CorruptError(
-            f"the array {found.store_path} is {_described(*have)}; the plan says {_described(*want)}", AGAIN
+            f"the array {array.store_path} is {_describe(*actual)}; the plan has {_describe(*planned)}", AGAIN
         )
-    if expected.columns and found.attrs.get("columns") != list(expected.columns):
-        raise CorruptError(f"the columns of {found.store_path} are not those of the format", AGAIN)
-    codecs: tuple[object, ...] = getattr(found.metadata, "codecs", ())
+    if expected.columns and array.attrs.get("columns") != list(expected.columns):
+        raise CorruptError(f"the columns of {array.store_path} are not those of the format", AGAIN)
+    codecs: tuple[object, ...] = getattr(array.metadata, "codecs", ())
     if not (len(codecs) == 1 and isinstance(codecs[0], ShardingCodec) and codecs[0].index_location.value == "end"):
-        raise CorruptError(f"the shards of {found.store_path} do not end in their index", AGAIN)
+        raise CorruptError(f"the shards of {array.store_path} do not end with their index", AGAIN)
     first = (0,) * len(expected.shape)
-    if found.metadata.encode_chunk_key(first) != "/".join(("c", *map(str, first))):
-        raise CorruptError(f"the chunks of {found.store_path} have other names than those of a cache", AGAIN)
-    return found
+    if array.metadata.encode_chunk_key(first) != "/".join(("c", *map(str, first))):
+        raise CorruptError(f"the chunk files of {array.store_path} have other names than those of the format", AGAIN)
+    return array
 
 
-def _described(dtype: str, shape: object, chunks: object, shards: object) -> str:
+def _describe(dtype: str, shape: object, chunks: object, shards: object) -> str:
     return f"{dtype} {shape} in chunks {chunks} and shards {shards}"

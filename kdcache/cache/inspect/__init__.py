@@ -1,1 +1,1 @@
-"""Read-only views of a cache: audit, summary, diff, self-measured fidelity, card."""
+"""Inspect caches: audit, summary, diff, fidelity measured without the teacher, card."""

@@ -1,6 +1,7 @@
-"""The card of a cache: README.md, for people, in the form that the Hugging Face hub reads.
+"""Write the card of a cache: README.md with YAML front matter, as the Hugging Face Hub reads it, and a picture.
 
-It follows from the manifest, but for what a user writes between two marks, which is kept. No digest covers it.
+The card is generated from the manifest, except for the user's notes between two markers, which are kept. No digest
+covers it. The front matter is written with yaml, since huggingface_hub (`DatasetCardData`) is an optional dependency.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _LICENCES = {
     "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "gpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "odc-by", "odbl", "pddl",
     "unlicense",
 }  # fmt: skip
-"""Identifiers that the hub knows; others are `other`, with their name."""
+"""License identifiers of the Hub; any other license is `other`, with its name."""
 
 
 def write_card(
@@ -50,23 +51,24 @@ def write_card(
     picture = cache.path / PICTURE
     draw_census(*histograms, picture)
     path = cache.path / CARD
-    return write_file(path, card(cache, _kept(path))), picture
+    return write_file(path, card(cache, _user_notes(path))), picture
 
 
-def _kept(path: Path) -> str:
-    """What a user has written into an earlier card."""
+def _user_notes(path: Path) -> str:
+    """Return the user's notes in an existing card."""
     if path.is_symlink() or not path.is_file():
         return ""
-    found = re.search(f"{re.escape(_BEGIN)}\n(.*?)\n?{re.escape(_END)}", path.read_text("utf-8", "replace"), re.DOTALL)
-    return found[1] if found else ""
+    text = path.read_text("utf-8", "replace")
+    match = re.search(f"{re.escape(_BEGIN)}\n(.*?)\n?{re.escape(_END)}", text, re.DOTALL)
+    return match[1] if match else ""
 
 
 def card(cache: Cache, notes: str = "") -> str:
-    """The card of a cache.
+    """Return the text of the card of a cache, in Markdown.
 
     Args:
-        cache: whose.
-        notes: of the user, Markdown.
+        cache: opened.
+        notes: notes of the user, in Markdown.
     """
     plan, summary = cache.manifest.plan, cache.manifest.summary
     title = _plain(f"{plan.teacher.name} on {plan.dataset.name}/{plan.dataset.split}: logits")
@@ -76,56 +78,58 @@ def card(cache: Cache, notes: str = "") -> str:
         "teacher": f"`{_plain(plan.teacher.name)}`, {plan.teacher.parameters:,} parameters, "
         f"run in {_plain(plan.teacher.precision)}",
         "weights": f"`{plan.teacher.weights_digest}`",
-        "data set": f"{_plain(plan.dataset.name)}, {_plain(plan.dataset.split)}: {plan.dataset.samples:,} samples of "
+        "dataset": f"{_plain(plan.dataset.name)}, {_plain(plan.dataset.split)}: {plan.dataset.samples:,} samples, "
         f"{plan.encoding.num_classes:,} classes",
-        "its digest": f"`{plan.dataset.digest}`",
-        "views": f"{plan.views.count} of each sample, seed {plan.views.seed}",
+        "dataset digest": f"`{plan.dataset.digest}`",
+        "views": f"{plan.views.count} per sample, seed {plan.views.seed}",
         "transform": _transform(plan),
-        "kept of a row": _encoding(plan),
-        "size": f"{rows:,} rows, {cache.bytes_on_disk:,} bytes, {cache.bytes_on_disk / rows:.1f} a row",
-        "teacher's accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
+        "stored per row": _encoding(plan),
+        "size": f"{rows:,} rows, {cache.bytes_on_disk:,} bytes, {cache.bytes_on_disk / rows:.1f} bytes per row",
+        "teacher accuracy": "unknown, no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
         "sharpness": f"{summary.mean_sharpness:.3f}, mean logsumexp of the logits"
         if plan.teacher.level is None
-        else "not known: only probabilities are, and so the logits but for a constant of each row",
+        else "unknown: the teacher gave probabilities, so logits are known up to an additive constant per row",
         "confidence": f"{summary.mean_top_probability:.4f}, mean largest probability",
-        "made with": ", ".join(f"{_plain(name)} {_plain(number)}" for name, number in plan.versions.items()),
+        "software": ", ".join(f"{_plain(name)} {_plain(version)}" for name, version in plan.versions.items()),
         **_lineage(plan),
         "root digest": f"`{cache.manifest.digest}`",
     }
     parts = [
         _header(plan, title),
         f"# {title}",
-        "What a teacher network said of every sample of a data set, so that students can be trained without it: a "
-        "cache of [kdcache](https://pypi.org/project/kdcache/), in Zarr v3. It holds no images.",
+        "Logits of a teacher network for every sample of a dataset, as soft labels for knowledge distillation: "
+        "students are trained from this cache without running the teacher. It was written by "
+        "[kdcache](https://pypi.org/project/kdcache/), is stored in Zarr v3, and contains no images.",
         f"![Sharpness and confidence of the teacher]({PICTURE})",
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]),
         "## Use",
         "```python\nfrom kdcache import open_cache\n\n"
-        'teacher = open_cache("CACHE").teacher()  # this folder, or its URL\n'
+        'teacher = open_cache("CACHE").teacher()  # path of this folder, or its URL\n'
         f"logits = teacher(ids, view=0)  # ids [B] int64 -> [B, {plan.encoding.num_classes}] float32\n```",
-        "Or: `kdcache train-student PIPELINE --cache CACHE`. When the cache is opened, every file but this card is "
-        "checked against the root digest.",
+        "Or on the command line: `kdcache train-student PIPELINE --cache CACHE`. Opening the cache checks every file "
+        "except this card, its picture and the signature against the root digest.",
         "## Fidelity",
         _fidelity(plan),
-        "## Limits",
+        "## Limitations",
         _LIMITS,
-        "## Licence",
-        _plain(plan.licence) or "None was given: ask who made it before you use it.",
-        *(["## Notes of the maker", _plain(plan.notes)] if plan.notes else []),
+        "## License",
+        _plain(plan.licence) or "No license was given: ask the publisher before you use this cache.",
+        *(["## Notes of the publisher", _plain(plan.notes)] if plan.notes else []),
         f"## Notes\n\n{_BEGIN}\n{notes}\n{_END}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 _LIMITS = """\
-- A student learns the teacher's mistakes and biases with the rest.
-- Logits tell of the data that a teacher was trained on: from unusually confident rows it can be guessed which samples
-  were among them (membership inference), and labels can be read off. Share them as you would share the labels.
-- A 64-bit content key is kept of each sample: whoever has an image can tell whether it is in the set.
-- The rows hold for these images through this transform, and no other."""
+- Students also learn the teacher's errors and biases.
+- Logits reveal information about the teacher's training data: unusually confident rows suggest which samples it was
+  trained on (membership inference), and most labels can be inferred. Share a cache only as you would share the labels.
+- The cache stores a 64-bit content key per sample: anyone who has an image can check whether it is in the dataset.
+- The logits are valid only for these images with this transform."""
 
 
 def _header(plan: Plan, title: str) -> str:
+    """Return the YAML front matter, between its `---` lines."""
     licence = plan.licence.strip()
     known = licence.lower() in _LICENCES
     fields = {
@@ -144,7 +148,7 @@ def _size(samples: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text of the manifest in one line, that cannot be taken for Markdown or HTML of the card."""
+    """Return a string of the manifest on one line, with Markdown and HTML syntax escaped."""
     return re.sub(r"([|`\[\]*_])", r"\\\1", html.escape(" ".join(text.split()), quote=False)).replace("\\_", "_")
 
 
@@ -156,27 +160,31 @@ def _transform(plan: Plan) -> str:
 def _encoding(plan: Plan) -> str:
     encoding = plan.encoding
     if encoding.dense:
-        return f"every logit, as {encoding.dtype} log-probabilities and the logsumexp"
-    tail = f"in {encoding.rank} coordinates of a fitted basis" if encoding.rank else "by its mass alone, evenly spread"
-    return f"the {encoding.top_k} largest and the label as {encoding.dtype}, the others {tail}"
+        return f"log-probabilities of all classes as {encoding.dtype}, and the logsumexp"
+    tail = f"{encoding.rank} coordinates in a fitted basis" if encoding.rank else "their total mass, spread evenly"
+    return (
+        f"log-probabilities of the top {encoding.top_k} classes and the label as {encoding.dtype}; of the others {tail}"
+    )
 
 
 def _lineage(plan: Plan) -> dict[str, str]:
     if plan.lineage is None:
         return {}
-    asked = ", ".join(f"{name} {value}" for name, value in plan.lineage.arguments.items())
+    arguments = ", ".join(f"{name} {value}" for name, value in plan.lineage.arguments.items())
     parents = " ".join(f"`{digest}`" for digest in plan.lineage.parents)
-    return {"made by": _plain(f"{plan.lineage.operation}, {asked}"), **({"from": parents} if parents else {})}
+    operation = {"derived by": _plain(f"{plan.lineage.operation}, {arguments}")}
+    return operation | ({"derived from": parents} if parents else {})
 
 
 def _fidelity(plan: Plan) -> str:
     measured, encoding = plan.fidelity, plan.encoding
     if measured is None:
         if encoding.dense and plan.lineage is None:
-            return f"Every logit is kept, to the precision of {encoding.dtype}."
-        return "It was not measured against the teacher."
+            return f"All logits are stored, to the precision of {encoding.dtype}."
+        return "Not measured against the teacher."
     lines = [f"| {t} | {value:.4f} |" for t, value in measured.total_variation.items()]
-    said = (
-        f"Mean total variation between decoded and true softmax, on {measured.rows:,} rows that nothing was fitted to:"
+    heading = (
+        "Mean total variation distance between the softmax of decoded and of original logits, at temperature T, on "
+        f"{measured.rows:,} held-out rows:"
     )
-    return "\n".join([said, "", "| T | total variation |", "|---|---|", *lines])
+    return "\n".join([heading, "", "| T | total variation |", "|---|---|", *lines])

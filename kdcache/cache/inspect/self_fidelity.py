@@ -1,4 +1,4 @@
-"""Measure how close decoded rows are to what was recorded of them, without the teacher."""
+"""Measure without the teacher how well decoded rows match statistics that were stored and not used for decoding."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kdcache.cache.parallel import _ROWS_AT_ONCE, _TINY, over
 
 
 class SelfFidelity(NamedTuple):
-    """How near decoded rows of a view are to what was recorded of them, over all rows, without the teacher.
+    """Mean error of decoded rows against their stored statistics, over all rows of a view.
 
     Attributes:
-        view: which one.
+        view: index of the view.
         temperature: T.
-        tail_mass: mean |recorded - decoded| mass of the tail at T; a lower bound of the total variation.
-        logsumexp: mean |recorded - decoded| logsumexp of the log-probabilities divided by T, in nats.
+        tail_mass: mean |stored - decoded| mass of the tail at T; a lower bound of the total variation.
+        logsumexp: mean |stored - decoded| logsumexp of the log-probabilities divided by T, in nats.
     """
 
     view: int
@@ -33,9 +33,10 @@ class SelfFidelity(NamedTuple):
 
 
 def measure_itself(cache: Path, plan: Plan) -> list[SelfFidelity]:
-    """Hold what rows decode to against the masses that were recorded at T = 2, 4, 8 and that decoding does not use.
+    """Compare decoded rows with the tail masses stored at T = 2, 4, 8, which decoding does not use.
 
-    Empty where every class is kept: there is nothing that was not recorded.
+    Returns:
+        One result per view and temperature; empty if every class is stored, so that there is no tail.
     """
     if plan.encoding.dense:
         return []
@@ -44,8 +45,8 @@ def measure_itself(cache: Path, plan: Plan) -> list[SelfFidelity]:
     measured = []
     for view in range(plan.views.count):
         sums = over(_self_errors, [(cache, plan, view, shard, labels, basis) for shard in range(plan.shards)])
-        for place, t in enumerate(TAIL_TEMPERATURES[1:]):
-            mass, level = (math.fsum(part[place][kind] for part in sums) / plan.dataset.samples for kind in (0, 1))
+        for index, t in enumerate(TAIL_TEMPERATURES[1:]):
+            mass, level = (math.fsum(part[index][kind] for part in sums) / plan.dataset.samples for kind in (0, 1))
             measured.append(SelfFidelity(view, t, mass, level))
     return measured
 
@@ -53,7 +54,7 @@ def measure_itself(cache: Path, plan: Plan) -> list[SelfFidelity]:
 def _self_errors(
     cache: Path, plan: Plan, view: int, shard: int, labels: torch.Tensor, basis: TailBasis | None
 ) -> list[tuple[float, float]]:
-    """Of one shard, summed over its rows: errors of the tail's mass and of the logsumexp at T = 2, 4, 8."""
+    """Return the errors of tail mass and logsumexp at T = 2, 4, 8, summed over the rows of one shard."""
     ids = plan.shard_ids(shard)
     errors = [(0.0, 0.0)] * (len(TAIL_TEMPERATURES) - 1)
     shard_rows = zarr_store.read_rows(cache, plan, view, ids)
@@ -62,11 +63,11 @@ def _self_errors(
         truth = labels[ids.start + start : ids.start + start + len(rows)]
         logits = decode(rows, truth, plan.encoding, basis)
         stated = stated_at(rows.indices, truth, plan.encoding.num_classes)  # type: ignore[arg-type]  # it is not dense
-        for place, t in enumerate(TAIL_TEMPERATURES[1:]):
+        for index, t in enumerate(TAIL_TEMPERATURES[1:]):
             recorded = rows.statistics[:, plan.encoding.statistics.index(f"tail_log_mass_t{t}")].double().exp()
             decoded = tail_log_mass(logits.double(), stated, t).exp()
-            # Head and label are stated, so the logsumexp follows from their sum and the share that the tail has.
+            # Head and label are exact, so the error of the logsumexp follows from that of the tail's mass.
             level = ((1 - decoded).clamp_min(_TINY).log() - (1 - recorded).clamp_min(_TINY).log()).abs()
-            mass, summed = errors[place]
-            errors[place] = mass + float((recorded - decoded).abs().sum()), summed + float(level.sum())
+            mass, summed = errors[index]
+            errors[index] = mass + float((recorded - decoded).abs().sum()), summed + float(level.sum())
     return errors

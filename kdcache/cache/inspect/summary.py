@@ -1,6 +1,6 @@
-"""What the rows of a cache say of its teacher and its data: by class, by sharpness, and sample by sample.
+"""Statistics over the rows of a cache: per class, histograms of sharpness and confidence, and notable samples.
 
-Counted a shard at a time; what is kept of a shard is a few numbers a class, histograms, and its worst samples.
+Computed shard by shard; of a shard, a few numbers per class, histograms and its worst samples are held in memory.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ from kdcache.cache.summary import CONFIDENCE_BINS, SHARPNESS_BINS_PER_NAT
 
 QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 SURE = 3.0
-"""Nats, a factor of 20, by which another class is more probable than the label where this may be wrong."""
+"""Nats (a factor of 20) by which another class is more probable than the label, from which the label is suspect."""
 
-_ROWS_AT_ONCE = 4096
+_BLOCK_ROWS = 4096
+"""Rows that are decoded at once."""
+
 Numbers = npt.NDArray[np.float64]
 
 
 class OfClass(NamedTuple):
-    """The rows of one label.
+    """Statistics of the rows with one label.
 
     Attributes:
-        name: of the class.
-        samples: how many have this label.
-        accuracy: share of their rows whose top class is the label; the three are None where there is no sample.
+        name: name of the class.
+        samples: number of samples with this label.
+        accuracy: share of their rows whose top class is the label; None, as the next two, without samples.
         confidence: mean largest probability.
-        sharpness: mean logsumexp.
+        sharpness: mean logsumexp, in nats.
     """
 
     name: str
@@ -51,15 +53,15 @@ class OfClass(NamedTuple):
 
 
 class OfSample(NamedTuple):
-    """What the teacher says of one sample, mean over its views.
+    """The teacher's prediction for one sample, averaged over its views.
 
     Attributes:
-        id: its ordinal.
+        id: id of the sample.
         key: its content key, as hexadecimal digits.
-        label: its class.
-        label_log_prob: of that class.
-        top: the class that is the largest in most of its views.
-        margin: nats by which the largest class is more probable than the label; 0 where it is the label.
+        label: name of its class.
+        label_log_prob: log-probability of that class.
+        top: most frequent top class over the views.
+        margin: nats by which the top class is more probable than the label; 0 if it is the label.
     """
 
     id: int
@@ -72,18 +74,18 @@ class OfSample(NamedTuple):
 
 @dataclass(frozen=True)
 class Census:
-    """All rows of a cache, counted.
+    """Statistics over all rows of a cache.
 
     Attributes:
-        rows: of all views.
-        classes: one a class.
-        quantiles: of the sharpness (logsumexp), by the share of rows below, to 1/256 nat.
-        sharpness: rows by bin of the sharpness, [lower bound of the bin] -> rows.
-        confidence: rows by bin of the largest probability, from 0 to 1.
-        hardest: the samples of which the label's log-probability is lowest.
-        suspects: samples of which another class is far more probable than the label, the farthest first.
-        suspected: how many there are.
-        threshold: from how many nats on they count.
+        rows: number of rows in all views.
+        classes: statistics per class.
+        quantiles: share of rows -> quantile of the sharpness (logsumexp), with a precision of 1/256 nat.
+        sharpness: lower bound of each bin of the sharpness, in nats -> rows.
+        confidence: rows per bin of the largest probability, in equal bins from 0 to 1.
+        hardest: samples with the lowest log-probability of the label.
+        suspects: samples of which another class is far more probable than the label, largest margin first.
+        suspected: number of all such samples.
+        threshold: smallest margin of a suspect, in nats.
     """
 
     rows: int
@@ -97,8 +99,8 @@ class Census:
     threshold: float
 
 
-class _Counted(NamedTuple):
-    by_class: Numbers  # [4, C]: samples, right rows, confidence, sharpness
+class _ShardCensus(NamedTuple):
+    by_class: Numbers  # [4, C]: samples, correct rows, confidence, sharpness
     sharpness: Counter[int]
     confidence: npt.NDArray[np.int64]
     hardest: list[tuple[float, int, int, int, float]]  # label's log-probability, id, label, top, margin
@@ -107,13 +109,13 @@ class _Counted(NamedTuple):
 
 
 def take_census(cache: Cache, worst: int = 10, threshold: float = SURE, scheduler: str = "threads") -> Census:
-    """Count all rows.
+    """Compute statistics over all rows of a cache.
 
     Args:
-        cache: whose.
-        worst: how many of the hardest samples, and of the suspects, are named.
-        threshold: nats from which a sample is suspected.
-        scheduler: as `operations.over` takes it.
+        cache: opened.
+        worst: number of hardest samples, and of suspects, to list.
+        threshold: smallest margin of a suspect, in nats.
+        scheduler: as for `parallel.over`.
     """
     plan, names = cache.manifest.plan, cache.manifest.plan.dataset.class_names
     labels = torch.from_numpy(cache.labels.astype(np.int64))
@@ -121,25 +123,25 @@ def take_census(cache: Cache, worst: int = 10, threshold: float = SURE, schedule
         (cache.path.absolute(), plan, shard, parallel.of_shard(labels, plan, shard), worst, threshold)
         for shard in range(plan.shards)
     ]
-    parts = parallel.over(_count, calls, scheduler, plan)
-    samples, right, confidence, sharpness = np.sum([part.by_class for part in parts], axis=0)
+    parts = parallel.over(_count_shard, calls, scheduler, plan)
+    samples, correct, confidence, sharpness = np.sum([part.by_class for part in parts], axis=0)
     fine = sum((part.sharpness for part in parts), Counter())
     rows = plan.views.count * plan.dataset.samples
 
-    def of_class(number: int) -> OfClass:
-        count = int(samples[number])
-        seen = count * plan.views.count
-        means = (float(total[number] / seen) if seen else None for total in (right, confidence, sharpness))
-        return OfClass(names[number], count, *means)
+    def of_class(index: int) -> OfClass:
+        count = int(samples[index])
+        n_rows = count * plan.views.count
+        means = (float(total[index] / n_rows) if n_rows else None for total in (correct, confidence, sharpness))
+        return OfClass(names[index], count, *means)
 
     def of_sample(id_: int, label: int, top: int, label_log_prob: float, margin: float) -> OfSample:
         return OfSample(id_, f"{cache.sample_keys[id_]:016x}", names[label], label_log_prob, names[top], margin)
 
-    hardest = sorted(one for part in parts for one in part.hardest)[:worst]
-    suspects = sorted(one for part in parts for one in part.suspects)[:worst]
+    hardest = sorted(sample for part in parts for sample in part.hardest)[:worst]
+    suspects = sorted(sample for part in parts for sample in part.suspects)[:worst]
     return Census(
         rows,
-        [of_class(number) for number in range(len(names))],
+        [of_class(index) for index in range(len(names))],
         {share: _quantile(fine, share * rows) for share in QUANTILES},
         {bin_ / SHARPNESS_BINS_PER_NAT: count for bin_, count in sorted(fine.items())},
         np.sum([part.confidence for part in parts], axis=0).tolist(),
@@ -151,7 +153,7 @@ def take_census(cache: Cache, worst: int = 10, threshold: float = SURE, schedule
 
 
 def _quantile(bins: Counter[int], wanted: float) -> float:
-    """Where so many rows are below: within a bin they are taken to lie evenly."""
+    """Return the value below which `wanted` rows are, with linear interpolation within a bin."""
     below = 0
     for bin_, count in sorted(bins.items()):
         if below + count >= wanted:
@@ -160,8 +162,8 @@ def _quantile(bins: Counter[int], wanted: float) -> float:
     return math.inf
 
 
-def _count(path: Path, plan: Plan, shard: int, truth: Tensor, worst: int, threshold: float) -> _Counted:
-    """One shard, in all views."""
+def _count_shard(path: Path, plan: Plan, shard: int, truth: Tensor, worst: int, threshold: float) -> _ShardCensus:
+    """Compute the statistics of one shard, in all views."""
     ids, views = plan.shard_ids(shard), plan.views.count
     basis = zarr_store.read_basis(path, plan)
     by_class = np.zeros((4, plan.encoding.num_classes))
@@ -170,15 +172,15 @@ def _count(path: Path, plan: Plan, shard: int, truth: Tensor, worst: int, thresh
     log_probs, margins = torch.zeros(len(ids), dtype=torch.float64), torch.zeros(len(ids), dtype=torch.float64)
     tops = torch.zeros(views, len(ids), dtype=torch.int64)
     known = truth >= 0
-    numbers = truth[known].numpy()
-    np.add.at(by_class[0], numbers, 1)
+    classes = truth[known].numpy()
+    np.add.at(by_class[0], classes, 1)
     for view in range(views):
         rows = zarr_store.read_rows(path, plan, view, ids)
         top_log_prob, tops[view] = _top(rows, truth, plan, basis)
         label = rows.statistics[:, plan.encoding.statistics.index("label_log_prob")].double()
         probability = top_log_prob.exp().clamp_max(1)
-        for line, values in enumerate((tops[view] == truth, probability, rows.logsumexp), start=1):
-            np.add.at(by_class[line], numbers, values[known].double().numpy())
+        for column, values in enumerate((tops[view] == truth, probability, rows.logsumexp), start=1):
+            np.add.at(by_class[column], classes, values[known].double().numpy())
         fine.update((rows.logsumexp.double() * SHARPNESS_BINS_PER_NAT).floor().long().tolist())
         places = (probability * CONFIDENCE_BINS).long().clamp_max(CONFIDENCE_BINS - 1)
         confidences += torch.bincount(places, minlength=CONFIDENCE_BINS).numpy()
@@ -192,17 +194,17 @@ def _count(path: Path, plan: Plan, shard: int, truth: Tensor, worst: int, thresh
         for log_prob, id_, label, of_top, margin in labeled
         if margin >= threshold
     )
-    return _Counted(by_class, fine, confidences, sorted(labeled)[:worst], suspects[:worst], len(suspects))
+    return _ShardCensus(by_class, fine, confidences, sorted(labeled)[:worst], suspects[:worst], len(suspects))
 
 
 def _top(rows: Rows, labels: Tensor, plan: Plan, basis: TailBasis | None) -> tuple[Tensor, Tensor]:
-    """(log-probability [B] float64, class [B]) of the largest class."""
+    """Return (log-probability [B] float64, class [B]) of the top class."""
     if rows.indices is not None:
         return rows.log_probs[:, 0].double(), rows.indices[:, 0].long()
     parts = [
-        decode(rows[start : start + _ROWS_AT_ONCE], labels[start : start + _ROWS_AT_ONCE], plan.encoding, basis)
+        decode(rows[start : start + _BLOCK_ROWS], labels[start : start + _BLOCK_ROWS], plan.encoding, basis)
         .log_softmax(dim=1)
         .max(dim=1)
-        for start in range(0, len(rows), _ROWS_AT_ONCE)
+        for start in range(0, len(rows), _BLOCK_ROWS)
     ]
     return torch.cat([part.values for part in parts]).double(), torch.cat([part.indices for part in parts])

@@ -21,13 +21,13 @@ from kdcache.cache.format.codec import decode
 from kdcache.cache.format.recorded_views import BOX, CROP, recorded
 from kdcache.cache.preconditions import check_outside
 from kdcache.cache.reader import Cache
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.curate.foreign import fkd, ml_dr, tinyvit
 from kdcache.curate.foreign.sparse_labels import SparseSoftLabels, most_probable
 from kdcache.data.images import Picture
 from kdcache.data.loader import cut_range
 from kdcache.data.recorded_crop import PixelBox, pixels_of, sides_of, split_recorded
-from kdcache.data.replay import A_FEW, check_data, replay
+from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import build_transform, is_random
 from kdcache.data.views import seeded
@@ -92,8 +92,8 @@ def _images(cache: Cache, target: str, samples: Samples | None, progress: Progre
     if samples is None:
         raise UsageError(f"the files of {target} need the images", "pass the data set with --pipeline PIPELINE")
     _check_crops(cache.manifest.plan.views.transform)
-    check_data(cache, samples, None, progress)
-    replay(cache, samples, A_FEW)
+    check_matches_cache(cache, samples, None, progress)
+    replay(cache, samples, SPOT_CHECK_IMAGES)
     return samples
 
 
@@ -246,7 +246,7 @@ def _write_epochs(cache: Cache, out: Path, samples: Samples | None, top_k: int, 
     if plan.encoding.num_classes > tinyvit.MAX_CLASSES:
         raise UsageError(f"TinyViT's int16 cannot hold {plan.encoding.num_classes} classes", "select fewer classes")
     if samples is not None:
-        check_data(cache, samples, None, progress)
+        check_matches_cache(cache, samples, None, progress)
     (arguments,) = transform[0].values()
     names = tinyvit.names_of(samples, str(arguments.get("keys")), len(cache))
 

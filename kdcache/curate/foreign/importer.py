@@ -19,13 +19,14 @@ from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec, Transform
+from kdcache.config.schema import CacheSpec
+from kdcache.config.transform import Transform
 from kdcache.curate.foreign.fkd import open_fkd
 from kdcache.curate.foreign.ml_dr import open_ml_dr
 from kdcache.curate.foreign.sparse_labels import OpenedSource, SoftLabelSource, as_rows, logits_of
 from kdcache.curate.foreign.tinyvit import open_tinyvit
 from kdcache.curate.recode import complete
-from kdcache.data.alignment import taken
+from kdcache.data.alignment import select_images
 from kdcache.data.loader import cut_range
 from kdcache.data.recorded_crop import split_recorded
 from kdcache.data.replay import fingerprints_of
@@ -184,7 +185,9 @@ def _fingerprinted(plan: Plan, samples: Samples, shard: int) -> Samples:
     """Return the samples of a shard whose fingerprints are stored; their ids are their positions in the shard."""
     ids = plan.shard_ids(shard)
     marked = np.arange(ids.start, ids.stop, plan.shape.fingerprint_stride)
-    return replace(samples, images=taken(samples.images, marked), labels=samples.labels[marked], ids=marked - ids.start)
+    return replace(
+        samples, images=select_images(samples.images, marked), labels=samples.labels[marked], ids=marked - ids.start
+    )
 
 
 def _write_shard(

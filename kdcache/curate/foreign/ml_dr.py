@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from kdcache.cache.format.recorded_views import CROP, wrong_boxes
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.curate.foreign.fkd import load_plain
 from kdcache.curate.foreign.sparse_labels import OpenedSource, SparseSoftLabels, check_first, check_rows, malformed
 from kdcache.data.samples import Samples

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.errors import CorruptError, UsageError
 
 LEAST = 2.0**-24

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.cache.format.recorded_views import ELSEWHERE
-from kdcache.config.schema import Transform
+from kdcache.config.transform import Transform
 from kdcache.curate.foreign.sparse_labels import OpenedSource, SparseSoftLabels, check_rows, malformed
 from kdcache.data.images import FileImages
 from kdcache.data.samples import Samples

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
-from kdcache.data.alignment import Shared, shared
+from kdcache.data.alignment import MatchedSamples, match_samples
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
@@ -196,7 +196,9 @@ def _test_split(runs: Sequence[RunRecord], notes: list[str]) -> Samples | None:
     return samples
 
 
-def _cached_images(runs: Sequence[RunRecord], cache: Cache, notes: list[str], progress: Progress) -> Shared | None:
+def _cached_images(
+    runs: Sequence[RunRecord], cache: Cache, notes: list[str], progress: Progress
+) -> MatchedSamples | None:
     """Return the images of the cache in the data set of the runs; None, with a note, if it is not available."""
     digest = cache.manifest.digest
     others = [run for run in runs if run.uses_teacher and digest not in run.caches]
@@ -212,7 +214,7 @@ def _cached_images(runs: Sequence[RunRecord], cache: Cache, notes: list[str], pr
             ) from None
         notes.append(f"The images of the cache are not available ({error.what}): the students are not run on them.")
         return None
-    images = shared(cache, samples, progress)
+    images = match_samples(cache, samples, progress)
     if images.note:
         notes.append(f"{images.note}: the networks are run on the samples that both have.")
     return images

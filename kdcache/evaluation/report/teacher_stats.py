@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.reader import Cache
-from kdcache.data.alignment import Shared
+from kdcache.data.alignment import MatchedSamples
 from kdcache.data.images import Picture
 from kdcache.data.mixing import split_mixing
 from kdcache.evaluation.runs import Group, RunRecord
@@ -138,7 +138,11 @@ class TeacherStats:
 
 
 def teacher_stats(
-    cache: Cache, images: Shared | None, indices: list[int], networks: Sequence[Predictions], runs: Sequence[RunRecord]
+    cache: Cache,
+    images: MatchedSamples | None,
+    indices: list[int],
+    networks: Sequence[Predictions],
+    runs: Sequence[RunRecord],
 ) -> TeacherStats:
     """Compute the statistics in one pass over view 0 of a cache.
 
@@ -175,7 +179,9 @@ def teacher_stats(
     )
 
 
-def _hardest(images: Shared | None, labels: Tensor, predictions: Predictions, log_prob: Tensor) -> list[HardSample]:
+def _hardest(
+    images: MatchedSamples | None, labels: Tensor, predictions: Predictions, log_prob: Tensor
+) -> list[HardSample]:
     labeled = (labels >= 0).nonzero().squeeze(1)
     hardest = labeled[log_prob[labeled].argsort(stable=True)][:HARDEST].tolist()
     return [
@@ -190,7 +196,7 @@ def _hardest(images: Shared | None, labels: Tensor, predictions: Predictions, lo
     ]
 
 
-def _picture(images: Shared, id_: int) -> Picture | None:
+def _picture(images: MatchedSamples, id_: int) -> Picture | None:
     """Return the image of a sample of the cache; None if the data set does not have it."""
     index = int(np.searchsorted(images.ids, id_))
     exists = index < len(images.ids) and images.ids[index] == id_
