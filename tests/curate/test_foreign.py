@@ -519,7 +519,7 @@ def test_a_config_that_says_nothing_is_named(images: Images, tmp_path: Path) -> 
     for held, why in (
         ({"reinforce": {"image_augmentation": plain}}, "has the transforms random_horizontal_flip"),
         ({"reinforce": {"image_augmentation": {"random_resized_crop": {}}}}, "has the transforms random_resized_crop"),
-        ({"reinforce": {"image_augmentation": plain | {"random_resized_crop": {"size": "x"}}}}, "size must be a number of pixels or"),
+        ({"reinforce": {"image_augmentation": plain | {"random_resized_crop": {"size": "x"}}}}, "size must be"),
         ({"reinforce": {"image_augmentation": [1]}}, "config.pth.tar does not state the augmentation"),
         ([], "config.pth.tar does not state the augmentation"),
         (Calls(), "config.pth.tar cannot be read"),
@@ -1003,7 +1003,7 @@ WRONG_TRANSFORMS: dict[str, tuple[Transform | None, str]] = {
     "twice": ([*FRACTIONS, FRACTIONS[0]], "has random steps after its recorded crop"),
     "and erased": ([*FRACTIONS, {"RandomErasing": {"p": 0.5}}], "has random steps after its recorded crop"),
     "no size": ([{"RecordedCrop": {}}, *REST], "missing"),
-    "three sizes": ([{"RecordedCrop": {"size": [1, 2, 3]}}, *REST], "size must be a number of pixels or"),
+    "three sizes": ([{"RecordedCrop": {"size": [1, 2, 3]}}, *REST], "size must be"),
     "another unit": ([{"RecordedCrop": {"size": 8, "unit": "inches"}}, *REST], "boxes in the unit 'fraction'"),
     "another interpolation": ([{"RecordedCrop": {"size": 8, "interpolation": "wild"}}, *REST], "must be one of"),
 }
