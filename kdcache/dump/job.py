@@ -146,7 +146,7 @@ def _complete(job: DumpJob, sealed: Plan, plan: Plan) -> Cache:
     cache = open_cache(job.out)
     for leftover in (PLAN, LOCK):  # of a run that was killed after it had sealed the cache
         (job.out / leftover).unlink(missing_ok=True)
-    job.progress.say(f"{job.out} is complete, with all {sealed.views.count * sealed.shards} shards: nothing to do")
+    job.progress.say(f"{job.out} is complete: nothing to do")
     return cache
 
 
