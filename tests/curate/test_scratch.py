@@ -12,8 +12,9 @@ import pytest
 import torch
 from helpers.tiny import TinyTeacher, tiny_samples
 
-from kdcache import Cache, CacheSpec, dump_teacher
+from kdcache import Cache, dump_teacher
 from kdcache.cache.lock import LOCK
+from kdcache.config.schema import CacheSpec
 from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
 from kdcache.curate.foreign import cache_of_files, files_of_cache
 from kdcache.curate.merge import merge

@@ -16,9 +16,10 @@ from helpers.processes import exit_code, in_a_process
 from helpers.tiny import TinyTeacher
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
 
-from kdcache import Cache, CacheSpec, Samples, dump_teacher, open_cache
+from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache import summary
 from kdcache.cache.inspect.summary import take_census
+from kdcache.config.schema import CacheSpec
 from kdcache.data.images import ArrayImages
 from kdcache.errors import CorruptError, InterruptedRun
 from kdcache.runtime.distributed import join_ranks
