@@ -48,8 +48,8 @@ def convert(
 ) -> None:
     """Import the logits in SOURCE as a cache, or export the cache SOURCE to files.
 
-    Logits are an npz or pt file (`logits` [N, C], optionally `labels` and `sample_keys`) or an npy file. With --pipeline
-    they become a cache; a cache without --pipeline is decoded to npz or npy, by the suffix of -o.
+    Logits are an npz or pt file (`logits` [N, C], optionally `labels` and `sample_keys`) or an npy file. They become a
+    cache with --pipeline; without it, a cache is decoded to npz or npy, by the suffix of -o.
 
     With --from and --to, SOURCE and -o are folders of FKD, ml-dr (dataset reinforcement) or TinyViT.
     Crops and flips that FKD and ml-dr record are replayed; RandAugment, RandomErasing and mixing of ml-dr cannot be
