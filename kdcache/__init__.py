@@ -8,6 +8,7 @@ parts = loss(student(images), teacher(ids, views), labels, epoch=1)
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -75,4 +76,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
+    raise AttributeError(f"module 'kdcache' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,7 +31,7 @@ from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageErr
 from kdcache.runtime.progress import Progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cache:
     """A sealed cache.
 
@@ -51,6 +51,13 @@ class Cache:
 
     def __len__(self) -> int:
         return self.manifest.plan.dataset.samples
+
+    def __repr__(self) -> str:
+        plan = self.manifest.plan
+        return (
+            f"Cache({str(self.path)!r}, teacher={plan.teacher.name!r}, samples={len(self):,}, "
+            f"classes={self.num_classes:,}, views={len(self.views)}, digest={self.manifest.digest!r})"
+        )
 
     @property
     def num_classes(self) -> int:

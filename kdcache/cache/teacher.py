@@ -76,7 +76,7 @@ class FunctionTeacher:
         """Do nothing: the function is called batch by batch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CachedTeacher:
     """The teacher of a cache: a callable from sample ids to logits.
 
@@ -102,6 +102,12 @@ class CachedTeacher:
     basis: TailBasis | None = None
     opened_views: tuple[int, ...] | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"CachedTeacher(samples={len(self.labels):,}, classes={self.encoding.num_classes:,}, views={self.views}, "
+            f"placement={self.placement!r}, device={str(self.labels.device)!r})"
+        )
+
     def __call__(self, ids: Tensor, view: int | Tensor = 0) -> Tensor:
         """Return the teacher's logits of samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
 
@@ -110,6 +116,8 @@ class CachedTeacher:
         Raises:
             UsageError: if an id or a view is out of range, or `ids` is not an integer tensor [B], such as a mask.
         """
+        if not isinstance(ids, Tensor):
+            raise UsageError(f"ids are a {type(ids).__name__}", "pass sample ids, an int64 tensor [B]")
         if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
             raise UsageError(f"ids are {ids.dtype} {list(ids.shape)}", "pass sample ids, an int64 tensor [B]")
         if isinstance(view, Tensor):

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Timer
 
 BATCH = 64
 """Images per batch when throughput is measured."""
 
 MIN_RUN_TIME = 1.0
 """Seconds for which each of latency and throughput is measured, at least."""
+
+
+def _timer_class() -> type[Timer]:
+    """Import torch's timer; it imports the builder of C++ extensions, which warns about CUDA tools without a GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils.benchmark import Timer  # noqa: PLC0415
+    finally:
+        logger.setLevel(level)
+    return Timer
 
 
 class Speed(NamedTuple):
@@ -92,5 +107,5 @@ def _median_seconds(model: nn.Module, images: Tensor, min_run_time: float) -> fl
         if images.device.type == "cuda":
             torch.cuda.synchronize(images.device)
 
-    timer = Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
+    timer = _timer_class()("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=min_run_time).median)

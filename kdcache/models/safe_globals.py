@@ -116,11 +116,23 @@ _STAND_INS: list[Any] = [
 ]
 
 
+_NAMES = {f"{one.__module__}.{one.__qualname__}" for one in _STAND_INS}
+
+
+def _full_name(registered: Any) -> str:
+    """Return the name under which torch finds a registered class, or a pair of one and its name."""
+    if isinstance(registered, tuple):
+        return str(registered[1])
+    return f"{registered.__module__}.{registered.__qualname__}"
+
+
 @contextmanager
 def safe_globals() -> Iterator[None]:
     """Let `torch.load(weights_only=True)` accept the classes above, as inert stand-ins, inside the context."""
     before = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(_STAND_INS)
+    # Other libraries register some of these classes themselves; of two of one name torch takes either.
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([one for one in before if _full_name(one) not in _NAMES] + _STAND_INS)
     try:
         yield
     finally:

@@ -147,7 +147,7 @@ def _train(
     train, views, teacher = _training_view(spec, loss, inputs, progress)
     if not loss.uses_teacher and not bool((train.labels >= 0).any()):
         raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
-    _check_loss(loss, train, progress)
+    _check_loss(loss, train, spec.train.epochs, progress)
     if loss.needs_level and not inputs.level_known:
         raise UsageError(
             f"the logits of this teacher are known up to an additive constant per sample, because only its "
@@ -242,8 +242,8 @@ def _training_view(
     return train, None if is_random(own) else 1, FixedImagesTeacher(teacher) if teacher is not None else None
 
 
-def _check_loss(loss: Loss, train: View, progress: Progress) -> None:
-    """Check that the loss is defined for these images and labels.
+def _check_loss(loss: Loss, train: View, epochs: int, progress: Progress) -> None:
+    """Check that the loss is defined for these images and labels, and that its warm-up ends within the run.
 
     Raises:
         UsageError: if it is not.
@@ -252,6 +252,11 @@ def _check_loss(loss: Loss, train: View, progress: Progress) -> None:
         raise UsageError(
             f"{loss.acts_on_label} acts on the one true class of an image, and {train.transform[-1]} mixes two images",
             "use a loss without ka, lsr, dkd, pld and ofa, such as kd or dtkd, or a cache of views that are not mixed",
+        )
+    if loss.uses_teacher and loss.warmup_epochs > epochs:
+        progress.say(
+            f"note: the teacher's weight grows over {loss.warmup_epochs:g} epochs, and the run has {epochs}, so it "
+            f"reaches {epochs / loss.warmup_epochs:.0%} of its value; lower loss.warmup_epochs, or train longer"
         )
     top = loss.adjustment.classes_kept
     if top is not None and top >= train.samples.num_classes:

@@ -152,6 +152,18 @@ def test_what_acts_on_the_label_is_refused_for_mixed_images(
         distillation_loss(torch.zeros(2, 10), torch.eye(10)[:2], batch.labels, recipe.loss, mixed=batch.mixed)
 
 
+@pytest.mark.parametrize(("warmup", "epochs", "share"), [(20.0, 3, "15%"), (4.0, 1, "25%"), (2.0, 2, None)])
+def test_a_warm_up_longer_than_the_run_is_reported(
+    cache: kdcache.Cache, tmp_path: Path, warmup: float, epochs: int, share: str | None
+) -> None:
+    recorder = Recorder()
+    given = pipeline("loss.name=dtkd", f"loss.warmup_epochs={warmup}", f"student.train.epochs={epochs}")
+    kdcache.train_student(given, cache, tmp_path / "run", progress=recorder)
+    notes = [line for line in recorder.lines if "lower loss.warmup_epochs" in line]
+    assert len(notes) == (share is not None)
+    assert all(f"reaches {share} of its value" in note for note in notes)
+
+
 def test_a_student_is_told_that_dkd_leaves_out_what_has_no_label(cache: kdcache.Cache, tmp_path: Path) -> None:
     recorder = Recorder()
     few = pipeline("loss.name=dtkd+dkd", "student.train.labels_per_class=3")
