@@ -47,7 +47,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 _FIRST = (
     *sorted(SLOW_FILES),
     "test_faults",
-    "test_placement",
+    "test_same_rows",
+    "test_records",
     "test_parallel",
     "test_remote",
     "test_sweep",

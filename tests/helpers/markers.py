@@ -14,7 +14,10 @@ PROCESS = {
     "test_faults",
     "test_lock",
     "test_parallel",
-    "test_placement",
+    "test_choice",
+    "test_memory",
+    "test_records",
+    "test_workers",
     "test_ranks",
     "test_resume",
     "test_sweep",
@@ -37,6 +40,10 @@ SLOW_FILES = {
 SLOW_TESTS = {
     "test_adding_a_loss": {
         "test_a_new_divergence_is_named_checked_computed_and_trained_with",
+    },
+    "test_boxes": {
+        "test_a_conversion_that_stopped_goes_on_to_the_same_digest",
+        "test_selected_and_merged_samples_keep_their_boxes",
     },
     "test_bytes_read": {
         "test_a_file_that_is_lost_before_the_seal_is_not_sealed",
@@ -62,6 +69,10 @@ SLOW_TESTS = {
     "test_checkpoint_layouts": {
         "test_an_exported_program_s_weights_are_read_without_it",
         "test_wrappers_around_a_part_of_the_network_are_seen_through",
+    },
+    "test_choice": {
+        "test_a_student_is_the_same_wherever_the_rows_are",
+        "test_the_command_says_where_the_rows_are",
     },
     "test_cifar_networks": {
         "test_names_shapes_and_logits_are_the_published_ones",
@@ -116,6 +127,12 @@ SLOW_TESTS = {
         "test_what_ends_a_worker_reaches_the_user",
         "test_what_the_writer_cannot_do_ends_the_run_and_can_be_gone_on_with",
     },
+    "test_exporter": {
+        "test_files_are_written_on_the_command_line_and_read_again",
+        "test_their_readers_cut_what_our_teacher_saw",
+        "test_there_and_back_again",
+        "test_what_their_readers_would_show_otherwise_is_refused",
+    },
     "test_faults": {
         "test_a_damaged_cache_is_never_a_wrong_number",
         "test_a_file_that_cannot_be_written_leaves_a_cache_to_go_on_with",
@@ -129,29 +146,20 @@ SLOW_TESTS = {
         "test_killed_between_manifest_and_plan_it_is_a_sealed_cache",
         "test_what_was_damaged_before_going_on_is_made_good",
     },
+    "test_files": {
+        "test_a_damaged_file_is_the_only_one_that_is_named",
+        "test_damage_to_an_unsealed_cache_is_found",
+    },
     "test_fingerprints": {
         "test_tiny_images_have_both",
     },
-    "test_foreign": {
-        "test_a_conversion_that_stopped_goes_on_to_the_same_digest",
+    "test_fkd": {
         "test_a_student_is_trained_from_fkds_files_on_the_command_line",
         "test_another_loop_gets_the_crops_too_in_its_workers_as_well",
         "test_boxes_in_half_precision_are_off_by_a_pixel_at_most_and_stay_inside",
-        "test_files_are_written_on_the_command_line_and_read_again",
-        "test_files_of_fkd_that_cannot_be_are_named",
-        "test_files_of_ml_dr_that_cannot_be_are_named",
-        "test_losses_that_need_the_level_are_refused_and_centered_ones_train",
-        "test_ml_drs_crops_and_probabilities_are_the_caches",
-        "test_selected_and_merged_samples_keep_their_boxes",
         "test_some_of_the_samples_keep_their_own_crops",
-        "test_their_readers_cut_what_our_teacher_saw",
-        "test_there_and_back_again",
-        "test_tinyvits_rows_can_be_read_and_written_again",
         "test_what_a_student_learns_from_are_the_recorded_crops",
         "test_what_fkd_says_is_what_the_cache_says",
-        "test_what_ml_dr_has_changed_otherwise_is_refused_by_name",
-        "test_what_their_readers_would_show_otherwise_is_refused",
-        "test_whatever_needs_no_images_works_with_tinyvits_rows",
     },
     "test_hf": {
         "test_a_folder_is_a_teacher_and_its_configuration_tells_it_apart",
@@ -170,6 +178,9 @@ SLOW_TESTS = {
         "test_training_on_labels_alone_allows_any_transform",
         "test_two_copies_of_a_cache_are_equal_to_one",
     },
+    "test_level": {
+        "test_losses_that_need_the_level_are_refused_and_centered_ones_train",
+    },
     "test_lock": {
         "test_a_cache_that_is_being_derived_is_not_begun_by_another_command",
         "test_a_second_run_is_refused_while_the_first_is_alive_and_goes_on_at_once_when_it_is_killed",
@@ -186,9 +197,17 @@ SLOW_TESTS = {
     "test_losses_training": {
         "test_students_are_trained_with_products_of_the_axes",
     },
+    "test_memory": {
+        "test_memory_does_not_grow_with_the_rows",
+        "test_the_benchmark_runs",
+    },
     "test_mixing": {
         "test_a_mixed_image_is_that_of_the_formula_in_any_batch",
         "test_workers_change_no_byte_of_the_cache",
+    },
+    "test_ml_dr": {
+        "test_ml_drs_crops_and_probabilities_are_the_caches",
+        "test_what_ml_dr_has_changed_otherwise_is_refused_by_name",
     },
     "test_models": {
         "test_a_torchvision_network_takes_small_grey_images_and_stays_itself",
@@ -226,23 +245,8 @@ SLOW_TESTS = {
         "test_a_set_that_cannot_be_read_is_refused",
         "test_the_resolved_file_reads_back_to_the_same_pipeline",
     },
-    "test_placement": {
-        "test_a_store_that_is_damaged_is_no_teacher",
-        "test_a_stream_reads_each_block_once_an_epoch",
-        "test_a_student_is_the_same_wherever_the_rows_are",
-        "test_a_worker_may_announce",
-        "test_damaged_records_are_made_anew",
-        "test_every_place_gives_what_was_written",
-        "test_killed_at_any_moment_no_half_file_has_the_final_name",
-        "test_memory_does_not_grow_with_the_rows",
-        "test_records_are_made_once_and_kept_by_the_caches_digest",
-        "test_records_that_go_before_they_are_mapped",
-        "test_the_benchmark_runs",
-        "test_the_command_says_where_the_rows_are",
-        "test_the_order_is_of_all_ids_and_follows_from_the_seed",
-        "test_the_same_batches_may_be_announced_for_another_view",
-        "test_whatever_was_announced_the_answer_is_right",
-        "test_workers_are_given_the_same",
+    "test_pixels": {
+        "test_the_findings_do_not_depend_on_threads",
     },
     "test_planner": {
         "test_a_fidelity_out_of_reach_of_the_tail_keeps_every_class",
@@ -260,6 +264,17 @@ SLOW_TESTS = {
         "test_every_recipe_runs",
         "test_recipes_are_listed_shown_and_copied",
         "test_the_template_trains_a_teacher_of_one_s_own",
+    },
+    "test_records": {
+        "test_a_store_that_is_damaged_is_no_teacher",
+        "test_damaged_records_are_made_anew",
+        "test_killed_at_any_moment_no_half_file_has_the_final_name",
+        "test_records_are_made_once_and_kept_by_the_caches_digest",
+        "test_records_that_go_before_they_are_mapped",
+    },
+    "test_refused": {
+        "test_files_of_fkd_that_cannot_be_are_named",
+        "test_files_of_ml_dr_that_cannot_be_are_named",
     },
     "test_remote": {
         "test_a_data_set_of_the_hub",
@@ -284,6 +299,13 @@ SLOW_TESTS = {
     "test_run_folder": {
         "test_tensorboard_gets_every_line_once_from_a_resumed_run",
         "test_two_processes_write_one_run_folder_and_what_one_process_would",
+    },
+    "test_same_rows": {
+        "test_a_stream_reads_each_block_once_an_epoch",
+        "test_every_place_gives_what_was_written",
+        "test_the_order_is_of_all_ids_and_follows_from_the_seed",
+        "test_the_same_batches_may_be_announced_for_another_view",
+        "test_whatever_was_announced_the_answer_is_right",
     },
     "test_scratch": {
         "test_a_partial_folder_of_a_killed_process_is_taken_over",
@@ -317,8 +339,15 @@ SLOW_TESTS = {
         "test_each_student_of_a_sweep_equals_a_single_run",
         "test_processes_share_a_mapped_cache",
     },
+    "test_teacher": {
+        "test_figures_against_the_live_teacher_are_those_of_the_dense_logits",
+    },
     "test_teachers": {
         "test_an_ensemble_goes_through_the_command_line",
+    },
+    "test_tinyvit": {
+        "test_tinyvits_rows_can_be_read_and_written_again",
+        "test_whatever_needs_no_images_works_with_tinyvits_rows",
     },
     "test_train": {
         "test_a_student_of_mixed_views_is_trained_and_its_pixels_are_checked",
@@ -336,19 +365,19 @@ SLOW_TESTS = {
     "test_user_loss": {
         "test_a_run_is_not_resumed_with_other_code",
     },
-    "test_verify": {
-        "test_a_cache_of_any_encoding_is_whole",
-        "test_a_chunk_that_a_shard_says_it_has_not_is_found",
-        "test_a_damaged_file_is_the_only_one_that_is_named",
-        "test_a_dense_row_that_cannot_be_is_found",
-        "test_a_row_that_cannot_be_is_found",
-        "test_damage_to_an_unsealed_cache_is_found",
-        "test_figures_against_the_live_teacher_are_those_of_the_dense_logits",
-        "test_the_findings_do_not_depend_on_threads",
-    },
     "test_views": {
         "test_views_are_the_same_in_another_interpreter",
         "test_views_are_the_same_in_worker_processes",
+    },
+    "test_workers": {
+        "test_a_worker_may_announce",
+        "test_workers_are_given_the_same",
+    },
+    "test_wrong_rows": {
+        "test_a_cache_of_any_encoding_is_whole",
+        "test_a_chunk_that_a_shard_says_it_has_not_is_found",
+        "test_a_dense_row_that_cannot_be_is_found",
+        "test_a_row_that_cannot_be_is_found",
     },
 }
 """File -> tests that take over a second, all cases together, as `pytest --durations=0` shows."""
