@@ -15,7 +15,6 @@ from kdcache.cli.options import (
     digest_option,
     json_option,
     open_caches,
-    out_option,
     pipeline_argument,
     read_pipeline,
     set_option,
@@ -25,10 +24,18 @@ from kdcache.cli.options import (
 if TYPE_CHECKING:
     from kdcache.cache.placement.choose import Placement
 
+run_option = click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Run folder; an interrupted run is resumed, and the results of a complete one are printed.",
+)
+
 
 @click.command("train-teacher")
 @pipeline_argument
-@out_option
+@run_option
 @set_option
 @device_option
 @json_option
@@ -51,7 +58,7 @@ def train_teacher(pipeline: Path, out: Path, overrides: tuple[str, ...], device:
 
 @click.command("train-student")
 @pipeline_argument
-@out_option
+@run_option
 @caches_option
 @digest_option
 @click.option(

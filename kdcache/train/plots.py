@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from kdcache.runtime.atomic_write import open_atomic
+
 _DOTS_BELOW = 40
 
 _LONG_NAME = 12
@@ -50,7 +52,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=120)
+    _write(figure, path, 120)
 
 
 def draw_accuracies(
@@ -94,4 +96,10 @@ def draw_accuracies(
     axes.set_ylabel("test accuracy, %")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    _write(figure, path, 150)
+
+
+def _write(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure as a PNG, atomically."""
+    with open_atomic(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,7 +29,7 @@ import torch
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from kdcache.cache.preconditions import check_outside
+from kdcache.cache.preconditions import check_outside, differences, not_ours
 from kdcache.config.schema import Pipeline
 from kdcache.config.yaml_lines import read_yaml
 from kdcache.errors import CorruptError, InterruptedRun, MismatchError, UsageError
@@ -42,8 +43,14 @@ from kdcache.train.loop import Diverged, Epoch
 from kdcache.train.plots import draw_curves
 
 CHECKPOINT = "model.safetensors"
-_STATE = "state.pt"
-_BEGUN = "begun.json"
+_PIPELINE, _METRICS = "resolved.yaml", "metrics.json"
+_STATE, _BEGUN = "state.pt", "begun.json"
+
+_MADE_FROM: dict[str, Any] = {"network": None, "caches": [], "code": None}
+"""What a run depends on beside its pipeline, as metrics.json has it, and what is meant if it does not."""
+
+_SHOWN = 8
+"""Settings that differ, in one message."""
 
 
 class Run:
@@ -93,7 +100,7 @@ class Run:
             tracker.finish()
         save_weights(model, self.folder / CHECKPOINT)
         draw_curves([row._asdict() for row in self._rows], self.folder / "curves.png")
-        write_json(self.folder / "metrics.json", metrics)
+        write_json(self.folder / _METRICS, metrics)
 
 
 def check_free(out: Path) -> None:
@@ -105,6 +112,55 @@ def check_free(out: Path) -> None:
     if out.exists():
         raise UsageError(f"{out} exists", "write to another folder with -o, or delete it first")
     check_outside(out)
+
+
+def check_run(out: Path) -> None:
+    """Check that a run can be written to `out`, or is complete there.
+
+    Raises:
+        UsageError: if it is something else, or inside a cache.
+    """
+    if missing := [name for name in (CHECKPOINT, _PIPELINE, _METRICS) if not (out / name).is_file()]:
+        if out.exists():
+            raise UsageError(
+                f"{out} exists and is not a complete run: it has no {' and no '.join(missing)}",
+                "write to another folder with -o, or delete it first",
+            )
+        check_outside(out)
+
+
+def complete_run(out: Path, pipeline: Pipeline, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of a complete run, after checking that it has these settings.
+
+    Args:
+        out: its folder.
+        pipeline: resolved.
+        made_from: entries of the metrics that must be equal, such as the digests of caches.
+
+    Raises:
+        MismatchError: if it has other settings; it names each of them with both values.
+        CorruptError: if its files cannot be read.
+    """
+    metrics: dict[str, Any] = read_json(out / _METRICS)
+    before = {key: metrics.get(key, default) for key, default in _MADE_FROM.items()}
+    now = {"pipeline": _as_dict(pipeline), **_MADE_FROM, **made_from}
+    if changes := described_differences({"pipeline": _read_pipeline(out), **before}, now):
+        raise MismatchError(
+            f"{out} is a complete run with other settings: {changes}",
+            "write to another folder with -o, or delete it first",
+        )
+    return metrics
+
+
+def _as_dict(pipeline: Pipeline) -> Any:
+    return read_yaml(pipeline.to_yaml(), "")[0]
+
+
+def _read_pipeline(out: Path) -> Any:
+    try:
+        return read_yaml((out / _PIPELINE).read_text(encoding="utf-8"), str(out / _PIPELINE))[0]
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"cannot read {out / _PIPELINE}: {error}", f"delete {out}, and train again") from error
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -135,14 +191,18 @@ def run_folder(
         trackers: names of the trackers to which metrics are logged.
 
     Raises:
-        UsageError: if `out` exists, or another process is writing it.
+        UsageError: if `out` exists, another process is writing it, or NAME.partial is something else.
         MismatchError: if another run was interrupted there.
         CorruptError: if its state cannot be read; it is kept.
         InterruptedRun: on Ctrl-C, if the run can be resumed.
     """
-    check_free(out)
+    check_outside(out)
     with locked(out) if is_first() else nullcontext():
-        check_free(out)  # another process may have completed it meanwhile
+        if out.exists():
+            raise UsageError(
+                f"{out} exists: another process completed it just now",
+                "run the same command again: it ends at once if the run has the same settings",
+            )
         unfinished = temporary(out)
         state = _begin(unfinished, pipeline, begun_with) if is_first() else None
         try:
@@ -180,21 +240,20 @@ def _begin(folder: Path, pipeline: Pipeline, begun_with: Mapping[str, Any]) -> d
         MismatchError: if the interrupted run had another configuration.
         CorruptError: if its files cannot be read.
     """
-    configuration = {"pipeline": read_yaml(pipeline.to_yaml(), "")[0], **begun_with, "versions": versions()}
+    configuration = {"pipeline": _as_dict(pipeline), **begun_with, "versions": versions()}
     if (folder / _STATE).is_file():
         before = read_json(folder / _BEGUN)
-        if difference := next(_differences(before, json.loads(json.dumps(configuration))), None):
-            key, old, new = difference
+        if changes := described_differences(before, json.loads(json.dumps(configuration))):
             raise MismatchError(
-                f"{folder} holds another run that was interrupted: {key} was {old}, and is {new} now",
+                f"{folder} holds another run that was interrupted: {changes}",
                 f"run the command that started it, write to another folder with -o, or delete {folder}",
             )
         return _read_state(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove_earlier(folder)
     folder.mkdir(parents=True)
     write_json(folder / _BEGUN, configuration)
     write_json(folder / "versions.json", {**versions(), **commits()})
-    write_file(folder / "resolved.yaml", pipeline.to_yaml())
+    write_file(folder / _PIPELINE, pipeline.to_yaml())
     return None
 
 
@@ -208,15 +267,31 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, old value, new value) of each difference between two nested dicts."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in dict.fromkeys([*before, *now]):
-            yield from _differences(
-                before.get(name), now.get(name), f"{key}.{name}".removeprefix(".pipeline").lstrip(".")
-            )
-    elif before != now:
-        yield key, before, now
+def _remove_earlier(folder: Path) -> None:
+    """Remove what a run left that was killed before its first epoch was complete.
+
+    Raises:
+        UsageError: if something else has the name of the folder.
+    """
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise not_ours(folder)
+    names = {path.name for path in folder.iterdir()}
+    if names and not names & {_BEGUN, temporary(folder / _BEGUN).name, _PIPELINE}:
+        raise not_ours(folder)
+    shutil.rmtree(folder)
+
+
+def described_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return `KEY was OLD, and is NEW now` for each difference between two configurations; empty if there is none.
+
+    The keys of the pipeline are shown as in its file.
+    """
+    changes = differences(before, now)
+    shown = [f"{key.removeprefix('pipeline.')} was {old}, and is {new} now" for key, old, new in changes[:_SHOWN]]
+    more = [f"and {len(changes) - _SHOWN} more"] if len(changes) > _SHOWN else []
+    return "; ".join([*shown, *more])
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

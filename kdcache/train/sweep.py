@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 from kdcache.cache.reader import Cache
 from kdcache.config.schema import Pipeline
-from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
+from kdcache.errors import IncompleteError, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.folder_lock import locked
 from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
-from kdcache.train.run_folder import check_trackers, read_json, write_json
+from kdcache.train.run_folder import check_trackers, described_differences, read_json, write_json
 from kdcache.train.sweep_points import Point
 from kdcache.train.sweep_worker import (
     ProgressQueue,
@@ -144,8 +144,6 @@ class _SweepContext:
         inputs = self.inputs(pipeline)
         try:
             train_on(pipeline, inputs, job.folder, device=self.device, progress=progress)
-        except InterruptedRun:
-            raise
         except KdcacheError as error:
             return StudentResult(job.point.name, job.seed, str(job.folder), None, None, 0.0, error.what)
         return _read_result(job)
@@ -228,9 +226,9 @@ def _begin_point(point: Point, caches: Sequence[Cache], out: Path) -> None:
     configuration = {"pipeline": pipeline, "caches": [cache.manifest.digest for cache in caches]}
     path = out / point.name / _POINT
     if path.is_file():
-        if read_json(path) != configuration:
+        if changes := described_differences(read_json(path), configuration):
             raise MismatchError(
-                f"{path.parent} holds students of the same name from another pipeline or cache",
+                f"{path.parent} holds students of the same name with other settings: {changes}",
                 "write to another folder with -o, or delete that one",
             )
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +48,25 @@ def combinations(path: Path, overrides: Sequence[str], over: Sequence[str]) -> l
         chosen = dict(zip(keys, values, strict=True))
         loss = chosen.get("loss")
         given = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if key != "loss"]
-        pipeline = load_pipeline(path, [*overrides, *given], None if loss is None else str(loss))
+        try:
+            pipeline = load_pipeline(path, [*overrides, *given], None if loss is None else str(loss))
+        except UsageError as error:
+            typed = dict(zip(keys, over, strict=True))
+            options = {f"--set {key}={json.dumps(value)}": typed[key] for key, value in chosen.items()}
+            raise _as_typed(error, {**options, f"--loss {loss}": typed.get("loss", "")}) from None
         name = ",".join(f"{key.rpartition('.')[2]}={_plain(value)}" for key, value in chosen.items()) or "student"
         if any(point.name == name for point in points):
             name = f"{name},{len(points)}"
         points.append(Point(name, pipeline))
     return points
+
+
+def _as_typed(error: UsageError, options: Mapping[str, str]) -> UsageError:
+    """Return an error that names the `--over` that was typed, instead of the options of one combination."""
+    what = error.what
+    for option, over in options.items():
+        what = what.replace(option, f"--over {over}")
+    return UsageError(what, error.fix)
 
 
 def _axis(given: str) -> tuple[str, list[Any]]:

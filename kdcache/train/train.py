@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,13 +16,14 @@ from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec, TrainSpec
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View, seeded
-from kdcache.errors import UsageError
+from kdcache.errors import CorruptError, InterruptedRun, UsageError
 from kdcache.losses import Loss
 from kdcache.models import build_model
 from kdcache.models.checks import try_network, try_training
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.distributed import is_first, n_processes
-from kdcache.runtime.progress import Progress, Silent
+from kdcache.runtime.progress import Progress
+from kdcache.runtime.terminal import reporter
 from kdcache.train.accelerator import described_settings, ignored_settings
 from kdcache.train.inputs import (
     CacheOptions,
@@ -32,8 +34,13 @@ from kdcache.train.inputs import (
     labels_shown,
 )
 from kdcache.train.loop import Epoch, fit
-from kdcache.train.run_folder import CHECKPOINT, check_free, check_trackers, run_folder
+from kdcache.train.run_folder import CHECKPOINT, check_run, check_trackers, complete_run, run_folder
 from kdcache.train.student_transform import check_evaluation_shape, evaluation_transform, own_training_view
+
+_NOTHING_KEPT = (
+    "interrupted before the first epoch was complete; no partial file was kept",
+    "run it again to start from the beginning",
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class RunResult:
 
 
 def train_teacher(
-    pipeline: Pipeline, out: str | Path, *, device: torch.device | str = "cpu", progress: Progress | None = None
+    pipeline: Pipeline, out: str | Path, *, device: torch.device | str = "cpu", progress: Progress | bool | None = None
 ) -> RunResult:
     """Train the pipeline's teacher with cross-entropy, from random weights.
 
@@ -64,18 +71,23 @@ def train_teacher(
 
     Args:
         pipeline: `dataset`, `transform` and `teacher` sections.
-        out: run folder; must not exist.
+        out: run folder. If it holds a complete run of the same settings, that one is returned.
         device: where to train.
-        progress: progress reporter; silent if None.
+        progress: True to show progress on stderr, or a progress reporter; silent if None.
 
     Raises:
+        MismatchError: if `out` holds a run with other settings.
+        InterruptedRun: on Ctrl-C; a KeyboardInterrupt that says what is kept.
         KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     spec = pipeline.section("teacher")
-    check_free(Path(out))
+    check_run(Path(out))
     loss = Loss.model_validate({"name": "ce"})
-    inputs = inputs_without_teacher(pipeline)
-    return _train(pipeline, spec, loss, inputs, Path(out), device, progress or Silent())
+    try:
+        inputs = inputs_without_teacher(pipeline)
+        return _train(pipeline, spec, loss, inputs, Path(out), device, reporter(progress))
+    except KeyboardInterrupt as interrupt:
+        raise InterruptedRun.of(interrupt, *_NOTHING_KEPT) from None
 
 
 def train_student(
@@ -85,7 +97,7 @@ def train_student(
     options: CacheOptions | None = None,
     *,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> RunResult:
     """Train the pipeline's student from a cache; the teacher itself is not loaded.
 
@@ -94,29 +106,42 @@ def train_student(
     Args:
         pipeline: `dataset`, `student`, `join` and `loss` sections.
         cache: one or several caches of the data set; None only for a loss that uses no teacher.
-        out: run folder; must not exist.
+        out: run folder. If it holds a complete run of the same settings, that one is returned.
         options: placement of the cache's rows, and accepted differences from the data set; the defaults if None.
         device: where to train.
-        progress: progress reporter; silent if None.
+        progress: True to show progress on stderr, or a progress reporter; silent if None.
 
     Raises:
-        MismatchError: if the cache belongs to other images, another order, other labels or another transform, or
-            replayed images are not those that the teacher saw.
+        MismatchError: if the cache belongs to other images, another order, other labels or another transform,
+            replayed images are not those that the teacher saw, or `out` holds a run with other settings.
+        InterruptedRun: on Ctrl-C; a KeyboardInterrupt that says what is kept.
         KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     pipeline.section("student")
-    check_free(Path(out))
-    options = options or CacheOptions()
+    check_run(Path(out))
     caches = [] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
+    try:
+        inputs = _student_inputs(pipeline, caches, options or CacheOptions(), device, reporter(progress))
+        return train_on(pipeline, inputs, out, device=device, progress=progress)
+    except KeyboardInterrupt as interrupt:
+        raise InterruptedRun.of(interrupt, *_NOTHING_KEPT) from None
+
+
+def _student_inputs(
+    pipeline: Pipeline,
+    caches: Sequence[Cache],
+    options: CacheOptions,
+    device: torch.device | str,
+    progress: Progress,
+) -> TrainingInputs:
+    """Load the data of a student, and its teacher if there are caches."""
     if caches:
-        inputs = inputs_from_caches(pipeline, caches, options, device=device, progress=progress)
-    elif options.by_content:
+        return inputs_from_caches(pipeline, caches, options, device=device, progress=progress)
+    if options.by_content:
         raise UsageError("--align and --allow-missing match samples with a cache, and there is none", "pass --cache")
-    elif pipeline.loss.uses_teacher:
+    if pipeline.loss.uses_teacher:
         raise UsageError(f"the loss {pipeline.loss.name} needs a teacher", "pass its cache with --cache, or --loss ce")
-    else:
-        inputs = inputs_without_teacher(pipeline)
-    return train_on(pipeline, inputs, out, device=device, progress=progress)
+    return inputs_without_teacher(pipeline)
 
 
 def train_on(
@@ -125,12 +150,12 @@ def train_on(
     out: str | Path,
     *,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> RunResult:
     """Train the pipeline's student on inputs that several students may share; see `train_student`."""
     spec = pipeline.section("student")
-    check_free(Path(out))
-    return _train(pipeline, spec, pipeline.loss, inputs, Path(out), device, progress or Silent())
+    check_run(Path(out))
+    return _train(pipeline, spec, pipeline.loss, inputs, Path(out), device, reporter(progress))
 
 
 def _train(
@@ -167,12 +192,21 @@ def _train(
                 check_evaluation_shape(spec.transform, train, held)
     used = pipeline.model_copy(update={"transform": inputs.transform, "eval_transform": eval_transform, "loss": loss})
     torch_device = torch.device(device)
-    begun_with = {
+    made_from = {
+        "network": "student" if isinstance(spec, StudentSpec) else "teacher",
         "caches": inputs.record.get("caches", []),
+        **({"code": code} if (code := code_digest(loss)) else {}),
+    }
+    if out.exists():
+        metrics = complete_run(out, used, made_from)
+        complete = _result_of(out, spec, samples.num_classes, train.shape(), metrics)
+        progress.say(f"{out} is complete: nothing to do")
+        return complete
+    begun_with = {
+        **made_from,
         "device": torch_device.type,
         # Rows that are read as a stream come in another order.
         "streamed": "stream" in inputs.record.get("placement", []),
-        **({"code": code} if (code := code_digest(loss)) else {}),
     }
     with (
         run_folder(out, used, begun_with, spec.train.trackers) as run,
@@ -204,7 +238,7 @@ def _train(
         run.finish(
             model,
             {
-                "network": "student" if isinstance(spec, StudentSpec) else "teacher",
+                **made_from,
                 "loss": loss.name,
                 "seed": spec.train.seed,
                 "best": trained.best._asdict(),
@@ -219,6 +253,28 @@ def _train(
             },
         )
     return RunResult(model, trained.best, score, trained.seconds, out / CHECKPOINT)
+
+
+def _result_of(
+    out: Path,
+    spec: TeacherSpec | StudentSpec,
+    num_classes: int,
+    shape: tuple[int, int, int],
+    metrics: Mapping[str, Any],
+) -> RunResult:
+    """Return the result of a complete run.
+
+    Raises:
+        CorruptError: if its metrics are not those of a run.
+        KdcacheError: if its weights cannot be read.
+    """
+    checkpoint = out / CHECKPOINT
+    model = build_model(spec.model_copy(update={"weights": str(checkpoint)}), num_classes, shape, trained=True)
+    try:
+        best, test = Epoch(**metrics["best"]), metrics["test"]
+        return RunResult(model, best, SplitScore(**test) if test else None, float(metrics["seconds"]), checkpoint)
+    except (TypeError, ValueError, LookupError) as error:
+        raise CorruptError(f"cannot read the metrics of {out}: {error}", f"delete {out}, and train again") from error
 
 
 def _smallest_micro_batch(spec: TrainSpec, n_samples: int) -> int:

@@ -170,9 +170,11 @@ def test_files_that_are_not_there(work: Path, tmp_path: Path) -> None:
 
 def test_output_that_exists_is_never_touched(work: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
-    assert "exists" in refused(2, "train-teacher", RECIPE, "-o", work / "teacher", *QUICK)
+    assert "exists" in refused(2, "train-teacher", RECIPE, "-o", work, *QUICK)
+    longer = ["--set", "teacher.train.epochs=2", "--device", "cpu"]
+    assert "epochs was 1, and is 2 now" in refused(4, "train-teacher", RECIPE, "-o", work / "teacher", *longer)
     student = ["--cache", work / "digits.kdcache", "-o", work / "teacher", *QUICK]
-    assert "exists" in refused(2, "train-student", RECIPE, *student)
+    assert "is a complete run with other settings" in refused(4, "train-student", RECIPE, *student)
     cache = ["-o", work / "digits.kdcache", *weights(work)]
     assert "already a sealed cache" in refused(2, "dump-teacher", RECIPE, *cache, "--set", "cache.top_k=3")
     ok("dump-teacher", RECIPE, *cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from helpers.paths import ROOT
 from helpers.processes import command_line, exit_code, in_a_process, kill_at
 from helpers.trainers import meeting_place, together
+from safetensors.torch import load_file
 
+from kdcache import load_pipeline, open_cache, train_student
 from kdcache.cli import main
 
 EPOCHS = 4
@@ -332,8 +336,73 @@ def test_two_processes_of_which_one_is_killed_resume_to_the_same_result(home_of_
     assert contents(out) == contents(whole)
 
 
-def test_a_finished_run_is_not_started_again(home_of_all: Path, whole: Path) -> None:
+def test_a_finished_run_is_not_started_again_but_printed(home_of_all: Path, whole: Path) -> None:
     before = contents(whole)
-    refused = train(home_of_all, whole)
-    assert (refused.exit_code, f"{whole} exists" in refused.stderr) == (2, True)
+    again = train(home_of_all, whole)
+    assert (again.exit_code, f"{whole} is complete: nothing to do" in again.stderr) == (0, True)
+    assert f"run       {whole}\n" in again.stdout
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert f"accuracy {metrics['test']['accuracy']:.2%}" in again.stdout
     assert contents(whole) == before
+
+
+def test_a_finished_run_of_other_settings_is_refused_with_both_values(
+    home_of_all: Path, whole: Path, tmp_path: Path
+) -> None:
+    before, other = contents(whole), tmp_path / "other.kdcache"
+    assert command("dump-teacher", home_of_all / "tiny.yaml", "-o", other, "--set", "cache.dtype=uint8").exit_code == 0
+    recipe, cache = home_of_all / "tiny.yaml", ["--cache", home_of_all / "tiny.kdcache"]
+    commands: dict[str, list[object]] = {
+        "student.train.lr was 0.1, and is 0.2 now; student.train.epochs was 4, and is 9 now": [
+            *cache, "--set", "student.train.lr=0.2", "--set", "student.train.epochs=9"],
+        "loss.name was ctkd, and is kd now": [*cache, "--loss", "kd"],
+        "caches was ['sha256:": ["--cache", other],
+        "student.train.seed was 5, and is 6 now": [*cache, "--seed", 6],
+    }  # fmt: skip
+    for words, more in commands.items():
+        refused = command("train-student", recipe, "-o", whole, *more)
+        assert refused.exit_code == 4, refused.stderr
+        assert f"{whole} is a complete run with other settings: " in refused.stderr
+        for part in words.split("; "):
+            assert part in refused.stderr
+    assert contents(whole) == before
+
+
+def test_a_student_and_a_teacher_of_one_pipeline_are_not_the_same_run(tmp_path: Path) -> None:
+    recipe, out = ROOT / "pipelines" / "digits.yaml", tmp_path / "run"
+    few = ["--set", "teacher.train.epochs=1", "--set", "student.train.epochs=1", "-o", out]
+    assert command("train-teacher", recipe, *few).exit_code == 0
+    again = command("train-teacher", recipe, *few)
+    assert (again.exit_code, "is complete: nothing to do" in again.stderr) == (0, True)
+    refused = command("train-student", recipe, *few, "--loss", "ce")
+    assert (refused.exit_code, "network was teacher, and is student now" in refused.stderr) == (4, True)
+
+
+def test_the_result_of_a_finished_run_has_its_weights(home_of_all: Path, whole: Path) -> None:
+    resolved = load_pipeline(home_of_all / "tiny.yaml")
+    done = train_student(resolved, open_cache(home_of_all / "tiny.kdcache"), whole)
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert (done.best._asdict(), done.seconds) == (metrics["best"], metrics["seconds"])
+    assert (done.test and done.test._asdict()) == metrics["test"]
+    torch.testing.assert_close(dict(done.model.state_dict()), load_file(whole / "model.safetensors"))
+
+
+@pytest.mark.parametrize("missing", ["metrics.json", "model.safetensors"])
+def test_a_folder_that_is_not_a_finished_run_is_refused(
+    missing: str, home_of_all: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / missing).unlink()
+    refused = train(home_of_all, out)
+    assert refused.exit_code == 2
+    assert f"{out} exists and is not a complete run: it has no {missing}" in refused.stderr
+
+
+def test_a_folder_that_has_the_name_of_an_unfinished_run_by_chance_is_kept(home_of_all: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "run.partial" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    refused = train(home_of_all, tmp_path / "run")
+    assert (refused.exit_code, "was not made by kdcache" in refused.stderr) == (2, True)
+    assert notes.read_text() == "mine"

@@ -26,7 +26,7 @@ from torch import nn
 from kdcache import Cache, Pipeline, dump_teacher, load_pipeline, load_split, train_student
 from kdcache.cache.decoded_teacher import DecodedTeacher
 from kdcache.cli import main
-from kdcache.errors import CorruptError, UsageError
+from kdcache.errors import CorruptError, InterruptedRun, UsageError
 from kdcache.train.loop import Epoch
 from kdcache.train.plots import draw_curves
 from kdcache.train.run_folder import check_free, check_trackers
@@ -91,7 +91,7 @@ def test_tensorboard_gets_every_line_once_from_a_resumed_run(
         return original(teacher, *given)
 
     monkeypatch.setattr(DecodedTeacher, "__call__", interrupting)
-    with pytest.raises(Exception, match="the run is kept in"):
+    with pytest.raises(InterruptedRun, match="the run is kept in"):
         train_student(resolved, cache, tmp_path / "run")
     train_student(resolved, cache, tmp_path / "run")
     check_told(tmp_path / "run")

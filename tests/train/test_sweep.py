@@ -137,7 +137,7 @@ def test_students_of_another_pipeline_are_not_reused(cache: kdcache.Cache, tmp_p
     assert command(cache, tmp_path, "--over", "loss=ce", "--seeds", 1).exit_code == 0
     done = command(cache, tmp_path, "--over", "loss=ce", "--seeds", 1, "--set", "student.train.lr=0.5")
     assert done.exit_code == 4
-    assert "from another pipeline or cache" in done.stderr
+    assert "with other settings: student.train.lr was 0.05, and is 0.5 now" in done.stderr
 
 
 def test_a_failed_student_does_not_stop_the_others(cache: kdcache.Cache, tmp_path: Path) -> None:
