@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kdcache.evaluation.networks import Network, NetworkRef
     from kdcache.evaluation.scorecard import NetworkScore, Scorecard
 
+_CHECKPOINTS = {".bin", ".ckpt", ".pt", ".pt2", ".pth", ".safetensors", ".tar"}
+
 
 @click.command("evaluate")
 @click.argument("networks", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]... [CHECKPOINT]...")
@@ -48,8 +50,8 @@ def evaluate(
 ) -> None:
     """Print the accuracy, calibration and cost of trained networks, and their agreement with a cached teacher.
 
-    A RUN is a folder of train-student or train-teacher. A CHECKPOINT is a file with the weights of a network of
-    --pipeline, safetensors or torch. Nothing is written.
+    A RUN is a folder of train-student or train-teacher, or a whole sweep. A CHECKPOINT is a file with the weights of a
+    network of --pipeline, safetensors or torch. Nothing is written.
 
     \b
     Example: kdcache evaluate runs/digits-teacher runs/digits-student --cache runs/digits.kdcache
@@ -82,19 +84,28 @@ def _select(
         UsageError: if a checkpoint has no pipeline, or an option is missing.
     """
     from kdcache.evaluation.networks import from_pipeline, from_run
+    from kdcache.evaluation.runs import find_runs
 
+    found, unfinished = find_runs(paths)
+    for run in unfinished:
+        output.say(f"note: {run} is not finished and is left out")
     if pipeline is None or network is None:
-        files = [path for path in paths if path.is_file()]
-        if files or not paths or pipeline or network or overrides:
-            what = f"{files[0]} is a checkpoint" if files else "no RUN is given" if not paths else "options are missing"
+        files = [path for path in found if path.is_file()]
+        if files or not found or pipeline or network or overrides:
+            what = "options are missing" if found else "no RUN is given"
             raise UsageError(
-                f"{what}: a network that is not a run needs --pipeline and --network, and so does --set",
+                f"{_described(files[0]) if files else what}: a network that is not a run needs --pipeline and "
+                "--network, and so does --set",
                 "use: kdcache evaluate RUN, or: kdcache evaluate --pipeline PIPELINE --network student CHECKPOINT",
             )
-        return [from_run(path) for path in paths]
+        return [from_run(path) for path in found]
     resolved = read_pipeline(pipeline, overrides)
-    named = [from_run(path) if path.is_dir() else from_pipeline(resolved, network, path) for path in paths]
-    return named if any(not path.is_dir() for path in paths) else [from_pipeline(resolved, network, None), *named]
+    named = [from_run(path) if path.is_dir() else from_pipeline(resolved, network, path) for path in found]
+    return named if any(not path.is_dir() for path in found) else [from_pipeline(resolved, network, None), *named]
+
+
+def _described(file: Path) -> str:
+    return f"{file} is a checkpoint" if file.suffix in _CHECKPOINTS else f"{file} is a file, not a run folder"
 
 
 def _print(card: Scorecard, cache: Cache | None, device: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,12 +19,16 @@ from kdcache.data.views import View
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.models import build_model
 from kdcache.models.teacher import load_teacher
+from kdcache.runtime.atomic_write import SUFFIX, temporary
 from kdcache.train.run_folder import CHECKPOINT
 from kdcache.train.student_transform import evaluation_transform
 
 Network = Literal["student", "teacher"]
 
 _PIPELINE, _METRICS = "resolved.yaml", "metrics.json"
+
+_SHOWN = 8
+"""Runs that a message names."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +114,8 @@ def from_run(folder: Path) -> NetworkRef:
         UsageError: if the folder is not a finished run, or its metrics do not name the network.
         CorruptError: if its metrics cannot be read.
     """
-    missing = [name for name in (CHECKPOINT, _PIPELINE, _METRICS) if not (folder / name).is_file()]
-    if missing:
-        raise UsageError(
-            f"{folder} is not a finished run: it has no {' and no '.join(missing)}"
-            if folder.exists()
-            else f"run folder not found: {folder}",
-            "pass a folder that train-student or train-teacher wrote, "
-            "or a checkpoint with its pipeline: --pipeline PIPELINE --network student CHECKPOINT",
-        )
+    if missing := [name for name in (CHECKPOINT, _PIPELINE, _METRICS) if not (folder / name).is_file()]:
+        raise _not_a_run(folder, missing)
     try:
         metrics = json.loads((folder / _METRICS).read_text(encoding="utf-8"))
         network, class_names = metrics.get("network"), metrics.get("class_names")
@@ -131,6 +129,34 @@ def from_run(folder: Path) -> NetworkRef:
     pipeline = load_pipeline(folder / _PIPELINE)
     names = tuple(map(str, class_names)) if class_names is not None else None
     return NetworkRef(str(folder), _with_weights(pipeline, network, folder / CHECKPOINT), network, names)
+
+
+def _not_a_run(folder: Path, missing: Sequence[str]) -> UsageError:
+    """Return the error for a path that is not a finished run: what it is, and what to pass instead."""
+    for unfinished in (folder, temporary(folder)):
+        if unfinished.name.endswith(SUFFIX) and (unfinished / _PIPELINE).is_file():
+            return UsageError(
+                f"{unfinished} is a run that is not finished",
+                f"run the command that trains it again, which resumes it; then pass {_finished_name(unfinished)}",
+            )
+    inside = sorted(path.parent for path in folder.glob(f"*/{_METRICS}"))[:_SHOWN]
+    if inside:
+        return UsageError(f"{folder} is not a run, but holds runs", f"pass them: {' '.join(map(str, inside))}")
+    if not folder.exists():
+        what = f"run folder not found: {folder}"
+    elif folder.is_file():
+        what = f"{folder} is a file, not a run folder"
+    else:
+        what = f"{folder} is not a finished run: it has no {' and no '.join(missing)}"
+    return UsageError(
+        what,
+        "pass a folder that train-student, train-teacher or sweep wrote, "
+        "or a checkpoint with its pipeline: --pipeline PIPELINE --network student CHECKPOINT",
+    )
+
+
+def _finished_name(unfinished: Path) -> Path:
+    return unfinished.with_name(unfinished.name.removesuffix(SUFFIX))
 
 
 def _checkpoint_hint(folder: Path) -> str:

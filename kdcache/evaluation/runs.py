@@ -16,7 +16,7 @@ from kdcache.config.schema import Pipeline
 from kdcache.errors import CorruptError, UsageError
 from kdcache.evaluation.networks import NetworkRef, from_run
 
-_POINT, _METRICS, _EPOCHS = "point.json", "metrics.json", "metrics.csv"
+_POINT, _METRICS, _EPOCHS, _TABLE = "point.json", "metrics.json", "metrics.csv", "sweep.json"
 
 _IGNORED = {"train.seed", "train.num_workers", "train.trackers"}
 """Keys in which two runs of one experiment may differ."""
@@ -108,6 +108,9 @@ class Group:
 def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Find the run folders among `paths` and inside the sweeps among them.
 
+    Args:
+        paths: run folders, and folders of sweeps, of one of their combinations, or their `sweep.json`.
+
     Returns:
         The run folders, each once, and the runs of sweeps that are not finished.
 
@@ -117,10 +120,9 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     folders: list[Path] = []
     unfinished: list[Path] = []
     for path in paths:
-        points = [] if (path / _METRICS).is_file() else sorted(point.parent for point in path.glob(f"*/{_POINT}"))
-        runs = [run for point in points for run in sorted(point.glob("seed*"), key=_seed_order)]
+        runs = _runs_of_sweep(path)
         finished = [run for run in runs if (run / _METRICS).is_file()]
-        if points and not finished:
+        if runs and not finished:
             raise UsageError(
                 f"no student of the sweep {path} is finished",
                 "run the same sweep again: it resumes the unfinished runs",
@@ -129,6 +131,16 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
         folders += finished or [path]
     unique = {run.resolve(): run for run in reversed(folders)}
     return [*reversed(unique.values())], unfinished
+
+
+def _runs_of_sweep(path: Path) -> list[Path]:
+    """Return the run folders of a sweep or of one of its combinations, finished or not; none for any other path."""
+    if path.name == _TABLE and path.is_file():
+        path = path.parent
+    if (path / _METRICS).is_file():
+        return []
+    points = [path] if (path / _POINT).is_file() else sorted(point.parent for point in path.glob(f"*/{_POINT}"))
+    return [run for point in points for run in sorted(point.glob("seed*"), key=_seed_order)]
 
 
 def _seed_order(path: Path) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kdcache.evaluation.metrics import Reliability
 from kdcache.evaluation.runs import Row
+from kdcache.runtime.atomic_write import open_atomic
 
 _GRAY = "0.5"
 """Legible on white and on black."""
@@ -98,7 +99,8 @@ def save_png(chart: Chart, folder: Path) -> Path:
     """Save a chart as a PNG on white in a folder; the same chart gives the same bytes."""
     path = folder / f"{chart.name}.png"
     FigureCanvasAgg(chart.figure)
-    chart.figure.savefig(path, dpi=150, metadata={"Software": None})
+    with open_atomic(path) as file:
+        chart.figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     return path
 
 

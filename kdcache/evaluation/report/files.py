@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from kdcache.errors import UsageError
@@ -34,10 +35,16 @@ def check_files(page: Path, png: bool) -> None:
 
 
 def write_files(report: Report, page: Path, png: bool) -> None:
-    """Write the page atomically, after its pictures as PNG if `png` is set."""
-    if png:
-        folder = pictures_folder(page)
+    """Write the page atomically, after its pictures as PNG if `png` is set; after an error, neither is left."""
+    if not png:
+        write_file(page, report.html)
+        return
+    folder = pictures_folder(page)
+    try:
         folder.mkdir()
         for chart in report.charts:
             save_png(chart, folder)
-    write_file(page, report.html)
+        write_file(page, report.html)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
