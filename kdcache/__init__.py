@@ -22,26 +22,38 @@ if TYPE_CHECKING:
     from kdcache.data.datasets import load_split
     from kdcache.data.samples import Samples, wrap
     from kdcache.dump.dump import dump_teacher
-    from kdcache.errors import KdcacheError
+    from kdcache.errors import InterruptedRun, KdcacheError
     from kdcache.losses.distillation import LossParts
     from kdcache.losses.loss_module import DistillationLoss
     from kdcache.models.build import build_model
-    from kdcache.models.evaluate import evaluate
-    from kdcache.train.train import train_student, train_teacher
+    from kdcache.models.evaluate import SplitScore, evaluate
+    from kdcache.models.teacher import TeacherIdentity
+    from kdcache.runtime.distributed import Ranks, join_ranks
+    from kdcache.runtime.progress import Progress
+    from kdcache.train.inputs import CacheOptions
+    from kdcache.train.train import RunResult, train_student, train_teacher
 
 # Imported on first use, so that `kdcache --help` does not wait for torch.
 _HOME = {
     "Cache": "kdcache.cache.reader",
+    "CacheOptions": "kdcache.train.inputs",
     "CachedDataset": "kdcache.data.cached_dataset",
     "CachedTeacher": "kdcache.cache.teacher",
     "DistillationLoss": "kdcache.losses.loss_module",
+    "InterruptedRun": "kdcache.errors",
     "KdcacheError": "kdcache.errors",
     "LossParts": "kdcache.losses.distillation",
     "Pipeline": "kdcache.config.schema",
+    "Progress": "kdcache.runtime.progress",
+    "Ranks": "kdcache.runtime.distributed",
+    "RunResult": "kdcache.train.train",
     "Samples": "kdcache.data.samples",
+    "SplitScore": "kdcache.models.evaluate",
+    "TeacherIdentity": "kdcache.models.teacher",
     "build_model": "kdcache.models.build",
     "dump_teacher": "kdcache.dump.dump",
     "evaluate": "kdcache.models.evaluate",
+    "join_ranks": "kdcache.runtime.distributed",
     "load_pipeline": "kdcache.config.loader",
     "load_split": "kdcache.data.datasets",
     "loss": "kdcache.config.loss",
@@ -53,16 +65,24 @@ _HOME = {
 
 __all__ = [
     "Cache",
+    "CacheOptions",
     "CachedDataset",
     "CachedTeacher",
     "DistillationLoss",
+    "InterruptedRun",
     "KdcacheError",
     "LossParts",
     "Pipeline",
+    "Progress",
+    "Ranks",
+    "RunResult",
     "Samples",
+    "SplitScore",
+    "TeacherIdentity",
     "build_model",
     "dump_teacher",
     "evaluate",
+    "join_ranks",
     "load_pipeline",
     "load_split",
     "loss",

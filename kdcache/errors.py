@@ -44,7 +44,33 @@ class CorruptError(KdcacheError):
     exit_code = 5
 
 
-class InterruptedRun(KdcacheError):
-    """The user pressed Ctrl-C; says what is kept, and how to resume (exit code 130)."""
+class InterruptedRun(KeyboardInterrupt):
+    """The user pressed Ctrl-C; says what is kept, and how to resume (exit code 130).
+
+    Like every KeyboardInterrupt, it is not an Exception: code that handles errors and continues does not stop it.
+
+    Args:
+        what: what is kept.
+        fix: how to resume.
+    """
 
     exit_code = 130
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what}\nfix: {fix}")
+        self.what = what
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[type[InterruptedRun], tuple[str, str]]:
+        return type(self), (self.what, self.fix)
+
+    @classmethod
+    def of(cls, interrupt: KeyboardInterrupt, what: str, fix: str) -> InterruptedRun:
+        """Return the error for the caller of a public function, without the traceback of the code that it stopped.
+
+        Args:
+            interrupt: returned if it says already what is kept.
+            what: says it of any other.
+            fix: how to resume.
+        """
+        return interrupt.with_traceback(None) if isinstance(interrupt, cls) else cls(what, fix)

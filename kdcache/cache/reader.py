@@ -29,6 +29,7 @@ from kdcache.cache.remote.mirror import Views, check_pinned, files_of, mirror, u
 from kdcache.cache.teacher import CachedTeacher
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError
 from kdcache.runtime.progress import Progress
+from kdcache.runtime.terminal import reporter
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,7 +109,7 @@ class Cache:
 
 
 def open_cache(
-    path: str | Path, views: Views = None, digest: str | None = None, progress: Progress | None = None
+    path: str | Path, views: Views = None, digest: str | None = None, progress: Progress | bool | None = None
 ) -> Cache:
     """Open a sealed cache, and check every byte of it against its manifest.
 
@@ -117,7 +118,7 @@ def open_cache(
             `digest`, the cache must have that root digest.
         views: the indices of some views, the number of the first views, or None for all that are there.
         digest: the expected root digest.
-        progress: progress reporter of the copying; silent if None.
+        progress: True to show the progress of copying on stderr, or a progress reporter; silent if None.
 
     Raises:
         UsageError: if there is no cache at `path`, or it has no such view.
@@ -127,7 +128,7 @@ def open_cache(
     """
     address = source(path, digest)
     if address.is_remote:
-        copy = mirror(address, None, views, progress)
+        copy = mirror(address, None, views, reporter(progress))
         return opened(copy.folder, copy.manifest, copy.views)
     path = Path(address.where)
     if not (path / MANIFEST).is_file():

@@ -43,8 +43,8 @@ class _Main(click.Group):
         except click.UsageError as click_error:
             output.error_as_json(UsageError(click_error.format_message(), "see --help of the command"))
             raise
-        except KdcacheError as kdcache_error:
-            error: KdcacheError = kdcache_error
+        except (KdcacheError, InterruptedRun) as kdcache_error:
+            error: KdcacheError | InterruptedRun = kdcache_error
         except KeyboardInterrupt:
             error = InterruptedRun(
                 "interrupted; no partial file was kept",

@@ -1,4 +1,4 @@
-"""Print results to stdout, progress and messages to stderr; no other module prints."""
+"""Print results to stdout, and errors to stderr, where `runtime.terminal` prints progress and messages."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from kdcache.errors import KdcacheError
+from kdcache.errors import InterruptedRun, KdcacheError
+from kdcache.runtime.terminal import SECONDS_BETWEEN_LINES, Terminal, messages, printable, say
 
 if TYPE_CHECKING:
-    from kdcache.runtime.progress import Task
     from kdcache.train.train import RunResult
 
-_SECONDS_BETWEEN_LINES = 10
+__all__ = [
+    "Terminal",
+    "as_json",
+    "error",
+    "error_as_json",
+    "expect_json",
+    "facts",
+    "result",
+    "run_result",
+    "say",
+    "table",
+    "working",
+]
+
 _EXPECTED = "kdcache.json"
 
 # In a narrow terminal, lines that wrap are better than numbers that are cut off.
 _tables = Console(highlight=False, width=240)
 _results = Console(highlight=False, soft_wrap=True)
-_messages = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def _printable(text: str) -> str:
-    """Replace control characters, which a cache from elsewhere may contain and a terminal would execute."""
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in text)
-
-
-def say(message: str) -> None:
-    """Print a message to stderr."""
-    _messages.print(Text(_printable(message)))
 
 
 def result(text: str) -> None:
     """Print a line of the result to stdout."""
-    _results.print(Text(_printable(text)))
+    _results.print(Text(printable(text)))
 
 
 def facts(pairs: Mapping[str, str]) -> None:
@@ -75,27 +75,27 @@ def as_json(content: Mapping[str, Any]) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; the first column is aligned to the left, the others to the right."""
-    _tables.print(Text(_printable(title), "bold"), soft_wrap=True)
+    _tables.print(Text(printable(title), "bold"), soft_wrap=True)
     drawn = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        drawn.add_row(*(Text(_printable(cell)) for cell in row))
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
     _tables.print(drawn)
 
 
-def error(problem: KdcacheError) -> None:
+def error(problem: KdcacheError | InterruptedRun) -> None:
     """Print what happened and the fix to stderr, and as JSON to stdout if that is expected.
 
     A command prints one JSON document: after a result, such as that of `verify`, which includes the problems, the error
     is printed to stderr only.
     """
     error_as_json(problem)
-    _messages.print(Text.assemble(("error: ", "bold red"), _printable(problem.what)))
-    _messages.print(Text.assemble(("fix: ", "bold green"), _printable(problem.fix)))
+    messages.print(Text.assemble(("error: ", "bold red"), printable(problem.what)))
+    messages.print(Text.assemble(("fix: ", "bold green"), printable(problem.fix)))
 
 
-def error_as_json(problem: KdcacheError) -> None:
+def error_as_json(problem: KdcacheError | InterruptedRun) -> None:
     """Print an error as JSON to stdout, if JSON is expected there and none was printed."""
     # Of the processes that torchrun starts, only the first prints JSON.
     if _meta().get(_EXPECTED) and os.environ.get("RANK", "0") == "0":
@@ -111,7 +111,7 @@ def working(what: str, delay: float = 2) -> Iterator[None]:
         start, wait = time.monotonic(), delay
         while not done.wait(wait):
             say(f"{what}: {time.monotonic() - start:,.0f} s")
-            wait = _SECONDS_BETWEEN_LINES
+            wait = SECONDS_BETWEEN_LINES
 
     thread = Thread(target=report, daemon=True)
     thread.start()
@@ -120,64 +120,6 @@ def working(what: str, delay: float = 2) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-class _BarTask:
-    def __init__(self, bars: Bars, task_id: Any, unit: str) -> None:
-        self._bars, self._id, self._unit = bars, task_id, unit
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        self._bars.update(self._id, advance=amount)
-        task = next(task for task in self._bars.tasks if task.id == self._id)
-        speed = f"{task.finished_speed or task.speed or 0:,.0f} {self._unit}/s" if self._unit == "rows" else ""
-        self._bars.update(self._id, note=note or speed)
-
-
-class _LineTask:
-    """Progress in a log file: a line at the start, every ten seconds, and at the end."""
-
-    def __init__(self, what: str, total: int, unit: str) -> None:
-        self._what, self._total, self._unit, self._done = what, total, unit, 0
-        self._began = self._last_line = time.monotonic()
-        say(f"{what}: {total:,} {unit}")
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        self._done += amount
-        now = time.monotonic()
-        if now - self._last_line > _SECONDS_BETWEEN_LINES or self._done >= self._total:
-            self._last_line = now
-            speed = self._done / max(now - self._began, 1e-9)
-            left = (self._total - self._done) / max(speed, 1e-9)
-            after = f", {note}" if note else ""
-            rate = f", {speed:,.1f} {self._unit}/s, {left:,.0f} s left" if self._done else ""
-            say(f"{self._what}: {self._done:,} of {self._total:,} {self._unit}{rate}{after}")
-
-
-class Terminal:
-    """The progress reporter of the command line: bars with speed and remaining time, or lines in a log file."""
-
-    @contextmanager
-    def task(self, what: str, total: int, unit: str) -> Iterator[Task]:
-        """Report a task of `total` units while the context lasts."""
-        if not _messages.is_terminal:
-            yield _LineTask(what, total, unit)
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Bars(*columns, console=_messages) as bars:
-            yield _BarTask(bars, bars.add_task(what, total=total, note=""), unit)
-
-    def say(self, message: str) -> None:
-        """Print a message."""
-        say(message)
 
 
 def run_result(out: Path, trained: RunResult, json_wanted: bool) -> None:

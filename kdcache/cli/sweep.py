@@ -96,7 +96,7 @@ def sweep(
             processes=processes,
             progress=output.Terminal(),
         )
-    except (KeyboardInterrupt, InterruptedRun):
+    except KeyboardInterrupt:
         raise InterruptedRun(
             f"interrupted; the trained students are kept in {out}", "run the same command again to resume"
         ) from None

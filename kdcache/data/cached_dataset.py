@@ -22,6 +22,7 @@ from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay, 
 from kdcache.data.samples import Samples, wrap
 from kdcache.errors import UsageError
 from kdcache.runtime.progress import Progress
+from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
 
 Item = tuple[Tensor, int, int, int]
@@ -37,7 +38,7 @@ class CachedDataset(Dataset[Item]):
         dataset: kdcache's `Samples`, or any map-style data set of (image, label) pairs, in the order in which it was
             dumped, without the cache's transform. Each item of the latter is read twice, to compare it with the cache.
         cache: cache of a teacher.
-        progress: progress reporter; silent if None.
+        progress: True to show progress on stderr, or a progress reporter; silent if None.
         transform: transform of the cache, compared with it. Only needed if it names your own code,
             `path/file.py:function`, which is never run because a cache names it.
 
@@ -51,14 +52,14 @@ class CachedDataset(Dataset[Item]):
         self,
         dataset: Dataset[Any] | Samples,
         cache: Cache,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         transform: Transform | None = None,
     ) -> None:
         plan = cache.manifest.plan
         if not isinstance(dataset, Samples):
             dataset = wrap(dataset, cache.num_classes, plan.dataset.name, plan.dataset.split)
         trust(step_names(transform))
-        check_matches_cache(cache, dataset, transform, progress)
+        check_matches_cache(cache, dataset, transform, reporter(progress))
         data = teacher_view(cache, dataset)
         if data.mixes:
             raise UsageError(

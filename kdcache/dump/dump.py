@@ -34,6 +34,7 @@ from kdcache.models.checks import samples_for
 from kdcache.models.teacher import TeacherIdentity
 from kdcache.runtime.distributed import Ranks
 from kdcache.runtime.progress import Progress, Silent
+from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
 
 _CHANCE = 1.5
@@ -57,7 +58,7 @@ def dump_teacher(
     ranks: Ranks | None = None,
     decode_images: bool = False,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> Cache:
     """Run a teacher over all views of a data set, and store what a student needs of its output.
@@ -80,7 +81,7 @@ def dump_teacher(
         decode_images: decode every image file before the pass, and name all that cannot be decoded. By default only
             the headers are checked.
         device: where the teacher runs and rows are encoded.
-        progress: progress reporter; silent if None.
+        progress: True to show progress on stderr, or a progress reporter; silent if None.
         options: the keys of `spec` one by one, such as `views=2, fidelity=0.05`.
 
     Returns:
@@ -108,17 +109,14 @@ def dump_teacher(
         extends,
         decode_images,
         device,
-        progress if progress and ranks.is_first else Silent(),
+        reporter(progress) if ranks.is_first else Silent(),
     )
     timer = PhaseTimer()
     try:
         cache = _dump(job, ranks, timer)
-    except KeyboardInterrupt:
-        if not job.out.exists():
-            raise
-        raise InterruptedRun(
-            f"interrupted; {job.out} keeps its finished shards", "run the same command again to resume"
-        ) from None
+    except KeyboardInterrupt as interrupt:
+        kept = f"{job.out} keeps its finished shards" if job.out.exists() else "nothing was written"
+        raise InterruptedRun.of(interrupt, f"interrupted; {kept}", "run it again to resume") from None
     finally:
         release(job.out)
     job.progress.say(f"time: {timer}")

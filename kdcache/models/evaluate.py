@@ -17,6 +17,8 @@ from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models.checks import set_evaluation_mode
 from kdcache.models.outputs import logits_of
+from kdcache.runtime.progress import Progress
+from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
 
 
@@ -40,6 +42,7 @@ def evaluate(
     batch_size: int = 512,
     transform: Transform | None = None,
     on_batch: Callable[[int], None] | None = None,
+    progress: Progress | bool | None = None,
 ) -> SplitScore:
     """Return the accuracy and the negative log-likelihood of a network, in evaluation mode.
 
@@ -53,6 +56,7 @@ def evaluate(
         batch_size: images at once.
         transform: what is done to an image, as in a pipeline file; None for the data set's own.
         on_batch: called after each batch with its size.
+        progress: True to show progress on stderr, or a progress reporter; silent if None.
 
     Raises:
         UsageError: if no sample has a label.
@@ -66,15 +70,17 @@ def evaluate(
     set_evaluation_mode(model.to(device))
     correct, summed, labeled = 0, 0.0, 0
     cuts = [list(cut) for cut in cut_range(range(len(samples)), batch_size)]
-    for batch in batches(samples, cuts, 0, device):
-        logits = logits_of(model(batch.images.to(device))).float()
-        _check_classes(logits, batch.labels)
-        truth = batch.labels.to(device)
-        correct += int((logits.argmax(dim=1) == truth).sum())
-        summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
-        labeled += int((truth >= 0).sum())
-        if on_batch is not None:
-            on_batch(len(batch.ids))
+    with reporter(progress).task("evaluate", len(samples), "images") as task:
+        for batch in batches(samples, cuts, 0, device):
+            logits = logits_of(model(batch.images.to(device))).float()
+            _check_classes(logits, batch.labels)
+            truth = batch.labels.to(device)
+            correct += int((logits.argmax(dim=1) == truth).sum())
+            summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
+            labeled += int((truth >= 0).sum())
+            if on_batch is not None:
+                on_batch(len(batch.ids))
+            task.advance(len(batch.ids))
     if model.training != was_training:
         model.train(was_training)
     if not labeled:

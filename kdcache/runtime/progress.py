@@ -1,4 +1,4 @@
-"""Progress reporting for long operations: the command line shows bars, library calls are silent."""
+"""Progress reporting for long operations; library calls are silent unless they are given a reporter, or True."""
 
 from __future__ import annotations
 
