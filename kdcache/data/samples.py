@@ -21,7 +21,8 @@ from kdcache.config.transform import Transform, step_names
 from kdcache.data.content_keys import load_keys, save_keys
 from kdcache.data.images import Images, ItemImages
 from kdcache.errors import MismatchError, UsageError
-from kdcache.runtime.progress import Progress, Silent
+from kdcache.runtime.progress import Progress
+from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
 
 Split = Literal["train", "validation", "test"]
@@ -68,7 +69,7 @@ class Samples:
         """Number of classes."""
         return len(self.class_names)
 
-    def keys(self, progress: Progress | None = None) -> npt.NDArray[np.uint64]:
+    def keys(self, progress: Progress | bool | None = None) -> npt.NDArray[np.uint64]:
         """Return the content key of each sample, [N] uint64: BLAKE2b-64 of the image's content.
 
         Image files are read once per machine: their keys are stored in kdcache's own folder until a file changes.
@@ -76,7 +77,7 @@ class Samples:
         stamp = self.images.stamp()
         if stamp is not None and (stored := load_keys(stamp, len(self))) is not None:
             return stored
-        keys = self._compute_keys(progress or Silent())
+        keys = self._compute_keys(reporter(progress))
         if stamp is not None:
             save_keys(stamp, keys)
         return keys

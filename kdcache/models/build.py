@@ -31,6 +31,7 @@ from kdcache.models.outputs import take_part
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.runtime import user_code
 from kdcache.runtime.progress import Progress
+from kdcache.runtime.terminal import reporter
 
 _SIGNATURE = "function(num_classes=C, **args) -> torch.nn.Module"
 
@@ -40,7 +41,7 @@ def build_model(
     num_classes: int,
     shape: tuple[int, int, int],
     trained: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> nn.Module:
     """Return a network by name, such as `small:cnn`, on the CPU.
 
@@ -49,7 +50,8 @@ def build_model(
         num_classes: C, the size of its output.
         shape: (channels, height, width) of the images before the transform.
         trained: load the weights that `model` names, and refuse a network that would have random ones.
-        progress: progress reporter; names the weights that were loaded if a checkpoint has several. Silent if None.
+        progress: True to print to stderr which weights were loaded if a checkpoint has several, or a progress reporter;
+            silent if None.
 
     Raises:
         UsageError: for a name or arguments that are not known, or weights that are not found.
@@ -70,7 +72,7 @@ def build_model(
     elif kind == "timm":
         network = from_timm.build(name, spec, num_classes, shape[0])
     elif kind == "hf":
-        network = from_hf.build(name, spec, num_classes, shape[0], trained, progress)
+        network = from_hf.build(name, spec, num_classes, shape[0], trained, reporter(progress))
     elif kind == "cifar":
         network = cifar.build(name, spec, num_classes, shape[0])
     elif kind == "small":
@@ -87,7 +89,7 @@ def build_model(
     take_part(network, spec.output, spec.model)
     read_by_library = kind == "hf" and from_hf.weights_folder(spec) is not None
     if trained and spec.weights is not None and not read_by_library:
-        load_weights(network, spec.weights, progress)
+        load_weights(network, spec.weights, reporter(progress))
     return network
 
 

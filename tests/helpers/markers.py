@@ -431,6 +431,11 @@ SLOW_TESTS = {
     "test_teachers": {
         "test_an_ensemble_goes_through_the_command_line",
     },
+    "test_terminal": {
+        "test_an_interrupted_dump_says_what_is_kept_and_resumes",
+        "test_an_interrupted_training_says_what_is_kept",
+        "test_progress_is_shown_on_request_alone",
+    },
     "test_tinyvit": {
         "test_tinyvits_rows_can_be_read_and_written_again",
         "test_whatever_needs_no_images_works_with_tinyvits_rows",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,24 @@ def test_public_names_complete_before_they_are_used() -> None:
         [sys.executable, "-c", "import kdcache; print(*dir(kdcache))"], capture_output=True, text=True, check=True
     )
     assert set(listed.stdout.split()) == set(kdcache.__all__)
+
+
+PLAIN = {"CacheSpec", "DatasetSpec", "ModelSpec", "Placement", "Split", "Transform", "View", "Views"}
+"""Types for which a caller passes a string, a number, a mapping, a list or `Samples`."""
+
+
+def test_types_of_public_functions_are_public() -> None:
+    functions = [(name, getattr(kdcache, name)) for name in kdcache.__all__]
+    checked = 0
+    for name, function in functions:
+        if not inspect.isfunction(function):
+            continue
+        annotations = " ".join(map(str, function.__annotations__.values()))
+        used = set(re.findall(r"(?<![.\w])[A-Z]\w+", annotations))
+        outside = {"Any", "Callable", "Dataset", "Iterator", "Literal", "Mapping", "None", "Path", "Sequence"}
+        assert used - outside - PLAIN <= set(kdcache.__all__), name
+        checked += 1
+    assert checked > 8
 
 
 def test_a_misspelled_name_has_a_suggestion() -> None:
