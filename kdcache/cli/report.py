@@ -55,6 +55,7 @@ def report(
     from kdcache.evaluation.report.collect import collect
     from kdcache.evaluation.report.files import check_files, pictures_folder, write_files
     from kdcache.evaluation.report.sections import write_report
+    from kdcache.runtime.terminal import counted
 
     check_files(out, png)
     chosen, progress = choose_device(device), output.Terminal()
@@ -73,7 +74,7 @@ def report(
     output.facts(
         {
             "report": f"{out}, {out.stat().st_size:,} bytes",
-            "runs": f"{len(data.runs)} in {len(data.groups)} groups",
+            "runs": f"{len(data.runs)} in {counted(len(data.groups), 'groups')}",
             **({"pictures": pictures} if pictures is not None else {}),
             **({"results": f"{results}: {', '.join(filled[1])}"} if filled is not None else {}),
         }

@@ -20,6 +20,7 @@ from kdcache.cli.options import (
     set_option,
     views_used,
 )
+from kdcache.runtime.terminal import counted
 
 if TYPE_CHECKING:
     from kdcache.cache.placement.choose import Placement
@@ -113,7 +114,7 @@ def sweep(
     failed = [student for student in students if student.failed is not None]
     if failed:
         raise IncompleteError(
-            f"{len(failed)} of {len(students)} students failed; {failed[0].point}, seed {failed[0].seed}: "
+            f"{len(failed)} of {counted(len(students), 'students')} failed; {failed[0].point}, seed {failed[0].seed}: "
             f"{failed[0].failed}",
             "remove or correct that value, and run the command again: the other students are kept",
         )
@@ -126,7 +127,8 @@ def accuracy_table(summaries: Sequence[SweepSummary]) -> tuple[list[str], list[l
         spread = interval = ""
         if len(summary.accuracies) > 1:
             spread = f"{100 * summary.spread:.1f}"
-            interval = f"{min(summary.accuracies):.1%} to {max(summary.accuracies):.1%}"
+            ends = [f"{accuracy:.1%}" for accuracy in (min(summary.accuracies), max(summary.accuracies))]
+            interval = " to ".join(dict.fromkeys(ends))
         accuracies = [_percent(summary.validation), _percent(summary.mean)]
         rows.append([summary.point, *accuracies, spread, interval, f"{summary.seconds:.1f}"])
     return ["student", "validation", "test", "std, points", "range", "training, s"], rows

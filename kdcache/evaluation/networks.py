@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,15 +134,19 @@ def from_run(folder: Path) -> NetworkRef:
 
 def _not_a_run(folder: Path, missing: Sequence[str]) -> UsageError:
     """Return the error for a path that is not a finished run: what it is, and what to pass instead."""
+    folder = folder if folder.name else folder.absolute()
     for unfinished in (folder, temporary(folder)):
         if unfinished.name.endswith(SUFFIX) and (unfinished / _PIPELINE).is_file():
             return UsageError(
                 f"{unfinished} is a run that is not finished",
                 f"run the command that trains it again, which resumes it; then pass {_finished_name(unfinished)}",
             )
-    inside = sorted(path.parent for path in folder.glob(f"*/{_METRICS}"))[:_SHOWN]
+    inside = {path.parent for path in folder.glob(f"*/{_METRICS}")} | {
+        path.parents[1] for path in folder.glob("*/*/point.json")
+    }
     if inside:
-        return UsageError(f"{folder} is not a run, but holds runs", f"pass them: {' '.join(map(str, inside))}")
+        named = " ".join(shlex.quote(str(path)) for path in sorted(inside)[:_SHOWN])
+        return UsageError(f"{folder} is not a run, but a folder of runs and sweeps", f"pass those in it: {named}")
     if not folder.exists():
         what = f"run folder not found: {folder}"
     elif folder.is_file():

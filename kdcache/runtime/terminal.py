@@ -20,6 +20,11 @@ SECONDS_BETWEEN_LINES = 10
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def counted(number: int, units: str) -> str:
+    """Return a number with its unit, which is given in the plural: `1 image`, `1,000 images`."""
+    return f"{number:,} {units.removesuffix('s') if number == 1 else units}"
+
+
 def reporter(progress: Progress | bool | None) -> Progress:
     """Return the reporter that the argument `progress` of a public function means.
 
@@ -59,7 +64,7 @@ class _LineTask:
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what, self._total, self._unit, self._done = what, total, unit, 0
         self._began = self._last_line = time.monotonic()
-        say(f"{what}: {total:,} {unit}")
+        say(f"{what}: {counted(total, unit)}")
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         self._done += amount
@@ -70,7 +75,7 @@ class _LineTask:
             left = (self._total - self._done) / max(speed, 1e-9)
             after = f", {note}" if note else ""
             rate = f", {speed:,.1f} {self._unit}/s, {left:,.0f} s left" if self._done else ""
-            say(f"{self._what}: {self._done:,} of {self._total:,} {self._unit}{rate}{after}")
+            say(f"{self._what}: {self._done:,} of {counted(self._total, self._unit)}{rate}{after}")
 
 
 class Terminal:

@@ -23,7 +23,7 @@ from kdcache.models.checks import try_network, try_training
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.distributed import is_first, n_processes
 from kdcache.runtime.progress import Progress
-from kdcache.runtime.terminal import reporter
+from kdcache.runtime.terminal import counted, reporter
 from kdcache.train.accelerator import described_settings, ignored_settings
 from kdcache.train.inputs import (
     CacheOptions,
@@ -327,6 +327,6 @@ def _check_loss(loss: Loss, train: View, epochs: int, progress: Progress) -> Non
                 "use another divergence, such as kl",
             )
         progress.say(
-            f"note: the {unlabeled} images without a label do not contribute: the divergence "
-            f"{loss.divergence.kind} needs labels"
+            f"note: without a label, {counted(unlabeled, 'images')} of the training split cannot contribute: the "
+            f"divergence {loss.divergence.kind} needs labels"
         )

@@ -346,6 +346,48 @@ def test_what_is_no_finished_run_is_refused(work: Work, tmp_path: Path) -> None:
     assert "is not a finished run: it has no metrics.json" in refused(2, "evaluate", broken)
 
 
+@pytest.fixture
+def sweep(work: Work, tmp_path: Path) -> Path:
+    """The folder of a sweep: two combinations, one with an unfinished student."""
+    for point, seeds in (("loss=kd", (0, 1)), ("loss=ce", (0,))):
+        (tmp_path / "sweep" / point).mkdir(parents=True)
+        (tmp_path / "sweep" / point / "point.json").write_text("{}")
+        for seed in seeds:
+            run(tmp_path / "sweep" / point / f"seed{seed}", work.pipeline, network(seed, 6), network="student")
+    unfinished = tmp_path / "sweep" / "loss=ce" / "seed1.partial"
+    unfinished.mkdir()
+    (unfinished / "resolved.yaml").write_text(work.pipeline.to_yaml())
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    return tmp_path / "sweep"
+
+
+def test_every_student_of_a_sweep_is_evaluated(sweep: Path, work: Work) -> None:
+    names = ["loss=ce/seed0", "loss=kd/seed0", "loss=kd/seed1"]
+    expected = [told(sweep / name)["scores"][0]["top1"] for name in names]
+    for given in (sweep, sweep / "sweep.json"):
+        scores = told(given)["scores"]
+        assert [score["name"] for score in scores] == [str(sweep / name) for name in names]
+        assert [score["top1"] for score in scores] == expected
+    assert [score["top1"] for score in told(sweep / "loss=kd")["scores"]] == expected[1:]
+    assert len(told(work.folder / "s", sweep, sweep / "loss=kd")["scores"]) == 4
+    done = kdcache("evaluate", sweep, "--device", "cpu")
+    assert f"note: {sweep / 'loss=ce' / 'seed1.partial'} is not finished and is left out" in done.stderr
+
+
+def test_a_path_that_is_not_a_run_says_what_to_pass(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = sweep / "loss=ce" / "seed1.partial"
+    for given in (unfinished, unfinished.with_name("seed1")):
+        said = refused(2, "evaluate", given)
+        assert f"{unfinished} is a run that is not finished" in said
+        assert f"then pass {unfinished.with_name('seed1')}" in said
+    assert f"pass those in it: {sweep}" in refused(2, "evaluate", sweep.parent)
+    assert "point.json is a file, not a run folder" in refused(2, "evaluate", sweep / "loss=kd" / "point.json")
+    monkeypatch.chdir(sweep.parent)
+    assert f"pass those in it: {sweep}" in refused(2, "evaluate", ".")
+    monkeypatch.chdir(sweep)
+    assert len(told(".")["scores"]) == 3
+
+
 def test_arguments_that_do_not_go_together_are_refused(work: Work) -> None:
     checkpoint, pipeline = work.folder / "s" / "model.safetensors", work.folder / "mine.yaml"
     assert "is a checkpoint" in refused(2, "evaluate", checkpoint)

@@ -164,6 +164,7 @@ SLOW_TESTS = {
         "test_what_the_writer_cannot_do_ends_the_run_and_can_be_gone_on_with",
     },
     "test_evaluate": {
+        "test_every_student_of_a_sweep_is_evaluated",
         "test_a_run_is_not_evaluated_on_classes_of_other_names_or_another_order",
         "test_speed_is_that_of_a_warm_network",
     },

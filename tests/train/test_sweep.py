@@ -68,11 +68,17 @@ def test_values_whose_names_are_alike_get_folders_of_their_own() -> None:
         (["loss=kd", "loss=dtkd"], "names a key twice"),
         (["loss=kd,nonsense"], "nonsense"),
         (["student.train.lrr=1,2"], "did you mean lr"),
+        (["losses=kd,dtkd"], "--over losses=kd,dtkd: losses: unknown key, did you mean loss"),
+        (["loss=kd,nonsense"], "--over loss=kd,nonsense: loss: unknown loss"),
+        (["student.train.lr=[0.1, -1]"], r"--over student.train.lr=\[0.1, -1\]: student.train.lr: Input should be gr"),
+        (["student=1", "loss=kd"], "--over student=1: student: must have keys"),
     ],
 )
 def test_invalid_sweep_axes_are_refused(over: list[str], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=words) as error:
         combinations(RECIPE, [], over)
+    assert "--set" not in error.value.what
+    assert "--loss" not in error.value.what
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -120,7 +126,7 @@ def test_a_sweep_resumes_with_the_students_that_are_missing(cache: kdcache.Cache
     first = (tmp_path / "loss=kd" / "seed0" / "model.safetensors").stat()
     done = command(cache, tmp_path, "--over", "loss=kd,ce", "--seeds", 2, "--json")
     assert done.exit_code == 0, done.output
-    assert "1 of 4 students are trained already" in done.stderr
+    assert "trained already: 1 of 4 students" in done.stderr
     assert (tmp_path / "loss=kd" / "seed0" / "model.safetensors").stat() == first
     content = json.loads(done.stdout)
     assert content == json.loads((tmp_path / "sweep.json").read_text())
@@ -138,6 +144,20 @@ def test_students_of_another_pipeline_are_not_reused(cache: kdcache.Cache, tmp_p
     done = command(cache, tmp_path, "--over", "loss=ce", "--seeds", 1, "--set", "student.train.lr=0.5")
     assert done.exit_code == 4
     assert "with other settings: student.train.lr was 0.05, and is 0.5 now" in done.stderr
+
+
+def test_all_settings_in_which_a_sweep_differs_are_named(cache: kdcache.Cache, tmp_path: Path) -> None:
+    def points(*changes: str) -> list[Point]:
+        return [Point("ce", kdcache.load_pipeline(RECIPE, ["loss={name: ce}", "student.train.epochs=1", *changes]))]
+
+    sweep(points(), 1, [], tmp_path)
+    changes = ["student.train.batch_size=32", "student.args.width=9", "dataset.test_fraction=0.3"]
+    with pytest.raises(MismatchError) as error:
+        sweep(points(*changes), 1, [], tmp_path)
+    for words in ("batch_size was 64, and is 32 now", "width was 32, and is 9 now", "test_fraction was "):
+        assert words in error.value.what
+    with pytest.raises(MismatchError, match=r"caches was \[\], and is \['sha256:"):
+        sweep(points(), 1, [cache], tmp_path)
 
 
 def test_a_failed_student_does_not_stop_the_others(cache: kdcache.Cache, tmp_path: Path) -> None:
