@@ -38,6 +38,9 @@ _REPLACED_BY = {
 
 _DEFAULTS = {"", "false", "no", "none"}
 
+_OF_MPI = ("PMI_", "MPI_LOCAL", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
+"""Prefixes of the variables of mpirun and srun, whose processes train a network each: only torchrun's share one."""
+
 _UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -70,9 +73,14 @@ def described_settings(ignored: dict[str, str]) -> str:
 
 
 @contextmanager
-def _hidden_settings() -> Iterator[None]:
-    """Remove accelerate's variables from the environment, and put them back at the end."""
+def hidden_settings() -> Iterator[None]:
+    """Remove accelerate's variables from the environment, and put them back at the end.
+
+    Most are read while an Accelerator is created, some (the backend of fp8) whenever it is used.
+    """
     names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in _HEEDED]
+    if "WORLD_SIZE" not in os.environ:
+        names += [name for name in os.environ if name == "LOCAL_RANK" or name.startswith(_OF_MPI)]
     hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield
@@ -98,7 +106,7 @@ def join_processes(device: torch.device | str, precision: str) -> Accelerator:
         torch.cuda.set_device(device)
     # While the first process validates, the others wait.
     wait = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
-    with _hidden_settings():
+    with hidden_settings():
         return Accelerator(
             cpu=device.type == "cpu",
             mixed_precision=mixed,
@@ -110,7 +118,7 @@ def join_processes(device: torch.device | str, precision: str) -> Accelerator:
 
 def start_trackers(names: Sequence[str], folder: Path) -> list[Any]:
     """Return accelerate's trackers of these names, which write to a folder."""
-    with _hidden_settings():
+    with hidden_settings():
         accelerator = Accelerator(log_with=[*names], project_dir=folder, gradient_accumulation_steps=1)
         accelerator.init_trackers("kdcache")
     return list(accelerator.trackers)

@@ -24,7 +24,7 @@ from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.distributed import is_first, n_processes
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import counted, reporter
-from kdcache.train.accelerator import described_settings, ignored_settings
+from kdcache.train.accelerator import described_settings, hidden_settings, ignored_settings
 from kdcache.train.inputs import (
     CacheOptions,
     FixedImagesTeacher,
@@ -209,6 +209,7 @@ def _train(
         "streamed": "stream" in inputs.record.get("placement", []),
     }
     with (
+        hidden_settings(),
         run_folder(out, used, begun_with, spec.train.trackers) as run,
         torch.random.fork_rng([torch_device] if torch_device.type == "cuda" else []),
         seeded(spec.train.seed),

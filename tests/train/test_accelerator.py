@@ -30,7 +30,24 @@ SETTINGS = {
     "ACCELERATE_DYNAMO_USE_FULLGRAPH": "true",
     "ACCELERATE_USE_CPU": "true",
     "ACCELERATE_TORCH_DEVICE": "meta",
+    "ACCELERATE_FP8_BACKEND": "TE",
+    "ACCELERATE_CONFIG_DS_FIELDS": "x",
 }
+
+LAUNCHERS = {
+    "PMI_SIZE": "2",
+    "PMI_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "MV2_COMM_WORLD_SIZE": "2",
+    "MPI_LOCALNRANKS": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "3",
+    "FORK_LAUNCHED": "1",
+    "PARALLELISM_CONFIG_TP_SIZE": "2",
+    "FSDP_OFFLOAD_PARAMS": "true",
+}
+"""What mpirun, srun and parts of other launchers leave, where torchrun started nothing."""
 
 
 def trained() -> list[Tensor]:
@@ -47,13 +64,13 @@ def trained() -> list[Tensor]:
     return [copy.deepcopy(value.detach()) for value in model.parameters()]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*sorted(SETTINGS.keys() - {"ACCELERATE_FP8_BACKEND"}), *LAUNCHERS])
 def test_a_setting_of_the_environment_changes_no_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained()
-    monkeypatch.setenv(name, SETTINGS[name])
+    monkeypatch.setenv(name, {**SETTINGS, **LAUNCHERS}[name])
     for ours, theirs in zip(trained(), expected, strict=True):
         assert torch.equal(ours, theirs)
-    assert os.environ[name] == SETTINGS[name], "it is put back"
+    assert os.environ[name] == {**SETTINGS, **LAUNCHERS}[name], "it is put back"
 
 
 def train(out: Path, *more: object) -> Any:
@@ -64,7 +81,7 @@ def train(out: Path, *more: object) -> Any:
 def test_a_run_is_the_same_and_records_what_it_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trackers = ("--set", "student.train.trackers=[tensorboard]")  # these create an Accelerator of their own
     assert train(tmp_path / "plain", *trackers).exit_code == 0
-    for name, value in SETTINGS.items():
+    for name, value in {**SETTINGS, **LAUNCHERS, "ACCELERATE_MIXED_PRECISION": "fp8"}.items():
         monkeypatch.setenv(name, value)
     done = train(tmp_path / "set", *trackers)
     assert done.exit_code == 0, done.output
@@ -74,8 +91,13 @@ def test_a_run_is_the_same_and_records_what_it_ignored(tmp_path: Path, monkeypat
     plain, settings = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("plain", "set"))
     assert plain["ignored_environment"] == {}
     assert settings["ignored_environment"] == {
-        name: value for name, value in SETTINGS.items() if name != "ACCELERATE_DYNAMO_USE_FULLGRAPH"
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_MIXED_PRECISION": "fp8",
+        "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_TORCH_DEVICE": "meta",
     }
+    assert {name: os.environ[name] for name in LAUNCHERS} == LAUNCHERS, "they are put back"
 
 
 def test_what_accelerate_launch_sets_by_default_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
