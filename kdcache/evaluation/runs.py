@@ -185,6 +185,20 @@ def read_run(folder: Path) -> RunRecord:
         ) from None
 
 
+def without_copies(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[tuple[RunRecord, RunRecord]]]:
+    """Return the runs without copies of them in other folders, and (copy, original) for each that is left out.
+
+    A copy has the settings, the seed, every epoch and the training time of another run.
+    """
+    originals: dict[str, RunRecord] = {}
+    copies: list[tuple[RunRecord, RunRecord]] = []
+    for run in runs:
+        contents = json.dumps([_settings(run), run.seed, run.rows, run.accuracy, run.seconds], sort_keys=True)
+        if (original := originals.setdefault(contents, run)) is not run:
+            copies.append((run, original))
+    return [*originals.values()], copies
+
+
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """Group runs with identical settings and caches; groups are in the order of their first runs."""
     settings = [_settings(run) for run in runs]

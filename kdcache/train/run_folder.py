@@ -251,9 +251,13 @@ def _begin(folder: Path, pipeline: Pipeline, begun_with: Mapping[str, Any]) -> d
         return _read_state(folder)
     _remove_earlier(folder)
     folder.mkdir(parents=True)
-    write_json(folder / _BEGUN, configuration)
-    write_json(folder / "versions.json", {**versions(), **commits()})
-    write_file(folder / _PIPELINE, pipeline.to_yaml())
+    try:
+        write_json(folder / _BEGUN, configuration)
+        write_json(folder / "versions.json", {**versions(), **commits()})
+        write_file(folder / _PIPELINE, pipeline.to_yaml())
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return None
 
 

@@ -27,6 +27,9 @@ _AUGMENTATIONS = {"AugMix", "AutoAugment", "ColorJitter", "ElasticTransform", "G
                   "TrivialAugmentWide"}  # fmt: skip
 _CONTAINERS = {"RandomApply", "RandomChoice"}
 
+_NO_CHANGE = {"degrees": 0, "shear": 0, "scale": 1, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
+"""Values of the arguments of RandomAffine, RandomRotation and ColorJitter that leave an image as it is."""
+
 _RESIZE_PER_CROP = 256 / 224
 """Of torchvision's evaluation of ImageNet networks: images are resized to 256 pixels, and 224 are cropped."""
 
@@ -87,13 +90,23 @@ def check_evaluation_shape(own: Transform, train: View, held_out: View) -> None:
 
 
 def _can_be_left_out(step: dict[str, dict[str, Any]]) -> bool:
-    """Return whether a random step is a known augmentation, and not applied to every image (`p: 1`)."""
+    """Return whether a random step is a known augmentation that leaves some images as they are."""
     ((name, arguments),) = step.items()
     if arguments.get("p", 0.5) == 1 and name != "RandomErasing":
+        return False
+    if name in ("ColorJitter", "RandomAffine", "RandomRotation") and any(_changes_all(*of) for of in arguments.items()):
         return False
     if name in _CONTAINERS:
         return all(is_random([inner]) and _can_be_left_out(inner) for inner in arguments.get("transforms", [{}]))
     return name in _AUGMENTATIONS
+
+
+def _changes_all(argument: str, value: Any) -> bool:
+    """Return whether an argument is a range, or several, without the value that changes nothing, such as [90, 90]."""
+    if argument not in _NO_CHANGE or not isinstance(value, list):
+        return False
+    ends = zip(value[::2], value[1::2], strict=False)
+    return any(not low <= _NO_CHANGE[argument] <= high for low, high in ends)
 
 
 def _underivable(own: Transform, why: str) -> UsageError:

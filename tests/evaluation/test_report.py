@@ -35,7 +35,7 @@ from kdcache.evaluation.metrics import reliability
 from kdcache.evaluation.report.charts import Chart, Line, as_svg, draw_lines, draw_where_wrong, save_png
 from kdcache.evaluation.report.collect import collect
 from kdcache.evaluation.report.html import Sample, SampleGrid, render
-from kdcache.evaluation.runs import Mean, Row, find_runs, group_runs, read_run
+from kdcache.evaluation.runs import Mean, Row, find_runs, group_runs, read_run, without_copies
 from kdcache.models.small import SmallMLP
 
 Values = npt.NDArray[Any]
@@ -389,6 +389,26 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(work: Work, tmp_path: 
     ]
     (alone,) = group_runs([read_run(copy)])
     assert alone.label == "student, small:mlp, kd"
+
+
+def test_a_copied_run_is_not_a_second_seed(work: Work, tmp_path: Path) -> None:
+    first, second = work.runs("kd")
+    copy, longer, other_teacher = (tmp_path / name for name in ("renamed", "longer", "other teacher"))
+    for folder in (copy, longer, other_teacher):
+        shutil.copytree(first, folder)
+    settings = (longer / "resolved.yaml").read_text()
+    epochs = next(line for line in settings.splitlines() if "epochs: " in line)
+    (longer / "resolved.yaml").write_text(settings.replace(epochs, epochs + "0"))
+    metrics = json.loads((other_teacher / "metrics.json").read_text())
+    (other_teacher / "metrics.json").write_text(json.dumps({**metrics, "caches": ["sha256:" + "0" * 64]}))
+    runs, copies = without_copies([read_run(path) for path in (first, copy, second, longer, other_teacher)])
+    assert [run.network_ref.name for run in runs] == [str(path) for path in (first, second, longer, other_teacher)]
+    assert [(run.network_ref.name, of.network_ref.name) for run, of in copies] == [(str(copy), str(first))]
+    assert [group.members for group in group_runs(runs)] == [(0, 1), (2,), (3,)]
+    found = collect([first, copy])
+    assert found.notes == [f"{copy} is a copy of {first} and is left out."]
+    (group,) = found.students
+    assert found.means(group)["test"] == (read_run(first).accuracy, None)
 
 
 def test_options_of_a_loss_tell_its_groups_apart_and_its_name_others(work: Work, tmp_path: Path) -> None:

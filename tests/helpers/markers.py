@@ -376,6 +376,7 @@ SLOW_TESTS = {
         "test_what_is_pulled_is_what_was_pushed",
     },
     "test_run_folder": {
+        "test_after_any_file_had_no_room_the_same_command_succeeds",
         "test_curves_are_drawn_of_one_epoch_and_of_many_validated_or_not",
         "test_tensorboard_gets_every_line",
         "test_tensorboard_gets_every_line_once_from_a_resumed_run",

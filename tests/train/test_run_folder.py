@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,28 @@ def test_a_run_is_not_written_into_a_cache_or_over_other_files(cache: Cache, tmp
     with pytest.raises(UsageError):
         check_free(cache.path / "run")
     check_free(tmp_path / "run")
+
+
+# A disk without room, for every file that is written.
+
+
+@pytest.mark.parametrize("command", ["train-student", "sweep"])
+@pytest.mark.parametrize("largest", [60, 1200, 3000, 11000, 30000])
+def test_after_any_file_had_no_room_the_same_command_succeeds(command: str, largest: int, tmp_path: Path) -> None:
+    more = {"train-student": ["--loss", "ce"], "sweep": ["--over", "loss=ce", "--seeds", "1"]}[command]
+    epochs = ["--set", "student.train.epochs=1", "--device", "cpu"]
+    arguments = [command, str(RECIPE), "-o", str(tmp_path / "out"), *more, *epochs]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))  # Python turns its signal into an OSError
+    try:
+        full = CliRunner().invoke(main, arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (full.exit_code, "free disk space" in full.stderr) == (3, True)
+    if command == "train-student" and largest < 3000:
+        assert list(tmp_path.iterdir()) == []
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 0, again.output
 
 
 # Several processes.

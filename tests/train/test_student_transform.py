@@ -114,7 +114,27 @@ def pipeline(folder: Path, own: Transform, **more: Any) -> Pipeline:
 @pytest.mark.parametrize(
     "step",
     [
+        {"RandomRotation": {"degrees": [-10, 10]}},
+        {"RandomAffine": {"degrees": 5, "scale": [0.9, 1.1], "shear": [-5, 5]}},
+        {"ColorJitter": {"brightness": [0.5, 2.0], "hue": 0.1}},
+        {"RandomErasing": {"p": 1.0, "scale": [0.02, 0.1]}},
+    ],
+)
+def test_an_augmentation_that_may_change_nothing_is_left_out(step: dict[str, Any], folder: Path) -> None:
+    resolved = pipeline(folder, [step, FLOAT, PLAIN])
+    assert evaluation_transform(resolved, resolved.section("student"), SEEN) == [FLOAT, PLAIN]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
         {"RandomInvert": {"p": 1.0}},
+        {"RandomHorizontalFlip": {"p": 1}},
+        {"RandomRotation": {"degrees": [90, 90]}},
+        {"RandomAffine": {"degrees": 5, "scale": [2.0, 2.5]}},
+        {"RandomAffine": {"degrees": 0, "shear": [-5, 5, 10, 20]}},
+        {"ColorJitter": {"brightness": [2.0, 2.0]}},
+        {"RandomApply": {"transforms": [{"RandomRotation": {"degrees": [10, 20]}}]}},
         {"RandomApply": {"transforms": [{"RandomInvert": {}}], "p": 1}},
         {"RandomApply": {"transforms": [PLAIN]}},
         {"RandomOrder": {"transforms": [{"RandomInvert": {}}]}},

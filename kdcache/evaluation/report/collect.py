@@ -20,7 +20,7 @@ from kdcache.errors import MismatchError, UsageError
 from kdcache.evaluation.metrics import Reliability, reliability
 from kdcache.evaluation.networks import NetworkRef
 from kdcache.evaluation.report.teacher_stats import Predictions, TeacherStats, teacher_stats
-from kdcache.evaluation.runs import Group, Mean, RunRecord, find_runs, group_runs, read_run
+from kdcache.evaluation.runs import Group, Mean, RunRecord, find_runs, group_runs, read_run, without_copies
 from kdcache.evaluation.scorecard import logits_of, same_split
 from kdcache.models.checks import try_network
 from kdcache.runtime.progress import Progress, Silent
@@ -148,7 +148,8 @@ def collect(
     progress = progress or Silent()
     folders, unfinished = find_runs(paths)
     notes = [f"{folder} is not finished and is left out." for folder in unfinished]
-    runs = [read_run(folder) for folder in folders]
+    runs, copies = without_copies([read_run(folder) for folder in folders])
+    notes += [f"{copy.network_ref.name} is a copy of {run.network_ref.name} and is left out." for copy, run in copies]
     test = _test_split(runs, notes)
     images = _cached_images(runs, cache, notes, progress) if cache is not None else None
     view = images.view if images else None
