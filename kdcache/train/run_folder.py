@@ -142,7 +142,7 @@ def complete_run(out: Path, pipeline: Pipeline, made_from: Mapping[str, Any]) ->
         CorruptError: if its files cannot be read.
     """
     metrics: dict[str, Any] = read_json(out / _METRICS)
-    before = {key: metrics.get(key, default) for key, default in _MADE_FROM.items()}
+    before = {key: metrics.get(key, default) for key, default in {**made_from, **_MADE_FROM}.items()}
     now = {"pipeline": _as_dict(pipeline), **_MADE_FROM, **made_from}
     if changes := described_differences({"pipeline": _read_pipeline(out), **before}, now):
         raise MismatchError(

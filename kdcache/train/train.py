@@ -195,6 +195,7 @@ def _train(
     made_from = {
         "network": "student" if isinstance(spec, StudentSpec) else "teacher",
         "caches": inputs.record.get("caches", []),
+        "class_names": list(samples.class_names),
         **({"code": code} if (code := code_digest(loss)) else {}),
     }
     if out.exists():
@@ -248,7 +249,6 @@ def _train(
                 "labeled": int((train.labels >= 0).sum()),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "seconds": round(trained.seconds, 3),
-                "class_names": list(samples.class_names),
                 "ignored_environment": ignored,
                 **inputs.record,
             },

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from helpers.paths import ROOT
 from helpers.processes import command_line, exit_code, in_a_process, kill_at
 from helpers.trainers import meeting_place, together
+from PIL import Image
 from safetensors.torch import load_file
 
 from kdcache import load_pipeline, open_cache, train_student
@@ -376,6 +377,31 @@ def test_a_student_and_a_teacher_of_one_pipeline_are_not_the_same_run(tmp_path: 
     assert (again.exit_code, "is complete: nothing to do" in again.stderr) == (0, True)
     refused = command("train-student", recipe, *few, "--loss", "ce")
     assert (refused.exit_code, "network was teacher, and is student now" in refused.stderr) == (4, True)
+
+
+def test_after_a_class_was_renamed_a_run_is_another_one(tmp_path: Path) -> None:
+    def images(*names: str) -> None:
+        shutil.rmtree(tmp_path / "images", ignore_errors=True)
+        for index, name in enumerate(names):
+            folder = tmp_path / "images" / "train" / name
+            folder.mkdir(parents=True)
+            for number in range(6):
+                pixels = np.full((8, 8, 3), 60 * index + number, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"dataset: {{name: image-folder, root: {tmp_path / 'images'}, validation_fraction: 0, test_fraction: 0}}\n"
+        "transform: [ToImage: {}, ToDtype: {dtype: float32, scale: true}]\n"
+        "teacher: {model: 'small:mlp', train: {epochs: 1}}\n"
+    )
+    images("ant", "bee", "cat")
+    assert command("train-teacher", recipe, "-o", tmp_path / "run").exit_code == 0
+    assert command("train-teacher", recipe, "-o", tmp_path / "run").exit_code == 0
+    images("bee", "cat", "wasp")
+    refused = command("train-teacher", recipe, "-o", tmp_path / "run")
+    assert refused.exit_code == 4
+    assert "class_names was ['ant', 'bee', 'cat'], and is ['bee', 'cat', 'wasp'] now" in refused.stderr
 
 
 def test_the_result_of_a_finished_run_has_its_weights(home_of_all: Path, whole: Path) -> None:
