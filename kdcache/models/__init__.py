@@ -2,7 +2,7 @@
 
 from kdcache.models.build import build_model, outputs_of, preset_transform
 from kdcache.models.checkpoints import load_weights, save_weights
-from kdcache.models.class_mapping import ChosenOutputs, compare_names, read_groups, record_of_groups
+from kdcache.models.class_mapping import ChosenOutputs, check_run_classes, compare_names, read_groups, record_of_groups
 from kdcache.models.digest import weights_digest
 from kdcache.models.ensemble import Ensemble
 
@@ -10,6 +10,7 @@ __all__ = [
     "ChosenOutputs",
     "Ensemble",
     "build_model",
+    "check_run_classes",
     "compare_names",
     "load_weights",
     "outputs_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -161,3 +162,25 @@ def compare_names(spec: ModelSpec, groups: Groups | None, class_names: tuple[str
 
 def _bare(name: str) -> str:
     return name.casefold().replace("_", " ").strip()
+
+
+def check_run_classes(weights: str, class_names: tuple[str, ...]) -> None:
+    """Check that a data set has the classes of the run whose folder holds the weights, in the same order.
+
+    Weights that are not in a run folder, and runs that did not record their classes, are not checked.
+
+    Raises:
+        MismatchError: with the first class that differs, and both of its names.
+    """
+    metrics = Path(weights).expanduser().parent / "metrics.json"
+    try:
+        trained = json.loads(metrics.read_text(encoding="utf-8"))["class_names"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    differ = [names for names in zip_longest(trained, class_names) if names[0] != names[1]]
+    if differ:
+        raise MismatchError(
+            f"{weights} was trained with other classes: {differ[0][0]!r} is {differ[0][1]!r} in the data set "
+            f"({len(differ)} class names differ)",
+            "use the data set that it was trained on, rename its classes back, or map them in `classes`",
+        )

@@ -18,6 +18,7 @@ from kdcache.models import (
     ChosenOutputs,
     Ensemble,
     build_model,
+    check_run_classes,
     compare_names,
     from_hf,
     outputs_of,
@@ -93,6 +94,8 @@ def _load(
         arguments = {**chosen, "output": spec.output}
     if remark := compare_names(spec, groups, samples.class_names):
         progress.say(remark)
+    if groups is None and spec.weights is not None:
+        check_run_classes(spec.weights, samples.class_names)
     model = build_model(spec, outputs, shape, trained=True, progress=progress)
     code = user_code.digest_of(spec.model) if user_code.is_user_code(spec.model) else None
     kind, _, folder = spec.model.partition(":")

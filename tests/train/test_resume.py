@@ -399,6 +399,10 @@ def test_after_a_class_was_renamed_a_run_is_another_one(tmp_path: Path) -> None:
     assert command("train-teacher", recipe, "-o", tmp_path / "run").exit_code == 0
     assert command("train-teacher", recipe, "-o", tmp_path / "run").exit_code == 0
     images("bee", "cat", "wasp")
+    weights = f"teacher.weights={tmp_path / 'run' / 'model.safetensors'}"
+    dump = command("dump-teacher", recipe, "-o", tmp_path / "c.kdcache", "--set", weights)
+    assert dump.exit_code == 4
+    assert "was trained with other classes: 'ant' is 'bee' in the data set (3 class names differ)" in dump.stderr
     refused = command("train-teacher", recipe, "-o", tmp_path / "run")
     assert refused.exit_code == 4
     assert "class_names was ['ant', 'bee', 'cat'], and is ['bee', 'cat', 'wasp'] now" in refused.stderr
