@@ -414,7 +414,7 @@ SLOW_TESTS = {
     },
     "test_structure": {
         "test_long_private_functions_have_a_docstring",
-        "test_only_output_prints",
+        "test_only_output_and_progress_print",
         "test_texts_use_the_usual_terms",
     },
     "test_student_transform": {
