@@ -13,8 +13,9 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher
 from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec, TrainSpec
+from kdcache.data.seeding import seeded
 from kdcache.data.transforms import is_random
-from kdcache.data.views import View, seeded
+from kdcache.data.views import View
 from kdcache.errors import UsageError
 from kdcache.losses import Loss
 from kdcache.models import build_model
