@@ -128,6 +128,16 @@ class View(Dataset[Batch]):
         """Whether each image is mixed with another."""
         return self._mixing is not None
 
+    @property
+    def is_batched(self) -> bool:
+        """Whether the images of a batch are transformed together, as far as is known."""
+        return self._batched is not None
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether the crops of the images are recorded in a cache."""
+        return self._crop is not None
+
     def boxes(self, view: int) -> npt.NDArray[np.float32] | None:
         """Return the recorded boxes of a view, [N, 5], which are read once; None without recorded crops."""
         if self._crops is None or self._crop is None:

@@ -201,7 +201,7 @@ def _train(
         score = None
         if test is not None and is_first():
             with progress.task("test", len(test), "images") as task:
-                score = evaluate(model, test, device, on_batch=task.advance)
+                score = evaluate(model, test, device, on_batch=task.advance, num_workers=spec.train.num_workers)
         run.finish(
             model,
             {
