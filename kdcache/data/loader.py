@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from kdcache.data.images import ArrayImages, ItemImages
 from kdcache.data.views import Batch, View
@@ -119,9 +119,16 @@ def automatic_workers(data: View) -> int:
     images = data.samples.images
     if data.is_batched and isinstance(images, ArrayImages):
         return 0
-    if isinstance(images, ItemImages) and not type(images.dataset).__module__.startswith("torchvision.datasets"):
+    if isinstance(images, ItemImages) and not _is_of_torchvision(images.dataset):
         return 0
     return max(1, min(available_cores() // local_processes(), _MAX_AUTOMATIC))
+
+
+def _is_of_torchvision(dataset: Dataset[Any]) -> bool:
+    """Return whether a data set, or that of which it is a part, is one of torchvision's."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return type(dataset).__module__.startswith("torchvision.datasets")
 
 
 class _Requests(Dataset[Any]):

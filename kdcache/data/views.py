@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from kdcache.cache.format.recorded_views import CROP, Crops
 from kdcache.config.transform import Transform
@@ -274,4 +274,6 @@ def _check_sizes(images: Sequence[Tensor]) -> None:
 def _stack(images: Sequence[Tensor]) -> Tensor:
     """Stack images of one size into [B, channels, H, W] float32."""
     _check_sizes(images)
-    return torch.stack(list(images)).float()
+    # In a worker process, it stacks into shared memory, from where the images need no other copy.
+    stacked: Tensor = default_collate([pixels.float() for pixels in images])
+    return stacked
