@@ -120,8 +120,9 @@ class TrainSpec(Section):
     teacher's logits only. None uses all labels."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the images and the choice of labels."""
-    num_workers: NotNegativeInt = 0
-    """Data-loading processes."""
+    num_workers: NotNegativeInt | Literal["auto"] = "auto"
+    """Data-loading processes; auto: as many as there are cores, at most 8, and none for images in memory whose batches
+    are transformed at once, nor for data sets of your own."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]] = (
         Field(default=[])
     )
@@ -250,8 +251,9 @@ class CacheSpec(Section):
     """Rows per shard, the unit of writing; None chooses it."""
     batch_size: Count = 256
     """Images per teacher batch."""
-    num_workers: NotNegativeInt = 0
-    """Data-loading processes."""
+    num_workers: NotNegativeInt | Literal["auto"] = "auto"
+    """Data-loading processes; auto: as many as there are cores, at most 8, and none for images in memory whose batches
+    are transformed at once, nor for data sets of your own."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the teacher: float32 or mixed precision (autocast)."""
     channels_last: bool = False

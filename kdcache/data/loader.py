@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
+from kdcache.data.images import ArrayImages, ItemImages
 from kdcache.data.views import Batch, View
 from kdcache.errors import IncompleteError, KdcacheError
+from kdcache.runtime.distributed import local_processes
+from kdcache.runtime.resources import available_cores
+
+_MAX_AUTOMATIC = 8
 
 # Torch raises a plain RuntimeError with this text, also from a signal handler, at any point of the main thread.
 _DEAD_WORKER = "DataLoader worker (pid"
@@ -47,40 +52,83 @@ def cut_range(ids: range, batch_size: int) -> list[range]:
     return [range(start, min(start + batch_size, ids.stop)) for start in range(ids.start, ids.stop, batch_size)]
 
 
-def batches(
-    data: View,
-    cuts: Sequence[Sequence[int]],
-    num_workers: int = 0,
-    device: torch.device | str = "cpu",
-    view: int | None = None,
-) -> Iterator[Batch]:
-    """Yield the batches of a view, in the order of `cuts`, prefetched by worker processes.
+class Loader:
+    """The batches of a data set's views, prefetched by worker processes that stay alive from one pass to the next.
 
     Args:
         data: views of a data set.
-        cuts: ids of each batch.
-        num_workers: number of processes that load images; 0 for this one.
+        num_workers: number of processes that load images; 0 for this one, "auto" for `automatic_workers`.
         device: device that uses the batches; for a GPU, they are in pinned memory.
-        view: index of the view; None for `data.view`.
-
-    Raises:
-        IncompleteError: if a worker process dies.
     """
-    view = data.view if view is None else view
-    data.boxes(view)  # read before workers are forked, so that they share the memory
-    loader: DataLoader[Any] = DataLoader(
-        _Requests(data),
-        batch_sampler=[(view, cut) for cut in cuts],  # type: ignore[misc]  # torch expects lists, and passes anything on
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator(),  # seeds the workers, which no view uses; leaves the caller's generator alone
-    )
-    with report_lost_workers(*((ConnectionError, EOFError) if num_workers else ())):
-        for batch in loader:
-            if isinstance(batch, KdcacheError):
-                raise batch
-            yield batch
+
+    def __init__(self, data: View, num_workers: int | Literal["auto"] = 0, device: torch.device | str = "cpu") -> None:
+        self.data = data
+        self._requests: list[tuple[int, Sequence[int]]] = []
+        workers = automatic_workers(data) if num_workers == "auto" else num_workers
+        self._pipe_errors = (ConnectionError, EOFError) if workers else ()
+        self._loader: DataLoader[Any] = DataLoader(
+            _Requests(data),
+            batch_sampler=self._requests,  # type: ignore[arg-type]  # torch expects lists of ids, and passes anything on
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.device(device).type == "cuda",
+            # Boxes of a view are read before workers are forked, so that they share the memory.
+            persistent_workers=workers > 0 and not data.has_boxes,
+            generator=torch.Generator(),  # seeds the workers, which no view uses; leaves the caller's generator alone
+        )
+
+    def batches(self, cuts: Sequence[Sequence[int]], view: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of a view, in the order of `cuts`. One pass at a time: a new one ends the one before.
+
+        Args:
+            cuts: ids of each batch.
+            view: index of the view; None for `data.view`.
+
+        Raises:
+            IncompleteError: if a worker process dies.
+        """
+        view = self.data.view if view is None else view
+        self.data.boxes(view)
+        self._requests[:] = [(view, cut) for cut in cuts]
+        with report_lost_workers(*self._pipe_errors):
+            for batch in self._loader:
+                if isinstance(batch, KdcacheError):
+                    raise batch
+                yield batch
+
+
+def batches(
+    data: View,
+    cuts: Sequence[Sequence[int]],
+    num_workers: int | Literal["auto"] = 0,
+    device: torch.device | str = "cpu",
+    view: int | None = None,
+) -> Iterator[Batch]:
+    """Yield the batches of a view, in the order of `cuts`, for a single pass; see `Loader`."""
+    if num_workers == "auto":
+        num_workers = min(automatic_workers(data), len(cuts))
+    return Loader(data, num_workers, device).batches(cuts, view)
+
+
+def automatic_workers(data: View) -> int:
+    """Return how many processes should load images: those of the cores that this process may use, at most 8.
+
+    None for images in memory that are transformed together, as a process would take longer to send them, and for a data
+    set of the user, which may hold what processes cannot share, such as an open HDF5 file.
+    """
+    images = data.samples.images
+    if data.is_batched and isinstance(images, ArrayImages):
+        return 0
+    if isinstance(images, ItemImages) and not _is_of_torchvision(images.dataset):
+        return 0
+    return max(1, min(available_cores() // local_processes(), _MAX_AUTOMATIC))
+
+
+def _is_of_torchvision(dataset: Dataset[Any]) -> bool:
+    """Return whether a data set, or that of which it is a part, is one of torchvision's."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return type(dataset).__module__.startswith("torchvision.datasets")
 
 
 class _Requests(Dataset[Any]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -81,7 +81,11 @@ class Replay(NamedTuple):
 
 
 def replay(
-    cache: Cache, samples: Samples, limit: int | None = None, num_workers: int = 0, progress: Progress | None = None
+    cache: Cache,
+    samples: Samples,
+    limit: int | None = None,
+    num_workers: int | Literal["auto"] = 0,
+    progress: Progress | None = None,
 ) -> Replay:
     """Replay views and compare their fingerprints with those in the cache, without the teacher.
 

@@ -31,6 +31,9 @@ MAX_STEPS = 64
 MAX_KERNEL_SIZE = 255
 """Pixels of a side of a convolution kernel."""
 
+_MAX_REMEMBERED = 4096
+"""Sizes of images that a step remembers as checked."""
+
 _REPEATS = ("chain_depth", "mixture_width", "num_ops", "trials")
 _INFINITE = 2.0**53
 _KERNEL_OF_SIGMA = 8
@@ -74,7 +77,14 @@ class SizeLimitedStep:
             UsageError: if the result could be too large.
             TypeError: if the previous step did not return one image, but for instance five crops.
         """
-        picture = images[0]
+        self.check(images[0])
+        return self.step(*images)
+
+    def check(self, picture: Any) -> int:
+        """Check the size of the step's result for an image or a batch, and return the values of an image.
+
+        Raises the errors of a call.
+        """
         if isinstance(picture, Image.Image):
             batch, channels, height, width = 1, len(picture.getbands()), picture.height, picture.width
         elif isinstance(picture, Tensor):
@@ -82,15 +92,26 @@ class SizeLimitedStep:
             channels, height, width = picture.shape[-3:]
         else:
             raise TypeError(f"{self.name} is given a {type(picture).__name__}, not one image")
+        given = (batch, channels, height, width)
+        if (known := self._within_limits.get(given)) is not None:
+            return known
         shape = self._largest_shape(channels, height, width)
         if _count_values(*shape) > max(_count_values(channels, height, width), MAX_IMAGE_VALUES):
             sides = " x ".join(f"{side:,.0f}" for side in shape)
             limit = f"{CHANNELS} x {MAX_IMAGE_VALUES // CHANNELS:,}"
             raise _refused(f"{self.name} returns images of up to {sides} values, more than {limit}")
-        check_batch(math.prod(shape), batch)
-        return self.step(*images)
+        values = math.ceil(math.prod(shape))
+        check_batch(values, batch)
+        if len(self._within_limits) < _MAX_REMEMBERED:
+            self._within_limits[given] = values
+        return values
 
     # Cached: they are used for each of millions of images.
+
+    @cached_property
+    def _within_limits(self) -> dict[tuple[int, int, int, int], int]:
+        """Sizes (batch, channels, H, W) of images that were checked, and the values of an image of the result."""
+        return {}
 
     @cached_property
     def _size(self) -> list[float]:

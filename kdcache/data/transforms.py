@@ -51,6 +51,11 @@ def _may_draw(name: str) -> bool:
     return name not in _FIXED
 
 
+def runs_user_code(transform: Transform) -> bool:
+    """Whether a step is code of the user."""
+    return any(map(user_code.is_user_code, step_names(transform)))
+
+
 def is_batched(transform: Transform) -> bool:
     """Whether the steps give the same images for a whole batch as for one image at a time."""
     names = [name for step in transform for name in step]

@@ -12,26 +12,27 @@ may be a crop whose boxes are stored in the cache (`recorded_crop.py`).
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from kdcache.cache.format.recorded_views import CROP, Crops
 from kdcache.config.transform import Transform
-from kdcache.data.images import ArrayImages, Picture
+from kdcache.data.batched_steps import batched_transform
+from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.mixing import Mixing, split_mixing
 from kdcache.data.recorded_crop import split_recorded
 from kdcache.data.samples import Samples
+from kdcache.data.seeding import kept_generators, kept_torch_generator, seed_generators, seed_of
 from kdcache.data.transform_limits import check_batch
-from kdcache.data.transforms import build_transform, is_batched, is_random
+from kdcache.data.transforms import build_transform, is_random, runs_user_code
 from kdcache.errors import CorruptError, UsageError
 from kdcache.losses.batch import MixedLabels
 
@@ -50,26 +51,6 @@ class Batch(NamedTuple):
     labels: Tensor
     ids: Tensor
     mixed: MixedLabels | None
-
-
-@contextmanager
-def seeded(*parts: int) -> Iterator[None]:
-    """Seed the generators of Python, NumPy and torch from `parts`, and restore their states at the end.
-
-    Of torch's generators, only the CPU's is seeded, as transforms run there; `torch.manual_seed` would also seed GPUs.
-    """
-    digest = hashlib.blake2b(b"".join(part.to_bytes(8, "little") for part in parts), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little")
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 @contextmanager
@@ -129,7 +110,10 @@ class View(Dataset[Batch]):
                 "train on the whole data set, or from a cache of views that are not mixed",
             )
         self._random = is_random(steps)
-        self._arrays = samples.images if isinstance(samples.images, ArrayImages) and is_batched(transform) else None
+        # Only torchvision's steps are known to draw from torch's generator alone, and to seed it is far cheaper.
+        self._torch_alone = isinstance(samples.images, ArrayImages | FileImages) and not runs_user_code(transform)
+        whole = self._crop is None and mixing is None
+        self._batched = batched_transform(steps, getattr(self._transform, "transforms", [])) if whole else None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -143,6 +127,16 @@ class View(Dataset[Batch]):
     def mixes(self) -> bool:
         """Whether each image is mixed with another."""
         return self._mixing is not None
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the images of a batch are transformed together, as far as is known."""
+        return self._batched is not None
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether the crops of the images are recorded in a cache."""
+        return self._crop is not None
 
     def boxes(self, view: int) -> npt.NDArray[np.float32] | None:
         """Return the recorded boxes of a view, [N, 5], which are read once; None without recorded crops."""
@@ -172,41 +166,66 @@ class View(Dataset[Batch]):
             CorruptError: if an image cannot be read.
         """
         indices = torch.as_tensor(ids, dtype=torch.int64)
-        if self._arrays is not None:
-            # One call for the whole batch gives the same pixels as one per image, many times faster.
-            pixels = self._apply(self._arrays.pixels[indices], int(indices[0])).float()
-            return Batch(pixels, self.labels[indices], indices, None)
+        labels = self.labels[indices]
+        if (images := self._at_once(ids, view)) is not None:
+            return Batch(images, labels, indices, None)
         count = len(ids)
-        with _one_thread():
+        with _one_thread(), self._generators_kept():
             if self._mixing is None:
-                stacked = _stack([self._image(int(index), view, count) for index in ids])
-                return Batch(stacked, self.labels[indices], indices, None)
+                each = [self._image(int(index), view, count) for index in ids]
+                return Batch(_stack(each), labels, indices, None)
             mixtures = (self._mixed(int(index), view, self._mixing, count) for index in ids)
-            images, shares, partners = zip(*mixtures, strict=True)
+            mixed_images, shares, partners = zip(*mixtures, strict=True)
             mixed = MixedLabels(self.labels[list(partners)], torch.tensor(shares))
-            return Batch(_stack(images), self.labels[indices], indices, mixed)
+            return Batch(_stack(mixed_images), labels, indices, mixed)
+
+    def _at_once(self, ids: Sequence[int], view: int) -> Tensor | None:
+        """Return images of one size, [B, channels, H, W] float32, transformed together; None if they cannot be."""
+        if self._batched is None or (pixels := self._batched.stack(self.samples.images, ids)) is None:
+            self._batched = None
+            return None
+        if not self._random:
+            return self._apply(partial(self._batched, pixels, None), int(ids[0])).float()
+        seeds = [self._seed_of(int(index), view) for index in ids]
+        with kept_torch_generator():
+            return self._apply(partial(self._batched, pixels, seeds), int(ids[0])).float()
 
     def _mixed(self, index: int, view: int, mixing: Mixing, count: int) -> tuple[Tensor, float, int]:
         """Return an image mixed with its partner, the share of its own label, and the index of the partner."""
-        with self._seeded(index, view):
-            own = self._transformed(index, view, count)
-            partner = int(torch.randint(len(self), ()))
+        self._seed(index, view)
+        own = self._transformed(index, view, count)
+        partner = int(torch.randint(len(self), ()))
+        with self._generators_kept():
             partner_image = self._image(partner, view, count)
-            _check_sizes([own, partner_image])
-            image, _, share = mixing(own, partner_image, 1.0)
+        _check_sizes([own, partner_image])
+        image, _, share = mixing(own, partner_image, 1.0)
         return image, share, partner
 
     def _image(self, index: int, view: int, count: int) -> Tensor:
-        if not self._random:
-            return self._transformed(index, view, count)
-        with self._seeded(index, view):
-            return self._transformed(index, view, count)
+        """Return an image after the transform; the generators are left in another state."""
+        if self._random:
+            self._seed(index, view)
+        return self._transformed(index, view, count)
 
     def _id(self, index: int) -> int:
         return index if self.samples.ids is None else int(self.samples.ids[index])
 
-    def _seeded(self, index: int, view: int) -> AbstractContextManager[None]:
-        return seeded(self.seed, self._id(index), view)
+    def _seed_of(self, index: int, view: int) -> int:
+        return seed_of(self.seed, self._id(index), view)
+
+    def _seed(self, index: int, view: int) -> None:
+        """Seed the generators that the transform of an image may draw from."""
+        seed = self._seed_of(index, view)
+        if self._torch_alone:
+            torch.default_generator.manual_seed(seed)
+        else:
+            seed_generators(seed)
+
+    def _generators_kept(self) -> AbstractContextManager[None]:
+        """Restore the generators that `_seed` seeds at the end of the context."""
+        if not (self._random or self.mixes):
+            return nullcontext()
+        return kept_torch_generator() if self._torch_alone else kept_generators()
 
     def _transformed(self, index: int, view: int, count: int) -> Tensor:
         """Return an image after the transform; `count` images are in memory at the same time."""
@@ -221,14 +240,14 @@ class View(Dataset[Batch]):
                     f"sample {self._id(index)} of {self.samples.name}/{self.samples.split}, view {view}: {error}",
                     "use the images from which the boxes were drawn",
                 ) from None
-        pixels = self._apply(picture, index)
+        pixels = self._apply(partial(self._transform, picture), index)
         check_batch(pixels.numel(), count)
         return pixels
 
-    def _apply(self, picture: Picture, first: int) -> Tensor:
-        """Apply the transform to an image, or to a batch of images that begins with sample `first`."""
+    def _apply(self, transform: Callable[[], Any], first: int) -> Tensor:
+        """Return the result of a transform of an image, or of a batch of images that begins with sample `first`."""
         try:
-            pixels = self._transform(picture)
+            pixels = transform()
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
             raise UsageError(
                 f"the transform cannot be applied to sample {first} of {self.samples.name}/{self.samples.split}: "
@@ -255,4 +274,6 @@ def _check_sizes(images: Sequence[Tensor]) -> None:
 def _stack(images: Sequence[Tensor]) -> Tensor:
     """Stack images of one size into [B, channels, H, W] float32."""
     _check_sizes(images)
-    return torch.stack(list(images)).float()
+    # In a worker process, it stacks into shared memory, from where the images need no other copy.
+    stacked: Tensor = default_collate([pixels.float() for pixels in images])
+    return stacked

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ def run_pass(
     plan: Plan,
     basis: TailBasis | None,
     shards: list[Shard],
-    num_workers: int,
+    num_workers: int | Literal["auto"],
     write: Write,
     task: Task,
     timer: PhaseTimer,

@@ -48,7 +48,7 @@ class NetworkRef:
     class_names: tuple[str, ...] | None = None
 
     @property
-    def workers(self) -> int:
+    def workers(self) -> int | Literal["auto"]:
         """Number of processes that load images, from its section of the pipeline."""
         section = getattr(self.pipeline, self.network)
         has_training = isinstance(section, TeacherSpec | StudentSpec)

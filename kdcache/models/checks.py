@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from kdcache.config.transform import Transform
 from kdcache.data.samples import Samples, as_samples
-from kdcache.data.views import View, seeded
+from kdcache.data.seeding import seeded
+from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models.checkpoints import check_savable
 from kdcache.models.outputs import logits_of

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from kdcache.config.transform import Transform, step_names
-from kdcache.data.loader import batches, cut_range
+from kdcache.data.loader import Loader, cut_range
 from kdcache.data.samples import Samples, as_samples
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
@@ -34,7 +34,24 @@ class SplitScore(NamedTuple):
     loss: float
 
 
-@torch.no_grad()
+class Sums(NamedTuple):
+    """Sums over the labeled samples of some batches."""
+
+    correct: int
+    loss: float
+    labeled: int
+
+    def score(self, samples: Samples) -> SplitScore:
+        """Return the means.
+
+        Raises:
+            UsageError: if no sample has a label.
+        """
+        if not self.labeled:
+            raise UsageError(f"no sample of {samples.name}/{samples.split} has a label", "evaluate on a labeled split")
+        return SplitScore(self.correct / self.labeled, self.loss / self.labeled)
+
+
 def evaluate(
     model: nn.Module,
     samples: Samples | Dataset[Any] | View,
@@ -43,6 +60,7 @@ def evaluate(
     transform: Transform | None = None,
     on_batch: Callable[[int], None] | None = None,
     progress: Progress | bool | None = None,
+    num_workers: int | Literal["auto"] = "auto",
 ) -> SplitScore:
     """Return the accuracy and the negative log-likelihood of a network, in evaluation mode.
 
@@ -57,6 +75,7 @@ def evaluate(
         transform: what is done to an image, as in a pipeline file; None for the data set's own.
         on_batch: called after each batch with its size.
         progress: True to show progress on stderr, or a progress reporter; silent if None.
+        num_workers: number of processes that load images; "auto" as in a pipeline file.
 
     Raises:
         UsageError: if no sample has a label.
@@ -66,28 +85,42 @@ def evaluate(
         trust(step_names(transform))
         known = as_samples(samples)
         samples = View(known, known.transform if transform is None else transform)
+    loader = Loader(samples, num_workers, device)
+    cuts = [list(cut) for cut in cut_range(range(len(samples)), batch_size)]
+    with reporter(progress).task("evaluate", len(samples), "images") as task:
+
+        def after_batch(count: int) -> None:
+            task.advance(count)
+            if on_batch is not None:
+                on_batch(count)
+
+        return sum_scores(model, loader, cuts, device, after_batch).score(samples.samples)
+
+
+@torch.no_grad()
+def sum_scores(
+    model: nn.Module,
+    loader: Loader,
+    cuts: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] | None = None,
+) -> Sums:
+    """Return the sums of a network, in evaluation mode, over some batches of a loader; see `evaluate`."""
     was_training = model.training
     set_evaluation_mode(model.to(device))
     correct, summed, labeled = 0, 0.0, 0
-    cuts = [list(cut) for cut in cut_range(range(len(samples)), batch_size)]
-    with reporter(progress).task("evaluate", len(samples), "images") as task:
-        for batch in batches(samples, cuts, 0, device):
-            logits = logits_of(model(batch.images.to(device))).float()
-            _check_classes(logits, batch.labels)
-            truth = batch.labels.to(device)
-            correct += int((logits.argmax(dim=1) == truth).sum())
-            summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
-            labeled += int((truth >= 0).sum())
-            if on_batch is not None:
-                on_batch(len(batch.ids))
-            task.advance(len(batch.ids))
+    for batch in loader.batches(cuts):
+        logits = logits_of(model(batch.images.to(device))).float()
+        _check_classes(logits, batch.labels)
+        truth = batch.labels.to(device)
+        correct += int((logits.argmax(dim=1) == truth).sum())
+        summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
+        labeled += int((truth >= 0).sum())
+        if on_batch is not None:
+            on_batch(len(batch.ids))
     if model.training != was_training:
         model.train(was_training)
-    if not labeled:
-        raise UsageError(
-            f"no sample of {samples.samples.name}/{samples.samples.split} has a label", "evaluate on a labeled split"
-        )
-    return SplitScore(correct / labeled, summed / labeled)
+    return Sums(correct, summed, labeled)
 
 
 def _check_classes(logits: torch.Tensor, labels: torch.Tensor) -> None:

@@ -100,6 +100,12 @@ def n_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_processes() -> int:
+    """Return the number of processes on this machine that torchrun or accelerate started together."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(int(given), 1) if given.isdecimal() else 1
+
+
 @contextmanager
 def _peer_errors() -> Iterator[None]:
     try:

@@ -40,6 +40,11 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(existing(folder)).free
 
 
+def available_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def existing(folder: Path) -> Path:
     """Return the folder, or its closest parent that exists."""
     while not folder.exists():

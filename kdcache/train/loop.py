@@ -17,16 +17,19 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
+from kdcache.data.loader import Loader, cut_range
 from kdcache.data.views import View
 from kdcache.errors import CorruptError
 from kdcache.losses import Loss, LossParts
-from kdcache.models.evaluate import SplitScore, evaluate
+from kdcache.models.evaluate import SplitScore, Sums, sum_scores
 from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.step import Trainer
+
+_VALIDATION_BATCH = 512
 
 
 class Epoch(NamedTuple):
@@ -127,7 +130,7 @@ def fit(
     Args:
         model: network; moved to `device`.
         train: images and labels.
-        validation: split for the selection, evaluated by the first process; None selects the last epoch.
+        validation: split for the selection; None selects the last epoch.
         spec: optimizer, schedule, seed.
         loss: minimized.
         teacher: source of the teacher's logits.
@@ -142,6 +145,7 @@ def fit(
         UsageError: if a batch has too few images to be divided.
     """
     progress = progress or Silent()
+    held_out = Loader(validation, spec.num_workers, device) if validation is not None else None
     trainer = Trainer(model, spec, loss, len(train), device)
     state = TrainingState()
     if checkpointer and (saved := _load(trainer, checkpointer)) is not None:
@@ -161,7 +165,7 @@ def fit(
             view = view_of_epoch(number, views, spec)
             lr = float(trainer.schedule.get_last_lr()[0])
             parts = trainer.epoch(train, number, teacher, after_step, view=view)
-            epoch = _metrics(trainer, Epoch(number, view, lr, 0, 0, 0, None, None, None, None), parts, validation, task)
+            epoch = _metrics(trainer, Epoch(number, view, lr, 0, 0, 0, None, None, None, None), parts, held_out, task)
             state.add(epoch, trainer.selected_network)
             state.seconds += time.perf_counter() - began
             if on_epoch:
@@ -187,7 +191,7 @@ def view_of_epoch(epoch: int, views: int | None, spec: TrainSpec) -> int:
     return (epoch - 1) % views
 
 
-def _metrics(trainer: Trainer, epoch: Epoch, parts: list[LossParts], validation: View | None, task: Task) -> Epoch:
+def _metrics(trainer: Trainer, epoch: Epoch, parts: list[LossParts], held_out: Loader | None, task: Task) -> Epoch:
     """Return an epoch with the means of its losses and its validation score.
 
     Raises:
@@ -196,19 +200,9 @@ def _metrics(trainer: Trainer, epoch: Epoch, parts: list[LossParts], validation:
     means = LossParts(*(torch.stack(values).double().mean() for values in zip(*parts, strict=True)))
     if not math.isfinite(total := means.total.item()):
         raise Diverged(f"the loss became {total} in epoch {epoch.epoch}", "lower train.lr, or the weights of the loss")
-    score: list[SplitScore | None] = [None]
-    if validation is not None and trainer.accelerator.is_main_process:
-        evaluated = 0
-
-        def on_batch(count: int) -> None:
-            nonlocal evaluated
-            evaluated += count
-            task.advance(0, f"validating epoch {epoch.epoch}: {evaluated:,} of {len(validation):,} images")
-
-        score = [evaluate(trainer.selected_network, validation, trainer.device, on_batch=on_batch)]
-    if trainer.ranks > 1:
-        broadcast_object_list(score)
-    accuracy, negative_log_likelihood = score[0] or (None, None)
+    accuracy = negative_log_likelihood = None
+    if held_out is not None:
+        accuracy, negative_log_likelihood = _validate(trainer, held_out, epoch.epoch, task)
     cross_entropy, distillation, *temperatures = (value.item() for value in means[1:])
     student, teacher = temperatures if trainer.loss.uses_teacher else (None, None)
     return epoch._replace(
@@ -220,6 +214,24 @@ def _metrics(trainer: Trainer, epoch: Epoch, parts: list[LossParts], validation:
         validation_accuracy=accuracy,
         validation_loss=negative_log_likelihood,
     )
+
+
+def _validate(trainer: Trainer, held_out: Loader, epoch: int, task: Task) -> SplitScore:
+    """Return the score of the network on the validation split, of which each process evaluates its share."""
+    network, count, evaluated = trainer.selected_network, len(held_out.data), 0
+
+    def on_batch(images: int) -> None:
+        nonlocal evaluated
+        evaluated += images * trainer.ranks
+        task.advance(0, f"validating epoch {epoch}: {min(evaluated, count):,} of {count:,} images")
+
+    if trainer.ranks > 1:
+        for statistics in network.buffers():  # of batch normalization: those of the first process are selected
+            distributed.broadcast(statistics, 0)
+    cuts = [list(cut) for cut in cut_range(range(count), _VALIDATION_BATCH)]
+    own = cuts[trainer.accelerator.process_index :: trainer.ranks]
+    parts: list[Sums] = gather_object([sum_scores(network, held_out, own, trainer.device, on_batch)])
+    return Sums(*map(sum, zip(*parts, strict=True))).score(held_out.data.samples)
 
 
 def _load(trainer: Trainer, checkpointer: Checkpointer) -> dict[str, Any] | None:

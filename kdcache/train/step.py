@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
-from kdcache.data.loader import batches, report_lost_workers
+from kdcache.data.loader import Loader, report_lost_workers
 from kdcache.data.views import Batch, View
 from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
@@ -97,6 +97,7 @@ class Trainer:
         optimizer = make_optimizer(model, spec, self.theta)
         self.schedule = make_schedule(optimizer, spec, self.steps)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self._loader: Loader | None = None
         self.average: AveragedModel | None = None
         if spec.ema_decay is not None:
             self.average = AveragedModel(model, multi_avg_fn=_average_update(spec.ema_decay), use_buffers=True)
@@ -165,7 +166,7 @@ class Trainer:
             teacher.prefetch(own, view)
         labeled = [int((train.labels[torch.cat(cut)] >= 0).sum()) for cut in cuts]
         self.model.train()
-        loaded = batches(train, [ids.tolist() for ids in own], self.spec.num_workers, self.device, view)
+        loaded = self._batches(train, [ids.tolist() for ids in own], view)
         parts = []
         with report_lost_workers():
             for cut, n_labeled in zip(cuts, labeled, strict=True):
@@ -178,6 +179,12 @@ class Trainer:
                 if on_step and len(parts) < len(cuts):
                     on_step()
         return self._reduced(parts)
+
+    def _batches(self, train: View, cuts: list[list[int]], view: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch; the processes that load them stay for the next."""
+        if self._loader is None or self._loader.data is not train:
+            self._loader = Loader(train, self.spec.num_workers, self.device)
+        return self._loader.batches(cuts, view)
 
     def _micro_batch(self, batch: Batch, teacher: Teacher | None, view: int) -> MicroBatch:
         images = batch.images.to(self.device, non_blocking=True, memory_format=self._layout)

@@ -14,8 +14,9 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher
 from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec, TrainSpec
+from kdcache.data.seeding import seeded
 from kdcache.data.transforms import is_random
-from kdcache.data.views import View, seeded
+from kdcache.data.views import View
 from kdcache.errors import CorruptError, InterruptedRun, UsageError
 from kdcache.losses import Loss
 from kdcache.models import build_model
@@ -236,7 +237,7 @@ def _train(
         score = None
         if test is not None and is_first():
             with progress.task("test", len(test), "images") as task:
-                score = evaluate(model, test, device, on_batch=task.advance)
+                score = evaluate(model, test, device, on_batch=task.advance, num_workers=spec.train.num_workers)
         run.finish(
             model,
             {

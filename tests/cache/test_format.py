@@ -36,7 +36,8 @@ from kdcache.cache.format.fingerprints import inputs_of
 from kdcache.cache.format.read_records import read_commit
 from kdcache.config.schema import CacheSpec
 from kdcache.data.images import FileImages
-from kdcache.data.views import View, seeded
+from kdcache.data.seeding import seeded
+from kdcache.data.views import View
 from kdcache.errors import CorruptError
 
 GOLDEN = ROOT / "tests" / "golden"

@@ -29,8 +29,9 @@ from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples, wrap
+from kdcache.data.seeding import seeded
 from kdcache.data.transforms import build_transform, is_random
-from kdcache.data.views import View, seeded
+from kdcache.data.views import View
 from kdcache.errors import CorruptError, KdcacheError, UsageError
 
 TO_FLOAT: Transform = [{"ToImage": {}}, {"ToDtype": {"dtype": "float32", "scale": True}}]
@@ -479,6 +480,7 @@ def test_every_transform_of_torchvision_is_classified_as_random_or_fixed(name: s
         for _ in range(3):
             transform(*(given or [PHOTO]))
     assert is_random([{"ToImage": {}}, {name: {}}]) == (states() != before)
+    assert states()[:2] == before[:2], f"{name} draws from the generator of Python or NumPy"
 
 
 def test_unknown_transforms_are_seeded() -> None:

@@ -47,6 +47,9 @@ SLOW_TESTS = {
     "test_alignment": {
         "test_another_order_with_more_samples_trains_the_same_student",
     },
+    "test_batched_steps": {
+        "test_a_batch_has_the_pixels_of_its_images",
+    },
     "test_boxes": {
         "test_a_conversion_that_stopped_goes_on_to_the_same_digest",
         "test_caches_of_other_crops_are_not_joined",

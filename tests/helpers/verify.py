@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tensorstore
+import torch
 from click.testing import Result
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import MANIFEST, PLAN, Encoding, canonical, commit_file
 from kdcache.cache.inspect.audit import Audit
 from kdcache.config.schema import CacheSpec
-from kdcache.data.views import View
+from kdcache.data.views import Batch, View
 
 SPEC = CacheSpec(top_k=3, tail="lowrank", rank=4, views=2, seed=5, batch_size=5)
 
@@ -84,7 +85,11 @@ CROP = [{"RandomCrop": {"size": 4, "padding": 1}}, *FLIP]
 
 def another_library(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, int, int], Tensor]) -> None:
     """Let every image come out of its transform changed, by (pixels, sample, view)."""
-    original = View._apply
-    monkeypatch.setattr(
-        View, "_apply", lambda view, picture, first: change(original(view, picture, first), first, view.view)
-    )
+    original = View.batch
+
+    def batch(view: View, ids: Sequence[int], number: int) -> Batch:
+        made = original(view, ids, number)
+        changed = [change(image, index, number) for image, index in zip(made.images, made.ids.tolist(), strict=True)]
+        return made._replace(images=torch.stack(changed))
+
+    monkeypatch.setattr(View, "batch", batch)

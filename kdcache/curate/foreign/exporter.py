@@ -29,8 +29,8 @@ from kdcache.data.loader import cut_range
 from kdcache.data.recorded_crop import PixelBox, pixels_of, sides_of, split_recorded
 from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay
 from kdcache.data.samples import Samples
+from kdcache.data.seeding import seeded
 from kdcache.data.transforms import build_transform, is_random
-from kdcache.data.views import seeded
 from kdcache.errors import UsageError
 from kdcache.runtime.atomic_write import move_into_place
 from kdcache.runtime.progress import Progress, Silent

@@ -23,7 +23,7 @@ from kdcache.cache.format.zarr_store import read_inputs
 from kdcache.cache.inspect.audit import audit
 from kdcache.config.schema import CacheSpec
 from kdcache.data.replay import Replay, replay
-from kdcache.data.views import seeded
+from kdcache.data.seeding import seed_of
 from kdcache.errors import MismatchError
 
 
@@ -70,7 +70,7 @@ def test_other_pixels_are_refused_by_the_first_of_them(
 
 
 def test_images_of_another_seed_are_refused(seen: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcache.data.views.seeded", lambda seed, *parts: seeded(seed + 1, *parts))
+    monkeypatch.setattr("kdcache.data.views.seed_of", lambda seed, *parts: seed_of(seed + 1, *parts))
     with pytest.raises(MismatchError, match="view 0 of sample"):
         replay(seen.cache, seen.samples)
 
