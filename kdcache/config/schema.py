@@ -20,20 +20,10 @@ from kdcache.losses.options import NotNegative, Positive
 from kdcache.runtime.user_code import is_user_code, trust
 
 Count = Annotated[int, Field(ge=1)]
-
-
 NotNegativeInt = Annotated[int, Field(ge=0)]
-
-
 Output = NotNegativeInt
-
-
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz")
 
 
@@ -120,6 +110,9 @@ class TrainSpec(Section):
     teacher's logits only. None uses all labels."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the images and the choice of labels."""
+    data_seed: Seed | None = None
+    """Seed of the order of the images, of what `view_order: random` draws and of a student's own augmentation
+    (`student.transform`); None: `seed`."""
     num_workers: NotNegativeInt | Literal["auto"] = "auto"
     """Data-loading processes; auto: as many as there are cores, at most 8, and none for images in memory whose batches
     are transformed at once, nor for data sets of your own."""
@@ -127,6 +120,11 @@ class TrainSpec(Section):
         Field(default=[])
     )
     """Trackers that get the metrics of each epoch, through accelerate; metrics.csv has them in any case."""
+
+    @property
+    def seed_of_data(self) -> int:
+        """`data_seed`, or else `seed`."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if (self.schedule == "multistep") != bool(self.milestones):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -40,6 +40,10 @@ class Sums(NamedTuple):
     correct: int
     loss: float
     labeled: int
+
+    def plus(self, other: Sums) -> Sums:
+        """Return the sums over the batches of both."""
+        return Sums(self.correct + other.correct, self.loss + other.loss, self.labeled + other.labeled)
 
     def score(self, samples: Samples) -> SplitScore:
         """Return the means.
@@ -87,40 +91,34 @@ def evaluate(
         samples = View(known, known.transform if transform is None else transform)
     loader = Loader(samples, num_workers, device)
     cuts = [list(cut) for cut in cut_range(range(len(samples)), batch_size)]
+    was_training, sums = model.training, Sums(0, 0.0, 0)
+    set_evaluation_mode(model.to(device))
     with reporter(progress).task("evaluate", len(samples), "images") as task:
-
-        def after_batch(count: int) -> None:
-            task.advance(count)
+        for batch in loader.batches(cuts):
+            sums = sums.plus(batch_sums(model, batch.images.to(device), batch.labels))
+            task.advance(len(batch.ids))
             if on_batch is not None:
-                on_batch(count)
-
-        return sum_scores(model, loader, cuts, device, after_batch).score(samples.samples)
+                on_batch(len(batch.ids))
+    if model.training != was_training:
+        model.train(was_training)
+    return sums.score(samples.samples)
 
 
 @torch.no_grad()
-def sum_scores(
-    model: nn.Module,
-    loader: Loader,
-    cuts: Sequence[Sequence[int]],
-    device: torch.device | str = "cpu",
-    on_batch: Callable[[int], None] | None = None,
-) -> Sums:
-    """Return the sums of a network, in evaluation mode, over some batches of a loader; see `evaluate`."""
-    was_training = model.training
-    set_evaluation_mode(model.to(device))
-    correct, summed, labeled = 0, 0.0, 0
-    for batch in loader.batches(cuts):
-        logits = logits_of(model(batch.images.to(device))).float()
-        _check_classes(logits, batch.labels)
-        truth = batch.labels.to(device)
-        correct += int((logits.argmax(dim=1) == truth).sum())
-        summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
-        labeled += int((truth >= 0).sum())
-        if on_batch is not None:
-            on_batch(len(batch.ids))
-    if model.training != was_training:
-        model.train(was_training)
-    return Sums(correct, summed, labeled)
+def batch_sums(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Sums:
+    """Return the sums of a network over a batch, of which the images [B, channels, H, W] are on its device.
+
+    Raises:
+        MismatchError: if the network does not return logits of the classes of the labels.
+    """
+    logits = logits_of(model(images)).float()
+    _check_classes(logits, labels)
+    truth = labels.to(logits.device)
+    return Sums(
+        int((logits.argmax(dim=1) == truth).sum()),
+        float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum")),
+        int((truth >= 0).sum()),
+    )
 
 
 def _check_classes(logits: torch.Tensor, labels: torch.Tensor) -> None:

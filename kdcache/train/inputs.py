@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +24,7 @@ from kdcache.data.datasets import load_held_out, load_split
 from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_random
+from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
 
@@ -276,3 +279,31 @@ class FixedImagesTeacher(TeacherWrapper):
     def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
         """Announce the batches of ids [B] int64 that will be asked for, in this order."""
         super().prefetch(batches, 0)
+
+
+class SharedViews:
+    """The views and teachers of the students of a group, made once each: equal ones are the same object."""
+
+    def __init__(self) -> None:
+        self._views: dict[tuple[Any, ...], View] = {}
+        self._fixed: dict[int, FixedImagesTeacher] = {}
+
+    def view(
+        self,
+        samples: Samples,
+        transform: Transform,
+        seed: int = 0,
+        *,
+        labels: Tensor | None = None,
+        crops: Crops | None = None,
+    ) -> View:
+        """Return the view that `View` would make of these arguments."""
+        shown = None if labels is None else hashlib.sha256(labels.numpy().tobytes()).digest()
+        key = id(samples), json.dumps(transform), seed, shown, id(crops)
+        if key not in self._views:  # a view holds the samples and crops whose addresses are in its key
+            self._views[key] = View(samples, transform, seed, labels=labels, crops=crops)
+        return self._views[key]
+
+    def fixed(self, teacher: Teacher) -> FixedImagesTeacher:
+        """Return the teacher for students that augment its images themselves."""
+        return self._fixed.setdefault(id(teacher), FixedImagesTeacher(teacher))
