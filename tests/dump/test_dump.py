@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.processes import exit_code, in_a_process
-from helpers.tiny import FLIP, TinyTeacher, tiny_samples
+from helpers.tiny import FLIP, OneByOne, TinyTeacher, tiny_samples
 from torch import Tensor, nn
 
 from kdcache import Cache, Samples, dump_teacher, open_cache
@@ -470,13 +470,14 @@ def test_settings_that_do_not_fit_leave_nothing_behind(changes: dict[str, Any], 
 
 
 def test_a_transform_that_fails_late_keeps_the_finished_shards(tmp_path: Path) -> None:
-    class Holed(ArrayImages):
+    class Holed(OneByOne):
         def picture(self, index: int) -> Tensor:
-            return super().picture(index)[:, : 2 if index == 31 else 4]
+            picture = super().picture(index)
+            assert isinstance(picture, Tensor)
+            return picture[:, : 2 if index == 31 else 4]
 
     given = tiny_samples()
-    assert isinstance(given.images, ArrayImages)
-    samples = Samples("holed", "train", Holed(given.images.pixels), given.labels, given.class_names, FLIP)
+    samples = Samples("holed", "train", Holed(given.images), given.labels, given.class_names, FLIP)
     with pytest.raises(KdcacheError):
         dump(tmp_path / "c.kdcache", samples=samples)
     check_kept(tmp_path / "c.kdcache", finished=3)

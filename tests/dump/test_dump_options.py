@@ -23,7 +23,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from helpers.processes import FORKS, PATIENCE, command_line, exit_code, in_a_process, kill_at, recipe, until
-from helpers.tiny import FLIP, TinyTeacher, tiny_samples
+from helpers.tiny import FLIP, OneByOne, TinyTeacher, tiny_samples
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ from kdcache.cache.format.schema import FileRecord
 from kdcache.cache.writer import CacheWriter
 from kdcache.cli import main
 from kdcache.config.schema import CacheSpec
-from kdcache.data.images import ArrayImages, FileImages
+from kdcache.data.images import ArrayImages, FileImages, Images, Picture
 from kdcache.data.loader import report_lost_workers
 from kdcache.errors import CorruptError, IncompleteError, MismatchError
 from kdcache.models.inference import InferenceModel
@@ -104,7 +104,7 @@ def test_ctrl_c_ends_a_run_with_workers_without_waiting_for_them_and_says_how_to
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
     assert exit_code(process) == 130
     assert f"interrupted; {out} keeps its finished shards" in said.read_text()
-    assert "run the same command again" in said.read_text()
+    assert "run it again to resume" in said.read_text()
     assert "Traceback" not in said.read_text()
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
@@ -113,16 +113,16 @@ def test_ctrl_c_ends_a_run_with_workers_without_waiting_for_them_and_says_how_to
     assert files_of(out) == files_of(tmp_path / "once.kdcache")
 
 
-class Broken(ArrayImages):
+class Broken(OneByOne):
     """Something happens to the process that loads sample 20."""
 
-    def __init__(self, pixels: Tensor, happens: Callable[[], object]) -> None:
-        super().__init__(pixels)
-        object.__setattr__(self, "happens", happens)
+    def __init__(self, images: Images, happens: Callable[[], object]) -> None:
+        super().__init__(images)
+        self.happens = happens
 
-    def picture(self, index: int) -> Tensor:
+    def picture(self, index: int) -> Picture:
         if index == 20:
-            self.happens()  # type: ignore[attr-defined]
+            self.happens()
         return super().picture(index)
 
 
@@ -140,8 +140,7 @@ def die() -> None:
 
 def dump_with_a_broken_worker(out: Path, happens: Callable[[], object], told: Connection) -> None:
     given = tiny_samples()
-    assert isinstance(given.images, ArrayImages)
-    images = Broken(given.images.pixels, happens)
+    images = Broken(given.images, happens)
     samples = Samples(given.name, given.split, images, given.labels, given.class_names, [])
     try:
         dump(out, samples=samples, transform=FLIP, spec=SPEC.model_copy(update={"num_workers": 2}))
@@ -164,6 +163,7 @@ def test_what_ends_a_worker_reaches_the_user(
     here, there = FORKS.Pipe()
     process = in_a_process(dump_with_a_broken_worker, out, happens, there)
     assert exit_code(process) == 0
+    assert here.poll(), "the dump ended without an error"
     name, message = here.recv()
     assert name == kind
     assert words in message
@@ -635,11 +635,11 @@ CLASSES = 4000
 M_ARENA_MAX = -8
 
 
-class Made(ArrayImages):
+class Made(OneByOne):
     """As many images as one likes, none of them in memory."""
 
     def __init__(self, count: int) -> None:
-        super().__init__(torch.empty(count, 1, 4, 4, device="meta"))
+        super().__init__(ArrayImages(torch.empty(count, 1, 4, 4, device="meta")))
 
     def picture(self, index: int) -> Tensor:
         return torch.full((1, 4, 4), index % 64 / 8)
