@@ -21,7 +21,7 @@ from kdcache.cache.format.recorded_views import CROP, ELSEWHERE, recorded
 from kdcache.config.transform import Transform, step_names
 from kdcache.data.mixing import MIXINGS, split_mixing
 from kdcache.data.transform_limits import SizeLimitedStep, check_steps
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.runtime import user_code
 
 # The transforms of torchvision that draw no random numbers. Any other is assumed to draw some: its images are then made
@@ -123,7 +123,7 @@ def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
         raise UsageError(f"{name} can only be the first step of a transform", "put it at the beginning, once")
     if not (name in MIXINGS or (inspect.isclass(kind) and issubclass(kind, v2.Transform))):
         raise UsageError(
-            f"torchvision.transforms.v2 has no transform {name!r}",
+            f"torchvision.transforms.v2 has no transform {name!r}{did_you_mean(name, [*vars(v2), *MIXINGS])}",
             "use a name from torchvision's list of v2 transforms, or path/file.py:function",
         )
     try:
