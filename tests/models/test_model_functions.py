@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kdcache
+from kdcache.config.recipes import recipe
 from kdcache.errors import KdcacheError, UsageError, did_you_mean
 
 TEXT = """
@@ -193,7 +194,7 @@ def test_a_misspelled_step_or_recipe_is_answered_with_a_similar_one() -> None:
         with pytest.raises(UsageError, match=rf"has no transform '{name}', did you mean {meant}\?"):
             kdcache.evaluate(torch.nn.Identity(), kdcache.load_split("digits", "test"), transform=[{name: {}}])
     with pytest.raises(UsageError, match=r"no recipe 'digit', did you mean digits\?"):
-        kdcache.config.recipes.recipe("digit")
+        recipe("digit")
 
 
 def test_nothing_is_suggested_for_a_name_that_is_like_none() -> None:

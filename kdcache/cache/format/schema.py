@@ -90,7 +90,8 @@ class TeacherRecord(Record):
         name: as the pipeline has it, without the folder of a file.
         arguments: of its constructor; of an ensemble `members` and `combine`; where the classes of the data set are
             outputs of other numbers, `args`, `outputs` and `classes`.
-        code_digest: of the user's file that builds it; None for a network that a library builds.
+        code_digest: of the user's file that builds it and the user's modules that it imports; None for a network that
+            a library builds.
         weights_digest: over parameters and buffers.
         parameters: number of parameters.
         precision: numeric precision of its forward pass.
