@@ -20,17 +20,9 @@ from kdcache.losses.options import NotNegative, Positive
 from kdcache.runtime.user_code import is_user_code, trust
 
 Count = Annotated[int, Field(ge=1)]
-
-
 NotNegativeInt = Annotated[int, Field(ge=0)]
-
-
 Output = NotNegativeInt
-
-
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -251,6 +251,7 @@ def _train(
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "seconds": round(trained.seconds, 3),
                 "ignored_environment": ignored,
+                "warnings": trained.warnings,
                 **inputs.record,
             },
         )

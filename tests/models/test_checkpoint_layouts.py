@@ -598,8 +598,11 @@ def _layouts(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, tuple[Any,
         ),
         "parallel and compiled Lightning": ({"state_dict": prefixed("model.module._orig_mod.", a)}, ""),
         "compiled around parallel": (prefixed("_orig_mod.module.", a), ""),
-        "MMPretrain": ({"meta": {"epoch": 9, "cfg": "model = dict()"}, "state_dict": split_head("backbone.", "head.", a),
-                        "optimizer": momentum, "message_hub": {}}, ""),
+        "MMPretrain": (
+            {"meta": {"epoch": 9, "cfg": "model = dict()"}, "optimizer": momentum, "message_hub": {},
+             "state_dict": split_head("backbone.", "head.", a)},
+            "",
+        ),
         "MMPretrain in parallel": (
             {"state_dict": {**split_head("module.backbone.", "module.head.", a),
                             "data_preprocessor.mean": torch.ones(3)}},
@@ -648,13 +651,14 @@ def test_a_head_at_another_place_is_told_of_and_only_taken_where_it_is_the_only_
 
 
 def test_the_fix_names_the_part_that_is_missing_or_superfluous(tmp_path: Path) -> None:
-    for change, words in (
+    changes: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
         (lambda s: {k: v for k, v in s.items() if "conv" not in k}, "the checkpoint lacks conv of the network: set"),
         (lambda s: {k: v for k, v in s.items() if "fc" not in k}, "the checkpoint lacks fc, perhaps the head"),
         (lambda s: {k: v for k, v in s.items() if "fc" not in k and "conv" not in k}, "lacks conv (and 1 more) of"),
         (lambda s: {**s, "fc2.weight": torch.ones(2)}, "the network has no fc2: set `model:` and `args:`"),
         (lambda s: {**s, **{f"p.{i}.weight": torch.ones(2) for i in range(6)}}, "the network has no p.0 (and 5 more)"),
-    ):
+    ]
+    for change, words in changes:
         torch.save(change(dict(Net(1).state_dict())), tmp_path / "net.pth")
         assert words in refused(MismatchError, "does not fit the network", tmp_path / "net.pth")
 
