@@ -96,3 +96,13 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
     """Return ", did you mean NAME?" with the known name that is most like a wrong one; "" if none is like it."""
     similar = similar_name(given, known)
     return "" if similar is None else f", did you mean {similar}?"
+
+
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """Return a number with its unit: `1 image`, `1000 images`; the plural is given if it is not the singular + s."""
+    return f"{number} {singular if number == 1 else plural or f'{singular}s'}"
+
+
+def indices_below(number: int) -> str:
+    """Return the valid indices of `number` things: `0 to 9`, or `0` of a single one."""
+    return "0" if number == 1 else f"0 to {number - 1}"

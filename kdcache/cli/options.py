@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from kdcache.runtime.progress import Progress
 
 
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
 class CacheName(click.ParamType[str | Path]):
     """The name of a cache: a folder, or a URL, which `Path` would damage, as it makes one slash of two."""
 
@@ -51,7 +54,10 @@ out_option = click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Path to write to; must not exist."
 )
 device_option = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, ..., mps or xpu; auto uses a GPU if there is one.",
 )
 scheduler_option = click.option(
     "--scheduler",
@@ -133,15 +139,26 @@ def choose_device(name: str) -> str:
     """
     import torch
 
-    from kdcache.errors import UsageError
+    from kdcache.errors import UsageError, did_you_mean, indices_below
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of torchrun has its own GPU
+    kind, _, index = name.partition(":")
+    if kind not in _DEVICES or not (index.isdecimal() or name == kind):
+        meant = ", did you mean cuda?" if kind.lower() in ("gpu", "nvidia", "") else did_you_mean(kind, _DEVICES)
+        raise UsageError(
+            f"no device {name!r} on this machine{meant}", "use auto, cpu, cuda, cuda:0, cuda:1, ..., mps or xpu"
+        )
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        # Only the first sentence: lists of torch's operations follow.
+        reason = str(error).splitlines()[0].split(". ")[0]
+        if kind == "mps":
+            reason = "torch has no MPS here"
+        elif kind == "cuda" and index and torch.cuda.is_available():
+            reason = f"it has {indices_below(torch.cuda.device_count())}"
         raise UsageError(f"no device {name!r} on this machine: {reason}", "use --device cpu or auto") from None
     return name

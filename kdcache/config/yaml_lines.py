@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from kdcache.errors import UsageError, did_you_mean, similar_name
+from kdcache.errors import UsageError, did_you_mean, indices_below, similar_name
 
 Place = tuple[str | int, ...]
 """The keys, and numbers of list entries, that lead to a value."""
@@ -97,7 +97,7 @@ def override(data: dict[str, Any], given: str, places: dict[Place, str]) -> None
             if not (step.isdecimal() and int(step) < len(inner)):
                 raise UsageError(
                     f"--set {given}: {'.'.join(map(str, place))!r} is a list of {len(inner)}, without {step!r}",
-                    f"give the index of an entry, from 0 to {len(inner) - 1}" if inner else "set the whole list",
+                    f"give the index of an entry: {indices_below(len(inner))}" if inner else "set the whole list",
                 )
             at: Any = int(step)
         elif isinstance(inner, dict):

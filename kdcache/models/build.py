@@ -24,7 +24,7 @@ from torch import nn
 from kdcache.config.schema import ModelSpec
 from kdcache.config.section import validated
 from kdcache.config.transform import Transform
-from kdcache.errors import MismatchError, UsageError, did_you_mean
+from kdcache.errors import MismatchError, UsageError, counted, did_you_mean
 from kdcache.models import cifar, from_hf, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.construct import construct, construct_of_user
@@ -118,7 +118,7 @@ def _check_named(spec: ModelSpec, num_classes: int, trained: bool) -> None:
         )
     if known != num_classes:
         raise MismatchError(
-            f"{spec.model} has {known} classes, the data set has {num_classes}",
+            f"{spec.model} has {counted(known or 0, 'class', 'classes')}, the data set has {num_classes}",
             "use a data set with the teacher's classes, map them with teacher.classes, or give a checkpoint that was "
             "trained on this data set (`weights:`)",
         )

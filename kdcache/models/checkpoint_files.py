@@ -85,22 +85,24 @@ def _refuse_others(path: Path, start: bytes) -> None:
         CorruptError: with what it is, or how it begins.
     """
     if not start:
-        raise CorruptError(f"the checkpoint {path} is an empty file", _AGAIN)
+        raise CorruptError(f"cannot read the checkpoint {path}: it is an empty file", _AGAIN)
     for begins, (what, fix) in _KINDS.items():
         if start.lower().startswith(begins):
-            raise CorruptError(f"the checkpoint {path} is {what}", fix)
+            raise CorruptError(f"cannot read the checkpoint {path}: it is {what}", fix)
     if start.startswith(_ZIP):
         if not zipfile.is_zipfile(path):
-            raise CorruptError(f"the checkpoint {path} begins as a torch file, and its end is missing", _AGAIN)
+            raise CorruptError(
+                f"cannot read the checkpoint {path}: it begins as a torch file, and its end is missing", _AGAIN
+            )
         members = members_of(path)
         if not is_exported(members) and not any(name.endswith("data.pkl") for name in members):
             raise CorruptError(
-                f"{path} is not a checkpoint: it is a zip archive of {', '.join(members[:3]) or 'nothing'}", SAVE
+                f"cannot read the checkpoint {path}: it is a zip archive of {', '.join(members[:3]) or 'nothing'}", SAVE
             )
     elif not start.startswith(_PICKLE):
         text = start[:_SHOWN].decode("ascii", "replace")
         shown = f"the text {text!r}" if text.isascii() and text.isprintable() else f"the bytes {start[:8].hex(' ')}"
-        raise CorruptError(f"{path} is not a checkpoint: it begins with {shown}", SAVE)
+        raise CorruptError(f"cannot read the checkpoint {path}: it is not a checkpoint, and begins with {shown}", SAVE)
 
 
 def _torchscript(path: Path) -> UsageError:

@@ -17,7 +17,7 @@ from kdcache.config.transform import Transform
 from kdcache.data.samples import Samples, as_samples
 from kdcache.data.seeding import seeded
 from kdcache.data.views import View
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import MismatchError, UsageError, counted
 from kdcache.models.checkpoints import check_savable
 from kdcache.models.outputs import logits_of
 
@@ -127,7 +127,8 @@ def try_training(model: nn.Module, view: View, who: str, micro_batch: int) -> No
         if "more than 1 value per channel" not in error.what:
             raise
         raise UsageError(
-            f"the {who} cannot be trained on {len(images)} image at once: its batch normalization needs at least two",
+            f"the {who} cannot be trained on {counted(len(images), 'image')} at once: its batch normalization needs "
+            "at least two",
             "raise train.batch_size, or lower train.gradient_accumulation_steps",
         ) from None
     check_logits(logits, len(images), view.samples.num_classes, f"{who} in training mode")
@@ -147,7 +148,8 @@ def check_logits(returned: object, batch: int, num_classes: int, who: str) -> Te
     else:
         fix = f"take a {who} that returns [B, {num_classes}], or the data set that it was made for"
     raise MismatchError(
-        f"the {who} returned {list(logits.shape)} for {batch} images, the data set has {num_classes} classes",
+        f"the {who} returned {list(logits.shape)} for {counted(batch, 'image')}, the data set has "
+        f"{counted(num_classes, 'class', 'classes')}",
         fix,
     )
 

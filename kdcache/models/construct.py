@@ -84,7 +84,10 @@ def _without_clash(spec: ModelSpec, arguments: Mapping[str, Any]) -> dict[str, A
     for key in arguments.keys() & spec.args.keys():
         if spec.args[key] == arguments[key]:
             continue
-        what = f"`args:` of {spec.model} sets {key} to {spec.args[key]!r}, which kdcache sets to {arguments[key]!r}"
+        what = (
+            f"{spec.model} cannot be built: `args:` sets {key!r} to {spec.args[key]!r}, and kdcache sets it to "
+            f"{arguments[key]!r}"
+        )
         if key == _COUNT:
             raise UsageError(
                 f"{what}, the number of classes of the data set",

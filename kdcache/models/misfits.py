@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kdcache.errors import counted
 from kdcache.models.state_dicts import Match, last_part
 
 _CAUSES = {
@@ -40,8 +41,9 @@ def likely_cause(
     if match.fits and len(classes) == 1 and only_first and len(other_shapes) <= 4:
         ((theirs, ours),) = classes
         return (
-            f"the checkpoint is probably of {theirs} classes and the network has {ours}: use the data set of those "
-            "classes, or say in teacher.classes and teacher.outputs which outputs stand for the data set's classes"
+            f"the checkpoint is probably of {counted(theirs, 'class', 'classes')} and the network has {ours}: use the "
+            "data set of those classes, or say in teacher.classes and teacher.outputs which outputs stand for the data "
+            "set's classes"
         )
     unexpected = " ".join(match.unexpected)
     for marks, cause in _CAUSES.items():

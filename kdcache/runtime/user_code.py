@@ -140,6 +140,11 @@ def digest_of(reference: str) -> str:
     return digest_of_closure(namespace(path))
 
 
+def digests_of(names: Iterable[str]) -> dict[str, str]:
+    """Return the digests of the code among some names, by name; other names are ignored."""
+    return {name: digest_of(name) for name in sorted({*names}) if is_user_code(name)}
+
+
 def _run(path: Path) -> tuple[str, ModuleType]:
     """Return the digest of a file and the module that running it makes; files that have not changed are run once."""
     space = namespace(path)

@@ -14,6 +14,7 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher
 from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec, TrainSpec
+from kdcache.config.transform import step_names
 from kdcache.data.seeding import seeded
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
@@ -25,6 +26,7 @@ from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.distributed import is_first, n_processes
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import counted, reporter
+from kdcache.runtime.user_code import digests_of
 from kdcache.train.accelerator import described_settings, hidden_settings, ignored_settings
 from kdcache.train.inputs import (
     CacheOptions,
@@ -193,11 +195,14 @@ def _train(
                 check_evaluation_shape(spec.transform, train, held)
     used = pipeline.model_copy(update={"transform": inputs.transform, "eval_transform": eval_transform, "loss": loss})
     torch_device = torch.device(device)
+    own = spec.transform if isinstance(spec, StudentSpec) else None
+    steps = [name for transform in (inputs.transform, eval_transform, own) for name in step_names(transform)]
+    code = code_digest(loss) | digests_of([spec.model, pipeline.dataset.name, *steps])
     made_from = {
         "network": "student" if isinstance(spec, StudentSpec) else "teacher",
         "caches": inputs.record.get("caches", []),
         "class_names": list(samples.class_names),
-        **({"code": code} if (code := code_digest(loss)) else {}),
+        **({"code": code} if code else {}),
     }
     if out.exists():
         metrics = complete_run(out, used, made_from)

@@ -664,7 +664,7 @@ def test_the_fix_names_the_part_that_is_missing_or_superfluous(tmp_path: Path) -
 
 
 OTHERS: dict[str, tuple[bytes, str, str]] = {
-    "text": (b"hello, this is text", "is not a checkpoint: it begins with the text 'hello, this '", "safetensors"),
+    "text": (b"hello, this is text", "is not a checkpoint, and begins with the text 'hello, this '", "safetensors"),
     "text that torch takes for a pickle": (b"epoch 3", "begins with the text 'epoch 3'", "safetensors"),
     "bytes": (bytes(range(1, 40)), "begins with the bytes 01 02 03 04 05 06 07 08", "safetensors"),
     "a web page": (b"<!DOCTYPE html><html>Not found</html>", "is a web page", "download it again"),

@@ -91,7 +91,7 @@ def test_arguments_of_the_pipeline_are_passed_too(file: Path) -> None:
 
 
 MISTAKES = {
-    "another number": ("takes", {"num_classes": 7}, "sets num_classes to 7, which kdcache sets to 3, the number of"),
+    "another number": ("takes", {"num_classes": 7}, "sets 'num_classes' to 7, and kdcache sets it to 3, the number of"),
     "an unknown argument": ("takes", {"dept": 1}, "unexpected keyword argument 'dept'"),
     "a missing argument": ("WithMethod", {}, r"cannot be built|returned a WithMethod"),
     "an error of its own": ("raises", {}, r"TypeError: of its own \(.*/nets.py:\d+\)"),
@@ -111,9 +111,9 @@ def test_mistakes_are_named(mistake: str, file: Path) -> None:
 
 def test_arguments_that_kdcache_sets_may_not_be_set_otherwise() -> None:
     for model, args, message in (
-        ("cifar:resnet8", {"num_classes": 7}, "sets num_classes to 7, which kdcache sets to 10"),
-        ("small:cnn", {"channels": 4}, "sets channels to 4, which kdcache sets to 1"),
-        ("torchvision:resnet18", {"weights": "DEFAULT"}, "sets weights to 'DEFAULT', which kdcache sets to None"),
+        ("cifar:resnet8", {"num_classes": 7}, "sets 'num_classes' to 7, and kdcache sets it to 10"),
+        ("small:cnn", {"channels": 4}, "sets 'channels' to 4, and kdcache sets it to 1"),
+        ("torchvision:resnet18", {"weights": "DEFAULT"}, "sets 'weights' to 'DEFAULT', and kdcache sets it to None"),
     ):
         with pytest.raises(UsageError, match=message):
             kdcache.build_model({"model": model, "args": args}, 10, (1, 8, 8))
