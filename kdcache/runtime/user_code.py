@@ -77,14 +77,15 @@ class UserCode:
             UsageError: if it does not.
         """
         try:
-            inspect.signature(self.target).bind(*positional, **arguments)
+            signature = inspect.signature(self.target)
+        except (TypeError, ValueError):  # some callables of compiled libraries do not have one
+            return
+        try:
+            signature.bind(*positional, **arguments)
         except TypeError as error:
             raise UsageError(
-                f"{self.where}{inspect.signature(self.target)} cannot be called: {error}",
-                f"it is called as {self.signature}",
+                f"{self.where}{signature} cannot be called: {error}", f"it is called as {self.signature}"
             ) from None
-        except ValueError:  # a built-in without a signature
-            pass
 
     def mistake(self, problem: str) -> UsageError:
         """Return the error for a result that is not what is expected."""

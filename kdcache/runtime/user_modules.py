@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, all_suffixes
 from pathlib import Path
@@ -133,9 +133,14 @@ def _levels(file: Path) -> Iterator[int]:
 def parsed(file: Path) -> ast.Module:
     """Return the syntax tree of a Python file; an empty one for a file that cannot be parsed."""
     try:
-        return ast.parse(file.read_bytes())
+        return _parsed(file.read_bytes())
     except (SyntaxError, ValueError, OSError, RecursionError):
         return ast.Module([], [])
+
+
+@lru_cache(maxsize=256)
+def _parsed(content: bytes) -> ast.Module:
+    return ast.parse(content)
 
 
 def module_file(folder: Path, name: str) -> Path | None:

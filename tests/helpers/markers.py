@@ -114,6 +114,7 @@ SLOW_TESTS = {
     },
     "test_degenerate_rows": {
         "test_a_head_of_zeros_gets_a_bounded_gradient_and_learns",
+        "test_every_combination_stays_bounded_at_degenerate_rows",
         "test_value_and_gradient_stay_bounded",
     },
     "test_dense_logits": {
@@ -213,6 +214,10 @@ SLOW_TESTS = {
         "test_what_a_student_learns_from_are_the_recorded_crops",
         "test_what_fkd_says_is_what_the_cache_says",
     },
+    "test_gradients": {
+        "test_a_loss_whose_gradient_is_infinite_is_told_of_where_it_begins",
+        "test_nothing_is_told_of_a_usual_training",
+    },
     "test_hf": {
         "test_a_folder_is_a_teacher_and_its_configuration_tells_it_apart",
         "test_a_processor_s_transform_makes_its_pixels",
@@ -270,6 +275,9 @@ SLOW_TESTS = {
     "test_ml_dr": {
         "test_ml_drs_crops_and_probabilities_are_the_caches",
         "test_what_ml_dr_has_changed_otherwise_is_refused_by_name",
+    },
+    "test_model_functions": {
+        "test_num_classes_is_passed_to_those_that_take_it",
     },
     "test_models": {
         "test_a_torchvision_network_takes_small_grey_images_and_stays_itself",
@@ -458,10 +466,18 @@ SLOW_TESTS = {
         "test_an_excessive_transform_of_a_cache_is_refused_in_little_memory",
     },
     "test_user_code": {
+        "test_a_cache_alone_does_not_decide_what_is_run",
+        "test_a_run_is_not_resumed_with_other_modules_beside_any_of_its_files",
         "test_a_step_reaches_a_spawned_worker",
     },
     "test_user_loss": {
         "test_a_run_is_not_resumed_with_other_code",
+    },
+    "test_user_modules": {
+        "test_a_mistake_in_a_module_is_named_where_it_is",
+        "test_modules_beside_a_file_are_imported_and_belong_to_its_digest",
+        "test_objects_of_the_user_s_classes_reach_a_new_process",
+        "test_spawned_workers_load_a_data_set_and_a_step_with_their_modules",
     },
     "test_views": {
         "test_views_are_the_same_in_another_interpreter",

@@ -311,3 +311,34 @@ def test_a_compiled_network_of_the_user_imports_what_is_beside_it(tmp_path: Path
     compiled: nn.Module = torch.compile(model, backend="eager")  # type: ignore[assignment]
     assert torch.equal(compiled(images), model(images))
     assert torch.equal(model(images), 2 * model.fc(images.flatten(1)))  # type: ignore[operator]
+
+
+CALLABLES = """
+import functools
+
+def scaled(student_logits, teacher_logits, labels, scale=1.0):
+    return scale * (student_logits - teacher_logits).square().mean(dim=1)
+
+half = functools.partial(scaled, scale=0.5)
+positional = functools.lru_cache(lambda a, b, c, /: (a - b).square().mean(dim=1))
+
+class Distance:
+    def __call__(self, student_logits, teacher_logits, labels):
+        return (student_logits - teacher_logits).square().mean(dim=1)
+    @staticmethod
+    def of(*logits): return (logits[0] - logits[1]).square().mean(dim=1)
+instance, static = Distance(), Distance.of
+
+class Unreadable(Distance):
+    __signature__ = "of a compiled library"
+unreadable = Unreadable()
+"""
+
+
+@pytest.mark.parametrize("name", ["scaled", "half", "positional", "instance", "static", "unreadable"])
+def test_a_loss_may_be_any_callable(name: str, tmp_path: Path) -> None:
+    write(tmp_path, {"losses.py": CALLABLES})
+    loss = kdcache.loss(f"{tmp_path}/losses.py:{name}", ce_weight=0.0, kd_weight=1.0)
+    student, teacher = torch.rand(4, 3, requires_grad=True), torch.rand(4, 3)
+    expected = (student - teacher).square().mean() * (0.5 if name == "half" else 1.0)
+    assert torch.allclose(loss(student, teacher, torch.zeros(4, dtype=torch.int64)).total, expected)
