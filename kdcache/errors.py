@@ -99,8 +99,8 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:
-    """Return a number with its unit: `1 image`, `1000 images`; the plural is given if it is not the singular + s."""
-    return f"{number} {singular if number == 1 else plural or f'{singular}s'}"
+    """Return a number with its unit: `1 image`, `1,000 images`; the plural is given if it is not the singular + s."""
+    return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"
 
 
 def indices_below(number: int) -> str:

@@ -51,11 +51,11 @@ def report(
     Example: kdcache report runs/sweep runs/digits-student --cache runs/digits.kdcache -o runs/report.html
     """
     from kdcache.cache import open_cache
+    from kdcache.errors import counted
     from kdcache.evaluation.published_results import fill_results, read_results, write_results
     from kdcache.evaluation.report.collect import collect
     from kdcache.evaluation.report.files import check_files, pictures_folder, write_files
     from kdcache.evaluation.report.sections import write_report
-    from kdcache.runtime.terminal import counted
 
     check_files(out, png)
     chosen, progress = choose_device(device), output.Terminal()
@@ -74,7 +74,7 @@ def report(
     output.facts(
         {
             "report": f"{out}, {out.stat().st_size:,} bytes",
-            "runs": f"{len(data.runs)} in {counted(len(data.groups), 'groups')}",
+            "runs": f"{len(data.runs)} in {counted(len(data.groups), 'group')}",
             **({"pictures": pictures} if pictures is not None else {}),
             **({"results": f"{results}: {', '.join(filled[1])}"} if filled is not None else {}),
         }

@@ -20,7 +20,6 @@ from kdcache.cli.options import (
     set_option,
     views_used,
 )
-from kdcache.runtime.terminal import counted
 
 if TYPE_CHECKING:
     from kdcache.cache.placement.choose import Placement
@@ -76,7 +75,7 @@ def sweep(
     \b
     Example: kdcache sweep digits --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
     """
-    from kdcache.errors import IncompleteError, InterruptedRun
+    from kdcache.errors import IncompleteError, InterruptedRun, counted
     from kdcache.train.inputs import CacheOptions
     from kdcache.train.sweep import sweep as run
     from kdcache.train.sweep_points import combinations
@@ -114,7 +113,7 @@ def sweep(
     failed = [student for student in students if student.failed is not None]
     if failed:
         raise IncompleteError(
-            f"{len(failed)} of {counted(len(students), 'students')} failed; {failed[0].point}, seed {failed[0].seed}: "
+            f"{len(failed)} of {counted(len(students), 'student')} failed; {failed[0].point}, seed {failed[0].seed}: "
             f"{failed[0].failed}",
             "remove or correct that value, and run the command again: the other students are kept",
         )

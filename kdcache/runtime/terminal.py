@@ -12,17 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from kdcache.errors import counted
 from kdcache.runtime.distributed import is_first
 from kdcache.runtime.progress import Progress, Silent, Task
 
 SECONDS_BETWEEN_LINES = 10
 
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def counted(number: int, units: str) -> str:
-    """Return a number with its unit, which is given in the plural: `1 image`, `1,000 images`."""
-    return f"{number:,} {units.removesuffix('s') if number == 1 else units}"
 
 
 def reporter(progress: Progress | bool | None) -> Progress:
@@ -64,7 +60,7 @@ class _LineTask:
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what, self._total, self._unit, self._done = what, total, unit, 0
         self._began = self._last_line = time.monotonic()
-        say(f"{what}: {counted(total, unit)}")
+        say(f"{what}: {counted(total, unit.removesuffix('s'))}")
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         self._done += amount
@@ -75,7 +71,7 @@ class _LineTask:
             left = (self._total - self._done) / max(speed, 1e-9)
             after = f", {note}" if note else ""
             rate = f", {speed:,.1f} {self._unit}/s, {left:,.0f} s left" if self._done else ""
-            say(f"{self._what}: {self._done:,} of {counted(self._total, self._unit)}{rate}{after}")
+            say(f"{self._what}: {self._done:,} of {counted(self._total, self._unit.removesuffix('s'))}{rate}{after}")
 
 
 class Terminal:

@@ -18,14 +18,14 @@ from kdcache.config.transform import step_names
 from kdcache.data.seeding import seeded
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
-from kdcache.errors import CorruptError, InterruptedRun, UsageError
+from kdcache.errors import CorruptError, InterruptedRun, UsageError, counted
 from kdcache.losses import Loss
 from kdcache.models import build_model
 from kdcache.models.checks import try_network, try_training
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.distributed import is_first, n_processes
 from kdcache.runtime.progress import Progress
-from kdcache.runtime.terminal import counted, reporter
+from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import digests_of
 from kdcache.train.accelerator import described_settings, hidden_settings, ignored_settings
 from kdcache.train.inputs import (
@@ -335,6 +335,6 @@ def _check_loss(loss: Loss, train: View, epochs: int, progress: Progress) -> Non
                 "use another divergence, such as kl",
             )
         progress.say(
-            f"note: without a label, {counted(unlabeled, 'images')} of the training split cannot contribute: the "
+            f"note: without a label, {counted(unlabeled, 'image')} of the training split cannot contribute: the "
             f"divergence {loss.divergence.kind} needs labels"
         )
