@@ -7,6 +7,7 @@ a single value. The docstrings of the fields are the table of keys in docs/PIPEL
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -24,9 +25,7 @@ Count = Annotated[int, Field(ge=1)]
 
 NotNegativeInt = Annotated[int, Field(ge=0)]
 
-
 Output = NotNegativeInt
-
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -55,7 +54,9 @@ class DatasetSpec(Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in DATASETS and not is_user_code(name):
-            raise ValueError(f"Input should be {', '.join(map(repr, DATASETS))} or path/file.py:function")
+            close = get_close_matches(name, DATASETS, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"Input should be {', '.join(map(repr, DATASETS))} or path/file.py:function{meant}")
         return name
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -33,6 +33,7 @@ from kdcache.models import weights_digest
 from kdcache.models.checks import samples_for
 from kdcache.models.teacher import TeacherIdentity
 from kdcache.runtime.distributed import Ranks
+from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
@@ -105,7 +106,7 @@ def dump_teacher(
         samples,
         samples.transform if transform is None else transform,
         cache_spec,
-        Path(out),
+        expand(out),
         extends,
         decode_images,
         device,

@@ -20,6 +20,7 @@ from kdcache.models.exported import is_exported, is_torchscript, members_of, rea
 from kdcache.models.safe_globals import safe_globals
 from kdcache.models.state_dicts import Match, State, likely_cause, match_keys, part_of, state_dicts_in
 from kdcache.runtime.atomic_write import write_file
+from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress, Silent
 
 _SHOWN = 3
@@ -77,7 +78,7 @@ def load_weights(model: nn.Module, path: str | Path, progress: Progress | None =
 
 def _split(given: str | Path) -> tuple[Path, str | None]:
     """Return the path of a checkpoint and the part of it that is selected, as in `last.pth#state_dict_ema`."""
-    path = Path(given)
+    path = given = expand(given)
     if path.exists() or "#" not in str(given):
         return path, None
     name, _, part = str(given).rpartition("#")

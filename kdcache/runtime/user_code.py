@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from kdcache.errors import KdcacheError, UsageError
+from kdcache.runtime.paths import expand
 
 _modules: dict[Path, tuple[str, ModuleType]] = {}
 _trusted: set[str] = set()
@@ -98,7 +99,7 @@ def is_user_code(name: object) -> bool:
 def split(reference: str) -> tuple[Path, str]:
     """Return the file and the function of a reference."""
     path, _, name = reference.partition(":")
-    return Path(path), name
+    return expand(path), name
 
 
 def load(reference: str, role: str, signature: str) -> UserCode:
