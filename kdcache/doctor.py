@@ -29,8 +29,9 @@ from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.models import build_model
 from kdcache.models.checks import check_logits, try_network
 from kdcache.models.teacher import load_teacher
+from kdcache.runtime.paths import existing, fix_for
 from kdcache.runtime.progress import Progress
-from kdcache.runtime.resources import existing, free_disk, free_memory
+from kdcache.runtime.resources import free_disk, free_memory
 from kdcache.runtime.versions import versions
 from kdcache.train.run_folder import check_trackers
 
@@ -150,7 +151,7 @@ def _write_speed(out: Path) -> str:
             os.fsync(file.fileno())
             seconds = time.perf_counter() - start
     except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}", "use a writable folder with -o") from None
+        raise UsageError(f"cannot write to {folder}: {error.strerror}", fix_for(error)) from None
     return f"{_TEST_FILE_BYTES / 1e6 / seconds:,.0f} MB/s in {folder}"
 
 

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kdcache.config.transform import Transform
 from kdcache.data.image_files import SCALE_FILES, UnknownRangeError, describe_facts, header_facts, reason_of
-from kdcache.data.images import READ_PERMISSION, FileImages
+from kdcache.data.images import FileImages
 from kdcache.data.samples import Samples
 from kdcache.errors import CorruptError, KdcacheError, UsageError
+from kdcache.runtime.paths import READ_PERMISSION
 from kdcache.runtime.progress import Progress, delayed_task
 
 _FILES_PER_TASK = 256

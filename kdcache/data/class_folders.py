@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdcache.data.image_files import PLUGINS, UNREADABLE_EXTENSIONS, readable_extensions
-from kdcache.data.images import READ_PERMISSION
 from kdcache.errors import MismatchError, UsageError
+from kdcache.runtime.paths import READ_PERMISSION
 from kdcache.runtime.system_files import is_system_file
 
 _NAMES_SHOWN = 5

@@ -24,7 +24,7 @@ from kdcache.data.samples import HeldOut, Samples, Split, check_labels
 from kdcache.data.user_dataset import load_user_split, user_samples
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.runtime.package_data import package_data
-from kdcache.runtime.paths import expand
+from kdcache.runtime.paths import READ_PERMISSION, expand
 from kdcache.runtime.user_code import is_user_code
 
 MOST_CHANNELS = 4
@@ -146,9 +146,12 @@ _FOLDER_NAMES: dict[Split, tuple[str, ...]] = {
 def _folders(spec: DatasetSpec) -> dict[Split, Path | None]:
     """Return the folder of each split of a data set of class folders."""
     root = _root(spec)
-    folders: dict[Split, Path | None] = {
-        s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in _FOLDER_NAMES.items()
-    }
+    try:
+        folders: dict[Split, Path | None] = {
+            s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in _FOLDER_NAMES.items()
+        }
+    except PermissionError:
+        raise UsageError(f"no permission to read the folder {root}", READ_PERMISSION) from None
     if spec.name == "imagenet":
         # The labels of ImageNet's test set are not public: its validation set is used as the test set.
         folders = {"train": folders["train"], "validation": None, "test": folders["validation"]}

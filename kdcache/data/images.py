@@ -18,11 +18,9 @@ from torch.utils.data import Dataset
 
 from kdcache.data.image_files import SCALE_FILES, UnknownRangeError, decode_rgb
 from kdcache.errors import CorruptError, KdcacheError, UsageError
+from kdcache.runtime.paths import READ_PERMISSION
 
 Picture = Tensor | Image.Image
-
-READ_PERMISSION = "give this user the right to read them (chmod -R u+rX FOLDER, or chown), or run as their owner"
-"""The fix for files and folders that may not be read."""
 
 
 class Images(Protocol):

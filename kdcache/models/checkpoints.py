@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
@@ -253,7 +253,8 @@ def _read_file(path: Path) -> Any:
         )
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            # The library refuses to open a path that is not UTF-8.
+            return load_file(path) if str(path).isprintable() else load(path.read_bytes())
         members = members_of(path)
         if is_torchscript(members):
             raise _torchscript(path)
