@@ -25,6 +25,7 @@ from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec
 from kdcache.config.section import validated
 from kdcache.config.transform import Transform, step_names
+from kdcache.data.repeatable import check_repeatable
 from kdcache.data.samples import Samples
 from kdcache.dump.job import DumpJob, Prepared, pending_shards, prepare
 from kdcache.dump.teacher_pass import PhaseTimer, Shard, run_pass
@@ -152,6 +153,7 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
     if ranks.is_first:
         with timer.phase("sealing"):
             _wait_for_files(writer, ranks)
+            check_repeatable(job.samples, zarr_store.read_samples(job.out, writer.plan)[1])
             known = {shard: of_shard for of_rank in of_all_ranks for shard, of_shard in of_rank.items()}
             collected = summary.collect_statistics(job.out, writer.plan, known)
             writer.seal(summary.summary_of(collected, writer.plan))

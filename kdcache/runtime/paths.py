@@ -79,6 +79,6 @@ def fix_for(error: OSError) -> str:
         if exists and not is_readable:
             return READ_PERMISSION
         return _WRITE_PERMISSION.format(folder=path if path.is_dir() else path.parent)
-    if error.errno == errno.ENOENT and not existing(path.parent).samefile(path.parent.absolute()):
+    if error.errno == errno.ENOENT and not path.parent.exists():
         return f"make the folder {path.parent}, or correct the path"
     return "use a path that you can write to, with -o"

@@ -207,6 +207,7 @@ def _matched(
             "use a copy of the data set that the cache was made from (`kdcache info CACHE` names it)",
         )
     if len(alignment.missing) and not allow_missing:
+        check_repeatable(samples)
         cause, remedy = explain_fractions(samples, keys, cache.sample_keys)
         raise MismatchError(
             describe_alignment(samples, alignment) + cause,
