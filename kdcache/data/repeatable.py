@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kdcache.cache.planner import pilot_ids
 from kdcache.data.images import ItemImages
 from kdcache.data.samples import Samples
-from kdcache.data.views import seeded
+from kdcache.data.seeding import seeded
 from kdcache.errors import UsageError
 
 _ITEMS = 16

@@ -253,7 +253,7 @@ class View(Dataset[Batch]):
             raise UsageError(
                 f"the transform cannot be applied to sample {first} of {self.samples.name}/{self.samples.split}: "
                 f"{error}",
-                f"correct `transform` or `eval_transform` of the pipeline{_on_channels(picture, self.samples)}",
+                f"correct `transform` or `eval_transform` of the pipeline{_on_channels(self.samples, first)}",
             ) from None
         if not (isinstance(pixels, Tensor) and pixels.is_floating_point()):
             raise UsageError(
@@ -271,8 +271,9 @@ SAME_CHANNELS = (
 """The fix for gray images among color ones."""
 
 
-def _on_channels(picture: Picture, samples: Samples) -> str:
+def _on_channels(samples: Samples, index: int) -> str:
     """Return the fix for an image with another number of channels than the first; empty if it has the same."""
+    picture = samples.images.picture(index)
     channels = len(picture.getbands()) if isinstance(picture, Image.Image) else picture.shape[-3]
     first = samples.images.shape()[0]
     return f"; this image has {channels} channels, the first {first}: {SAME_CHANNELS}" if channels != first else ""

@@ -129,6 +129,7 @@ def check_run(out: Path) -> None:
                 "write to another folder with -o, or delete it first",
             )
         check_outside(out)
+        check_writable(out)
 
 
 def complete_run(out: Path, pipeline: Pipeline, made_from: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_nested_folders_are_in_the_order_of_torchvision(root: Path) -> None:
      "ant/.DS_Store", "bee/desktop.ini", "__MACOSX/ant/0.png", "@eaDir/0.png", ".git/config"],
 )  # fmt: skip
 def test_hidden_and_system_files_are_left_out_with_a_note(stray: str, root: Path) -> None:
-    before = {split: paths(load(root, split)) for split in ("train", "validation")}  # type: ignore[arg-type]
+    before = {split: paths(load(root, split)) for split in ("train", "validation")}
     for split in ("train", "val"):
         path = root / split / stray
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def test_files_that_other_libraries_write_are_read(root: Path) -> None:
     assert samples.notes == ()
     for name in kinds:
         picture = samples.images.picture(names.index(name))
-        assert picture.size == (5, 6)  # type: ignore[union-attr]  # a PIL image
+        assert picture.size == (5, 6)
 
 
 def test_what_cannot_be_read_is_counted_by_extension(root: Path) -> None:

@@ -41,7 +41,7 @@ def test_16_bit_gray_keeps_its_high_byte(mode: str, kind: str, tmp_path: Path) -
         path.write_bytes(b"P5\n4 1\n65535\n" + RAMP.astype(">u2").tobytes())
     else:
         order = ">u2" if mode == "I;16B" else "<u2"
-        options = {"irreversible": False} if kind == "jp2" else {}
+        options: dict[str, Any] = {"irreversible": False} if kind == "jp2" else {}
         Image.frombytes(mode, (4, 1), RAMP.astype(order).tobytes()).save(path, **options)
     with Image.open(path) as image:
         assert image.mode == mode

@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 from kdcache import CachedDataset, dump_teacher, wrap
 from kdcache.cli import main
+from kdcache.config.transform import Transform
 from kdcache.data.repeatable import find_random_item
 from kdcache.data.samples import Samples
 from kdcache.errors import UsageError
@@ -61,7 +62,7 @@ RANDOM: dict[str, Callable[[torch.Tensor, int], Any]] = {
     "torch noise": lambda x, _: x + torch.randint(0, 9, x.shape, dtype=torch.uint8),
     "python's random": lambda x, _: x.flip(2) if random.random() < 0.5 else x,
     "numpy's random": lambda x, _: torch.from_numpy(np.roll(x.numpy(), np.random.randint(8), 2)),
-    "numpy's own generator": lambda x, _: x + _numpy.integers(9),
+    "numpy's own generator": lambda x, _: x + int(_numpy.integers(9)),
     "a generator with a seed that goes on": lambda x, _: x + _own.randrange(9),
     "time": lambda x, _: x + time.time_ns() // 1000 % 251,
     "the number of calls": lambda x, _: x + next(_calls) % 251,
@@ -83,7 +84,7 @@ class Mean(torch.nn.Module):
         return images.float().mean((2, 3))[:, :2]
 
 
-SCALED = [{"ToImage": {}}, {"ToDtype": {"dtype": "float32", "scale": True}}]
+SCALED: Transform = [{"ToImage": {}}, {"ToDtype": {"dtype": "float32", "scale": True}}]
 
 
 @pytest.mark.parametrize("case", RANDOM)
@@ -169,10 +170,13 @@ def drawn(split, root):
     part.classes = part.dataset.classes
     return part if split == "train" else None
 
+class Pairs(list):
+    classes = ["class0", "class1"]
+
 def noise(split, root):
     images = ImageFolder(root)
     noise = torch.randint(0, 256, (len(images), 3, 4, 4), dtype=torch.uint8)
-    return [(noise[i], images[i][1]) for i in range(len(images))] if split == "train" else None
+    return Pairs((noise[i], images[i][1]) for i in range(len(images))) if split == "train" else None
 """
 
 

@@ -75,8 +75,8 @@ def test_every_path_of_a_pipeline_and_of_commands_is_expanded(home: Path) -> Non
         "dump-teacher", "~/code/p.yaml", "-o", "~/d.kdcache", "--set", "dataset.root=~/data/set", "--dry-run"
     )
     assert done.exit_code == 0, done.output
-    for words in (("info", "$NOWHERE/c.kdcache"), ("doctor", "~/code/p.yaml", "-o", "$NOWHERE")):
-        refused = kdcache(*words)
+    for arguments in (["info", "$NOWHERE/c.kdcache"], ["doctor", "~/code/p.yaml", "-o", "$NOWHERE"]):
+        refused = kdcache(*arguments)
         assert refused.exit_code == 2
         assert "the variable NOWHERE in the path" in refused.stderr
 
