@@ -10,6 +10,7 @@ from kdcache.cache.format.schema import MANIFEST, PLAN, Record
 from kdcache.cache.lock import LOCK, check_not_held
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.atomic_write import temporary
+from kdcache.runtime.paths import check_writable
 
 
 def check_outside(path: Path) -> None:
@@ -32,6 +33,7 @@ def check_place(path: Path) -> None:
     if (path / MANIFEST).exists():
         raise UsageError(f"{path} is already a sealed cache", "use another name with -o, or delete it first")
     check_outside(path)
+    check_writable(path)
     if path.exists() and not (path / PLAN).exists():
         raise UsageError(f"{path} exists and is not a cache", "use another name with -o")
     check_not_held(path)

@@ -10,7 +10,15 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.info import describe
-from kdcache.cli.options import json_option, out_option, read_pipeline, read_samples, scheduler_option, set_option
+from kdcache.cli.options import (
+    PathType,
+    json_option,
+    out_option,
+    read_pipeline,
+    read_samples,
+    scheduler_option,
+    set_option,
+)
 from kdcache.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,13 +28,13 @@ _LAYOUTS = click.Choice(["fkd", "ml-dr", "tinyvit"])
 
 
 @click.command("convert")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=PathType())
 @out_option
 @click.option("--from", "layout", type=_LAYOUTS, help="Import the folder SOURCE of this project.")
 @click.option("--to", "target", type=_LAYOUTS, help="Export the cache SOURCE to a folder of this project.")
 @click.option(
     "--pipeline",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Import with the data set, transform and cache settings of this file; with --to, the data set of the cache.",
 )
 @click.option("--name", help="Name of the teacher.  [default: that in the file]")

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import CacheName, choose_device, device_option, json_option, read_pipeline, set_option
+from kdcache.cli.options import (
+    CacheName,
+    PathType,
+    choose_device,
+    device_option,
+    json_option,
+    read_pipeline,
+    set_option,
+)
 from kdcache.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -20,7 +28,7 @@ _CHECKPOINTS = {".bin", ".ckpt", ".pt", ".pt2", ".pth", ".safetensors", ".tar"}
 
 
 @click.command("evaluate")
-@click.argument("networks", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]... [CHECKPOINT]...")
+@click.argument("networks", nargs=-1, type=PathType(), metavar="[RUN]... [CHECKPOINT]...")
 @click.option("--cache", "cache_name", type=CacheName(), help="Measure agreement with the teacher of this cache.")
 @click.option(
     "--rows", type=click.IntRange(1), default=4096, show_default=True, help="Number of cached images to compare on."
@@ -30,7 +38,7 @@ _CHECKPOINTS = {".bin", ".ckpt", ".pt", ".pt2", ".pth", ".safetensors", ".tar"}
 )
 @click.option(
     "--pipeline",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Data set and network of each CHECKPOINT; without a CHECKPOINT, the teacher's weights in this file.",
 )
 @click.option("--network", type=click.Choice(["student", "teacher"]), help="Which network of --pipeline.")

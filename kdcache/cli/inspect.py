@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import CacheName, cache_argument, json_option, scheduler_option
+from kdcache.cli.options import CacheName, PathType, cache_argument, json_option, scheduler_option
 
 if TYPE_CHECKING:
     from kdcache.cache.inspect.diff import Difference
@@ -163,7 +163,7 @@ def _as_json(difference: Difference) -> dict[str, object]:
 
 
 @click.command("card")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=PathType())
 @scheduler_option
 @json_option
 def card(cache: Path, scheduler: str, as_json: bool) -> None:

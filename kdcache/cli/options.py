@@ -11,6 +11,7 @@ import click
 
 from kdcache.cli import output
 from kdcache.config.recipes import file_or_recipe
+from kdcache.runtime.paths import expand
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
@@ -29,7 +30,18 @@ class CacheName(click.ParamType[str | Path]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
         """Return a URL unchanged, anything else as a path."""
-        return value if "://" in str(value) else Path(value)
+        return value if "://" in str(value) else expand(value)
+
+
+class PathType(click.Path):
+    """A path, in which `~` and variables are replaced: a shell leaves those after `=` or in quotes as they are."""
+
+    def __init__(self, **checks: Any) -> None:
+        super().__init__(path_type=Path, **checks)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        return super().convert(expand(value), param, ctx)
 
 
 cache_argument = click.argument("cache", type=CacheName())
@@ -45,14 +57,12 @@ digest_option = click.option(
     "--digest", help="Refuse a cache with another digest than this, sha256:..., see `kdcache info`."
 )
 pipeline_argument = click.argument(
-    "pipeline", type=click.Path(path_type=Path), callback=lambda _context, _parameter, path: file_or_recipe(path)
+    "pipeline", type=PathType(), callback=lambda _context, _parameter, path: file_or_recipe(path)
 )
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set one value of the pipeline; repeatable."
 )
-out_option = click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Path to write to; must not exist."
-)
+out_option = click.option("-o", "--out", required=True, type=PathType(), help="Path to write to; must not exist.")
 device_option = click.option(
     "--device",
     default="auto",
@@ -68,7 +78,7 @@ scheduler_option = click.option(
 )
 data_option = click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     metavar="PIPELINE",
     help="Pipeline with the data set of the cache, to compute missing fingerprints of images.",
 )

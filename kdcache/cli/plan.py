@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import choose_device, device_option, json_option, read_pipeline, set_option
+from kdcache.cli.options import PathType, choose_device, device_option, json_option, read_pipeline, set_option
 
 if TYPE_CHECKING:
     from kdcache.cache.planner import Choice
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("pipeline", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--logits", type=click.Path(path_type=Path), help="An npz file with `logits` [N, C] and optionally `labels` [N]."
-)
+@click.argument("pipeline", type=PathType(), required=False)
+@click.option("--logits", type=PathType(), help="An npz file with `logits` [N, C] and optionally `labels` [N].")
 @click.option("--fidelity", type=float, help="Largest mean total variation at T = 1, 2, 4.  [default: the target 0.02]")
 @set_option
 @device_option

@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import CacheName, choose_device, device_option, json_option
+from kdcache.cli.options import CacheName, PathType, choose_device, device_option, json_option
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The HTML file; must not exist.")
+@click.argument("runs", nargs=-1, required=True, type=PathType(), metavar="RUN...")
+@click.option("-o", "--out", required=True, type=PathType(), help="The HTML file; must not exist.")
 @click.option(
     "--cache", "cache_name", type=CacheName(), help="Cache of the teacher; without one, its sections are left out."
 )
@@ -25,7 +25,7 @@ from kdcache.cli.options import CacheName, choose_device, device_option, json_op
 )
 @click.option(
     "--results",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=PathType(exists=True, dir_okay=False),
     help="A Markdown table as in docs/RESULTS.md; the accuracies of its recipes are written to its last column.",
 )
 @click.option("--png", is_flag=True, help="Write the pictures as PNG too, to a folder beside the file.")

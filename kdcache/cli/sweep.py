@@ -10,6 +10,7 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import (
+    PathType,
     caches_option,
     choose_device,
     device_option,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command("sweep")
 @pipeline_argument
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the runs and the table.")
+@click.option("-o", "--out", required=True, type=PathType(), help="Folder for the runs and the table.")
 @caches_option
 @digest_option
 @click.option(

@@ -9,6 +9,7 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import (
+    PathType,
     cache_argument,
     choose_device,
     device_option,
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 @click.command("verify")
 @cache_argument
-@click.argument("pipeline", type=click.Path(path_type=Path), required=False)
+@click.argument("pipeline", type=PathType(), required=False)
 @digest_option
 @click.option(
     "--signed-by",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Require a signature by one of the allowed signers in this file, in the format of ssh-keygen.",
 )
 @click.option("--replay", is_flag=True, help="Replay the views of PIPELINE's data set and compare their pixels.")
@@ -135,6 +136,9 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
             **({"replay": _replayed(**results["replay"])} if "replay" in results else {}),
         }
     )
+    if checked.system_files:
+        names = ", ".join(checked.system_files[:3]) + (", ..." if len(checked.system_files) > 3 else "")
+        output.say(f"note: {_count(len(checked.system_files), 'file')} that the system added, left out: {names}")
     for problem in problems:
         output.result(f"  {problem}")
     if "teacher" in results:

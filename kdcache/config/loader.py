@@ -11,6 +11,7 @@ from kdcache.config.schema import Pipeline
 from kdcache.config.section import places_of_keys
 from kdcache.config.yaml_lines import Place, override, read_yaml, refusal
 from kdcache.errors import UsageError
+from kdcache.runtime.paths import expand
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | None = None) -> Pipeline:
@@ -24,7 +25,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | N
     Raises:
         UsageError: with every problem of the file and of the overrides, each with its line or its `--set`.
     """
-    path = Path(path)
+    path = expand(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

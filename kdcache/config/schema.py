@@ -25,7 +25,6 @@ Output = NotNegativeInt
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz")
 
 

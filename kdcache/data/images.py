@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -15,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kdcache.errors import CorruptError, UsageError
+from kdcache.data.image_files import SCALE_FILES, UnknownRangeError, decode_rgb
+from kdcache.errors import CorruptError, KdcacheError, UsageError
+from kdcache.runtime.paths import READ_PERMISSION
 
 Picture = Tensor | Image.Image
 
@@ -71,7 +74,7 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images in files, decoded one at a time to RGB."""
+    """Images in files, decoded one at a time to RGB (`image_files.py`)."""
 
     parallel: ClassVar[bool] = True
     paths: Sequence[str]
@@ -82,8 +85,9 @@ class FileImages:
     def picture(self, index: int) -> Image.Image:
         """Return image `index` as a PIL image."""
         try:
-            with Image.open(self.paths[index]) as image:
-                return image.convert("RGB")
+            return decode_rgb(self.paths[index])
+        except UnknownRangeError as error:
+            raise UsageError(f"cannot read the image {self.paths[index]}: {error}", SCALE_FILES) from None
         except Exception as error:  # Pillow raises many types for a damaged file
             raise self._unreadable(index, error) from error
 
@@ -111,8 +115,11 @@ class FileImages:
             sha.update(repr(parts).encode())
         return sha.hexdigest()
 
-    def _unreadable(self, index: int, error: Exception) -> CorruptError:
-        return CorruptError(f"cannot read the image {self.paths[index]}: {error}", "replace or remove it")
+    def _unreadable(self, index: int, error: Exception) -> KdcacheError:
+        what = f"cannot read the image {self.paths[index]}: {error}"
+        if isinstance(error, PermissionError):
+            return UsageError(what, READ_PERMISSION)
+        return CorruptError(what, "replace or remove it")
 
 
 @dataclass(frozen=True)
@@ -122,13 +129,23 @@ class ItemImages:
     parallel: ClassVar[bool] = False
     dataset: Dataset[Any]
     length: int
+    reload: Callable[[], Dataset[Any]] | None = None
+    """Loads the data set again; None if it was given as an object."""
 
     def __len__(self) -> int:
         return self.length
 
     def picture(self, index: int) -> Picture:
         """Return the first element of item `index`."""
-        image = self.dataset[index][0]
+        return self._picture(self.dataset[index][0], index)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Return the content of an image and its label, of one reading of the item."""
+        item = self.dataset[index]
+        return self._content(self._picture(item[0], index)), operator.index(item[1])
+
+    @staticmethod
+    def _picture(image: Any, index: int) -> Picture:
         if isinstance(image, np.ndarray) and image.ndim in (2, 3):
             # Equal to torchvision's to_image, whose import would take every command a second.
             image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).contiguous()
@@ -142,7 +159,10 @@ class ItemImages:
 
     def content(self, index: int) -> bytes:
         """Return type, shape and values of the image."""
-        image = self.picture(index)
+        return self._content(self.picture(index))
+
+    @staticmethod
+    def _content(image: Picture) -> bytes:
         if isinstance(image, Image.Image) and image.mode == "P":
             image = image.convert("RGBA")  # palette indices have no meaning without the palette
         array = np.ascontiguousarray(image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
@@ -158,6 +178,11 @@ class ItemImages:
 
     def stamp(self) -> None:
         """Return None: the source of the items is unknown."""
+
+
+def name_of(images: Images, index: int) -> str:
+    """Return what to call an image in a message: its ordinal, and its file if it is in one."""
+    return f"sample {index} ({images.paths[index]})" if isinstance(images, FileImages) else f"sample {index}"
 
 
 @dataclass(frozen=True)

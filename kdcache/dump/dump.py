@@ -25,6 +25,7 @@ from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec
 from kdcache.config.section import validated
 from kdcache.config.transform import Transform, step_names
+from kdcache.data.repeatable import check_repeatable
 from kdcache.data.samples import Samples
 from kdcache.dump.job import DumpJob, Prepared, pending_shards, prepare
 from kdcache.dump.teacher_pass import PhaseTimer, Shard, run_pass
@@ -33,6 +34,7 @@ from kdcache.models import weights_digest
 from kdcache.models.checks import samples_for
 from kdcache.models.teacher import TeacherIdentity
 from kdcache.runtime.distributed import Ranks
+from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
@@ -105,7 +107,7 @@ def dump_teacher(
         samples,
         samples.transform if transform is None else transform,
         cache_spec,
-        Path(out),
+        expand(out),
         extends,
         decode_images,
         device,
@@ -151,6 +153,7 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
     if ranks.is_first:
         with timer.phase("sealing"):
             _wait_for_files(writer, ranks)
+            check_repeatable(job.samples, zarr_store.read_samples(job.out, writer.plan)[1])
             known = {shard: of_shard for of_rank in of_all_ranks for shard, of_shard in of_rank.items()}
             collected = summary.collect_statistics(job.out, writer.plan, known)
             writer.seal(summary.summary_of(collected, writer.plan))

@@ -16,8 +16,9 @@ from kdcache.cache.format.schema import Encoding
 from kdcache.cache.planner import Choice, encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.preconditions import check_place
 from kdcache.config.schema import CacheSpec
+from kdcache.data.check_images import check_images
+from kdcache.data.repeatable import check_repeatable
 from kdcache.data.views import View
-from kdcache.dump.check_images import check_images
 from kdcache.dump.plan import Pilot, request_of, run_pilot, views_of
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
 from kdcache.models.inference import InferenceModel, try_teacher
@@ -115,7 +116,9 @@ def estimate_new_cache(
         As `estimate`.
     """
     check_place(out)
-    check_images(loaded.samples, progress, decode_images)
+    for note in check_images(loaded.samples, progress, decode_images, loaded.transform):
+        progress.say(f"note: {note}")
+    check_repeatable(loaded.samples)
     return estimate(loaded, spec, device, progress, out)
 
 

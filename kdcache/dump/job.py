@@ -22,10 +22,11 @@ from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec
 from kdcache.config.transform import Transform
+from kdcache.data.check_images import check_images
 from kdcache.data.mixing import split_mixing
+from kdcache.data.repeatable import check_repeatable
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
-from kdcache.dump.check_images import check_images
 from kdcache.dump.estimate import check_room
 from kdcache.dump.extend import check_extends
 from kdcache.dump.plan import Chosen, Pilot, choose, plan_cache, request_of, run_pilot, views_of
@@ -109,7 +110,9 @@ def prepare(job: DumpJob) -> Prepared:
     encoding_without_pilot(samples.num_classes, request_of(spec))
     level = None
     if not is_sealed:
-        check_images(samples, job.progress, job.decode_images)
+        for note in check_images(samples, job.progress, job.decode_images, job.transform):
+            job.progress.say(f"note: {note}")
+        check_repeatable(samples)
         level = try_teacher(job.model, job.view(), spec, job.device)
     keys = samples.keys(job.progress)
     digest = digest_of(keys, samples.labels)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from kdcache.errors import CorruptError, KdcacheError, UsageError
 from kdcache.models.exported import is_exported, is_torchscript, members_of, read_exported
@@ -53,7 +53,8 @@ def read_file(path: Path) -> Any:
         with path.open("rb") as opened:
             start = opened.read(64)
         if _is_safetensors(start):
-            return load_file(path)
+            # The library refuses to open a path that is not UTF-8.
+            return load_file(path) if str(path).isprintable() else load(path.read_bytes())
         _refuse_others(path, start)
         members = members_of(path)
         if is_torchscript(members):

@@ -18,6 +18,7 @@ from kdcache.models.digest import plain_state
 from kdcache.models.misfits import likely_cause
 from kdcache.models.state_dicts import Match, State, match_keys, part_of, state_dicts_in
 from kdcache.runtime.atomic_write import write_file
+from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress, Silent
 
 _SHOWN = 3
@@ -73,7 +74,7 @@ def load_weights(model: nn.Module, path: str | Path, progress: Progress | None =
 
 def _split(given: str | Path) -> tuple[Path, str | None]:
     """Return the path of a checkpoint and the part of it that is selected, as in `last.pth#state_dict_ema`."""
-    path = Path(given)
+    path = given = expand(given)
     if path.exists() or "#" not in str(given):
         return path, None
     name, _, part = str(given).rpartition("#")

@@ -15,6 +15,7 @@ from kdcache.config.schema import ModelSpec
 from kdcache.errors import MismatchError, UsageError, counted, indices_below
 from kdcache.models.build import categories_of
 from kdcache.models.outputs import logits_of
+from kdcache.runtime.paths import expand
 
 Groups = list[list[int]]
 """For each class of the data set, the indices of the network's outputs that stand for it."""
@@ -74,7 +75,7 @@ def read_groups(classes: list[int | list[int]] | str, outputs: int, num_classes:
         UsageError: if the file cannot be read, or an output is given twice: it would count twice in every softmax.
         MismatchError: if the number of entries is not C, or an output does not exist.
     """
-    groups = _from_file(Path(classes)) if isinstance(classes, str) else [_listed(entry) for entry in classes]
+    groups = _from_file(expand(classes)) if isinstance(classes, str) else [_listed(entry) for entry in classes]
     where = f"teacher.classes ({classes})" if isinstance(classes, str) else "teacher.classes"
     if len(groups) != num_classes:
         raise MismatchError(

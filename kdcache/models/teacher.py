@@ -10,10 +10,11 @@ from torch import nn
 from kdcache.cache.format.integrity import record_of
 from kdcache.config.schema import EnsembleSpec, Pipeline, TrainedSpec
 from kdcache.config.transform import Transform
+from kdcache.data.check_images import check_images
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
-from kdcache.errors import MismatchError
+from kdcache.errors import KdcacheError, MismatchError
 from kdcache.models import (
     ChosenOutputs,
     Ensemble,
@@ -56,7 +57,11 @@ def load_teacher(pipeline: Pipeline, progress: Progress | None = None) -> Loaded
     specs = pipeline.members
     samples = load_split(pipeline.dataset, "train")
     transform = _preset(specs, samples) if pipeline.transform is None else pipeline.transform
-    shape = View(samples, transform).shape()
+    try:
+        shape = View(samples, transform).shape()
+    except KdcacheError:
+        check_images(samples, progress or Silent())  # names all files that cannot be read, not only the first
+        raise
     loaded = [_load(spec, samples, shape, progress or Silent()) for spec in specs]
     models, identities = [model for model, _ in loaded], [identity for _, identity in loaded]
     if not isinstance(pipeline.teacher, EnsembleSpec):

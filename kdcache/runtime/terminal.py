@@ -34,8 +34,16 @@ def reporter(progress: Progress | bool | None) -> Progress:
 
 
 def printable(text: str) -> str:
-    """Replace control characters, which a cache from elsewhere may contain and a terminal would execute."""
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in text)
+    r"""Replace control characters, which a cache from elsewhere may contain and a terminal would execute.
+
+    Bytes of a path that are not UTF-8 are written as \xff.
+    """
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else _replacement(sign) for sign in text)
+
+
+def _replacement(sign: str) -> str:
+    is_byte = "\udc80" <= sign <= "\udcff"
+    return f"\\x{ord(sign) - 0xDC00:02x}" if is_byte else "\N{REPLACEMENT CHARACTER}"
 
 
 def say(message: str) -> None:

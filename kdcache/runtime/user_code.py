@@ -20,6 +20,7 @@ import torch
 
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.runtime.import_closure import digest_of_closure
+from kdcache.runtime.paths import expand
 from kdcache.runtime.user_modules import Namespace, forget, namespace
 
 _modules: dict[Namespace, tuple[str, ModuleType]] = {}
@@ -100,7 +101,7 @@ def is_user_code(name: object) -> bool:
 def split(reference: str) -> tuple[Path, str]:
     """Return the file and the function of a reference."""
     path, _, name = reference.partition(":")
-    return Path(path), name
+    return expand(path), name
 
 
 def load(reference: str, role: str, signature: str) -> UserCode:

@@ -132,7 +132,7 @@ class _SweepContext:
             self.inputs_by_key[key] = (
                 inputs_from_caches(pipeline, self.caches, self.options, device=self.device, progress=progress)
                 if self.caches
-                else inputs_without_teacher(pipeline)
+                else inputs_without_teacher(pipeline, progress)
             )
         return self.inputs_by_key[key]
 

@@ -24,6 +24,7 @@ from kdcache.models import build_model
 from kdcache.models.checks import try_network, try_training
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.distributed import is_first, n_processes
+from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import digests_of
@@ -84,11 +85,11 @@ def train_teacher(
         KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     spec = pipeline.section("teacher")
-    check_run(Path(out))
+    check_run(expand(out))
     loss = Loss.model_validate({"name": "ce"})
     try:
-        inputs = inputs_without_teacher(pipeline)
-        return _train(pipeline, spec, loss, inputs, Path(out), device, reporter(progress))
+        inputs = inputs_without_teacher(pipeline, reporter(progress))
+        return _train(pipeline, spec, loss, inputs, expand(out), device, reporter(progress))
     except KeyboardInterrupt as interrupt:
         raise InterruptedRun.of(interrupt, *_NOTHING_KEPT) from None
 
@@ -121,7 +122,7 @@ def train_student(
         KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     pipeline.section("student")
-    check_run(Path(out))
+    check_run(expand(out))
     caches = [] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
     try:
         inputs = _student_inputs(pipeline, caches, options or CacheOptions(), device, reporter(progress))
@@ -144,7 +145,7 @@ def _student_inputs(
         raise UsageError("--align and --allow-missing match samples with a cache, and there is none", "pass --cache")
     if pipeline.loss.uses_teacher:
         raise UsageError(f"the loss {pipeline.loss.name} needs a teacher", "pass its cache with --cache, or --loss ce")
-    return inputs_without_teacher(pipeline)
+    return inputs_without_teacher(pipeline, progress)
 
 
 def train_on(
@@ -157,8 +158,8 @@ def train_on(
 ) -> RunResult:
     """Train the pipeline's student on inputs that several students may share; see `train_student`."""
     spec = pipeline.section("student")
-    check_run(Path(out))
-    return _train(pipeline, spec, pipeline.loss, inputs, Path(out), device, reporter(progress))
+    check_run(expand(out))
+    return _train(pipeline, spec, pipeline.loss, inputs, expand(out), device, reporter(progress))
 
 
 def _train(

@@ -13,9 +13,9 @@ from PIL import Image
 
 from kdcache import open_cache
 from kdcache.cli import main
+from kdcache.data.check_images import check_images
 from kdcache.data.images import FileImages
 from kdcache.data.samples import Samples
-from kdcache.dump.check_images import check_images
 from kdcache.errors import CorruptError
 from kdcache.runtime.progress import Silent
 
@@ -151,9 +151,10 @@ def dump_while_it_breaks(folder: Path, out: Path, damage: Callable[[Path], None]
     """Dump from the command line; image 18 is damaged after all headers were checked."""
     with pytest.MonkeyPatch.context() as patch:
 
-        def check_and_damage(samples: Samples, *rest: Any) -> None:
-            check_images(samples, *rest)
+        def check_and_damage(samples: Samples, *rest: Any) -> list[str]:
+            notes = check_images(samples, *rest)
             damage(image(folder, 18))
+            return notes
 
         patch.setattr("kdcache.dump.job.check_images", check_and_damage)
         return kdcache("dump-teacher", folder / "p.yaml", "-o", out)

@@ -14,6 +14,7 @@ PROCESS = {
     "test_faults",
     "test_lock",
     "test_parallel",
+    "test_permissions",
     "test_choice",
     "test_memory",
     "test_records",
@@ -30,6 +31,7 @@ SLOW_FILES = {
     "test_clouds",
     "test_docs",
     "test_examples",
+    "test_permissions",
     "test_ranks",
     "test_report",
     "test_resume",
@@ -95,6 +97,9 @@ SLOW_TESTS = {
         "test_convolutions_are_drawn_by_the_number_of_their_outputs",
         "test_images_of_other_sizes_and_grey_ones_are_taken",
         "test_names_shapes_and_logits_are_the_published_ones",
+    },
+    "test_class_folders": {
+        "test_names_that_are_not_utf_8_are_dumped_verified_trained_and_evaluated",
     },
     "test_cli": {
         "test_a_cache_measures_itself",
@@ -224,6 +229,9 @@ SLOW_TESTS = {
         "test_a_student_is_trained",
         "test_the_folder_s_network_and_weights_are_those_of_transformers",
     },
+    "test_image_files": {
+        "test_doctor_and_dry_run_report_what_is_done_with_files",
+    },
     "test_images": {
         "test_an_image_that_breaks_during_the_pass_costs_one_shard",
     },
@@ -318,6 +326,9 @@ SLOW_TESTS = {
         "test_what_a_killed_worker_had_begun_another_one_does_again",
         "test_what_does_not_belong_together_is_refused_with_the_reason",
     },
+    "test_paths": {
+        "test_every_path_of_a_pipeline_and_of_commands_is_expanded",
+    },
     "test_pipeline": {
         "test_a_set_that_cannot_be_read_is_refused",
         "test_the_resolved_file_reads_back_to_the_same_pipeline",
@@ -385,6 +396,10 @@ SLOW_TESTS = {
         "test_two_processes_pull_the_same_at_once",
         "test_what_is_not_whole_is_not_pushed",
         "test_what_is_pulled_is_what_was_pushed",
+    },
+    "test_repeatable": {
+        "test_a_data_set_from_a_file_is_examined_by_every_command",
+        "test_training_reports_it_and_a_cache_of_it_is_refused_by_cause",
     },
     "test_run_folder": {
         "test_after_any_file_had_no_room_the_same_command_succeeds",

@@ -20,6 +20,7 @@ from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.recorded_views import recorded
 from kdcache.cache.format.schema import Encoding, FileRecord, Plan
 from kdcache.errors import CorruptError
+from kdcache.runtime.system_files import is_system_file
 
 NOT_LISTED = "is not in the manifest"
 _BLOCK_ROWS = 4096
@@ -88,11 +89,16 @@ def _problem(cache: Path, name: str, expected: FileRecord) -> str | None:
     return None
 
 
-def unlisted_files(cache: Path, listed: dict[str, FileRecord]) -> list[Problem]:
-    """Return files in the folders of a cache that its manifest does not list, so that no digest covers them."""
+def unlisted_files(cache: Path, listed: dict[str, FileRecord]) -> tuple[list[Problem], list[str]]:
+    """Return files in the folders of a cache that its manifest does not list, so that no digest covers them.
+
+    Returns:
+        (problems, names of files that the system added, which nothing reads)
+    """
     paths = (path for part in (STORE, "commits") for path in sorted((cache / part).rglob("*")) if not path.is_dir())
-    names = (path.relative_to(cache).as_posix() for path in paths)
-    return [Problem(name, NOT_LISTED) for name in names if name not in listed]
+    unlisted = [name for path in paths if (name := path.relative_to(cache).as_posix()) not in listed]
+    by_system = [name for name in unlisted if any(map(is_system_file, name.split("/")))]
+    return [Problem(name, NOT_LISTED) for name in unlisted if name not in by_system], by_system
 
 
 def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Tensor) -> list[Problem]:

@@ -40,6 +40,7 @@ class Audit:
         rows: number of rows that were checked.
         problems: problems found.
         incomplete: error that says why the cache cannot be used yet; None if it is complete.
+        system_files: files such as `.DS_Store`, which a system added and nothing reads.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Audit:
     rows: int
     problems: list[Problem] = field(default_factory=list)
     incomplete: IncompleteError | None = None
+    system_files: list[str] = field(default_factory=list)
 
     @property
     def failure(self) -> KdcacheError | None:
@@ -83,13 +85,14 @@ def audit(path: Path) -> Audit:
         array_specs.check_listed(path, plan, {name: record.size for name, record in files.items()})
         views = views_here(path, plan)
         present = files_of(manifest, views)
-        damaged = damaged_files(path, present) + unlisted_files(path, files)
+        unlisted, system_files = unlisted_files(path, files)
+        damaged = damaged_files(path, present) + unlisted
         shards = [(view, shard) for view in views for shard in range(plan.shards)]
         problems, rows = _check_contents(path, plan, shards, damaged)
         if not damaged + problems:
             problems = check_inputs(path, plan, views)
         missing = _missing_views(path, plan, views)
-        return Audit(path, manifest.digest, len(present) + 1, rows, damaged + problems, missing)
+        return Audit(path, manifest.digest, len(present) + 1, rows, damaged + problems, missing, system_files)
     incomplete = refusal(path)
     if not isinstance(incomplete, IncompleteError):
         raise incomplete
