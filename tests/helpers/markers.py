@@ -213,6 +213,11 @@ SLOW_TESTS = {
         "test_what_a_student_learns_from_are_the_recorded_crops",
         "test_what_fkd_says_is_what_the_cache_says",
     },
+    "test_fork": {
+        "test_a_child_of_a_child_and_a_fork_during_the_work_too",
+        "test_forked_loading_processes_can_do_it",
+        "test_what_the_parent_has_done_a_forked_child_can_do",
+    },
     "test_hf": {
         "test_a_folder_is_a_teacher_and_its_configuration_tells_it_apart",
         "test_a_processor_s_transform_makes_its_pixels",
@@ -309,6 +314,12 @@ SLOW_TESTS = {
         "test_two_teachers_are_compared_row_by_row",
         "test_what_a_killed_worker_had_begun_another_one_does_again",
         "test_what_does_not_belong_together_is_refused_with_the_reason",
+    },
+    "test_partial": {
+        "test_the_figures_are_those_of_the_views",
+        "test_the_views_that_are_here_are_compared_with_data_and_teacher",
+        "test_what_looks_at_rows_looks_at_those_that_are_here",
+        "test_what_needs_other_views_names_them_and_the_pull",
     },
     "test_pipeline": {
         "test_a_set_that_cannot_be_read_is_refused",
