@@ -53,7 +53,7 @@ def _measure(cache: Cache, as_json: bool) -> None:
 
     plan = cache.manifest.plan
     with output.working(f"decoding the rows of {cache.path}"):
-        measured = measure_itself(cache.path, plan)
+        measured = measure_itself(cache)
     if as_json:
         planned = plan.fidelity.model_dump() if plan.fidelity else None
         output.as_json({"planned": planned, "measured": [one._asdict() for one in measured]})

@@ -203,9 +203,11 @@ def logits_of_cache(cache: Cache, out: str | Path) -> None:
 
     Raises:
         UsageError: if `out` exists or has another suffix, or is inside a cache.
+        IncompleteError: if a view is not here.
     """
     out = Path(out)
     check_outside(out)
+    cache.check_views()
     if out.suffix not in (".npz", ".npy"):
         raise UsageError(f"{out} ends neither in .npz nor in .npy", "give a name with one of these suffixes with -o")
     if os.path.lexists(out):

@@ -54,19 +54,6 @@ def row_bytes(encoding: Encoding) -> int:
     return encoding.top_k * np.dtype(encoding.dtype).itemsize
 
 
-def check_views(cache: Cache, count: int) -> None:
-    """Check that the first `count` views of a cache are present; `pull` may have downloaded fewer.
-
-    Raises:
-        UsageError: if one is missing.
-    """
-    if missing := sorted(set(range(count)).difference(cache.views)):
-        raise UsageError(
-            f"view {missing[0]} is needed, but {cache.path} holds only the views {', '.join(map(str, cache.views))}",
-            "select only these (`--views`), or pull the others",
-        )
-
-
 def inputs_at(
     selections: list[ParentSelection], shape: Sharding, count: int, data: Samples | None, progress: Progress
 ) -> tuple[Sharding, list[Inputs]]:

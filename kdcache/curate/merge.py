@@ -16,7 +16,7 @@ from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.curate.derive import Encoded, ParentSelection, check_views, derive, inputs_at, planned, row_bytes
+from kdcache.curate.derive import Encoded, ParentSelection, derive, inputs_at, planned, row_bytes
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn
 from kdcache.errors import MismatchError, UsageError
@@ -52,11 +52,11 @@ def merge(
     check_place(out)
     if len(caches) < 2:
         raise UsageError("merge needs two caches or more, one is given", "name the others too")
+    for cache in caches:
+        cache.check_views()
     for other in caches[1:]:
         _check_parts(first, other)
     plan = first.manifest.plan
-    for cache in caches:
-        check_views(cache, plan.views.count)
     bases = [zarr_store.read_basis(cache.path, cache.manifest.plan) for cache in caches]
     same_encoding = [
         cache.manifest.plan.encoding == plan.encoding and _same_basis(bases[0], basis)

@@ -22,7 +22,7 @@ from kdcache.cache.format.read_records import read_commit, read_manifest, read_p
 from kdcache.cache.format.schema import MANIFEST, PLAN, FileRecord, Plan, commit_file
 from kdcache.cache.parallel import over
 from kdcache.cache.reader import refusal
-from kdcache.cache.remote.mirror import files_of, views_here
+from kdcache.cache.remote.mirror import files_of, missing_views, views_here
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError
 
 _MAX_SHOWN = 3
@@ -88,11 +88,14 @@ def audit(path: Path) -> Audit:
         problems, rows = _check_contents(path, plan, shards, damaged)
         if not damaged + problems:
             problems = check_inputs(path, plan, views)
-        missing = _missing_views(path, plan, views)
-        return Audit(path, manifest.digest, len(present) + 1, rows, damaged + problems, missing)
-    incomplete = refusal(path)
-    if not isinstance(incomplete, IncompleteError):
-        raise incomplete
+        what = missing_views(path, plan.views.count, views)
+        incomplete = (
+            IncompleteError(what, f"download them: kdcache pull URL {path}; or use these views only") if what else None
+        )
+        return Audit(path, manifest.digest, len(present) + 1, rows, damaged + problems, incomplete)
+    unsealed = refusal(path)
+    if not isinstance(unsealed, IncompleteError):
+        raise unsealed
     plan = read_plan(path / PLAN)
     written: dict[str, FileRecord] = {}
     markers: list[Problem] = []
@@ -109,17 +112,7 @@ def audit(path: Path) -> Audit:
                     markers.append(Problem(marker, "does not list the files of its shard"))
     damaged = markers + damaged_files(path, written)
     problems, rows = _check_contents(path, plan, committed, damaged)
-    return Audit(path, None, len(written) + len(committed) + len(markers) + 1, rows, damaged + problems, incomplete)
-
-
-def _missing_views(path: Path, plan: Plan, views: tuple[int, ...]) -> IncompleteError | None:
-    """Return the error for a cache of which only some views were pulled; None for all views."""
-    if len(views) == plan.views.count:
-        return None
-    return IncompleteError(
-        f"{path} holds only {len(views)} of {plan.views.count} views: {', '.join(map(str, views))}",
-        "download the other views with `kdcache pull URL DIR`, or train students from these views only",
-    )
+    return Audit(path, None, len(written) + len(committed) + len(markers) + 1, rows, damaged + problems, unsealed)
 
 
 def _check_contents(
