@@ -421,6 +421,10 @@ SLOW_TESTS = {
     "test_site": {
         "test_the_site_builds_with_every_public_method_in_it",
     },
+    "test_stated_figures": {
+        "test_a_perfect_fidelity_of_a_poor_tail_is_named",
+        "test_what_the_pilot_measured_is_between_the_bounds",
+    },
     "test_step": {
         "test_a_step_in_micro_batches_equals_the_step_of_the_whole_batch",
         "test_compile_compiles_the_network_in_place",
