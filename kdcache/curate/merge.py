@@ -48,8 +48,9 @@ def merge(
         UsageError: if the views of the merged cache could not be replayed.
         MismatchError: if the caches are inconsistent with each other, or `out` was started with other settings.
     """
-    out, first, reporter = Path(out).absolute(), caches[0], progress or Silent()
+    out, first, reporter = Path(out), caches[0], progress or Silent()
     check_place(out)
+    out = out.absolute()
     if len(caches) < 2:
         raise UsageError("merge needs two caches or more, one is given", "name the others too")
     for cache in caches:
@@ -73,7 +74,8 @@ def merge(
     keys = np.concatenate([cache.sample_keys for cache in caches])
     labels = np.concatenate([cache.labels for cache in caches])
     if duplicates := len(keys) - len(np.unique(keys)):
-        reporter.say(f"note: {duplicates} samples have the same content as another one")
+        what = "sample has" if duplicates == 1 else "samples have"
+        reporter.say(f"note: {duplicates:,} {what} the same content as another one")
     dataset = plan.dataset.model_copy(
         update={
             "name": _joined([cache.manifest.plan.dataset.name for cache in caches], " + "),

@@ -60,8 +60,9 @@ def select(
         UsageError: if the cache does not have what is selected, or its views could not be replayed.
         MismatchError: if `out` was started with other settings, or `data` is another data set.
     """
-    out, plan = Path(out).absolute(), cache.manifest.plan
+    out, plan = Path(out), cache.manifest.plan
     check_place(out)
+    out = out.absolute()
     count = _count_of(views, plan)
     cache.check_views(range(count))
     ids = np.arange(len(cache)) if samples is None else np.asarray(samples, np.int64)

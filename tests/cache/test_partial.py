@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,14 @@ def test_what_needs_other_views_names_them_and_the_pull(work: Work, which: str, 
     missing = "view 0" if command in NEEDS_THE_FIRST else "views 1, 2" if which == "first" else "views 0, 1"
     assert missing in done.stderr
     assert not out.exists()
+
+
+def test_a_relative_path_is_printed_as_it_was_given(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert re.search(r"cache +new\.kdcache\n", ok("select", work.whole, "--views", "0", "-o", "new.kdcache"))
+    assert refused(2, "select", work.whole, "--views", "0", "-o", "new.kdcache").startswith("error: new.kdcache is")
 
 
 def test_the_views_that_are_here_are_compared_with_data_and_teacher(work: Work) -> None:

@@ -224,6 +224,10 @@ SLOW_TESTS = {
         "test_a_student_is_trained",
         "test_the_folder_s_network_and_weights_are_those_of_transformers",
     },
+    "test_hostile_store": {
+        "test_hostile_numbers_in_the_metadata_of_an_array",
+        "test_hostile_numbers_in_the_plan",
+    },
     "test_images": {
         "test_an_image_that_breaks_during_the_pass_costs_one_shard",
     },
@@ -316,6 +320,7 @@ SLOW_TESTS = {
         "test_what_does_not_belong_together_is_refused_with_the_reason",
     },
     "test_partial": {
+        "test_a_relative_path_is_printed_as_it_was_given",
         "test_the_figures_are_those_of_the_views",
         "test_the_views_that_are_here_are_compared_with_data_and_teacher",
         "test_what_looks_at_rows_looks_at_those_that_are_here",
