@@ -10,6 +10,7 @@ batch is gathered there, and decoded on the device.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,16 @@ from kdcache.cache.format.recorded_views import Crops, recorded
 from kdcache.cache.format.schema import MANIFEST, PLAN, Manifest
 from kdcache.cache.placement.choose import Placement, place_rows
 from kdcache.cache.remote.address import source
-from kdcache.cache.remote.mirror import Views, check_pinned, files_of, mirror, unfinished_pull, views_here, wanted_views
+from kdcache.cache.remote.mirror import (
+    Views,
+    check_here,
+    check_pinned,
+    files_of,
+    mirror,
+    unfinished_pull,
+    views_here,
+    wanted_views,
+)
 from kdcache.cache.teacher import CachedTeacher
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError
 from kdcache.runtime.progress import Progress
@@ -59,6 +69,14 @@ class Cache:
             f"Cache({str(self.path)!r}, teacher={plan.teacher.name!r}, samples={len(self):,}, "
             f"classes={self.num_classes:,}, views={len(self.views)}, digest={self.manifest.digest!r})"
         )
+
+    def check_views(self, views: Collection[int] | None = None) -> None:
+        """Check that some views are here, or all; a pull may have downloaded fewer.
+
+        Raises:
+            IncompleteError: with the missing views.
+        """
+        check_here(self.path, self.manifest.plan.views.count, self.views, views)
 
     @property
     def num_classes(self) -> int:
@@ -138,11 +156,7 @@ def open_cache(
     array_specs.check_listed(path, manifest.plan, {name: record.size for name, record in manifest.files.items()})
     available = views_here(path, manifest.plan)
     wanted = available if views is None else wanted_views(manifest.plan, views)
-    if absent := sorted(set(wanted) - set(available)):
-        raise IncompleteError(
-            f"{path} holds views {', '.join(map(str, available))} of {manifest.plan.views.count}, not view {absent[0]}",
-            "pull the missing views: `kdcache pull URL DIR`",
-        )
+    check_here(path, manifest.plan.views.count, available, wanted)
     check_files(path, files_of(manifest, wanted))
     return opened(path, manifest, wanted)
 

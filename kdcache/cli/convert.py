@@ -19,7 +19,7 @@ from kdcache.cli.options import (
     scheduler_option,
     set_option,
 )
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from kdcache.data.samples import Samples
@@ -101,7 +101,7 @@ def convert(
             scheduler=scheduler,
             progress=output.Terminal(),
         )
-        describe(cache, as_json)
+        describe(cache, as_json, out)
 
 
 def _decode(source: Path, out: Path, as_json: bool) -> None:
@@ -131,5 +131,6 @@ def _export(source: Path, target: str, out: Path, samples: Samples | None, top_k
     if as_json:
         output.as_json({"path": str(out), "layout": target, "samples": len(cache), "views": views, "top_k": classes})
     else:
-        contents = f"{views} views of {len(cache):,} samples, {classes} classes per row"
+        per_row = "1 class" if classes == 1 else f"{classes} classes"
+        contents = f"{counted(views, 'view')} of {counted(len(cache), 'sample')}, {per_row} per row"
         output.facts({target: str(out), "contents": contents})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -148,7 +149,10 @@ class ItemImages:
     def _picture(image: Any, index: int) -> Picture:
         if isinstance(image, np.ndarray) and image.ndim in (2, 3):
             # Equal to torchvision's to_image, whose import would take every command a second.
-            image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).contiguous()
+            image = _tensor_of(image, index).permute(2, 0, 1).contiguous()
+        if isinstance(image, Tensor):
+            # NumPy, in whose types content keys are defined, has neither gradients nor bfloat16.
+            image = image.detach().float() if image.dtype == torch.bfloat16 else image.detach()
         if isinstance(image, Image.Image) or (isinstance(image, Tensor) and image.ndim == 3):
             return image
         shape = f" {list(image.shape)}" if isinstance(image, Tensor | np.ndarray) else ""
@@ -183,6 +187,22 @@ class ItemImages:
 def name_of(images: Images, index: int) -> str:
     """Return what to call an image in a message: its ordinal, and its file if it is in one."""
     return f"sample {index} ({images.paths[index]})" if isinstance(images, FileImages) else f"sample {index}"
+
+
+def _tensor_of(image: npt.NDArray[Any], index: int) -> Tensor:
+    """Return the values of an array [H, W] or [H, W, channels] of any byte order and strides, [H, W, channels].
+
+    Raises:
+        UsageError: if torch has no such type.
+    """
+    image = np.atleast_3d(image)
+    try:
+        return torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
+    except TypeError:
+        raise UsageError(
+            f"item {index} of the data set has an image of {image.dtype.name} numbers",
+            "return integers up to 64 bits, or float16, float32 or float64",
+        ) from None
 
 
 @dataclass(frozen=True)

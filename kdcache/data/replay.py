@@ -44,6 +44,12 @@ def check_matches_cache(cache: Cache, samples: Samples, transform: Transform | N
             "use the data set that the cache was made from (`kdcache info CACHE` names it)",
         )
     ids = slice(None) if samples.ids is None else samples.ids
+    if samples.ids is not None and (largest := int(samples.ids.max(initial=-1))) >= len(cache):
+        raise MismatchError(
+            f"{cache.path} holds {len(cache)} samples, and the data set was matched with another cache up to sample "
+            f"{largest}",
+            "join caches of the same samples; `kdcache merge` makes one cache of several parts",
+        )
     try:
         check_same_samples(samples, samples.keys(progress), cache.sample_keys[ids], cache.labels[ids])
     except MismatchError:

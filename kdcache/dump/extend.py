@@ -26,8 +26,10 @@ def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], labels: 
 
     Raises:
         MismatchError: if anything but the number of views or samples differs, or neither is larger.
+        IncompleteError: if a view of the sealed cache is not here.
     """
     before = old.manifest.plan
+    old.check_views()
     dataset = plan.dataset.model_copy(update={"samples": before.dataset.samples, "digest": before.dataset.digest})
     views = plan.views.model_copy(update={"count": before.views.count})
     check_same_plan(old.path, before, plan.model_copy(update={"dataset": dataset, "views": views}))

@@ -223,6 +223,11 @@ SLOW_TESTS = {
         "test_a_loss_whose_gradient_is_infinite_is_told_of_where_it_begins",
         "test_nothing_is_told_of_a_usual_training",
     },
+    "test_fork": {
+        "test_a_child_of_a_child_and_a_fork_during_the_work_too",
+        "test_forked_loading_processes_can_do_it",
+        "test_what_the_parent_has_done_a_forked_child_can_do",
+    },
     "test_hf": {
         "test_a_folder_is_a_teacher_and_its_configuration_tells_it_apart",
         "test_a_processor_s_transform_makes_its_pixels",
@@ -231,6 +236,10 @@ SLOW_TESTS = {
     },
     "test_image_files": {
         "test_doctor_and_dry_run_report_what_is_done_with_files",
+    },
+    "test_hostile_store": {
+        "test_hostile_numbers_in_the_metadata_of_an_array",
+        "test_hostile_numbers_in_the_plan",
     },
     "test_images": {
         "test_an_image_that_breaks_during_the_pass_costs_one_shard",
@@ -328,6 +337,13 @@ SLOW_TESTS = {
     },
     "test_paths": {
         "test_every_path_of_a_pipeline_and_of_commands_is_expanded",
+    },
+    "test_partial": {
+        "test_a_relative_path_is_printed_as_it_was_given",
+        "test_the_figures_are_those_of_the_views",
+        "test_the_views_that_are_here_are_compared_with_data_and_teacher",
+        "test_what_looks_at_rows_looks_at_those_that_are_here",
+        "test_what_needs_other_views_names_them_and_the_pull",
     },
     "test_pipeline": {
         "test_a_set_that_cannot_be_read_is_refused",
@@ -432,6 +448,10 @@ SLOW_TESTS = {
     },
     "test_site": {
         "test_the_site_builds_with_every_public_method_in_it",
+    },
+    "test_stated_figures": {
+        "test_a_perfect_fidelity_of_a_poor_tail_is_named",
+        "test_what_the_pilot_measured_is_between_the_bounds",
     },
     "test_step": {
         "test_a_step_in_micro_batches_equals_the_step_of_the_whole_batch",

@@ -252,7 +252,7 @@ def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
 
 
 # Exceptions that zarr raises for damaged metadata or chunks.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, NotImplementedError)
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def _open(cache: Path, arrays: Mapping[str, Array]) -> zarr.Group:
