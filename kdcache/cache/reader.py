@@ -79,7 +79,7 @@ class Cache:
     @property
     def teacher_seen(self) -> bool:
         """Whether kdcache ran the teacher; if not, its images and its identity were not verified."""
-        return self.manifest.plan.teacher.parameters > 0
+        return self.manifest.plan.teacher.was_run
 
     @property
     def level_known(self) -> bool:

@@ -80,7 +80,7 @@ def verify(
         from kdcache.data.datasets import load_split
         from kdcache.data.replay import check_matches_cache
         from kdcache.data.replay import replay as replay_views
-        from kdcache.dump.check_teacher import compare_with_teacher
+        from kdcache.dump.check_teacher import check_identity, compare_with_teacher
         from kdcache.models.teacher import load_teacher
 
         opened, progress = open_cache(path), output.Terminal()
@@ -103,6 +103,11 @@ def verify(
                 agreement._asdict()
                 for agreement in compare_with_teacher(opened, model, samples, resolved.cache, rows, chosen, progress)
             ]
+            found = check_identity(opened, model, samples, resolved.cache, chosen)
+            results["identity"] = {
+                "weights": opened.manifest.plan.teacher.weights or "the same",
+                "relative_difference": None if found is None else found.relative,
+            }
     _report(checked, results, as_json)
     if checked.failure is not None:
         raise checked.failure
@@ -133,6 +138,7 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
             "rows": f"{checked.rows:,} checked",
             **({"data set": f"the same {results['dataset']['samples']:,} samples"} if "dataset" in results else {}),
             **({"replay": _replayed(**results["replay"])} if "replay" in results else {}),
+            **({"teacher": _recognized(**results["identity"])} if "identity" in results else {}),
         }
     )
     for problem in problems:
@@ -144,6 +150,13 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
 
 def _count(count: int, what: str) -> str:
     return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
+
+
+def _recognized(weights: str, relative_difference: float | None) -> str:
+    by = "it has no weights to compare" if weights == "none" else "the same weights"
+    if relative_difference is None:
+        return by
+    return f"{by}; its logits of the first batch differ by {relative_difference:.1g} of their size, rounding aside"
 
 
 def _replayed(checked: int, rounded: int, teacher_seen: bool) -> str:

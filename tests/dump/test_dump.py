@@ -19,6 +19,7 @@ from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache.format.schema import canonical
 from kdcache.config.schema import CacheSpec
 from kdcache.data.images import ArrayImages
+from kdcache.dump.probes import probe_ids
 from kdcache.errors import CorruptError, IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.progress import Silent, Task
 
@@ -26,6 +27,8 @@ SPEC = CacheSpec(top_k=3, tail="uniform", pilot_rows=1, shard_rows=8, batch_size
 """Of 37 samples: four shards of 8 rows in batches of 5 and 3, and one shard of 5 rows in one batch."""
 
 BATCHES = [range(s, min(s + 5, e)) for e in (8, 16, 24, 32, 37) for s in range(8 * ((e - 1) // 8), e, 5)]
+
+PROBES = [[sample] for sample in probe_ids(37)]
 
 
 def files_of(cache: Path) -> dict[str, str]:
@@ -158,7 +161,8 @@ def test_digest_tells_caches_apart_that_differ_in_one_thing(change: str, whole: 
 def test_batches_are_cut_inside_shards(tmp_path: Path) -> None:
     teacher = BatchMinded()
     dump(tmp_path / "c.kdcache", model=teacher)
-    assert teacher.seen == [[0], [35], *(list(batch) for batch in BATCHES)], "the first are a trial and the pilot"
+    assert teacher.seen[:2] == [[0], [35]], "a trial and the pilot"
+    assert teacher.seen[2:] == [*PROBES, *(list(batch) for batch in BATCHES)]
 
 
 @pytest.mark.parametrize("done", range(1, len(BATCHES) + 1))
@@ -175,7 +179,7 @@ def test_interrupted_after_any_batch_it_goes_on_to_the_same_cache(done: int, who
 
     teacher = BatchMinded()
     cache = dump(out, model=teacher)
-    assert teacher.seen[1:] == [list(batch) for batch in BATCHES if batch.start >= 8 * finished]
+    assert teacher.seen[1:] == [*PROBES, *(list(batch) for batch in BATCHES if batch.start >= 8 * finished)]
     assert cache.manifest.digest == whole.manifest.digest
     assert files_of(out) == files_of(whole.path)
     assert list(tmp_path.iterdir()) == [out]
@@ -295,7 +299,8 @@ def test_after_an_image_was_replaced_only_its_shard_is_made_again(tmp_path: Path
     teacher, listener = BatchMinded(), Listening()
     cache = dump(out, model=teacher, samples=repainted(), progress=listener)
     assert f"images changed since {out} was begun: 1 finished shards are made again" in listener.said
-    assert teacher.seen[1:] == [list(batch) for batch in BATCHES if batch.start in range(16, 24) or batch.start >= 32]
+    again = [list(batch) for batch in BATCHES if batch.start in range(16, 24) or batch.start >= 32]
+    assert teacher.seen[1:] == [*PROBES, *again]
     assert cache.manifest.digest == once.manifest.digest
     assert files_of(out) == files_of(once.path)
 

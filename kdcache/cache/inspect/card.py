@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from kdcache.cache.format.schema import Plan
+from kdcache.cache.format.schema import Plan, TeacherRecord
 from kdcache.cache.inspect.card_plot import draw_census
 from kdcache.cache.inspect.summary import take_census
 from kdcache.cache.reader import Cache
@@ -77,7 +77,7 @@ def card(cache: Cache, notes: str = "") -> str:
     facts = {
         "teacher": f"`{_plain(plan.teacher.name)}`, {plan.teacher.parameters:,} parameters, "
         f"run in {_plain(plan.teacher.precision)}",
-        "weights": f"`{plan.teacher.weights_digest}`",
+        "weights": _weights(plan.teacher),
         "dataset": f"{_plain(plan.dataset.name)}, {_plain(plan.dataset.split)}: {plan.dataset.samples:,} samples, "
         f"{plan.encoding.num_classes:,} classes",
         "dataset digest": f"`{plan.dataset.digest}`",
@@ -155,6 +155,17 @@ def _plain(text: str) -> str:
 def _transform(plan: Plan) -> str:
     steps = [_plain(f"{name} {arguments or ''}") for step in plan.views.transform for name, arguments in step.items()]
     return "; ".join(steps) or "none"
+
+
+def _weights(teacher: TeacherRecord) -> str:
+    if not teacher.was_run:
+        return "unknown: kdcache did not run the teacher"
+    if teacher.weights == "none":
+        return (
+            "none that kdcache can read (a session, server, function or frozen module, or an ensemble with one): only "
+            "its logits identify this teacher"
+        )
+    return f"`{teacher.weights_digest}`"
 
 
 def _encoding(plan: Plan) -> str:
