@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kdcache.cache.adopt import adopt_shards
+from kdcache.cache.changed_images import differs_in_images_alone
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.schema import MANIFEST, PLAN, PROBES, Plan
@@ -141,7 +142,7 @@ def prepare(job: DumpJob) -> Prepared:
         plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape, sealed.teacher.level)
         return Prepared(None, _complete(job, sealed, plan), None)
     path, begun = out, read_plan(out / PLAN) if (out / PLAN).exists() else None
-    teacher_of_begun = begun.teacher if begun is not None else None
+    resumed = begun
     if begun is None and job.extends is not None:
         path, begun = job.extends.path, job.extends.manifest.plan
     chosen = choose(path, begun, spec, samples.num_classes, job.run_pilot)
@@ -155,7 +156,10 @@ def prepare(job: DumpJob) -> Prepared:
         job.progress.say("note: " + _NO_WEIGHTS)
     run = partial(job.run_probes, keys[probe_ids(len(samples))])
     probes, before = run(), None
-    if teacher_of_begun == plan.teacher and (before := read_probes(out, probes)) is not None:
+    # With other settings they are other views: `begin` refuses these by name.
+    if resumed is not None and (resumed == plan or differs_in_images_alone(resumed, plan)):
+        before = read_probes(out, probes)
+    if before is not None:
         check_probes(before, probes, run, spec, f"{out} was begun with")
     writer = _begin(job, plan, chosen, keys, probes)
     if not writer.created and (before is None or (before.keys != probes.keys).any()):

@@ -35,6 +35,7 @@ from kdcache.cli import main
 from kdcache.config.schema import CacheSpec
 from kdcache.data.images import ArrayImages, FileImages, Images, Picture
 from kdcache.data.loader import report_lost_workers
+from kdcache.dump.probes import probe_ids
 from kdcache.errors import CorruptError, IncompleteError, MismatchError
 from kdcache.models.inference import InferenceModel
 
@@ -351,7 +352,8 @@ def test_more_views_give_the_cache_of_all_of_them_at_once(old: Cache, all_views:
     assert more.manifest.digest == all_views.manifest.digest
     assert files_of(more.path) == files_of(all_views.path)
     assert links(more.path, old.path) == of_shards(old, 0, range(5))
-    assert [len(ids) for ids in teacher.seen] == [1, *2 * LENGTHS], "after a trial, the new views alone"
+    checks = [1, LENGTHS[0], *([1] * len(probe_ids(37)))]  # a trial, a batch of the old cache and the probes
+    assert [len(ids) for ids in teacher.seen] == [*checks, *2 * LENGTHS], "after these, the new views alone"
     assert files_of(old.path) == before
     open_cache(old.path)
 
@@ -382,7 +384,8 @@ def test_more_samples_take_over_every_full_shard(tmp_path: Path) -> None:
     )
     assert files_of(more.path) == files_of(at_once.path)
     assert links(more.path, old.path) == sorted(of_shards(old, 0, range(4)) + of_shards(old, 1, range(4)))
-    assert sum(len(ids) for ids in teacher.seen) == 1 + 2 * (53 - 32)
+    checks = 1 + LENGTHS[0] + len(probe_ids(53))  # images: a trial, a batch of the old cache and the probes
+    assert sum(len(ids) for ids in teacher.seen) == checks + 2 * (53 - 32)
     assert files_of(old.path) == before
 
 
@@ -617,7 +620,7 @@ def test_the_teacher_goes_on_while_shards_are_written_but_not_for_ever(
     thread = Thread(target=lambda: made.append(dump(tmp_path / "c.kdcache", model=teacher)))
     thread.start()
     assert begins.wait(PATIENCE)
-    beforehand = 1 + 2  # batches: a trial and the pilot
+    beforehand = 1 + 2 + len(probe_ids(37))  # batches: a trial, the pilot and the probes
     try:
         until(lambda: len(teacher.seen) >= beforehand + 6)
         time.sleep(0.3)

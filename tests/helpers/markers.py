@@ -12,6 +12,7 @@ PROCESS = {
     "test_dump_options",
     "test_examples",
     "test_faults",
+    "test_identity",
     "test_lock",
     "test_parallel",
     "test_choice",
