@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 shard` or `1,200 shards`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class KdcacheError(Exception):
     """An error with a fix; the command line prints it without a traceback.
 

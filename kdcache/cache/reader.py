@@ -162,7 +162,10 @@ def open_sealed(path: Path) -> Cache:
 def refusal(path: Path) -> KdcacheError:
     """Return the error for a folder without a manifest: not a cache, or not sealed."""
     if not path.exists():
-        return UsageError(f"there is no cache {path}", "make one with `kdcache dump-teacher PIPELINE -o NAME.kdcache`")
+        return UsageError(
+            f"there is no cache {path}",
+            "make one with `kdcache dump-teacher PIPELINE -o NAME.kdcache` or kdcache.dump_teacher(...)",
+        )
     if not (path / PLAN).is_file():
         if (unfinished := unfinished_pull(path)) is not None:
             return unfinished

@@ -38,7 +38,7 @@ from kdcache.cache.format.schema import (
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.lock import LOCK, hold, release
 from kdcache.cache.preconditions import check_place, check_same_plan, created_meanwhile, sealed_meanwhile
-from kdcache.errors import CorruptError, IncompleteError
+from kdcache.errors import CorruptError, IncompleteError, counted
 from kdcache.runtime.atomic_write import flush, temporary, write_file
 
 
@@ -276,7 +276,9 @@ class CacheWriter:
             CorruptError: if a file is missing or has another size.
         """
         if missing := [which for which in self._shards() if not self.commit_path(*which).exists()]:
-            raise IncompleteError(f"{len(missing)} shards of {self.path} are missing", "run the same command again")
+            raise IncompleteError(
+                f"{counted(len(missing), 'shard')} missing in {self.path}", "run the same command again"
+            )
         files: dict[str, FileRecord] = {}
         for marker in (self.commit_path(*which) for which in self._shards()):
             files |= read_commit(marker).files

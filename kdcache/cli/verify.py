@@ -17,7 +17,7 @@ from kdcache.cli.options import (
     read_pipeline,
     set_option,
 )
-from kdcache.errors import UsageError
+from kdcache.errors import CorruptError, UsageError, counted
 
 if TYPE_CHECKING:
     from kdcache.cache.inspect.audit import Audit
@@ -109,8 +109,11 @@ def verify(
                 "relative_difference": None if found is None else found.relative,
             }
     _report(checked, results, as_json)
-    if checked.failure is not None:
-        raise checked.failure
+    if (failure := checked.failure) is not None:
+        if as_json or not checked.problems:
+            raise failure
+        listed = f"{counted(len(checked.problems), 'problem')}, listed above"
+        raise CorruptError(f"{path} is damaged: {listed}", failure.fix)
 
 
 def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
@@ -134,9 +137,13 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
             "cache": str(checked.path),
             "digest": checked.digest or "not sealed",
             **({"signed by": results["signed_by"]} if "signed_by" in results else {}),
-            "files": f"{checked.files:,} checked, {_count(len(problems), 'problem')}",
+            "files": f"{checked.files:,} checked, {counted(len(problems), 'problem') if problems else 'no problems'}",
             "rows": f"{checked.rows:,} checked",
-            **({"data set": f"the same {results['dataset']['samples']:,} samples"} if "dataset" in results else {}),
+            **(
+                {"data set": f"the same {counted(results['dataset']['samples'], 'sample')}"}
+                if "dataset" in results
+                else {}
+            ),
             **({"replay": _replayed(**results["replay"])} if "replay" in results else {}),
             **({"teacher": _recognized(**results["identity"])} if "identity" in results else {}),
         }
@@ -146,10 +153,6 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
     if "teacher" in results:
         output.result("")
         _compared(results["teacher"])
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
 
 
 def _recognized(weights: str, relative_difference: float | None) -> str:
@@ -168,7 +171,7 @@ def _replayed(checked: int, rounded: int, teacher_seen: bool) -> str:
 def _compared(agreements: list[dict[str, Any]]) -> None:
     """Print a table of the agreement with the live teacher, by view and temperature."""
     output.table(
-        f"Cached logits against those of the live teacher, {agreements[0]['rows']:,} rows per view",
+        f"Cached logits against those of the live teacher, {counted(agreements[0]['rows'], 'row')} per view",
         ["view", "T", "total variation", "KL", "same top class", "error of the KD gradient"],
         [
             [

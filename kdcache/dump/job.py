@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from kdcache.dump.extend import check_extends
 from kdcache.dump.plan import Chosen, Pilot, choose, plan_cache, request_of, run_pilot, views_of
 from kdcache.dump.probes import Probes, check_first_batch, check_probes, probe_ids, read_probes, run_probes
 from kdcache.dump.teacher_pass import Shard
-from kdcache.errors import UsageError
+from kdcache.errors import CorruptError, UsageError, counted
 from kdcache.models.inference import InferenceModel, try_teacher
 from kdcache.models.teacher import TeacherIdentity
 from kdcache.runtime.atomic_write import write_file
@@ -129,8 +129,7 @@ def prepare(job: DumpJob) -> Prepared:
     encoding_without_pilot(samples.num_classes, request_of(spec))
     level = None
     if not is_sealed:
-        check_images(samples, job.progress, job.decode_images)
-        level = try_teacher(job.model, job.view(), spec, job.device)
+        level = _try_and_check_images(job)
     keys = samples.keys(job.progress)
     digest = digest_of(keys, samples.labels)
     shape = job.extends.manifest.plan.shape if job.extends else None
@@ -167,6 +166,18 @@ def prepare(job: DumpJob) -> Prepared:
     return Prepared(writer, None, probes)
 
 
+def _try_and_check_images(job: DumpJob) -> Literal["unknown"] | None:
+    """Return the level of the teacher's logits, after checking teacher and image files, the fast check first."""
+    try:
+        level = try_teacher(job.model, job.view(), job.spec, job.device)
+    except CorruptError:
+        # An image that was tried cannot be read; this names all of them.
+        check_images(job.samples, job.progress, job.decode_images)
+        raise
+    check_images(job.samples, job.progress, job.decode_images)
+    return level
+
+
 def _complete(job: DumpJob, sealed: Plan, plan: Plan) -> Cache:
     """Return the sealed cache at `job.out`, if its plan is that of the job and every byte is as it was written."""
     if changes := differences(sealed.model_dump(), plan.model_dump()):
@@ -192,12 +203,15 @@ def _begin(job: DumpJob, plan: Plan, chosen: Chosen, keys: npt.NDArray[np.uint64
         job.out, plan, job.samples.labels, keys, chosen.basis, _fixed_images(job), probes.to_bytes()
     )
     if writer.remade:
-        job.progress.say(f"images changed since {job.out} was begun: {writer.remade} finished shards are made again")
+        job.progress.say(
+            f"images changed since {job.out} was begun: {counted(writer.remade, 'finished shard')} will be made again"
+        )
     if job.extends is not None and (adopted := adopt_shards(writer, job.extends)):
-        job.progress.say(f"{adopted} shards are taken from {job.extends.path}")
+        job.progress.say(f"{counted(adopted, 'shard')} taken from {job.extends.path}")
     if not writer.created:
-        total = plan.views.count * plan.shards
-        job.progress.say(f"resuming {job.out}: {len(pending_shards(writer))} of {total} shards remain")
+        n_pending = len(pending_shards(writer))
+        remain = f"{n_pending} of {counted(plan.views.count * plan.shards, 'shard')}"
+        job.progress.say(f"resuming {job.out}: {remain} {'remains' if n_pending == 1 else 'remain'}")
     return writer
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.config.schema import ModelSpec
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import MismatchError, UsageError, counted
 from kdcache.models.build import categories_of
 from kdcache.models.outputs import logits_of
 
@@ -53,7 +53,8 @@ class ChosenOutputs(nn.Module):
         logits = logits_of(self.network(images), who="network whose outputs are chosen")
         if logits.shape != (len(images), self.outputs):
             raise MismatchError(
-                f"the network whose outputs are chosen returned {list(logits.shape)} for {len(images)} images, not "
+                f"the network whose outputs are chosen returned {list(logits.shape)} "
+                f"for {counted(len(images), 'image')}, not "
                 f"[{len(images)}, {self.outputs}]",
                 "set teacher.outputs to the number of its outputs",
             )

@@ -14,7 +14,7 @@ from kdcache.config.transform import Transform, step_names
 from kdcache.data.loader import Loader, cut_range
 from kdcache.data.samples import Samples, as_samples
 from kdcache.data.views import View
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import MismatchError, UsageError, counted
 from kdcache.models.checks import set_evaluation_mode
 from kdcache.models.outputs import logits_of
 from kdcache.runtime.progress import Progress
@@ -126,6 +126,7 @@ def sum_scores(
 def _check_classes(logits: torch.Tensor, labels: torch.Tensor) -> None:
     if logits.ndim != 2 or len(logits) != len(labels) or int(labels.max()) >= logits.shape[1]:
         raise MismatchError(
-            f"the network returned {list(logits.shape)} for {len(labels)} images with labels up to {int(labels.max())}",
+            f"the network returned {list(logits.shape)} "
+            f"for {counted(len(labels), 'image')} with labels up to {int(labels.max())}",
             "evaluate a network that returns logits [B, C] of the classes of the data set",
         )

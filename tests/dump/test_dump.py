@@ -298,7 +298,7 @@ def test_after_an_image_was_replaced_only_its_shard_is_made_again(tmp_path: Path
         dump(out, progress=StopsAfter(9))
     teacher, listener = BatchMinded(), Listening()
     cache = dump(out, model=teacher, samples=repainted(), progress=listener)
-    assert f"images changed since {out} was begun: 1 finished shards are made again" in listener.said
+    assert f"images changed since {out} was begun: 1 finished shard will be made again" in listener.said
     again = [list(batch) for batch in BATCHES if batch.start in range(16, 24) or batch.start >= 32]
     assert teacher.seen[1:] == [*PROBES, *again]
     assert cache.manifest.digest == once.manifest.digest

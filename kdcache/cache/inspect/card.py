@@ -18,6 +18,7 @@ from kdcache.cache.format.schema import Plan, TeacherRecord
 from kdcache.cache.inspect.card_plot import draw_census
 from kdcache.cache.inspect.summary import take_census
 from kdcache.cache.reader import Cache
+from kdcache.errors import counted
 from kdcache.runtime.atomic_write import write_file
 
 CARD, PICTURE = "README.md", "card.png"
@@ -78,13 +79,15 @@ def card(cache: Cache, notes: str = "") -> str:
         "teacher": f"`{_plain(plan.teacher.name)}`, {plan.teacher.parameters:,} parameters, "
         f"run in {_plain(plan.teacher.precision)}",
         "weights": _weights(plan.teacher),
-        "dataset": f"{_plain(plan.dataset.name)}, {_plain(plan.dataset.split)}: {plan.dataset.samples:,} samples, "
+        "dataset": f"{_plain(plan.dataset.name)}, {_plain(plan.dataset.split)}: "
+        f"{counted(plan.dataset.samples, 'sample')}, "
         f"{plan.encoding.num_classes:,} classes",
         "dataset digest": f"`{plan.dataset.digest}`",
         "views": f"{plan.views.count} per sample, seed {plan.views.seed}",
         "transform": _transform(plan),
         "stored per row": _encoding(plan),
-        "size": f"{rows:,} rows, {cache.bytes_on_disk:,} bytes, {cache.bytes_on_disk / rows:.1f} bytes per row",
+        "size": f"{counted(rows, 'row')}, {cache.bytes_on_disk:,} bytes, "
+        f"{cache.bytes_on_disk / rows:.1f} bytes per row",
         "teacher accuracy": "unknown, no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
         "sharpness": f"{summary.mean_sharpness:.3f}, mean logsumexp of the logits"
         if plan.teacher.level is None
