@@ -112,7 +112,7 @@ def verify(
     if (failure := checked.failure) is not None:
         if as_json or not checked.problems:
             raise failure
-        listed = f"{counted(len(checked.problems), 'problem')}, listed above"
+        listed = f"{counted(len(checked.problems), 'problem')}, listed in the report"
         raise CorruptError(f"{path} is damaged: {listed}", failure.fix)
 
 

@@ -26,7 +26,7 @@ _ANY_FILE = FileRecord(size=10_000, sha256="0" * 64)
 
 
 def bytes_besides_rows(plan: Plan, labels: npt.NDArray[np.int32]) -> int:
-    """Return about how many bytes a cache takes besides its compressed rows.
+    """Return approximately the bytes of a cache besides its compressed rows.
 
     These are labels and content keys, the basis, fingerprints, chunk indexes, metadata, commit markers and manifest.
 

@@ -237,7 +237,7 @@ def test_a_teacher_that_cannot_be(code: int, words: str, setting: str, work: Pat
     ("code", "words", "body"),
     [
         (5, "NaN or infinite logits for sample 0", "lambda x: x.flatten(1)[:, :10] * float('nan')"),
-        (4, "returned [1, 7] for 1 images, the data set has 10 classes", "lambda x: x.flatten(1)[:, :7]"),
+        (4, "returned [1, 7] for 1 image, the data set has 10 classes", "lambda x: x.flatten(1)[:, :7]"),
         (4, "returned a tuple", "lambda x: (x, x)"),
         (4, "cannot take images [1, 8, 8]", "lambda x: x.reshape(-1, 3, 8, 8)"),
     ],

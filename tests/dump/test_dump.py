@@ -411,7 +411,7 @@ def check_kept(out: Path, finished: int) -> None:
 
 
 WRONG: dict[str, tuple[nn.Module, str]] = {
-    "classes": (TinyTeacher(11), r"returned \[1, 11\] for 1 images, the data set has 10 classes"),
+    "classes": (TinyTeacher(11), r"returned \[1, 11\] for 1 image, the data set has 10 classes"),
     "tuple": (Wrapped(lambda logits, _: (logits, logits)), "returned a tuple"),
     "dictionary": (Wrapped(lambda logits, _: {"out": logits}), "returned a dict"),
     "one dimension": (Wrapped(lambda logits, _: logits.flatten()), r"returned \[10\]"),

@@ -731,7 +731,7 @@ def test_a_network_that_does_not_fit_is_found_on_the_first_image() -> None:
         "cpu",
         "student",
     )
-    words = r"the teacher returned \[1, 7\] for 1 images, the data set has 10 classes"
+    words = r"the teacher returned \[1, 7\] for 1 image, the data set has 10 classes"
     refused(MismatchError, words, try_network, network("small:cnn", 7), view, "cpu", "teacher")
     with torch.device("meta"):
         transformer = tv.vit_b_32(num_classes=10)  # of torchvision's own, without our enlarging of images

@@ -116,7 +116,7 @@ class TeacherRecord(Record):
 
     @property
     def was_run(self) -> bool:
-        """Whether kdcache ran this teacher; if not, only what somebody stored of its logits is known."""
+        """Whether kdcache ran this teacher; if not, only a file of its logits is known."""
         return self.weights_digest != NO_WEIGHTS or self.weights == "none"
 
 
