@@ -14,6 +14,7 @@ import torch
 from helpers.processes import exit_code, in_a_process
 from helpers.tiny import FLIP, OneByOne, TinyTeacher, tiny_samples
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache.format.schema import canonical
@@ -431,6 +432,19 @@ def test_a_teacher_that_does_not_return_logits_is_refused(what: str, tmp_path: P
         dump(tmp_path / "c.kdcache", model=model)
     assert caught.value.exit_code == 4
     check_kept(tmp_path / "c.kdcache", finished=3 if what == "one batch" else 0)
+
+
+@pytest.mark.parametrize(("largest", "outputs"), [(5, 4), (10, 10), (12, 3)])
+def test_a_label_beyond_the_teachers_outputs_is_named(largest: int, outputs: int, tmp_path: Path) -> None:
+    labels = torch.zeros(20, dtype=torch.int64)
+    labels[[7, 9]] = largest
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, outputs))
+    words = (
+        f"sample 7 has label {largest}, and the teacher returns the logits of {outputs} classes \\(2 such samples\\)"
+    )
+    with pytest.raises(MismatchError, match=words):
+        dump_teacher(net, TensorDataset(torch.rand(20, 3, 4, 4), labels), tmp_path / "c.kdcache")
+    assert not (tmp_path / "c.kdcache").exists()
 
 
 def test_a_crash_of_the_teacher_comes_through_and_the_cache_can_be_gone_on_with(tmp_path: Path) -> None:
