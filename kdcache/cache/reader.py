@@ -97,7 +97,7 @@ class Cache:
     @property
     def teacher_seen(self) -> bool:
         """Whether kdcache ran the teacher; if not, its images and its identity were not verified."""
-        return self.manifest.plan.teacher.parameters > 0
+        return self.manifest.plan.teacher.was_run
 
     @property
     def level_known(self) -> bool:
@@ -176,7 +176,10 @@ def open_sealed(path: Path) -> Cache:
 def refusal(path: Path) -> KdcacheError:
     """Return the error for a folder without a manifest: not a cache, or not sealed."""
     if not path.exists():
-        return UsageError(f"there is no cache {path}", "make one with `kdcache dump-teacher PIPELINE -o NAME.kdcache`")
+        return UsageError(
+            f"there is no cache {path}",
+            "make one with `kdcache dump-teacher PIPELINE -o NAME.kdcache` or kdcache.dump_teacher(...)",
+        )
     if not (path / PLAN).is_file():
         if (unfinished := unfinished_pull(path)) is not None:
             return unfinished

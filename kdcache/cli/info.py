@@ -13,7 +13,7 @@ from kdcache.errors import counted
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
-    from kdcache.cache.format.schema import Fidelity, Manifest
+    from kdcache.cache.format.schema import Fidelity, Manifest, TeacherRecord
 
 
 @click.command("info")
@@ -68,6 +68,14 @@ def _measure(cache: Cache, as_json: bool) -> None:
         )
 
 
+def _teacher(teacher: TeacherRecord) -> str:
+    if not teacher.was_run:
+        return f"{teacher.name}, not run by kdcache: its weights are unknown"
+    if teacher.weights == "none":
+        return f"{teacher.name}, without weights: recognized by its logits alone"
+    return f"{teacher.name}, {teacher.parameters:,} parameters, {teacher.weights_digest[:19]}..."
+
+
 def _fidelity(measured: Fidelity) -> str:
     by_temperature = ", ".join(f"{value:.4f} at T = {t}" for t, value in measured.total_variation.items())
     return f"total variation {by_temperature} (mean over {counted(measured.rows, 'pilot row')})"
@@ -116,11 +124,8 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
         {
             "cache": where,
             "digest": manifest.digest,
-            "teacher": f"{plan.teacher.name}, {plan.teacher.parameters:,} parameters, "
-            f"{plan.teacher.weights_digest[:19]}..."
-            if plan.teacher.parameters
-            else f"{plan.teacher.name}, not run by kdcache: its weights are unknown",
-            "data set": f"{plan.dataset.name}/{plan.dataset.split}, {counted(plan.dataset.samples, 'sample')}, "
+            "teacher": _teacher(plan.teacher),
+            "data set": f"{plan.dataset.name}/{plan.dataset.split}, {plan.dataset.samples:,} samples, "
             f"{encoding.num_classes} classes, {plan.dataset.digest[:19]}...",
             "views": f"{plan.views.count}{present}, seed {plan.views.seed}, {transform}",
             "encoding": f"{stored}, {encoding.dtype} log-probabilities",

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -56,6 +57,7 @@ def samples_for(
         device: where the network runs.
 
     Raises:
+        MismatchError: if a label is not among the outputs of the network; names the sample.
         KdcacheError: if it is not such a data set.
     """
     samples = as_samples(data)
@@ -65,7 +67,13 @@ def samples_for(
     set_evaluation_mode(model.to(device))
     with torch.no_grad(), refusing(images, "teacher"):
         logits = logits_of(model(images.to(device)))
-    outputs = logits.shape[1] if logits.ndim == 2 else 0
+    outputs = logits.shape[1] if logits.ndim == 2 else samples.num_classes
+    if (beyond := np.flatnonzero(samples.labels >= outputs)).size:
+        raise MismatchError(
+            f"sample {beyond[0]} has label {samples.labels[beyond[0]]}, and the teacher returns the logits of "
+            f"{outputs} classes ({counted(beyond.size, 'such sample')})",
+            f"take a teacher that returns at least {int(samples.labels.max()) + 1} logits, or correct the labels",
+        )
     # A data set need not have a sample of the last classes.
     return replace(samples, class_names=tuple(map(str, range(max(outputs, samples.num_classes)))))
 

@@ -35,6 +35,7 @@ from kdcache.cli import main
 from kdcache.config.schema import CacheSpec
 from kdcache.data.images import ArrayImages, FileImages, Images, Picture
 from kdcache.data.loader import report_lost_workers
+from kdcache.dump.probes import probe_ids
 from kdcache.errors import CorruptError, IncompleteError, MismatchError
 from kdcache.models.inference import InferenceModel
 
@@ -351,7 +352,8 @@ def test_more_views_give_the_cache_of_all_of_them_at_once(old: Cache, all_views:
     assert more.manifest.digest == all_views.manifest.digest
     assert files_of(more.path) == files_of(all_views.path)
     assert links(more.path, old.path) == of_shards(old, 0, range(5))
-    assert [len(ids) for ids in teacher.seen] == [1, *2 * LENGTHS], "after a trial, the new views alone"
+    checks = [1, LENGTHS[0], *([1] * len(probe_ids(37)))]  # a trial, a batch of the old cache and the probes
+    assert [len(ids) for ids in teacher.seen] == [*checks, *2 * LENGTHS], "after these, the new views alone"
     assert files_of(old.path) == before
     open_cache(old.path)
 
@@ -382,7 +384,8 @@ def test_more_samples_take_over_every_full_shard(tmp_path: Path) -> None:
     )
     assert files_of(more.path) == files_of(at_once.path)
     assert links(more.path, old.path) == sorted(of_shards(old, 0, range(4)) + of_shards(old, 1, range(4)))
-    assert sum(len(ids) for ids in teacher.seen) == 1 + 2 * (53 - 32)
+    checks = 1 + LENGTHS[0] + len(probe_ids(53))  # images: a trial, a batch of the old cache and the probes
+    assert sum(len(ids) for ids in teacher.seen) == checks + 2 * (53 - 32)
     assert files_of(old.path) == before
 
 
@@ -480,13 +483,13 @@ def test_a_dry_run_says_what_the_cache_would_be_and_writes_nothing(pipeline: Pat
     assert done.exit_code == 0, done.stderr
     said = dict(line.split(None, 1) for line in done.stdout.splitlines() if line.startswith(("chosen", "size", "time")))
     assert said["chosen"].startswith("top 3, rank 2")
-    assert "for 24 rows, basis included" in said["size"]
+    assert "for 24 rows" in said["size"]
     assert "rows/s on this device" in said["time"]
     as_json = json.loads(kdcache(pipeline, "-o", out, "--dry-run", "--json").stdout)
     assert (as_json["encoding"]["top_k"], as_json["encoding"]["rank"]) == (3, 2)
     assert as_json["rows"] == 24
     assert as_json["rows_per_second"] > 0
-    assert as_json["bytes"] == round(as_json["bytes_per_row"] * 24 + 2 * 2 * 10)
+    assert as_json["bytes"] == round(as_json["bytes_per_row"] * 24 + as_json["bytes_besides_rows"])
     assert (sorted(tmp_path.rglob("*")), sorted(home.rglob("*"))) == before
 
     # Where every class is kept there is nothing to plan, but the teacher is timed all the same.
@@ -494,6 +497,7 @@ def test_a_dry_run_says_what_the_cache_would_be_and_writes_nothing(pipeline: Pat
     assert dense["encoding"]["top_k"] == 10
     assert dense["rows_per_second"] > 0
     assert kdcache(pipeline, "-o", out).exit_code == 0
+    assert as_json["bytes"] == pytest.approx(open_cache(out).bytes_on_disk, rel=0.1)
     made = open_cache(out).manifest.plan
     assert as_json["encoding"] == made.encoding.model_dump()
 
@@ -617,7 +621,7 @@ def test_the_teacher_goes_on_while_shards_are_written_but_not_for_ever(
     thread = Thread(target=lambda: made.append(dump(tmp_path / "c.kdcache", model=teacher)))
     thread.start()
     assert begins.wait(PATIENCE)
-    beforehand = 1 + 2  # batches: a trial and the pilot
+    beforehand = 1 + 2 + len(probe_ids(37))  # batches: a trial, the pilot and the probes
     try:
         until(lambda: len(teacher.seen) >= beforehand + 6)
         time.sleep(0.3)

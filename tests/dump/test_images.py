@@ -169,7 +169,7 @@ def test_a_finished_shard_of_a_replaced_image_is_made_again(folder: Path) -> Non
     again = kdcache("dump-teacher", folder / "p.yaml", "-o", out)
     assert again.exit_code == 0, again.output
     assert "images changed since" in again.stderr
-    assert "1 finished shards are made again" in again.stderr
+    assert "1 finished shard will be made again" in again.stderr
     assert "2 of 3 shards remain" in again.stderr
     assert kdcache("dump-teacher", folder / "p.yaml", "-o", folder / "once.kdcache").exit_code == 0
     assert open_cache(out).manifest.digest == open_cache(folder / "once.kdcache").manifest.digest

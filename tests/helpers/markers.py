@@ -12,6 +12,7 @@ PROCESS = {
     "test_dump_options",
     "test_examples",
     "test_faults",
+    "test_identity",
     "test_lock",
     "test_parallel",
     "test_permissions",
@@ -241,6 +242,21 @@ SLOW_TESTS = {
         "test_hostile_numbers_in_the_metadata_of_an_array",
         "test_hostile_numbers_in_the_plan",
     },
+    "test_estimate": {
+        "test_the_estimated_size_is_that_of_the_cache",
+    },
+    "test_identity": {
+        "test_a_cache_is_extended_and_verified_with_its_own_teacher_alone",
+        "test_a_derived_cache_is_not_compared_with_batches_of_the_pass",
+        "test_a_killed_dump_is_not_completed_by_another_teacher",
+        "test_a_replaced_image_is_no_other_teacher_and_hides_none",
+        "test_a_server_is_recognized_by_what_it_answers",
+        "test_a_teacher_without_weights_is_said_to_have_none",
+        "test_an_interrupted_dump_is_resumed_by_its_own_teacher_alone",
+        "test_probes_that_were_lost_are_made_again",
+        "test_ranks_must_have_the_same_teacher",
+        "test_the_same_teacher_passes_whatever_it_runs_on",
+    },
     "test_images": {
         "test_an_image_that_breaks_during_the_pass_costs_one_shard",
     },
@@ -312,6 +328,9 @@ SLOW_TESTS = {
         "test_an_exported_program_is_a_teacher_in_the_mode_that_it_was_exported_in",
         "test_auxiliary_heads_are_left_aside_in_training",
         "test_of_a_teacher_that_ends_in_softmax_the_level_is_unknown",
+    },
+    "test_onnx_teacher": {
+        "test_a_session_is_recognized_by_its_logits",
     },
     "test_parallel": {
         "test_a_cache_does_not_differ_from_itself_and_others_say_why_not",

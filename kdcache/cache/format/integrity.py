@@ -84,8 +84,8 @@ def _problem(cache: Path, name: str, expected: FileRecord) -> str | None:
         return "is missing or not a plain file"
     if path.stat().st_size != expected.size:
         return f"has {path.stat().st_size} bytes, {expected.size} were written"
-    if (actual := record_of(path).sha256) != expected.sha256:
-        return f"has other bytes than were written: their sha256 is {actual[:16]}..., not {expected.sha256[:16]}..."
+    if (sha256 := record_of(path).sha256) != expected.sha256:
+        return f"has the sha256 {sha256[:12]}..., {expected.sha256[:12]}... was written"
     return None
 
 

@@ -18,6 +18,12 @@ FORMAT_VERSION: Literal[1] = 1
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 
+PROBES = "probes.npz"
+"""Logits of a few samples by which the teacher of an unsealed cache is recognized; deleted when it is sealed."""
+
+NO_WEIGHTS = f"sha256:{hashlib.sha256(b'').hexdigest()}"
+"""The digest of no weights."""
+
 LARGEST_CHUNK = 16_384
 """Rows per chunk at most (docs/FORMAT.md, section 2.1)."""
 
@@ -96,6 +102,8 @@ class TeacherRecord(Record):
         parameters: number of parameters.
         precision: numeric precision of its forward pass.
         level: "unknown" if only probabilities are known, so logits up to an additive constant per row.
+        weights: "none" if kdcache ran a network without parameters and buffers, or an ensemble with such a member:
+            `weights_digest` then does not distinguish it from others.
     """
 
     name: str
@@ -105,6 +113,12 @@ class TeacherRecord(Record):
     parameters: Size
     precision: str
     level: Annotated[Literal["unknown"] | None, Field(exclude_if=lambda level: level is None)] = None
+    weights: Annotated[Literal["none"] | None, Field(exclude_if=lambda weights: weights is None)] = None
+
+    @property
+    def was_run(self) -> bool:
+        """Whether kdcache ran this teacher; if not, only a file of its logits is known."""
+        return self.weights_digest != NO_WEIGHTS or self.weights == "none"
 
 
 class DatasetRecord(Record):

@@ -25,7 +25,7 @@ from kdcache.cache.parallel import of_shard, over
 from kdcache.cache.reader import refusal
 from kdcache.cache.remote.mirror import files_of, missing_views, views_here
 from kdcache.cache.summary import ShardStatistics, shard_statistics
-from kdcache.errors import CorruptError, IncompleteError, KdcacheError
+from kdcache.errors import CorruptError, IncompleteError, KdcacheError, counted
 
 _MAX_SHOWN = 3
 """Problems listed in an error message."""
@@ -67,7 +67,8 @@ class Audit:
         else:
             fix = array_specs.AGAIN
         return CorruptError(
-            f"{self.path} is damaged:\n  {first}" + (f"\n  and {more} more problems" if more > 0 else ""), fix
+            f"{self.path} is damaged:\n  {first}" + (f"\n  and {counted(more, 'more problem')}" if more > 0 else ""),
+            fix,
         )
 
 
