@@ -10,6 +10,7 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import (
+    PathType,
     caches_option,
     choose_device,
     device_option,
@@ -20,7 +21,6 @@ from kdcache.cli.options import (
     set_option,
     views_used,
 )
-from kdcache.runtime.terminal import counted
 
 if TYPE_CHECKING:
     from kdcache.cache.placement.choose import Placement
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command("sweep")
 @pipeline_argument
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the runs and the table.")
+@click.option("-o", "--out", required=True, type=PathType(), help="Folder for the runs and the table.")
 @caches_option
 @digest_option
 @click.option(
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Students per combination.")
 @click.option("-j", "processes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of processes.")
+@click.option(
+    "--together",
+    is_flag=True,
+    help="Load each batch once for all students that can share it; those of several seeds see the images in one order.",
+)
 @click.option(
     "--placement",
     type=click.Choice(["auto", "device", "host", "mmap", "stream"]),
@@ -60,6 +65,7 @@ def sweep(
     over: tuple[str, ...],
     seeds: int,
     processes: int,
+    together: bool,
     placement: Placement | Literal["auto"],
     other_pixels: bool,
     align: bool,
@@ -76,7 +82,7 @@ def sweep(
     \b
     Example: kdcache sweep digits --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
     """
-    from kdcache.errors import IncompleteError, InterruptedRun
+    from kdcache.errors import IncompleteError, InterruptedRun, counted
     from kdcache.train.inputs import CacheOptions
     from kdcache.train.sweep import sweep as run
     from kdcache.train.sweep_points import combinations
@@ -95,6 +101,7 @@ def sweep(
             CacheOptions(placement, other_pixels, align, allow_missing),
             device=choose_device(device),
             processes=processes,
+            together=together,
             progress=output.Terminal(),
         )
     except KeyboardInterrupt:
@@ -114,7 +121,7 @@ def sweep(
     failed = [student for student in students if student.failed is not None]
     if failed:
         raise IncompleteError(
-            f"{len(failed)} of {counted(len(students), 'students')} failed; {failed[0].point}, seed {failed[0].seed}: "
+            f"{len(failed)} of {counted(len(students), 'student')} failed; {failed[0].point}, seed {failed[0].seed}: "
             f"{failed[0].failed}",
             "remove or correct that value, and run the command again: the other students are kept",
         )

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from kdcache.config.section import Section
 from kdcache.config.transform import Transform, step_names
 from kdcache.config.yaml_lines import write_yaml
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.losses.config import Loss
 from kdcache.losses.options import NotNegative, Positive
 from kdcache.runtime.user_code import is_user_code, trust
@@ -24,6 +24,7 @@ NotNegativeInt = Annotated[int, Field(ge=0)]
 Output = NotNegativeInt
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz")
 
 
@@ -45,7 +46,10 @@ class DatasetSpec(Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in DATASETS and not is_user_code(name):
-            raise ValueError(f"Input should be {', '.join(map(repr, DATASETS))} or path/file.py:function")
+            raise ValueError(
+                f"Input should be {', '.join(map(repr, DATASETS))} or path/file.py:function"
+                f"{did_you_mean(name, DATASETS)}"
+            )
         return name
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -104,15 +108,14 @@ class TrainSpec(Section):
     compile: bool = False
     """Compile the network with torch.compile."""
     view_order: Literal["cycle", "random"] = "cycle"
-    """Which view of a cache an epoch sees: one after the other, or one drawn with `seed`."""
+    """Which view of a cache an epoch sees: one after the other, or one drawn with `data_seed`."""
     labels_per_class: NotNegativeInt | None = None
     """Number of training images per class whose labels are used, drawn with `seed`; for the others a student has the
     teacher's logits only. None uses all labels."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the images and the choice of labels."""
     data_seed: Seed | None = None
-    """Seed of the order of the images, of what `view_order: random` draws and of a student's own augmentation
-    (`student.transform`); None: `seed`."""
+    """Seed of the order of the images, of `view_order: random` and of `student.transform`; None: `seed`."""
     num_workers: NotNegativeInt | Literal["auto"] = "auto"
     """Data-loading processes; auto: as many as there are cores, at most 8, and none for images in memory whose batches
     are transformed at once, nor for data sets of your own."""
@@ -132,10 +135,8 @@ class TrainSpec(Section):
         if self.warmup_epochs >= self.epochs:
             yield ("warmup_epochs", "epochs"), f"{self.warmup_epochs} leave nothing of {self.epochs} epochs"
         if self.gradient_accumulation_steps > self.batch_size:
-            yield (
-                ("gradient_accumulation_steps", "batch_size"),
-                (f"{self.batch_size} images cannot be split into {self.gradient_accumulation_steps} micro-batches"),
-            )
+            message = f"{self.batch_size} images cannot be split into {self.gradient_accumulation_steps} micro-batches"
+            yield ("gradient_accumulation_steps", "batch_size"), message
 
 
 class ModelSpec(Section):

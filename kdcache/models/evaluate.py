@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +15,8 @@ from kdcache.config.transform import Transform, step_names
 from kdcache.data.loader import Loader, cut_range
 from kdcache.data.samples import Samples, as_samples
 from kdcache.data.views import View
-from kdcache.errors import MismatchError, UsageError
-from kdcache.models.checks import set_evaluation_mode
+from kdcache.errors import MismatchError, UsageError, counted
+from kdcache.models.checks import OutputScale, log_probabilities, output_scale, set_evaluation_mode
 from kdcache.models.outputs import logits_of
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
@@ -41,10 +42,6 @@ class Sums(NamedTuple):
     loss: float
     labeled: int
 
-    def plus(self, other: Sums) -> Sums:
-        """Return the sums over the batches of both."""
-        return Sums(self.correct + other.correct, self.loss + other.loss, self.labeled + other.labeled)
-
     def score(self, samples: Samples) -> SplitScore:
         """Return the means.
 
@@ -68,7 +65,9 @@ def evaluate(
 ) -> SplitScore:
     """Return the accuracy and the negative log-likelihood of a network, in evaluation mode.
 
-    The network is moved to the device, and put back into the mode that it was in.
+    The network is moved to the device, and put back into the mode that it was in. A network may also return
+    probabilities (Softmax), whose logarithms are then evaluated; one that has underflowed counts as the smallest normal
+    number of its type.
 
     Args:
         model: returns logits [B, C] for images [B, channels, H, W].
@@ -91,39 +90,54 @@ def evaluate(
         samples = View(known, known.transform if transform is None else transform)
     loader = Loader(samples, num_workers, device)
     cuts = [list(cut) for cut in cut_range(range(len(samples)), batch_size)]
-    was_training, sums = model.training, Sums(0, 0.0, 0)
+    was_training, scorer = model.training, Scorer(model)
     set_evaluation_mode(model.to(device))
     with reporter(progress).task("evaluate", len(samples), "images") as task:
         for batch in loader.batches(cuts):
-            sums = sums.plus(batch_sums(model, batch.images.to(device), batch.labels))
+            scorer.add(batch.images.to(device), batch.labels)
             task.advance(len(batch.ids))
             if on_batch is not None:
                 on_batch(len(batch.ids))
     if model.training != was_training:
         model.train(was_training)
-    return sums.score(samples.samples)
+    return scorer.sums.score(samples.samples)
 
 
-@torch.no_grad()
-def batch_sums(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Sums:
-    """Return the sums of a network over a batch, of which the images [B, channels, H, W] are on its device.
+class Scorer:
+    """Sums of a network, which is in evaluation mode, over the batches that it is given; see `evaluate`."""
 
-    Raises:
-        MismatchError: if the network does not return logits of the classes of the labels.
-    """
-    logits = logits_of(model(images)).float()
-    _check_classes(logits, labels)
-    truth = labels.to(logits.device)
-    return Sums(
-        int((logits.argmax(dim=1) == truth).sum()),
-        float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum")),
-        int((truth >= 0).sum()),
-    )
+    def __init__(self, model: nn.Module) -> None:
+        self.sums = Sums(0, 0.0, 0)
+        self._model = model
+        self._scale: OutputScale | None = None
+
+    @torch.no_grad()
+    def add(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch of images [B, channels, H, W] on the device of the network.
+
+        Raises:
+            MismatchError: if the network does not return logits [B, C] of the classes of the labels.
+        """
+        outputs = logits_of(self._model(images))
+        _check_classes(outputs, labels)
+        self._scale = output_scale(outputs) if self._scale is None else self._scale
+        logits = _log_probabilities(outputs) if self._scale == "probabilities" else outputs.float()
+        truth = labels.to(images.device)
+        self.sums = Sums(
+            self.sums.correct + int((logits.argmax(dim=1) == truth).sum()),
+            self.sums.loss + float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum")),
+            self.sums.labeled + int((truth >= 0).sum()),
+        )
+
+
+def _log_probabilities(probabilities: torch.Tensor) -> torch.Tensor:
+    return log_probabilities(probabilities).clamp(min=math.log(torch.finfo(probabilities.dtype).tiny))
 
 
 def _check_classes(logits: torch.Tensor, labels: torch.Tensor) -> None:
     if logits.ndim != 2 or len(logits) != len(labels) or int(labels.max()) >= logits.shape[1]:
         raise MismatchError(
-            f"the network returned {list(logits.shape)} for {len(labels)} images with labels up to {int(labels.max())}",
+            f"the network returned {list(logits.shape)} for {counted(len(labels), 'image')} with labels up to "
+            f"{int(labels.max())}",
             "evaluate a network that returns logits [B, C] of the classes of the data set",
         )

@@ -24,7 +24,7 @@ from kdcache.data.views import View
 from kdcache.errors import CorruptError
 from kdcache.losses import Loss, LossParts
 from kdcache.models.checks import set_evaluation_mode
-from kdcache.models.evaluate import SplitScore, Sums, batch_sums
+from kdcache.models.evaluate import Scorer, SplitScore, Sums
 from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.passes import TEST, VALIDATION, Clock, MicroBatches, Pass, Work, run_alone
 from kdcache.train.random_states import as_plain_values, from_plain_values, random_state, set_random_state
@@ -105,11 +105,13 @@ class TrainingResult(NamedTuple):
         best: the first epoch of the best validation accuracy; the last one without a validation split.
         epochs: all epochs.
         seconds: duration of training, with validation, without interruptions.
+        warnings: about gradients that were not finite or exploded.
     """
 
     best: Epoch
     epochs: list[Epoch]
     seconds: float
+    warnings: list[str]
 
 
 def fit(
@@ -183,7 +185,7 @@ def training_work(
         UsageError: if a batch has too few images to be divided.
     """
     progress = progress or Silent()
-    trainer = Trainer(model, spec, loss, len(train), device)
+    trainer = Trainer(model, spec, loss, len(train), device, progress.say)
     state = TrainingState()
     if checkpointer and (saved := _load(trainer, checkpointer)) is not None:
         state = _resume(trainer, saved)
@@ -218,7 +220,8 @@ def training_work(
             task.advance(1, note)
     assert state.best is not None, "there is at least one epoch"  # noqa: S101  # for the type checker
     model.load_state_dict(state.best.weights)
-    return TrainingResult(state.best.epoch, state.rows, state.seconds)
+    warning = trainer.gradients.warning
+    return TrainingResult(state.best.epoch, state.rows, state.seconds, [] if warning is None else [warning])
 
 
 def view_of_epoch(epoch: int, views: int | None, spec: TrainSpec) -> int:
@@ -295,19 +298,19 @@ def _evaluation_cuts(count: int) -> list[Tensor]:
 
 def _sums_work(network: nn.Module, wanted: Pass, on_batch: Callable[[int], None]) -> Work[Sums]:
     """Return the sums of a network, in evaluation mode, over the batches of a pass."""
-    was_training, sums = network.training, Sums(0, 0.0, 0)
+    was_training, scorer = network.training, Scorer(network)
     set_evaluation_mode(network)
     for ids in wanted.cuts:
-        sums = sums.plus(_batch_sums(network, (yield wanted)))
+        _add(scorer, (yield wanted))
         on_batch(len(ids))
     if network.training != was_training:
         network.train(was_training)
-    return sums
+    return scorer.sums
 
 
-def _batch_sums(network: nn.Module, micro_batches: MicroBatches) -> Sums:
+def _add(scorer: Scorer, micro_batches: MicroBatches) -> None:
     (batch,) = micro_batches
-    return batch_sums(network, batch.images, batch.labels)
+    scorer.add(batch.images, batch.labels)
 
 
 def _load(trainer: Trainer, checkpointer: Checkpointer) -> dict[str, Any] | None:

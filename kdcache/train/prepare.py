@@ -6,12 +6,12 @@ from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import StudentSpec, TeacherSpec, TrainSpec
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, counted
 from kdcache.losses import Loss
 from kdcache.runtime.distributed import n_processes
 from kdcache.runtime.progress import Progress
-from kdcache.runtime.terminal import counted
-from kdcache.train.inputs import SharedViews, TrainingInputs, labels_shown
+from kdcache.train.inputs import TrainingInputs, labels_shown
+from kdcache.train.shared_views import SharedViews
 from kdcache.train.student_transform import own_training_view
 
 
@@ -67,7 +67,7 @@ def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress
                 "use another divergence, such as kl",
             )
         progress.say(
-            f"note: without a label, {counted(unlabeled, 'images')} of the training split cannot contribute: the "
+            f"note: without a label, {counted(unlabeled, 'image')} of the training split cannot contribute: the "
             f"divergence {loss.divergence.kind} needs labels"
         )
     if loss.needs_level and not level_known:

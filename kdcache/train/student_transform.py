@@ -16,7 +16,8 @@ from kdcache.data.mixing import split_mixing
 from kdcache.data.transforms import is_random, transform_for_evaluation
 from kdcache.data.views import View
 from kdcache.errors import UsageError
-from kdcache.train.inputs import SharedViews, TrainingInputs, labels_shown
+from kdcache.train.inputs import TrainingInputs, labels_shown
+from kdcache.train.shared_views import SharedViews
 
 # Steps that leave an image as it is in expectation or in some of their draws, so that evaluation does without them.
 _AUGMENTATIONS = {"AugMix", "AutoAugment", "ColorJitter", "ElasticTransform", "GaussianBlur", "GaussianNoise", "JPEG",

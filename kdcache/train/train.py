@@ -13,6 +13,7 @@ from torch import nn
 from kdcache.cache.reader import Cache
 from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec
+from kdcache.config.transform import step_names
 from kdcache.data.seeding import seeded
 from kdcache.errors import CorruptError, InterruptedRun, UsageError
 from kdcache.losses import Loss
@@ -20,12 +21,13 @@ from kdcache.models import build_model
 from kdcache.models.checks import try_network, try_training
 from kdcache.models.evaluate import SplitScore
 from kdcache.runtime.distributed import is_first
+from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
+from kdcache.runtime.user_code import digests_of
 from kdcache.train.accelerator import described_settings, hidden_settings, ignored_settings
 from kdcache.train.inputs import (
     CacheOptions,
-    SharedViews,
     TrainingInputs,
     inputs_from_caches,
     inputs_without_teacher,
@@ -34,6 +36,7 @@ from kdcache.train.loop import Epoch, testing_work, training_work
 from kdcache.train.passes import Clock, Work, run_alone, run_together
 from kdcache.train.prepare import check_loss, smallest_micro_batch, training_view
 from kdcache.train.run_folder import CHECKPOINT, check_run, check_trackers, complete_run, run_folder
+from kdcache.train.shared_views import SharedViews
 from kdcache.train.student_transform import check_evaluation_shape, evaluation_transform
 
 _NOTHING_KEPT = (
@@ -80,11 +83,11 @@ def train_teacher(
         KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     spec = pipeline.section("teacher")
-    check_run(Path(out))
+    check_run(expand(out))
     loss = Loss.model_validate({"name": "ce"})
     try:
-        inputs = inputs_without_teacher(pipeline)
-        return _train_alone(pipeline, spec, loss, inputs, Path(out), device, reporter(progress))
+        inputs = inputs_without_teacher(pipeline, reporter(progress))
+        return _train_alone(pipeline, spec, loss, inputs, expand(out), device, reporter(progress))
     except KeyboardInterrupt as interrupt:
         raise InterruptedRun.of(interrupt, *_NOTHING_KEPT) from None
 
@@ -117,7 +120,7 @@ def train_student(
         KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     pipeline.section("student")
-    check_run(Path(out))
+    check_run(expand(out))
     caches = [] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
     try:
         inputs = _student_inputs(pipeline, caches, options or CacheOptions(), device, reporter(progress))
@@ -140,7 +143,7 @@ def _student_inputs(
         raise UsageError("--align and --allow-missing match samples with a cache, and there is none", "pass --cache")
     if pipeline.loss.uses_teacher:
         raise UsageError(f"the loss {pipeline.loss.name} needs a teacher", "pass its cache with --cache, or --loss ce")
-    return inputs_without_teacher(pipeline)
+    return inputs_without_teacher(pipeline, progress)
 
 
 def train_on(
@@ -153,7 +156,7 @@ def train_on(
 ) -> RunResult:
     """Train the pipeline's student on inputs that several students may share; see `train_student`."""
     spec = pipeline.section("student")
-    return _train_alone(pipeline, spec, pipeline.loss, inputs, Path(out), device, reporter(progress))
+    return _train_alone(pipeline, spec, pipeline.loss, inputs, expand(out), device, reporter(progress))
 
 
 class Student(NamedTuple):
@@ -248,11 +251,14 @@ def _train(
                 check_evaluation_shape(spec.transform, train, held)
     used = pipeline.model_copy(update={"transform": inputs.transform, "eval_transform": eval_transform, "loss": loss})
     torch_device = torch.device(device)
+    own = spec.transform if isinstance(spec, StudentSpec) else None
+    steps = [name for transform in (inputs.transform, eval_transform, own) for name in step_names(transform)]
+    code = code_digest(loss) | digests_of([spec.model, pipeline.dataset.name, *steps])
     made_from = {
         "network": "student" if isinstance(spec, StudentSpec) else "teacher",
         "caches": inputs.record.get("caches", []),
         "class_names": list(samples.class_names),
-        **({"code": code} if (code := code_digest(loss)) else {}),
+        **({"code": code} if code else {}),
     }
     if out.exists():
         metrics = complete_run(out, used, made_from)
@@ -298,6 +304,7 @@ def _train(
                 **made_from,
                 "loss": loss.name,
                 "seed": spec.train.seed,
+                "data_seed": spec.train.data_seed,
                 "best": trained.best._asdict(),
                 "epochs": len(trained.epochs),
                 "test": score._asdict() if score else None,
@@ -305,6 +312,7 @@ def _train(
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "seconds": round(trained.seconds, 3),
                 "ignored_environment": ignored,
+                "warnings": trained.warnings,
                 **inputs.record,
             },
         )
