@@ -212,6 +212,7 @@ def _train_alone(
     device: torch.device | str,
     progress: Progress,
 ) -> RunResult:
+    """Train a network that shares nothing; see `_train`."""
     ignored = ignored_settings()
 
     def start(clock: Clock) -> Work[RunResult]:
