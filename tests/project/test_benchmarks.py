@@ -53,7 +53,7 @@ def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
     return values
 
 
-@pytest.mark.parametrize("name", ["peers.py", "codec.py", "load.py"])
+@pytest.mark.parametrize("name", ["peers.py", "codec.py", "load.py", "together.py"])
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
     words = printed(name, "--help")
     assert f"python benchmarks/{name}" in words
@@ -164,3 +164,17 @@ def test_the_trainer_is_measured_against_plain_training_and_live_teachers() -> N
         f"KD, live teacher of {times} x the student" for times in (1, 5, 20)
     ]
     assert float(rows["everything"][-1]) > float(rows["Python and libraries"][-1]) > 0
+
+
+def test_students_of_one_pass_are_measured_against_passes_of_their_own() -> None:
+    (table,) = tables("together.py")
+    assert [name.split(",")[0] for name in table if name] == [*["4 MobileNets"] * 2, *["8 small networks"] * 2]
+    together, apart, ratio, loading, floor = (
+        figures(table, column) for column in ("together", "apart", "ratio", "loading", "floor")
+    )
+    for name in together:
+        assert ratio[name] == pytest.approx(together[name] / apart[name], abs=0.05)
+        assert 0 < loading[name] <= 1
+        students = float(name.split()[0])
+        assert floor[name] == pytest.approx(1 - loading[name] * (1 - 1 / students), abs=0.02)
+    assert list(figures(table, "bound").values()) in ([0.5, 0.5, 0.8, 0.8], [0.5, 0.5, 0.4, 0.4])
