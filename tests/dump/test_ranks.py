@@ -228,7 +228,8 @@ def test_a_crash_of_the_first_before_the_others_begin_ends_them_too(pipeline: Pa
 def test_nan_in_the_shard_of_one_ends_the_others_and_can_be_gone_on_with(
     pipeline: Path, whole: Cache, tmp_path: Path
 ) -> None:
-    # Of (view 0, shard 0), (0, 1), (1, 0), (1, 1) the second rank has the second and the last: samples 8 to 11.
+    # Of (view 0, shard 0), (0, 1), (1, 0), (1, 1) the second rank has the second and the last: samples 8 to 11. It ends
+    # in the second, and the first rank makes the last.
     out = tmp_path / "c.kdcache"
     spoilt = {"SAMPLE": "10", "HAPPENS": "logits[here] = float('nan')"}
     assert 10 not in pilot_ids(12, 8)
@@ -236,7 +237,7 @@ def test_nan_in_the_shard_of_one_ends_the_others_and_can_be_gone_on_with(
     assert (first, second) == (3, 5)
     assert "for sample 10 (1 of the" in message(said_second)
     assert "another rank has ended" in message(said_first)
-    with pytest.raises(IncompleteError, match="2 of its 4 shards"):
+    with pytest.raises(IncompleteError, match="1 of its 4 shards"):
         open_cache(out)
     check_goes_on(out, pipeline, whole, 1)
 
