@@ -77,7 +77,7 @@ class Ranks:
         of_others = [index for index in reversed(later) if index % self.count != self.rank]
         for index in (*own, *of_others):
             with _peer_errors():
-                is_first = self.store.add(f"{name}/{index}", 1) == 1
+                is_first = self.store.add(f"claims/{name}/{index}", 1) == 1
             if is_first:
                 yield work[index]
 
@@ -148,6 +148,12 @@ def _peer_errors() -> Iterator[None]:
         ) from error
 
 
+def _attempt() -> str:
+    """Return the number of torchrun's restarts if its agent holds the store, which then still has the old addresses."""
+    is_of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_of_agent else "0"
+
+
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """Join the ranks that torchrun or `accelerate launch` started, and yield them; a single process without these.
@@ -161,9 +167,9 @@ def join_ranks() -> Iterator[Ranks]:
         return
     with _peer_errors():
         store, rank, count = next(rendezvous("env://", timeout=_START_TIMEOUT))
+        store = PrefixStore(f"attempt {_attempt()}", store)
         store.set_timeout(_START_TIMEOUT)
-        of_groups = PrefixStore("groups", store)
-        distributed.init_process_group("gloo", store=of_groups, rank=rank, world_size=count, timeout=_START_TIMEOUT)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_START_TIMEOUT)
     try:
         with _peer_errors():
             # Starting has a shorter timeout than working.
