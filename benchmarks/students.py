@@ -34,11 +34,12 @@ from typing import NamedTuple
 
 import torch
 from glyphs import Typefaces, letters_of, network, trained
+from live_teacher import FunctionTeacher
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from kdcache import Samples, dump_teacher, wrap
-from kdcache.cache.teacher import FunctionTeacher, Teacher
+from kdcache.cache.teacher import Teacher
 from kdcache.cli import output
 from kdcache.config.schema import CacheSpec, TrainSpec
 from kdcache.data.views import View

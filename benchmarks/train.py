@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 from common import encoded, planned, write_cache
+from live_teacher import FunctionTeacher
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,7 +36,7 @@ from torchvision.models import resnet18
 
 from kdcache import Samples, open_cache
 from kdcache.cache.decoded_teacher import decode_if_small
-from kdcache.cache.teacher import FunctionTeacher, Teacher
+from kdcache.cache.teacher import Teacher
 from kdcache.cli import output
 from kdcache.config.schema import TrainSpec
 from kdcache.data.images import ArrayImages

@@ -17,19 +17,21 @@ from torch import nn
 
 from kdcache.config.schema import Pipeline, TrainSpec
 from kdcache.config.transform import Transform
+from kdcache.data.check_images import check_images
 from kdcache.data.datasets import SPLITS, load_held_out, load_split
 from kdcache.data.images import FileImages
+from kdcache.data.repeatable import check_repeatable
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import transform_for_evaluation
 from kdcache.data.views import View
-from kdcache.dump.check_images import check_images
 from kdcache.dump.estimate import estimate
 from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.models import build_model
 from kdcache.models.checks import check_logits, try_network
 from kdcache.models.teacher import load_teacher
+from kdcache.runtime.paths import existing, fix_for
 from kdcache.runtime.progress import Progress
-from kdcache.runtime.resources import existing, free_disk, free_memory
+from kdcache.runtime.resources import free_disk, free_memory
 from kdcache.runtime.versions import versions
 from kdcache.train.run_folder import check_trackers
 
@@ -88,7 +90,7 @@ def examine_pipeline(
     if not splits:
         return  # nothing else can be checked without images
     if any(isinstance(samples.images, FileImages) for samples in splits):
-        yield _check("images", lambda: _images(splits, progress, decode_images))
+        yield _check("images", lambda: _images(pipeline, splits, progress, decode_images))
     train = splits[0]
     transforms: list[Transform] = [train.transform if pipeline.transform is None else pipeline.transform]
     if pipeline.teacher is not None:
@@ -149,7 +151,7 @@ def _write_speed(out: Path) -> str:
             os.fsync(file.fileno())
             seconds = time.perf_counter() - start
     except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}", "use a writable folder with -o") from None
+        raise UsageError(f"cannot write to {folder}: {error.strerror}", fix_for(error)) from None
     return f"{_TEST_FILE_BYTES / 1e6 / seconds:,.0f} MB/s in {folder}"
 
 
@@ -158,6 +160,8 @@ def _data_set(pipeline: Pipeline, splits: list[Samples]) -> str:
     train = load_split(pipeline.dataset, "train")
     held_out = load_held_out(pipeline.dataset, "validation"), load_held_out(pipeline.dataset, "test")
     splits += [samples for samples in (train, *held_out) if samples is not None]
+    for samples in splits:
+        check_repeatable(samples)
     counts = [
         f"{len(samples):,} {split}"
         for split, samples in zip(SPLITS, (train, *held_out), strict=True)
@@ -166,18 +170,20 @@ def _data_set(pipeline: Pipeline, splits: list[Samples]) -> str:
     return f"{train.name}: {', '.join(counts)} images, {train.num_classes} classes"
 
 
-def _images(splits: list[Samples], progress: Progress, decode: bool) -> str:
+def _images(pipeline: Pipeline, splits: list[Samples], progress: Progress, decode: bool) -> str:
     """Check the image files of all splits."""
-    problems = []
+    problems, notes = [], []
     for samples in splits:
         try:
-            check_images(samples, progress, decode)
+            found = check_images(samples, progress, decode, pipeline.transform)
+            notes += [f"{samples.split}: {note}" for note in found]
         except KdcacheError as error:
             problems.append(error)
     if problems:
         raise type(problems[0])("\n  ".join(problem.what for problem in problems), problems[0].fix)
     count = sum(len(samples) for samples in splits)
-    return f"all {count:,} files were decoded" if decode else f"the headers of all {count:,} files can be read"
+    whole = f"all {count:,} files were decoded" if decode else f"the headers of all {count:,} files can be read"
+    return "; ".join([whole, *notes])
 
 
 def _teacher(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class KdcacheError(Exception):
     """An error with a fix; the command line prints it without a traceback.
@@ -74,3 +77,32 @@ class InterruptedRun(KeyboardInterrupt):
             fix: how to resume.
         """
         return interrupt.with_traceback(None) if isinstance(interrupt, cls) else cls(what, fix)
+
+
+def similar_name(given: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most like a wrong one; None if none is like it.
+
+    Args:
+        given: the wrong name.
+        known: the right ones.
+        cutoff: smallest similarity, from 0 to 1.
+    """
+    names = {name.casefold(): name for name in known if name != given}
+    found = get_close_matches(str(given).casefold(), names, n=1, cutoff=cutoff)
+    return names[found[0]] if found else None
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """Return ", did you mean NAME?" with the known name that is most like a wrong one; "" if none is like it."""
+    similar = similar_name(given, known)
+    return "" if similar is None else f", did you mean {similar}?"
+
+
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """Return a number with its unit: `1 image`, `1,000 images`; the plural is given if it is not the singular + s."""
+    return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"
+
+
+def indices_below(number: int) -> str:
+    """Return the valid indices of `number` things: `0 to 9`, or `0` of a single one."""
+    return "0" if number == 1 else f"0 to {number - 1}"

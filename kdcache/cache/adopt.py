@@ -10,7 +10,7 @@ def adopt_shards(writer: CacheWriter, old: Cache) -> int:
     """Take over the shards of another cache that are the same in a larger one, and return their number."""
     before, now = old.manifest.plan, writer.plan
     adopted = 0
-    for view in range(min(before.views.count, now.views.count)):
+    for view in sorted({*old.views}.intersection(range(now.views.count))):
         same = {shard for shard in range(before.shards) if before.shard_ids(shard) == now.shard_ids(shard)}
         for shard in sorted(same.intersection(writer.pending(view))):
             writer.adopt(view, shard, old.path, old.manifest.files)

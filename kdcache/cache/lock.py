@@ -110,5 +110,5 @@ def _lock(handle: int, cache: Path) -> None:
 
 def _taken(cache: Path, holder: str) -> UsageError:
     return UsageError(
-        f"{cache} is being written by {holder}", "wait until that process ends, or set another path with -o"
+        f"{cache} is being written by {holder}", "wait until that process ends, or write to another folder"
     )

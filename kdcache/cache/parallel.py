@@ -7,6 +7,7 @@ whatever the size of the cache, and gives the same bits for any number of worker
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any, TypeVar
 
@@ -19,10 +20,6 @@ from kdcache.cache.format.array_specs import raw_bytes
 from kdcache.cache.format.schema import Plan
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.runtime.resources import free_memory
-
-_ROWS_AT_ONCE = 4096
-
-_TINY = 1e-12
 
 _COPIES = 4
 """Copies of a shard's rows in memory while they are gathered, encoded and written."""
@@ -79,7 +76,11 @@ def _compute(parts: list[Any], scheduler: str, plan: Plan | None) -> list[Any]:
         if plan is not None:
             bytes_per_call = _COPIES * raw_bytes(plan.encoding) * plan.shape.shard_rows
             n_workers = max(min(n_workers, free_memory() // 2 // bytes_per_call), 1)
-        return list(compute(*parts, scheduler=scheduler, num_workers=n_workers, traverse=False))  # type: ignore[no-untyped-call]
+        if scheduler == "processes":
+            return list(compute(*parts, scheduler=scheduler, num_workers=n_workers, traverse=False))  # type: ignore[no-untyped-call]
+        # A pool of its own: a forked process inherits that of dask without its threads, and would wait for ever.
+        with ThreadPoolExecutor(n_workers) as pool:
+            return list(compute(*parts, scheduler=scheduler, pool=pool, traverse=False))  # type: ignore[no-untyped-call]
     try:
         from distributed import Client  # noqa: PLC0415  # an extra
     except ImportError:

@@ -10,6 +10,7 @@ from kdcache.cache.format.schema import MANIFEST, PLAN, Record
 from kdcache.cache.lock import LOCK, check_not_held
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.atomic_write import temporary
+from kdcache.runtime.paths import check_writable
 
 
 def check_outside(path: Path) -> None:
@@ -20,7 +21,7 @@ def check_outside(path: Path) -> None:
     """
     inside = next((folder for folder in path.absolute().parents if (folder / array_specs.STORE).is_dir()), None)
     if inside is not None:
-        raise UsageError(f"{path} is inside the cache {inside}", "use a folder outside of it with -o")
+        raise UsageError(f"{path} is inside the cache {inside}", "write to a folder outside of it")
 
 
 def check_place(path: Path) -> None:
@@ -30,10 +31,11 @@ def check_place(path: Path) -> None:
         UsageError: if it is something else, a sealed cache, inside a cache, or being written by another process.
     """
     if (path / MANIFEST).exists():
-        raise UsageError(f"{path} is already a sealed cache", "use another name with -o, or delete it first")
+        raise UsageError(f"{path} is already a sealed cache", "write to another folder, or delete it first")
     check_outside(path)
+    check_writable(path)
     if path.exists() and not (path / PLAN).exists():
-        raise UsageError(f"{path} exists and is not a cache", "use another name with -o")
+        raise UsageError(f"{path} exists and is not a cache", "write to another folder")
     check_not_held(path)
     partial = temporary(path)
     if os.path.lexists(partial):
@@ -46,7 +48,7 @@ def not_ours(path: Path) -> UsageError:
     """Return the error for a file or folder that has the name of temporary data of kdcache."""
     return UsageError(
         f"{path} exists and was not made by kdcache, which needs this name for temporary data",
-        "rename or delete it, or give another name with -o",
+        "rename or delete it, or write to another folder",
     )
 
 
@@ -68,7 +70,7 @@ def check_same_plan(path: Path, before: Record, now: Record, name: str = "", not
         notes = [note] if note else []
         raise MismatchError(
             "\n  ".join([f"{path} was made with other settings (in the cache, in this run):", *changes, *notes]),
-            "use the settings of the cache, or dump the teacher without --extend"
+            "use the settings of the cache, or make a new cache that does not extend it"
             if (path / MANIFEST).exists()
             else "use the same settings to resume, or delete the folder to start again",
         )
@@ -90,7 +92,7 @@ def created_meanwhile(path: Path) -> UsageError:
     """Return the error of the process that lost the race to create a cache."""
     return UsageError(
         f"another process created {path} at the same time",
-        "wait until that process has ended and run the same command again, or use another name with -o",
+        "wait until that process has ended and run the same command again, or write to another folder",
     )
 
 

@@ -80,10 +80,7 @@ def push(path: str | Path, url: str, progress: Progress | None = None) -> Pushed
     manifest, store = cache.manifest, Store(url)
     if store.is_read_only:
         raise UsageError(f"{url} is read-only", "push to s3://, gs://, az://, hf:// or file://")
-    if len(cache.views) < manifest.plan.views.count:
-        raise IncompleteError(
-            f"{path} holds only {len(cache.views)} of {manifest.plan.views.count} views", "pull the other views first"
-        )
+    cache.check_views()
     existing = store.read(MANIFEST, LARGEST_MANIFEST)
     if existing is not None:
         _check_same(url, "another cache", read_manifest(f"{url}/{MANIFEST}", existing).digest, manifest.digest)

@@ -10,6 +10,7 @@ batch is gathered there, and decoded on the device.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,16 @@ from kdcache.cache.format.recorded_views import Crops, recorded
 from kdcache.cache.format.schema import MANIFEST, PLAN, Manifest
 from kdcache.cache.placement.choose import Placement, place_rows
 from kdcache.cache.remote.address import source
-from kdcache.cache.remote.mirror import Views, check_pinned, files_of, mirror, unfinished_pull, views_here, wanted_views
+from kdcache.cache.remote.mirror import (
+    Views,
+    check_here,
+    check_pinned,
+    files_of,
+    mirror,
+    unfinished_pull,
+    views_here,
+    wanted_views,
+)
 from kdcache.cache.teacher import CachedTeacher
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError
 from kdcache.runtime.progress import Progress
@@ -60,6 +70,14 @@ class Cache:
             f"classes={self.num_classes:,}, views={len(self.views)}, digest={self.manifest.digest!r})"
         )
 
+    def check_views(self, views: Collection[int] | None = None) -> None:
+        """Check that some views are here, or all; a pull may have downloaded fewer.
+
+        Raises:
+            IncompleteError: with the missing views.
+        """
+        check_here(self.path, self.manifest.plan.views.count, self.views, views)
+
     @property
     def num_classes(self) -> int:
         """Number of classes, C."""
@@ -79,7 +97,7 @@ class Cache:
     @property
     def teacher_seen(self) -> bool:
         """Whether kdcache ran the teacher; if not, its images and its identity were not verified."""
-        return self.manifest.plan.teacher.parameters > 0
+        return self.manifest.plan.teacher.was_run
 
     @property
     def level_known(self) -> bool:
@@ -138,11 +156,7 @@ def open_cache(
     array_specs.check_listed(path, manifest.plan, {name: record.size for name, record in manifest.files.items()})
     available = views_here(path, manifest.plan)
     wanted = available if views is None else wanted_views(manifest.plan, views)
-    if absent := sorted(set(wanted) - set(available)):
-        raise IncompleteError(
-            f"{path} holds views {', '.join(map(str, available))} of {manifest.plan.views.count}, not view {absent[0]}",
-            "pull the missing views: `kdcache pull URL DIR`",
-        )
+    check_here(path, manifest.plan.views.count, available, wanted)
     check_files(path, files_of(manifest, wanted))
     return opened(path, manifest, wanted)
 
@@ -162,7 +176,10 @@ def open_sealed(path: Path) -> Cache:
 def refusal(path: Path) -> KdcacheError:
     """Return the error for a folder without a manifest: not a cache, or not sealed."""
     if not path.exists():
-        return UsageError(f"there is no cache {path}", "make one with `kdcache dump-teacher PIPELINE -o NAME.kdcache`")
+        return UsageError(
+            f"there is no cache {path}",
+            "make one with `kdcache dump-teacher PIPELINE -o NAME.kdcache` or kdcache.dump_teacher(...)",
+        )
     if not (path / PLAN).is_file():
         if (unfinished := unfinished_pull(path)) is not None:
             return unfinished

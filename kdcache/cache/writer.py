@@ -25,6 +25,7 @@ from kdcache.cache.format.read_records import read_commit, read_plan
 from kdcache.cache.format.schema import (
     MANIFEST,
     PLAN,
+    PROBES,
     Commit,
     FileRecord,
     Manifest,
@@ -37,7 +38,7 @@ from kdcache.cache.format.schema import (
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.lock import LOCK, hold, release
 from kdcache.cache.preconditions import check_place, check_same_plan, created_meanwhile, sealed_meanwhile
-from kdcache.errors import CorruptError, IncompleteError
+from kdcache.errors import CorruptError, IncompleteError, counted
 from kdcache.runtime.atomic_write import flush, temporary, write_file
 
 
@@ -63,6 +64,7 @@ class CacheWriter:
         keys: npt.NDArray[np.uint64],
         basis: TailBasis | None = None,
         fixed_images: Set[int] | None = None,
+        probes: bytes | None = None,
     ) -> CacheWriter:
         """Create a cache, or resume an unsealed one, and lock it until it is sealed or `release` is called.
 
@@ -74,6 +76,7 @@ class CacheWriter:
             basis: of the teacher's tail, if the plan has one.
             fixed_images: if the cache is resumed with some other images, the shards of these are dropped; the samples
                 with these ids must be the same, as all rows depend on them. None: no image may be another one.
+            probes: contents of the file `PROBES` of a new cache; None for no such file.
 
         Raises:
             UsageError: if `path` is something else, a sealed cache, or being written by another process.
@@ -86,7 +89,7 @@ class CacheWriter:
         writer.created = not path.exists()
         try:
             if writer.created:
-                writer._create(labels, keys, basis)
+                writer._create(labels, keys, basis, probes)
             else:
                 hold(path, path)
                 if (path / MANIFEST).exists():
@@ -106,7 +109,13 @@ class CacheWriter:
         """Return a writer of a cache that another process of the same run has created and locked."""
         return cls(path, read_plan(path / PLAN))
 
-    def _create(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
+    def _create(
+        self,
+        labels: npt.NDArray[np.int32],
+        keys: npt.NDArray[np.uint64],
+        basis: TailBasis | None,
+        probes: bytes | None,
+    ) -> None:
         """Create the folder, with store and plan, under a temporary name, and rename it.
 
         A folder with the final name is therefore always a cache with its plan.
@@ -118,6 +127,8 @@ class CacheWriter:
         try:
             with _work_folder(folder):
                 self._create_store(folder, labels, keys, basis)
+                if probes is not None:
+                    write_file(folder / PROBES, probes)
                 write_file(folder / PLAN, canonical(self.plan))
                 if self.path.exists():
                     raise created_meanwhile(self.path)
@@ -265,7 +276,9 @@ class CacheWriter:
             CorruptError: if a file is missing or has another size.
         """
         if missing := [which for which in self._shards() if not self.commit_path(*which).exists()]:
-            raise IncompleteError(f"{len(missing)} shards of {self.path} are missing", "run the same command again")
+            raise IncompleteError(
+                f"{counted(len(missing), 'shard')} missing in {self.path}", "run the same command again"
+            )
         files: dict[str, FileRecord] = {}
         for marker in (self.commit_path(*which) for which in self._shards()):
             files |= read_commit(marker).files
@@ -274,8 +287,8 @@ class CacheWriter:
         files |= {name: record_of(self.path / name) for name in array_specs.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
         write_file(self.path / MANIFEST, canonical(manifest))
-        (self.path / LOCK).unlink(missing_ok=True)
-        (self.path / PLAN).unlink(missing_ok=True)  # another process may have found the cache complete already
+        for name in (PROBES, LOCK, PLAN):  # another process may have found the cache complete already
+            (self.path / name).unlink(missing_ok=True)
         release(self.path)
         return manifest
 

@@ -27,6 +27,7 @@ from kdcache.cli import (
     verify,
 )
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, UsageError
+from kdcache.runtime.paths import fix_for
 
 
 class _Main(click.Group):
@@ -62,7 +63,7 @@ def _user_error(error: OSError) -> KdcacheError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return IncompleteError(what, "free disk space there, and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
-        return UsageError(what, "use a path that you can write to, with -o")
+        return UsageError(what, fix_for(error))
     raise error
 
 

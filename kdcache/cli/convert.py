@@ -10,8 +10,16 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.info import describe
-from kdcache.cli.options import json_option, out_option, read_pipeline, read_samples, scheduler_option, set_option
-from kdcache.errors import UsageError
+from kdcache.cli.options import (
+    PathType,
+    json_option,
+    out_option,
+    read_pipeline,
+    read_samples,
+    scheduler_option,
+    set_option,
+)
+from kdcache.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from kdcache.data.samples import Samples
@@ -20,13 +28,13 @@ _LAYOUTS = click.Choice(["fkd", "ml-dr", "tinyvit"])
 
 
 @click.command("convert")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=PathType())
 @out_option
 @click.option("--from", "layout", type=_LAYOUTS, help="Import the folder SOURCE of this project.")
 @click.option("--to", "target", type=_LAYOUTS, help="Export the cache SOURCE to a folder of this project.")
 @click.option(
     "--pipeline",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Import with the data set, transform and cache settings of this file; with --to, the data set of the cache.",
 )
 @click.option("--name", help="Name of the teacher.  [default: that in the file]")
@@ -93,7 +101,7 @@ def convert(
             scheduler=scheduler,
             progress=output.Terminal(),
         )
-        describe(cache, as_json)
+        describe(cache, as_json, out)
 
 
 def _decode(source: Path, out: Path, as_json: bool) -> None:
@@ -123,5 +131,6 @@ def _export(source: Path, target: str, out: Path, samples: Samples | None, top_k
     if as_json:
         output.as_json({"path": str(out), "layout": target, "samples": len(cache), "views": views, "top_k": classes})
     else:
-        contents = f"{views} views of {len(cache):,} samples, {classes} classes per row"
+        per_row = "1 class" if classes == 1 else f"{classes} classes"
+        contents = f"{counted(views, 'view')} of {counted(len(cache), 'sample')}, {per_row} per row"
         output.facts({target: str(out), "contents": contents})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import choose_device, device_option, json_option
+from kdcache.cli.options import PathType, choose_device, device_option, json_option
 from kdcache.cli.sweep import accuracy_table
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     default="kdcache-demo",
     show_default=True,
     help="Folder to create; must not exist.",

@@ -8,6 +8,7 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import (
+    PathType,
     choose_device,
     decode_images_option,
     device_option,
@@ -19,11 +20,11 @@ from kdcache.errors import KdcacheError, UsageError
 
 
 @click.command("doctor")
-@click.argument("pipeline", type=click.Path(path_type=Path), required=False)
+@click.argument("pipeline", type=PathType(), required=False)
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     default=".",
     show_default=True,
     help="Folder where caches and runs will be written.",

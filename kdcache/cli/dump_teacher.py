@@ -8,6 +8,7 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import (
+    PathType,
     choose_device,
     decode_images_option,
     device_option,
@@ -24,7 +25,7 @@ from kdcache.cli.options import (
     "-o",
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Folder of the cache, NAME.kdcache; an unsealed cache is resumed.",
 )
 @click.option("--top-k", help="Classes per row to store exactly, or all.  [same as --set cache.top_k=...]")
@@ -32,7 +33,7 @@ from kdcache.cli.options import (
 @click.option("--precision", help="Of the teacher: fp32, bf16 or fp16.  [same as --set cache.precision=...]")
 @click.option(
     "--extend",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="A sealed cache of the same teacher with fewer views or samples; its shards are taken over.",
 )
 @click.option("--dry-run", is_flag=True, help="Run a pilot, print size and time of the cache, and write nothing.")

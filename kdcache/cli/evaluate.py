@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import CacheName, choose_device, device_option, json_option, read_pipeline, set_option
-from kdcache.errors import UsageError
-from kdcache.runtime.terminal import counted
+from kdcache.cli.options import (
+    CacheName,
+    PathType,
+    choose_device,
+    device_option,
+    json_option,
+    read_pipeline,
+    set_option,
+)
+from kdcache.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
@@ -21,7 +28,7 @@ _CHECKPOINTS = {".bin", ".ckpt", ".pt", ".pt2", ".pth", ".safetensors", ".tar"}
 
 
 @click.command("evaluate")
-@click.argument("networks", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]... [CHECKPOINT]...")
+@click.argument("networks", nargs=-1, type=PathType(), metavar="[RUN]... [CHECKPOINT]...")
 @click.option("--cache", "cache_name", type=CacheName(), help="Measure agreement with the teacher of this cache.")
 @click.option(
     "--rows", type=click.IntRange(1), default=4096, show_default=True, help="Number of cached images to compare on."
@@ -31,7 +38,7 @@ _CHECKPOINTS = {".bin", ".ckpt", ".pt", ".pt2", ".pth", ".safetensors", ".tar"}
 )
 @click.option(
     "--pipeline",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Data set and network of each CHECKPOINT; without a CHECKPOINT, the teacher's weights in this file.",
 )
 @click.option("--network", type=click.Choice(["student", "teacher"]), help="Which network of --pipeline.")
@@ -120,7 +127,7 @@ def _print(card: Scorecard, cache: Cache | None, device: str) -> None:
     columns = ["network", "top-1", *top5, "NLL", "ECE", "parameters", "MACs", "ms", "images/s"]
     columns += ["agreement", "TV, T=1", "TV, T=4"] if cache else []
     output.table(
-        f"{card.dataset}/{card.split}, {counted(card.labeled, 'labeled images')}",
+        f"{card.dataset}/{card.split}, {counted(card.labeled, 'labeled image')}",
         columns,
         [_row(score) for score in card.scores],
     )
@@ -128,7 +135,7 @@ def _print(card: Scorecard, cache: Cache | None, device: str) -> None:
     unlabeled = card.images - card.labeled
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     facts = {
-        **({"left out": f"{counted(unlabeled, 'images')} without a label"} if unlabeled else {}),
+        **({"left out": f"{counted(unlabeled, 'image')} without a label"} if unlabeled else {}),
         "NLL": "negative log-likelihood, nats",
         "ECE": f"expected calibration error of the top class, {BINS} bins of equal width (Guo et al. 2017)",
         "MACs": "multiply-accumulate operations per image: convolutions, matrix products, attention",

@@ -9,10 +9,11 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import cache_argument, digest_option, json_option
+from kdcache.errors import counted
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
-    from kdcache.cache.format.schema import Fidelity, Manifest
+    from kdcache.cache.format.schema import Fidelity, Manifest, TeacherRecord
 
 
 @click.command("info")
@@ -53,7 +54,7 @@ def _measure(cache: Cache, as_json: bool) -> None:
 
     plan = cache.manifest.plan
     with output.working(f"decoding the rows of {cache.path}"):
-        measured = measure_itself(cache.path, plan)
+        measured = measure_itself(cache)
     if as_json:
         planned = plan.fidelity.model_dump() if plan.fidelity else None
         output.as_json({"planned": planned, "measured": [one._asdict() for one in measured]})
@@ -61,24 +62,32 @@ def _measure(cache: Cache, as_json: bool) -> None:
         output.result(f"every class is stored as {plan.encoding.dtype}: there is no tail to estimate")
     else:
         output.table(
-            f"Mean |decoded - recorded| over {plan.dataset.samples:,} rows per view",
+            f"Mean |decoded - recorded| over {counted(plan.dataset.samples, 'row')} per view",
             ["view", "T", "tail mass", "logsumexp, nats"],
             [[str(f.view), str(f.temperature), f"{f.tail_mass:.5f}", f"{f.logsumexp:.5f}"] for f in measured],
         )
 
 
+def _teacher(teacher: TeacherRecord) -> str:
+    if not teacher.was_run:
+        return f"{teacher.name}, not run by kdcache: its weights are unknown"
+    if teacher.weights == "none":
+        return f"{teacher.name}, without weights: recognized by its logits alone"
+    return f"{teacher.name}, {teacher.parameters:,} parameters, {teacher.weights_digest[:19]}..."
+
+
 def _fidelity(measured: Fidelity) -> str:
     by_temperature = ", ".join(f"{value:.4f} at T = {t}" for t, value in measured.total_variation.items())
-    return f"total variation {by_temperature} (mean over {measured.rows:,} pilot rows)"
+    return f"total variation {by_temperature} (mean over {counted(measured.rows, 'pilot row')})"
 
 
 def _size(manifest: Manifest) -> int:
     return sum(record.size for record in manifest.files.values())
 
 
-def describe(cache: Cache, as_json: bool) -> None:
-    """Print the manifest of an open cache."""
-    _describe(str(cache.path), cache.manifest, cache.bytes_on_disk, len(cache.views), as_json)
+def describe(cache: Cache, as_json: bool, where: Path | None = None) -> None:
+    """Print the manifest of an open cache, with its path as the user wrote it, if given."""
+    _describe(str(where or cache.path), cache.manifest, cache.bytes_on_disk, len(cache.views), as_json)
 
 
 def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bool) -> None:
@@ -104,7 +113,8 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
         )
         return
     encoding, summary = plan.encoding, manifest.summary
-    stored = "every class" if encoding.dense else f"top {encoding.top_k} classes, {encoding.tail} tail"
+    head = "top class" if encoding.top_k == 1 else f"top {encoding.top_k} classes"
+    stored = "every class" if encoding.dense else f"{head}, {encoding.tail} tail"
     if encoding.rank:
         stored += f" of rank {encoding.rank}"
     present = f", {views} of them present" if views < plan.views.count else ""
@@ -114,16 +124,13 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
         {
             "cache": where,
             "digest": manifest.digest,
-            "teacher": f"{plan.teacher.name}, {plan.teacher.parameters:,} parameters, "
-            f"{plan.teacher.weights_digest[:19]}..."
-            if plan.teacher.parameters
-            else f"{plan.teacher.name}, not run by kdcache: its weights are unknown",
+            "teacher": _teacher(plan.teacher),
             "data set": f"{plan.dataset.name}/{plan.dataset.split}, {plan.dataset.samples:,} samples, "
             f"{encoding.num_classes} classes, {plan.dataset.digest[:19]}...",
             "views": f"{plan.views.count}{present}, seed {plan.views.seed}, {transform}",
             "encoding": f"{stored}, {encoding.dtype} log-probabilities",
             **({"fidelity": _fidelity(plan.fidelity)} if plan.fidelity else {}),
-            "size": f"{size:,} bytes, {per_row:.1f} bytes per row, {shards} {'shard' if shards == 1 else 'shards'}",
+            "size": f"{size:,} bytes, {per_row:.1f} bytes per row, {counted(shards, 'shard')}",
             "accuracy": "no labels"
             if summary.teacher_accuracy is None
             else f"{summary.teacher_accuracy:.2%} on these samples",

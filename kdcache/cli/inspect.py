@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import CacheName, cache_argument, json_option, scheduler_option
+from kdcache.cli.options import CacheName, PathType, cache_argument, json_option, scheduler_option
+from kdcache.errors import counted
 
 if TYPE_CHECKING:
     from kdcache.cache.inspect.diff import Difference
@@ -57,7 +58,7 @@ def _print(census: Census) -> None:
         return "" if value is None else format(value, form)
 
     output.table(
-        f"{census.rows:,} rows, by label",
+        f"{counted(census.rows, 'row')}, by label",
         ["class", "samples", "accuracy", "confidence", "sharpness"],
         [
             [one.name, f"{one.samples:,}", number(one.accuracy, ".2%"), number(one.confidence, ".4f"),
@@ -73,8 +74,8 @@ def _print(census: Census) -> None:
     if census.hardest and census.suspects:
         output.result("")
     _samples(
-        f"Likely label errors: {census.suspected:,} samples with another class more probable than the label by "
-        f"{census.threshold:g} nats or more",
+        f"Likely label errors: {counted(census.suspected, 'sample')} with another class more probable than the label "
+        f"by {census.threshold:g} nats or more",
         census.suspects,
     )
 
@@ -163,7 +164,7 @@ def _as_json(difference: Difference) -> dict[str, object]:
 
 
 @click.command("card")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=PathType())
 @scheduler_option
 @json_option
 def card(cache: Path, scheduler: str, as_json: bool) -> None:

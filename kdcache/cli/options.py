@@ -11,12 +11,16 @@ import click
 
 from kdcache.cli import output
 from kdcache.config.recipes import file_or_recipe
+from kdcache.runtime.paths import expand
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
     from kdcache.config.schema import Pipeline
     from kdcache.data.samples import Samples
     from kdcache.runtime.progress import Progress
+
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class CacheName(click.ParamType[str | Path]):
@@ -26,7 +30,18 @@ class CacheName(click.ParamType[str | Path]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
         """Return a URL unchanged, anything else as a path."""
-        return value if "://" in str(value) else Path(value)
+        return value if "://" in str(value) else expand(value)
+
+
+class PathType(click.Path):
+    """A path, in which `~` and variables are replaced: a shell leaves those after `=` or in quotes as they are."""
+
+    def __init__(self, **checks: Any) -> None:
+        super().__init__(path_type=Path, **checks)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        return super().convert(expand(value), param, ctx)
 
 
 cache_argument = click.argument("cache", type=CacheName())
@@ -42,16 +57,17 @@ digest_option = click.option(
     "--digest", help="Refuse a cache with another digest than this, sha256:..., see `kdcache info`."
 )
 pipeline_argument = click.argument(
-    "pipeline", type=click.Path(path_type=Path), callback=lambda _context, _parameter, path: file_or_recipe(path)
+    "pipeline", type=PathType(), callback=lambda _context, _parameter, path: file_or_recipe(path)
 )
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set one value of the pipeline; repeatable."
 )
-out_option = click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Path to write to; must not exist."
-)
+out_option = click.option("-o", "--out", required=True, type=PathType(), help="Path to write to; must not exist.")
 device_option = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, ..., mps or xpu; auto uses a GPU if there is one.",
 )
 scheduler_option = click.option(
     "--scheduler",
@@ -62,7 +78,7 @@ scheduler_option = click.option(
 )
 data_option = click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     metavar="PIPELINE",
     help="Pipeline with the data set of the cache, to compute missing fingerprints of images.",
 )
@@ -133,15 +149,26 @@ def choose_device(name: str) -> str:
     """
     import torch
 
-    from kdcache.errors import UsageError
+    from kdcache.errors import UsageError, did_you_mean, indices_below
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of torchrun has its own GPU
+    kind, _, index = name.partition(":")
+    if kind not in _DEVICES or not (index.isdecimal() or name == kind):
+        meant = ", did you mean cuda?" if kind.lower() in ("gpu", "nvidia", "") else did_you_mean(kind, _DEVICES)
+        raise UsageError(
+            f"no device {name!r} on this machine{meant}", "use auto, cpu, cuda, cuda:0, cuda:1, ..., mps or xpu"
+        )
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        # Only the first sentence: lists of torch's operations follow.
+        reason = str(error).splitlines()[0].split(". ")[0]
+        if kind == "mps":
+            reason = "torch has no MPS here"
+        elif kind == "cuda" and index and torch.cuda.is_available():
+            reason = f"it has {indices_below(torch.cuda.device_count())}"
         raise UsageError(f"no device {name!r} on this machine: {reason}", "use --device cpu or auto") from None
     return name

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import json_option
+from kdcache.cli.options import PathType, json_option
 from kdcache.config.recipes import recipe, recipes
 from kdcache.errors import UsageError
 
@@ -59,7 +59,7 @@ def show(name: str) -> None:
 
 @pipelines.command("copy")
 @click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.argument("file", type=PathType(), required=False)
 def copy(name: str, file: Path | None) -> None:
     """Copy the recipe NAME to FILE, by default NAME.yaml in this folder.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import choose_device, device_option, json_option, read_pipeline, set_option
+from kdcache.cli.options import PathType, choose_device, device_option, json_option, read_pipeline, set_option
 
 if TYPE_CHECKING:
     from kdcache.cache.planner import Choice
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("pipeline", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--logits", type=click.Path(path_type=Path), help="An npz file with `logits` [N, C] and optionally `labels` [N]."
-)
+@click.argument("pipeline", type=PathType(), required=False)
+@click.option("--logits", type=PathType(), help="An npz file with `logits` [N, C] and optionally `labels` [N].")
 @click.option("--fidelity", type=float, help="Largest mean total variation at T = 1, 2, 4.  [default: the target 0.02]")
 @set_option
 @device_option
@@ -61,6 +59,7 @@ def plan(
 def describe(planned: Estimate, as_json: bool) -> None:
     """Print the chosen encoding, its size and time, and the other encodings that were tried."""
     from kdcache.cache.planner import FEW_CLASSES, described
+    from kdcache.errors import counted
 
     tried = [
         {
@@ -79,6 +78,7 @@ def describe(planned: Estimate, as_json: bool) -> None:
                 "rows": planned.rows,
                 "bytes_per_row": planned.bytes_per_row,
                 "bytes": round(planned.bytes),
+                "bytes_besides_rows": planned.besides_rows,
                 "rows_per_second": planned.rows_per_second,
                 "tried": tried,
             }
@@ -95,10 +95,13 @@ def describe(planned: Estimate, as_json: bool) -> None:
         facts["chosen"] = described(chosen)
         facts["fidelity"] = f"{chosen.worst:.4f}, the largest mean total variation at T = 1, 2, 4"
     if planned.bytes_per_row is not None:
-        basis = ", basis included" if planned.encoding.rank else ""
-        facts["size"] = (
-            f"{planned.bytes_per_row:.1f} bytes per row, {_size(planned.bytes)} for {planned.rows:,} rows{basis}"
-        )
+        facts["size"] = f"{planned.bytes_per_row:.1f} bytes per row"
+        if planned.besides_rows:
+            facts["size"] = (
+                f"{_size(planned.bytes)} for {counted(planned.rows, 'row')}, "
+                f"{planned.bytes / planned.rows:.1f} bytes per row: {planned.bytes_per_row:.1f} of logits, the rest of "
+                "keys, labels, checksums and metadata"
+            )
     if planned.rows_per_second is not None:
         seconds = planned.rows / planned.rows_per_second
         facts["time"] = f"about {_duration(seconds)}, {planned.rows_per_second:,.0f} rows/s on this device"

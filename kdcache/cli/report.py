@@ -7,12 +7,12 @@ from pathlib import Path
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import CacheName, choose_device, device_option, json_option
+from kdcache.cli.options import CacheName, PathType, choose_device, device_option, json_option
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The HTML file; must not exist.")
+@click.argument("runs", nargs=-1, required=True, type=PathType(), metavar="RUN...")
+@click.option("-o", "--out", required=True, type=PathType(), help="The HTML file; must not exist.")
 @click.option(
     "--cache", "cache_name", type=CacheName(), help="Cache of the teacher; without one, its sections are left out."
 )
@@ -25,7 +25,7 @@ from kdcache.cli.options import CacheName, choose_device, device_option, json_op
 )
 @click.option(
     "--results",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=PathType(exists=True, dir_okay=False),
     help="A Markdown table as in docs/RESULTS.md; the accuracies of its recipes are written to its last column.",
 )
 @click.option("--png", is_flag=True, help="Write the pictures as PNG too, to a folder beside the file.")
@@ -51,11 +51,11 @@ def report(
     Example: kdcache report runs/sweep runs/digits-student --cache runs/digits.kdcache -o runs/report.html
     """
     from kdcache.cache import open_cache
+    from kdcache.errors import counted
     from kdcache.evaluation.published_results import fill_results, read_results, write_results
     from kdcache.evaluation.report.collect import collect
     from kdcache.evaluation.report.files import check_files, pictures_folder, write_files
     from kdcache.evaluation.report.sections import write_report
-    from kdcache.runtime.terminal import counted
 
     check_files(out, png)
     chosen, progress = choose_device(device), output.Terminal()
@@ -74,7 +74,7 @@ def report(
     output.facts(
         {
             "report": f"{out}, {out.stat().st_size:,} bytes",
-            "runs": f"{len(data.runs)} in {counted(len(data.groups), 'groups')}",
+            "runs": f"{len(data.runs)} in {counted(len(data.groups), 'group')}",
             **({"pictures": pictures} if pictures is not None else {}),
             **({"results": f"{results}: {', '.join(filled[1])}"} if filled is not None else {}),
         }

@@ -72,7 +72,7 @@ def select(
             scheduler=scheduler,
             progress=output.Terminal(),
         )
-    describe(selected, as_json)
+    describe(selected, as_json, out)
 
 
 @click.command("merge")
@@ -99,4 +99,4 @@ def merge(
     opened = [open_cache(path, progress=progress) for path in caches]
     with output.working(f"writing {out}"):
         merged = run(opened, out, reencode=reencode, data=read_samples(data), scheduler=scheduler, progress=progress)
-    describe(merged, as_json)
+    describe(merged, as_json, out)

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import digest_option, json_option
+from kdcache.cli.options import PathType, digest_option, json_option
 
 _MAX_VIEWS = 1_000_000
 
 
 @click.command("push")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=PathType())
 @click.argument("url")
 @json_option
 def push(cache: Path, url: str, as_json: bool) -> None:
@@ -45,7 +45,7 @@ def push(cache: Path, url: str, as_json: bool) -> None:
 
 @click.command("pull")
 @click.argument("url")
-@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.argument("folder", type=PathType(), required=False)
 @click.option("--views", help="Views to download, such as 0,2 or 0-9.  [default: all]")
 @digest_option
 @json_option
@@ -97,10 +97,8 @@ def _parse_views(text: str) -> list[int]:
 
 
 @click.command("sign")
-@click.argument("cache", type=click.Path(path_type=Path))
-@click.option(
-    "--key", required=True, type=click.Path(path_type=Path), help="Private SSH key, such as ~/.ssh/id_ed25519."
-)
+@click.argument("cache", type=PathType())
+@click.option("--key", required=True, type=PathType(), help="Private SSH key, such as ~/.ssh/id_ed25519.")
 @json_option
 def sign(cache: Path, key: Path, as_json: bool) -> None:
     """Sign a CACHE with an SSH key; others check the signature with `kdcache verify --signed-by`.

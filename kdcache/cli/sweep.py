@@ -10,6 +10,7 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import (
+    PathType,
     caches_option,
     choose_device,
     device_option,
@@ -20,7 +21,6 @@ from kdcache.cli.options import (
     set_option,
     views_used,
 )
-from kdcache.runtime.terminal import counted
 
 if TYPE_CHECKING:
     from kdcache.cache.placement.choose import Placement
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command("sweep")
 @pipeline_argument
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the runs and the table.")
+@click.option("-o", "--out", required=True, type=PathType(), help="Folder for the runs and the table.")
 @caches_option
 @digest_option
 @click.option(
@@ -76,7 +76,7 @@ def sweep(
     \b
     Example: kdcache sweep digits --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
     """
-    from kdcache.errors import IncompleteError, InterruptedRun
+    from kdcache.errors import IncompleteError, InterruptedRun, counted
     from kdcache.train.inputs import CacheOptions
     from kdcache.train.sweep import sweep as run
     from kdcache.train.sweep_points import combinations
@@ -114,7 +114,7 @@ def sweep(
     failed = [student for student in students if student.failed is not None]
     if failed:
         raise IncompleteError(
-            f"{len(failed)} of {counted(len(students), 'students')} failed; {failed[0].point}, seed {failed[0].seed}: "
+            f"{len(failed)} of {counted(len(students), 'student')} failed; {failed[0].point}, seed {failed[0].seed}: "
             f"{failed[0].failed}",
             "remove or correct that value, and run the command again: the other students are kept",
         )

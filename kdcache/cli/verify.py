@@ -9,6 +9,7 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import (
+    PathType,
     cache_argument,
     choose_device,
     device_option,
@@ -17,7 +18,7 @@ from kdcache.cli.options import (
     read_pipeline,
     set_option,
 )
-from kdcache.errors import UsageError
+from kdcache.errors import CorruptError, UsageError, counted
 
 if TYPE_CHECKING:
     from kdcache.cache.inspect.audit import Audit
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 @click.command("verify")
 @cache_argument
-@click.argument("pipeline", type=click.Path(path_type=Path), required=False)
+@click.argument("pipeline", type=PathType(), required=False)
 @digest_option
 @click.option(
     "--signed-by",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     help="Require a signature by one of the allowed signers in this file, in the format of ssh-keygen.",
 )
 @click.option("--replay", is_flag=True, help="Replay the views of PIPELINE's data set and compare their pixels.")
@@ -75,12 +76,13 @@ def verify(
     with output.working(f"checking the files and rows of {path}"):
         checked = audit(path)
     check_pinned(path, checked.digest or "none: it is not sealed", named.digest)
-    if resolved is not None and checked.failure is None:
+    # Of a cache with some of its views, these are compared.
+    if resolved is not None and checked.digest is not None and not checked.problems:
         from kdcache.cache import open_cache
         from kdcache.data.datasets import load_split
         from kdcache.data.replay import check_matches_cache
         from kdcache.data.replay import replay as replay_views
-        from kdcache.dump.check_teacher import compare_with_teacher
+        from kdcache.dump.check_teacher import check_identity, compare_with_teacher
         from kdcache.models.teacher import load_teacher
 
         opened, progress = open_cache(path), output.Terminal()
@@ -103,9 +105,17 @@ def verify(
                 agreement._asdict()
                 for agreement in compare_with_teacher(opened, model, samples, resolved.cache, rows, chosen, progress)
             ]
+            found = check_identity(opened, model, samples, resolved.cache, chosen)
+            results["identity"] = {
+                "weights": opened.manifest.plan.teacher.weights or "the same",
+                "relative_difference": None if found is None else found.relative,
+            }
     _report(checked, results, as_json)
-    if checked.failure is not None:
-        raise checked.failure
+    if (failure := checked.failure) is not None:
+        if as_json or not checked.problems:
+            raise failure
+        listed = f"{counted(len(checked.problems), 'problem')}, listed in the report"
+        raise CorruptError(f"{path} is damaged: {listed}", failure.fix)
 
 
 def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
@@ -129,12 +139,20 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
             "cache": str(checked.path),
             "digest": checked.digest or "not sealed",
             **({"signed by": results["signed_by"]} if "signed_by" in results else {}),
-            "files": f"{checked.files:,} checked, {_count(len(problems), 'problem')}",
+            "files": f"{checked.files:,} checked, {counted(len(problems), 'problem') if problems else 'no problems'}",
             "rows": f"{checked.rows:,} checked",
-            **({"data set": f"the same {results['dataset']['samples']:,} samples"} if "dataset" in results else {}),
+            **(
+                {"data set": f"the same {counted(results['dataset']['samples'], 'sample')}"}
+                if "dataset" in results
+                else {}
+            ),
             **({"replay": _replayed(**results["replay"])} if "replay" in results else {}),
+            **({"teacher": _recognized(**results["identity"])} if "identity" in results else {}),
         }
     )
+    if checked.system_files:
+        names = ", ".join(checked.system_files[:3]) + (", ..." if len(checked.system_files) > 3 else "")
+        output.say(f"note: {counted(len(checked.system_files), 'file')} that the system added, left out: {names}")
     for problem in problems:
         output.result(f"  {problem}")
     if "teacher" in results:
@@ -142,8 +160,11 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
         _compared(results["teacher"])
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
+def _recognized(weights: str, relative_difference: float | None) -> str:
+    by = "it has no weights to compare" if weights == "none" else "the same weights"
+    if relative_difference is None:
+        return by
+    return f"{by}; its logits of the first batch differ by {relative_difference:.1g} of their size, rounding aside"
 
 
 def _replayed(checked: int, rounded: int, teacher_seen: bool) -> str:
@@ -155,7 +176,7 @@ def _replayed(checked: int, rounded: int, teacher_seen: bool) -> str:
 def _compared(agreements: list[dict[str, Any]]) -> None:
     """Print a table of the agreement with the live teacher, by view and temperature."""
     output.table(
-        f"Cached logits against those of the live teacher, {agreements[0]['rows']:,} rows per view",
+        f"Cached logits against those of the live teacher, {counted(agreements[0]['rows'], 'row')} per view",
         ["view", "T", "total variation", "KL", "same top class", "error of the KD gradient"],
         [
             [

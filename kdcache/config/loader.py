@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from kdcache.config.schema import Pipeline
+from kdcache.config.section import places_of_keys
 from kdcache.config.yaml_lines import Place, override, read_yaml, refusal
 from kdcache.errors import UsageError
+from kdcache.runtime.paths import expand
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | None = None) -> Pipeline:
@@ -24,7 +25,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | N
     Raises:
         UsageError: with every problem of the file and of the overrides, each with its line or its `--set`.
     """
-    path = Path(path)
+    path = expand(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -43,14 +44,4 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | N
     try:
         return Pipeline.model_validate(data)
     except ValidationError as error:
-        raise refusal(error, places, str(path), _keys(Pipeline)) from None
-
-
-def _keys(section: type[BaseModel]) -> set[str]:
-    """Return every key of a section and of the sections inside it."""
-    keys = set(section.model_fields)
-    for field in section.model_fields.values():
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys |= _keys(kind)
-    return keys
+        raise refusal(error, places, str(path), places_of_keys(Pipeline)) from None

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kdcache.config.section import validated
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.losses.config import Loss
 from kdcache.losses.custom import CustomDivergence
 from kdcache.losses.loss_module import DistillationLoss
@@ -72,7 +72,10 @@ def loss(name: str = "kd", **options: Any) -> DistillationLoss:
         else:
             known = [option for names in of_axes.values() for option in names]
             keys = [key for key in Loss.model_fields if key != "name"]
-            raise UsageError(f"the loss {name!r} has no option {key!r}", f"it has: {', '.join([*known, *keys])}")
+            raise UsageError(
+                f"the loss {name!r} has no option {key!r}{did_you_mean(key, [*known, *keys])}",
+                f"it has: {', '.join([*known, *keys])}",
+            )
     return DistillationLoss(load_function(validated(Loss, given, f"the loss {name!r}")))
 
 

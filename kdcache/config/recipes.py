@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.runtime.package_data import package_data
 
 
@@ -22,7 +22,8 @@ def recipe(name: str) -> Path:
     known = recipes()
     if name not in known:
         raise UsageError(
-            f"there is no recipe {name!r}", f"use one of {', '.join(known)}, or the path of a pipeline file"
+            f"there is no recipe {name!r}{did_you_mean(name, known)}",
+            f"use one of {', '.join(known)}, or the path of a pipeline file",
         )
     return known[name]
 

@@ -14,25 +14,16 @@ from pydantic import Field, field_validator, model_validator
 from kdcache.config.section import Section
 from kdcache.config.transform import Transform, step_names
 from kdcache.config.yaml_lines import write_yaml
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.losses.config import Loss
 from kdcache.losses.options import NotNegative, Positive
 from kdcache.runtime.user_code import is_user_code, trust
 
 Count = Annotated[int, Field(ge=1)]
-
-
 NotNegativeInt = Annotated[int, Field(ge=0)]
-
-
 Output = NotNegativeInt
-
-
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz")
 
@@ -55,7 +46,10 @@ class DatasetSpec(Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in DATASETS and not is_user_code(name):
-            raise ValueError(f"Input should be {', '.join(map(repr, DATASETS))} or path/file.py:function")
+            raise ValueError(
+                f"Input should be {', '.join(map(repr, DATASETS))} or path/file.py:function"
+                f"{did_you_mean(name, DATASETS)}"
+            )
         return name
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:

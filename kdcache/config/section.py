@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -65,9 +65,24 @@ def validated(section: type[S], given: Any, what: str) -> S:
         raise _refused(error, section, given, what) from None
 
 
+def places_of_keys(section: type[BaseModel], place: str = "") -> dict[str, list[str]]:
+    """Return the places of every key of a section and of the sections inside it, such as `student.train.lr` of `lr`."""
+    places: dict[str, list[str]] = {}
+    for name, field in section.model_fields.items():
+        at = f"{place}.{name}".lstrip(".")
+        places.setdefault(name, []).append(at)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                for key, inside in places_of_keys(kind, at).items():
+                    places[key] = list(dict.fromkeys([*places.get(key, []), *inside]))
+    return places
+
+
 def _refused(error: ValidationError, section: type[BaseModel], given: Any, what: str) -> UsageError:
     places = dict.fromkeys(_places(given), "")
-    return refusal(error, places, "", section.model_fields, what, "correct each of them; docs/PIPELINES.md lists them")
+    return refusal(
+        error, places, "", places_of_keys(section), what, "correct each of them; docs/PIPELINES.md lists them"
+    )
 
 
 def _places(given: Any, place: Place = ()) -> Iterator[Place]:

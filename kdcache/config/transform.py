@@ -7,6 +7,9 @@ from typing import Any
 
 Transform = list[dict[str, dict[str, Any]]]
 
+EXIF_TRANSPOSE = "ExifTranspose"
+"""The step that turns an image as its EXIF orientation says; without it, the orientation is ignored."""
+
 
 def step_names(steps: Any) -> Iterator[str]:
     """Yield the names of all steps of a transform, including those inside other steps."""

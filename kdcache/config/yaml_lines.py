@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from copy import copy
-from difflib import get_close_matches
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean, indices_below, similar_name
 
 Place = tuple[str | int, ...]
 """The keys, and numbers of list entries, that lead to a value."""
@@ -98,7 +97,7 @@ def override(data: dict[str, Any], given: str, places: dict[Place, str]) -> None
             if not (step.isdecimal() and int(step) < len(inner)):
                 raise UsageError(
                     f"--set {given}: {'.'.join(map(str, place))!r} is a list of {len(inner)}, without {step!r}",
-                    f"give the index of an entry, from 0 to {len(inner) - 1}" if inner else "set the whole list",
+                    f"give the index of an entry: {indices_below(len(inner))}" if inner else "set the whole list",
                 )
             at: Any = int(step)
         elif isinstance(inner, dict):
@@ -119,6 +118,25 @@ def override(data: dict[str, Any], given: str, places: dict[Place, str]) -> None
     places.update({(*place, *inside): f"--set {given}" for inside in lines or [()]})
 
 
+_ALIKE = 0.75
+"""Similarity of a misspelled key and the one that is meant."""
+
+
+def _meant(loc: Place, known: Mapping[str, list[str]]) -> str:
+    """Return a suggestion for an unknown key: a similar one of its section, or the same or a similar one elsewhere."""
+    *section, key = (step for step in loc if isinstance(step, str))
+    beside = [name for name, places in known.items() if ".".join([*section, name]) in places]
+    similar = similar_name(key, beside, _ALIKE) if key not in known else None
+    if similar is not None:
+        return f", did you mean {similar}?"
+    places = known.get(key) or known.get(similar_name(key, known, _ALIKE) or "", [])
+    inside = [place for place in places if section and place.startswith(f"{section[0]}.")]
+    return f", did you mean {' or '.join(inside or places)}?" if places else ""
+
+
+_WRONG_TAG = re.compile(
+    r"Input tag '(?P<tag>.*)' found using '(?P<key>\w+)' does not match any of the expected tags: (?P<expected>.*)"
+)
 _MESSAGES = {"extra_forbidden": "unknown key", "missing": "is required", "model_type": "must have keys of its own"}
 
 
@@ -126,7 +144,7 @@ def refusal(
     error: ValidationError,
     places: dict[Place, str],
     source: str,
-    known: Collection[str],
+    known: Mapping[str, list[str]],
     what: str = "the pipeline",
     fix: str = "correct each of them; docs/PIPELINES.md lists the keys",
 ) -> UsageError:
@@ -136,7 +154,7 @@ def refusal(
         error: of pydantic; its type `combination` is about an invalid combination of keys.
         places: the origin of each value, such as a file and a line.
         source: the file, for problems without a line.
-        known: keys that a misspelled one may be meant for.
+        known: keys that an unknown one may be meant for, each with its places, such as `student.train.lr`.
         what: the thing that has the problems.
         fix: the remedy.
     """
@@ -151,10 +169,12 @@ def refusal(
         if each["type"] in ("missing", "combination") and written[-1:] != each["loc"][-1:]:
             written = (*written, each["loc"][-1])
         message = _MESSAGES.get(each["type"], each["msg"].removeprefix("Value error, "))
-        key = str(each["loc"][-1]) if each["loc"] else ""
-        similar = get_close_matches(key, [other for other in known if other != key], cutoff=0.75)
-        if each["type"] == "extra_forbidden" and similar:
-            message += f", did you mean {similar[0]}?"
+        if tags := _WRONG_TAG.fullmatch(message):
+            expected = re.findall(r"'([^']+)'", tags["expected"])
+            suggestion = did_you_mean(tags["tag"], expected)
+            message = f"unknown {tags['key']} {tags['tag']!r}{suggestion}: it is one of {', '.join(expected)}"
+        if each["type"] == "extra_forbidden":
+            message += _meant(each["loc"], known)
         messages_at.setdefault(written, []).append(message)
         if each["type"].endswith("_type"):
             of_another_type.add(written)

@@ -76,9 +76,10 @@ def cache_of_logits(
         MismatchError: if the file is of other samples, or `out` was started with other settings.
         CorruptError: if a logit is NaN or infinite; names the sample.
     """
-    source, out, progress = Path(source), Path(out).absolute(), progress or Silent()
+    source, out, progress = Path(source), Path(out), progress or Silent()
     transform = samples.transform if transform is None else transform
     check_place(out)
+    out = out.absolute()
     with open_logits(source, out.with_name(f"{out.name}.logits")) as opened:
         keys = samples.keys(progress)
         _check_fits(opened, samples, keys, transform)
@@ -203,9 +204,11 @@ def logits_of_cache(cache: Cache, out: str | Path) -> None:
 
     Raises:
         UsageError: if `out` exists or has another suffix, or is inside a cache.
+        IncompleteError: if a view is not here.
     """
     out = Path(out)
     check_outside(out)
+    cache.check_views()
     if out.suffix not in (".npz", ".npy"):
         raise UsageError(f"{out} ends neither in .npz nor in .npy", "give a name with one of these suffixes with -o")
     if os.path.lexists(out):

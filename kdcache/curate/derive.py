@@ -29,6 +29,9 @@ from kdcache.runtime.progress import Progress
 _CHECKED = 32
 """Number of images with a stored fingerprint that are checked before new fingerprints are computed."""
 
+_SHOWN = 5
+"""Ordinals that a message names."""
+
 Ids = npt.NDArray[np.int64]
 
 
@@ -52,19 +55,6 @@ class Encoded(NamedTuple):
 def row_bytes(encoding: Encoding) -> int:
     """Return the bytes per row of the log-probabilities."""
     return encoding.top_k * np.dtype(encoding.dtype).itemsize
-
-
-def check_views(cache: Cache, count: int) -> None:
-    """Check that the first `count` views of a cache are present; `pull` may have downloaded fewer.
-
-    Raises:
-        UsageError: if one is missing.
-    """
-    if missing := sorted(set(range(count)).difference(cache.views)):
-        raise UsageError(
-            f"view {missing[0]} is needed, but {cache.path} holds only the views {', '.join(map(str, cache.views))}",
-            "select only these (`--views`), or pull the others",
-        )
 
 
 def inputs_at(
@@ -109,9 +99,11 @@ def inputs_at(
     if data is None:
         stride = next(usable, None)
         if stride is None:
+            without = (np.flatnonzero(~known[::preferred]) * preferred).tolist()
+            some = ", ".join(map(str, without[:_SHOWN])) + (", ..." if len(without) > _SHOWN else "")
             raise UsageError(
-                "fingerprints are missing: a cache stores them for every n-th sample only, and the selected samples at "
-                "these ordinals have none",
+                "fingerprints are missing: a cache stores them for every n-th sample only, and the samples that would "
+                f"become {some} of the new cache have none ({len(without):,} of them)",
                 "pass the data set with --data PIPELINE; the fingerprints are then computed from its images",
             )
         return shape.model_copy(update={"fingerprint_stride": stride}), [

@@ -16,7 +16,7 @@ from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.curate.derive import Encoded, ParentSelection, check_views, derive, inputs_at, planned, row_bytes
+from kdcache.curate.derive import Encoded, ParentSelection, derive, inputs_at, planned, row_bytes
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn
 from kdcache.errors import MismatchError, UsageError
@@ -48,15 +48,16 @@ def merge(
         UsageError: if the views of the merged cache could not be replayed.
         MismatchError: if the caches are inconsistent with each other, or `out` was started with other settings.
     """
-    out, first, reporter = Path(out).absolute(), caches[0], progress or Silent()
+    out, first, reporter = Path(out), caches[0], progress or Silent()
     check_place(out)
+    out = out.absolute()
     if len(caches) < 2:
         raise UsageError("merge needs two caches or more, one is given", "name the others too")
+    for cache in caches:
+        cache.check_views()
     for other in caches[1:]:
         _check_parts(first, other)
     plan = first.manifest.plan
-    for cache in caches:
-        check_views(cache, plan.views.count)
     bases = [zarr_store.read_basis(cache.path, cache.manifest.plan) for cache in caches]
     same_encoding = [
         cache.manifest.plan.encoding == plan.encoding and _same_basis(bases[0], basis)
@@ -73,7 +74,8 @@ def merge(
     keys = np.concatenate([cache.sample_keys for cache in caches])
     labels = np.concatenate([cache.labels for cache in caches])
     if duplicates := len(keys) - len(np.unique(keys)):
-        reporter.say(f"note: {duplicates} samples have the same content as another one")
+        what = "sample has" if duplicates == 1 else "samples have"
+        reporter.say(f"note: {duplicates:,} {what} the same content as another one")
     dataset = plan.dataset.model_copy(
         update={
             "name": _joined([cache.manifest.plan.dataset.name for cache in caches], " + "),

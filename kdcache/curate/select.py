@@ -18,7 +18,7 @@ from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encodi
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.curate.derive import Encoded, Ids, ParentSelection, check_views, derive, inputs_at, planned, row_bytes
+from kdcache.curate.derive import Encoded, Ids, ParentSelection, derive, inputs_at, planned, row_bytes
 from kdcache.curate.recode import ParentRows, relabeled
 from kdcache.data.mixing import split_mixing
 from kdcache.data.samples import Samples
@@ -60,10 +60,11 @@ def select(
         UsageError: if the cache does not have what is selected, or its views could not be replayed.
         MismatchError: if `out` was started with other settings, or `data` is another data set.
     """
-    out, plan = Path(out).absolute(), cache.manifest.plan
+    out, plan = Path(out), cache.manifest.plan
     check_place(out)
+    out = out.absolute()
     count = _count_of(views, plan)
-    check_views(cache, count)
+    cache.check_views(range(count))
     ids = np.arange(len(cache)) if samples is None else np.asarray(samples, np.int64)
     _check_ids(ids, cache)
     class_indices = None if classes is None else _class_indices(classes, plan.dataset.class_names)

@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher, TeacherWrapper
 from kdcache.data.images import ArrayImages, FileImages, Images, ItemImages
+from kdcache.data.repeatable import check_repeatable
 from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay, teacher_view
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
@@ -70,18 +71,20 @@ def align(
     start = np.searchsorted(ordered, cached, "left")
     count = np.searchsorted(ordered, cached, "right") - start
     matched = count > 0
-    relabeled = np.flatnonzero(~matched & np.isin(cached_keys, keys))
+    positions = order[(start + np.minimum(_count_earlier(cached), count - 1))[matched]]
+    unused = np.ones(len(keys), bool)
+    unused[positions] = False
+    # The cache may hold an image under two labels, and the data set only one of them: the other one is missing. It has
+    # another label only if the data set has a copy of the image that matches no sample of the cache.
+    relabeled = np.flatnonzero(~matched & np.isin(cached_keys, keys[unused]))
     if len(relabeled):
         first = relabeled[0]
-        position = int(np.flatnonzero(keys == cached_keys[first])[0])
+        position = int(np.flatnonzero(unused & (keys == cached_keys[first]))[0])
         raise MismatchError(
             f"sample {position} of the data set has label {labels[position]}, and is sample {first} of the cache "
             f"with label {cached_labels[first]} ({len(relabeled)} samples have other labels)",
             "use the labels that the cache was made with, or dump the teacher again",
         )
-    positions = order[(start + np.minimum(_count_earlier(cached), count - 1))[matched]]
-    unused = np.ones(len(keys), bool)
-    unused[positions] = False
     return Alignment(np.flatnonzero(matched), positions, np.flatnonzero(~matched), np.flatnonzero(unused))
 
 
@@ -155,6 +158,7 @@ def match_samples(cache: Cache, samples: Samples, progress: Progress) -> Matched
     """
     alignment = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
     if not len(alignment.ids):
+        check_repeatable(samples)
         raise MismatchError(
             f"no sample of {samples.name}/{samples.split} is in {cache.path}",
             "use a cache that was made from this data set (`kdcache info CACHE` names the cache's data set)",

@@ -18,11 +18,13 @@ from torchvision import datasets as tv
 from kdcache.config.schema import DatasetSpec
 from kdcache.config.section import validated
 from kdcache.config.transform import Transform
+from kdcache.data.class_folders import list_images
 from kdcache.data.images import ArrayImages, FileImages
-from kdcache.data.samples import Samples, Split, check_labels
+from kdcache.data.samples import HeldOut, Samples, Split, check_labels
 from kdcache.data.user_dataset import load_user_split, user_samples
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.runtime.package_data import package_data
+from kdcache.runtime.paths import READ_PERMISSION, expand
 from kdcache.runtime.user_code import is_user_code
 
 MOST_CHANNELS = 4
@@ -52,6 +54,10 @@ def photograph_transform(
     ]
 
 
+def _root(spec: DatasetSpec) -> Path:
+    return Path(f"data/{spec.name}") if spec.root is None else expand(spec.root)
+
+
 def _lacking(spec: DatasetSpec) -> list[Split]:
     """Return the splits that a set does not have of its own."""
     if is_user_code(spec.name):
@@ -60,6 +66,13 @@ def _lacking(spec: DatasetSpec) -> list[Split]:
         return [split for split, folder in _folders(spec).items() if folder is None]
     own: dict[str, tuple[Split, ...]] = {"digits": SPLITS, "cifar10": ("train", "test"), "cifar100": ("train", "test")}
     return [split for split in SPLITS if split not in own.get(spec.name, ("train",))]
+
+
+def _held_out(count: int, spec: DatasetSpec) -> HeldOut | None:
+    """Return the fractions of `count` training images that are held out; None if every split is the set's own."""
+    options = {"validation": "validation_fraction", "test": "test_fraction"}
+    fractions = {options[split]: getattr(spec, options[split]) for split in _lacking(spec) if split in options}
+    return HeldOut(count, fractions) if fractions else None
 
 
 def _share(count: int, split: Split, spec: DatasetSpec) -> npt.NDArray[np.int64]:
@@ -92,7 +105,7 @@ def _digits(spec: DatasetSpec, split: Split) -> Samples:
 
 def _cifar(spec: DatasetSpec, split: Split) -> Samples:
     """Return a split of CIFAR-10 or CIFAR-100, downloaded if needed."""
-    root = Path(spec.root or f"data/{spec.name}")
+    root = _root(spec)
     kind, archive = {
         "cifar10": (tv.CIFAR10, "cifar-10-python.tar.gz"),
         "cifar100": (tv.CIFAR100, "cifar-100-python.tar.gz"),
@@ -112,7 +125,15 @@ def _cifar(spec: DatasetSpec, split: Split) -> Samples:
         "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
     }[spec.name]
     labels = np.array(raw.targets, np.int32)[ids]
-    return Samples(spec.name, split, ArrayImages(pixels), labels, tuple(raw.classes), _array_transform(mean, std))
+    return Samples(
+        spec.name,
+        split,
+        ArrayImages(pixels),
+        labels,
+        tuple(raw.classes),
+        _array_transform(mean, std),
+        held_out=None if split == "test" else _held_out(len(raw.targets), spec),
+    )
 
 
 _FOLDER_NAMES: dict[Split, tuple[str, ...]] = {
@@ -124,10 +145,13 @@ _FOLDER_NAMES: dict[Split, tuple[str, ...]] = {
 
 def _folders(spec: DatasetSpec) -> dict[Split, Path | None]:
     """Return the folder of each split of a data set of class folders."""
-    root = Path(spec.root or f"data/{spec.name}")
-    folders: dict[Split, Path | None] = {
-        s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in _FOLDER_NAMES.items()
-    }
+    root = _root(spec)
+    try:
+        folders: dict[Split, Path | None] = {
+            s: next((root / n for n in names if (root / n).is_dir()), None) for s, names in _FOLDER_NAMES.items()
+        }
+    except PermissionError:
+        raise UsageError(f"no permission to read the folder {root}", READ_PERMISSION) from None
     if spec.name == "imagenet":
         # The labels of ImageNet's test set are not public: its validation set is used as the test set.
         folders = {"train": folders["train"], "validation": None, "test": folders["validation"]}
@@ -143,27 +167,20 @@ def _folders(spec: DatasetSpec) -> dict[Split, Path | None]:
 def _folder(spec: DatasetSpec, split: Split) -> Samples:
     """Return a split of a data set with one folder of images per class."""
     folders = _folders(spec)
-    try:
-        folder = tv.ImageFolder(str(folders[split] or folders["train"]))
-        train_classes = tuple(tv.folder.find_classes(str(folders["train"]))[0])
-    except OSError as error:
-        raise UsageError(str(error), "make one folder per class, with at least one image in each") from None
-    classes = tuple(folder.classes)
-    if classes != train_classes:
-        odd = sorted(set(classes) ^ set(train_classes))
-        raise MismatchError(
-            f"{folders[split]} has other class folders than {folders['train']}: {', '.join(odd[:5])}",
-            "make the class folders of all splits the same",
-        )
+    train = folders["train"]
+    assert train is not None, "checked by _folders"  # noqa: S101  # for the types
+    listed = list_images(folders[split] or train, train)
     own = folders[split] is not None and split != "train"
-    ids = np.arange(len(folder.samples)) if own else _share(len(folder.samples), split, spec)
+    ids = np.arange(len(listed.paths)) if own else _share(len(listed.paths), split, spec)
     return Samples(
         spec.name,
         split,
-        FileImages([folder.samples[i][0] for i in ids]),
-        np.array(folder.targets, np.int32)[ids],
-        classes,
+        FileImages([listed.paths[i] for i in ids]),
+        np.array(listed.labels, np.int32)[ids],
+        listed.classes,
         photograph_transform(),
+        notes=listed.notes,
+        held_out=None if own else _held_out(len(listed.paths), spec),
     )
 
 
@@ -184,7 +201,7 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 def _npz(spec: DatasetSpec, split: Split) -> Samples:
     """Return a split of an npz file with `images`, `labels` and optionally `class_names`."""
-    path = Path(spec.root or "")
+    path = _root(spec)
     arrays = _arrays(path)
     if "images" not in arrays or "labels" not in arrays:
         raise UsageError(
@@ -217,6 +234,7 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
         labels[ids].astype(np.int32),
         names,
         _array_transform([0.5] * channels, [0.5] * channels),
+        held_out=_held_out(len(images), spec),
     )
 
 
@@ -241,7 +259,7 @@ def _user(spec: DatasetSpec, split: Split) -> Samples:
     if split != "train" and dataset is not None:
         return user_samples(spec, split, dataset, train, None)
     ids = _share(len(train), split, spec)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
-    return user_samples(spec, split, train, train, ids)
+    return user_samples(spec, split, train, train, ids, _held_out(len(train), spec))  # type: ignore[arg-type]
 
 
 def _spec_of(dataset: str | Mapping[str, Any] | DatasetSpec, given: Mapping[str, Any]) -> DatasetSpec:

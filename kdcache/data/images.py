@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kdcache.errors import CorruptError, UsageError
+from kdcache.data.image_files import SCALE_FILES, UnknownRangeError, decode_rgb
+from kdcache.errors import CorruptError, KdcacheError, UsageError
+from kdcache.runtime.paths import READ_PERMISSION
 
 Picture = Tensor | Image.Image
 
@@ -71,7 +75,7 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images in files, decoded one at a time to RGB."""
+    """Images in files, decoded one at a time to RGB (`image_files.py`)."""
 
     parallel: ClassVar[bool] = True
     paths: Sequence[str]
@@ -82,8 +86,9 @@ class FileImages:
     def picture(self, index: int) -> Image.Image:
         """Return image `index` as a PIL image."""
         try:
-            with Image.open(self.paths[index]) as image:
-                return image.convert("RGB")
+            return decode_rgb(self.paths[index])
+        except UnknownRangeError as error:
+            raise UsageError(f"cannot read the image {self.paths[index]}: {error}", SCALE_FILES) from None
         except Exception as error:  # Pillow raises many types for a damaged file
             raise self._unreadable(index, error) from error
 
@@ -111,8 +116,11 @@ class FileImages:
             sha.update(repr(parts).encode())
         return sha.hexdigest()
 
-    def _unreadable(self, index: int, error: Exception) -> CorruptError:
-        return CorruptError(f"cannot read the image {self.paths[index]}: {error}", "replace or remove it")
+    def _unreadable(self, index: int, error: Exception) -> KdcacheError:
+        what = f"cannot read the image {self.paths[index]}: {error}"
+        if isinstance(error, PermissionError):
+            return UsageError(what, READ_PERMISSION)
+        return CorruptError(what, "replace or remove it")
 
 
 @dataclass(frozen=True)
@@ -122,16 +130,29 @@ class ItemImages:
     parallel: ClassVar[bool] = False
     dataset: Dataset[Any]
     length: int
+    reload: Callable[[], Dataset[Any]] | None = None
+    """Loads the data set again; None if it was given as an object."""
 
     def __len__(self) -> int:
         return self.length
 
     def picture(self, index: int) -> Picture:
         """Return the first element of item `index`."""
-        image = self.dataset[index][0]
+        return self._picture(self.dataset[index][0], index)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Return the content of an image and its label, of one reading of the item."""
+        item = self.dataset[index]
+        return self._content(self._picture(item[0], index)), operator.index(item[1])
+
+    @staticmethod
+    def _picture(image: Any, index: int) -> Picture:
         if isinstance(image, np.ndarray) and image.ndim in (2, 3):
             # Equal to torchvision's to_image, whose import would take every command a second.
-            image = torch.from_numpy(np.atleast_3d(image)).permute(2, 0, 1).contiguous()
+            image = _tensor_of(image, index).permute(2, 0, 1).contiguous()
+        if isinstance(image, Tensor):
+            # NumPy, in whose types content keys are defined, has neither gradients nor bfloat16.
+            image = image.detach().float() if image.dtype == torch.bfloat16 else image.detach()
         if isinstance(image, Image.Image) or (isinstance(image, Tensor) and image.ndim == 3):
             return image
         shape = f" {list(image.shape)}" if isinstance(image, Tensor | np.ndarray) else ""
@@ -142,7 +163,10 @@ class ItemImages:
 
     def content(self, index: int) -> bytes:
         """Return type, shape and values of the image."""
-        image = self.picture(index)
+        return self._content(self.picture(index))
+
+    @staticmethod
+    def _content(image: Picture) -> bytes:
         if isinstance(image, Image.Image) and image.mode == "P":
             image = image.convert("RGBA")  # palette indices have no meaning without the palette
         array = np.ascontiguousarray(image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
@@ -158,6 +182,27 @@ class ItemImages:
 
     def stamp(self) -> None:
         """Return None: the source of the items is unknown."""
+
+
+def name_of(images: Images, index: int) -> str:
+    """Return what to call an image in a message: its ordinal, and its file if it is in one."""
+    return f"sample {index} ({images.paths[index]})" if isinstance(images, FileImages) else f"sample {index}"
+
+
+def _tensor_of(image: npt.NDArray[Any], index: int) -> Tensor:
+    """Return the values of an array [H, W] or [H, W, channels] of any byte order and strides, [H, W, channels].
+
+    Raises:
+        UsageError: if torch has no such type.
+    """
+    image = np.atleast_3d(image)
+    try:
+        return torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
+    except TypeError:
+        raise UsageError(
+            f"item {index} of the data set has an image of {image.dtype.name} numbers",
+            "return integers up to 64 bits, or float16, float32 or float64",
+        ) from None
 
 
 @dataclass(frozen=True)

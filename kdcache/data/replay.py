@@ -14,6 +14,7 @@ from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.config.transform import Transform
 from kdcache.data.loader import batches, cut_range
+from kdcache.data.repeatable import check_repeatable
 from kdcache.data.samples import Samples, check_same_samples
 from kdcache.data.transform_limits import MAX_BATCH_VALUES, MAX_IMAGE_VALUES
 from kdcache.data.views import View
@@ -43,7 +44,17 @@ def check_matches_cache(cache: Cache, samples: Samples, transform: Transform | N
             "use the data set that the cache was made from (`kdcache info CACHE` names it)",
         )
     ids = slice(None) if samples.ids is None else samples.ids
-    check_same_samples(samples, samples.keys(progress), cache.sample_keys[ids], cache.labels[ids])
+    if samples.ids is not None and (largest := int(samples.ids.max(initial=-1))) >= len(cache):
+        raise MismatchError(
+            f"{cache.path} holds {len(cache)} samples, and the data set was matched with another cache up to sample "
+            f"{largest}",
+            "join caches of the same samples; `kdcache merge` makes one cache of several parts",
+        )
+    try:
+        check_same_samples(samples, samples.keys(progress), cache.sample_keys[ids], cache.labels[ids])
+    except MismatchError:
+        check_repeatable(samples)  # the more probable cause, if it is one
+        raise
     if transform is not None and transform != plan.views.transform:
         raise MismatchError(
             f"the pipeline's transform is not that of the cache\n  cache: {plan.views.transform}\n"

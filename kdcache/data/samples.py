@@ -11,7 +11,7 @@ import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,27 @@ from torch.utils.data import Dataset
 
 from kdcache.config.transform import Transform, step_names
 from kdcache.data.content_keys import load_keys, save_keys
-from kdcache.data.images import Images, ItemImages
+from kdcache.data.images import Images, ItemImages, name_of
 from kdcache.errors import MismatchError, UsageError
-from kdcache.runtime.progress import Progress
+from kdcache.runtime.progress import Progress, delayed_task
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
 
 Split = Literal["train", "validation", "test"]
+
+_BY_CONTENT = "train on the samples that match: --align, or --allow-missing if the data set lacks some of the cache"
+
+
+class HeldOut(NamedTuple):
+    """From how many images a split was drawn, of which other splits hold some.
+
+    Attributes:
+        total: number of training images of the data set, with those held out.
+        fractions: name and value of the options by which images are held out.
+    """
+
+    total: int
+    fractions: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class Samples:
         transform: default transform, for pipelines without one; see `views.py` for the format.
         ids: [N] int64, ascending, ids of the samples in a cache, from which their views are seeded. None if they are
             the ordinals of the samples.
+        notes: what the data set leaves out, one line each.
+        held_out: from how many images the split was drawn; None if it is a split of its own.
     """
 
     name: str
@@ -50,6 +66,8 @@ class Samples:
     class_names: tuple[str, ...]
     transform: Transform
     ids: npt.NDArray[np.int64] | None = None
+    notes: tuple[str, ...] = ()
+    held_out: HeldOut | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.images):
@@ -84,7 +102,7 @@ class Samples:
 
     def _compute_keys(self, progress: Progress) -> npt.NDArray[np.uint64]:
         with (
-            progress.task(f"content keys of {self.name}/{self.split}", len(self), "images") as task,
+            delayed_task(progress, f"content keys of {self.name}/{self.split}", len(self), "images") as task,
             ThreadPoolExecutor(max_workers=None if self.images.parallel else 1) as pool,
         ):
             blocks = [range(start, min(start + 256, len(self))) for start in range(0, len(self), 256)]
@@ -208,6 +226,36 @@ def _label(item: Any, index: int) -> int:
         ) from None
 
 
+def explain_fractions(
+    samples: Samples, keys: npt.NDArray[np.uint64], cached_keys: npt.NDArray[np.uint64]
+) -> tuple[str, str]:
+    """Return whether a cache was made with other fractions of images held out, and what to set.
+
+    Args:
+        samples: the data set.
+        keys: [M] uint64, its content keys.
+        cached_keys: [N] uint64, those of the cache.
+
+    Returns:
+        (what is likely, as the end of a sentence; the fix); empty if the numbers have another cause.
+    """
+    held_out = samples.held_out
+    if held_out is None or len(cached_keys) > held_out.total:
+        return "", ""
+    # The images are held out in one order: those of the larger fraction include those of the smaller one.
+    fewer, more = sorted((keys, cached_keys), key=len)
+    if len(fewer) == len(more) or not np.isin(fewer, more).all():
+        return "", ""
+    options = " and ".join(f"{name} {value:g}" for name, value in held_out.fractions.items())
+    then = 1 - len(cached_keys) / held_out.total
+    total = " + ".join(held_out.fractions)
+    return (
+        f": of {held_out.total} images, about {then:.3g} were held out when it was made, here {options}",
+        f"set the fractions of the dump, so that {total} is {then:.3g}: --set dataset.{next(iter(held_out.fractions))}="
+        "...",
+    )
+
+
 def check_same_samples(
     samples: Samples,
     keys: npt.NDArray[np.uint64],
@@ -221,25 +269,29 @@ def check_same_samples(
     """
     name = f"{samples.name}/{samples.split}"
     if len(keys) != len(cached_keys):
+        cause, remedy = explain_fractions(samples, keys, cached_keys)
         raise MismatchError(
-            f"the cache holds {len(cached_keys)} samples, {name} has {len(keys)}",
-            "use the data set and the split that the cache was made from (`kdcache info CACHE` names them)",
+            f"the cache holds {len(cached_keys)} samples, {name} has {len(keys)}{cause}",
+            remedy
+            or "use the data set and the split that the cache was made from (`kdcache info CACHE` names them), or "
+            f"{_BY_CONTENT}",
         )
     differ = np.flatnonzero(keys != cached_keys)
     if len(differ):
         if np.array_equal(np.sort(keys), np.sort(cached_keys)):
             raise MismatchError(
                 f"{name} holds the cache's samples in another order, first at sample {differ[0]}",
-                "do not shuffle the data set; let the sampler of the DataLoader shuffle",
+                "do not shuffle the data set; let the sampler of the DataLoader shuffle; or use --align",
             )
         raise MismatchError(
-            f"{len(differ)} of {len(keys)} samples of {name} are not those of the cache, first sample {differ[0]}",
-            "use the data set that the cache was made from, or dump the teacher on this one",
+            f"{len(differ)} of {len(keys)} samples of {name} are not those of the cache, first "
+            f"{name_of(samples.images, int(differ[0]))}",
+            f"use the data set that the cache was made from, or dump the teacher on this one, or {_BY_CONTENT}",
         )
     differ = np.flatnonzero(samples.labels != cached_labels)
     if len(differ):
         raise MismatchError(
-            f"sample {differ[0]} of {name} has label {samples.labels[differ[0]]}, in the cache "
+            f"{name_of(samples.images, int(differ[0]))} of {name} has label {samples.labels[differ[0]]}, in the cache "
             f"{cached_labels[differ[0]]} ({len(differ)} labels differ)",
             "use the labels that the cache was made with, or dump the teacher again",
         )

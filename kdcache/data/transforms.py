@@ -13,15 +13,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
 from kdcache.cache.format.recorded_views import CROP, ELSEWHERE, recorded
-from kdcache.config.transform import Transform, step_names
+from kdcache.config.transform import EXIF_TRANSPOSE, Transform, step_names
 from kdcache.data.mixing import MIXINGS, split_mixing
 from kdcache.data.transform_limits import SizeLimitedStep, check_steps
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.runtime import user_code
 
 # The transforms of torchvision that draw no random numbers. Any other is assumed to draw some: its images are then made
@@ -29,7 +29,7 @@ from kdcache.runtime import user_code
 _FIXED = {"CenterCrop", "ClampBoundingBoxes", "ClampKeyPoints", "ConvertBoundingBoxFormat", "ConvertImageDtype",
           "FiveCrop", "Grayscale", "Identity", "LinearTransformation", "Normalize", "PILToTensor", "Pad", "RGB",
           "Resize", "SanitizeBoundingBoxes", "SanitizeKeyPoints", "SetClampingMode", "TenCrop", "ToDtype", "ToImage",
-          "ToPILImage", "ToPureTensor", "ToTensor", "UniformTemporalSubsample"}  # fmt: skip
+          "ToPILImage", "ToPureTensor", "ToTensor", "UniformTemporalSubsample", EXIF_TRANSPOSE}  # fmt: skip
 
 NOT_BATCHED = {"ToPILImage", "UniformTemporalSubsample"}
 """Fixed transforms that cannot be given a batch, which they would take for one image or a video."""
@@ -97,6 +97,14 @@ def transform_for_evaluation(given: Transform | None, training: Transform) -> Tr
     return training
 
 
+class ExifTranspose(v2.Transform):  # type: ignore[misc]  # torchvision is untyped
+    """Turn or mirror an image as its EXIF orientation says; tensors, which have none, are left as they are."""
+
+    def transform(self, image: Any, _params: dict[str, Any]) -> Any:
+        """Return the upright image."""
+        return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
+
+
 def build_transform(transform: Transform) -> Callable[..., Any]:
     """Return the transform that a list of steps describes, a callable.
 
@@ -105,6 +113,8 @@ def build_transform(transform: Transform) -> Callable[..., Any]:
             `data/transform_limits.py` allows.
     """
     check_steps(step_names(transform))
+    if EXIF_TRANSPOSE in [*step_names(transform)][1:]:
+        raise UsageError(f"{EXIF_TRANSPOSE} can only be the first step of a transform", "put it at the beginning, once")
     steps = [_step(step) for step in transform]
     return v2.Compose(steps) if steps else v2.Identity()  # type: ignore[no-any-return]  # torchvision is untyped
 
@@ -118,12 +128,12 @@ def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
     ((name, arguments),) = step.items()
     if user_code.is_user_code(name):
         return UserStep(name, arguments)
-    kind = MIXINGS.get(name, vars(v2).get(name))
+    kind = ExifTranspose if name == EXIF_TRANSPOSE else MIXINGS.get(name, vars(v2).get(name))
     if name in (CROP, ELSEWHERE):
         raise UsageError(f"{name} can only be the first step of a transform", "put it at the beginning, once")
     if not (name in MIXINGS or (inspect.isclass(kind) and issubclass(kind, v2.Transform))):
         raise UsageError(
-            f"torchvision.transforms.v2 has no transform {name!r}",
+            f"torchvision.transforms.v2 has no transform {name!r}{did_you_mean(name, [*vars(v2), *MIXINGS])}",
             "use a name from torchvision's list of v2 transforms, or path/file.py:function",
         )
     try:

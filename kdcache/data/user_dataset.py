@@ -7,6 +7,8 @@ split that the set does not have.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,11 @@ import numpy.typing as npt
 from torch.utils.data import Dataset, Subset
 
 from kdcache.config.schema import DatasetSpec
-from kdcache.data.samples import Samples, Split, class_names, wrap
+from kdcache.data.images import ItemImages
+from kdcache.data.samples import HeldOut, Samples, Split, class_names, wrap
+from kdcache.errors import UsageError
 from kdcache.runtime import user_code
+from kdcache.runtime.paths import expand
 
 _SIGNATURE = "function(split, root=None, **args) -> a Dataset of (image, label) pairs, or None for a missing split"
 
@@ -27,7 +32,7 @@ def load_user_split(spec: DatasetSpec, split: Split) -> Dataset[Any] | None:
         UsageError: if the function cannot be loaded or called, raises, or returns no map-style data set.
     """
     code = user_code.load(spec.name, "data set", _SIGNATURE)
-    root = {} if spec.root is None else {"root": spec.root}
+    root = {} if spec.root is None else {"root": str(expand(spec.root))}
     dataset = code(split, **root, **spec.args)
     if dataset is None:
         if split == "train":
@@ -41,7 +46,12 @@ def load_user_split(spec: DatasetSpec, split: Split) -> Dataset[Any] | None:
 
 
 def user_samples(
-    spec: DatasetSpec, split: Split, dataset: Dataset[Any], train: Dataset[Any], ids: npt.NDArray[np.int64] | None
+    spec: DatasetSpec,
+    split: Split,
+    dataset: Dataset[Any],
+    train: Dataset[Any],
+    ids: npt.NDArray[np.int64] | None,
+    held_out: HeldOut | None = None,
 ) -> Samples:
     """Return a split as samples.
 
@@ -51,8 +61,22 @@ def user_samples(
         dataset: that holds it.
         train: the training split, which says how many classes there are.
         ids: which items of `dataset` belong to the split; None for all.
+        held_out: from how many items they were drawn; None if the split is one of its own.
     """
+    source: Split = split if ids is None else "train"
     part = dataset if ids is None else Subset(dataset, ids.tolist())
     name = spec.name.rpartition("/")[2]  # as of a teacher from a file: not where it is on this machine
     classes = class_names(train, f"{spec.name} ({split})")
-    return wrap(part, len(classes), name, split, class_names=classes)
+    samples = wrap(part, len(classes), name, split, class_names=classes)
+    images = ItemImages(part, len(samples), partial(_load_again, spec, source, ids))
+    return replace(samples, images=images, held_out=held_out)
+
+
+def _load_again(spec: DatasetSpec, split: Split, ids: npt.NDArray[np.int64] | None) -> Dataset[Any]:
+    dataset = load_user_split(spec, split)
+    if dataset is None or (ids is not None and len(dataset) <= ids.max()):  # type: ignore[arg-type]  # has a length
+        raise UsageError(
+            f"{spec.name} returns another number of items for the split {split!r} when it is called again",
+            "let it depend on its arguments and its files alone",
+        )
+    return dataset if ids is None else Subset(dataset, ids.tolist())

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -252,21 +253,39 @@ class View(Dataset[Batch]):
             raise UsageError(
                 f"the transform cannot be applied to sample {first} of {self.samples.name}/{self.samples.split}: "
                 f"{error}",
-                "correct `transform` or `eval_transform` of the pipeline",
+                f"correct `transform` or `eval_transform` of the pipeline{_on_channels(self.samples, first)}",
             ) from None
         if not (isinstance(pixels, Tensor) and pixels.is_floating_point()):
             raise UsageError(
                 f"the transform returns {pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__} images",
-                "end it with - ToImage: {} and - ToDtype: {dtype: float32, scale: true}",
+                "end it with - ToImage: {} and - ToDtype: {dtype: float32, scale: true}; ToDtype alone leaves PIL "
+                "images, such as those of image folders, as they are",
             )
         return pixels.as_subclass(Tensor)
 
 
+SAME_CHANNELS = (
+    "begin the transform with - RGB: {} to make all of them color, or with - Grayscale: {num_output_channels: 1} to "
+    "make them gray"
+)
+"""The fix for gray images among color ones."""
+
+
+def _on_channels(samples: Samples, index: int) -> str:
+    """Return the fix for an image with another number of channels than the first; empty if it has the same."""
+    picture = samples.images.picture(index)
+    channels = len(picture.getbands()) if isinstance(picture, Image.Image) else picture.shape[-3]
+    first = samples.images.shape()[0]
+    return f"; this image has {channels} channels, the first {first}: {SAME_CHANNELS}" if channels != first else ""
+
+
 def _check_sizes(images: Sequence[Tensor]) -> None:
     if any(pixels.shape != images[0].shape for pixels in images):
+        what = " and ".join(sorted({str(list(pixels.shape)) for pixels in images})[:2])
+        if len({len(pixels) for pixels in images}) > 1:
+            raise UsageError(f"the transform returns images of different numbers of channels: {what}", SAME_CHANNELS)
         raise UsageError(
-            "the transform returns images of different sizes: "
-            + " and ".join(sorted({str(list(pixels.shape)) for pixels in images})[:2]),
+            f"the transform returns images of different sizes: {what}",
             "resize them to one size, for instance with - Resize: {size: [224, 224]}",
         )
 

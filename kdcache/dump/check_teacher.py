@@ -15,6 +15,7 @@ from kdcache.config.schema import CacheSpec
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.replay import teacher_view
 from kdcache.data.samples import Samples
+from kdcache.dump.probes import Difference, check_first_batch
 from kdcache.errors import MismatchError
 from kdcache.models import weights_digest
 from kdcache.models.inference import InferenceModel, described_precision, refuse_not_finite
@@ -46,6 +47,50 @@ class TeacherAgreement(NamedTuple):
     gradient_error: float
 
 
+def check_weights(cache: Cache, model: nn.Module, spec: CacheSpec) -> None:
+    """Check that a teacher has the weights of that of a cache, and would run in the same precision.
+
+    Raises:
+        MismatchError: with both values.
+    """
+    plan = cache.manifest.plan
+    if (digest := weights_digest(model)) != plan.teacher.weights_digest:
+        raise MismatchError(
+            f"this teacher has the weights {digest}, that of the cache {plan.teacher.weights_digest}",
+            "use the teacher that the cache was made with (`kdcache info CACHE` names it)",
+        )
+    if (precision := described_precision(spec)) != plan.teacher.precision:
+        raise MismatchError(
+            f"the teacher would run in {precision}, that of the cache ran in {plan.teacher.precision}",
+            "set cache.precision, cache.channels_last and cache.compile to the values of the cache",
+        )
+
+
+def check_identity(
+    cache: Cache, model: nn.Module, samples: Samples, spec: CacheSpec | None = None, device: torch.device | str = "cpu"
+) -> Difference | None:
+    """Check that a teacher is the one of a cache, by its weights, and by its logits of one batch of the pass.
+
+    Args:
+        cache: to be verified.
+        model: the teacher; set to evaluation mode.
+        samples: the data set that the cache was made from.
+        spec: precision of the teacher; None for the defaults.
+        device: where the teacher runs.
+
+    Returns:
+        How far its logits differ; None for a derived cache, which may keep other rows than the teacher's batches gave.
+
+    Raises:
+        MismatchError: if it has other weights, or other logits than the cache.
+    """
+    plan, spec = cache.manifest.plan, spec or CacheSpec()
+    check_weights(cache, model, spec)
+    if plan.lineage is not None:
+        return None
+    return check_first_batch(cache.path, plan, teacher_view(cache, samples, cache.views[0]), model, spec, device)
+
+
 def compare_with_teacher(
     cache: Cache,
     model: nn.Module,
@@ -70,16 +115,7 @@ def compare_with_teacher(
         MismatchError: if it has other weights, or other logits than the cache.
     """
     plan, spec = cache.manifest.plan, spec or CacheSpec()
-    if (digest := weights_digest(model)) != plan.teacher.weights_digest:
-        raise MismatchError(
-            f"this teacher has the weights {digest}, that of the cache {plan.teacher.weights_digest}",
-            "use the teacher that the cache was made with (`kdcache info CACHE` names it)",
-        )
-    if (precision := described_precision(spec)) != plan.teacher.precision:
-        raise MismatchError(
-            f"the teacher would run in {precision}, that of the cache ran in {plan.teacher.precision}",
-            "set cache.precision, cache.channels_last and cache.compile to the values of the cache",
-        )
+    check_weights(cache, model, spec)
     running = InferenceModel(model, plan.encoding.num_classes, spec, device)
     ids = pilot_ids(len(samples), rows)
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kdcache.cache import summary
@@ -25,14 +25,17 @@ from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec
 from kdcache.config.section import validated
 from kdcache.config.transform import Transform, step_names
+from kdcache.data.repeatable import check_repeatable
 from kdcache.data.samples import Samples
 from kdcache.dump.job import DumpJob, Prepared, pending_shards, prepare
+from kdcache.dump.probes import Probes, check_probes
 from kdcache.dump.teacher_pass import PhaseTimer, Shard, run_pass
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError
 from kdcache.models import weights_digest
 from kdcache.models.checks import samples_for
-from kdcache.models.teacher import TeacherIdentity
+from kdcache.models.teacher import TeacherIdentity, as_network
 from kdcache.runtime.distributed import Ranks
+from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
@@ -46,8 +49,15 @@ _FILE_SYSTEM_DELAY = 120
 _SAME = "start every rank with the same command, the same files and the same versions"
 
 
+class _FirstRank(NamedTuple):
+    """What the first rank tells the others: the shards to be made, and its probes; None if the cache is complete."""
+
+    pending: list[Shard]
+    probes: Probes | None
+
+
 def dump_teacher(
-    model: nn.Module,
+    model: nn.Module | Callable[[Tensor], Any],
     samples: Samples | Dataset[Any],
     out: str | Path,
     *,
@@ -68,7 +78,8 @@ def dump_teacher(
     in the same way. If the cache is complete already, it is checked and returned.
 
     Args:
-        model: the teacher; set to evaluation mode.
+        model: the teacher; set to evaluation mode. A plain function from images [B, channels, H, W] to logits [B, C],
+            which may return a NumPy array, is a teacher without weights.
         samples: the data set, in its own order: from `load_split` or `wrap`, or any map-style data set of (image,
             label) pairs. The classes of the latter are its attribute `classes`, or else the outputs of the model.
         out: folder of the cache, by convention `NAME.kdcache`.
@@ -89,8 +100,8 @@ def dump_teacher(
 
     Raises:
         UsageError: if the settings are invalid, or `out` is something else or a cache with other settings.
-        MismatchError: if the teacher does not return [B, C], or settings differ from those of an unsealed cache at
-            `out`, or from those of `extends`.
+        MismatchError: if the teacher does not return [B, C], or teacher or settings differ from those of an unsealed
+            cache at `out`, from those of `extends`, or from those of another rank.
         CorruptError: if an image file cannot be read, or a logit is NaN or infinite; names the file or the sample.
         IncompleteError: if the cache does not fit on the disk, or another rank has ended.
         InterruptedRun: on Ctrl-C.
@@ -98,6 +109,7 @@ def dump_teacher(
     """
     ranks, cache_spec = ranks or Ranks(), _cache_spec(spec, options)
     trust(step_names(transform))
+    model = as_network(model)
     samples = samples_for(model, samples, transform, device)
     job = DumpJob(
         model,
@@ -105,7 +117,7 @@ def dump_teacher(
         samples,
         samples.transform if transform is None else transform,
         cache_spec,
-        Path(out),
+        expand(out),
         extends,
         decode_images,
         device,
@@ -151,6 +163,7 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
     if ranks.is_first:
         with timer.phase("sealing"):
             _wait_for_files(writer, ranks)
+            check_repeatable(job.samples, zarr_store.read_samples(job.out, writer.plan)[1])
             known = {shard: of_shard for of_rank in of_all_ranks for shard, of_shard in of_rank.items()}
             collected = summary.collect_statistics(job.out, writer.plan, known)
             writer.seal(summary.summary_of(collected, writer.plan))
@@ -170,15 +183,21 @@ def _prepare(job: DumpJob, ranks: Ranks) -> tuple[Prepared, list[Shard]]:
         except KdcacheError as error:
             ranks.tell(error)
             raise
-        pending = pending_shards(prepared.writer) if prepared.writer else None
-        return prepared, ranks.share(ranks.tell((pending,))[0] or [])
-    (pending,) = ranks.tell(None) or (None,)
-    if pending is None:
-        return Prepared(None, None), []
+        pending = pending_shards(prepared.writer) if prepared.writer else []
+        ranks.tell(_FirstRank(pending, prepared.probes))
+        return prepared, ranks.share(pending)
+    first = ranks.tell(_FirstRank([], None))
+    if first.probes is None:
+        return Prepared(None, None, None), []
     writer = CacheWriter.join(job.out)
     if (digest := weights_digest(job.model)) != (of_first := writer.plan.teacher.weights_digest):
         raise MismatchError(f"this rank's teacher has the weights {digest}, that of the first rank {of_first}", _SAME)
-    return Prepared(writer, None), ranks.share(pending)
+    run_probes = partial(job.run_probes, first.probes.keys)
+    try:
+        check_probes(first.probes, run_probes(), run_probes, job.spec, "the first rank has")
+    except MismatchError as error:
+        raise MismatchError(error.what, _SAME) from None
+    return Prepared(writer, None, first.probes), ranks.share(first.pending)
 
 
 def _run_pass(

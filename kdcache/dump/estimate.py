@@ -12,13 +12,15 @@ import torch
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.array_specs import raw_bytes
 from kdcache.cache.format.codec import encode_finite, not_finite
-from kdcache.cache.format.schema import Encoding
+from kdcache.cache.format.schema import NO_WEIGHTS, Encoding
 from kdcache.cache.planner import Choice, encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.preconditions import check_place
 from kdcache.config.schema import CacheSpec
+from kdcache.data.check_images import check_images
+from kdcache.data.repeatable import check_repeatable
 from kdcache.data.views import View
-from kdcache.dump.check_images import check_images
-from kdcache.dump.plan import Pilot, request_of, run_pilot, views_of
+from kdcache.dump.disk_size import bytes_besides_rows
+from kdcache.dump.plan import Chosen, Pilot, plan_cache, request_of, run_pilot, views_of
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
 from kdcache.models.inference import InferenceModel, try_teacher
 from kdcache.models.teacher import LoadedTeacher
@@ -38,8 +40,9 @@ class Estimate(NamedTuple):
         encoding: of its rows.
         choice: the candidates that were measured; None if every class is kept.
         rows: number of rows of all views.
-        bytes_per_row: on disk, measured on a pilot; None without one.
+        bytes_per_row: of the rows alone, measured on a pilot; None without one.
         rows_per_second: of the pilot; None without one.
+        besides_rows: bytes of everything else in the cache; 0 if its samples are not known.
     """
 
     encoding: Encoding
@@ -47,12 +50,12 @@ class Estimate(NamedTuple):
     rows: int
     bytes_per_row: float | None = None
     rows_per_second: float | None = None
+    besides_rows: int = 0
 
     @property
     def bytes(self) -> float:
-        """Size on disk of rows and basis; an upper bound without a pilot."""
-        per_row = self.bytes_per_row or raw_bytes(self.encoding)
-        return per_row * self.rows + 2 * self.encoding.rank * self.encoding.num_classes
+        """Size on disk; an upper bound without a pilot."""
+        return (self.bytes_per_row or raw_bytes(self.encoding)) * self.rows + self.besides_rows
 
 
 def estimate(
@@ -79,7 +82,8 @@ def estimate(
         KdcacheError: if settings, teacher and images are inconsistent.
     """
     num_classes = loaded.samples.num_classes
-    rows = len(loaded.samples) * views_of(spec, loaded.transform).count
+    views = views_of(spec, loaded.transform)
+    rows = len(loaded.samples) * views.count
     encoding = encoding_without_pilot(num_classes, request_of(spec))
     if encoding is not None and out is None:
         return Estimate(encoding, None, rows)
@@ -87,6 +91,7 @@ def estimate(
     try_teacher(loaded.model, view, spec, device)
     teacher = InferenceModel(loaded.model, num_classes, spec, device)
     if encoding is not None:
+        choice = None
         pilot = run_pilot(teacher, view, spec, progress, pilot_rows or _TIMED_BATCHES * spec.batch_size)
         estimated = Estimate(encoding, None, rows, _measured_bytes(encoding, pilot), pilot.rows_per_second)
     else:
@@ -94,6 +99,9 @@ def estimate(
         choice = plan_encoding(pilot.logits, pilot.labels, request_of(spec))
         chosen = choice.chosen
         estimated = Estimate(chosen.encoding, choice, rows, chosen.bytes_per_row, pilot.rows_per_second)
+    made = Chosen(estimated.encoding, None, None, 0)
+    plan = plan_cache(loaded.identity, loaded.model, loaded.samples, NO_WEIGHTS, spec, views, made)
+    estimated = estimated._replace(besides_rows=bytes_besides_rows(plan, loaded.samples.labels))
     if out is not None:
         check_room(out, estimated.bytes)
     return estimated
@@ -115,7 +123,9 @@ def estimate_new_cache(
         As `estimate`.
     """
     check_place(out)
-    check_images(loaded.samples, progress, decode_images)
+    for note in check_images(loaded.samples, progress, decode_images, loaded.transform):
+        progress.say(f"note: {note}")
+    check_repeatable(loaded.samples)
     return estimate(loaded, spec, device, progress, out)
 
 
@@ -134,7 +144,7 @@ def check_room(out: Path, needed: float) -> None:
     if needed > free:
         raise IncompleteError(
             f"{out} needs about {needed / 1e9:,.3f} GB; {free / 1e9:,.3f} GB are free there",
-            "free disk space, use another disk with -o, or keep less (cache.fidelity, cache.views)",
+            "free disk space, write to another disk, or keep less (cache.fidelity, cache.views)",
         )
 
 

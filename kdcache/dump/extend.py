@@ -12,7 +12,7 @@ from kdcache.cache.format.schema import Plan
 from kdcache.cache.preconditions import check_same_plan
 from kdcache.cache.reader import Cache
 from kdcache.data.mixing import split_mixing
-from kdcache.errors import MismatchError
+from kdcache.errors import MismatchError, counted
 
 
 def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], labels: npt.NDArray[np.int32]) -> None:
@@ -26,8 +26,10 @@ def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], labels: 
 
     Raises:
         MismatchError: if anything but the number of views or samples differs, or neither is larger.
+        IncompleteError: if a view of the sealed cache is not here.
     """
     before = old.manifest.plan
+    old.check_views()
     dataset = plan.dataset.model_copy(update={"samples": before.dataset.samples, "digest": before.dataset.digest})
     views = plan.views.model_copy(update={"count": before.views.count})
     check_same_plan(old.path, before, plan.model_copy(update={"dataset": dataset, "views": views}))
@@ -35,13 +37,14 @@ def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], labels: 
     more_samples, more_views = plan.dataset.samples, plan.views.count
     if (more_samples, more_views) == (n_samples, n_views) or more_samples < n_samples or more_views < n_views:
         raise MismatchError(
-            f"{old.path} has {n_views} views of {n_samples} samples; {more_views} of {more_samples} are requested",
+            f"{old.path} has {counted(n_views, 'view')} of {counted(n_samples, 'sample')}; "
+            f"{more_views} of {more_samples} are requested",
             "request more views (cache.views), or append samples to those that the data set had",
         )
     if more_samples != n_samples and split_mixing(plan.views.transform)[1]:
         raise MismatchError(
             f"with more samples than the {n_samples} of {old.path}, images would be mixed with other ones than before",
-            "extend it by views only, or dump the larger data set without --extend",
+            "extend it by views only, or make a new cache of the larger data set that does not extend it",
         )
     same = (keys[: len(old)] == old.sample_keys) & (labels[: len(old)] == old.labels)
     if not same.all():

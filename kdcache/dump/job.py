@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from kdcache.cache.adopt import adopt_shards
+from kdcache.cache.changed_images import differs_in_images_alone
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.read_records import read_manifest, read_plan
-from kdcache.cache.format.schema import MANIFEST, PLAN, Plan
+from kdcache.cache.format.schema import MANIFEST, PLAN, PROBES, Plan
 from kdcache.cache.lock import LOCK
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids
 from kdcache.cache.preconditions import check_place, differences
@@ -22,20 +24,28 @@ from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec
 from kdcache.config.transform import Transform
+from kdcache.data.check_images import check_images
 from kdcache.data.mixing import split_mixing
+from kdcache.data.repeatable import check_repeatable
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
-from kdcache.dump.check_images import check_images
 from kdcache.dump.estimate import check_room
 from kdcache.dump.extend import check_extends
 from kdcache.dump.plan import Chosen, Pilot, choose, plan_cache, request_of, run_pilot, views_of
+from kdcache.dump.probes import Probes, check_first_batch, check_probes, probe_ids, read_probes, run_probes
 from kdcache.dump.teacher_pass import Shard
-from kdcache.errors import UsageError
+from kdcache.errors import CorruptError, UsageError, counted
 from kdcache.models.inference import InferenceModel, try_teacher
 from kdcache.models.teacher import TeacherIdentity
+from kdcache.runtime.atomic_write import write_file
 from kdcache.runtime.progress import Progress
 
-_OTHER_NAME = "use another name with -o, or delete it first"
+_OTHER_NAME = "write to another folder, or delete it first"
+
+_NO_WEIGHTS = (
+    "the teacher, or a member of it, has no weights that kdcache can read: it is recognized by its logits of a few "
+    "samples alone"
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,15 @@ class DumpJob:
         """Return the teacher on its device, in its precision."""
         return InferenceModel(self.model, self.samples.num_classes, self.spec, self.device)
 
+    def run_probes(self, keys: npt.NDArray[np.uint64]) -> Probes:
+        """Return the teacher's logits of a few samples; `keys` are the content keys of these."""
+        return run_probes(self.model, self.view(), keys, self.spec, self.device)
+
+    def check_sealed(self, cache: Cache) -> None:
+        """Check that the teacher is the one of a sealed cache of the same images; raises MismatchError if not."""
+        plan = cache.manifest.plan
+        check_first_batch(cache.path, plan, self.view(cache.views[0]), self.model, self.spec, self.device)
+
     def run_pilot(self) -> Pilot:
         """Run the teacher on the pilot rows."""
         return run_pilot(self.inference_model(), self.view(), self.spec, self.progress)
@@ -85,10 +104,12 @@ class Prepared(NamedTuple):
     Attributes:
         writer: of the cache; None if it is complete.
         complete: the sealed cache with the settings of the job; None if there is something to do.
+        probes: of the teacher, with which other ranks compare theirs; None if the cache is complete.
     """
 
     writer: CacheWriter | None
     complete: Cache | None
+    probes: Probes | None
 
 
 def prepare(job: DumpJob) -> Prepared:
@@ -109,8 +130,7 @@ def prepare(job: DumpJob) -> Prepared:
     encoding_without_pilot(samples.num_classes, request_of(spec))
     level = None
     if not is_sealed:
-        check_images(samples, job.progress, job.decode_images)
-        level = try_teacher(job.model, job.view(), spec, job.device)
+        level = _try_and_check_images(job)
     keys = samples.keys(job.progress)
     digest = digest_of(keys, samples.labels)
     shape = job.extends.manifest.plan.shape if job.extends else None
@@ -120,17 +140,45 @@ def prepare(job: DumpJob) -> Prepared:
             raise UsageError(f"{out} is already a sealed cache, of other classes", _OTHER_NAME)
         chosen = Chosen(sealed.encoding, sealed.fidelity, None, 0)
         plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape, sealed.teacher.level)
-        return Prepared(None, _complete(job, sealed, plan))
+        return Prepared(None, _complete(job, sealed, plan), None)
     path, begun = out, read_plan(out / PLAN) if (out / PLAN).exists() else None
+    resumed = begun
     if begun is None and job.extends is not None:
         path, begun = job.extends.path, job.extends.manifest.plan
     chosen = choose(path, begun, spec, samples.num_classes, job.run_pilot)
     plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape, level)
     if job.extends is not None:
         check_extends(job.extends, plan, keys, samples.labels)
+        job.check_sealed(job.extends)
     if not (out / PLAN).exists():
         check_room(out, chosen.bytes_per_row * plan.views.count * plan.dataset.samples)
-    return Prepared(_begin(job, plan, chosen, keys), None)
+    if plan.teacher.weights == "none":
+        job.progress.say("note: " + _NO_WEIGHTS)
+    run = partial(job.run_probes, keys[probe_ids(len(samples))])
+    probes, before = run(), None
+    # With other settings they are other views: `begin` refuses these by name.
+    if resumed is not None and (resumed == plan or differs_in_images_alone(resumed, plan)):
+        before = read_probes(out, probes)
+    if before is not None:
+        check_probes(before, probes, run, spec, f"{out} was begun with")
+    writer = _begin(job, plan, chosen, keys, probes)
+    if not writer.created and (before is None or (before.keys != probes.keys).any()):
+        write_file(out / PROBES, (before.with_changes(probes) if before else probes).to_bytes())
+    return Prepared(writer, None, probes)
+
+
+def _try_and_check_images(job: DumpJob) -> Literal["unknown"] | None:
+    """Return the level of the teacher's logits, after checking teacher and image files, the fast check first."""
+    try:
+        level = try_teacher(job.model, job.view(), job.spec, job.device)
+    except CorruptError:
+        # An image that was tried cannot be read; this names all of them.
+        check_images(job.samples, job.progress, job.decode_images, job.transform)
+        raise
+    for note in check_images(job.samples, job.progress, job.decode_images, job.transform):
+        job.progress.say(f"note: {note}")
+    check_repeatable(job.samples)
+    return level
 
 
 def _complete(job: DumpJob, sealed: Plan, plan: Plan) -> Cache:
@@ -144,22 +192,29 @@ def _complete(job: DumpJob, sealed: Plan, plan: Plan) -> Cache:
             _OTHER_NAME,
         )
     cache = open_cache(job.out)
-    for leftover in (PLAN, LOCK):  # of a run that was killed after it had sealed the cache
+    if plan.teacher.weights == "none":
+        job.check_sealed(cache)
+    for leftover in (PROBES, PLAN, LOCK):  # of a run that was killed after it had sealed the cache
         (job.out / leftover).unlink(missing_ok=True)
     job.progress.say(f"{job.out} is complete: nothing to do")
     return cache
 
 
-def _begin(job: DumpJob, plan: Plan, chosen: Chosen, keys: npt.NDArray[np.uint64]) -> CacheWriter:
+def _begin(job: DumpJob, plan: Plan, chosen: Chosen, keys: npt.NDArray[np.uint64], probes: Probes) -> CacheWriter:
     """Create or resume the cache, and report what is done already."""
-    writer = CacheWriter.begin(job.out, plan, job.samples.labels, keys, chosen.basis, fixed_images=_fixed_images(job))
+    writer = CacheWriter.begin(
+        job.out, plan, job.samples.labels, keys, chosen.basis, _fixed_images(job), probes.to_bytes()
+    )
     if writer.remade:
-        job.progress.say(f"images changed since {job.out} was begun: {writer.remade} finished shards are made again")
+        job.progress.say(
+            f"images changed since {job.out} was begun: {counted(writer.remade, 'finished shard')} will be made again"
+        )
     if job.extends is not None and (adopted := adopt_shards(writer, job.extends)):
-        job.progress.say(f"{adopted} shards are taken from {job.extends.path}")
+        job.progress.say(f"{counted(adopted, 'shard')} taken from {job.extends.path}")
     if not writer.created:
-        total = plan.views.count * plan.shards
-        job.progress.say(f"resuming {job.out}: {len(pending_shards(writer))} of {total} shards remain")
+        n_pending = len(pending_shards(writer))
+        remain = f"{n_pending} of {counted(plan.views.count * plan.shards, 'shard')}"
+        job.progress.say(f"resuming {job.out}: {remain} {'remains' if n_pending == 1 else 'remain'}")
     return writer
 
 

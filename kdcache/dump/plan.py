@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.array_specs import raw_bytes
 from kdcache.cache.format.schema import (
+    NO_WEIGHTS,
     DatasetRecord,
     Encoding,
     Fidelity,
@@ -38,7 +38,7 @@ from kdcache.data.views import View
 from kdcache.errors import UsageError
 from kdcache.models import weights_digest
 from kdcache.models.inference import InferenceModel, described_precision, refuse_not_finite
-from kdcache.models.teacher import TeacherIdentity
+from kdcache.models.teacher import TeacherIdentity, has_weights
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.versions import versions
 
@@ -177,6 +177,7 @@ def plan_cache(
                 parameters=sum(p.numel() for p in model.parameters()),
                 precision=described_precision(spec),
                 level=level,
+                weights=None if has_weights(model) else "none",
             ),
             dataset=record_of_data(samples, digest),
             views=views,
@@ -199,7 +200,7 @@ def teacher_by_hearsay(name: str, kept: str, level: Literal["unknown"] | None = 
         name=name,
         arguments={},
         code_digest=None,
-        weights_digest=f"sha256:{hashlib.sha256(b'').hexdigest()}",
+        weights_digest=NO_WEIGHTS,
         parameters=0,
         precision=f"unknown, kept {kept}",
         level=level,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from kdcache.losses.adjustments import NoAdjustment
 from kdcache.losses.custom import CustomDivergence
 from kdcache.losses.divergences import KL
-from kdcache.losses.options import AdjustmentOptions, DivergenceOptions, NotNegative, TemperatureOptions
+from kdcache.losses.options import AdjustmentOptions, DivergenceOptions, NotNegative, Options, TemperatureOptions
 from kdcache.losses.presets import is_custom, settings_of_name
 from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, NORMALIZATIONS, TEMPERATURES
 from kdcache.losses.temperatures import ConstantTemperature
@@ -64,10 +64,27 @@ class Loss(BaseModel):
     def _name_fills_in(cls, given: Any) -> Any:
         if not isinstance(given, dict) or not isinstance(given.get("name", "kd"), str):
             return given
-        base = settings_of_name(given.get("name", "kd"))
+        try:
+            base = settings_of_name(given.get("name", "kd"))
+        except ValueError:
+            return {**settings_of_name("kd"), "name": given["name"]}  # `_is_known` reports the name
         if is_custom(base["name"]):
             given = _options_of_function(base, given)
         return _overlaid(base, given)
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        settings_of_name(name)
+        return name
+
+    @field_validator("adjustment", "temperature", "divergence", mode="before")
+    @classmethod
+    def _is_a_mapping(cls, given: Any, info: ValidationInfo) -> Any:
+        if isinstance(given, dict | BaseModel) or info.field_name is None or "name" not in info.data:
+            return given
+        base = settings_of_name(info.data["name"])[info.field_name]
+        raise ValueError(f"{given!r} {_not_a_mapping(info.field_name, base['kind'], given)}")
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Loss:
@@ -155,6 +172,20 @@ class Loss(BaseModel):
         if self.adjustment.acts_on_label:
             return f"the adjustment {self.adjustment.kind}"
         return self.divergence.described("acts_on_label") if self.divergence.acts_on_label else None
+
+
+def _not_a_mapping(axis: str, kind: str, given: Any) -> str:
+    """Return what is wrong with a plain value for an axis, and the mapping that may be meant."""
+    registries: dict[str, Mapping[str, type[Options]]] = {
+        "adjustment": ADJUSTMENTS,
+        "temperature": TEMPERATURES,
+        "divergence": DIVERGENCES,
+    }
+    registry = registries[axis]
+    if isinstance(given, str) and given in registry:
+        return f"is not a mapping, did you mean {{kind: {given}}}?"
+    options = [name for name in registry[kind].model_fields if name != "kind"] if kind in registry else []
+    return f"is not a mapping, did you mean {{{options[0]}: {given!r}}}?" if options else "is not a mapping"
 
 
 def _options_of_function(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, counted, indices_below
 from kdcache.losses.config import Loss
 from kdcache.losses.distillation import LossParts, distillation_loss, learned_temperature
 
@@ -121,6 +121,7 @@ def _check_labels(labels: object, logits: Tensor) -> None:
     # On a GPU the values are not looked at: that would wait for all work before.
     if labels.device.type == "cpu" and size and not (int(labels.min()) >= -1 and int(labels.max()) < classes):
         raise UsageError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, and the logits have {classes} classes",
-            f"pass class indices from 0 to {classes - 1}, or -1 for a sample without a label",
+            f"labels run from {int(labels.min())} to {int(labels.max())}, and the logits have "
+            f"{counted(classes, 'class', 'classes')}",
+            f"pass class indices {indices_below(classes)}, or -1 for a sample without a label",
         )

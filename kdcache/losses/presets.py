@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kdcache.errors import did_you_mean
 from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, NORMALIZATIONS, TEMPERATURES
 
 # kd: mdistiller's weights for CIFAR-100.
@@ -67,9 +68,10 @@ def settings_of_name(name: str) -> dict[str, Any]:
         return {**_PLAIN, "name": name, "ce_weight": 1.0, "kd_weight": 0.0}
     parts = name.split("+")
     if not set(parts) <= PARTS.keys():
+        wrong = next(part for part in parts if part not in PARTS)
         raise ValueError(
-            f"unknown loss {name!r}: its parts are {', '.join(PARTS)}, joined by '+'; or 'ce' alone, "
-            "or path/file.py:function"
+            f"unknown loss {name!r}{did_you_mean(wrong, [*PARTS, 'ce'])}: its parts are {', '.join(PARTS)}, joined by "
+            "'+'; or 'ce' alone, or path/file.py:function"
         )
     for axis in _AXES.values():
         if len(twice := [part for part in parts if part in axis]) > 1:

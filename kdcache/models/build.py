@@ -7,7 +7,8 @@
     small:cnn, small:mlp                        models/small.py
     hf:path/to/folder                           an image classifier of transformers, an optional extra, from a folder of
                                                 save_pretrained; with its weights if trained ones are needed
-    path/file.py:function                       function(num_classes=..., **args) -> torch.nn.Module
+    path/file.py:function                       function(num_classes=..., **args) -> torch.nn.Module; `num_classes` is
+                                                passed only if the function takes it
 
 Small and gray images are enlarged and repeated to three channels by a forward hook, which does not change the network
 or its state dict.
@@ -23,10 +24,10 @@ from torch import nn
 from kdcache.config.schema import ModelSpec
 from kdcache.config.section import validated
 from kdcache.config.transform import Transform
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import MismatchError, UsageError, counted, did_you_mean
 from kdcache.models import cifar, from_hf, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
-from kdcache.models.construct import construct
+from kdcache.models.construct import construct, construct_of_user
 from kdcache.models.outputs import take_part
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.runtime import user_code
@@ -35,11 +36,17 @@ from kdcache.runtime.terminal import reporter
 
 _SIGNATURE = "function(num_classes=C, **args) -> torch.nn.Module"
 
+_KINDS = ("torchvision", "timm", "hf", "cifar", "small")
+_SMALL = ("cnn", "mlp")
+
+_COLOR = 3
+"""Channels of images without a given shape."""
+
 
 def build_model(
     model: str | Mapping[str, Any] | ModelSpec,
     num_classes: int,
-    shape: tuple[int, int, int],
+    shape: tuple[int, int, int] | None = None,
     trained: bool = False,
     progress: Progress | bool | None = None,
 ) -> nn.Module:
@@ -48,7 +55,9 @@ def build_model(
     Args:
         model: its name, or a mapping with the keys `model`, `args`, `weights` and `output` as in a pipeline file.
         num_classes: C, the size of its output.
-        shape: (channels, height, width) of the images before the transform.
+        shape: (channels, height, width) of the images that it gets. The networks of kdcache (`small:`, `cifar:`) have
+            this number of channels, and `small:mlp` this size; those of libraries are checked to take them. None for
+            color images; only `small:mlp` needs it.
         trained: load the weights that `model` names, and refuse a network that would have random ones.
         progress: True to print to stderr which weights were loaded if a checkpoint has several, or a progress reporter;
             silent if None.
@@ -59,6 +68,7 @@ def build_model(
     """
     spec = _spec_of(model)
     kind, _, name = spec.model.partition(":")
+    channels = shape[0] if shape is not None else _COLOR
     if trained and spec.weights is None and not user_code.is_user_code(spec.model) and not spec.has_own_weights:
         raise UsageError(
             f"the teacher {spec.model} has no weights",
@@ -68,21 +78,21 @@ def build_model(
     if spec.names_weights:
         _check_named(spec, num_classes, trained)
     if kind == "torchvision":
-        network = from_torchvision.build(name, spec, num_classes, shape[0])
+        network = from_torchvision.build(name, spec, num_classes, channels)
     elif kind == "timm":
-        network = from_timm.build(name, spec, num_classes, shape[0])
+        network = from_timm.build(name, spec, num_classes, channels)
     elif kind == "hf":
-        network = from_hf.build(name, spec, num_classes, shape[0], trained, reporter(progress))
+        network = from_hf.build(name, spec, num_classes, channels, trained, reporter(progress))
     elif kind == "cifar":
-        network = cifar.build(name, spec, num_classes, shape[0])
+        network = cifar.build(name, spec, num_classes, channels)
     elif kind == "small":
         network = _small(name, spec, num_classes, shape)
     elif user_code.is_user_code(spec.model):
         code = user_code.load(spec.model, "model", _SIGNATURE)
-        network = construct(code.target, spec, num_classes=num_classes)
+        network = construct_of_user(code.target, spec, num_classes)
     else:
         raise UsageError(
-            f"unknown model {spec.model!r}",
+            f"unknown model {spec.model!r}{_similar(spec.model)}",
             "write torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME, timm:NAME@TAG, hf:FOLDER, cifar:NAME, "
             "small:cnn, small:mlp or path/file.py:function",
         )
@@ -108,7 +118,7 @@ def _check_named(spec: ModelSpec, num_classes: int, trained: bool) -> None:
         )
     if known != num_classes:
         raise MismatchError(
-            f"{spec.model} has {known} classes, the data set has {num_classes}",
+            f"{spec.model} has {counted(known or 0, 'class', 'classes')}, the data set has {num_classes}",
             "use a data set with the teacher's classes, map them with teacher.classes, or give a checkpoint that was "
             "trained on this data set (`weights:`)",
         )
@@ -146,11 +156,24 @@ def preset_transform(spec: ModelSpec) -> Transform | None:
     return from_torchvision.preset(name) if kind == "torchvision" else from_timm.preset(name, spec.args)
 
 
-def _small(name: str, spec: ModelSpec, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    channels, height, width = shape
+def _similar(model: str) -> str:
+    """Return a suggestion for the name of a model without a known kind, such as `resnet18` or `torchvison:resnet18`."""
+    kind, colon, name = model.partition(":")
+    if colon:
+        similar = did_you_mean(kind, _KINDS)
+        return similar.replace("?", f":{name}?")
+    known = [f"{kind}:{model}" for kind, names in (("small", _SMALL), ("cifar", cifar.NETWORKS)) if model in names]
+    known += [f"torchvision:{model}"] if model in from_torchvision.names() else []
+    return f", did you mean {' or '.join(known)}?" if known else ""
+
+
+def _small(name: str, spec: ModelSpec, num_classes: int, shape: tuple[int, int, int] | None) -> nn.Module:
     if name == "cnn":
-        return construct(SmallCNN, spec, num_classes=num_classes, channels=channels)
+        return construct(SmallCNN, spec, num_classes=num_classes, channels=_COLOR if shape is None else shape[0])
     if name == "mlp":
+        if shape is None:
+            raise UsageError("small:mlp needs the shape of the images", "pass shape=(channels, height, width)")
+        channels, height, width = shape
         sizes = {"channels": channels, "height": height, "width_of_image": width}
         return construct(SmallMLP, spec, num_classes=num_classes, **sizes)
-    raise UsageError(f"there is no small network {name!r}", "use small:cnn or small:mlp")
+    raise UsageError(f"there is no small network {name!r}{did_you_mean(name, _SMALL)}", "use small:cnn or small:mlp")

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-import pickle
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
+from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.models.checkpoint_files import SAVE, first_line, read_file
 from kdcache.models.digest import plain_state
-from kdcache.models.exported import is_exported, is_torchscript, members_of, read_exported
-from kdcache.models.safe_globals import safe_globals
-from kdcache.models.state_dicts import Match, State, likely_cause, match_keys, part_of, state_dicts_in
+from kdcache.models.misfits import likely_cause
+from kdcache.models.state_dicts import Match, State, match_keys, part_of, state_dicts_in
 from kdcache.runtime.atomic_write import write_file
+from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress, Silent
 
 _SHOWN = 3
-
-_SAVE = "give a safetensors file, or one written with torch.save(model.state_dict(), path)"
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 """Files of weights that `save_pretrained` writes into a folder; a run of kdcache writes the first."""
@@ -77,7 +74,7 @@ def load_weights(model: nn.Module, path: str | Path, progress: Progress | None =
 
 def _split(given: str | Path) -> tuple[Path, str | None]:
     """Return the path of a checkpoint and the part of it that is selected, as in `last.pth#state_dict_ema`."""
-    path = Path(given)
+    path = given = expand(given)
     if path.exists() or "#" not in str(given):
         return path, None
     name, _, part = str(given).rpartition("#")
@@ -135,7 +132,7 @@ def _misfit(path: Path, name: str, state: State, match: Match, expected: Mapping
     where = f" (its part {name})" if name else ""
     return MismatchError(
         "\n  ".join([f"the checkpoint {path}{where} does not fit the network:", *problems]),
-        likely_cause(match, shapes),
+        likely_cause(match, shapes, state, expected),
     )
 
 
@@ -159,7 +156,7 @@ def _fill(model: nn.Module, path: Path, state: State, match: Match, expected: Ma
         model.load_state_dict(whole)
     except Exception as error:  # modules with their own way to load their state raise errors of many types
         raise MismatchError(
-            f"the checkpoint {path} cannot be loaded into the network: {_first_line(error)}",
+            f"the checkpoint {path} cannot be loaded into the network: {first_line(error)}",
             "set `model:` and `args:` to those that the checkpoint was made with",
         ) from error
 
@@ -173,6 +170,9 @@ def _remarks(path: Path, name: str, others: list[str], match: Match, part: str |
     if match.alternatives:
         prefix, other = (p.removesuffix(".") or "those without a prefix" for p in (match.prefix, match.alternatives[0]))
         remarks.append(f"note: the weights are {prefix} of {path}, which also has {other} (`weights: {path}#{other}`)")
+    if match.renamed:
+        ours, theirs = next(iter(match.renamed.items()))
+        remarks.append(f"note: {ours} is {theirs} of {path}")
     if match.ignored:
         remarks.append(
             f"note: not part of the network, and not loaded from {path}: {'; '.join(_shortened(match.ignored))}"
@@ -203,9 +203,9 @@ def _read_states(path: Path) -> dict[str, State]:
     """
     if path.is_dir():
         return {"": _read_folder(path)}
-    states = state_dicts_in(_read_file(path))
+    states = state_dicts_in(read_file(path))
     if not states:
-        raise CorruptError(f"the checkpoint {path} holds no state dict of tensors", _SAVE)
+        raise CorruptError(f"the checkpoint {path} holds no state dict of tensors", SAVE)
     return states
 
 
@@ -221,7 +221,7 @@ def _read_folder(folder: Path) -> State:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             outside = [file for file in files if Path(file).name != file]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptError(f"cannot read {index}: {_first_line(error)}", "get the folder again") from error
+            raise CorruptError(f"cannot read {index}: {first_line(error)}", "get the folder again") from error
         lacking = [file for file in files if not (folder / file).is_file()]
         if outside or lacking or not files:
             raise CorruptError(
@@ -237,66 +237,6 @@ def _read_folder(folder: Path) -> State:
         f"checkpoint not found: {folder}; the folder has no {' and no '.join(FOLDER_FILES)}",
         "train one (`kdcache train-teacher`), or set `weights:` to the file of the weights",
     )
-
-
-def _read_file(path: Path) -> Any:
-    """Return the content of a file: tensors by name, perhaps inside other containers.
-
-    Raises:
-        UsageError: if it does not exist, or is a TorchScript archive.
-        CorruptError: if it cannot be read as tensors.
-    """
-    if not path.is_file():
-        raise UsageError(
-            f"checkpoint not found: {path}", "train one (`kdcache train-teacher`), or set `weights:` to its path"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        members = members_of(path)
-        if is_torchscript(members):
-            raise _torchscript(path)
-        return read_exported(path, _load) if is_exported(members) else _load(path)
-    except KdcacheError:
-        raise
-    except Exception as error:  # torch raises errors of many types for a damaged file
-        raise CorruptError(f"cannot read the checkpoint {path}: {_why(error)}", _fix(error)) from error
-
-
-def _load(file: Any) -> Any:
-    with safe_globals():
-        return torch.load(file, "cpu", weights_only=True)
-
-
-def _torchscript(path: Path) -> UsageError:
-    return UsageError(
-        f"the checkpoint {path} is a TorchScript archive, which holds code: it is not loaded as weights",
-        "if you trust it, write its weights: torch.save(torch.jit.load(path, 'cpu').state_dict(), 'weights.pt'); or "
-        "use the archive as a teacher: `model: file.py:function`, which returns torch.jit.load(path, 'cpu')",
-    )
-
-
-def _code(error: Exception) -> str | None:
-    """Return the name of the object that a checkpoint holds besides tensors, from torch's error."""
-    found = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    return found[1] if found else None
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        # torch's own message advises to unpickle everything.
-        return f"it holds more than tensors ({_code(error)}), which is not loaded" if _code(error) else "it is damaged"
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _fix(error: Exception) -> str:
-    if _code(error) is None:
-        return _SAVE
-    return f"{_SAVE}: if you trust it, load it where it was made, and write its state dict only"
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).splitlines()[:1])
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -17,7 +18,7 @@ from kdcache.config.transform import Transform
 from kdcache.data.samples import Samples, as_samples
 from kdcache.data.seeding import seeded
 from kdcache.data.views import View
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import MismatchError, UsageError, counted
 from kdcache.models.checkpoints import check_savable
 from kdcache.models.outputs import logits_of
 
@@ -56,6 +57,7 @@ def samples_for(
         device: where the network runs.
 
     Raises:
+        MismatchError: if a label is not among the outputs of the network; names the sample.
         KdcacheError: if it is not such a data set.
     """
     samples = as_samples(data)
@@ -65,7 +67,13 @@ def samples_for(
     set_evaluation_mode(model.to(device))
     with torch.no_grad(), refusing(images, "teacher"):
         logits = logits_of(model(images.to(device)))
-    outputs = logits.shape[1] if logits.ndim == 2 else 0
+    outputs = logits.shape[1] if logits.ndim == 2 else samples.num_classes
+    if (beyond := np.flatnonzero(samples.labels >= outputs)).size:
+        raise MismatchError(
+            f"sample {beyond[0]} has label {samples.labels[beyond[0]]}, and the teacher returns the logits of "
+            f"{outputs} classes ({counted(beyond.size, 'such sample')})",
+            f"take a teacher that returns at least {int(samples.labels.max()) + 1} logits, or correct the labels",
+        )
     # A data set need not have a sample of the last classes.
     return replace(samples, class_names=tuple(map(str, range(max(outputs, samples.num_classes)))))
 
@@ -127,7 +135,8 @@ def try_training(model: nn.Module, view: View, who: str, micro_batch: int) -> No
         if "more than 1 value per channel" not in error.what:
             raise
         raise UsageError(
-            f"the {who} cannot be trained on {len(images)} image at once: its batch normalization needs at least two",
+            f"the {who} cannot be trained on {counted(len(images), 'image')} at once: its batch normalization needs "
+            "at least two",
             "raise train.batch_size, or lower train.gradient_accumulation_steps",
         ) from None
     check_logits(logits, len(images), view.samples.num_classes, f"{who} in training mode")
@@ -147,7 +156,8 @@ def check_logits(returned: object, batch: int, num_classes: int, who: str) -> Te
     else:
         fix = f"take a {who} that returns [B, {num_classes}], or the data set that it was made for"
     raise MismatchError(
-        f"the {who} returned {list(logits.shape)} for {batch} images, the data set has {num_classes} classes",
+        f"the {who} returned {list(logits.shape)} for {counted(batch, 'image')}, the data set has "
+        f"{counted(num_classes, 'class', 'classes')}",
         fix,
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.config.schema import ModelSpec
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.models.cifar_blocks import conv, draw_classifier, draw_convolutions, pooled, projection, stage
 from kdcache.models.cifar_light import MobileNetV2, ShuffleNetV1, ShuffleNetV2
 from kdcache.models.construct import Fit, check_channels, construct
@@ -201,7 +201,9 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Mod
         KdcacheError: for an unknown name or argument, or images with another number of channels.
     """
     if name not in NETWORKS:
-        raise UsageError(f"there is no network cifar:{name}", f"use one of {', '.join(NETWORKS)}")
+        raise UsageError(
+            f"there is no network cifar:{name}{did_you_mean(name, NETWORKS)}", f"use one of {', '.join(NETWORKS)}"
+        )
     check_channels(spec, channels)
     model = construct(NETWORKS[name], spec, num_classes=num_classes)
     model.register_forward_pre_hook(Fit(1, 1))

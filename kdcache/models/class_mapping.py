@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.config.schema import ModelSpec
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import MismatchError, UsageError, counted, indices_below
 from kdcache.models.build import categories_of
 from kdcache.models.outputs import logits_of
+from kdcache.runtime.paths import expand
 
 Groups = list[list[int]]
 """For each class of the data set, the indices of the network's outputs that stand for it."""
@@ -53,8 +54,8 @@ class ChosenOutputs(nn.Module):
         logits = logits_of(self.network(images), who="network whose outputs are chosen")
         if logits.shape != (len(images), self.outputs):
             raise MismatchError(
-                f"the network whose outputs are chosen returned {list(logits.shape)} for {len(images)} images, not "
-                f"[{len(images)}, {self.outputs}]",
+                f"the network whose outputs are chosen returned {list(logits.shape)} for "
+                f"{counted(len(images), 'image')}, not [{len(images)}, {self.outputs}]",
                 "set teacher.outputs to the number of its outputs",
             )
         logits = logits.float()
@@ -74,17 +75,19 @@ def read_groups(classes: list[int | list[int]] | str, outputs: int, num_classes:
         UsageError: if the file cannot be read, or an output is given twice: it would count twice in every softmax.
         MismatchError: if the number of entries is not C, or an output does not exist.
     """
-    groups = _from_file(Path(classes)) if isinstance(classes, str) else [_listed(entry) for entry in classes]
+    groups = _from_file(expand(classes)) if isinstance(classes, str) else [_listed(entry) for entry in classes]
     where = f"teacher.classes ({classes})" if isinstance(classes, str) else "teacher.classes"
     if len(groups) != num_classes:
         raise MismatchError(
-            f"{where} has {len(groups)} entries, the data set has {num_classes} classes",
+            f"{where} has {counted(len(groups), 'entry', 'entries')}, the data set has "
+            f"{counted(num_classes, 'class', 'classes')}",
             "give one entry for each class of the data set, in its order",
         )
     for number, group in enumerate(groups):
         if max(group) >= outputs:
             raise MismatchError(
-                f"{where} gives class {number} the output {max(group)}, the network has outputs 0 to {outputs - 1}",
+                f"{where} gives class {number} the output {max(group)}, the network has outputs "
+                f"{indices_below(outputs)}",
                 "count outputs from 0; or correct teacher.outputs",
             )
     output, times = Counter(output for group in groups for output in group).most_common(1)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +15,8 @@ from kdcache.config.transform import Transform, step_names
 from kdcache.data.loader import Loader, cut_range
 from kdcache.data.samples import Samples, as_samples
 from kdcache.data.views import View
-from kdcache.errors import MismatchError, UsageError
-from kdcache.models.checks import set_evaluation_mode
+from kdcache.errors import MismatchError, UsageError, counted
+from kdcache.models.checks import OutputScale, log_probabilities, output_scale, set_evaluation_mode
 from kdcache.models.outputs import logits_of
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
@@ -64,7 +65,9 @@ def evaluate(
 ) -> SplitScore:
     """Return the accuracy and the negative log-likelihood of a network, in evaluation mode.
 
-    The network is moved to the device, and put back into the mode that it was in.
+    The network is moved to the device, and put back into the mode that it was in. A network may also return
+    probabilities (Softmax), whose logarithms are then evaluated; one that has underflowed counts as the smallest normal
+    number of its type.
 
     Args:
         model: returns logits [B, C] for images [B, channels, H, W].
@@ -109,9 +112,12 @@ def sum_scores(
     was_training = model.training
     set_evaluation_mode(model.to(device))
     correct, summed, labeled = 0, 0.0, 0
+    scale: OutputScale | None = None
     for batch in loader.batches(cuts):
-        logits = logits_of(model(batch.images.to(device))).float()
-        _check_classes(logits, batch.labels)
+        outputs = logits_of(model(batch.images.to(device)))
+        _check_classes(outputs, batch.labels)
+        scale = output_scale(outputs) if scale is None else scale
+        logits = _log_probabilities(outputs) if scale == "probabilities" else outputs.float()
         truth = batch.labels.to(device)
         correct += int((logits.argmax(dim=1) == truth).sum())
         summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
@@ -123,9 +129,14 @@ def sum_scores(
     return Sums(correct, summed, labeled)
 
 
+def _log_probabilities(probabilities: torch.Tensor) -> torch.Tensor:
+    return log_probabilities(probabilities).clamp(min=math.log(torch.finfo(probabilities.dtype).tiny))
+
+
 def _check_classes(logits: torch.Tensor, labels: torch.Tensor) -> None:
     if logits.ndim != 2 or len(logits) != len(labels) or int(labels.max()) >= logits.shape[1]:
         raise MismatchError(
-            f"the network returned {list(logits.shape)} for {len(labels)} images with labels up to {int(labels.max())}",
+            f"the network returned {list(logits.shape)} for {counted(len(labels), 'image')} with labels up to "
+            f"{int(labels.max())}",
             "evaluate a network that returns logits [B, C] of the classes of the data set",
         )

@@ -20,6 +20,7 @@ from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.models.checkpoints import FOLDER_FILES, some
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct
 from kdcache.models.hf_processors import transform_of
+from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress, Silent
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -73,8 +74,8 @@ def weights_folder(spec: ModelSpec) -> Path | None:
     its networks; only the library can convert them.
     """
     if spec.weights is None:
-        return Path(spec.model.partition(":")[2])
-    path = Path(spec.weights)
+        return expand(spec.model.partition(":")[2])
+    path = expand(spec.weights)
     folder = path.parent if path.name in FOLDER_FILES else path
     return folder if (folder / CONFIG).is_file() else None
 
@@ -125,7 +126,7 @@ def _config(folder: str) -> Any:
         UsageError: without transformers, or for a folder that does not hold one of its image classifiers.
         CorruptError: if its configuration cannot be read.
     """
-    path = Path(folder) / CONFIG
+    path = expand(folder) / CONFIG
     if not path.is_file():
         raise UsageError(
             f"file not found: {path}",
@@ -141,7 +142,7 @@ def _config(folder: str) -> Any:
             "give a folder that save_pretrained of a transformers network wrote; a network of timm is timm:NAME",
         ) from None
     try:
-        config = library.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = library.AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # for unknown types, and for values that its classes refuse
         raise UsageError(
             f"transformers cannot read {path}: {_first_line(error)}",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdcache.config.schema import ModelSpec
 from kdcache.config.transform import Transform
 from kdcache.data.datasets import photograph_transform
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.models.checkpoints import read_state
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct
 
@@ -98,11 +98,17 @@ def _config(name: str) -> Any:
             f"timm:{name} names weights in timm's notation", f"write timm:{architecture.replace('.', '@', 1)} instead"
         )
     if not timm.is_model(architecture):
-        raise UsageError(f"timm has no network {architecture!r}", "use a name from timm.list_models()")
+        raise UsageError(
+            f"timm has no network {architecture!r}{did_you_mean(architecture, timm.list_models())}",
+            "use a name from timm.list_models()",
+        )
     known = timm.list_pretrained(f"{architecture}.*")
     if at and f"{architecture}.{tag}" not in known:
-        tags = ", ".join(full.partition(".")[2] for full in known)
-        raise UsageError(f"timm has no weights {tag!r} of {architecture}", f"it has {tags or 'none'}")
+        tags = [full.partition(".")[2] for full in known]
+        raise UsageError(
+            f"timm has no weights {tag!r} of {architecture}{did_you_mean(tag, tags)}",
+            f"it has {', '.join(tags) or 'none'}",
+        )
     return timm.get_pretrained_cfg(f"{architecture}.{tag}" if tag else architecture)
 
 

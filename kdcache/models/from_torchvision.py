@@ -12,7 +12,7 @@ from torchvision import models as tv
 from kdcache.config.schema import ModelSpec
 from kdcache.config.transform import Transform
 from kdcache.data.datasets import photograph_transform
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct
 
 _AUXILIARY = ("googlenet", "inception_v3")
@@ -48,6 +48,11 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Mod
     return model
 
 
+def names() -> list[str]:
+    """Return the names of the networks that classify images."""
+    return list(tv.list_models(module=tv))
+
+
 def categories(name: str) -> list[str]:
     """Return the class names of the weights that `name` names.
 
@@ -77,14 +82,16 @@ def _fetch(spec: ModelSpec, weights: Any) -> None:
 def _weights(name: str) -> Any:
     """Return the weights that `name` names, a member of torchvision's enumeration; the default without `@`."""
     architecture, at, weights_name = name.partition("@")
-    if architecture not in tv.list_models(module=tv):
+    if architecture not in names():
         raise UsageError(
-            f"torchvision has no network {architecture!r} that classifies images",
+            f"torchvision has no network {architecture!r} that classifies images{did_you_mean(architecture, names())}",
             "use a name from torchvision.models.list_models(module=torchvision.models)",
         )
     known = tv.get_model_weights(architecture)
     if at and weights_name not in known.__members__:
         raise UsageError(
-            f"torchvision has no weights {weights_name!r} of {architecture}", f"it has {', '.join(known.__members__)}"
+            f"torchvision has no weights {weights_name!r} of {architecture}"
+            f"{did_you_mean(weights_name, known.__members__)}",
+            f"it has {', '.join(known.__members__)}",
         )
     return known[weights_name or "DEFAULT"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdcache.config.schema import CacheSpec
 from kdcache.data.views import View
-from kdcache.errors import CorruptError, MismatchError
+from kdcache.errors import CorruptError, MismatchError, counted
 from kdcache.models.checks import (
     OutputScale,
     check_logits,
@@ -139,7 +139,7 @@ def refuse_not_finite(finite: Tensor, ids: Tensor) -> None:
     if len(bad):
         raise CorruptError(
             f"the teacher returned NaN or infinite logits for sample {int(ids[bad[0]])} "
-            f"({len(bad)} of the {len(ids)} images that were checked)",
+            f"({len(bad)} of the {counted(len(ids), 'image')} checked)",
             "check the teacher's weights, its precision and the transform; let it return logits, not probabilities "
             "(Softmax), whose logarithms are infinite if they underflow",
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from kdcache.errors import MismatchError
+from kdcache.errors import MismatchError, did_you_mean
 
 Part = int | str
 
@@ -77,7 +78,8 @@ def logits_of(output: object, part: Part | None = None, who: str = "network") ->
     what = f"the {who} returned a {type(output).__name__}"
     if part is not None:
         reason = "has no such part" if found is None else f"has a {type(found).__name__} there"
-        raise MismatchError(f"{what}, and `output: {part}` {reason}: it holds {listed}", _advice(parts))
+        similar = did_you_mean(part, map(str, parts)) if part not in parts else ""
+        raise MismatchError(f"{what}, and `output: {part}` {reason}{similar}: it holds {listed}", _advice(parts))
     raise MismatchError(f"{what}: {listed}", _advice(parts))
 
 
@@ -93,10 +95,10 @@ def _part(output: object, name: Part) -> Any:
     if isinstance(output, Tensor):
         return None
     if isinstance(output, Mapping):
-        return output.get(name)
+        return output.get(name, output.get(str(name)))
     if isinstance(name, int):
         return output[name] if isinstance(output, tuple | list) and name < len(output) else None
-    return vars(output).get(name) if hasattr(output, "__dict__") else getattr(output, name, None)
+    return getattr(output, name, None)
 
 
 def _parts(output: object) -> Iterator[tuple[Part, Any]]:
@@ -107,6 +109,8 @@ def _parts(output: object) -> Iterator[tuple[Part, Any]]:
         yield from zip(output._fields, output, strict=True)  # type: ignore[call-overload]  # a named tuple
     elif isinstance(output, tuple | list):
         yield from enumerate(output)
+    elif dataclasses.is_dataclass(output):
+        yield from ((field.name, getattr(output, field.name, None)) for field in dataclasses.fields(output))
     elif hasattr(output, "__dict__"):
         yield from vars(output).items()
 

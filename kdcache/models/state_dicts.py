@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -35,21 +36,11 @@ _OF_TRAINING = ("criterion", "loss", "loss_fn", "loss_fct", "loss_function")
 _NOT_TENSORS = ("_extra_state", "_packed_params", "dtype")
 """Last parts of the keys whose values are not tensors: extra state and entries of quantized modules."""
 
-_CAUSES = {
-    ("lora_",): "the checkpoint holds LoRA weights: merge them into the network (merge_and_unload) and save it again",
-    ("_packed_params", "zero_point"): (
-        "the checkpoint is of a quantized network: let `model:` return the same quantized network"
-    ),
-    ("weight_g", "parametrizations."): (
-        "the checkpoint has parametrized weights: remove the parametrizations, and save it again"
-    ),
-}
-"""Parts of unexpected keys, and the cause that they point to."""
-
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 """Old keys in torchvision's published weights of densenet."""
 
-_DEPTH = 4
+_DEPTH = 6
+"""How deep containers inside a checkpoint are searched."""
 
 
 class Match(NamedTuple):
@@ -62,6 +53,7 @@ class Match(NamedTuple):
         ignored: other keys of the checkpoint, outside the network: of another model, a loss, an auxiliary head.
         prefix: of the keys in the checkpoint, if it is the same for all.
         alternatives: other prefixes under which the checkpoint has a network of the same keys.
+        renamed: by key of the network, the key in the checkpoint, of a head that is outside the prefix.
     """
 
     keys: dict[str, str]
@@ -70,6 +62,7 @@ class Match(NamedTuple):
     ignored: list[str]
     prefix: str = ""
     alternatives: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = MappingProxyType({})
 
     @property
     def distance(self) -> int:
@@ -88,7 +81,12 @@ class Match(NamedTuple):
 
 
 def state_dicts_in(held: object) -> dict[str, State]:
-    """Return every state dict in the content of a checkpoint, by its path ("" for the top level), preferred first."""
+    """Return every state dict in the content of a checkpoint, by its path ("" for the top level), preferred first.
+
+    If the content is a list or tuple, the first part of a path is an index.
+    """
+    if isinstance(held, list | tuple):
+        held = {str(index): part for index, part in enumerate(held)}
     found = dict(_states(held, "", 0))
     return {path: found[path] for path in sorted(found, key=_rank)}
 
@@ -126,6 +124,12 @@ def part_of(states: Mapping[str, State], part: str) -> dict[str, State]:
         # `model.student` may be the keys `student.*` of the state dict `model`.
         within = prefix.removeprefix(f"{path}.") if path else prefix
         entries = {key[len(within) :]: value for key, value in state.items() if key.startswith(within)}
+        if not entries:
+            entries = {
+                key.partition(f".{within}")[2]: value
+                for key, value in state.items()
+                if f".{within}" in key and _of_wrappers(f"{key.partition(f'.{within}')[0]}.")
+            }
         if entries:
             found[part] = entries
             break
@@ -149,9 +153,29 @@ def match_keys(given: Iterable[str], expected: Iterable[str]) -> Match:
     plain_given, plain_expected = _unwrapped(given), _unwrapped(expected)
     if len(plain_given) == len(given) and len(plain_expected) == len(expected):
         tries.append(_compare(plain_given, plain_expected, []))
+    tries += [renamed for match in tries if (renamed := _with_head_elsewhere(match)) is not None]
     return next(
         (match for match in tries if match.fits),
         min(tries, key=lambda match: match.distance),
+    )
+
+
+def _with_head_elsewhere(match: Match) -> Match | None:
+    """Return a match with the missing keys taken from one other place, such as `fc.weight` from `head.fc.weight`.
+
+    None if they are not all there, in more than one place, or most of the network.
+    """
+    if not match.prefix or len(match.missing) >= len(match.keys):
+        return None
+    others = [*match.ignored, *match.unexpected]
+    found = {ours: [key for key in others if key.endswith(f".{ours}")] for ours in match.missing}
+    prefixes = {key[: -len(ours)] for ours, keys in found.items() for key in keys}
+    if len(prefixes) != 1 or any(len(keys) != 1 for keys in found.values()):
+        return None
+    renamed = {ours: keys[0] for ours, keys in found.items()}
+    rest = [[key for key in keys if key not in renamed.values()] for keys in (match.unexpected, match.ignored)]
+    return match._replace(
+        keys={**match.keys, **renamed}, missing=[], unexpected=rest[0], ignored=rest[1], renamed=renamed
     )
 
 
@@ -160,12 +184,12 @@ def _compare(given: dict[str, str], expected: dict[str, str], ignored: list[str]
     keys = {key: given[common] for common, key in expected.items() if common in given}
     parts = {part for key in expected for part in key.split(".")}
     missing = [
-        key for common, key in expected.items() if common not in given and _last(common) != "num_batches_tracked"
+        key for common, key in expected.items() if common not in given and last_part(common) != "num_batches_tracked"
     ]
     unexpected: list[str] = []
-    ignored = list(ignored)
+    ignored = [key for key in ignored if last_part(key) not in _COUNTERS]
     for common, key in given.items():
-        if common in expected or _last(common) in _COUNTERS:
+        if common in expected or last_part(common) in _COUNTERS:
             continue
         first = common.partition(".")[0]
         extra = first in (*_AUXILIARY, *_OF_TRAINING) and first not in parts
@@ -173,13 +197,14 @@ def _compare(given: dict[str, str], expected: dict[str, str], ignored: list[str]
     return Match(keys, missing, unexpected, ignored)
 
 
-def _last(key: str) -> str:
+def last_part(key: str) -> str:
+    """Return the part of a key after its last dot."""
     return key.rpartition(".")[2]
 
 
 def _prefixes(given: list[str], expected: list[str]) -> list[str]:
     """Return the prefixes under which the checkpoint has keys of the network; those of wrappers first."""
-    anchors = [key for key in expected if _last(key) not in _COUNTERS]
+    anchors = [key for key in expected if last_part(key) not in _COUNTERS]
     found: dict[str, None] = {}
     for anchor in anchors[:1] + anchors[-1:]:
         found.update((key[: -len(anchor)], None) for key in given if key.endswith(f".{anchor}"))
@@ -199,32 +224,3 @@ def _unwrapped(keys: list[str]) -> dict[str, str]:
             del parts[0]
         found[".".join([*(part for part in parts if part not in _ANYWHERE), last])] = key
     return found
-
-
-def likely_cause(match: Match, other_shapes: Mapping[str, tuple[list[int], list[int]]]) -> str:
-    """Return the most likely reason why a checkpoint does not fit a network, and how to fix it.
-
-    Args:
-        match: of the keys.
-        other_shapes: by key of the network, the shapes in the checkpoint and in the network, if they differ.
-    """
-    classes = {(theirs[0], ours[0]) for theirs, ours in other_shapes.values() if theirs and ours}
-    only_first = all(theirs[1:] == ours[1:] for theirs, ours in other_shapes.values())
-    if match.fits and len(classes) == 1 and only_first and len(other_shapes) <= 4:
-        ((theirs, ours),) = classes
-        return (
-            f"the checkpoint is probably of {theirs} classes and the network has {ours}: use the data set of those "
-            "classes, or say in teacher.classes and teacher.outputs which outputs stand for the data set's classes"
-        )
-    unexpected = " ".join(match.unexpected)
-    for marks, cause in _CAUSES.items():
-        if any(mark in unexpected for mark in marks):
-            return cause
-    if not match.keys:
-        return "the checkpoint is of another network: set `model:` and `args:` to what it was made with"
-    if match.missing and not match.unexpected and len(match.missing) <= 4:
-        return (
-            f"the checkpoint lacks {match.missing[0].rpartition('.')[0] or match.missing[0]}, perhaps the head: give "
-            "the checkpoint of the whole network"
-        )
-    return "set `model:` and `args:` to what the checkpoint was made with, and check the number of classes"

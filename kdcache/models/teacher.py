@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from kdcache.cache.format.integrity import record_of
 from kdcache.config.schema import EnsembleSpec, Pipeline, TrainedSpec
 from kdcache.config.transform import Transform
+from kdcache.data.check_images import check_images
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
-from kdcache.errors import MismatchError
+from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.models import (
     ChosenOutputs,
     Ensemble,
@@ -26,6 +30,7 @@ from kdcache.models import (
     read_groups,
     record_of_groups,
 )
+from kdcache.models.digest import plain_state
 from kdcache.runtime import user_code
 from kdcache.runtime.progress import Progress, Silent
 
@@ -36,6 +41,50 @@ class TeacherIdentity(NamedTuple):
     name: str
     arguments: dict[str, Any]
     code_digest: str | None
+
+
+class FunctionNetwork(nn.Module):
+    """A plain function as a network without weights, such as one that calls an ONNX Runtime session or a server.
+
+    Args:
+        function: images [B, channels, H, W] -> logits [B, C], a tensor on any device or a NumPy array.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Any:
+        """Return what the function returns; logits on the device of the images."""
+        returned = self.function(images)
+        if isinstance(returned, np.ndarray):
+            returned = torch.from_numpy(returned)
+        return returned.to(images.device) if isinstance(returned, Tensor) else returned
+
+
+def as_network(model: nn.Module | Callable[[Tensor], Any]) -> nn.Module:
+    """Return a network as it is, and a plain function as a network.
+
+    Raises:
+        UsageError: if it is neither.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, type) or not callable(model):
+        raise UsageError(
+            f"the teacher is {model!r}, neither a torch.nn.Module nor a function",
+            "pass a network, or a function from images [B, channels, H, W] to logits [B, C]",
+        )
+    return FunctionNetwork(model)
+
+
+def has_weights(model: nn.Module) -> bool:
+    """Return whether a network, and each member of an ensemble, has parameters or buffers that its digest covers."""
+    if isinstance(model, Ensemble):
+        return all(has_weights(member) for member in model.members)
+    if isinstance(model, ChosenOutputs):
+        return has_weights(model.network)
+    return bool(plain_state(model))
 
 
 class LoadedTeacher(NamedTuple):
@@ -56,7 +105,11 @@ def load_teacher(pipeline: Pipeline, progress: Progress | None = None) -> Loaded
     specs = pipeline.members
     samples = load_split(pipeline.dataset, "train")
     transform = _preset(specs, samples) if pipeline.transform is None else pipeline.transform
-    shape = View(samples, transform).shape()
+    try:
+        shape = View(samples, transform).shape()
+    except KdcacheError:
+        check_images(samples, progress or Silent())  # names all files that cannot be read, not only the first
+        raise
     loaded = [_load(spec, samples, shape, progress or Silent()) for spec in specs]
     models, identities = [model for model, _ in loaded], [identity for _, identity in loaded]
     if not isinstance(pipeline.teacher, EnsembleSpec):

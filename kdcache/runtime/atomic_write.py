@@ -19,13 +19,13 @@ def temporary(path: Path) -> Path:
 
 
 def write_file(path: Path, content: bytes | memoryview | str) -> Path:
-    """Write a file atomically, a string as UTF-8, and return its path.
+    """Write a file atomically, a string as UTF-8 (bytes of a path that are not, as \\xff), and return its path.
 
     Raises:
         OSError: if it cannot be written; an earlier file of that name is then unchanged.
     """
     with open_atomic(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     return path
 
 

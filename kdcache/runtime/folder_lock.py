@@ -38,7 +38,7 @@ def locked(folder: Path) -> Iterator[None]:
     _handles.add(handle)
     try:
         os.ftruncate(handle, 0)
-        os.pwrite(handle, _this_process().encode(), 0)
+        os.pwrite(handle, _this_process().encode(errors="backslashreplace"), 0)
         yield
     finally:
         with suppress(OSError):

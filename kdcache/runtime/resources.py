@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from kdcache.runtime.paths import existing
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -43,10 +45,3 @@ def free_disk(folder: Path) -> int:
 def available_cores() -> int:
     """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def existing(folder: Path) -> Path:
-    """Return the folder, or its closest parent that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder

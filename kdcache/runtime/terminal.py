@@ -12,17 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from kdcache.errors import counted
 from kdcache.runtime.distributed import is_first
 from kdcache.runtime.progress import Progress, Silent, Task
 
 SECONDS_BETWEEN_LINES = 10
 
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def counted(number: int, units: str) -> str:
-    """Return a number with its unit, which is given in the plural: `1 image`, `1,000 images`."""
-    return f"{number:,} {units.removesuffix('s') if number == 1 else units}"
 
 
 def reporter(progress: Progress | bool | None) -> Progress:
@@ -38,8 +34,16 @@ def reporter(progress: Progress | bool | None) -> Progress:
 
 
 def printable(text: str) -> str:
-    """Replace control characters, which a cache from elsewhere may contain and a terminal would execute."""
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in text)
+    r"""Replace control characters, which a cache from elsewhere may contain and a terminal would execute.
+
+    Bytes of a path that are not UTF-8 are written as \xff.
+    """
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else _replacement(sign) for sign in text)
+
+
+def _replacement(sign: str) -> str:
+    is_byte = "\udc80" <= sign <= "\udcff"
+    return f"\\x{ord(sign) - 0xDC00:02x}" if is_byte else "\N{REPLACEMENT CHARACTER}"
 
 
 def say(message: str) -> None:
@@ -64,7 +68,7 @@ class _LineTask:
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what, self._total, self._unit, self._done = what, total, unit, 0
         self._began = self._last_line = time.monotonic()
-        say(f"{what}: {counted(total, unit)}")
+        say(f"{what}: {counted(total, unit.removesuffix('s'))}")
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         self._done += amount
@@ -75,7 +79,7 @@ class _LineTask:
             left = (self._total - self._done) / max(speed, 1e-9)
             after = f", {note}" if note else ""
             rate = f", {speed:,.1f} {self._unit}/s, {left:,.0f} s left" if self._done else ""
-            say(f"{self._what}: {self._done:,} of {counted(self._total, self._unit)}{rate}{after}")
+            say(f"{self._what}: {self._done:,} of {counted(self._total, self._unit.removesuffix('s'))}{rate}{after}")
 
 
 class Terminal:

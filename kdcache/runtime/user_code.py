@@ -1,15 +1,14 @@
 """Code of the user, named `path/file.py:function`: a model, a loss, a data set or a step of a transform.
 
-A file is run once per content. What is wrong with it, or with what it returns, is the user's mistake and not a crash:
-every error names the file, the line and the signature that is expected.
+A file is run once per content, which includes the modules beside it that it imports (`user_modules.py`). What is wrong
+with it, or with what it returns, is the user's mistake and not a crash: every error names the file, the line and the
+signature that is expected.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
+import importlib
 import inspect
-import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,8 +19,11 @@ from typing import Any
 import torch
 
 from kdcache.errors import KdcacheError, UsageError
+from kdcache.runtime.import_closure import digest_of_closure
+from kdcache.runtime.paths import expand
+from kdcache.runtime.user_modules import Namespace, forget, namespace
 
-_modules: dict[Path, tuple[str, ModuleType]] = {}
+_modules: dict[Namespace, tuple[str, ModuleType]] = {}
 _trusted: set[str] = set()
 
 
@@ -33,7 +35,7 @@ class UserCode:
         reference: `path/file.py:function`.
         target: the function or class.
         signature: how it is called, for error messages.
-        digest: sha256 of the file.
+        digest: sha256 of the file, and of the user's modules that it imports.
     """
 
     reference: str
@@ -76,14 +78,15 @@ class UserCode:
             UsageError: if it does not.
         """
         try:
-            inspect.signature(self.target).bind(*positional, **arguments)
+            signature = inspect.signature(self.target)
+        except (TypeError, ValueError):  # some callables of compiled libraries do not have one
+            return
+        try:
+            signature.bind(*positional, **arguments)
         except TypeError as error:
             raise UsageError(
-                f"{self.where}{inspect.signature(self.target)} cannot be called: {error}",
-                f"it is called as {self.signature}",
+                f"{self.where}{signature} cannot be called: {error}", f"it is called as {self.signature}"
             ) from None
-        except ValueError:  # a built-in without a signature
-            pass
 
     def mistake(self, problem: str) -> UsageError:
         """Return the error for a result that is not what is expected."""
@@ -98,7 +101,7 @@ def is_user_code(name: object) -> bool:
 def split(reference: str) -> tuple[Path, str]:
     """Return the file and the function of a reference."""
     path, _, name = reference.partition(":")
-    return Path(path), name
+    return expand(path), name
 
 
 def load(reference: str, role: str, signature: str) -> UserCode:
@@ -128,41 +131,56 @@ def load(reference: str, role: str, signature: str) -> UserCode:
 
 
 def digest_of(reference: str) -> str:
-    """Return the sha256 of the file of a reference."""
+    """Return the sha256 of the file of a reference; with that of the user's modules that it imports, if there are any.
+
+    Raises:
+        UsageError: if the file does not exist.
+    """
     path, _ = split(reference)
-    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    if not path.is_file():
+        raise UsageError(f"file not found: {path}, of {reference!r}", "give its path from the current folder")
+    return digest_of_closure(namespace(path))
+
+
+def digests_of(names: Iterable[str]) -> dict[str, str]:
+    """Return the digests of the code among some names, by name; other names are ignored."""
+    return {name: digest_of(name) for name in sorted({*names}) if is_user_code(name)}
 
 
 def _run(path: Path) -> tuple[str, ModuleType]:
-    """Return the digest of a file and the module that running it makes; a file that has not changed is run once."""
-    path = path.resolve()
-    digest = digest_of(str(path))
-    if path in _modules and _modules[path][0] == digest:
-        return _modules[path]
-    name = f"kdcache_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "the name ends in .py"  # noqa: S101  # for the types
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    """Return the digest of a file and the module that running it makes; files that have not changed are run once."""
+    space = namespace(path)
+    digest = digest_of_closure(space)
+    if space in _modules and _modules[space][0] == digest:
+        return _modules[space]
+    forget(space)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise UsageError(
-            f"{path} cannot be run: {type(error).__name__}: {error} ({place_of(error, path)})", "correct that file"
-        ) from error
-    _modules[path] = digest, module
+        module = importlib.import_module(space.module_name)
+    except (Exception, SystemExit) as error:
+        forget(space)
+        reason = f"{type(error).__name__}: {error}".replace(f"{space.name}.", "")
+        fix = "correct that file"
+        if isinstance(error, SystemExit):
+            fix = 'it is imported, not run as a script: put what ends it below `if __name__ == "__main__":`'
+        raise UsageError(f"{path} cannot be run: {reason} ({place_of(error, path)})", fix) from error
+    _modules[space] = digest, module
     return digest, module
 
 
 def place_of(error: BaseException, path: Path | None = None) -> str:
-    """Return the line that raised an error: the last one in a file, or where it was raised."""
+    """Return the line that raised an error: the last one in a file or in the folder of it, or where it was raised."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if path is not None and Path(frame.filename).resolve() == path.resolve()]
+    folder = path.resolve().parent if path is not None else None
+    own = [frame for frame in frames if folder is not None and _is_in(Path(frame.filename), folder)]
     last = (own or frames)[-1]
     return f"{last.filename}:{last.lineno}"
+
+
+def _is_in(file: Path, folder: Path) -> bool:
+    """Whether a file is in a folder, and not a module of this package, which runs the user's."""
+    return file.resolve().is_relative_to(folder) and file.parent != Path(__file__).parent
 
 
 def trust(names: Iterable[str]) -> None:

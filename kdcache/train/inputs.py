@@ -18,9 +18,11 @@ from kdcache.cache.teacher import Teacher, TeacherWrapper
 from kdcache.config.schema import Pipeline, TrainSpec
 from kdcache.config.transform import Transform
 from kdcache.data.alignment import AlignedTeacher, align, apply_alignment, describe_alignment
+from kdcache.data.check_images import check_images
 from kdcache.data.datasets import load_held_out, load_split
+from kdcache.data.repeatable import check_repeatable, find_random_item
 from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay
-from kdcache.data.samples import Samples
+from kdcache.data.samples import Samples, explain_fractions
 from kdcache.data.transforms import is_random
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
@@ -77,18 +79,25 @@ class TrainingInputs:
     level_known: bool = True
 
 
-def inputs_without_teacher(pipeline: Pipeline) -> TrainingInputs:
+def inputs_without_teacher(pipeline: Pipeline, progress: Progress | None = None) -> TrainingInputs:
     """Load the data of a pipeline alone.
 
+    Args:
+        pipeline: `dataset` and `transform`.
+        progress: progress reporter; silent if None.
+
     Raises:
+        CorruptError: if some image files cannot be read; names all of a split.
         KdcacheError: if the splits have different classes.
     """
+    progress = progress or Silent()
     samples = load_split(pipeline.dataset, "train")
     transform = samples.transform if pipeline.transform is None else pipeline.transform
+    _check_split(samples, transform, progress)
     return TrainingInputs(
         samples,
-        _held_out(pipeline, "validation", samples),
-        _held_out(pipeline, "test", samples),
+        _held_out(pipeline, "validation", samples, progress),
+        _held_out(pipeline, "test", samples, progress),
         transform,
         views=None if is_random(transform) else 1,
     )
@@ -151,8 +160,8 @@ def inputs_from_caches(
     }
     return TrainingInputs(
         samples,
-        _held_out(pipeline, "validation", samples),
-        _held_out(pipeline, "test", samples),
+        _held_out(pipeline, "validation", samples, progress),
+        _held_out(pipeline, "test", samples, progress),
         views.transform,
         views.seed,
         _n_first_views(caches),
@@ -189,16 +198,21 @@ def _matched(
     Raises:
         MismatchError: if there are none, or some of the cache are missing and that is not accepted.
     """
-    alignment = align(samples.keys(progress), samples.labels, cache.sample_keys, cache.labels)
+    keys = samples.keys(progress)
+    alignment = align(keys, samples.labels, cache.sample_keys, cache.labels)
     if not len(alignment.ids):
+        check_repeatable(samples)
         raise MismatchError(
             f"no sample of {samples.name}/{samples.split} is in {cache.path}",
             "use a copy of the data set that the cache was made from (`kdcache info CACHE` names it)",
         )
     if len(alignment.missing) and not allow_missing:
+        check_repeatable(samples)
+        cause, remedy = explain_fractions(samples, keys, cache.sample_keys)
         raise MismatchError(
-            describe_alignment(samples, alignment),
-            "use --allow-missing to train on the samples that match, or add the others",
+            describe_alignment(samples, alignment) + cause,
+            f"{remedy}{'; or ' if remedy else ''}use --allow-missing to train on the samples that match, or add the "
+            "others",
         )
     progress.say(f"note: {describe_alignment(samples, alignment)}")
     counts = {"matched": len(alignment.ids), "missing": len(alignment.missing), "extra": len(alignment.extra)}
@@ -221,11 +235,28 @@ def _n_first_views(caches: Sequence[Cache]) -> int:
     return count
 
 
-def _held_out(pipeline: Pipeline, split: Literal["validation", "test"], samples: Samples) -> Samples | None:
+def _held_out(
+    pipeline: Pipeline, split: Literal["validation", "test"], samples: Samples, progress: Progress
+) -> Samples | None:
     held_out = load_held_out(pipeline.dataset, split)
-    if held_out is not None and held_out.class_names != samples.class_names:
+    if held_out is None:
+        return None
+    if held_out.class_names != samples.class_names:
         raise MismatchError(f"the {split} split has other classes than the training images", "check the data set")
+    _check_split(held_out, pipeline.eval_transform or samples.transform, progress)
     return held_out
+
+
+def _check_split(samples: Samples, transform: Transform, progress: Progress) -> None:
+    """Check that the images can be read, and report what is left out and what is drawn by the data set itself.
+
+    Raises:
+        CorruptError: if some image files cannot be read; names all.
+    """
+    for note in check_images(samples, progress, transform=transform):
+        progress.say(f"note: {note}")
+    if (found := find_random_item(samples)) is not None:
+        progress.say(f"note: {found[0]}, so that a teacher of it cannot be dumped; {found[1]}")
 
 
 def _replay(cache: Cache, samples: Samples, allow_other_pixels: bool, progress: Progress) -> dict[str, Any]:

@@ -104,11 +104,13 @@ class TrainingResult(NamedTuple):
         best: the first epoch of the best validation accuracy; the last one without a validation split.
         epochs: all epochs.
         seconds: duration of training, with validation, without interruptions.
+        warnings: about gradients that were not finite or exploded.
     """
 
     best: Epoch
     epochs: list[Epoch]
     seconds: float
+    warnings: list[str]
 
 
 def fit(
@@ -146,7 +148,7 @@ def fit(
     """
     progress = progress or Silent()
     held_out = Loader(validation, spec.num_workers, device) if validation is not None else None
-    trainer = Trainer(model, spec, loss, len(train), device)
+    trainer = Trainer(model, spec, loss, len(train), device, progress.say)
     state = TrainingState()
     if checkpointer and (saved := _load(trainer, checkpointer)) is not None:
         state = _resume(trainer, saved)
@@ -178,7 +180,8 @@ def fit(
             task.advance(1, note)
     assert state.best is not None, "there is at least one epoch"  # noqa: S101  # for the type checker
     model.load_state_dict(state.best.weights)
-    return TrainingResult(state.best.epoch, state.rows, state.seconds)
+    warning = trainer.gradients.warning
+    return TrainingResult(state.best.epoch, state.rows, state.seconds, [] if warning is None else [warning])
 
 
 def view_of_epoch(epoch: int, views: int | None, spec: TrainSpec) -> int:

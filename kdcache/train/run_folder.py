@@ -37,6 +37,7 @@ from kdcache.models import save_weights
 from kdcache.runtime.atomic_write import move_into_place, temporary, write_file
 from kdcache.runtime.distributed import is_first
 from kdcache.runtime.folder_lock import locked
+from kdcache.runtime.paths import check_writable
 from kdcache.runtime.versions import commits, versions
 from kdcache.train.accelerator import start_trackers
 from kdcache.train.loop import Diverged, Epoch
@@ -112,6 +113,7 @@ def check_free(out: Path) -> None:
     if out.exists():
         raise UsageError(f"{out} exists", "write to another folder with -o, or delete it first")
     check_outside(out)
+    check_writable(out)
 
 
 def check_run(out: Path) -> None:
@@ -127,6 +129,7 @@ def check_run(out: Path) -> None:
                 "write to another folder with -o, or delete it first",
             )
         check_outside(out)
+        check_writable(out)
 
 
 def complete_run(out: Path, pipeline: Pipeline, made_from: Mapping[str, Any]) -> dict[str, Any]:

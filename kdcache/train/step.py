@@ -26,6 +26,7 @@ from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
 from kdcache.losses.batch import BatchTotals, MixedLabels, labeled_shares, of_all_ranks, of_these
 from kdcache.train.accelerator import join_processes
+from kdcache.train.gradients import GradientMonitor
 from kdcache.train.optim import make_optimizer, make_schedule
 
 
@@ -75,17 +76,25 @@ class Trainer:
         loss: minimized.
         count: N, number of images per epoch.
         device: where to train.
+        report: called once, with a warning about a gradient that is not finite or has exploded; in the first process.
 
     Attributes:
         accelerator: this process among all.
         steps: optimizer steps per epoch.
+        gradients: their norms, and the warning.
 
     Raises:
         UsageError: if a batch has too few images to be divided.
     """
 
     def __init__(
-        self, model: nn.Module, spec: TrainSpec, loss: Loss, count: int, device: torch.device | str = "cpu"
+        self,
+        model: nn.Module,
+        spec: TrainSpec,
+        loss: Loss,
+        count: int,
+        device: torch.device | str = "cpu",
+        report: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self.spec, self.loss = model, spec, loss
         self.accelerator = join_processes(device, spec.precision)
@@ -103,6 +112,10 @@ class Trainer:
             self.average = AveragedModel(model, multi_avg_fn=_average_update(spec.ema_decay), use_buffers=True)
         if spec.compile:
             model.compile()
+        learned = [*model.named_parameters(), *([] if self.theta is None else [("the temperature", self.theta)])]
+        self.gradients = GradientMonitor(
+            learned, spec.max_grad_norm, report if self.accelerator.is_main_process else None
+        )
         self._network = self.accelerator.prepare_model(_Network(model, self.theta))
         if self.accelerator.process_index:
             # Each process draws other numbers in the network; the first draws those of a single process.
@@ -178,6 +191,7 @@ class Trainer:
                 parts.append(self._step(StepContext(micro_batches, totals, number)))
                 if on_step and len(parts) < len(cuts):
                     on_step()
+        self.gradients.check()
         return self._reduced(parts)
 
     def _batches(self, train: View, cuts: list[list[int]], view: int) -> Iterator[Batch]:
@@ -215,11 +229,14 @@ class Trainer:
             parts = LossParts(
                 *(torch.stack([value.detach() for value in values]).sum() for values in zip(*each, strict=True))
             )
-        if self.spec.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self._network.parameters(), self.spec.max_grad_norm)
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()
+        self.gradients.measure()
         self.optimizer.step()
+        # Of fp16, a step whose scaled gradient is not finite is skipped as a matter of course.
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
+            self.gradients.add(parts.total, context.epoch)
         if self.average is not None:
             self.average.update_parameters(self.model)
         return parts
@@ -290,6 +307,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "gradients": self.gradients.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -303,6 +321,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        self.gradients.load_state_dict(state["gradients"])
 
 
 def _average_update(decay: float) -> Callable[[Any, Any, Any], None]:

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 from kdcache.cache.reader import Cache
 from kdcache.config.schema import Pipeline
-from kdcache.errors import IncompleteError, KdcacheError, MismatchError, UsageError
+from kdcache.errors import IncompleteError, KdcacheError, MismatchError, UsageError, counted
 from kdcache.runtime.folder_lock import locked
 from kdcache.runtime.progress import Progress, Silent, Task
-from kdcache.runtime.terminal import counted
 from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
 from kdcache.train.run_folder import check_trackers, described_differences, read_json, write_json
 from kdcache.train.sweep_points import Point
@@ -133,7 +132,7 @@ class _SweepContext:
             self.inputs_by_key[key] = (
                 inputs_from_caches(pipeline, self.caches, self.options, device=self.device, progress=progress)
                 if self.caches
-                else inputs_without_teacher(pipeline)
+                else inputs_without_teacher(pipeline, progress)
             )
         return self.inputs_by_key[key]
 
@@ -195,7 +194,7 @@ def sweep(
         ]
         waiting = [job for job in jobs if not job.folder.exists()]
         if len(waiting) < len(jobs):
-            progress.say(f"trained already: {len(jobs) - len(waiting)} of {counted(len(jobs), 'students')}")
+            progress.say(f"trained already: {len(jobs) - len(waiting)} of {counted(len(jobs), 'student')}")
         results = {job.folder: _read_result(job) for job in jobs if job.folder.exists()}
         if processes > 1 and options.placement == "auto":
             # A mapped file is in memory once, however many processes read it.
@@ -208,7 +207,7 @@ def sweep(
             for number, (job, student) in enumerate(finished, 1):
                 results[job.folder] = student
                 outcome = "failed" if student.test is None else f"{student.test:.1%}"
-                task.advance(0, f"{number} of {counted(len(waiting), 'students')}, {job.name}: {outcome}")
+                task.advance(0, f"{number} of {counted(len(waiting), 'student')}, {job.name}: {outcome}")
     return [SweepSummary(point.name, [results[job.folder] for job in jobs if job.point is point]) for point in points]
 
 

@@ -14,17 +14,20 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher
 from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec, TrainSpec
+from kdcache.config.transform import step_names
 from kdcache.data.seeding import seeded
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
-from kdcache.errors import CorruptError, InterruptedRun, UsageError
+from kdcache.errors import CorruptError, InterruptedRun, UsageError, counted
 from kdcache.losses import Loss
 from kdcache.models import build_model
 from kdcache.models.checks import try_network, try_training
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.runtime.distributed import is_first, n_processes
+from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
-from kdcache.runtime.terminal import counted, reporter
+from kdcache.runtime.terminal import reporter
+from kdcache.runtime.user_code import digests_of
 from kdcache.train.accelerator import described_settings, hidden_settings, ignored_settings
 from kdcache.train.inputs import (
     CacheOptions,
@@ -82,11 +85,11 @@ def train_teacher(
         KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     spec = pipeline.section("teacher")
-    check_run(Path(out))
+    check_run(expand(out))
     loss = Loss.model_validate({"name": "ce"})
     try:
-        inputs = inputs_without_teacher(pipeline)
-        return _train(pipeline, spec, loss, inputs, Path(out), device, reporter(progress))
+        inputs = inputs_without_teacher(pipeline, reporter(progress))
+        return _train(pipeline, spec, loss, inputs, expand(out), device, reporter(progress))
     except KeyboardInterrupt as interrupt:
         raise InterruptedRun.of(interrupt, *_NOTHING_KEPT) from None
 
@@ -119,7 +122,7 @@ def train_student(
         KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     pipeline.section("student")
-    check_run(Path(out))
+    check_run(expand(out))
     caches = [] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
     try:
         inputs = _student_inputs(pipeline, caches, options or CacheOptions(), device, reporter(progress))
@@ -142,7 +145,7 @@ def _student_inputs(
         raise UsageError("--align and --allow-missing match samples with a cache, and there is none", "pass --cache")
     if pipeline.loss.uses_teacher:
         raise UsageError(f"the loss {pipeline.loss.name} needs a teacher", "pass its cache with --cache, or --loss ce")
-    return inputs_without_teacher(pipeline)
+    return inputs_without_teacher(pipeline, progress)
 
 
 def train_on(
@@ -155,8 +158,8 @@ def train_on(
 ) -> RunResult:
     """Train the pipeline's student on inputs that several students may share; see `train_student`."""
     spec = pipeline.section("student")
-    check_run(Path(out))
-    return _train(pipeline, spec, pipeline.loss, inputs, Path(out), device, reporter(progress))
+    check_run(expand(out))
+    return _train(pipeline, spec, pipeline.loss, inputs, expand(out), device, reporter(progress))
 
 
 def _train(
@@ -193,11 +196,14 @@ def _train(
                 check_evaluation_shape(spec.transform, train, held)
     used = pipeline.model_copy(update={"transform": inputs.transform, "eval_transform": eval_transform, "loss": loss})
     torch_device = torch.device(device)
+    own = spec.transform if isinstance(spec, StudentSpec) else None
+    steps = [name for transform in (inputs.transform, eval_transform, own) for name in step_names(transform)]
+    code = code_digest(loss) | digests_of([spec.model, pipeline.dataset.name, *steps])
     made_from = {
         "network": "student" if isinstance(spec, StudentSpec) else "teacher",
         "caches": inputs.record.get("caches", []),
         "class_names": list(samples.class_names),
-        **({"code": code} if (code := code_digest(loss)) else {}),
+        **({"code": code} if code else {}),
     }
     if out.exists():
         metrics = complete_run(out, used, made_from)
@@ -251,6 +257,7 @@ def _train(
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "seconds": round(trained.seconds, 3),
                 "ignored_environment": ignored,
+                "warnings": trained.warnings,
                 **inputs.record,
             },
         )
@@ -329,6 +336,6 @@ def _check_loss(loss: Loss, train: View, epochs: int, progress: Progress) -> Non
                 "use another divergence, such as kl",
             )
         progress.say(
-            f"note: without a label, {counted(unlabeled, 'images')} of the training split cannot contribute: the "
+            f"note: without a label, {counted(unlabeled, 'image')} of the training split cannot contribute: the "
             f"divergence {loss.divergence.kind} needs labels"
         )

@@ -8,6 +8,7 @@ of the largest of them.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -438,3 +439,72 @@ def test_indices_have_the_smallest_type_that_holds_the_last_class(classes: int, 
     assert rows.indices.dtype == dtype
     assert rows.indices.tolist() == [[classes - 1], [0]]
     torch.testing.assert_close(decode(rows, labels, encoding), logits, rtol=0, atol=2e-2)
+
+
+def stable_order(logits: Tensor) -> Tensor:
+    return logits.sort(dim=1, descending=True, stable=True).indices
+
+
+@some
+@given(batch=batches(), level=st.sampled_from([0.0, -300.0, 2e4]))
+def test_a_row_decodes_in_the_order_that_it_states(batch: Batch, level: float) -> None:
+    logits, labels, encoding = batch
+    rows = encode(logits, labels, encoding)
+    decoded = decode(replace(rows, logsumexp=rows.logsumexp + level), labels, encoding)
+    assert rows.indices is not None
+    assert torch.equal(decoded.argmax(dim=1), rows.indices[:, 0].long())
+    assert torch.equal(stable_order(decoded)[:, : encoding.top_k], rows.indices.long())
+
+
+@some
+@given(
+    classes=st.integers(2, 30),
+    top_k=st.integers(1, 4),
+    equal=st.integers(1, 30),
+    dtype=st.sampled_from(["float16", "float32"]),
+    kind=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_classes_that_are_equal_or_nearly_keep_their_order(
+    classes: int, top_k: int, equal: int, dtype: str, kind: torch.dtype, seed: int
+) -> None:
+    """Some of the largest logits are equal, or differ by less than the type of the head can tell."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(16, classes, generator=generator, dtype=torch.float64)
+    tied = torch.rand(16, classes, generator=generator).argsort(dim=1)[:, :equal]
+    gaps = torch.rand(16, tied.shape[1], generator=generator, dtype=torch.float64)
+    gaps = gaps * 10.0 ** -torch.randint(2, 8, gaps.shape, generator=generator)
+    logits = logits.scatter(1, tied, 5 + gaps).to(kind)
+    labels = torch.randint(-1, classes, (16,), generator=generator)
+    encoding = encoding_of(classes, min(top_k, classes - 1), dtype)
+    rows = encode(logits, labels, encoding)
+    decoded = decode(rows, labels, encoding)
+    assert torch.equal(stable_order(decoded)[:, : encoding.top_k], stable_order(logits.float())[:, : encoding.top_k])
+    assert torch.equal(decoded.argmax(dim=1), logits.float().argmax(dim=1))
+
+
+@pytest.mark.parametrize("tail", ["uniform", "lowrank"])
+def test_with_one_class_per_row_the_top_class_is_the_stated_one(tail: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits, labels = 0.3 * torch.randn(5000, 20, generator=generator), torch.full((5000,), -1)
+    labels[::2] = torch.randint(20, (2500,), generator=generator)
+    encoding = Encoding.model_validate(
+        {"num_classes": 20, "top_k": 1, "tail": tail, "rank": 2 if tail == "lowrank" else 0, "dtype": "float16"}
+    )
+    basis = TailBasis(torch.randn(2, 20, generator=generator), torch.zeros(20), torch.ones(2) / 8)
+    used = basis if tail == "lowrank" else None
+    decoded = decode(encode(logits, labels, encoding, used), labels, encoding, used)
+    assert torch.equal(decoded.argmax(dim=1), logits.argmax(dim=1))
+
+
+def test_the_lowest_and_largest_numbers_stay_finite_in_order() -> None:
+    largest = torch.finfo(torch.float32).max
+    rows = Rows(
+        torch.zeros(3, 3, dtype=torch.float32),
+        torch.tensor([[3, 1, 0]] * 3, dtype=torch.uint8),
+        torch.tensor([-largest, 0.0, largest]),
+        torch.zeros(3, 8, dtype=torch.float16),
+    )
+    decoded = decode(rows, torch.full((3,), -1), encoding_of(4, 3, "float32"))
+    assert decoded.isfinite().all()
+    assert torch.equal(stable_order(decoded)[1:, :3], torch.tensor([[3, 1, 0]] * 2))

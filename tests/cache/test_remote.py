@@ -153,7 +153,7 @@ def test_only_the_views_that_are_asked_for_are_fetched(server: FileServer, cache
         assert torch.equal(teacher(ids, 1), open_cache(cache).teacher()(ids, 1))
         with pytest.raises(UsageError, match="view 0 was not opened: views 1 of 2 are"):
             teacher(ids, 0)
-    with pytest.raises(IncompleteError, match="holds views 1 of 2, not view 0"):
+    with pytest.raises(IncompleteError, match="holds view 1 of 2, not view 0"):
         open_cache(folder, views=[0, 1])
     with pytest.raises(UsageError, match=r"views \[7\] are not in this cache of 2 views"):
         open_cache(url, views=[7])
@@ -248,7 +248,7 @@ def test_what_is_not_whole_is_not_pushed(cache: Path, tmp_path: Path, server: Fi
     url = f"file://{tmp_path / 'shared'}"
     part = tmp_path / "part"
     pull(f"{server.url}/c", part, views=[0])
-    with pytest.raises(IncompleteError, match="only 1 of 2 views"):
+    with pytest.raises(IncompleteError, match="holds view 0 of 2, not view 1"):
         push(part, url)
     with pytest.raises(UsageError, match="is read-only"):
         push(cache, f"{server.url}/d")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from helpers.paths import REFERENCE
 from helpers.processes import PATIENCE, until
 
 from kdcache.cli import main, output
+from kdcache.cli.options import choose_device
 from kdcache.errors import UsageError
 
 QUICK = ["--set", "teacher.train.epochs=1", "--set", "student.train.epochs=1", "--device", "cpu"]
@@ -142,7 +144,7 @@ def test_another_loss_than_the_files_brings_its_own_options(work: Path, tmp_path
     cache = ["--cache", work / "digits.kdcache"]
     ok("train-student", recipe, *cache, "--loss", "dtkd", "-o", tmp_path / "dtkd", *QUICK)
     assert "sharpness: logsumexp" in (tmp_path / "dtkd" / "resolved.yaml").read_text()
-    assert "--loss nothing: loss: unknown loss" in refused(
+    assert "--loss nothing: loss.name: unknown loss" in refused(
         2, "train-student", recipe, *cache, "--loss", "nothing", "-o", tmp_path / "no", *QUICK
     )
 
@@ -200,7 +202,7 @@ def test_every_problem_of_a_pipeline_in_one_message(tmp_path: Path) -> None:
     for place in (
         "bad.yaml:4: teacher.train.epochs",
         "bad.yaml:6: cache.topk: unknown key",
-        "bad.yaml:7: loss",
+        "bad.yaml:8: loss.name",
         "--set student.model=3: student.model",
     ):
         assert place in message
@@ -236,7 +238,7 @@ def test_a_teacher_that_cannot_be(code: int, words: str, setting: str, work: Pat
     ("code", "words", "body"),
     [
         (5, "NaN or infinite logits for sample 0", "lambda x: x.flatten(1)[:, :10] * float('nan')"),
-        (4, "returned [1, 7] for 1 images, the data set has 10 classes", "lambda x: x.flatten(1)[:, :7]"),
+        (4, "returned [1, 7] for 1 image, the data set has 10 classes", "lambda x: x.flatten(1)[:, :7]"),
         (4, "returned a tuple", "lambda x: (x, x)"),
         (4, "cannot take images [1, 8, 8]", "lambda x: x.reshape(-1, 3, 8, 8)"),
     ],
@@ -408,7 +410,9 @@ def test_a_damaged_cache_is_refused(work: Path, tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    assert "has other bytes than were written" in refused(5, "info", tmp_path / "c.kdcache")
+    assert re.search(
+        r"has the sha256 \w{12}\.\.\., \w{12}\.\.\. was written", refused(5, "info", tmp_path / "c.kdcache")
+    )
 
 
 def test_no_such_device(tmp_path: Path) -> None:
@@ -416,6 +420,24 @@ def test_no_such_device(tmp_path: Path) -> None:
         2, "train-teacher", RECIPE, "-o", tmp_path / "x", "--device", "gpu"
     )
     assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("gpu", "no device 'gpu' on this machine, did you mean cuda?\nfix: use auto, cpu, cuda, cuda:0"),
+        ("CUDA:0", "did you mean cuda?"),
+        ("cdua", "did you mean cuda?"),
+        ("cpu:x", "no device 'cpu:x' on this machine"),
+        ("meta", "no device 'meta' on this machine"),
+        ("xpu", "no device 'xpu' on this machine: "),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_in_a_line(given: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        choose_device(given)
+    assert words in str(caught.value)
+    assert max(map(len, str(caught.value).splitlines())) < 150
 
 
 def test_a_section_that_is_missing(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
             "mine.yaml:14: cache.topk: unknown key, did you mean top_k?",
             "mine.yaml:15: cache.seed: Input should be greater than or equal to 0",
             "mine.yaml:16: student: must have keys of its own",
-            "mine.yaml:17: loss: loss 'dtkd+dtd' chooses the same thing twice: take one of dtkd and dtd",
+            "mine.yaml:18: loss.name: loss 'dtkd+dtd' chooses the same thing twice: take one of dtkd and dtd",
             "mine.yaml:19: extra: unknown key",
         ]
     )
@@ -298,7 +298,7 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
         ("cache: {tail: fitted}", "cache.tail: Input should be 'lowrank' or 'uniform'"),
         ("cache: {views: 0}", "cache.views: Input should be greater than or equal to 1"),
         ("loss: {name: kd, tau: 4}", "loss.tau: unknown key"),
-        ("loss: {name: kdd}", "loss: unknown loss 'kdd'"),
+        ("loss: {name: kdd}", "loss.name: unknown loss 'kdd', did you mean kd?"),
         ("loss: {temperature: {kind: dtkd, tao: 4}}", "loss.temperature.tao: unknown key"),
         ("loss: {temperature: {kind: hot}}", "loss.temperature: "),
         ("loss: {name: ce, temperature: {kind: dtkd}}", "loss: the kd weights are 0"),

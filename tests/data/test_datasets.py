@@ -8,9 +8,11 @@ import hashlib
 import io
 import pickle
 import socket
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,7 @@ from kdcache.data.samples import Samples, Split, check_same_samples, wrap
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.package_data import package_data
+from kdcache.runtime.progress import Silent, delayed_task
 
 Array = npt.NDArray[Any]
 DIGITS = DatasetSpec(name="digits")
@@ -708,3 +711,90 @@ def test_numbers_of_labels_and_images_must_match() -> None:
 def test_few_images_have_the_same_key_by_chance() -> None:
     keys = [key for split in SPLITS for key in load_split(DIGITS, split).keys().tolist()]
     assert max(Counter(keys).values()) == 1
+
+
+# Other fractions held out than the cache was made with
+
+
+@pytest.mark.parametrize("kind", ["image-folder", "npz", "user"])
+@pytest.mark.parametrize(
+    ("then", "now"), [((0.2, 0.2), (0.1, 0.2)), ((0.0, 0.1), (0.1, 0.1)), ((0.3, 0.0), (0.1, 0.0))]
+)
+def test_other_fractions_are_named_as_the_cause(
+    kind: str, then: tuple[float, float], now: tuple[float, float], tmp_path: Path
+) -> None:
+    name, root = kind, tmp_path
+    if kind == "image-folder":
+        folders(tmp_path, train=20)
+    elif kind == "npz":
+        root = tmp_path / "a.npz"
+        images = np.random.default_rng(0).integers(0, 256, (59, 4, 4), np.uint8)
+        np.savez(root, images=images, labels=np.arange(59) % 3)
+    else:
+        folders(tmp_path / "set", train=20)
+        name, root = f"{tmp_path}/data.py:make", tmp_path / "set"
+        (tmp_path / "data.py").write_text(
+            "from torchvision.datasets import ImageFolder\n"
+            "def make(split, root):\n    return ImageFolder(root + '/train') if split == 'train' else None\n"
+        )
+
+    def split(fractions: tuple[float, float]) -> Samples:
+        validation, test = fractions
+        return load_split(name, "train", root=root, validation_fraction=validation, test_fraction=test)
+
+    cached, samples = split(then), split(now)
+    with pytest.raises(MismatchError) as caught:
+        check_same_samples(samples, samples.keys(), cached.keys(), cached.labels)
+    assert f"of 59 images, about {1 - len(cached) / 59:.3g} were held out when it was made" in caught.value.what
+    assert f"here validation_fraction {now[0]:g} and test_fraction {now[1]:g}" in caught.value.what
+    assert "--set dataset.validation_fraction=" in caught.value.fix
+
+
+def test_other_images_are_not_explained_by_fractions(tmp_path: Path) -> None:
+    folders(tmp_path, train=20)
+    samples = load_split("image-folder", "train", root=tmp_path)
+    with pytest.raises(MismatchError) as caught:
+        check_same_samples(samples, samples.keys(), np.arange(30, dtype=np.uint64), np.zeros(30, np.int32))
+    assert "held out" not in caught.value.what
+    assert "--allow-missing" in caught.value.fix
+
+
+def test_a_replaced_image_is_named_with_its_file(tmp_path: Path) -> None:
+    folders(tmp_path, train=4)
+    spec = DatasetSpec(name="image-folder", root=str(tmp_path), validation_fraction=0.0, test_fraction=0.0)
+    before = load_split(spec, "train")
+    keys = before.keys()
+    path = tmp_path / "train" / "bee" / "2.png"
+    picture(path, 12345)
+    after = load_split(spec, "train")
+    with pytest.raises(MismatchError, match=f"1 of 11 samples .* first sample 6 .*{path}") as caught:
+        check_same_samples(after, after.keys(), keys, before.labels)
+    assert "--align, or --allow-missing" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("cifar01", "cifar10"), ("image_folder", "image-folder"), ("digit", "digits")]
+)
+def test_a_misspelled_name_is_answered_with_the_closest(typed: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean '{meant}'"):
+        load_split(typed, "train")
+
+
+def test_content_keys_are_reported_only_if_they_take_long() -> None:
+    told: list[str] = []
+
+    class Listening(Silent):
+        @contextmanager
+        def task(self, what: str, total: int, unit: str) -> Iterator[Any]:
+            told.append(f"{what}: {total}")
+            with super().task(what, total, unit) as task:
+                yield task
+
+    load_split(DIGITS, "test").keys(Listening())
+    assert told == []
+    for seconds in (0.0, 60.0):
+        with delayed_task(Listening(), "work", 3, "images", seconds) as task:
+            time.sleep(0.01)
+            task.advance(2)
+            task.advance(1)
+    assert told == ["work: 3"]

@@ -22,7 +22,9 @@ from kdcache.data.loader import batches
 from kdcache.data.transforms import build_transform, is_drawn, is_random
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
+from kdcache.models.teacher import load_teacher
 from kdcache.runtime import user_code
+from kdcache.runtime.progress import Silent
 
 DATA = """
 import torch
@@ -330,3 +332,66 @@ def test_a_changed_user_step_is_detected(recipe: Path, steps: Path, tmp_path: Pa
     steps.write_text(STEPS.replace("image + amount\n", "image + 2 * amount\n"))
     with pytest.raises(MismatchError, match=r"is not what the teacher of .* saw"):
         kdcache.train_student(kdcache.load_pipeline(recipe), cache, tmp_path / "run")
+
+
+SIBLINGS = {
+    "my_data.py": "from pictures import flowers\n",
+    "pictures.py": DATA,
+    "my_steps.py": "from amounts import AMOUNT\ndef plus(image): return image + AMOUNT\nplus.deterministic = True\n",
+    "amounts.py": "AMOUNT = 2.0\n",
+    "my_net.py": "from layers import net\n",
+    "layers.py": "from torch import nn\n"
+    "def net(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(4, num_classes))\n",
+    "my_loss.py": "from distances import distance\n"
+    "def loss(student_logits, teacher_logits, labels): return distance(student_logits, teacher_logits)\n",
+    "distances.py": "def distance(a, b): return (a - b).square().mean(dim=1)\n",
+}
+
+
+class StopsAtTheTest(Silent):
+    """Interrupts a run after its training."""
+
+    def task(self, what: str, total: int, unit: str) -> Any:
+        if what == "test":
+            raise KeyboardInterrupt
+        return super().task(what, total, unit)
+
+
+def test_a_run_is_not_resumed_with_other_modules_beside_any_of_its_files(tmp_path: Path) -> None:
+    for name, text in SIBLINGS.items():
+        (tmp_path / name).write_text(text)
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f'dataset: {{name: "{tmp_path}/my_data.py:flowers"}}\ntransform: [{{"{tmp_path}/my_steps.py:plus": {{}}}}]\n'
+        f'student: {{model: "{tmp_path}/my_net.py:net", train: {{epochs: 1}}}}\n'
+        f'loss: {{name: "{tmp_path}/my_loss.py:loss"}}\n'
+    )
+    pipeline = kdcache.load_pipeline(path)
+    samples = load_split(pipeline.dataset, "train")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    cache = kdcache.dump_teacher(model, samples, tmp_path / "mine.kdcache", transform=pipeline.transform)
+    with pytest.raises(kdcache.KdcacheError, match="interrupted"):
+        kdcache.train_student(pipeline, cache, tmp_path / "run", progress=StopsAtTheTest())
+    for name in ("pictures.py", "amounts.py", "layers.py", "distances.py"):
+        (tmp_path / name).write_text(SIBLINGS[name] + "# changed\n")
+        with pytest.raises(MismatchError, match=r"another run that was interrupted: code\..*was sha256:.*is sha256:"):
+            kdcache.train_student(pipeline, cache, tmp_path / "run")
+        (tmp_path / name).write_text(SIBLINGS[name])
+    (tmp_path / "unrelated.py").write_text("1 / 0")
+    assert kdcache.train_student(pipeline, cache, tmp_path / "run").test is not None
+
+
+def test_the_record_of_a_teacher_depends_on_the_modules_beside_its_file(tmp_path: Path) -> None:
+    for name, text in SIBLINGS.items():
+        (tmp_path / name).write_text(text)
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f'dataset: {{name: "{tmp_path}/my_data.py:flowers"}}\nteacher: {{model: "{tmp_path}/my_net.py:net"}}\n'
+    )
+    pipeline = kdcache.load_pipeline(path)
+    digests = [load_teacher(pipeline).identity.code_digest]
+    (tmp_path / "layers.py").write_text(SIBLINGS["layers.py"].replace("nn.Flatten()", "nn.Flatten(1)"))
+    digests.append(load_teacher(pipeline).identity.code_digest)
+    (tmp_path / "distances.py").write_text("")
+    digests.append(load_teacher(pipeline).identity.code_digest)
+    assert digests[0] != digests[1] == digests[2]

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.processes import exit_code, in_a_process
-from helpers.tiny import FLIP, TinyTeacher, tiny_samples
+from helpers.tiny import FLIP, OneByOne, TinyTeacher, tiny_samples
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache.format.schema import canonical
 from kdcache.config.schema import CacheSpec
 from kdcache.data.images import ArrayImages
+from kdcache.dump.probes import probe_ids
 from kdcache.errors import CorruptError, IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.progress import Silent, Task
 
@@ -26,6 +28,8 @@ SPEC = CacheSpec(top_k=3, tail="uniform", pilot_rows=1, shard_rows=8, batch_size
 """Of 37 samples: four shards of 8 rows in batches of 5 and 3, and one shard of 5 rows in one batch."""
 
 BATCHES = [range(s, min(s + 5, e)) for e in (8, 16, 24, 32, 37) for s in range(8 * ((e - 1) // 8), e, 5)]
+
+PROBES = [[sample] for sample in probe_ids(37)]
 
 
 def files_of(cache: Path) -> dict[str, str]:
@@ -158,7 +162,8 @@ def test_digest_tells_caches_apart_that_differ_in_one_thing(change: str, whole: 
 def test_batches_are_cut_inside_shards(tmp_path: Path) -> None:
     teacher = BatchMinded()
     dump(tmp_path / "c.kdcache", model=teacher)
-    assert teacher.seen == [[0], [35], *(list(batch) for batch in BATCHES)], "the first are a trial and the pilot"
+    assert teacher.seen[:2] == [[0], [35]], "a trial and the pilot"
+    assert teacher.seen[2:] == [*PROBES, *(list(batch) for batch in BATCHES)]
 
 
 @pytest.mark.parametrize("done", range(1, len(BATCHES) + 1))
@@ -175,7 +180,7 @@ def test_interrupted_after_any_batch_it_goes_on_to_the_same_cache(done: int, who
 
     teacher = BatchMinded()
     cache = dump(out, model=teacher)
-    assert teacher.seen[1:] == [list(batch) for batch in BATCHES if batch.start >= 8 * finished]
+    assert teacher.seen[1:] == [*PROBES, *(list(batch) for batch in BATCHES if batch.start >= 8 * finished)]
     assert cache.manifest.digest == whole.manifest.digest
     assert files_of(out) == files_of(whole.path)
     assert list(tmp_path.iterdir()) == [out]
@@ -294,8 +299,9 @@ def test_after_an_image_was_replaced_only_its_shard_is_made_again(tmp_path: Path
         dump(out, progress=StopsAfter(9))
     teacher, listener = BatchMinded(), Listening()
     cache = dump(out, model=teacher, samples=repainted(), progress=listener)
-    assert f"images changed since {out} was begun: 1 finished shards are made again" in listener.said
-    assert teacher.seen[1:] == [list(batch) for batch in BATCHES if batch.start in range(16, 24) or batch.start >= 32]
+    assert f"images changed since {out} was begun: 1 finished shard will be made again" in listener.said
+    again = [list(batch) for batch in BATCHES if batch.start in range(16, 24) or batch.start >= 32]
+    assert teacher.seen[1:] == [*PROBES, *again]
     assert cache.manifest.digest == once.manifest.digest
     assert files_of(out) == files_of(once.path)
 
@@ -406,7 +412,7 @@ def check_kept(out: Path, finished: int) -> None:
 
 
 WRONG: dict[str, tuple[nn.Module, str]] = {
-    "classes": (TinyTeacher(11), r"returned \[1, 11\] for 1 images, the data set has 10 classes"),
+    "classes": (TinyTeacher(11), r"returned \[1, 11\] for 1 image, the data set has 10 classes"),
     "tuple": (Wrapped(lambda logits, _: (logits, logits)), "returned a tuple"),
     "dictionary": (Wrapped(lambda logits, _: {"out": logits}), "returned a dict"),
     "one dimension": (Wrapped(lambda logits, _: logits.flatten()), r"returned \[10\]"),
@@ -426,6 +432,19 @@ def test_a_teacher_that_does_not_return_logits_is_refused(what: str, tmp_path: P
         dump(tmp_path / "c.kdcache", model=model)
     assert caught.value.exit_code == 4
     check_kept(tmp_path / "c.kdcache", finished=3 if what == "one batch" else 0)
+
+
+@pytest.mark.parametrize(("largest", "outputs"), [(5, 4), (10, 10), (12, 3)])
+def test_a_label_beyond_the_teachers_outputs_is_named(largest: int, outputs: int, tmp_path: Path) -> None:
+    labels = torch.zeros(20, dtype=torch.int64)
+    labels[[7, 9]] = largest
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, outputs))
+    words = (
+        f"sample 7 has label {largest}, and the teacher returns the logits of {outputs} classes \\(2 such samples\\)"
+    )
+    with pytest.raises(MismatchError, match=words):
+        dump_teacher(net, TensorDataset(torch.rand(20, 3, 4, 4), labels), tmp_path / "c.kdcache")
+    assert not (tmp_path / "c.kdcache").exists()
 
 
 def test_a_crash_of_the_teacher_comes_through_and_the_cache_can_be_gone_on_with(tmp_path: Path) -> None:
@@ -470,13 +489,14 @@ def test_settings_that_do_not_fit_leave_nothing_behind(changes: dict[str, Any], 
 
 
 def test_a_transform_that_fails_late_keeps_the_finished_shards(tmp_path: Path) -> None:
-    class Holed(ArrayImages):
+    class Holed(OneByOne):
         def picture(self, index: int) -> Tensor:
-            return super().picture(index)[:, : 2 if index == 31 else 4]
+            picture = super().picture(index)
+            assert isinstance(picture, Tensor)
+            return picture[:, : 2 if index == 31 else 4]
 
     given = tiny_samples()
-    assert isinstance(given.images, ArrayImages)
-    samples = Samples("holed", "train", Holed(given.images.pixels), given.labels, given.class_names, FLIP)
+    samples = Samples("holed", "train", Holed(given.images), given.labels, given.class_names, FLIP)
     with pytest.raises(KdcacheError):
         dump(tmp_path / "c.kdcache", samples=samples)
     check_kept(tmp_path / "c.kdcache", finished=3)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from helpers.processes import FORKS, PATIENCE, command_line, exit_code, in_a_process, kill_at, recipe, until
-from helpers.tiny import FLIP, TinyTeacher, tiny_samples
+from helpers.tiny import FLIP, OneByOne, TinyTeacher, tiny_samples
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,8 +33,9 @@ from kdcache.cache.format.schema import FileRecord
 from kdcache.cache.writer import CacheWriter
 from kdcache.cli import main
 from kdcache.config.schema import CacheSpec
-from kdcache.data.images import ArrayImages, FileImages
+from kdcache.data.images import ArrayImages, FileImages, Images, Picture
 from kdcache.data.loader import report_lost_workers
+from kdcache.dump.probes import probe_ids
 from kdcache.errors import CorruptError, IncompleteError, MismatchError
 from kdcache.models.inference import InferenceModel
 
@@ -104,7 +105,7 @@ def test_ctrl_c_ends_a_run_with_workers_without_waiting_for_them_and_says_how_to
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
     assert exit_code(process) == 130
     assert f"interrupted; {out} keeps its finished shards" in said.read_text()
-    assert "run the same command again" in said.read_text()
+    assert "run it again to resume" in said.read_text()
     assert "Traceback" not in said.read_text()
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
@@ -113,16 +114,16 @@ def test_ctrl_c_ends_a_run_with_workers_without_waiting_for_them_and_says_how_to
     assert files_of(out) == files_of(tmp_path / "once.kdcache")
 
 
-class Broken(ArrayImages):
+class Broken(OneByOne):
     """Something happens to the process that loads sample 20."""
 
-    def __init__(self, pixels: Tensor, happens: Callable[[], object]) -> None:
-        super().__init__(pixels)
-        object.__setattr__(self, "happens", happens)
+    def __init__(self, images: Images, happens: Callable[[], object]) -> None:
+        super().__init__(images)
+        self.happens = happens
 
-    def picture(self, index: int) -> Tensor:
+    def picture(self, index: int) -> Picture:
         if index == 20:
-            self.happens()  # type: ignore[attr-defined]
+            self.happens()
         return super().picture(index)
 
 
@@ -140,8 +141,7 @@ def die() -> None:
 
 def dump_with_a_broken_worker(out: Path, happens: Callable[[], object], told: Connection) -> None:
     given = tiny_samples()
-    assert isinstance(given.images, ArrayImages)
-    images = Broken(given.images.pixels, happens)
+    images = Broken(given.images, happens)
     samples = Samples(given.name, given.split, images, given.labels, given.class_names, [])
     try:
         dump(out, samples=samples, transform=FLIP, spec=SPEC.model_copy(update={"num_workers": 2}))
@@ -164,6 +164,7 @@ def test_what_ends_a_worker_reaches_the_user(
     here, there = FORKS.Pipe()
     process = in_a_process(dump_with_a_broken_worker, out, happens, there)
     assert exit_code(process) == 0
+    assert here.poll(), "the dump ended without an error"
     name, message = here.recv()
     assert name == kind
     assert words in message
@@ -351,7 +352,8 @@ def test_more_views_give_the_cache_of_all_of_them_at_once(old: Cache, all_views:
     assert more.manifest.digest == all_views.manifest.digest
     assert files_of(more.path) == files_of(all_views.path)
     assert links(more.path, old.path) == of_shards(old, 0, range(5))
-    assert [len(ids) for ids in teacher.seen] == [1, *2 * LENGTHS], "after a trial, the new views alone"
+    checks = [1, LENGTHS[0], *([1] * len(probe_ids(37)))]  # a trial, a batch of the old cache and the probes
+    assert [len(ids) for ids in teacher.seen] == [*checks, *2 * LENGTHS], "after these, the new views alone"
     assert files_of(old.path) == before
     open_cache(old.path)
 
@@ -382,7 +384,8 @@ def test_more_samples_take_over_every_full_shard(tmp_path: Path) -> None:
     )
     assert files_of(more.path) == files_of(at_once.path)
     assert links(more.path, old.path) == sorted(of_shards(old, 0, range(4)) + of_shards(old, 1, range(4)))
-    assert sum(len(ids) for ids in teacher.seen) == 1 + 2 * (53 - 32)
+    checks = 1 + LENGTHS[0] + len(probe_ids(53))  # images: a trial, a batch of the old cache and the probes
+    assert sum(len(ids) for ids in teacher.seen) == checks + 2 * (53 - 32)
     assert files_of(old.path) == before
 
 
@@ -480,13 +483,13 @@ def test_a_dry_run_says_what_the_cache_would_be_and_writes_nothing(pipeline: Pat
     assert done.exit_code == 0, done.stderr
     said = dict(line.split(None, 1) for line in done.stdout.splitlines() if line.startswith(("chosen", "size", "time")))
     assert said["chosen"].startswith("top 3, rank 2")
-    assert "for 24 rows, basis included" in said["size"]
+    assert "for 24 rows" in said["size"]
     assert "rows/s on this device" in said["time"]
     as_json = json.loads(kdcache(pipeline, "-o", out, "--dry-run", "--json").stdout)
     assert (as_json["encoding"]["top_k"], as_json["encoding"]["rank"]) == (3, 2)
     assert as_json["rows"] == 24
     assert as_json["rows_per_second"] > 0
-    assert as_json["bytes"] == round(as_json["bytes_per_row"] * 24 + 2 * 2 * 10)
+    assert as_json["bytes"] == round(as_json["bytes_per_row"] * 24 + as_json["bytes_besides_rows"])
     assert (sorted(tmp_path.rglob("*")), sorted(home.rglob("*"))) == before
 
     # Where every class is kept there is nothing to plan, but the teacher is timed all the same.
@@ -494,6 +497,7 @@ def test_a_dry_run_says_what_the_cache_would_be_and_writes_nothing(pipeline: Pat
     assert dense["encoding"]["top_k"] == 10
     assert dense["rows_per_second"] > 0
     assert kdcache(pipeline, "-o", out).exit_code == 0
+    assert as_json["bytes"] == pytest.approx(open_cache(out).bytes_on_disk, rel=0.1)
     made = open_cache(out).manifest.plan
     assert as_json["encoding"] == made.encoding.model_dump()
 
@@ -617,7 +621,7 @@ def test_the_teacher_goes_on_while_shards_are_written_but_not_for_ever(
     thread = Thread(target=lambda: made.append(dump(tmp_path / "c.kdcache", model=teacher)))
     thread.start()
     assert begins.wait(PATIENCE)
-    beforehand = 1 + 2  # batches: a trial and the pilot
+    beforehand = 1 + 2 + len(probe_ids(37))  # batches: a trial, the pilot and the probes
     try:
         until(lambda: len(teacher.seen) >= beforehand + 6)
         time.sleep(0.3)
@@ -635,11 +639,11 @@ CLASSES = 4000
 M_ARENA_MAX = -8
 
 
-class Made(ArrayImages):
+class Made(OneByOne):
     """As many images as one likes, none of them in memory."""
 
     def __init__(self, count: int) -> None:
-        super().__init__(torch.empty(count, 1, 4, 4, device="meta"))
+        super().__init__(ArrayImages(torch.empty(count, 1, 4, 4, device="meta")))
 
     def picture(self, index: int) -> Tensor:
         return torch.full((1, 4, 4), index % 64 / 8)

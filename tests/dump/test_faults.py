@@ -259,7 +259,7 @@ def test_every_name_is_on_the_disk_before_the_marker_that_vouches_for_it(
         if Path(path).name == "manifest.json":
             apart = (path, Path(path).with_name("writer.lock"))  # of which nothing is to survive a crash
             everything = [file for file in Path(path).parent.rglob("*") if file.is_file() and file not in apart]
-            assert len(everything) == 6 * 2 + 2 * 2 + 9 + 2 + 1
+            assert len(everything) == 6 * 2 + 2 * 2 + 9 + 2 + 2
             assert [not_on_disk(file) for file in everything] == [[]] * len(everything)
         named(path)
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from kdcache import open_cache
 from kdcache.cli import main
+from kdcache.data.check_images import check_images
 from kdcache.data.images import FileImages
 from kdcache.data.samples import Samples
-from kdcache.dump.check_images import check_images
 from kdcache.errors import CorruptError
 from kdcache.runtime.progress import Silent
 
@@ -151,9 +151,10 @@ def dump_while_it_breaks(folder: Path, out: Path, damage: Callable[[Path], None]
     """Dump from the command line; image 18 is damaged after all headers were checked."""
     with pytest.MonkeyPatch.context() as patch:
 
-        def check_and_damage(samples: Samples, *rest: Any) -> None:
-            check_images(samples, *rest)
+        def check_and_damage(samples: Samples, *rest: Any) -> list[str]:
+            notes = check_images(samples, *rest)
             damage(image(folder, 18))
+            return notes
 
         patch.setattr("kdcache.dump.job.check_images", check_and_damage)
         return kdcache("dump-teacher", folder / "p.yaml", "-o", out)
@@ -168,7 +169,7 @@ def test_a_finished_shard_of_a_replaced_image_is_made_again(folder: Path) -> Non
     again = kdcache("dump-teacher", folder / "p.yaml", "-o", out)
     assert again.exit_code == 0, again.output
     assert "images changed since" in again.stderr
-    assert "1 finished shards are made again" in again.stderr
+    assert "1 finished shard will be made again" in again.stderr
     assert "2 of 3 shards remain" in again.stderr
     assert kdcache("dump-teacher", folder / "p.yaml", "-o", folder / "once.kdcache").exit_code == 0
     assert open_cache(out).manifest.digest == open_cache(folder / "once.kdcache").manifest.digest

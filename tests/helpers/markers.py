@@ -12,8 +12,10 @@ PROCESS = {
     "test_dump_options",
     "test_examples",
     "test_faults",
+    "test_identity",
     "test_lock",
     "test_parallel",
+    "test_permissions",
     "test_choice",
     "test_memory",
     "test_records",
@@ -30,6 +32,7 @@ SLOW_FILES = {
     "test_clouds",
     "test_docs",
     "test_examples",
+    "test_permissions",
     "test_ranks",
     "test_report",
     "test_resume",
@@ -96,6 +99,9 @@ SLOW_TESTS = {
         "test_images_of_other_sizes_and_grey_ones_are_taken",
         "test_names_shapes_and_logits_are_the_published_ones",
     },
+    "test_class_folders": {
+        "test_names_that_are_not_utf_8_are_dumped_verified_trained_and_evaluated",
+    },
     "test_cli": {
         "test_a_cache_measures_itself",
         "test_a_cache_of_other_data_is_refused",
@@ -114,6 +120,7 @@ SLOW_TESTS = {
     },
     "test_degenerate_rows": {
         "test_a_head_of_zeros_gets_a_bounded_gradient_and_learns",
+        "test_every_combination_stays_bounded_at_degenerate_rows",
         "test_value_and_gradient_stay_bounded",
     },
     "test_dense_logits": {
@@ -213,11 +220,42 @@ SLOW_TESTS = {
         "test_what_a_student_learns_from_are_the_recorded_crops",
         "test_what_fkd_says_is_what_the_cache_says",
     },
+    "test_gradients": {
+        "test_a_loss_whose_gradient_is_infinite_is_told_of_where_it_begins",
+        "test_nothing_is_told_of_a_usual_training",
+    },
+    "test_fork": {
+        "test_a_child_of_a_child_and_a_fork_during_the_work_too",
+        "test_forked_loading_processes_can_do_it",
+        "test_what_the_parent_has_done_a_forked_child_can_do",
+    },
     "test_hf": {
         "test_a_folder_is_a_teacher_and_its_configuration_tells_it_apart",
         "test_a_processor_s_transform_makes_its_pixels",
         "test_a_student_is_trained",
         "test_the_folder_s_network_and_weights_are_those_of_transformers",
+    },
+    "test_image_files": {
+        "test_doctor_and_dry_run_report_what_is_done_with_files",
+    },
+    "test_hostile_store": {
+        "test_hostile_numbers_in_the_metadata_of_an_array",
+        "test_hostile_numbers_in_the_plan",
+    },
+    "test_estimate": {
+        "test_the_estimated_size_is_that_of_the_cache",
+    },
+    "test_identity": {
+        "test_a_cache_is_extended_and_verified_with_its_own_teacher_alone",
+        "test_a_derived_cache_is_not_compared_with_batches_of_the_pass",
+        "test_a_killed_dump_is_not_completed_by_another_teacher",
+        "test_a_replaced_image_is_no_other_teacher_and_hides_none",
+        "test_a_server_is_recognized_by_what_it_answers",
+        "test_a_teacher_without_weights_is_said_to_have_none",
+        "test_an_interrupted_dump_is_resumed_by_its_own_teacher_alone",
+        "test_probes_that_were_lost_are_made_again",
+        "test_ranks_must_have_the_same_teacher",
+        "test_the_same_teacher_passes_whatever_it_runs_on",
     },
     "test_images": {
         "test_an_image_that_breaks_during_the_pass_costs_one_shard",
@@ -271,6 +309,9 @@ SLOW_TESTS = {
         "test_ml_drs_crops_and_probabilities_are_the_caches",
         "test_what_ml_dr_has_changed_otherwise_is_refused_by_name",
     },
+    "test_model_functions": {
+        "test_num_classes_is_passed_to_those_that_take_it",
+    },
     "test_models": {
         "test_a_torchvision_network_takes_small_grey_images_and_stays_itself",
         "test_every_family_of_timm_takes_small_grey_images",
@@ -287,6 +328,9 @@ SLOW_TESTS = {
         "test_an_exported_program_is_a_teacher_in_the_mode_that_it_was_exported_in",
         "test_auxiliary_heads_are_left_aside_in_training",
         "test_of_a_teacher_that_ends_in_softmax_the_level_is_unknown",
+    },
+    "test_onnx_teacher": {
+        "test_a_session_is_recognized_by_its_logits",
     },
     "test_parallel": {
         "test_a_cache_does_not_differ_from_itself_and_others_say_why_not",
@@ -309,6 +353,16 @@ SLOW_TESTS = {
         "test_two_teachers_are_compared_row_by_row",
         "test_what_a_killed_worker_had_begun_another_one_does_again",
         "test_what_does_not_belong_together_is_refused_with_the_reason",
+    },
+    "test_paths": {
+        "test_every_path_of_a_pipeline_and_of_commands_is_expanded",
+    },
+    "test_partial": {
+        "test_a_relative_path_is_printed_as_it_was_given",
+        "test_the_figures_are_those_of_the_views",
+        "test_the_views_that_are_here_are_compared_with_data_and_teacher",
+        "test_what_looks_at_rows_looks_at_those_that_are_here",
+        "test_what_needs_other_views_names_them_and_the_pull",
     },
     "test_pipeline": {
         "test_a_set_that_cannot_be_read_is_refused",
@@ -378,6 +432,10 @@ SLOW_TESTS = {
         "test_what_is_not_whole_is_not_pushed",
         "test_what_is_pulled_is_what_was_pushed",
     },
+    "test_repeatable": {
+        "test_a_data_set_from_a_file_is_examined_by_every_command",
+        "test_training_reports_it_and_a_cache_of_it_is_refused_by_cause",
+    },
     "test_run_folder": {
         "test_after_any_file_had_no_room_the_same_command_succeeds",
         "test_curves_are_drawn_of_one_epoch_and_of_many_validated_or_not",
@@ -409,6 +467,10 @@ SLOW_TESTS = {
     },
     "test_site": {
         "test_the_site_builds_with_every_public_method_in_it",
+    },
+    "test_stated_figures": {
+        "test_a_perfect_fidelity_of_a_poor_tail_is_named",
+        "test_what_the_pilot_measured_is_between_the_bounds",
     },
     "test_step": {
         "test_a_step_in_micro_batches_equals_the_step_of_the_whole_batch",
@@ -458,10 +520,18 @@ SLOW_TESTS = {
         "test_an_excessive_transform_of_a_cache_is_refused_in_little_memory",
     },
     "test_user_code": {
+        "test_a_cache_alone_does_not_decide_what_is_run",
+        "test_a_run_is_not_resumed_with_other_modules_beside_any_of_its_files",
         "test_a_step_reaches_a_spawned_worker",
     },
     "test_user_loss": {
         "test_a_run_is_not_resumed_with_other_code",
+    },
+    "test_user_modules": {
+        "test_a_mistake_in_a_module_is_named_where_it_is",
+        "test_modules_beside_a_file_are_imported_and_belong_to_its_digest",
+        "test_objects_of_the_user_s_classes_reach_a_new_process",
+        "test_spawned_workers_load_a_data_set_and_a_step_with_their_modules",
     },
     "test_views": {
         "test_views_are_the_same_in_another_interpreter",

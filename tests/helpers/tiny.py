@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kdcache.config.transform import Transform
-from kdcache.data.images import ArrayImages
+from kdcache.data.images import ArrayImages, Images, Picture
 from kdcache.data.samples import Samples
 
 FLIP: Transform = [{"RandomHorizontalFlip": {"p": 0.5}}]
@@ -24,6 +25,30 @@ def tiny_samples(count: int = 37, num_classes: int = 10, labels: Sequence[int] |
         labels = [(3 * i + 1) % num_classes for i in range(count)]
     names = tuple(f"class {c}" for c in range(num_classes))
     return Samples("tiny", "train", ArrayImages(pixels), np.array(labels, np.int32), names, [])
+
+
+class OneByOne:
+    """Images that are read one at a time, from others."""
+
+    parallel: ClassVar[bool] = True
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def picture(self, index: int) -> Picture:
+        return self.images.picture(index)
+
+    def content(self, index: int) -> bytes:
+        return self.images.content(index)
+
+    def shape(self) -> tuple[int, int, int]:
+        return self.images.shape()
+
+    def stamp(self) -> str | None:
+        return self.images.stamp()
 
 
 class TinyTeacher(nn.Module):

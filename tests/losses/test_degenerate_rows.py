@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.loss_cases import loss_of, with_gradient
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from kdcache.losses import distillation_loss, learned_temperature
+from kdcache.losses import Loss, distillation_loss, learned_temperature
 from kdcache.losses.divergences import cosine, dist
 from kdcache.losses.normalizations import z_score
 from kdcache.losses.presets import PARTS
+from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, NORMALIZATIONS, TEMPERATURES
 
 BOUND = 1e5
 """Of any entry of a gradient: T^2 over the smallest deviation that counts, which DIST and z-scores divide by."""
@@ -81,6 +83,50 @@ def test_value_and_gradient_stay_bounded(name: str, case: str, dtype: torch.dtyp
         assert value >= -1e-6
         assert gradient.isfinite().all()
         assert gradient.abs().max() < (BOUND if "dist" in name or "zscore" in name else 1e3)
+
+
+def every_combination() -> dict[str, Loss]:
+    """Every kind of every axis of the registry, with every other that it may be combined with."""
+    axes = [[*NORMALIZATIONS], [*ADJUSTMENTS], [*TEMPERATURES], [*DIVERGENCES]]
+    valid: dict[str, Loss] = {}
+    for normalization, adjustment, temperature, divergence in itertools.product(*axes):
+        given = {
+            "normalization": normalization,
+            "adjustment": {"kind": adjustment, **({"top": 3} if adjustment == "truncation" else {})},
+            "temperature": {"kind": temperature},
+            "divergence": {"kind": divergence},
+        }
+        for options in ({}, {"tau": 1.0}) if temperature == "constant" else ({},):
+            try:
+                loss = Loss.model_validate({**given, "temperature": {"kind": temperature, **options}})
+            except ValidationError:
+                continue
+            valid[f"{normalization} {adjustment} {temperature} {divergence}"] = loss
+            break
+    return valid
+
+
+COMBINATIONS = every_combination()
+
+
+def test_every_kind_of_the_registry_is_in_a_combination() -> None:
+    kinds = [{*NORMALIZATIONS}, {*ADJUSTMENTS}, {*TEMPERATURES}, {*DIVERGENCES}]
+    for axis, expected in enumerate(kinds):
+        assert {name.split()[axis] for name in COMBINATIONS} == expected
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_every_combination_stays_bounded_at_degenerate_rows(combination: str) -> None:
+    loss = COMBINATIONS[combination]
+    theta = learned_temperature(loss)
+    for student, teacher in pairs(torch.float32).values():
+        value, gradient = with_gradient(
+            lambda v: distillation_loss(v, teacher, torch.arange(len(v)), loss, theta=theta).total,  # noqa: B023
+            student,
+        )
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() < BOUND
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.paths import ROOT
+from helpers.teachers import FunctionTeacher
 from helpers.tiny import TinyTeacher, tiny_samples
 from torch import Tensor, nn
 
 import kdcache
-from kdcache.cache.teacher import FunctionTeacher
 from kdcache.config.schema import Pipeline, TrainSpec
 from kdcache.data.samples import Samples
 from kdcache.data.views import View

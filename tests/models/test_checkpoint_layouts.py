@@ -562,3 +562,132 @@ def test_weights_without_values_are_refused() -> None:
         model = Net(1)
     with pytest.raises(MismatchError, match="is on the meta device and has no values"):
         weights_digest(model)
+
+
+# Layouts of training scripts
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def split_head(body: str, head: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {(head if key.startswith("fc.") else body) + key: value for key, value in state.items()}
+
+
+def _layouts(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, tuple[Any, str]]:
+    """Return, of each script, what it saves of the weights `a`, and of others `b`; and how `a` is selected."""
+    momentum = {"state": {0: {"momentum_buffer": torch.zeros(2, 1, 3, 3)}}, "param_groups": [{"lr": 0.1}]}
+    counted = {"n_averaged": torch.tensor(4)}
+    return {
+        "torchvision's references": (
+            {"model": a, "optimizer": momentum, "lr_scheduler": {"last_epoch": 3}, "epoch": 3, "scaler": {"scale": 2.0},
+             "args": argparse.Namespace(lr=0.1), "model_ema": {**counted, **prefixed("module.", b)}},
+            "",
+        ),
+        "torchvision's references, average": (
+            {"model": prefixed("module.", b), "model_ema": {**counted, **prefixed("module.module.", a)}},
+            "#model_ema",
+        ),
+        "Lightning": (
+            {"epoch": 1, "pytorch-lightning_version": "2.4", "hyper_parameters": {"net": "resnet", "lr": 0.1},
+             "callbacks": {"ModelCheckpoint{}": {"best_model_score": torch.tensor(0.9)}}, "loops": {"fit_loop": {}},
+             "optimizer_states": [momentum], "lr_schedulers": [{}],
+             "state_dict": {**prefixed("model.", a), "criterion.weight": torch.ones(3)}},
+            "",
+        ),
+        "parallel and compiled Lightning": ({"state_dict": prefixed("model.module._orig_mod.", a)}, ""),
+        "compiled around parallel": (prefixed("_orig_mod.module.", a), ""),
+        "MMPretrain": (
+            {"meta": {"epoch": 9, "cfg": "model = dict()"}, "optimizer": momentum, "message_hub": {},
+             "state_dict": split_head("backbone.", "head.", a)},
+            "",
+        ),
+        "MMPretrain in parallel": (
+            {"state_dict": {**split_head("module.backbone.", "module.head.", a),
+                            "data_preprocessor.mean": torch.ones(3)}},
+            "",
+        ),
+        "fairseq": (
+            {"args": None, "cfg": {"model": {"arch": "a"}}, "model": {**prefixed("encoder.", a)},
+             "optimizer_history": [{"num_updates": 3}], "extra_state": {"epoch": 3}, "last_optimizer_state": momentum},
+            "",
+        ),
+        "DeepSpeed": ({"module": a, "ds_config": {"a": 1}, "ds_version": "0.14", "optimizer": None}, ""),
+        "fastai": ((a, momentum), ""),
+        "a list of weights and epoch": ([a, 3], ""),
+        "MoCo": (
+            {"arch": "resnet50", "state_dict": {"module.queue": torch.ones(3, 3), **prefixed("module.encoder_q.", a),
+                                                **prefixed("module.encoder_k.", b)}},
+            "#encoder_q",
+        ),
+        "DINO": ({"student": prefixed("module.backbone.", b), "teacher": prefixed("backbone.", a)}, ""),
+        "VISSL": ({"classy_state_dict": {"base_model": {"model": {"trunk": a}}}}, ""),
+        "BasicSR": ({"params": a, "params_ema": b}, ""),
+        "kuangliu": ({"net": prefixed("module.", a), "acc": 93.1, "epoch": 3}, ""),
+    }  # fmt: skip
+
+
+LAYOUTS = [*_layouts({}, {})]
+
+
+@pytest.mark.parametrize("script", LAYOUTS)
+def test_checkpoints_of_training_scripts_are_loaded(script: str, tmp_path: Path) -> None:
+    saved, part = _layouts(Net(1).state_dict(), Net(3).state_dict())[script]
+    torch.save(saved, tmp_path / "last.pth")
+    assert same(loaded(f"{tmp_path}/last.pth{part}")[0], Net(1))
+
+
+def test_a_head_at_another_place_is_told_of_and_only_taken_where_it_is_the_only_one(tmp_path: Path) -> None:
+    state = split_head("backbone.", "head.", Net(1).state_dict())
+    torch.save(state, tmp_path / "net.pth")
+    assert loaded(tmp_path / "net.pth")[1] == [f"note: fc.weight is head.fc.weight of {tmp_path}/net.pth"]
+    torch.save({**state, "aux_head.fc.weight": torch.zeros(3, 2)}, tmp_path / "net.pth")
+    refused(MismatchError, "missing: fc.weight; fc.bias", tmp_path / "net.pth")
+    renamed = {key.replace("head.fc.", "head.classifier."): value for key, value in state.items()}
+    torch.save(renamed, tmp_path / "net.pth")
+    fix = refused(MismatchError, "missing: fc.weight; fc.bias", tmp_path / "net.pth")
+    assert fix.startswith("the checkpoint has head.classifier, of the same shapes, in place of fc: rename it")
+
+
+def test_the_fix_names_the_part_that_is_missing_or_superfluous(tmp_path: Path) -> None:
+    changes: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
+        (lambda s: {k: v for k, v in s.items() if "conv" not in k}, "the checkpoint lacks conv of the network: set"),
+        (lambda s: {k: v for k, v in s.items() if "fc" not in k}, "the checkpoint lacks fc, perhaps the head"),
+        (lambda s: {k: v for k, v in s.items() if "fc" not in k and "conv" not in k}, "lacks conv (and 1 more) of"),
+        (lambda s: {**s, "fc2.weight": torch.ones(2)}, "the network has no fc2: set `model:` and `args:`"),
+        (lambda s: {**s, **{f"p.{i}.weight": torch.ones(2) for i in range(6)}}, "the network has no p.0 (and 5 more)"),
+    ]
+    for change, words in changes:
+        torch.save(change(dict(Net(1).state_dict())), tmp_path / "net.pth")
+        assert words in refused(MismatchError, "does not fit the network", tmp_path / "net.pth")
+
+
+OTHERS: dict[str, tuple[bytes, str, str]] = {
+    "text": (b"hello, this is text", "is not a checkpoint, and begins with the text 'hello, this '", "safetensors"),
+    "text that torch takes for a pickle": (b"epoch 3", "begins with the text 'epoch 3'", "safetensors"),
+    "bytes": (bytes(range(1, 40)), "begins with the bytes 01 02 03 04 05 06 07 08", "safetensors"),
+    "a web page": (b"<!DOCTYPE html><html>Not found</html>", "is a web page", "download it again"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "a pointer of Git LFS", "pull"),
+    "nothing": (b"", "is an empty file", "download it again"),
+    "gzip": (b"\x1f\x8b\x08\0", "is compressed with gzip", "unpack"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n", "is an HDF5 file", "convert"),
+    "half of an archive": (b"PK\x03\x04" + bytes(99), "its end is missing", "download it again"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
+def test_a_file_that_is_not_a_checkpoint_is_named_by_what_it_is(what: str, name: str, tmp_path: Path) -> None:
+    content, words, fix = OTHERS[what]
+    (tmp_path / name).write_bytes(content)
+    assert fix in refused(CorruptError, words, tmp_path / name)
+
+
+def test_a_checkpoint_is_read_by_its_content_whatever_its_name(tmp_path: Path) -> None:
+    torch.save(Net(1).state_dict(), tmp_path / "net.safetensors")
+    save_file(Net(1).state_dict(), tmp_path / "net.pth")
+    for path in tmp_path.iterdir():
+        assert same(loaded(path)[0], Net(1))
+    np.savez(tmp_path / "net.npz", a=np.ones(3))
+    refused(CorruptError, "is a zip archive of a.npy", tmp_path / "net.npz")

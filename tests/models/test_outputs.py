@@ -586,3 +586,67 @@ def test_an_exported_program_is_a_teacher_in_the_mode_that_it_was_exported_in(tm
     other = dump_teacher(model, tiny_samples(), tmp_path / "b.kdcache", spec=spec)
     ids = torch.arange(37)
     assert torch.allclose(one.teacher()(ids), other.teacher()(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [soft, log_soft, nn.Softmax(1), nn.LogSoftmax(1), lambda x: x.double().softmax(1)])
+def test_a_network_that_ends_in_softmax_is_evaluated_as_the_one_without(last: Any) -> None:
+    samples = tiny_samples()
+    one, other = (evaluate(Ends(end, 3.0), samples, batch_size=8) for end in (lambda x: x, last))
+    assert one.accuracy == other.accuracy
+    assert other.loss == pytest.approx(one.loss, rel=1e-5)
+
+
+def test_probabilities_that_have_underflowed_are_evaluated_as_the_smallest_number() -> None:
+    score = evaluate(Ends(soft, 1000.0), tiny_samples())
+    assert 10 < score.loss < 88
+    assert score.accuracy == evaluate(Ends(lambda x: x, 1000.0), tiny_samples()).accuracy
+
+
+class Computed:
+    """An output whose logits are a property."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.features = value, value.flatten()
+
+    @property
+    def logits(self) -> Tensor:
+        return self.value
+
+
+@dataclass(slots=True)
+class WithSlots:
+    prediction: Tensor
+    loss: float | None = None
+
+
+Heads = collections.namedtuple("Heads", ["main", "auxiliary"])
+
+MORE_OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], int | str | None]] = {
+    "a property": (Computed, None),
+    "a named tuple by name": (lambda x: Heads(x, -x), "main"),
+    "a named tuple by index": (lambda x: Heads(x, -x), 0),
+    "a record by name": (lambda x: WithSlots(x, 0.5), "prediction"),
+    "a list of auxiliary outputs": (lambda x: [x, -x, 2 * x], 0),
+    "the last of them": (lambda x: [-x, 2 * x, x], 2),
+    "a number as a string": (lambda x: {"0": x, "1": -x}, 0),
+    "a list of lists": (lambda x: [[-x, x], [x]], "0.1"),
+    "a mapping that is not a dictionary": (lambda x: collections.UserDict({"logits": x, "aux": -x}), None),
+    "a record in a dictionary": (lambda x: {"head": WithSlots(x), "other": -x}, "head.prediction"),
+}
+
+
+@pytest.mark.parametrize("kind", MORE_OUTPUTS)
+def test_the_logits_are_taken_out_of_whatever_holds_them(kind: str) -> None:
+    make, part = MORE_OUTPUTS[kind]
+    logits = torch.rand(4, 10)
+    assert torch.equal(logits_of(make(logits), part), logits)
+
+
+def test_a_part_that_is_misspelled_is_answered_with_a_similar_one() -> None:
+    for output, part, meant in (
+        (WithSlots(torch.rand(2, 3)), "predictions", "prediction"),
+        ({"logits_main": torch.rand(2, 3), "x": torch.rand(2)}, "logit_main", "logits_main"),
+        (Heads(torch.rand(2, 3), torch.rand(2, 3)), "auxillary", "auxiliary"),
+    ):
+        with pytest.raises(MismatchError, match=rf"has no such part, did you mean {meant}\?"):
+            logits_of(output, part)

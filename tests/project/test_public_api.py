@@ -115,7 +115,7 @@ def test_options_are_those_of_the_section_or_of_an_axis(
         ("kd", {"ce_weight": -1}, "ce_weight: Input should be greater than or equal to 0"),
         ("ce", {"tau": 4.5}, "would have no effect"),
         ("dtd+mse", {}, "cancels out of mse"),
-        ("kd", {"temperature": {"kind": "warm"}}, "temperature: Input tag 'warm'"),
+        ("kd", {"temperature": {"kind": "warm"}}, "temperature: unknown kind 'warm'"),
     ],
 )
 def test_options_that_cannot_be_are_refused_with_a_remedy(name: str, options: dict[str, Any], message: str) -> None:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers.processes import exit_code
+from helpers.teachers import FunctionTeacher
 from helpers.tiny import TinyTeacher, tiny_samples
 from helpers.trainers import meeting_place, together
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from kdcache.cache.teacher import FunctionTeacher
 from kdcache.config.schema import DatasetSpec, TrainSpec
 from kdcache.config.transform import Transform
 from kdcache.data.datasets import load_split

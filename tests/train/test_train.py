@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.paths import ROOT
+from helpers.teachers import FunctionTeacher
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -27,7 +28,6 @@ from torch.optim.lr_scheduler import (
 )
 
 import kdcache
-from kdcache.cache.teacher import FunctionTeacher
 from kdcache.config.loader import load_pipeline
 from kdcache.config.schema import CacheSpec, ModelSpec, Pipeline, TrainSpec
 from kdcache.data.datasets import load_split

@@ -290,13 +290,13 @@ def check_chunks(path: Path, array: Array, needed: int) -> None:
     index = _INDEX_ENTRY.size * (math.prod(array.shards) // math.prod(array.chunks)) + _CHECKSUM_BYTES
     if not path.is_file() or path.stat().st_size < index:
         raise CorruptError(f"{path} is missing, or too small for a shard", AGAIN)
-    room = path.stat().st_size - index
+    room = data = path.stat().st_size - index
     with path.open("rb") as file:
         file.seek(-index, os.SEEK_END)
         for chunk, (offset, size) in enumerate(_INDEX_ENTRY.iter_unpack(file.read(_INDEX_ENTRY.size * needed))):
             if _NO_CHUNK in (offset, size) or not size:
                 raise CorruptError(f"chunk {chunk} of {path} is missing", AGAIN)
-            if size > room:  # chunks do not overlap
+            if size > room or offset > data - size:  # chunks do not overlap
                 raise CorruptError(f"chunk {chunk} of {path} exceeds the file", AGAIN)
             room -= size
             if stated_size(file, offset, size - _CHECKSUM_BYTES, array.typesize is not None) != chunk_bytes(array):

@@ -46,6 +46,12 @@ _MAX_LOST_MASS = 5e-4
 _MIN_THRESHOLD = math.exp(-40)
 """Probability relative to the cap, at least, from which classes are raised to it (docs/FORMAT.md, section 5)."""
 
+_SIGN_BIT = -(2**31)
+"""The sign bit of a float32, as the value of an int32."""
+
+_LOWEST_STEP = -0x7F7FFFFF
+"""The lowest finite float32, as `_as_steps` returns it."""
+
 _MIN_LOG_RATIO = -80
 """Log of a probability relative to the cap, at least, in these rounds (docs/FORMAT.md, section 5)."""
 
@@ -209,7 +215,8 @@ def decode(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis | No
 
     Head and label have at most twice the rounding error of their type, and the logsumexp at T = 1 an error up to 1e-3.
     The tail has the stored mass at T = 1, spread evenly (`uniform`) or in the shape given by its coordinates
-    (`lowrank`). No class outside the head exceeds the last class of the head.
+    (`lowrank`). No class outside the head exceeds the last class of the head. A stable descending sort of a row begins
+    with the head in its order; so its argmax is the head's first class.
 
     Args:
         rows: rows of B samples.
@@ -224,7 +231,42 @@ def decode(rows: Rows, labels: Tensor, encoding: Encoding, basis: TailBasis | No
             log_probs = top - log_probs * (spread / 255)
     else:
         log_probs = _with_tail(rows, labels, encoding, basis)
-    return _normalized(log_probs, encoding) + rows.logsumexp.unsqueeze(1)
+    logits = _normalized(log_probs, encoding) + rows.logsumexp.unsqueeze(1)
+    return logits if rows.indices is None else _in_stated_order(logits, rows.indices.long())
+
+
+def _in_stated_order(logits: Tensor, indices: Tensor) -> Tensor:
+    """Lower values by single steps of float32 to where a stable descending sort begins with the head, in its order.
+
+    The cap, the type of the head and the sum with the logsumexp make values equal; argmax would then name another class
+    than the row states, if that has a smaller index.
+
+    Args:
+        logits: [B, C] float32, finite, without a class above one that the row states before it; overwritten.
+        indices: [B, k] int64, the head.
+    """
+    # In integers in the order of the floats, a class is at most the one before it, and less if its index is smaller:
+    # a running minimum, once the number of such descents is added.
+    steps = _as_steps(logits.gather(1, indices))
+    descents = torch.zeros_like(steps)
+    descents[:, 1:] = (indices.diff(dim=1) < 0).cumsum(dim=1)
+    head = ((steps + descents).cummin(dim=1).values - descents).clamp_min(_LOWEST_STEP)
+    last, before = head[:, -1:], torch.arange(logits.shape[1], device=logits.device) < indices[:, -1:]
+    reaching = (logits >= _as_floats(last)).logical_and_(before).scatter_(1, indices, False).any(dim=1, keepdim=True)
+    # All other classes are lowered alike: those of a uniform tail stay equal.
+    limit = _as_floats((last - reaching.long()).clamp_min(_LOWEST_STEP))
+    return torch.minimum(logits, limit, out=logits).scatter_(1, indices, _as_floats(head))
+
+
+def _as_steps(values: Tensor) -> Tensor:
+    """Return float32 values as int64 in the same order, in which neighbors differ by 1 and zeros are equal."""
+    bits = values.contiguous().view(torch.int32).long()
+    return torch.where(bits < 0, _SIGN_BIT - bits, bits)
+
+
+def _as_floats(steps: Tensor) -> Tensor:
+    """Return the float32 values of `_as_steps`."""
+    return torch.where(steps < 0, _SIGN_BIT - steps, steps).to(torch.int32).view(torch.float32)
 
 
 def _capped(log_probs: Tensor, mass: Tensor, last: Tensor, tail: Tensor) -> Tensor:
@@ -248,7 +290,8 @@ def _capped(log_probs: Tensor, mass: Tensor, last: Tensor, tail: Tensor) -> Tens
     of_cap = (of_cap / reaching).clamp_max(1)
     held = of_cap.sum(dim=1, keepdim=True)
     share = ((wanted - held) / (tail.sum(dim=1, keepdim=True) - held).clamp_min(_TINY)).clamp(0, 1)
-    drawn = (of_cap + share * (1 - of_cap)).log() + last
+    # g + share (1 - g) of the specification, in the form that keeps the order of the classes when it is rounded.
+    drawn = (share + of_cap * (1 - share)).log() + last
     return torch.where(cut & (wanted - held > _MAX_LOST_MASS * wanted), drawn, raised)
 
 

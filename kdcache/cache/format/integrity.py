@@ -20,6 +20,7 @@ from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.recorded_views import recorded
 from kdcache.cache.format.schema import Encoding, FileRecord, Plan
 from kdcache.errors import CorruptError
+from kdcache.runtime.system_files import is_system_file
 
 NOT_LISTED = "is not in the manifest"
 _BLOCK_ROWS = 4096
@@ -83,20 +84,27 @@ def _problem(cache: Path, name: str, expected: FileRecord) -> str | None:
         return "is missing or not a plain file"
     if path.stat().st_size != expected.size:
         return f"has {path.stat().st_size} bytes, {expected.size} were written"
-    if record_of(path).sha256 != expected.sha256:
-        return "has other bytes than were written"
+    if (sha256 := record_of(path).sha256) != expected.sha256:
+        return f"has the sha256 {sha256[:12]}..., {expected.sha256[:12]}... was written"
     return None
 
 
-def unlisted_files(cache: Path, listed: dict[str, FileRecord]) -> list[Problem]:
-    """Return files in the folders of a cache that its manifest does not list, so that no digest covers them."""
+def unlisted_files(cache: Path, listed: dict[str, FileRecord]) -> tuple[list[Problem], list[str]]:
+    """Return files in the folders of a cache that its manifest does not list, so that no digest covers them.
+
+    Returns:
+        (problems, names of files that the system added, which nothing reads)
+    """
     paths = (path for part in (STORE, "commits") for path in sorted((cache / part).rglob("*")) if not path.is_dir())
-    names = (path.relative_to(cache).as_posix() for path in paths)
-    return [Problem(name, NOT_LISTED) for name in names if name not in listed]
+    unlisted = [name for path in paths if (name := path.relative_to(cache).as_posix()) not in listed]
+    by_system = [name for name in unlisted if any(map(is_system_file, name.split("/")))]
+    return [Problem(name, NOT_LISTED) for name in unlisted if name not in by_system], by_system
 
 
-def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Tensor) -> list[Problem]:
-    """Return the problems in the rows of one shard: per kind the first row, and the number of rows.
+def check_shard_rows(
+    cache: Path, plan: Plan, view: int, shard: int, labels: Tensor
+) -> tuple[list[Problem], Rows | None]:
+    """Return the problems in the rows of one shard, per kind the first row and the number of rows, and the rows.
 
     Args:
         cache: folder of the cache.
@@ -112,7 +120,7 @@ def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Ten
         if recorded(plan.views.transform):
             zarr_store.read_recorded(cache, plan, view, ids)
     except CorruptError as error:
-        return [Problem(f"view {view}, shard {shard}", error.what)]
+        return [Problem(f"view {view}, shard {shard}", error.what)], None
     bad: dict[str, list[int]] = {}
     for start in range(0, len(ids), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
@@ -122,11 +130,12 @@ def check_shard_rows(cache: Path, plan: Plan, view: int, shard: int, labels: Ten
             bad.setdefault(what, []).extend((wrong.nonzero().squeeze(1) + first).tolist())
         wrong = ~decode(block, truth, plan.encoding, basis).isfinite().all(dim=1)
         bad.setdefault("does not decode to finite logits", []).extend((wrong.nonzero().squeeze(1) + first).tolist())
-    return [
+    problems = [
         Problem(f"view {view}, shard {shard}, sample {samples[0]}", f"{what} ({len(samples)} rows of the shard)")
         for what, samples in bad.items()
         if samples
     ]
+    return problems, rows
 
 
 def _row_checks(rows: Rows, labels: Tensor, encoding: Encoding) -> Iterator[tuple[str, Tensor]]:

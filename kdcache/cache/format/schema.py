@@ -18,6 +18,12 @@ FORMAT_VERSION: Literal[1] = 1
 
 PLAN, MANIFEST = "plan.json", "manifest.json"
 
+PROBES = "probes.npz"
+"""Logits of a few samples by which the teacher of an unsealed cache is recognized; deleted when it is sealed."""
+
+NO_WEIGHTS = f"sha256:{hashlib.sha256(b'').hexdigest()}"
+"""The digest of no weights."""
+
 LARGEST_CHUNK = 16_384
 """Rows per chunk at most (docs/FORMAT.md, section 2.1)."""
 
@@ -90,11 +96,14 @@ class TeacherRecord(Record):
         name: as the pipeline has it, without the folder of a file.
         arguments: of its constructor; of an ensemble `members` and `combine`; where the classes of the data set are
             outputs of other numbers, `args`, `outputs` and `classes`.
-        code_digest: of the user's file that builds it; None for a network that a library builds.
+        code_digest: of the user's file that builds it and the user's modules that it imports; None for a network that
+            a library builds.
         weights_digest: over parameters and buffers.
         parameters: number of parameters.
         precision: numeric precision of its forward pass.
         level: "unknown" if only probabilities are known, so logits up to an additive constant per row.
+        weights: "none" if kdcache ran a network without parameters and buffers, or an ensemble with such a member:
+            `weights_digest` then does not distinguish it from others.
     """
 
     name: str
@@ -104,6 +113,12 @@ class TeacherRecord(Record):
     parameters: Size
     precision: str
     level: Annotated[Literal["unknown"] | None, Field(exclude_if=lambda level: level is None)] = None
+    weights: Annotated[Literal["none"] | None, Field(exclude_if=lambda weights: weights is None)] = None
+
+    @property
+    def was_run(self) -> bool:
+        """Whether kdcache ran this teacher; if not, only a file of its logits is known."""
+        return self.weights_digest != NO_WEIGHTS or self.weights == "none"
 
 
 class DatasetRecord(Record):

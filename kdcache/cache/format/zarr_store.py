@@ -63,7 +63,25 @@ def create_store(
     basis: TailBasis | None = None,
 ) -> None:
     """Create the store of a new cache: empty arrays of rows, and complete labels, sample keys and basis."""
-    group = zarr.create_group(cache / STORE, zarr_format=3)
+    group = _create_arrays(cache / STORE, plan)
+    values: dict[str, npt.NDArray[Any]] = {"labels": labels, "sample_keys": keys}
+    if basis is not None:
+        values |= {"tail_basis": basis.basis.numpy(), "tail_mean": basis.mean.numpy()}
+        values |= {"tail_scale": basis.scale.numpy()}
+    for name, expected in common_arrays(plan).items():
+        _array(group, name, expected).with_config(_CONFIG)[...] = values[name]
+
+
+def metadata_bytes(plan: Plan) -> int:
+    """Return the size of the metadata of a new store."""
+    stored: dict[str, Any] = {}
+    _create_arrays(zarr.storage.MemoryStore(stored), plan)
+    return sum(len(value) for value in stored.values())
+
+
+def _create_arrays(store: Any, plan: Plan) -> zarr.Group:
+    """Create a group with all arrays of a plan, without values, in a folder or a store."""
+    group = zarr.create_group(store, zarr_format=3)
     for name, array in (shard_arrays(plan) | common_arrays(plan)).items():
         group.create_array(
             name,
@@ -76,12 +94,7 @@ def create_store(
             dimension_names=array.names,
             attributes={"columns": list(array.columns)} if array.columns else {},
         )
-    values: dict[str, npt.NDArray[Any]] = {"labels": labels, "sample_keys": keys}
-    if basis is not None:
-        values |= {"tail_basis": basis.basis.numpy(), "tail_mean": basis.mean.numpy()}
-        values |= {"tail_scale": basis.scale.numpy()}
-    for name, expected in common_arrays(plan).items():
-        _array(group, name, expected).with_config(_CONFIG)[...] = values[name]
+    return group
 
 
 def bytes_per_row(encoding: Encoding, rows: Rows) -> float:
@@ -252,7 +265,7 @@ def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
 
 
 # Exceptions that zarr raises for damaged metadata or chunks.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, NotImplementedError)
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def _open(cache: Path, arrays: Mapping[str, Array]) -> zarr.Group:

@@ -20,10 +20,12 @@ from kdcache.cache.format.integrity import (
 )
 from kdcache.cache.format.read_records import read_commit, read_manifest, read_plan
 from kdcache.cache.format.schema import MANIFEST, PLAN, FileRecord, Plan, commit_file
-from kdcache.cache.parallel import over
+from kdcache.cache.inspect.stated_figures import check_fidelity, check_summary
+from kdcache.cache.parallel import of_shard, over
 from kdcache.cache.reader import refusal
-from kdcache.cache.remote.mirror import files_of, views_here
-from kdcache.errors import CorruptError, IncompleteError, KdcacheError
+from kdcache.cache.remote.mirror import files_of, missing_views, views_here
+from kdcache.cache.summary import ShardStatistics, shard_statistics
+from kdcache.errors import CorruptError, IncompleteError, KdcacheError, counted
 
 _MAX_SHOWN = 3
 """Problems listed in an error message."""
@@ -40,6 +42,7 @@ class Audit:
         rows: number of rows that were checked.
         problems: problems found.
         incomplete: error that says why the cache cannot be used yet; None if it is complete.
+        system_files: files such as `.DS_Store`, which a system added and nothing reads.
     """
 
     path: Path
@@ -48,6 +51,7 @@ class Audit:
     rows: int
     problems: list[Problem] = field(default_factory=list)
     incomplete: IncompleteError | None = None
+    system_files: list[str] = field(default_factory=list)
 
     @property
     def failure(self) -> KdcacheError | None:
@@ -63,7 +67,8 @@ class Audit:
         else:
             fix = array_specs.AGAIN
         return CorruptError(
-            f"{self.path} is damaged:\n  {first}" + (f"\n  and {more} more problems" if more > 0 else ""), fix
+            f"{self.path} is damaged:\n  {first}" + (f"\n  and {counted(more, 'more problem')}" if more > 0 else ""),
+            fix,
         )
 
 
@@ -83,16 +88,22 @@ def audit(path: Path) -> Audit:
         array_specs.check_listed(path, plan, {name: record.size for name, record in files.items()})
         views = views_here(path, plan)
         present = files_of(manifest, views)
-        damaged = damaged_files(path, present) + unlisted_files(path, files)
+        unlisted, system_files = unlisted_files(path, files)
+        damaged = damaged_files(path, present) + unlisted
         shards = [(view, shard) for view in views for shard in range(plan.shards)]
-        problems, rows = _check_contents(path, plan, shards, damaged)
+        problems, rows, statistics = _check_contents(path, plan, shards, damaged)
         if not damaged + problems:
-            problems = check_inputs(path, plan, views)
-        missing = _missing_views(path, plan, views)
-        return Audit(path, manifest.digest, len(present) + 1, rows, damaged + problems, missing)
-    incomplete = refusal(path)
-    if not isinstance(incomplete, IncompleteError):
-        raise incomplete
+            problems = check_inputs(path, plan, views) + check_fidelity(path, plan, 0 in views)
+            if len(views) == plan.views.count:
+                problems += check_summary(manifest.summary, statistics, plan)
+        what = missing_views(path, plan.views.count, views)
+        incomplete = (
+            IncompleteError(what, f"download them: kdcache pull URL {path}; or use these views only") if what else None
+        )
+        return Audit(path, manifest.digest, len(present) + 1, rows, damaged + problems, incomplete, system_files)
+    unsealed = refusal(path)
+    if not isinstance(unsealed, IncompleteError):
+        raise unsealed
     plan = read_plan(path / PLAN)
     written: dict[str, FileRecord] = {}
     markers: list[Problem] = []
@@ -108,34 +119,31 @@ def audit(path: Path) -> Audit:
                 else:
                     markers.append(Problem(marker, "does not list the files of its shard"))
     damaged = markers + damaged_files(path, written)
-    problems, rows = _check_contents(path, plan, committed, damaged)
-    return Audit(path, None, len(written) + len(committed) + len(markers) + 1, rows, damaged + problems, incomplete)
-
-
-def _missing_views(path: Path, plan: Plan, views: tuple[int, ...]) -> IncompleteError | None:
-    """Return the error for a cache of which only some views were pulled; None for all views."""
-    if len(views) == plan.views.count:
-        return None
-    return IncompleteError(
-        f"{path} holds only {len(views)} of {plan.views.count} views: {', '.join(map(str, views))}",
-        "download the other views with `kdcache pull URL DIR`, or train students from these views only",
-    )
+    problems, rows, _ = _check_contents(path, plan, committed, damaged)
+    return Audit(path, None, len(written) + len(committed) + len(markers) + 1, rows, damaged + problems, unsealed)
 
 
 def _check_contents(
     path: Path, plan: Plan, shards: list[tuple[int, int]], damaged: list[Problem]
-) -> tuple[list[Problem], int]:
-    """Return problems in the contents of undamaged files, and the number of rows that were checked."""
+) -> tuple[list[Problem], int, list[ShardStatistics]]:
+    """Return problems in the contents of undamaged files, the number of rows that were checked, and statistics."""
     names = {problem.where for problem in damaged}
     if not names.isdisjoint(array_specs.common_files(plan)):
-        return [], 0
+        return [], 0, []
     intact = [(view, shard) for view, shard in shards if names.isdisjoint(array_specs.shard_files(plan, view, shard))]
-    problems = check_samples(path, plan) or check_rows(path, plan, intact)
-    return problems, sum(len(plan.shard_ids(shard)) for _, shard in intact)
+    count = sum(len(plan.shard_ids(shard)) for _, shard in intact)
+    if problems := check_samples(path, plan):
+        return problems, count, []
+    labels = torch.from_numpy(zarr_store.read_samples(path, plan)[0].astype(np.int64))
+    parts = over(_check_shard, [(path, plan, view, shard, labels) for view, shard in intact])
+    return [problem for part, _ in parts for problem in part], count, [of for _, of in parts if of is not None]
 
 
-def check_rows(cache: Path, plan: Plan, shards: list[tuple[int, int]]) -> list[Problem]:
-    """Return problems in the rows of some shards, given as (view, shard)."""
-    labels = torch.from_numpy(zarr_store.read_samples(cache, plan)[0].astype(np.int64))
-    parts = over(check_shard_rows, [(cache, plan, view, shard, labels) for view, shard in shards])
-    return [problem for part in parts for problem in part]
+def _check_shard(
+    cache: Path, plan: Plan, view: int, shard: int, labels: torch.Tensor
+) -> tuple[list[Problem], ShardStatistics | None]:
+    """Return the problems in the rows of a shard, and their statistics if there are none."""
+    problems, rows = check_shard_rows(cache, plan, view, shard, labels)
+    if problems or rows is None:
+        return problems, None
+    return [], shard_statistics(rows, of_shard(labels, plan, shard), plan.encoding)

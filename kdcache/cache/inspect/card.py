@@ -14,10 +14,11 @@ from pathlib import Path
 
 import yaml
 
-from kdcache.cache.format.schema import Plan
+from kdcache.cache.format.schema import Plan, TeacherRecord
 from kdcache.cache.inspect.card_plot import draw_census
 from kdcache.cache.inspect.summary import take_census
 from kdcache.cache.reader import Cache
+from kdcache.errors import counted
 from kdcache.runtime.atomic_write import write_file
 
 CARD, PICTURE = "README.md", "card.png"
@@ -77,14 +78,16 @@ def card(cache: Cache, notes: str = "") -> str:
     facts = {
         "teacher": f"`{_plain(plan.teacher.name)}`, {plan.teacher.parameters:,} parameters, "
         f"run in {_plain(plan.teacher.precision)}",
-        "weights": f"`{plan.teacher.weights_digest}`",
-        "dataset": f"{_plain(plan.dataset.name)}, {_plain(plan.dataset.split)}: {plan.dataset.samples:,} samples, "
+        "weights": _weights(plan.teacher),
+        "dataset": f"{_plain(plan.dataset.name)}, {_plain(plan.dataset.split)}: "
+        f"{counted(plan.dataset.samples, 'sample')}, "
         f"{plan.encoding.num_classes:,} classes",
         "dataset digest": f"`{plan.dataset.digest}`",
         "views": f"{plan.views.count} per sample, seed {plan.views.seed}",
         "transform": _transform(plan),
         "stored per row": _encoding(plan),
-        "size": f"{rows:,} rows, {cache.bytes_on_disk:,} bytes, {cache.bytes_on_disk / rows:.1f} bytes per row",
+        "size": f"{counted(rows, 'row')}, {cache.bytes_on_disk:,} bytes, "
+        f"{cache.bytes_on_disk / rows:.1f} bytes per row",
         "teacher accuracy": "unknown, no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
         "sharpness": f"{summary.mean_sharpness:.3f}, mean logsumexp of the logits"
         if plan.teacher.level is None
@@ -155,6 +158,17 @@ def _plain(text: str) -> str:
 def _transform(plan: Plan) -> str:
     steps = [_plain(f"{name} {arguments or ''}") for step in plan.views.transform for name, arguments in step.items()]
     return "; ".join(steps) or "none"
+
+
+def _weights(teacher: TeacherRecord) -> str:
+    if not teacher.was_run:
+        return "unknown: kdcache did not run the teacher"
+    if teacher.weights == "none":
+        return (
+            "none that kdcache can read (a session, server, function or frozen module, or an ensemble with one): only "
+            "its logits identify this teacher"
+        )
+    return f"`{teacher.weights_digest}`"
 
 
 def _encoding(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,22 +110,24 @@ def compare(first: Cache, second: Cache, worst: int = 10, scheduler: str = "thre
         common = int(np.isin(first.sample_keys, second.sample_keys).sum())
         why = f"they have different samples or another order: {len(first)} and {len(second)}, {common} of them in both"
         return Difference(differ, None, why)
-    return Difference(differ, _agreement(first, second, worst, scheduler), None)
+    views = sorted({*first.views}.intersection(second.views))
+    if not views:
+        return Difference(differ, None, f"they have no view in common: {[*first.views]} and {[*second.views]}")
+    return Difference(differ, _agreement(first, second, views, worst, scheduler), None)
 
 
-def _agreement(first: Cache, second: Cache, worst: int, scheduler: str) -> LogitAgreement:
-    """Compare the rows of two caches of the same samples, shard by shard of the first."""
+def _agreement(first: Cache, second: Cache, views: Sequence[int], worst: int, scheduler: str) -> LogitAgreement:
+    """Compare the rows of some views of two caches of the same samples, shard by shard of the first."""
     plans = first.manifest.plan, second.manifest.plan
-    views = min(plan.views.count for plan in plans)
     labels = [torch.from_numpy(cache.labels.astype(np.int64)) for cache in (first, second)]
     paths = first.path.absolute(), second.path.absolute()
     calls = [
         (paths, plans, view, shard, [parallel.of_shard(known, plans[0], shard) for known in labels], worst)
-        for view in range(views)
+        for view in views
         for shard in range(plans[0].shards)
     ]
     parts = parallel.over(_compare_shard, calls, scheduler, plans[0])
-    rows = views * len(first)
+    rows = len(views) * len(first)
     bins = np.sum([part.bins for part in parts], axis=0)
     variations = [
         Variation(t, sum(part.sums[index] for part in parts) / rows, {q: _quantile(bins[index], q) for q in QUANTILES})

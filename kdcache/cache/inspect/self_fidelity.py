@@ -13,7 +13,14 @@ from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import decode, stated_at, tail_log_mass
 from kdcache.cache.format.schema import TAIL_TEMPERATURES, Plan
 from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.cache.parallel import _ROWS_AT_ONCE, _TINY, over
+from kdcache.cache.parallel import over
+from kdcache.cache.reader import Cache
+
+_ROWS_AT_ONCE = 4096
+"""Rows that are decoded at once."""
+
+_TINY = 1e-12
+"""Smallest mass whose logarithm is taken."""
 
 
 class SelfFidelity(NamedTuple):
@@ -32,19 +39,20 @@ class SelfFidelity(NamedTuple):
     logsumexp: float
 
 
-def measure_itself(cache: Path, plan: Plan) -> list[SelfFidelity]:
+def measure_itself(cache: Cache) -> list[SelfFidelity]:
     """Compare decoded rows with the tail masses stored at T = 2, 4, 8, which decoding does not use.
 
     Returns:
-        One result per view and temperature; empty if every class is stored, so that there is no tail.
+        One result per opened view and temperature; empty if every class is stored, so that there is no tail.
     """
+    path, plan = cache.path.absolute(), cache.manifest.plan
     if plan.encoding.dense:
         return []
-    labels = torch.from_numpy(zarr_store.read_samples(cache, plan)[0].astype(np.int64))
-    basis = zarr_store.read_basis(cache, plan)
+    labels = torch.from_numpy(cache.labels.astype(np.int64))
+    basis = zarr_store.read_basis(path, plan)
     measured = []
-    for view in range(plan.views.count):
-        sums = over(_self_errors, [(cache, plan, view, shard, labels, basis) for shard in range(plan.shards)])
+    for view in cache.views:
+        sums = over(_self_errors, [(path, plan, view, shard, labels, basis) for shard in range(plan.shards)])
         for index, t in enumerate(TAIL_TEMPERATURES[1:]):
             mass, level = (math.fsum(part[index][kind] for part in sums) / plan.dataset.samples for kind in (0, 1))
             measured.append(SelfFidelity(view, t, mass, level))

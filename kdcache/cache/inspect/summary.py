@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -109,7 +110,7 @@ class _ShardCensus(NamedTuple):
 
 
 def take_census(cache: Cache, worst: int = 10, threshold: float = SURE, scheduler: str = "threads") -> Census:
-    """Compute statistics over all rows of a cache.
+    """Compute statistics over all rows of a cache, in the opened views.
 
     Args:
         cache: opened.
@@ -120,17 +121,17 @@ def take_census(cache: Cache, worst: int = 10, threshold: float = SURE, schedule
     plan, names = cache.manifest.plan, cache.manifest.plan.dataset.class_names
     labels = torch.from_numpy(cache.labels.astype(np.int64))
     calls = [
-        (cache.path.absolute(), plan, shard, parallel.of_shard(labels, plan, shard), worst, threshold)
+        (cache.path.absolute(), plan, cache.views, shard, parallel.of_shard(labels, plan, shard), worst, threshold)
         for shard in range(plan.shards)
     ]
     parts = parallel.over(_count_shard, calls, scheduler, plan)
     samples, correct, confidence, sharpness = np.sum([part.by_class for part in parts], axis=0)
     fine = sum((part.sharpness for part in parts), Counter())
-    rows = plan.views.count * plan.dataset.samples
+    rows = len(cache.views) * plan.dataset.samples
 
     def of_class(index: int) -> OfClass:
         count = int(samples[index])
-        n_rows = count * plan.views.count
+        n_rows = count * len(cache.views)
         means = (float(total[index] / n_rows) if n_rows else None for total in (correct, confidence, sharpness))
         return OfClass(names[index], count, *means)
 
@@ -162,30 +163,32 @@ def _quantile(bins: Counter[int], wanted: float) -> float:
     return math.inf
 
 
-def _count_shard(path: Path, plan: Plan, shard: int, truth: Tensor, worst: int, threshold: float) -> _ShardCensus:
-    """Compute the statistics of one shard, in all views."""
-    ids, views = plan.shard_ids(shard), plan.views.count
+def _count_shard(
+    path: Path, plan: Plan, views: Sequence[int], shard: int, truth: Tensor, worst: int, threshold: float
+) -> _ShardCensus:
+    """Compute the statistics of one shard, in some views."""
+    ids = plan.shard_ids(shard)
     basis = zarr_store.read_basis(path, plan)
     by_class = np.zeros((4, plan.encoding.num_classes))
     fine: Counter[int] = Counter()
     confidences = np.zeros(CONFIDENCE_BINS, np.int64)
     log_probs, margins = torch.zeros(len(ids), dtype=torch.float64), torch.zeros(len(ids), dtype=torch.float64)
-    tops = torch.zeros(views, len(ids), dtype=torch.int64)
+    tops = torch.zeros(len(views), len(ids), dtype=torch.int64)
     known = truth >= 0
     classes = truth[known].numpy()
     np.add.at(by_class[0], classes, 1)
-    for view in range(views):
+    for row, view in enumerate(views):
         rows = zarr_store.read_rows(path, plan, view, ids)
-        top_log_prob, tops[view] = _top(rows, truth, plan, basis)
+        top_log_prob, tops[row] = _top(rows, truth, plan, basis)
         label = rows.statistics[:, plan.encoding.statistics.index("label_log_prob")].double()
         probability = top_log_prob.exp().clamp_max(1)
-        for column, values in enumerate((tops[view] == truth, probability, rows.logsumexp), start=1):
+        for column, values in enumerate((tops[row] == truth, probability, rows.logsumexp), start=1):
             np.add.at(by_class[column], classes, values[known].double().numpy())
         fine.update((rows.logsumexp.double() * SHARPNESS_BINS_PER_NAT).floor().long().tolist())
         places = (probability * CONFIDENCE_BINS).long().clamp_max(CONFIDENCE_BINS - 1)
         confidences += torch.bincount(places, minlength=CONFIDENCE_BINS).numpy()
-        log_probs += label / views
-        margins += torch.where(tops[view] == truth, 0.0, (top_log_prob - label).clamp_min(0)) / views
+        log_probs += label / len(views)
+        margins += torch.where(tops[row] == truth, 0.0, (top_log_prob - label).clamp_min(0)) / len(views)
     top = tops.mode(dim=0).values
     lines = zip(log_probs.tolist(), ids, truth.tolist(), top.tolist(), margins.tolist(), strict=True)
     labeled = [line for line in lines if line[2] >= 0]

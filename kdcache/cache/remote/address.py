@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdcache.errors import UsageError
+from kdcache.runtime.paths import expand
 
 _PINNED = re.compile(r"(?P<where>.*)#(?P<digest>sha256:[^#]*)")
 
@@ -41,4 +42,4 @@ def source(given: str | Path, digest: str | None = None) -> CacheAddress:
             raise UsageError(f"{value!r} is not a digest", "use sha256: and 64 hex digits, as `kdcache info` prints")
     if pinned and digest and pinned != digest:
         raise UsageError(f"{given} is pinned to another digest than the given {digest}", "pass one digest only")
-    return CacheAddress(where, pinned or digest)
+    return CacheAddress(where if "://" in where else str(expand(where)), pinned or digest)

@@ -10,6 +10,8 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,11 +69,51 @@ def wanted_views(plan: Plan, views: Views) -> tuple[int, ...]:
         UsageError: if the cache does not have one of them, or none is requested.
     """
     count = plan.views.count
-    if views is None or isinstance(views, int):
-        return tuple(range(count if views is None else min(views, count)))
-    if not views or not set(views) <= set(range(count)):
-        raise UsageError(f"views {sorted(views)} are not in this cache of {count} views", f"use 0 to {count - 1}")
-    return tuple(sorted(set(views)))
+    if views is None:
+        return tuple(range(count))
+    fix = f"use indices from 0 to {count - 1}, the number of the first views, or None for all"
+    if isinstance(views, Integral) and not isinstance(views, bool):
+        if views < 1:
+            raise UsageError(f"{views} views were requested", fix)
+        return tuple(range(min(int(views), count)))
+    try:
+        if isinstance(views, str | bytes | bool):
+            raise TypeError
+        indices = sorted({index(view) for view in views})  # type: ignore[union-attr]  # an integer was returned above
+    except TypeError:
+        raise UsageError(f"the views {views!r} are not integers", fix) from None
+    if not indices or indices[0] < 0 or indices[-1] >= count:
+        raise UsageError(f"views {indices} are not in this cache of {count} views", f"use 0 to {count - 1}")
+    return tuple(indices)
+
+
+def missing_views(path: Path, count: int, here: Collection[int], wanted: Collection[int] | None = None) -> str | None:
+    """Describe which views a folder lacks, for an error; None if it lacks none.
+
+    Args:
+        path: of the folder.
+        count: number of views of the cache.
+        here: indices of the views that the folder holds.
+        wanted: those that are needed; None for all.
+    """
+    missing = [view for view in (range(count) if wanted is None else wanted) if view not in here]
+    if not missing:
+        return None
+    return f"{path} holds {_numbered(here)} of {count}, not {_numbered(missing)}"
+
+
+def check_here(path: Path, count: int, here: Collection[int], wanted: Collection[int] | None = None) -> None:
+    """Check that a folder holds some views, or all; as `missing_views`.
+
+    Raises:
+        IncompleteError: with the missing views, and how to get them.
+    """
+    if what := missing_views(path, count, here, wanted):
+        raise IncompleteError(what, f"download the missing views into the folder: kdcache pull URL {path}")
+
+
+def _numbered(views: Collection[int]) -> str:
+    return f"view{'' if len(views) == 1 else 's'} {', '.join(map(str, views))}"
 
 
 def files_of(manifest: Manifest, views: Collection[int]) -> dict[str, FileRecord]:
@@ -79,8 +121,7 @@ def files_of(manifest: Manifest, views: Collection[int]) -> dict[str, FileRecord
     plan = manifest.plan
     names = [*array_specs.common_files(plan)]
     for view in views:
-        for shard in range(plan.shards):
-            names += [commit_file(view, shard), *array_specs.shard_files(plan, view, shard)]
+        names += _files_of_view(plan, view)
     return {name: manifest.files[name] for name in names}
 
 
@@ -146,9 +187,9 @@ def mirror(address: CacheAddress, folder: Path | None, views: Views, progress: P
     with _lock(into) as stage:
         if folder is not None:
             _check_folder(into, manifest.digest)
-        if not (into / MANIFEST).is_file():
-            write_file(into / PULLING, f"{manifest.digest}\n")
         missing = {problem.where: wanted[problem.where] for problem in damaged_files(into, wanted)}
+        if missing or not (into / MANIFEST).is_file():
+            write_file(into / PULLING, f"{manifest.digest}\n")
         size = sum(record.size for record in missing.values())
         if size > (free := free_disk(into)):
             raise IncompleteError(
@@ -175,10 +216,23 @@ def unfinished_pull(path: Path) -> KdcacheError | None:
 
 
 def views_here(folder: Path, plan: Plan) -> tuple[int, ...]:
-    """Return the views of which a folder has any file, since it may hold only some of them; all views if none."""
+    """Return the views that a folder holds, since it may hold only some of them; all views if none.
+
+    A view of which a file is missing is damaged, unless a pull of more views has been interrupted.
+    """
     parts = ["commits", *(f"{array_specs.STORE}/{name}/c" for name in array_specs.shard_arrays(plan))]
     names = {entry.name for part in parts if (folder / part).is_dir() for entry in (folder / part).iterdir()}
-    return tuple(view for view in range(plan.views.count) if str(view) in names) or tuple(range(plan.views.count))
+    views = [view for view in range(plan.views.count) if str(view) in names]
+    if (folder / PULLING).is_file():
+        complete = [view for view in views if all((folder / name).is_file() for name in _files_of_view(plan, view))]
+        views = complete or views
+    return tuple(views) or tuple(range(plan.views.count))
+
+
+def _files_of_view(plan: Plan, view: int) -> Iterator[str]:
+    for shard in range(plan.shards):
+        yield commit_file(view, shard)
+        yield from array_specs.shard_files(plan, view, shard)
 
 
 def _folder_in_home(digest: str) -> Path:

@@ -75,8 +75,7 @@ def files_of_cache(
     k = plan.encoding.top_k if top_k is None else top_k
     if not 0 < k <= (stored := plan.encoding.top_k):
         raise UsageError(f"top_k is {k}, but the cache stores {stored} classes per row", f"use 1 to {stored}")
-    if len(cache.views) < plan.views.count:
-        raise UsageError(f"{cache.path} holds only {len(cache.views)} of {plan.views.count} views", "pull the others")
+    cache.check_views()
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         unfinished = Path(scratch) / out.name

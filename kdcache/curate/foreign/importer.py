@@ -81,8 +81,9 @@ def cache_of_files(
         MismatchError: if they are of other samples, or `out` was started with other settings.
         CorruptError: if a file is missing or malformed; names it.
     """
-    folder, out, spec = Path(source), Path(out).absolute(), spec or CacheSpec()
+    folder, out, spec = Path(source), Path(out), spec or CacheSpec()
     check_place(out)
+    out = out.absolute()
     if not folder.is_dir():
         raise UsageError(f"folder not found: {folder}", f"pass the folder that {layout}'s students read")
     opened = SOURCES[layout](folder, samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -86,10 +87,18 @@ def test_a_changed_manifest_is_found(copy: Path) -> None:
 
 def test_the_command_names_the_file_and_the_manifest(copy: Path) -> None:
     name = "data.zarr/tail/c/1/1/0"
-    (copy / name).write_bytes(flipped((copy / name).read_bytes(), 3))
+    before = (copy / name).read_bytes()
+    (copy / name).write_bytes(flipped(before, 3))
     done = failed(5, copy)
-    assert f"{name}: has other bytes" in done.stdout
-    assert f"{name}: has other bytes" in done.stderr
+    then, now = (hashlib.sha256(data).hexdigest()[:12] for data in (before, (copy / name).read_bytes()))
+    problem = f"{name}: has the sha256 {now}..., {then}... was written"
+    assert done.output.count(problem) == done.stdout.count(problem) == 1, (
+        "the report has it, and the error refers to it"
+    )
+    assert "is damaged: 1 problem, listed in the report" in done.stderr
+    as_json = failed(5, copy, "--json")
+    assert problem in as_json.stderr
+    assert name in as_json.stdout
     assert "20 checked" in done.stdout, "the four rows of that shard were not"
     (copy / MANIFEST).write_bytes(flipped((copy / MANIFEST).read_bytes(), 1000))
     assert MANIFEST in refused(5, "verify", copy)

@@ -91,7 +91,8 @@ def test_every_row_that_cannot_be_is_counted(copy: Path) -> None:
         assert (f"view 0, {where_}", f"the logsumexp is NaN or infinite ({count} rows of the shard)") in found
     done = failed(5, copy)
     assert "4 problems" in done.stdout
-    assert "and 1 more problems" in done.stderr
+    assert "4 problems, listed in the report" in done.stderr
+    assert "and 1 more problem\n" in failed(5, copy, "--json").stderr
 
 
 def test_a_basis_that_decodes_to_nothing_is_found(copy: Path) -> None:

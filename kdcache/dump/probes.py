@@ -1,0 +1,263 @@
+"""Check by what it returns that a teacher is the one that a cache was begun with.
+
+The digest of the weights does not tell all teachers apart. A frozen TorchScript module, or one that calls a session, a
+server or a function, has an empty state dict; and the same weights return other logits if other code prepares the
+images. So the logits of a few samples are kept beside the plan until the cache is sealed. A sealed cache is compared
+with its own rows.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from kdcache.cache.format import zarr_store
+from kdcache.cache.format.codec import Rows, decode
+from kdcache.cache.format.schema import PROBES, Encoding, Plan
+from kdcache.cache.planner import pilot_ids
+from kdcache.config.schema import CacheSpec
+from kdcache.data.loader import cut_range
+from kdcache.data.views import View
+from kdcache.errors import CorruptError, MismatchError
+from kdcache.models.inference import InferenceModel, refuse_not_finite
+
+_PROBE_ROWS = 8
+
+_TOLERANCE = {"fp32": 0.01, "fp16": 0.01, "bf16": 0.08}
+"""Largest RMS difference between the logits of one teacher, relative to their RMS, by the precision that it runs in.
+
+Twice what the precision itself changes in trained and random CNNs: bf16 up to 0.038, fp16 0.0049, fp32 0.0045 (as TF32,
+which is how GPUs run its convolutions). Other batch sizes, numbers of threads and memory formats change less than 1e-5
+in fp32. Another teacher, or other preprocessing, changes more than 0.05.
+"""
+
+_FLOOR = 1e-6
+"""RMS difference below which logits are the same, whatever their size."""
+
+
+class Probes(NamedTuple):
+    """The logits of a few samples, in view 0.
+
+    Attributes:
+        ids: [P] int64, the samples.
+        keys: [P] uint64, their content keys.
+        logits: [P, C] float32.
+    """
+
+    ids: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.uint64]
+    logits: npt.NDArray[np.float32]
+
+    def to_bytes(self) -> bytes:
+        """Return the contents of the file that keeps them."""
+        file = io.BytesIO()
+        np.savez(file, **self._asdict())
+        return file.getvalue()
+
+    def with_changes(self, now: Probes) -> Probes:
+        """Return these probes, with the values of `now` for the samples whose images changed."""
+        return Probes(now.ids, now.keys, np.where((self.keys == now.keys)[:, None], self.logits, now.logits))
+
+
+class Difference(NamedTuple):
+    """How the logits of two teachers differ.
+
+    Attributes:
+        relative: RMS difference of all logits, relative to their RMS.
+        sample: the sample of the largest difference.
+        class_index: its class.
+        before: the logit of the first teacher.
+        now: the logit of the second teacher.
+    """
+
+    relative: float
+    sample: int
+    class_index: int
+    before: float
+    now: float
+
+    def __str__(self) -> str:
+        return (
+            f"with a relative difference of {self.relative:.2g}; the largest is that of sample {self.sample}, class "
+            f"{self.class_index}: {self.before:.4f} then, {self.now:.4f} now"
+        )
+
+
+def probe_ids(samples: int) -> list[int]:
+    """Return the samples that a teacher is probed with, [P], of a data set of `samples`."""
+    return pilot_ids(samples, _PROBE_ROWS)
+
+
+def run_probes(
+    model: nn.Module, view: View, keys: npt.NDArray[np.uint64], spec: CacheSpec, device: torch.device | str
+) -> Probes:
+    """Run a teacher on a few samples that are spread over the data set.
+
+    Args:
+        model: the teacher; moved to the device and put into evaluation mode.
+        view: view 0 of the teacher's images.
+        keys: [P] uint64, content keys of the samples `probe_ids`.
+        spec: precision and memory format.
+        device: where the teacher runs.
+
+    Raises:
+        MismatchError: if the teacher does not return [B, C].
+    """
+    ids = probe_ids(len(view))
+    running = _teacher(model, view, spec, device)
+    # One by one, so that no row depends on an image that is replaced later, or cannot be read.
+    running.scale = "logits"  # which a single row cannot tell
+    rows = [running(images).cpu() if (images := _image(view, sample)) is not None else None for sample in ids]
+    unreadable = torch.full((1, view.samples.num_classes), torch.nan)
+    logits = torch.cat([unreadable if row is None else row for row in rows])
+    return Probes(np.array(ids), keys, logits.numpy())
+
+
+def _image(view: View, sample: int) -> Tensor | None:
+    """Return an image [1, channels, H, W]; None if it cannot be read, which the pass reports after finished shards."""
+    try:
+        return view.__getitems__([sample]).images
+    except CorruptError:
+        return None
+
+
+def read_probes(cache: Path, now: Probes) -> Probes | None:
+    """Return the probes of an unsealed cache; None if there are none of the same samples and classes as `now`."""
+    try:
+        with np.load(cache / PROBES, allow_pickle=False) as stored:
+            probes = Probes(*(stored[name] for name in Probes._fields))
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
+    same = np.array_equal(probes.ids, now.ids) and probes.keys.shape == now.keys.shape
+    return probes if same and probes.logits.shape == now.logits.shape else None
+
+
+def check_probes(before: Probes, now: Probes, run_again: Callable[[], Probes], spec: CacheSpec, made: str) -> None:
+    """Check that two teachers return the same, on the probes whose images are the same.
+
+    Rows that are not finite are left out: the pass refuses them by their sample.
+
+    Args:
+        before: of the first teacher.
+        now: of the second.
+        run_again: runs the second teacher once more, to find one that is not deterministic.
+        spec: precision of the second teacher.
+        made: what the first teacher is, such as "CACHE was begun with".
+
+    Raises:
+        MismatchError: if they differ by more than their precision explains.
+    """
+    same = (before.keys == now.keys) & np.isfinite(before.logits).all(axis=1) & np.isfinite(now.logits).all(axis=1)
+    if not same.any():
+        return
+    ids, classes = now.ids[same].tolist(), torch.arange(now.logits.shape[1]).expand(int(same.sum()), -1)
+    live = torch.from_numpy(now.logits[same])
+    found = _difference(torch.from_numpy(before.logits[same]), live, ids, classes)
+    if not _is_same(found, spec):
+        itself = _difference(live, torch.from_numpy(run_again().logits[same]), ids, classes)
+        raise _other_teacher(made, found, itself, spec)
+
+
+def check_first_batch(
+    cache: Path, plan: Plan, view: View, model: nn.Module, spec: CacheSpec, device: torch.device | str, shard: int = 0
+) -> Difference:
+    """Check that a teacher returns what a cache keeps of the first batch of a shard.
+
+    The batch is one of the pass, since logits may depend on the other images of their batch. The classes that a row
+    keeps individually are compared, up to their rounding.
+
+    Args:
+        cache: its folder; the shard must be complete.
+        plan: its plan.
+        view: of the teacher's images; its index is the view of the cache.
+        model: the teacher; moved to the device and put into evaluation mode.
+        spec: precision and memory format.
+        device: where the teacher runs.
+        shard: index of the shard.
+
+    Returns:
+        How far the teacher's logits differ from those of the cache.
+
+    Raises:
+        MismatchError: if they differ by more than precision and rounding explain.
+        CorruptError: if it returns NaN or infinities, or the rows or an image cannot be read.
+    """
+    batch = cut_range(plan.shard_ids(shard), plan.batch_size)[0]
+    stored = zarr_store.read_rows(cache, plan, view.view, batch)
+    classes, kept, rounding = _kept(stored, plan.encoding)
+    images, running = view.__getitems__(batch).images, _teacher(model, view, spec, device)
+    live = running(images).cpu()
+    refuse_not_finite(live.isfinite().all(dim=1), torch.tensor(batch))
+    found = _difference(kept, live.gather(1, classes), batch, classes, rounding)
+    if not _is_same(found, spec):
+        itself = _difference(live, running(images).cpu(), batch, torch.arange(live.shape[1]).expand(len(batch), -1))
+        raise _other_teacher(f"{cache} was made with", found, itself, spec)
+    return found
+
+
+def _is_same(found: Difference, spec: CacheSpec) -> bool:
+    """Return whether a difference may be due to other devices, libraries or batches alone."""
+    return found.relative <= _TOLERANCE[spec.precision]
+
+
+def _other_teacher(made: str, found: Difference, itself: Difference, spec: CacheSpec) -> MismatchError:
+    """Return the error for a teacher that is not the one that `made`; `itself` is its difference from itself."""
+    if not _is_same(itself, spec):
+        return MismatchError(
+            f"this teacher returns other logits each time that it is run, and others than the one that {made}: "
+            f"it differs from itself {itself}",
+            "make it deterministic: no dropout, sampling or random preprocessing in evaluation mode",
+        )
+    return MismatchError(
+        f"this teacher is not the one that {made} (their names and weights do not differ): it returns other logits, "
+        f"{found}",
+        "use that teacher, with the same code, preprocessing and library versions; for this one make a new cache",
+    )
+
+
+def _teacher(model: nn.Module, view: View, spec: CacheSpec, device: torch.device | str) -> InferenceModel:
+    """Return a teacher as the pass runs it, but not compiled: for so few rows that would take longer."""
+    return InferenceModel(model, view.samples.num_classes, spec.model_copy(update={"compile": False}), device)
+
+
+def _kept(rows: Rows, encoding: Encoding) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what rows keep individually, [B, k] each: classes, logits, and bounds of their rounding (FORMAT.md, 5)."""
+    if rows.indices is None:
+        logits = decode(rows, torch.full((len(rows),), -1), encoding)
+        classes = torch.arange(encoding.num_classes).expand(len(rows), -1)
+    else:
+        logits, classes = rows.log_probs.float() + rows.logsumexp.unsqueeze(1), rows.indices.long()
+    log_probs = logits - rows.logsumexp.unsqueeze(1)
+    if encoding.dtype == "float32":
+        return classes, logits, torch.zeros_like(logits)
+    if encoding.dtype == "float16":
+        return classes, logits, 2.0**-10 * log_probs.abs() + 2.0**-24
+    top = log_probs.amax(dim=1, keepdim=True)
+    spread = top - log_probs.amin(dim=1, keepdim=True)
+    return classes, logits, (spread / 255 + 2.0**-10 * (top.abs() + spread) + 1e-4).expand_as(logits)
+
+
+def _difference(
+    before: Tensor, now: Tensor, ids: Sequence[int], classes: Tensor, rounding: Tensor | None = None
+) -> Difference:
+    """Return the difference between logits [B, K] of samples `ids` and classes [B, K], beyond the rounding of one."""
+    apart = (now - before).double().abs()
+    if rounding is not None:
+        apart = (apart - rounding).clamp_min(0)
+    row, column = divmod(int(apart.argmax()), apart.shape[1])
+    rms, size = (float(values.square().mean().sqrt()) for values in (apart, now.double()))
+    return Difference(
+        rms / size if rms > _FLOOR else 0.0,
+        ids[row],
+        int(classes[row, column]),
+        float(before[row, column]),
+        float(now[row, column]),
+    )

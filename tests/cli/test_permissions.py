@@ -1,0 +1,118 @@
+"""Permission errors name the right remedy: who may read what, who may write where, and on which disk."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdcache.runtime.paths import fix_for
+
+READ, WRITE = "chmod -R u+rX", "chmod u+w"
+_DROP_FROM_BOUNDING_SET, _OVERRIDES = 24, (1, 2)
+"""prctl's PR_CAPBSET_DROP, and CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, by which root ignores permissions."""
+
+
+def obey_permissions() -> None:
+    """Make the process that is started next obey permissions, also as root."""
+    if os.geteuid() == 0:
+        library = ctypes.CDLL(None, use_errno=True)
+        for capability in _OVERRIDES:
+            if library.prctl(_DROP_FROM_BOUNDING_SET, capability, 0, 0, 0) != 0:
+                raise OSError(ctypes.get_errno(), "cannot drop a capability")
+
+
+def run(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kdcache", *map(str, words), "--device", "cpu"][
+        : -2 if words[0] == "info" else None
+    ]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=obey_permissions,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    closed = tmp_path / "closed"
+    closed.write_text("x")
+    closed.chmod(0)
+    try:
+        probe = subprocess.run(["/bin/cat", closed], capture_output=True, check=False, preexec_fn=obey_permissions)
+    except subprocess.SubprocessError:
+        pytest.skip("this root process cannot give up its right to ignore permissions")
+    if probe.returncode == 0:
+        pytest.skip("processes of this user ignore permissions")
+    for index in range(6):
+        path = tmp_path / "set" / "train" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (6, 6, 3), np.uint8)).save(path)
+    (tmp_path / "t.py").write_text(
+        "from torch import nn\ndef make(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(108, 2))\n"
+    )
+    (tmp_path / "p.yaml").write_text(
+        "dataset: {name: image-folder, root: set, validation_fraction: 0, test_fraction: 0}\n"
+        "transform: [ToImage: {}, ToDtype: {dtype: float32, scale: true}]\n"
+        "teacher: {model: 't.py:make', train: {epochs: 1}}\n"
+    )
+    yield tmp_path
+    for path in tmp_path.rglob("*"):
+        path.chmod(0o755)
+
+
+CASES = {
+    "an image file": ("set/train/a/0.png", ("dump-teacher", "p.yaml", "-o", "c"), "0.png: Permission denied", READ),
+    "an image file, training": ("set/train/a/0.png", ("train-teacher", "p.yaml", "-o", "c"), "0.png: Perm", READ),
+    "a class folder": ("set/train/b", ("doctor", "p.yaml"), "no permission to read the folder set/train/b", READ),
+    "the data set": ("set", ("dump-teacher", "p.yaml", "-o", "c", "--dry-run"), "permission to read the folder", READ),
+    "the network": ("t.py", ("doctor", "p.yaml"), "t.py", READ),
+    "the output": ("out", ("dump-teacher", "p.yaml", "-o", "out/c"), "no permission to write in the folder", WRITE),
+    "the output, training": ("out", ("train-teacher", "p.yaml", "-o", "out/c"), "no permission to write in", WRITE),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_may_not_be_read_or_written_is_named_with_its_remedy(case: str, folder: Path) -> None:
+    name, words, what, fix = CASES[case]
+    (folder / "out").mkdir()
+    (folder / name).chmod(0o555 if fix is WRITE else 0)
+    done = run(*words, cwd=folder)
+    assert done.returncode == 2, done.stderr
+    error, _, remedy = done.stderr.partition("fix: ")
+    assert what in error
+    assert fix in remedy
+    assert (WRITE if fix is READ else READ) not in remedy
+    assert not (folder / "c").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "data.zarr"])
+def test_a_cache_that_may_not_be_read(name: str, folder: Path) -> None:
+    assert run("dump-teacher", "p.yaml", "-o", "c.kdcache", cwd=folder).returncode == 0
+    (folder / "c.kdcache" / name).chmod(0)
+    done = run("info", "c.kdcache", cwd=folder)
+    assert done.returncode == 2, done.stderr
+    assert READ in done.stderr
+
+
+def test_a_file_in_the_way_of_the_output(folder: Path) -> None:
+    done = run("dump-teacher", "p.yaml", "-o", "t.py/c.kdcache", cwd=folder)
+    assert done.returncode == 2
+    assert "t.py is a file, not a folder" in done.stderr
+
+
+def test_a_read_only_file_system_is_told_from_a_folder_without_permission(tmp_path: Path) -> None:
+    assert "mount it writable" in fix_for(OSError(errno.EROFS, "Read-only file system", str(tmp_path / "a")))
+    assert f"chmod u+w {tmp_path}" in fix_for(OSError(errno.EACCES, "Permission denied", str(tmp_path / "a")))
+    assert f"make the folder {tmp_path}/b" in fix_for(OSError(errno.ENOENT, "No such file", str(tmp_path / "b" / "a")))
