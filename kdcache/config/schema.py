@@ -106,7 +106,7 @@ class TrainSpec(Section):
     channels_last: bool = False
     """Channels-last memory format of images and weights, which makes convolutions on a GPU faster."""
     compile: bool = False
-    """Compile the network with torch.compile."""
+    """Compile the network and the loss with torch.compile."""
     view_order: Literal["cycle", "random"] = "cycle"
     """Which view of a cache an epoch sees: one after the other, or one drawn with `data_seed`."""
     labels_per_class: NotNegativeInt | None = None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdcache.cache.format.codec import Rows, encode_finite
 from kdcache.cache.format.fingerprints import Inputs, inputs_of
+from kdcache.cache.format.row_reductions import finite_rows
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.data.loader import Loader, cut_range, report_lost_workers
@@ -167,7 +168,7 @@ class ShardBuilder:
         device = self._teacher.device
         self._inputs.append(inputs_of(batch.images[batch.ids % self._plan.shape.fingerprint_stride == 0]))
         logits = self._teacher(batch.images)
-        self._finite.append(logits.isfinite().all(dim=1))
+        self._finite.append(finite_rows(logits))
         self._ids.append(batch.ids)
         labels = batch.labels.to(device, non_blocking=True)
         self._rows.append(encode_finite(logits, labels, self._plan.encoding, self._basis))

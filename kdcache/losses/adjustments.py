@@ -24,6 +24,7 @@ class NoAdjustment(AdjustmentOptions):
     """Options of `none`."""
 
     compute = staticmethod(none)
+    commutes_with_scale = True
 
     kind: Literal["none"] = "none"
 
@@ -40,13 +41,10 @@ def probability_shift(teacher_logits: Tensor, labels: Tensor) -> Tensor:
 
     Source: Wen, Lai & Qian 2019 (1911.07471), "probability shift".
     """
-    predicted = teacher_logits.argmax(dim=1)
-    truth = torch.where(labels < 0, predicted, labels)
-    rows = torch.arange(len(teacher_logits), device=teacher_logits.device)
-    shifted = teacher_logits.clone()
-    shifted[rows, predicted] = teacher_logits[rows, truth]
-    shifted[rows, truth] = teacher_logits[rows, predicted]
-    return shifted
+    largest, predicted = teacher_logits.max(dim=1, keepdim=True)
+    truth = labels.unsqueeze(1)
+    truth = torch.where(truth < 0, predicted, truth)
+    return teacher_logits.scatter(1, predicted, teacher_logits.gather(1, truth)).scatter(1, truth, largest)
 
 
 class ProbabilityShift(AdjustmentOptions):
@@ -55,6 +53,7 @@ class ProbabilityShift(AdjustmentOptions):
     compute = staticmethod(probability_shift)
     presets: ClassVar[Presets] = {"ka": {}}
     acts_on_label = True
+    commutes_with_scale = True
 
     kind: Literal["probability_shift"] = "probability_shift"
 

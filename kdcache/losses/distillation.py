@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from kdcache.losses import temperatures
 from kdcache.losses.batch import BatchTotals, MixedLabels, at_least_one, batch_totals
+from kdcache.losses.closed_form import is_traced, weighted_kl
 from kdcache.losses.config import Loss
 from kdcache.losses.options import Options
 from kdcache.losses.registry import NORMALIZATIONS
@@ -142,17 +143,28 @@ def _term_and_temperatures(
     adjust = loss.adjustment.bind(**_batch_sum(loss.adjustment, whole))
     divergence = loss.divergence.bind(**_batch_sum(loss.divergence, whole))
 
-    def term(t: Temperatures) -> Tensor:
+    def weighted_sum(t: Temperatures) -> Tensor:
+        if _has_closed_form(loss, teacher_logits, t):
+            with torch.no_grad():
+                target = adjust(teacher_logits / t.teacher, labels)
+            return weighted_kl(student_logits, target, *t)
         target = adjust(teacher_logits / t.teacher, labels)
         values: Tensor = divergence(student_logits / t.student, target, labels)
-        return (t.weight * values).sum() / n_rows
+        return (t.weight * values).sum()
 
     dynamic = temperature(student_logits, teacher_logits)
-    total = loss.kd_weight * term(dynamic)
+    total = weighted_sum(dynamic) * (loss.kd_weight / n_rows)
     if loss.plain_kd_weight:
         plain = temperatures.constant(student_logits, teacher_logits, loss.tau)
-        total = total + loss.plain_kd_weight * term(plain)
+        total = total + weighted_sum(plain) * (loss.plain_kd_weight / n_rows)
     return total, dynamic
+
+
+def _has_closed_form(loss: Loss, teacher_logits: Tensor, t: Temperatures) -> bool:
+    """Return whether `weighted_kl` has all gradients of a distillation term."""
+    if not loss.divergence.has_closed_form or teacher_logits.requires_grad or is_traced():
+        return False
+    return loss.adjustment.commutes_with_scale or not t.teacher.requires_grad
 
 
 def _batch_sum(options: Options, whole: BatchTotals) -> dict[str, Any]:
@@ -201,5 +213,7 @@ def distillation_loss(
     teacher_logits = teacher_logits.to(student_logits.dtype)
     distilled, dynamic = _term_and_temperatures(student_logits, teacher_logits, labels, loss, epoch, theta, whole)
     total = loss.ce_weight * ce + warmup(epoch, loss.warmup_epochs) * distilled
-    means = (t.detach().sum() / whole.rows for t in (dynamic.student, dynamic.teacher))
-    return LossParts(total, ce.detach(), distilled.detach(), *means)
+    student = dynamic.student.detach().sum() / whole.rows
+    shared = dynamic.teacher is dynamic.student
+    teacher = student if shared else dynamic.teacher.detach().sum() / whole.rows
+    return LossParts(total, ce.detach(), distilled.detach(), student, teacher)

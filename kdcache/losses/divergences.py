@@ -39,6 +39,7 @@ class KL(DivergenceOptions):
     """Options of `kl`."""
 
     compute = staticmethod(kl)
+    has_closed_form = True
 
     kind: Literal["kl"] = "kl"
 

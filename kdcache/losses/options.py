@@ -59,12 +59,14 @@ class AdjustmentOptions(Options):
         gives_probabilities: whether its result is defined by its softmax only, so that comparing logits is meaningless.
         loses_order: whether the order of the teacher's classes is lost.
         gives_zeros: whether the softmax of its result has exact zeros.
+        commutes_with_scale: whether A(u / T) = A(u) / T.
     """
 
     acts_on_label: ClassVar[bool] = False
     gives_probabilities: ClassVar[bool] = False
     loses_order: ClassVar[bool] = False
     gives_zeros: ClassVar[bool] = False
+    commutes_with_scale: ClassVar[bool] = False
 
     @property
     def classes_kept(self) -> int | None:
@@ -116,6 +118,7 @@ class DivergenceOptions(Options):
         infinite_at_zeros: whether it is infinite where a probability of the teacher is 0.
         positive_between_equals: whether it is above 0 where student and teacher are equal.
         needs_constant_temperature: whether it is defined at a constant temperature only.
+        has_closed_form: whether it is `kl`, whose weighted sum `closed_form.weighted_kl` computes.
     """
 
     acts_on_label: ClassVar[bool] = False
@@ -128,6 +131,7 @@ class DivergenceOptions(Options):
     infinite_at_zeros: ClassVar[bool] = False
     positive_between_equals: ClassVar[bool] = False
     needs_constant_temperature: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = False
 
     def described(self, trait: str) -> str:
         """Return what the divergence is called in a message about one of its traits."""

@@ -13,6 +13,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from kdcache.losses.batch import BatchSum, batch_mean, of_these
+from kdcache.losses.closed_form import equalizing_temperatures
 from kdcache.losses.options import NotNegative, Positive, Presets, TemperatureOptions
 
 
@@ -31,7 +32,8 @@ class Temperatures(NamedTuple):
 
 
 def _same_for_both(tau: Tensor) -> Temperatures:
-    return Temperatures(tau.unsqueeze(1), tau.unsqueeze(1), tau.square())
+    of_rows = tau.unsqueeze(1)
+    return Temperatures(of_rows, of_rows, tau.square())
 
 
 def constant(student_logits: Tensor, teacher_logits: Tensor, tau: float = 4.0) -> Temperatures:
@@ -118,9 +120,7 @@ def dtkd(
         return Temperatures((tau - delta).unsqueeze(1), (tau + delta).unsqueeze(1), (tau + delta) * (tau - delta))
     x = SHARPNESS[sharpness](teacher).clamp_min(sharpness_floor)
     y = SHARPNESS[sharpness](student).clamp_min(sharpness_floor)
-    t_teacher = 2 * x * tau / (x + y)
-    t_student = 2 * y * tau / (x + y)
-    return Temperatures(t_student.unsqueeze(1), t_teacher.unsqueeze(1), t_teacher * t_student)
+    return Temperatures(*equalizing_temperatures(y, x, tau))
 
 
 class DTKD(TemperatureOptions):
@@ -225,10 +225,9 @@ def dtd_flsw(
     Source: Wen, Lai & Qian 2019 (1911.07471); norms + 1e-4 as in TextBrewer.
     """
     v, u = student_logits.detach(), teacher_logits.detach()
-    v = v / (v.norm(dim=1, keepdim=True) + 1e-4)
-    u = u / (u.norm(dim=1, keepdim=True) + 1e-4)
+    norms = (v.norm(dim=1) + 1e-4) * (u.norm(dim=1) + 1e-4)
     # Rounding can carry the cosine of two equal rows past 1, and a negative base has no real power.
-    w = (1 - (v * u).sum(dim=1)).clamp_min(0).pow(gamma)
+    w = (1 - (v * u).sum(dim=1) / norms).clamp_min(0).pow(gamma)
     return _same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(min_temperature))
 
 

@@ -100,6 +100,8 @@ class Trainer:
         self.average: AveragedModel | None = None
         if spec.ema_decay is not None:
             self.average = AveragedModel(model, multi_avg_fn=_average_update(spec.ema_decay), use_buffers=True)
+        alone = self.ranks == 1  # sums over processes are not compiled
+        self._distillation_loss = torch.compile(distillation_loss) if spec.compile and alone else distillation_loss
         if spec.compile:
             model.compile()
         learned = [*model.named_parameters(), *([] if self.theta is None else [("the temperature", self.theta)])]
@@ -240,17 +242,9 @@ class Trainer:
         return parts
 
     def _loss(self, logits: Tensor, micro_batch: MicroBatch, context: StepContext) -> LossParts:
-        return distillation_loss(
-            logits,
-            micro_batch.teacher_logits,
-            micro_batch.labels,
-            self.loss,
-            context.epoch,
-            micro_batch.mixed,
-            self.theta,
-            context.totals,
-            self.spec.label_smoothing,
-        )
+        _, labels, mixed, teacher_logits = micro_batch
+        of_step = (context.epoch, mixed, self.theta, context.totals, self.spec.label_smoothing)
+        return self._distillation_loss(logits, teacher_logits, labels, self.loss, *of_step)
 
     def _synchronized_at_last(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Any]]:
         """Yield each micro-batch with a context: in the last one, gradients are summed over the processes."""

@@ -294,6 +294,9 @@ SLOW_TESTS = {
         "test_only_the_cross_entropy_knows_that_images_are_mixed",
         "test_the_order_of_a_batch_does_not_matter",
     },
+    "test_losses_closed_form": {
+        "test_a_compiled_loss_is_one_graph_of_the_plain_formulas",
+    },
     "test_losses_training": {
         "test_students_are_trained_with_products_of_the_axes",
     },
@@ -477,7 +480,7 @@ SLOW_TESTS = {
     },
     "test_step": {
         "test_a_step_in_micro_batches_equals_the_step_of_the_whole_batch",
-        "test_compile_compiles_the_network_in_place",
+        "test_compile_compiles_the_network_in_place_and_the_loss",
         "test_processes_that_share_a_batch_give_what_one_gives",
     },
     "test_structure": {

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from kdcache.cache.format.row_reductions import finite_rows, largest_classes, logsumexp_in_place, standard_deviation
 from kdcache.cache.format.schema import TAIL_TEMPERATURES, Encoding
 from kdcache.cache.format.tail_basis import TailBasis, fit_coordinates, round_coordinates
 from kdcache.errors import CorruptError
@@ -110,7 +111,7 @@ class Rows:
 
 def not_finite(logits: Tensor) -> Tensor:
     """Return the positions in the batch of rows with NaN or infinite logits, [n] int64."""
-    return (~logits.isfinite().all(dim=1)).nonzero().squeeze(1)
+    return (~finite_rows(logits)).nonzero().squeeze(1)
 
 
 def encode(logits: Tensor, labels: Tensor, encoding: Encoding, basis: TailBasis | None = None) -> Rows:
@@ -143,20 +144,22 @@ def encode_finite(logits: Tensor, labels: Tensor, encoding: Encoding, basis: Tai
     columns = {
         "label_log_prob": log_probs.gather(1, label).squeeze(1).where(known, 0.0),
         "logit_mean": logits.mean(dim=1),
-        "logit_std": logits.std(dim=1, correction=0),
+        "logit_std": standard_deviation(logits),
         # A probability of 0 has a logarithm of -inf.
-        "entropy": -(log_probs.exp() * log_probs.clamp_min(_MIN_LOG_PROB)).sum(dim=1),
+        "entropy": -log_probs.exp().mul_(log_probs.clamp_min(_MIN_LOG_PROB)).sum(dim=1),
     }
     indices = tail = None
     if encoding.dense:
         head = log_probs
     else:
-        order = _largest(logits, encoding.top_k)
+        order = largest_classes(logits, encoding.top_k)
         head, indices = log_probs.gather(1, order), order.to(index_dtype(encoding.num_classes))
-        stated = stated_at(order, labels, encoding.num_classes)
+        stated_indices = torch.cat([order, label.where(known.unsqueeze(1), order[:, :1])], dim=1)
         for t in TAIL_TEMPERATURES:
-            columns[f"tail_log_mass_t{t}"] = tail_log_mass(logits, stated, t)
+            scaled = log_probs.clone() if t == 1 else (logits / t).log_softmax(dim=1)
+            columns[f"tail_log_mass_t{t}"] = logsumexp_in_place(scaled.scatter_(1, stated_indices, -math.inf))
         if basis is not None:
+            stated = stated_at(order, labels, encoding.num_classes)
             tail = round_coordinates(fit_coordinates(logits, stated, basis.basis, basis.mean), basis.scale)
     if encoding.dtype == "uint8":
         columns["log_prob_max"] = log_probs.amax(dim=1)
@@ -179,26 +182,12 @@ def stated_at(indices: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 def stated_classes(logits: Tensor, labels: Tensor, top_k: int) -> Tensor:
     """Return the classes that rows of logits state individually, [B, C] bool: the `top_k` largest and the label."""
-    return stated_at(_largest(logits, top_k), labels, logits.shape[1])
-
-
-def _largest(logits: Tensor, top_k: int) -> Tensor:
-    """Return the classes of the k largest logits, [B, k] int64, in an order that is the same on every device.
-
-    Each logit is mapped to an integer in the same order, with the class in its low bits: no two are equal, so topk need
-    not be stable.
-    """
-    # Adding 0.0 turns -0.0 into 0.0, whose bits differ.
-    bits = (logits + 0.0).view(torch.int32)
-    rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
-    last = logits.shape[1] - 1
-    tie_breaks = torch.arange(last, -1, -1, device=logits.device)
-    return last - (rising | tie_breaks).topk(top_k, dim=1).values.bitwise_and(0xFFFFFFFF)
+    return stated_at(largest_classes(logits, top_k), labels, logits.shape[1])
 
 
 def tail_log_mass(logits: Tensor, stated: Tensor, temperature: float) -> Tensor:
     """Return the log of the softmax's mass at a temperature over the classes not stated, [B]; -inf without any."""
-    return (logits / temperature).log_softmax(dim=1).masked_fill(stated, -math.inf).logsumexp(dim=1)
+    return logsumexp_in_place((logits / temperature).log_softmax(dim=1).masked_fill_(stated, -math.inf))
 
 
 def _column(statistics: Tensor, encoding: Encoding, name: str) -> Tensor:

@@ -90,9 +90,12 @@ def fit_coordinates(logits: Tensor, stated: Tensor, basis: Tensor, mean: Tensor)
 
     These are argmin_c sum_j w_j (logits_j - mean_j - (c @ basis)_j)^2 over the classes j that are not stated, where w
     is the softmax at T = 2 relative to its mean, plus a floor. Solved by conjugate gradients, with a fixed number of
-    matrix products per batch, since a factorization per row would need R times the memory. The basis is orthonormal and
-    few classes weigh more than the floor, so the system is close to a multiple of the identity; a diagonal
-    preconditioner slows convergence down.
+    matrix products per batch. The basis is orthonormal and few classes weigh more than the floor, so the system is
+    close to a multiple of the identity; a diagonal preconditioner slows convergence down.
+
+    It is most of the cost of encoding, and stays as it is: of a batch of 256 rows with 96 coordinates each, some ten
+    have not settled after the last iteration, so that any other solution, or number of iterations, would store other
+    bytes. Nor is a factorization per row faster: its normal equations alone take longer than all iterations.
 
     Args:
         logits: [B, C] float32.
