@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,6 +251,8 @@ def _train(
         for held in (validation, test):
             if held is not None:
                 check_evaluation_shape(spec.transform, train, held)
+        if eval_transform != spec.transform:
+            progress.say(f"note: without eval_transform, the student is evaluated with {json.dumps(eval_transform)}")
     used = pipeline.model_copy(update={"transform": inputs.transform, "eval_transform": eval_transform, "loss": loss})
     torch_device = torch.device(device)
     own = spec.transform if isinstance(spec, StudentSpec) else None

@@ -81,6 +81,8 @@ def test_validation_test_and_evaluate_use_the_fixed_steps_of_the_students_transf
     done = command("train-student", folder / "colors.yaml", "--cache", folder / "c.kdcache", "-o", run, *sets)
     assert done.exit_code == 0, done.output
     assert load_pipeline(run / "resolved.yaml").eval_transform == expected
+    told = f"the student is evaluated with {json.dumps(expected)}"
+    assert (told in done.stderr) == (expected != own)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["best"]["validation_accuracy"] > 0.9
     assert metrics["test"]["accuracy"] > 0.9
