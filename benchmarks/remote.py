@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from common import encoded, planned, write_cache
 from helpers.remote_servers import FileServer
 
-from kdcache.cache.format.integrity import damaged_files
 from kdcache.cache.format.read_records import read_manifest
+from kdcache.cache.format.verified_files import damaged_files
 from kdcache.cache.push_pull import pull
 from kdcache.cache.remote.object_store import THREADS
 from kdcache.cli import output

@@ -8,6 +8,7 @@ from kdcache.cache.writer import CacheWriter
 
 def adopt_shards(writer: CacheWriter, old: Cache) -> int:
     """Take over the shards of another cache that are the same in a larger one, and return their number."""
+    old.check_files()
     before, now = old.manifest.plan, writer.plan
     adopted = 0
     for view in sorted({*old.views}.intersection(range(now.views.count))):

@@ -77,6 +77,7 @@ def push(path: str | Path, url: str, progress: Progress | None = None) -> Pushed
         KdcacheError: if the cache is incomplete or damaged, or the store cannot be reached.
     """
     cache = open_cache(path)
+    cache.check_files(progress)
     manifest, store = cache.manifest, Store(url)
     if store.is_read_only:
         raise UsageError(f"{url} is read-only", "push to s3://, gs://, az://, hf:// or file://")

@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 
 from kdcache.cache.format import array_specs, zarr_store
-from kdcache.cache.format.integrity import check_files
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.recorded_views import Crops, recorded
 from kdcache.cache.format.schema import MANIFEST, PLAN, Manifest
+from kdcache.cache.format.verified_files import AGAIN, VerifiedFiles, check_before_reading, check_when_read, raise_first
 from kdcache.cache.placement.choose import Placement, place_rows
 from kdcache.cache.remote.address import source
 from kdcache.cache.remote.mirror import (
@@ -40,6 +40,9 @@ from kdcache.cache.teacher import CachedTeacher
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
+
+_CHECKED_WHEN_OPENED = 2**28
+"""Largest size in bytes of the files that are checked when a cache is opened, not when they are first read."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,6 +80,14 @@ class Cache:
             IncompleteError: with the missing views.
         """
         check_here(self.path, self.manifest.plan.views.count, self.views, views)
+
+    def check_files(self, progress: Progress | bool | None = None) -> None:
+        """Check all files of the opened views that were not checked yet; those of a large cache are when first read.
+
+        Raises:
+            CorruptError: if one differs from what was written.
+        """
+        check_before_reading(self.path, progress=reporter(progress))
 
     @property
     def num_classes(self) -> int:
@@ -129,7 +140,10 @@ class Cache:
 def open_cache(
     path: str | Path, views: Views = None, digest: str | None = None, progress: Progress | bool | None = None
 ) -> Cache:
-    """Open a sealed cache, and check every byte of it against its manifest.
+    """Open a sealed cache. Every file is checked against its manifest before it is used.
+
+    The files of a cache of up to 256 MB are checked here, those of a larger one when they are first read, and both once
+    per machine: a file that was not changed since it was checked is recognized.
 
     Args:
         path: its folder, or a URL, which is copied to kdcache's own folder. With a suffix `#sha256:...`, or with
@@ -142,7 +156,7 @@ def open_cache(
         UsageError: if there is no cache at `path`, or it has no such view.
         IncompleteError: if it is not sealed, or a requested view is not there.
         MismatchError: if it has another digest.
-        CorruptError: if a file is missing or differs, or the manifest is invalid.
+        CorruptError: if a file is missing or differs, as far as it is checked here, or the manifest is invalid.
     """
     address = source(path, digest)
     if address.is_remote:
@@ -157,8 +171,21 @@ def open_cache(
     available = views_here(path, manifest.plan)
     wanted = available if views is None else wanted_views(manifest.plan, views)
     check_here(path, manifest.plan.views.count, available, wanted)
-    check_files(path, files_of(manifest, wanted))
+    _check_files(path, manifest, wanted)
     return opened(path, manifest, wanted)
+
+
+def _check_files(path: Path, manifest: Manifest, views: tuple[int, ...]) -> None:
+    """Check the files of some views: those of a large cache when they are first read.
+
+    Raises:
+        CorruptError: if one is missing, has another size, or was read and differs from what was written.
+    """
+    expected = files_of(manifest, views)
+    files = VerifiedFiles(path, manifest.digest, expected)
+    raise_first(path, files.find_unchecked(), f"files of {len(expected)}")
+    check_when_read(files)
+    files.check(None if files.unchecked_bytes <= _CHECKED_WHEN_OPENED else array_specs.common_files(manifest.plan))
 
 
 def opened(path: Path, manifest: Manifest, views: tuple[int, ...]) -> Cache:
@@ -184,7 +211,7 @@ def refusal(path: Path) -> KdcacheError:
         if (unfinished := unfinished_pull(path)) is not None:
             return unfinished
         if (path / array_specs.STORE).is_dir():
-            return CorruptError(f"{path / MANIFEST} is missing", array_specs.AGAIN)
+            return CorruptError(f"{path / MANIFEST} is missing", AGAIN)
         return UsageError(f"{path} is not a cache: it holds neither manifest nor plan", "pass the .kdcache folder")
     plan = read_plan(path / PLAN)
     total = plan.views.count * plan.shards

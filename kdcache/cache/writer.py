@@ -20,7 +20,7 @@ from kdcache.cache.changed_images import affected_shards, differs_in_images_alon
 from kdcache.cache.format import array_specs, zarr_store
 from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.fingerprints import Inputs
-from kdcache.cache.format.integrity import check_files, record_of
+from kdcache.cache.format.integrity import check_files
 from kdcache.cache.format.read_records import read_commit, read_plan
 from kdcache.cache.format.schema import (
     MANIFEST,
@@ -36,6 +36,7 @@ from kdcache.cache.format.schema import (
     seal,
 )
 from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.lock import LOCK, hold, release
 from kdcache.cache.preconditions import check_place, check_same_plan, created_meanwhile, sealed_meanwhile
 from kdcache.errors import CorruptError, IncompleteError, counted

@@ -110,6 +110,7 @@ def _decode(source: Path, out: Path, as_json: bool) -> None:
     from kdcache.curate.dense_logits import logits_of_cache
 
     cache = open_cache(source, progress=output.Terminal())
+    cache.check_files(output.Terminal())
     with output.working(f"decoding {source}"):
         logits_of_cache(cache, out)
     views, size = cache.manifest.plan.views.count, [len(cache), cache.num_classes]
@@ -126,6 +127,7 @@ def _export(source: Path, target: str, out: Path, samples: Samples | None, top_k
     from kdcache.curate.foreign import files_of_cache
 
     cache = open_cache(source, progress=output.Terminal())
+    cache.check_files(output.Terminal())
     classes = files_of_cache(cache, target, out, samples, top_k=top_k, progress=output.Terminal())
     views = cache.manifest.plan.views.count
     if as_json:

@@ -43,6 +43,7 @@ def info(cache: str | Path, digest: str | None, fidelity: bool, as_json: bool) -
         return
     opened = open_cache(cache, digest=digest, progress=output.Terminal())
     if fidelity:
+        opened.check_files(output.Terminal())
         _measure(opened, as_json)
     else:
         describe(opened, as_json)

@@ -42,6 +42,7 @@ def summarize(cache: str | Path, worst: int, threshold: float, scheduler: str, a
     from kdcache.cache.inspect.summary import take_census
 
     opened = open_cache(cache, progress=output.Terminal())
+    opened.check_files(output.Terminal())
     with output.working(f"reading the rows of {cache}"):
         census = take_census(opened, worst, threshold, scheduler)
     if as_json:
@@ -107,6 +108,8 @@ def diff(first: str | Path, second: str | Path, worst: int, scheduler: str, as_j
 
     progress = output.Terminal()
     one, other = (open_cache(path, progress=progress) for path in (first, second))
+    one.check_files(progress)
+    other.check_files(progress)
     with output.working("comparing the rows"):
         difference = compare(one, other, worst, scheduler)
     if as_json:
@@ -179,6 +182,7 @@ def card(cache: Path, scheduler: str, as_json: bool) -> None:
     from kdcache.cache.inspect.card import write_card
 
     opened = open_cache(cache, progress=output.Terminal())
+    opened.check_files(output.Terminal())
     with output.working(f"reading the rows of {cache}"):
         text, picture = write_card(opened, scheduler=scheduler)
     if as_json:

@@ -59,6 +59,7 @@ def select(
     from kdcache.runtime.ranges import parse_range
 
     opened = open_cache(cache, progress=output.Terminal())
+    opened.check_files(output.Terminal())
     names = parse_classes(classes) if classes is not None else None
     with output.working(f"writing {out}"):
         selected = run(
@@ -97,6 +98,8 @@ def merge(
 
     progress = output.Terminal()
     opened = [open_cache(path, progress=progress) for path in caches]
+    for each in opened:
+        each.check_files(progress)
     with output.working(f"writing {out}"):
         merged = run(opened, out, reencode=reencode, data=read_samples(data), scheduler=scheduler, progress=progress)
     describe(merged, as_json, out)

@@ -113,6 +113,7 @@ def sign(cache: Path, key: Path, as_json: bool) -> None:
     from kdcache.cache.remote.signatures import sign as sign_with
 
     opened = open_cache(cache, progress=output.Terminal())
+    opened.check_files(output.Terminal())
     facts = {"signature": str(sign_with(cache, key.expanduser())), "digest": opened.manifest.digest}
     if as_json:
         output.as_json(facts)

@@ -18,10 +18,10 @@ import torch
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode, not_finite
 from kdcache.cache.format.fingerprints import Inputs, digest_of
-from kdcache.cache.format.integrity import record_of
 from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.preconditions import check_outside, check_place
 from kdcache.cache.reader import Cache

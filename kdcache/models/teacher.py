@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.format.integrity import record_of
+from kdcache.cache.format.verified_files import record_of
 from kdcache.config.schema import EnsembleSpec, Pipeline, TrainedSpec
 from kdcache.config.transform import Transform
 from kdcache.data.check_images import check_images

@@ -19,13 +19,11 @@ from kdcache.cache.format.chunk_headers import codecs_of, stated_size
 from kdcache.cache.format.fingerprints import SKETCH_PARTS
 from kdcache.cache.format.recorded_views import BOX, recorded
 from kdcache.cache.format.schema import Encoding, Plan, commit_file
+from kdcache.cache.format.verified_files import AGAIN, check_before_reading
 from kdcache.errors import CorruptError
 
 STORE = "data.zarr"
 """Folder of the Zarr store in a cache (docs/FORMAT.md, section 1)."""
-
-AGAIN = "download the cache again, or delete it and dump the teacher again"
-"""How to fix a damaged cache."""
 
 _MAX_TYPESIZE = 255
 """Bytes per element that blosc can shuffle, at most (docs/FORMAT.md, section 3)."""
@@ -306,11 +304,12 @@ def check_chunks(path: Path, array: Array, needed: int) -> None:
 
 
 def check_shard(cache: Path, plan: Plan, view: int, shard: int) -> None:
-    """Check that every chunk of a shard of rows exists.
+    """Check that every chunk of a shard of rows exists, and first that its files are as they were written.
 
     Raises:
-        CorruptError: with the first missing chunk.
+        CorruptError: with the first missing chunk, or the first file that differs.
     """
+    check_before_reading(cache, shard_files(plan, view, shard))
     for name, array in (row_arrays(plan) | recorded_arrays(plan)).items():
         check_chunks(cache / shard_file(name, array, view, shard), array, _used_chunks(plan, shard))
     for name, array in input_arrays(plan).items():

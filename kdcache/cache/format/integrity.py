@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdcache.cache.format import zarr_store
-from kdcache.cache.format.array_specs import AGAIN, STORE
+from kdcache.cache.format.array_specs import STORE
 from kdcache.cache.format.codec import Rows, decode
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.recorded_views import recorded
 from kdcache.cache.format.schema import Encoding, FileRecord, Plan
+from kdcache.cache.format.verified_files import Problem, damaged_files, raise_first
 from kdcache.errors import CorruptError
 from kdcache.runtime.system_files import is_system_file
 
 NOT_LISTED = "is not in the manifest"
 _BLOCK_ROWS = 4096
 """Rows that are decoded at once."""
-
-
-class Problem(NamedTuple):
-    """A defect of a cache.
-
-    Attributes:
-        where: file, or view, shard and sample.
-        what: what is wrong with it.
-    """
-
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
-
-
-def record_of(path: Path) -> FileRecord:
-    """Return size and sha256 of a file."""
-    with path.open("rb") as file:
-        sha = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(size=file.tell(), sha256=sha)
 
 
 def check_files(cache: Path, expected: dict[str, FileRecord]) -> None:
@@ -58,35 +34,6 @@ def check_files(cache: Path, expected: dict[str, FileRecord]) -> None:
         CorruptError: with the first file that differs, and the number of such files.
     """
     raise_first(cache, damaged_files(cache, expected), f"files of {len(expected)}")
-
-
-def raise_first(cache: Path, problems: list[Problem], of: str) -> None:
-    """Raise the first of some problems.
-
-    Raises:
-        CorruptError: with the first problem and their number, if there is any.
-    """
-    if problems:
-        more = f" ({len(problems)} {of} differ from what was written)" if len(problems) > 1 else ""
-        raise CorruptError(f"{cache} is damaged: {problems[0].where} {problems[0].what}{more}", AGAIN)
-
-
-def damaged_files(cache: Path, expected: dict[str, FileRecord]) -> list[Problem]:
-    """Return every file that is missing or differs from its record; files are read in parallel."""
-    with ThreadPoolExecutor() as pool:
-        problems = pool.map(lambda item: _problem(cache, *item), expected.items())
-    return [Problem(name, what) for name, what in zip(expected, problems, strict=True) if what]
-
-
-def _problem(cache: Path, name: str, expected: FileRecord) -> str | None:
-    path = cache / name
-    if path.is_symlink() or not path.is_file():
-        return "is missing or not a plain file"
-    if path.stat().st_size != expected.size:
-        return f"has {path.stat().st_size} bytes, {expected.size} were written"
-    if (sha256 := record_of(path).sha256) != expected.sha256:
-        return f"has the sha256 {sha256[:12]}..., {expected.sha256[:12]}... was written"
-    return None
 
 
 def unlisted_files(cache: Path, listed: dict[str, FileRecord]) -> tuple[list[Problem], list[str]]:

@@ -27,8 +27,9 @@ def read_manifest(path: Path | str, data: bytes | None = None) -> Manifest:
     Raises:
         CorruptError: if any byte differs from what was written.
     """
+    data = Path(path).read_bytes() if data is None else data
     manifest = _read(path, Manifest, data)
-    if manifest.digest != root_digest(manifest):
+    if manifest.digest != root_digest(manifest, data):
         raise _damaged(path, "its digest does not match its contents")
     return manifest
 

@@ -290,7 +290,19 @@ def commit_file(view: int, shard: int) -> str:
 
 def canonical(record: Record) -> bytes:
     """Serialize a record: indented JSON, keys in the order of the schema, files by name."""
-    return (json.dumps(record.model_dump(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    if isinstance(record, Manifest) and record.files:
+        # Python writes indented JSON slowly, and a cache may have tens of thousands of files.
+        rest = _json(record.model_copy(update={"files": {}})).split('\n "files": {},\n')
+        files = ",\n".join(
+            f'  {json.dumps(name, ensure_ascii=False)}: {{\n   "size": {of.size},\n   "sha256": "{of.sha256}"\n  }}'
+            for name, of in record.files.items()
+        )
+        return f'{rest[0]}\n "files": {{\n{files}\n }},\n{rest[1]}\n'.encode()
+    return f"{_json(record)}\n".encode()
+
+
+def _json(record: Record) -> str:
+    return json.dumps(record.model_dump(), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def seal(plan: Plan, summary: Summary, files: dict[str, FileRecord]) -> Manifest:
@@ -300,7 +312,14 @@ def seal(plan: Plan, summary: Summary, files: dict[str, FileRecord]) -> Manifest
     return unsealed.model_copy(update={"digest": root_digest(unsealed)})
 
 
-def root_digest(manifest: Manifest) -> str:
-    """Return the sha256 of the canonical manifest with 64 zeros in place of its digest."""
-    zeroed = manifest.model_copy(update={"digest": "sha256:" + "0" * 64})
-    return f"sha256:{hashlib.sha256(canonical(zeroed)).hexdigest()}"
+def root_digest(manifest: Manifest, written: bytes | None = None) -> str:
+    """Return the sha256 of the canonical manifest with 64 zeros in place of its digest.
+
+    Args:
+        manifest: of a cache.
+        written: its canonical bytes, if they are at hand.
+    """
+    written = canonical(manifest) if written is None else written
+    start = written.rindex(manifest.digest.encode())  # the digest is the last key
+    zeroed = written[:start] + b"sha256:" + b"0" * 64 + written[start + len(manifest.digest) :]
+    return f"sha256:{hashlib.sha256(zeroed).hexdigest()}"

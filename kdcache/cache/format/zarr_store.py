@@ -20,7 +20,6 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.core.buffer import Buffer
 
 from kdcache.cache.format.array_specs import (
-    AGAIN,
     STORE,
     Array,
     basis_arrays,
@@ -40,6 +39,7 @@ from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.format.recorded_views import unit_of, wrong_boxes
 from kdcache.cache.format.schema import Encoding, FileRecord, Plan
 from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.format.verified_files import AGAIN, VerifiedFiles, check_when_read, files_when_read
 from kdcache.errors import CorruptError
 
 _MAX_BLOSC_BLOCK = 2**20
@@ -225,9 +225,19 @@ class StoredCrops:
     cache: Path
     plan: Plan
 
+    def __reduce__(self) -> Any:
+        return _stored_crops, (self.cache, self.plan, files_when_read(self.cache))
+
     def __call__(self, view: int) -> npt.NDArray[np.float32]:
         """Return the boxes of all samples in a view, [N, 5]."""
         return read_recorded(self.cache, self.plan, view)
+
+
+def _stored_crops(cache: Path, plan: Plan, files: VerifiedFiles | None) -> StoredCrops:
+    """Return boxes in another process, which checks the files before it reads them."""
+    if files is not None:
+        check_when_read(files)
+    return StoredCrops(cache, plan)
 
 
 def read_inputs(cache: Path, plan: Plan, view: int) -> Inputs:

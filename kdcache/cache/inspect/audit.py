@@ -9,17 +9,10 @@ import numpy as np
 import torch
 
 from kdcache.cache.format import array_specs, zarr_store
-from kdcache.cache.format.integrity import (
-    NOT_LISTED,
-    Problem,
-    check_inputs,
-    check_samples,
-    check_shard_rows,
-    damaged_files,
-    unlisted_files,
-)
+from kdcache.cache.format.integrity import NOT_LISTED, check_inputs, check_samples, check_shard_rows, unlisted_files
 from kdcache.cache.format.read_records import read_commit, read_manifest, read_plan
 from kdcache.cache.format.schema import MANIFEST, PLAN, FileRecord, Plan, commit_file
+from kdcache.cache.format.verified_files import AGAIN, Problem, damaged_files
 from kdcache.cache.inspect.stated_figures import check_fidelity, check_summary
 from kdcache.cache.parallel import of_shard, over
 from kdcache.cache.reader import refusal
@@ -65,7 +58,7 @@ class Audit:
         elif self.digest is None:
             fix = "run its `kdcache dump-teacher` command again: it writes damaged shards again"
         else:
-            fix = array_specs.AGAIN
+            fix = AGAIN
         return CorruptError(
             f"{self.path} is damaged:\n  {first}" + (f"\n  and {counted(more, 'more problem')}" if more > 0 else ""),
             fix,

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows, decode, stated_at, tail_log_mass
-from kdcache.cache.format.integrity import Problem
 from kdcache.cache.format.schema import MANIFEST, TAIL_TEMPERATURES, Plan, Summary
 from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.format.verified_files import Problem
 from kdcache.cache.parallel import of_shard, over
 from kdcache.cache.planner import MIN_CLASSES, encoding_without_pilot
 from kdcache.cache.summary import ShardStatistics, summary_of

@@ -17,6 +17,7 @@ import torch
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.schema import Manifest
+from kdcache.cache.format.verified_files import check_before_reading
 from kdcache.cache.placement.mmap import MappedRows, Records, record_files
 from kdcache.cache.placement.prefetch import RowsInMemory, RowSource
 from kdcache.cache.placement.stream import StreamedRows
@@ -80,6 +81,7 @@ def place_rows(
         )
     if placement == "mmap":
         return PlacedRows(_mapped(cache, manifest, records, views), placement, why)
+    check_before_reading(cache)  # in parallel, which reading is not
     all_ids = range(plan.dataset.samples)
     reader = zarr_store.RowReader(cache, plan)
     target = device if placement == "device" else "cpu"
@@ -111,6 +113,7 @@ def _records_of(manifest: Manifest) -> Path:
 
 def _mapped(cache: Path, manifest: Manifest, records: Records, views: Sequence[int]) -> MappedRows:
     plan = manifest.plan
+    check_before_reading(cache)
     reader = zarr_store.RowReader(cache, plan)
     rows = plan.shape.chunk_rows * max(_READ_BYTES // (records.width * plan.shape.chunk_rows), 1)
 

@@ -18,9 +18,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from kdcache.cache.format.codec import Rows
-from kdcache.cache.format.integrity import record_of
 from kdcache.cache.format.read_records import read_file_record
 from kdcache.cache.format.schema import FileRecord, canonical
+from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.placement.prefetch import Prefetcher
 from kdcache.errors import CorruptError, IncompleteError
 from kdcache.runtime.atomic_write import open_atomic, write_file

@@ -19,6 +19,7 @@ from torch import Tensor
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.format.verified_files import check_when_read, files_when_read
 from kdcache.cache.placement.prefetch import Prefetcher, gather
 
 _WINDOWS = 4
@@ -57,9 +58,12 @@ class StreamedRows:
         self._prefetcher = Prefetcher(self._fetch, max(self._mixed * self._size // _WINDOWS, 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("_cache", "_plan", "_size", "_mixed")}
+        state = {name: vars(self)[name] for name in ("_cache", "_plan", "_size", "_mixed")}
+        return state | {"files": files_when_read(self._cache)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if (files := state.pop("files")) is not None:
+            check_when_read(files)
         vars(self).update(state)
         self._open()
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 from filelock import FileLock
 
 from kdcache.cache.format import array_specs
-from kdcache.cache.format.integrity import damaged_files
 from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import MANIFEST, FileRecord, Manifest, Plan, commit_file
+from kdcache.cache.format.verified_files import VerifiedFiles, damaged_files
 from kdcache.cache.remote.address import CacheAddress
 from kdcache.cache.remote.object_store import Store, in_parallel
 from kdcache.cache.remote.signatures import LARGEST_SIGNATURE, SIGNATURE
@@ -247,7 +247,12 @@ def _already_in_home(digest: str, views: Views) -> Mirrored | None:
     except (OSError, CorruptError):
         return None
     wanted = wanted_views(manifest.plan, views)
-    if manifest.digest != digest or damaged_files(folder, files_of(manifest, wanted)):
+    files = VerifiedFiles(folder, digest, files_of(manifest, wanted))
+    if manifest.digest != digest or files.find_unchecked():
+        return None
+    try:
+        files.check()
+    except CorruptError:
         return None
     return Mirrored(folder, manifest, wanted, 0, 0)
 

@@ -55,7 +55,7 @@ def test_an_invented_summary_is_named_with_both_values(forged: Path, planned: Ca
     forge(forged, setting(value, "summary", name))
     done = failed(5, forged)
     right = getattr(planned.manifest.summary, name)
-    assert f"manifest.json, summary.{name}: states {value}, its rows give {right}" in done.stderr
+    assert f"manifest.json, summary.{name}: states {value}, its rows give {right}" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["mean_sharpness", "mean_entropy", "mean_top_probability", "teacher_accuracy"])
@@ -87,7 +87,7 @@ def test_an_impossible_fidelity_is_named(forged: Path, what: str) -> None:
     else:
         forge(forged, setting(value, "plan", "fidelity", "total_variation"))
     done = failed(5, forged)
-    assert f"manifest.json, plan.fidelity.{name}: states " in done.stderr
+    assert f"manifest.json, plan.fidelity.{name}: states " in done.stdout
 
 
 def test_a_perfect_fidelity_of_a_poor_tail_is_named(tmp_path: Path) -> None:

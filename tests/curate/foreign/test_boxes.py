@@ -126,9 +126,9 @@ def test_caches_of_other_crops_are_not_joined(images: Images, cropped: Cache, tm
 def hostile(cache: Cache, tmp_path: Path, view: int, sample: int, box: list[float]) -> Path:
     """The cache with another box, sealed again by whoever made it so."""
     from kdcache.cache.format import array_specs
-    from kdcache.cache.format.integrity import record_of
     from kdcache.cache.format.read_records import read_commit, read_manifest
     from kdcache.cache.format.schema import MANIFEST, canonical, commit_file, seal
+    from kdcache.cache.format.verified_files import record_of
 
     path = tmp_path / "hostile.kdcache"
     shutil.copytree(cache.path, path)
