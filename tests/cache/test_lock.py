@@ -21,7 +21,7 @@ from kdcache import dump_teacher, open_cache
 from kdcache.cache.lock import LOCK, hold, release
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec
-from kdcache.errors import KdcacheError, UsageError
+from kdcache.errors import InterruptedRun, UsageError
 from kdcache.runtime.progress import Silent
 
 SPEC = CacheSpec(top_k=3, tail="uniform", pilot_rows=1, shard_rows=4, batch_size=4)
@@ -139,7 +139,7 @@ def test_what_ends_in_an_error_or_an_interruption_lets_go(tmp_path: Path) -> Non
                 raise KeyboardInterrupt
             return super().forward(images)
 
-    with pytest.raises(KdcacheError, match="interrupted"):
+    with pytest.raises(InterruptedRun, match="interrupted"):
         dump_teacher(Interrupted(), tiny_samples(12), out, spec=SPEC)
     assert (out / LOCK).exists()
     process = in_a_process(dump_at, 0.0, out)

@@ -218,7 +218,7 @@ def test_every_problem_of_a_pipeline_in_one_message(tmp_path: Path) -> None:
         (2, "would all be the same", "cache.views=3"),
         (2, "unknown model 'resnet18'", "teacher.model=resnet18"),
         (2, "no network 'resnet19'", "teacher.model=torchvision:resnet19"),
-        (4, "has 1000 classes, the data set has 10", "teacher.model=torchvision:resnet18@IMAGENET1K_V1"),
+        (4, "has 1,000 classes, the data set has 10", "teacher.model=torchvision:resnet18@IMAGENET1K_V1"),
         (2, "no weights 'BEST'", "teacher.model=torchvision:resnet18@BEST"),
         (4, "does not fit the network", "teacher.args={width: 16}"),
         (2, "cannot be built", "teacher.args={depth: 16}"),

@@ -215,7 +215,7 @@ def test_a_run_is_not_resumed_with_other_code(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_module, "evaluate", interrupted)
-    with pytest.raises(kdcache.KdcacheError, match="interrupted"):
+    with pytest.raises(kdcache.InterruptedRun, match="interrupted"):
         kdcache.train_student(pipeline(file), cache, tmp_path / "run")
     monkeypatch.undo()
     file.write_text(GOOD + "# changed\n")

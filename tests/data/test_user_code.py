@@ -370,7 +370,7 @@ def test_a_run_is_not_resumed_with_other_modules_beside_any_of_its_files(tmp_pat
     samples = load_split(pipeline.dataset, "train")
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     cache = kdcache.dump_teacher(model, samples, tmp_path / "mine.kdcache", transform=pipeline.transform)
-    with pytest.raises(kdcache.KdcacheError, match="interrupted"):
+    with pytest.raises(kdcache.InterruptedRun, match="interrupted"):
         kdcache.train_student(pipeline, cache, tmp_path / "run", progress=StopsAtTheTest())
     for name in ("pictures.py", "amounts.py", "layers.py", "distances.py"):
         (tmp_path / name).write_text(SIBLINGS[name] + "# changed\n")

@@ -410,7 +410,7 @@ def test_extending_on_the_command_line(tmp_path: Path) -> None:
     assert kdcache(small, *dense, "-o", tmp_path / "small.kdcache").exit_code == 0
     more = kdcache(large, *dense, "-o", tmp_path / "large.kdcache", "--extend", tmp_path / "small.kdcache")
     assert more.exit_code == 0, more.stderr
-    assert f"4 shards are taken from {tmp_path / 'small.kdcache'}" in more.stderr
+    assert f"4 shards taken from {tmp_path / 'small.kdcache'}" in more.stderr
     assert kdcache(large, *dense, "-o", tmp_path / "once.kdcache").exit_code == 0
     assert files_of(tmp_path / "large.kdcache") == files_of(tmp_path / "once.kdcache")
 
@@ -435,8 +435,8 @@ NO_EXTENSION: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "rank": (lambda: {"spec": VIEWS.model_copy(update={"rank": 3})}, "request.rank: 2, 3"),
     "precision": (lambda: {"spec": VIEWS.model_copy(update={"precision": "fp16"})}, "teacher.precision: fp32, fp16"),
     "batches": (lambda: {"spec": VIEWS.model_copy(update={"batch_size": 4})}, "batch_size: 5, 4"),
-    "nothing more": (lambda: {"spec": SPEC}, "has 1 views of 37 samples; 1 of 37 are requested"),
-    "fewer samples": (lambda: {"samples": tiny_samples(36)}, "has 1 views of 37 samples; 3 of 36 are requested"),
+    "nothing more": (lambda: {"spec": SPEC}, "has 1 view of 37 samples; 1 of 37 are requested"),
+    "fewer samples": (lambda: {"samples": tiny_samples(36)}, "has 1 view of 37 samples; 3 of 36 are requested"),
     "an image": (lambda: {"samples": repainted(tiny_samples(53))}, "sample 20 is not the one that .* has there"),
     "a label": (lambda: {"samples": relabeled(53)}, "sample 20 is not the one that .* has there, or has another"),
     "an image of as many": (lambda: {"samples": repainted(tiny_samples())}, "sample 20 is not the one that"),

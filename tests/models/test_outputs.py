@@ -21,7 +21,7 @@ from torchvision import models as tv
 from kdcache import dump_teacher, train_student, train_teacher
 from kdcache.config.schema import CacheSpec, ModelSpec, Pipeline
 from kdcache.data.views import View
-from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
+from kdcache.errors import CorruptError, InterruptedRun, KdcacheError, MismatchError, UsageError
 from kdcache.models import ChosenOutputs, Ensemble, build_model, weights_digest
 from kdcache.models.checks import check_logits, log_probabilities, output_scale, try_network, try_training
 from kdcache.models.evaluate import evaluate
@@ -553,7 +553,7 @@ def test_a_dump_of_probabilities_resumes_to_the_same_cache(tmp_path: Path) -> No
 
     spec = CacheSpec(dtype="float32", shard_rows=8, batch_size=4)
     whole = dump_teacher(Ends(soft), tiny_samples(), tmp_path / "a.kdcache", spec=spec)
-    with pytest.raises(KdcacheError):
+    with pytest.raises(InterruptedRun):
         dump_teacher(Stops(soft), tiny_samples(), tmp_path / "b.kdcache", spec=spec)
     resumed = dump_teacher(Ends(soft), tiny_samples(), tmp_path / "b.kdcache", spec=spec)
     assert resumed.manifest.digest == whole.manifest.digest

@@ -69,7 +69,7 @@ def test_values_whose_names_are_alike_get_folders_of_their_own() -> None:
         (["loss=kd,nonsense"], "nonsense"),
         (["student.train.lrr=1,2"], "did you mean lr"),
         (["losses=kd,dtkd"], "--over losses=kd,dtkd: losses: unknown key, did you mean loss"),
-        (["loss=kd,nonsense"], "--over loss=kd,nonsense: loss: unknown loss"),
+        (["loss=kd,nonsense"], "--over loss=kd,nonsense: loss.name: unknown loss"),
         (["student.train.lr=[0.1, -1]"], r"--over student.train.lr=\[0.1, -1\]: student.train.lr: Input should be gr"),
         (["student=1", "loss=kd"], "--over student=1: student: must have keys"),
     ],
