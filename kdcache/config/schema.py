@@ -170,6 +170,8 @@ class TrainedSpec(ModelSpec):
     several, which are joined by logsumexp; or a text file with a line per class. None: the outputs are the classes."""
     outputs: Count | None = None
     """Number of outputs of the network, if `classes` is set and `model` does not name weights."""
+    prune: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fraction of the weights, the smallest of each convolution and linear layer, that are 0 when it is dumped."""
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.outputs is not None and self.classes is None:
