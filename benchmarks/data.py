@@ -35,7 +35,7 @@ from kdcache.data.views import View
 
 _BATCH = 128
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-_END: Transform = [
+END: Transform = [
     {"ToImage": {}},
     {"ToDtype": {"dtype": "float32", "scale": True}},
     {"Normalize": {"mean": _MEAN, "std": _STD}},
@@ -85,14 +85,14 @@ class _Pictures(Dataset[Any]):
         return self.transform(Image.fromarray(self.pixels[index])), 0
 
 
-def _made_up(count: int, height: int, width: int) -> torch.Tensor:
+def made_up(count: int, height: int, width: int) -> torch.Tensor:
     """Return smooth images [N, 3, H, W] uint8, which take about as long to decode as photographs."""
     coarse = torch.rand(count, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(0))
     smooth = F.interpolate(coarse, size=(height, width), mode="bicubic")
     return (smooth.clamp(0, 1) * 255).byte()
 
 
-def _save(pixels: torch.Tensor, folder: Path) -> None:
+def save(pixels: torch.Tensor, folder: Path) -> None:
     """Write images as JPEG files of one class."""
     (folder / "a").mkdir(parents=True)
     for index, image in enumerate(pixels):
@@ -105,7 +105,7 @@ def _samples(images: Images) -> Samples:
 
 def _ours(images: Images, recipe: Recipe, workers: int) -> Callable[[], None]:
     """Return a pass over the data of kdcache; its processes stay from one pass to the next."""
-    loader = Loader(View(_samples(images), [*recipe.ours, *_END]), workers)
+    loader = Loader(View(_samples(images), [*recipe.ours, *END]), workers)
     cuts = [range(start, min(start + _BATCH, len(images))) for start in range(0, len(images), _BATCH)]
     view = 0
 
@@ -151,9 +151,9 @@ def main() -> None:
     table = []
     with tempfile.TemporaryDirectory(dir=asked.folder) as name, _one_thread():
         folder = Path(name)
-        pixels = _made_up(small, 32, 32)
-        _save(pixels, folder / "32")
-        _save(_made_up(large, 376, 504), folder / "224")
+        pixels = made_up(small, 32, 32)
+        save(pixels, folder / "32")
+        save(made_up(large, 376, 504), folder / "224")
         for workers in asked.workers:
             for recipe in ("crop, flip", "as it is"):
                 table.append(_arrays(pixels, recipe, workers, rounds))

@@ -95,7 +95,10 @@ def describe(planned: Estimate, as_json: bool) -> None:
         facts["chosen"] = described(chosen)
         facts["fidelity"] = f"{chosen.worst:.4f}, the largest mean total variation at T = 1, 2, 4"
     if planned.bytes_per_row is not None:
-        facts["size"] = f"{planned.bytes_per_row:.1f} bytes per row"
+        facts["size"] = (
+            f"{planned.bytes_per_row:.1f} bytes per row, {_size(planned.bytes)} for {counted(planned.rows, 'row')}, "
+            "of logits alone"
+        )
         if planned.besides_rows:
             facts["size"] = (
                 f"{_size(planned.bytes)} for {counted(planned.rows, 'row')}, "

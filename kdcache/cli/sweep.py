@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Students per combination.")
 @click.option("-j", "processes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of processes.")
 @click.option(
+    "--together",
+    is_flag=True,
+    help="Load each batch once for all students that can share it; those of several seeds see the images in one order.",
+)
+@click.option(
     "--placement",
     type=click.Choice(["auto", "device", "host", "mmap", "stream"]),
     default="auto",
@@ -60,6 +65,7 @@ def sweep(
     over: tuple[str, ...],
     seeds: int,
     processes: int,
+    together: bool,
     placement: Placement | Literal["auto"],
     other_pixels: bool,
     align: bool,
@@ -95,6 +101,7 @@ def sweep(
             CacheOptions(placement, other_pixels, align, allow_missing),
             device=choose_device(device),
             processes=processes,
+            together=together,
             progress=output.Terminal(),
         )
     except KeyboardInterrupt:

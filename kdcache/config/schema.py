@@ -106,14 +106,16 @@ class TrainSpec(Section):
     channels_last: bool = False
     """Channels-last memory format of images and weights, which makes convolutions on a GPU faster."""
     compile: bool = False
-    """Compile the network with torch.compile."""
+    """Compile the network and the loss with torch.compile."""
     view_order: Literal["cycle", "random"] = "cycle"
-    """Which view of a cache an epoch sees: one after the other, or one drawn with `seed`."""
+    """Which view of a cache an epoch sees: one after the other, or one drawn with `data_seed`."""
     labels_per_class: NotNegativeInt | None = None
     """Number of training images per class whose labels are used, drawn with `seed`; for the others a student has the
     teacher's logits only. None uses all labels."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the images and the choice of labels."""
+    data_seed: Seed | None = None
+    """Seed of the order of the images, of `view_order: random` and of `student.transform`; None: `seed`."""
     num_workers: NotNegativeInt | Literal["auto"] = "auto"
     """Data-loading processes; auto: as many as there are cores, at most 8, and none for images in memory whose batches
     are transformed at once, nor for data sets of your own."""
@@ -122,16 +124,19 @@ class TrainSpec(Section):
     )
     """Trackers that get the metrics of each epoch, through accelerate; metrics.csv has them in any case."""
 
+    @property
+    def seed_of_data(self) -> int:
+        """`data_seed`, or else `seed`."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if (self.schedule == "multistep") != bool(self.milestones):
             yield ("milestones", "schedule"), "belong to schedule: multistep, which needs at least one"
         if self.warmup_epochs >= self.epochs:
             yield ("warmup_epochs", "epochs"), f"{self.warmup_epochs} leave nothing of {self.epochs} epochs"
         if self.gradient_accumulation_steps > self.batch_size:
-            yield (
-                ("gradient_accumulation_steps", "batch_size"),
-                (f"{self.batch_size} images cannot be split into {self.gradient_accumulation_steps} micro-batches"),
-            )
+            message = f"{self.batch_size} images cannot be split into {self.gradient_accumulation_steps} micro-batches"
+            yield ("gradient_accumulation_steps", "batch_size"), message
 
 
 class ModelSpec(Section):
@@ -200,9 +205,8 @@ class EnsembleSpec(Section):
     """An ensemble of networks as one teacher (`models/ensemble.py`)."""
 
     ensemble: Annotated[list[MemberSpec], Field(min_length=1)]
-    """Instead of the keys above: a list of networks that are one teacher, each with `model`, `args`, `weights`,
-    `classes`, `outputs` and `weight` (default 1). `teacher: [a, b]` is short for it, and the name of a model for
-    `{model: NAME}`."""
+    """Instead of the keys above: networks that are one teacher, each with the keys above and `weight` (default 1).
+    `teacher: [a, b]` is short for it, and the name of a model for `{model: NAME}`."""
     combine: Literal["logits", "probabilities"] = "logits"
     """For an ensemble: weighted mean of the networks' logits, or of their probabilities."""
 

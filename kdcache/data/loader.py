@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -63,7 +63,7 @@ class Loader:
 
     def __init__(self, data: View, num_workers: int | Literal["auto"] = 0, device: torch.device | str = "cpu") -> None:
         self.data = data
-        self._requests: list[tuple[int, Sequence[int]]] = []
+        self._requests = _Sampler()
         workers = automatic_workers(data) if num_workers == "auto" else num_workers
         self._pipe_errors = (ConnectionError, EOFError) if workers else ()
         self._loader: DataLoader[Any] = DataLoader(
@@ -89,7 +89,15 @@ class Loader:
         """
         view = self.data.view if view is None else view
         self.data.boxes(view)
-        self._requests[:] = [(view, cut) for cut in cuts]
+        yield from self.requested([(view, cut) for cut in cuts])
+
+    def requested(self, requests: Iterable[tuple[int, Sequence[int]]]) -> Iterator[Batch]:
+        """Yield the batches of some requests, (view, ids) each, which are drawn as late as prefetching allows.
+
+        Raises:
+            IncompleteError: if a worker process dies.
+        """
+        self._requests.requests = requests
         with report_lost_workers(*self._pipe_errors):
             for batch in self._loader:
                 if isinstance(batch, KdcacheError):
@@ -105,9 +113,12 @@ def batches(
     view: int | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of a view, in the order of `cuts`, for a single pass; see `Loader`."""
-    if num_workers == "auto":
-        num_workers = min(automatic_workers(data), len(cuts))
-    return Loader(data, num_workers, device).batches(cuts, view)
+    return Loader(data, workers_for(data, num_workers, len(cuts)), device).batches(cuts, view)
+
+
+def workers_for(data: View, num_workers: int | Literal["auto"], n_batches: int) -> int:
+    """Return the number of processes for a single pass: if it is "auto", no more than there are batches."""
+    return min(automatic_workers(data), n_batches) if num_workers == "auto" else num_workers
 
 
 def automatic_workers(data: View) -> int:
@@ -129,6 +140,16 @@ def _is_of_torchvision(dataset: Dataset[Any]) -> bool:
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return type(dataset).__module__.startswith("torchvision.datasets")
+
+
+class _Sampler:
+    """The requests of a pass, in a form that `DataLoader` iterates over."""
+
+    def __init__(self) -> None:
+        self.requests: Iterable[tuple[int, Sequence[int]]] = ()
+
+    def __iter__(self) -> Iterator[tuple[int, Sequence[int]]]:
+        return iter(self.requests)
 
 
 class _Requests(Dataset[Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec
 from kdcache.config.section import validated
 from kdcache.config.transform import Transform, step_names
+from kdcache.data.loader import workers_for
 from kdcache.data.repeatable import check_repeatable
 from kdcache.data.samples import Samples
 from kdcache.dump.job import DumpJob, Prepared, pending_shards, prepare
@@ -36,7 +38,7 @@ from kdcache.models.checks import samples_for
 from kdcache.models.teacher import TeacherIdentity, as_network
 from kdcache.runtime.distributed import Ranks
 from kdcache.runtime.paths import expand
-from kdcache.runtime.progress import Progress, Silent
+from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
 
@@ -50,9 +52,16 @@ _SAME = "start every rank with the same command, the same files and the same ver
 
 
 class _FirstRank(NamedTuple):
-    """What the first rank tells the others: the shards to be made, and its probes; None if the cache is complete."""
+    """What the first rank tells the others.
+
+    Attributes:
+        pending: shards that the ranks divide among themselves.
+        name: under which they claim them.
+        probes: of its teacher; None if the cache is complete.
+    """
 
     pending: list[Shard]
+    name: str
     probes: Probes | None
 
 
@@ -149,7 +158,7 @@ def _cache_spec(spec: CacheSpec | Mapping[str, Any] | None, options: Mapping[str
 def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
     """Prepare, run this rank's share of the pass, and seal the cache."""
     with timer.phase("before the pass"):
-        prepared, shards = _prepare(job, ranks)
+        prepared, first = _prepare(job, ranks)
     if prepared.writer is None:
         cache = prepared.complete or open_sealed(job.out)
         if ranks.is_first and not all((job.out / name).exists() for name in (CARD, PICTURE)):
@@ -157,7 +166,7 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
             write_card(cache, summary.histograms(summary.collect_statistics(job.out, cache.manifest.plan)))
         return cache
     writer = prepared.writer
-    statistics = _run_pass(job, writer, shards, ranks, timer)
+    statistics = _run_pass(job, writer, first, ranks, timer)
     with timer.phase("waiting for other ranks") if ranks.count > 1 else nullcontext():
         of_all_ranks = ranks.gather(statistics)
     if ranks.is_first:
@@ -175,20 +184,34 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
     return cache
 
 
-def _prepare(job: DumpJob, ranks: Ranks) -> tuple[Prepared, list[Shard]]:
-    """Prepare the job on the first rank, and return this rank's share of the shards."""
+class _OwnShare:
+    """Progress of the rows of this rank's share; rows that it makes for slower ranks are not reported."""
+
+    def __init__(self, task: Task, total: int) -> None:
+        self._task, self._left = task, total
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Report rows, up to the total."""
+        reported = min(amount, self._left)
+        if reported:
+            self._left -= reported
+            self._task.advance(reported, note)
+
+
+def _prepare(job: DumpJob, ranks: Ranks) -> tuple[Prepared, _FirstRank]:
+    """Prepare the job on the first rank, and return the shards that are to be made."""
     if ranks.is_first:
         try:
             prepared = prepare(job)
         except KdcacheError as error:
             ranks.tell(error)
             raise
+        # A new name each time: what was claimed by a rank that has died is claimed again.
         pending = pending_shards(prepared.writer) if prepared.writer else []
-        ranks.tell(_FirstRank(pending, prepared.probes))
-        return prepared, ranks.share(pending)
-    first = ranks.tell(_FirstRank([], None))
+        return prepared, ranks.tell(_FirstRank(pending, secrets.token_hex(8), prepared.probes))
+    first = ranks.tell(_FirstRank([], "", None))
     if first.probes is None:
-        return Prepared(None, None, None), []
+        return Prepared(None, None, None), first
     writer = CacheWriter.join(job.out)
     if (digest := weights_digest(job.model)) != (of_first := writer.plan.teacher.weights_digest):
         raise MismatchError(f"this rank's teacher has the weights {digest}, that of the first rank {of_first}", _SAME)
@@ -197,24 +220,27 @@ def _prepare(job: DumpJob, ranks: Ranks) -> tuple[Prepared, list[Shard]]:
         check_probes(first.probes, run_probes(), run_probes, job.spec, "the first rank has")
     except MismatchError as error:
         raise MismatchError(error.what, _SAME) from None
-    return Prepared(writer, None, first.probes), ranks.share(first.pending)
+    return Prepared(writer, None, first.probes), first
 
 
 def _run_pass(
-    job: DumpJob, writer: CacheWriter, shards: list[Shard], ranks: Ranks, timer: PhaseTimer
+    job: DumpJob, writer: CacheWriter, first: _FirstRank, ranks: Ranks, timer: PhaseTimer
 ) -> dict[tuple[int, int], ShardStatistics]:
-    """Make some shards, and return their statistics."""
-    plan = writer.plan
+    """Make some of the shards, and return their statistics."""
+    plan, images = writer.plan, job.view()
     model = job.inference_model()
     basis = zarr_store.read_basis(job.out, plan)
     basis = basis.to(job.device) if basis is not None else None
     labels = torch.from_numpy(job.samples.labels).long()
     statistics: dict[tuple[int, int], ShardStatistics] = {}
     write = partial(_write, writer, labels, statistics)
-    n_rows = sum(len(plan.shard_ids(shard.shard)) for shard in shards)
+    share = [len(plan.shard_ids(shard.shard)) for shard in ranks.share(first.pending)]
+    num_workers = workers_for(images, job.spec.num_workers, sum(-(-rows // plan.batch_size) for rows in share))
+    shards = ranks.claim(first.pending, first.name)
     try:
-        with job.progress.task("teacher" + ranks.named(), n_rows, "rows") as task:
-            run_pass(model, job.view, plan, basis, shards, job.spec.num_workers, write, task, timer)
+        with job.progress.task("teacher" + ranks.named(), sum(share), "rows") as task:
+            own = _OwnShare(task, sum(share))
+            run_pass(model, images, plan, basis, shards, num_workers, write, own, timer)
     except IncompleteError:
         raise
     except KdcacheError as error:

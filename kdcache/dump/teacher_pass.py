@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from kdcache.cache.format.fingerprints import Inputs, inputs_of
 from kdcache.cache.format.row_reductions import finite_rows
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.data.loader import batches, cut_range, report_lost_workers
+from kdcache.data.loader import Loader, cut_range, report_lost_workers
 from kdcache.data.views import Batch, View
 from kdcache.models.inference import InferenceModel, refuse_not_finite
 from kdcache.runtime.progress import Task
@@ -94,11 +93,11 @@ class WriterThread:
 
 def run_pass(
     teacher: InferenceModel,
-    view_of: Callable[[int], View],
+    images: View,
     plan: Plan,
     basis: TailBasis | None,
-    shards: list[Shard],
-    num_workers: int | Literal["auto"],
+    shards: Iterable[Shard],
+    num_workers: int,
     write: Write,
     task: Task,
     timer: PhaseTimer,
@@ -107,10 +106,10 @@ def run_pass(
 
     Args:
         teacher: on its device.
-        view_of: view index -> the images of the view.
+        images: of all views.
         plan: of the cache.
         basis: of the tail, on the teacher's device.
-        shards: to be made.
+        shards: to be made; each is taken from the iterator when its first batch is requested from the loader.
         num_workers: number of processes that load images.
         write: called in another thread, one shard after the other.
         task: progress of the rows.
@@ -121,21 +120,31 @@ def run_pass(
         CorruptError: if it returns NaN or infinities, or an image cannot be read; names the sample or the file.
         IncompleteError: if a process that loads images dies.
     """
+    requested: deque[tuple[Shard, int]] = deque()
+
+    def requests() -> Iterator[tuple[int, range]]:
+        for shard in shards:
+            cuts = cut_range(plan.shard_ids(shard.shard), plan.batch_size)
+            requested.append((shard, len(cuts)))
+            yield from ((shard.view, cut) for cut in cuts)
+
     with report_lost_workers(), WriterThread() as background:
-        for view, group in groupby(shards, key=lambda shard: shard.view):
-            indices = [shard.shard for shard in group]
-            cuts = {index: cut_range(plan.shard_ids(index), plan.batch_size) for index in indices}
-            all_cuts = [cut for index in indices for cut in cuts[index]]
-            loaded = batches(view_of(view), all_cuts, num_workers, teacher.device)
-            for index in indices:
+        loaded = Loader(images, num_workers, teacher.device).requested(requests())
+        remaining = 0
+        while True:
+            background.check()  # a full disk is reported before the teacher runs any further
+            with timer.phase("waiting for data"):
+                batch = next(loaded, None)
+            if batch is None:
+                break
+            if not remaining:
+                (view, index), remaining = requested.popleft()
                 builder = ShardBuilder(teacher, plan, basis)
-                for _ in cuts[index]:
-                    background.check()  # a full disk is reported before the teacher runs any further
-                    with timer.phase("waiting for data"):
-                        batch = next(loaded)
-                    with timer.phase("teacher"):
-                        builder.add(batch)
-                    task.advance(len(batch.ids))
+            with timer.phase("teacher"):
+                builder.add(batch)
+            task.advance(len(batch.ids))
+            remaining -= 1
+            if not remaining:
                 with timer.phase("teacher"):
                     rows, inputs = builder.finish()
                 with timer.phase("waiting for the writer"):

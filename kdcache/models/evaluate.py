@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -90,43 +90,44 @@ def evaluate(
         samples = View(known, known.transform if transform is None else transform)
     loader = Loader(samples, num_workers, device)
     cuts = [list(cut) for cut in cut_range(range(len(samples)), batch_size)]
-    with reporter(progress).task("evaluate", len(samples), "images") as task:
-
-        def after_batch(count: int) -> None:
-            task.advance(count)
-            if on_batch is not None:
-                on_batch(count)
-
-        return sum_scores(model, loader, cuts, device, after_batch).score(samples.samples)
-
-
-@torch.no_grad()
-def sum_scores(
-    model: nn.Module,
-    loader: Loader,
-    cuts: Sequence[Sequence[int]],
-    device: torch.device | str = "cpu",
-    on_batch: Callable[[int], None] | None = None,
-) -> Sums:
-    """Return the sums of a network, in evaluation mode, over some batches of a loader; see `evaluate`."""
-    was_training = model.training
+    was_training, scorer = model.training, Scorer(model)
     set_evaluation_mode(model.to(device))
-    correct, summed, labeled = 0, 0.0, 0
-    scale: OutputScale | None = None
-    for batch in loader.batches(cuts):
-        outputs = logits_of(model(batch.images.to(device)))
-        _check_classes(outputs, batch.labels)
-        scale = output_scale(outputs) if scale is None else scale
-        logits = _log_probabilities(outputs) if scale == "probabilities" else outputs.float()
-        truth = batch.labels.to(device)
-        correct += int((logits.argmax(dim=1) == truth).sum())
-        summed += float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum"))
-        labeled += int((truth >= 0).sum())
-        if on_batch is not None:
-            on_batch(len(batch.ids))
+    with reporter(progress).task("evaluate", len(samples), "images") as task:
+        for batch in loader.batches(cuts):
+            scorer.add(batch.images.to(device), batch.labels)
+            task.advance(len(batch.ids))
+            if on_batch is not None:
+                on_batch(len(batch.ids))
     if model.training != was_training:
         model.train(was_training)
-    return Sums(correct, summed, labeled)
+    return scorer.sums.score(samples.samples)
+
+
+class Scorer:
+    """Sums of a network, which is in evaluation mode, over the batches that it is given; see `evaluate`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sums = Sums(0, 0.0, 0)
+        self._model = model
+        self._scale: OutputScale | None = None
+
+    @torch.no_grad()
+    def add(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch of images [B, channels, H, W] on the device of the network.
+
+        Raises:
+            MismatchError: if the network does not return logits [B, C] of the classes of the labels.
+        """
+        outputs = logits_of(self._model(images))
+        _check_classes(outputs, labels)
+        self._scale = output_scale(outputs) if self._scale is None else self._scale
+        logits = _log_probabilities(outputs) if self._scale == "probabilities" else outputs.float()
+        truth = labels.to(images.device)
+        self.sums = Sums(
+            self.sums.correct + int((logits.argmax(dim=1) == truth).sum()),
+            self.sums.loss + float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum")),
+            self.sums.labeled + int((truth >= 0).sum()),
+        )
 
 
 def _log_probabilities(probabilities: torch.Tensor) -> torch.Tensor:

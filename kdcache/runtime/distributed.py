@@ -1,7 +1,8 @@
 """Ranks: processes that dump one teacher together, started by torchrun or `accelerate launch` on one or more machines.
 
-They share a file system, and each writes its share of the shards. They communicate little: the first rank plans and
-creates the cache, broadcasts the plan, and seals the cache when all ranks are done.
+They share a file system, and each writes its share of the shards, and then shards that slower ranks have not begun.
+They communicate little: the first rank plans and creates the cache, broadcasts the plan, and seals the cache when all
+ranks are done.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from datetime import timedelta
 from typing import TypeVar
 
 from torch import distributed
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # torch does not list them
+from torch.distributed.rendezvous import rendezvous
 
 from kdcache.errors import IncompleteError, KdcacheError
 
@@ -31,11 +34,13 @@ class Ranks:
         rank: index of this process.
         count: number of ranks.
         group: process group of all ranks; None for a single process.
+        store: of the ranks' rendezvous, in which they claim work; None if each does its own share only.
     """
 
     rank: int = 0
     count: int = 1
     group: distributed.ProcessGroup | None = None
+    store: Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -49,6 +54,32 @@ class Ranks:
     def share(self, work: Sequence[T]) -> list[T]:
         """Return the share of some work that this rank does."""
         return list(work[self.rank :: self.count])
+
+    def claim(self, work: Sequence[T], name: str) -> Iterator[T]:
+        """Yield the work that this rank does: its share, then what others have not begun.
+
+        Each item is claimed as late as possible, and is yielded on one rank. The first item of a share always stays
+        with its rank. Ranks that finish early begin at the end of the work, where the owners arrive last.
+
+        Args:
+            work: the same on all ranks.
+            name: of this work; the ranks use it once.
+
+        Raises:
+            IncompleteError: if the store is gone, because the rank or the agent that held it has ended.
+        """
+        yield from self.share(work[: self.count])
+        later = range(self.count, len(work))
+        own = [index for index in later if index % self.count == self.rank]
+        if self.store is None:
+            yield from (work[index] for index in own)
+            return
+        of_others = [index for index in reversed(later) if index % self.count != self.rank]
+        for index in (*own, *of_others):
+            with _peer_errors():
+                is_first = self.store.add(f"claims/{name}/{index}", 1) == 1
+            if is_first:
+                yield work[index]
 
     def tell(self, what: T | KdcacheError | None) -> T:
         """Broadcast a value from the first rank, and return it on all ranks.
@@ -117,6 +148,12 @@ def _peer_errors() -> Iterator[None]:
         ) from error
 
 
+def _attempt() -> str:
+    """Return the number of torchrun's restarts if its agent holds the store, which then still has the old addresses."""
+    is_of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_of_agent else "0"
+
+
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """Join the ranks that torchrun or `accelerate launch` started, and yield them; a single process without these.
@@ -129,11 +166,14 @@ def join_ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     with _peer_errors():
-        distributed.init_process_group("gloo", timeout=_START_TIMEOUT)
+        store, rank, count = next(rendezvous("env://", timeout=_START_TIMEOUT))
+        store = PrefixStore(f"attempt {_attempt()}", store)
+        store.set_timeout(_START_TIMEOUT)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_START_TIMEOUT)
     try:
         with _peer_errors():
             # Starting has a shorter timeout than working.
             group = distributed.new_group(timeout=_PASS_TIMEOUT, backend="gloo")
-        yield Ranks(distributed.get_rank(), count, group)  # type: ignore[arg-type]  # an int is returned to ranks outside the group
+        yield Ranks(rank, count, group, store)  # type: ignore[arg-type]  # an int is returned to ranks outside the group
     finally:
         distributed.destroy_process_group()

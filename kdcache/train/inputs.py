@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -77,6 +77,10 @@ class TrainingInputs:
     record: dict[str, Any] = field(default_factory=dict)
     crops: Crops | None = None
     level_known: bool = True
+
+    def without_teacher(self) -> TrainingInputs:
+        """Return what is loaded for a loss that uses no teacher."""
+        return replace(self, teacher=None, record={**self.record, "placement": []})
 
 
 def inputs_without_teacher(pipeline: Pipeline, progress: Progress | None = None) -> TrainingInputs:

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, distributed, nn
 
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
-from kdcache.data.loader import Loader, cut_range
+from kdcache.data.loader import cut_range
 from kdcache.data.views import View
 from kdcache.errors import CorruptError
 from kdcache.losses import Loss, LossParts
-from kdcache.models.evaluate import SplitScore, Sums, sum_scores
+from kdcache.models.checks import set_evaluation_mode
+from kdcache.models.evaluate import Scorer, SplitScore, Sums
 from kdcache.runtime.progress import Progress, Silent, Task
+from kdcache.train.passes import TEST, VALIDATION, Clock, MicroBatches, Pass, Work, run_alone
+from kdcache.train.random_states import as_plain_values, from_plain_values, random_state, set_random_state
 from kdcache.train.step import Trainer
 
-_VALIDATION_BATCH = 512
+_EVALUATION_BATCH = 512
 
 
 class Epoch(NamedTuple):
@@ -127,6 +128,42 @@ def fit(
     checkpointer: Checkpointer | None = None,
     progress: Progress | None = None,
 ) -> TrainingResult:
+    """Train a network alone, and load the weights of its best epoch into it; see `training_work`."""
+
+    def start(clock: Clock) -> Work[TrainingResult]:
+        return training_work(
+            model,
+            train,
+            validation,
+            spec,
+            loss,
+            teacher=teacher,
+            views=views,
+            device=device,
+            on_epoch=on_epoch,
+            checkpointer=checkpointer,
+            progress=progress,
+            clock=clock,
+        )
+
+    return run_alone(start, device)
+
+
+def training_work(
+    model: nn.Module,
+    train: View,
+    validation: View | None,
+    spec: TrainSpec,
+    loss: Loss,
+    *,
+    teacher: Teacher | None = None,
+    views: int | None = 1,
+    device: torch.device | str = "cpu",
+    on_epoch: Callable[[Epoch], None] | None = None,
+    checkpointer: Checkpointer | None = None,
+    progress: Progress | None = None,
+    clock: Clock = time.perf_counter,
+) -> Work[TrainingResult]:
     """Train a network, and load the weights of its best epoch on the validation split into it.
 
     Args:
@@ -141,13 +178,13 @@ def fit(
         on_epoch: called with each line of metrics; after a resume, with those before it too.
         checkpointer: stores the state after each epoch, and returns that of an interrupted run.
         progress: progress reporter; silent if None.
+        clock: returns seconds, for the duration of training.
 
     Raises:
         Diverged: if the loss becomes NaN or infinite.
         UsageError: if a batch has too few images to be divided.
     """
     progress = progress or Silent()
-    held_out = Loader(validation, spec.num_workers, device) if validation is not None else None
     trainer = Trainer(model, spec, loss, len(train), device, progress.say)
     state = TrainingState()
     if checkpointer and (saved := _load(trainer, checkpointer)) is not None:
@@ -163,13 +200,16 @@ def fit(
             task.advance(1, note)
 
         while not state.is_over(spec):
-            began, number = time.perf_counter(), len(state.rows) + 1
+            began, number = clock(), len(state.rows) + 1
             view = view_of_epoch(number, views, spec)
             lr = float(trainer.schedule.get_last_lr()[0])
-            parts = trainer.epoch(train, number, teacher, after_step, view=view)
-            epoch = _metrics(trainer, Epoch(number, view, lr, 0, 0, 0, None, None, None, None), parts, held_out, task)
+            parts = yield from trainer.epoch_work(train, number, teacher, after_step, view=view)
+            epoch = _mean_losses(trainer, Epoch(number, view, lr, 0, 0, 0, None, None, None, None), parts)
+            if validation is not None:
+                score = yield from _validation_work(trainer, validation, number, task)
+                epoch = epoch._replace(validation_accuracy=score.accuracy, validation_loss=score.loss)
             state.add(epoch, trainer.selected_network)
-            state.seconds += time.perf_counter() - began
+            state.seconds += clock() - began
             if on_epoch:
                 on_epoch(epoch)
             if checkpointer:
@@ -189,13 +229,13 @@ def view_of_epoch(epoch: int, views: int | None, spec: TrainSpec) -> int:
     if views is None:
         return epoch - 1
     if spec.view_order == "random":
-        generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(spec.seed_of_data * 1_000_003 + epoch)
         return int(torch.randint(views, (), generator=generator))
     return (epoch - 1) % views
 
 
-def _metrics(trainer: Trainer, epoch: Epoch, parts: list[LossParts], held_out: Loader | None, task: Task) -> Epoch:
-    """Return an epoch with the means of its losses and its validation score.
+def _mean_losses(trainer: Trainer, epoch: Epoch, parts: list[LossParts]) -> Epoch:
+    """Return an epoch with the means of its losses.
 
     Raises:
         Diverged: if the loss is NaN or infinite.
@@ -203,9 +243,6 @@ def _metrics(trainer: Trainer, epoch: Epoch, parts: list[LossParts], held_out: L
     means = LossParts(*(torch.stack(values).double().mean() for values in zip(*parts, strict=True)))
     if not math.isfinite(total := means.total.item()):
         raise Diverged(f"the loss became {total} in epoch {epoch.epoch}", "lower train.lr, or the weights of the loss")
-    accuracy = negative_log_likelihood = None
-    if held_out is not None:
-        accuracy, negative_log_likelihood = _validate(trainer, held_out, epoch.epoch, task)
     cross_entropy, distillation, *temperatures = (value.item() for value in means[1:])
     student, teacher = temperatures if trainer.loss.uses_teacher else (None, None)
     return epoch._replace(
@@ -214,14 +251,12 @@ def _metrics(trainer: Trainer, epoch: Epoch, parts: list[LossParts], held_out: L
         distillation=distillation,
         student_temperature=student,
         teacher_temperature=teacher,
-        validation_accuracy=accuracy,
-        validation_loss=negative_log_likelihood,
     )
 
 
-def _validate(trainer: Trainer, held_out: Loader, epoch: int, task: Task) -> SplitScore:
+def _validation_work(trainer: Trainer, validation: View, epoch: int, task: Task) -> Work[SplitScore]:
     """Return the score of the network on the validation split, of which each process evaluates its share."""
-    network, count, evaluated = trainer.selected_network, len(held_out.data), 0
+    network, count, evaluated = trainer.selected_network, len(validation), 0
 
     def on_batch(images: int) -> None:
         nonlocal evaluated
@@ -231,10 +266,51 @@ def _validate(trainer: Trainer, held_out: Loader, epoch: int, task: Task) -> Spl
     if trainer.ranks > 1:
         for statistics in network.buffers():  # of batch normalization: those of the first process are selected
             distributed.broadcast(statistics, 0)
-    cuts = [list(cut) for cut in cut_range(range(count), _VALIDATION_BATCH)]
-    own = cuts[trainer.accelerator.process_index :: trainer.ranks]
-    parts: list[Sums] = gather_object([sum_scores(network, held_out, own, trainer.device, on_batch)])
-    return Sums(*map(sum, zip(*parts, strict=True))).score(held_out.data.samples)
+    cuts = _evaluation_cuts(count)[trainer.accelerator.process_index :: trainer.ranks]
+    wanted = Pass(validation, validation.view, cuts, 1, (epoch, VALIDATION), trainer.device, trainer.spec.num_workers)
+    own = yield from _sums_work(network, wanted, on_batch)
+    parts: list[Sums] = gather_object([own])
+    return Sums(*map(sum, zip(*parts, strict=True))).score(validation.samples)
+
+
+def testing_work(
+    model: nn.Module, test: View, spec: TrainSpec, epochs: int, device: torch.device | str, progress: Progress
+) -> Work[SplitScore]:
+    """Return the score of a network, which is on `device`, on the test split, after so many epochs."""
+    wanted = Pass(
+        test,
+        test.view,
+        _evaluation_cuts(len(test)),
+        1,
+        (epochs, TEST),
+        torch.device(device),
+        spec.num_workers,
+        stays=False,
+    )
+    with progress.task("test", len(test), "images") as task:
+        sums = yield from _sums_work(model, wanted, task.advance)
+    return sums.score(test.samples)
+
+
+def _evaluation_cuts(count: int) -> list[Tensor]:
+    return [torch.arange(cut.start, cut.stop) for cut in cut_range(range(count), _EVALUATION_BATCH)]
+
+
+def _sums_work(network: nn.Module, wanted: Pass, on_batch: Callable[[int], None]) -> Work[Sums]:
+    """Return the sums of a network, in evaluation mode, over the batches of a pass."""
+    was_training, scorer = network.training, Scorer(network)
+    set_evaluation_mode(network)
+    for ids in wanted.cuts:
+        _add(scorer, (yield wanted))
+        on_batch(len(ids))
+    if network.training != was_training:
+        network.train(was_training)
+    return scorer.sums
+
+
+def _add(scorer: Scorer, micro_batches: MicroBatches) -> None:
+    (batch,) = micro_batches
+    scorer.add(batch.images, batch.labels)
 
 
 def _load(trainer: Trainer, checkpointer: Checkpointer) -> dict[str, Any] | None:
@@ -246,7 +322,7 @@ def _load(trainer: Trainer, checkpointer: Checkpointer) -> dict[str, Any] | None
 
 
 def _save(trainer: Trainer, state: TrainingState, checkpointer: Checkpointer) -> None:
-    generators = gather_object([_generator_states(trainer.device)])
+    generators = gather_object([as_plain_values(random_state(trainer.device))])
     if not trainer.accelerator.is_main_process or state.best is None:
         return
     checkpointer.save(
@@ -265,25 +341,7 @@ def _resume(trainer: Trainer, state: dict[str, Any]) -> TrainingState:
     trainer.load_state_dict(state["trainer"])
     # If the interrupted run had fewer processes, the additional ones keep the seed that they were given.
     if trainer.accelerator.process_index < len(state["generators"]):
-        _restore_generators(state["generators"][trainer.accelerator.process_index], trainer.device)
+        own = from_plain_values(state["generators"][trainer.accelerator.process_index])
+        set_random_state(own, trainer.device)
     rows = [Epoch(*row) for row in state["rows"]]
     return TrainingState(rows, _Best(rows[state["best"] - 1], state["weights"]), state["seconds"])
-
-
-def _generator_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of all generators that a network may draw from."""
-    kind, keys, *position = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *position),  # type: ignore[union-attr]  # a tuple, when legacy
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def _restore_generators(states: dict[str, Any], device: torch.device) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], device)

@@ -7,11 +7,10 @@ gradients, add up to those of the batch.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast
@@ -20,8 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
-from kdcache.data.loader import Loader, report_lost_workers
-from kdcache.data.views import Batch, View
+from kdcache.data.views import View
 from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
 from kdcache.losses.batch import OVER_ALL_RANKS, BatchTotals, MixedLabels, labeled_shares
@@ -29,15 +27,7 @@ from kdcache.train.accelerator import join_processes
 from kdcache.train.gradients import GradientMonitor
 from kdcache.train.groups import check_groups
 from kdcache.train.optim import average_update, make_optimizer, make_schedule
-
-
-class MicroBatch(NamedTuple):
-    """A part of a batch, for one forward pass: images [B, channels, H, W], labels [B], the teacher's logits [B, C]."""
-
-    images: Tensor
-    labels: Tensor
-    mixed: MixedLabels | None
-    teacher_logits: Tensor | None
+from kdcache.train.passes import TRAINING, Loaders, MicroBatch, MicroBatches, Pass, Work, run_alone
 
 
 @dataclass(frozen=True)
@@ -103,16 +93,18 @@ class Trainer:
         cuts = self._split(torch.arange(count))
         check_groups(cuts, self.ranks, loss)
         self.steps = len(cuts)
-        self._layout = torch.channels_last if spec.channels_last else torch.preserve_format
-        model.to(self.device, memory_format=self._layout)  # type: ignore[call-overload]  # torch lists it for tensors
+        self._memory_format = torch.channels_last if spec.channels_last else torch.preserve_format
+        model.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]  # torch lists it for tensors
         self.theta = learned_temperature(loss, self.device)
         optimizer = make_optimizer(model, spec, self.theta)
         self.schedule = make_schedule(optimizer, spec, self.steps)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self._loader: Loader | None = None
+        self._loaders: Loaders = {}
         self.average: AveragedModel | None = None
         if spec.ema_decay is not None:
             self.average = AveragedModel(model, multi_avg_fn=average_update(spec.ema_decay), use_buffers=True)
+        alone = self.ranks == 1  # sums over processes are not compiled
+        self._distillation_loss = torch.compile(distillation_loss) if spec.compile and alone else distillation_loss
         if spec.compile:
             model.compile()
         learned = [*model.named_parameters(), *([] if self.theta is None else [("the temperature", self.theta)])]
@@ -158,56 +150,64 @@ class Trainer:
         *,
         view: int | None = None,
     ) -> list[LossParts]:
-        """Train for one epoch, and return the loss of each step, over all processes.
-
-        Args:
-            train: images and labels.
-            number: of the epoch, from 1; the order of the samples is a function of (seed, number).
-            teacher: source of the teacher's logits; None for a loss without a teacher.
-            on_step: called after each step but the last.
-            view: index of the view of this epoch; None for `train.view`.
+        """Train for one epoch alone; see `epoch_work`. The processes that load images stay for the next.
 
         Raises:
             IncompleteError: if a process that loads images dies.
         """
+        work = self.epoch_work(train, number, teacher, on_step, view=view)
+        return run_alone(lambda _: work, self.device, self._loaders)
+
+    def epoch_work(
+        self,
+        train: View,
+        number: int,
+        teacher: Teacher | None = None,
+        on_step: Callable[[], None] | None = None,
+        *,
+        view: int | None = None,
+    ) -> Work[list[LossParts]]:
+        """Train for one epoch, and return the loss of each step, over all processes.
+
+        Args:
+            train: images and labels.
+            number: of the epoch, from 1; the order of the samples is a function of (seed of the order, number).
+            teacher: source of the teacher's logits; None for a loss without a teacher.
+            on_step: called after each step but the last.
+            view: index of the view of this epoch; None for `train.view`.
+        """
         view = train.view if view is None else view
-        generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(self.spec.seed_of_data * 1_000_003 + number)
         order = teacher.order(generator) if teacher is not None else torch.randperm(len(train), generator=generator)
         if self.ranks > 1:
             # Processes may hold the cache in different placements, which have different orders.
             order = broadcast(order.to(self.device)).cpu()
         cuts = self._split(order)
         own = [ids for cut in cuts for ids in cut[self.accelerator.process_index :: self.ranks]]
-        if teacher is not None:
-            teacher.prefetch(own, view)
+        wanted = Pass(
+            train,
+            view,
+            own,
+            self.spec.gradient_accumulation_steps,
+            (number, TRAINING),
+            self.device,
+            self.spec.num_workers,
+            teacher,
+            self._memory_format,
+        )
         labeled = [int((train.labels[torch.cat(cut)] >= 0).sum()) for cut in cuts]
         self.model.train()
-        loaded = self._batches(train, [ids.tolist() for ids in own], view)
-        parts = []
-        with report_lost_workers():
-            for cut, n_labeled in zip(cuts, labeled, strict=True):
-                micro_batches = [
-                    self._micro_batch(batch, teacher, view)
-                    for batch in itertools.islice(loaded, self.spec.gradient_accumulation_steps)
-                ]
-                totals = self._totals(sum(map(len, cut)), n_labeled, micro_batches)
-                parts.append(self._step(StepContext(micro_batches, totals, number)))
-                if on_step and len(parts) < len(cuts):
-                    on_step()
+        parts: list[LossParts] = []
+        for cut, n_labeled in zip(cuts, labeled, strict=True):
+            # No name here holds the micro-batches while the next are loaded.
+            parts.append(self._step_of((yield wanted), sum(map(len, cut)), n_labeled, number))
+            if on_step and len(parts) < len(cuts):
+                on_step()
         self.gradients.check()
         return self._reduced(parts)
 
-    def _batches(self, train: View, cuts: list[list[int]], view: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch; the processes that load them stay for the next."""
-        if self._loader is None or self._loader.data is not train:
-            self._loader = Loader(train, self.spec.num_workers, self.device)
-        return self._loader.batches(cuts, view)
-
-    def _micro_batch(self, batch: Batch, teacher: Teacher | None, view: int) -> MicroBatch:
-        images = batch.images.to(self.device, non_blocking=True, memory_format=self._layout)
-        mixed = batch.mixed.to(self.device) if batch.mixed is not None else None
-        logits = teacher(batch.ids, view).to(self.device) if teacher is not None else None
-        return MicroBatch(images, batch.labels.to(self.device, non_blocking=True), mixed, logits)
+    def _step_of(self, micro_batches: MicroBatches, n_samples: int, n_labeled: int, epoch: int) -> LossParts:
+        return self._step(StepContext(micro_batches, self._totals(n_samples, n_labeled, micro_batches), epoch))
 
     def _totals(self, n_samples: int, n_labeled: int, micro_batches: Sequence[MicroBatch]) -> BatchTotals:
         """Return the totals of the batch that all micro-batches of all processes make up."""
@@ -245,17 +245,9 @@ class Trainer:
         return parts
 
     def _loss(self, logits: Tensor, micro_batch: MicroBatch, context: StepContext) -> LossParts:
-        return distillation_loss(
-            logits,
-            micro_batch.teacher_logits,
-            micro_batch.labels,
-            self.loss,
-            context.epoch,
-            micro_batch.mixed,
-            self.theta,
-            context.totals,
-            self.spec.label_smoothing,
-        )
+        _, labels, mixed, teacher_logits = micro_batch
+        of_step = (context.epoch, mixed, self.theta, context.totals, self.spec.label_smoothing)
+        return self._distillation_loss(logits, teacher_logits, labels, self.loss, *of_step)
 
     def _synchronized_at_last(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Any]]:
         """Yield each micro-batch with a context: in the last one, gradients are summed over the processes."""

@@ -17,6 +17,7 @@ from kdcache.data.transforms import is_random, transform_for_evaluation
 from kdcache.data.views import View
 from kdcache.errors import UsageError
 from kdcache.train.inputs import TrainingInputs, labels_shown
+from kdcache.train.shared_views import SharedViews
 
 # Steps that leave an image as it is in expectation or in some of their draws, so that evaluation does without them.
 _AUGMENTATIONS = {"AugMix", "AutoAugment", "ColorJitter", "ElasticTransform", "GaussianBlur", "GaussianNoise", "JPEG",
@@ -34,7 +35,7 @@ _RESIZE_PER_CROP = 256 / 224
 """Of torchvision's evaluation of ImageNet networks: images are resized to 256 pixels, and 224 are cropped."""
 
 
-def own_training_view(inputs: TrainingInputs, own: Transform, spec: TrainSpec) -> View:
+def own_training_view(inputs: TrainingInputs, own: Transform, spec: TrainSpec, views: SharedViews) -> View:
     """Return the training images under a student's own transform.
 
     Raises:
@@ -52,7 +53,7 @@ def own_training_view(inputs: TrainingInputs, own: Transform, spec: TrainSpec) -
                 f"student.transform mixes images in its step {own[-1]}, and the teacher saw no mixed images",
                 "dump the teacher on mixed views: put the step at the end of `transform`",
             )
-    return View(inputs.samples, own, spec.seed, labels=labels_shown(inputs.samples, spec))
+    return views.view(inputs.samples, own, spec.seed_of_data, labels=labels_shown(inputs.samples, spec))
 
 
 def evaluation_transform(pipeline: Pipeline, spec: TeacherSpec | StudentSpec, seen: Transform) -> Transform:

@@ -1,13 +1,15 @@
 """Many students of one cache: losses, networks, options and seeds, each combination a run of its own.
 
-One process loads the data set and the cache once, for all students. Several processes map both from the local disk, and
-share that memory. (Each decodes the logits of a small cache for itself, `decoded_teacher.py`.)
+One process loads the data set and the cache once, for all students; trained together, they share each batch, too.
+Several processes map both from the local disk, and share that memory. (Each decodes the logits of a small cache for
+itself, `decoded_teacher.py`.)
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -15,15 +17,16 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 from kdcache.cache.reader import Cache
 from kdcache.config.schema import Pipeline
 from kdcache.errors import IncompleteError, KdcacheError, MismatchError, UsageError, counted
+from kdcache.runtime.distributed import n_processes
 from kdcache.runtime.folder_lock import locked
 from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
 from kdcache.train.run_folder import check_trackers, described_differences, read_json, write_json
+from kdcache.train.sweep_groups import Job, all_jobs, divided, grouped, with_one_order
 from kdcache.train.sweep_points import Point
 from kdcache.train.sweep_worker import (
     ProgressQueue,
@@ -31,9 +34,10 @@ from kdcache.train.sweep_worker import (
     completed,
     enter_worker,
     mapped_inputs,
+    reporters,
     worker_state,
 )
-from kdcache.train.train import train_on
+from kdcache.train.train import RunResult, Student, train_together
 
 _POINT = "point.json"
 
@@ -95,20 +99,6 @@ class SweepSummary:
         return statistics.mean(student.seconds for student in self.students)
 
 
-class _Job(NamedTuple):
-    point: Point
-    seed: int
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return f"{self.point.name}, seed {self.seed}"
-
-    @property
-    def epochs(self) -> int:
-        return int(self.point.pipeline.section("student").train.epochs)
-
-
 @dataclass(frozen=True)
 class _SweepContext:
     """What the students of a sweep share.
@@ -127,26 +117,48 @@ class _SweepContext:
 
     def inputs(self, pipeline: Pipeline, progress: Progress | None = None) -> TrainingInputs:
         """Return the inputs of a pipeline, loaded at the first call."""
-        key = f"{pipeline.loss.uses_teacher} {pipeline.model_dump_json(include={'dataset', 'transform', 'join'})}"
+        sections = pipeline.model_dump_json(include={"dataset", "transform", "join"})
+        key = f"{pipeline.loss.uses_teacher} {sections}"
         if key not in self.inputs_by_key:
+            with_teacher = self.inputs_by_key.get(f"True {sections}")
             self.inputs_by_key[key] = (
-                inputs_from_caches(pipeline, self.caches, self.options, device=self.device, progress=progress)
+                with_teacher.without_teacher()
+                if with_teacher is not None
+                else inputs_from_caches(pipeline, self.caches, self.options, device=self.device, progress=progress)
                 if self.caches
                 else inputs_without_teacher(pipeline, progress)
             )
         return self.inputs_by_key[key]
 
-    def train(self, job: _Job, progress: Progress) -> StudentResult:
-        """Train a student; an error of this student alone is part of its result."""
-        student = job.point.pipeline.section("student")
-        train = student.train.model_copy(update={"seed": job.seed})
-        pipeline = job.point.pipeline.model_copy(update={"student": student.model_copy(update={"train": train})})
-        inputs = self.inputs(pipeline)
-        try:
-            train_on(pipeline, inputs, job.folder, device=self.device, progress=progress)
-        except KdcacheError as error:
-            return StudentResult(job.point.name, job.seed, str(job.folder), None, None, 0.0, error.what)
-        return _read_result(job)
+    def train(
+        self, jobs: Sequence[Job], reporters: Sequence[StudentProgress], on_end: Callable[[Job, StudentResult], None]
+    ) -> None:
+        """Train students that share their batches; an error of kdcache of one student is part of its result.
+
+        Any other error of a student is raised when the others have ended.
+        """
+        unexpected: list[Exception] = []
+
+        def ended(index: int, outcome: RunResult | Exception) -> None:
+            job, reporter = jobs[index], reporters[index]
+            if isinstance(outcome, KdcacheError):
+                result = StudentResult(job.point.name, job.seed, str(job.folder), None, None, 0.0, outcome.what)
+                reporter.say(f"failed: {outcome.what}")
+            elif isinstance(outcome, Exception):
+                unexpected.append(outcome)
+                return
+            else:
+                result = _read_result(job)
+            reporter.finish()
+            on_end(job, result)
+
+        students = [
+            Student(job.pipeline, self.inputs(job.pipeline), job.folder, reporter)
+            for job, reporter in zip(jobs, reporters, strict=True)
+        ]
+        train_together(students, ended, device=self.device)
+        if unexpected:
+            raise unexpected[0]
 
 
 def sweep(
@@ -158,6 +170,7 @@ def sweep(
     *,
     device: str = "cpu",
     processes: int = 1,
+    together: bool = False,
     progress: Progress | None = None,
 ) -> list[SweepSummary]:
     """Train a student for each combination and seed; finished run folders are not trained again.
@@ -169,7 +182,9 @@ def sweep(
         out: folder with a run folder POINT/seedN for each student; may be that of an earlier, smaller sweep.
         options: see `train_student`; with several processes, placement `auto` is a mapped file.
         device: where to train.
-        processes: number of students that are trained at the same time.
+        processes: number of processes that train at the same time.
+        together: load each batch once for all students that can share it. Students that differ in their seed then see
+            the images in one order, that of the first (`train.data_seed`).
         progress: progress reporter; silent if None.
 
     Raises:
@@ -179,6 +194,11 @@ def sweep(
         KdcacheError: if a pipeline and the caches are inconsistent.
     """
     progress, options = progress or Silent(), options or CacheOptions()
+    if together and n_processes() > 1:
+        raise UsageError(
+            f"students are trained together in one process, and torchrun started {n_processes()}",
+            "run the command without torchrun, with -j for several processes",
+        )
     for point in points:
         if not caches and point.pipeline.loss.uses_teacher:
             raise UsageError(f"{point.name} needs a teacher", "pass its cache with --cache, or sweep over ce alone")
@@ -187,33 +207,48 @@ def sweep(
         for point in points:
             locks.enter_context(locked(out / point.name))
             _begin_point(point, caches, out)
-        jobs = [
-            _Job(point, seed, out / point.name / f"seed{seed}")
-            for point in points
-            for seed in _seeds(point.pipeline, seeds)
-        ]
-        waiting = [job for job in jobs if not job.folder.exists()]
-        if len(waiting) < len(jobs):
-            progress.say(f"trained already: {len(jobs) - len(waiting)} of {counted(len(jobs), 'student')}")
-        results = {job.folder: _read_result(job) for job in jobs if job.folder.exists()}
+        jobs = all_jobs(points, seeds, out)
+        groups = [with_one_order(group) for group in grouped(jobs)] if together else [[job] for job in jobs]
+        waiting = [[job for job in group if not job.folder.exists()] for group in groups]
+        count = sum(map(len, waiting))
+        if count < len(jobs):
+            progress.say(f"trained already: {len(jobs) - count} of {counted(len(jobs), 'student')}")
+        if together:
+            _describe(waiting, progress)
+        results = {job.folder: _finished(job) for group in groups for job in group if job.folder.exists()}
         if processes > 1 and options.placement == "auto":
             # A mapped file is in memory once, however many processes read it.
             options = replace(options, placement="mmap")
         context = _SweepContext(caches, device, options, {})
-        for job in waiting:
-            context.inputs(job.point.pipeline, progress)  # inconsistent inputs are found before the first student
-        with progress.task("sweep", sum(job.epochs for job in waiting), "epochs") as task:
-            finished = _train_all(context, waiting, processes, task, progress)
-            for number, (job, student) in enumerate(finished, 1):
+        # Inconsistent inputs are found before the first student; inputs with a teacher serve losses without one, too.
+        for job in sorted(itertools.chain(*waiting), key=lambda job: not job.point.pipeline.loss.uses_teacher):
+            context.inputs(job.point.pipeline, progress)
+        with progress.task("sweep", sum(job.epochs for job in itertools.chain(*waiting)), "epochs") as task:
+
+            def on_end(job: Job, student: StudentResult) -> None:
                 results[job.folder] = student
+                ended = count - sum(each.folder not in results for each in itertools.chain(*waiting))
                 outcome = "failed" if student.test is None else f"{student.test:.1%}"
-                task.advance(0, f"{number} of {counted(len(waiting), 'student')}, {job.name}: {outcome}")
+                task.advance(0, f"{ended} of {counted(count, 'student')}, {job.name}: {outcome}")
+
+            _train_all(context, divided(waiting, processes), processes, on_end, task, progress)
     return [SweepSummary(point.name, [results[job.folder] for job in jobs if job.point is point]) for point in points]
 
 
-def _seeds(pipeline: Pipeline, count: int) -> range:
-    first = pipeline.section("student").train.seed
-    return range(first, first + count)
+def _describe(groups: Sequence[Sequence[Job]], progress: Progress) -> None:
+    """Say which students share their batches, and their order of images."""
+    sizes = [len(group) for group in groups if group]
+    if not sizes:
+        return
+    progress.say(
+        f"training {counted(sum(sizes), 'student')} together in {counted(len(sizes), 'group')} "
+        f"({', '.join(map(str, sizes))}): each batch is loaded once for a group"
+    )
+    if any(job.data_seed != job.point.pipeline.section("student").train.data_seed for group in groups for job in group):
+        progress.say(
+            "note: students of a group that differ in their seed see the images in the same order, that of the first "
+            "(train.data_seed in their resolved.yaml), so the spread over seeds does not include the order"
+        )
 
 
 def _begin_point(point: Point, caches: Sequence[Cache], out: Path) -> None:
@@ -236,7 +271,22 @@ def _begin_point(point: Point, caches: Sequence[Cache], out: Path) -> None:
     write_json(path, configuration)
 
 
-def _read_result(job: _Job) -> StudentResult:
+def _finished(job: Job) -> StudentResult:
+    """Return the result of a student that is trained already.
+
+    Raises:
+        MismatchError: if it saw the images in another order than this sweep shows them in.
+    """
+    before = read_json(job.folder / "metrics.json").get("data_seed")
+    if before != job.data_seed:
+        raise MismatchError(
+            f"{job.folder} was trained with train.data_seed {before}, and it is {job.data_seed} in this sweep",
+            "repeat the command with --together if it had it before, or else without; or write to another folder",
+        )
+    return _read_result(job)
+
+
+def _read_result(job: Job) -> StudentResult:
     metrics = read_json(job.folder / "metrics.json")
     test = metrics["test"]["accuracy"] if metrics["test"] else None
     validation = metrics["best"]["validation_accuracy"]
@@ -244,27 +294,28 @@ def _read_result(job: _Job) -> StudentResult:
 
 
 def _train_all(
-    context: _SweepContext, jobs: Sequence[_Job], processes: int, task: Task, progress: Progress
-) -> Iterator[tuple[_Job, StudentResult]]:
-    """Yield each job with its result, as soon as it is finished; in this process, or in several others."""
-    if processes == 1 or len(jobs) < 2:
-        for job in jobs:
-            with StudentProgress(job.name, job.epochs, task.advance, progress.say) as of_student:
-                result = context.train(job, of_student)
-            yield job, result
+    context: _SweepContext,
+    groups: Sequence[Sequence[Job]],
+    processes: int,
+    on_end: Callable[[Job, StudentResult], None],
+    task: Task,
+    progress: Progress,
+) -> None:
+    """Train groups of students, in this process or in several others; each result is reported when it is there."""
+    if processes == 1 or len(groups) < 2:
+        for group in groups:
+            context.train(group, reporters(group, task.advance, progress.say), on_end)
         return
     with TemporaryDirectory(prefix="kdcache-sweep-") as folder:
-        mapped = {
-            key: mapped_inputs(inputs, Path(folder) / str(n))
-            for n, (key, inputs) in enumerate(context.inputs_by_key.items())
-        }
         queue = ProgressQueue()
+        mapped = mapped_inputs(context.inputs_by_key, Path(folder))
         given = (replace(context, caches=[], inputs_by_key=mapped), queue, processes)
         pool = ProcessPoolExecutor(processes, get_context("spawn"), enter_worker, given)
         try:
-            futures = {pool.submit(_train_in_worker, job): job for job in jobs}
+            futures = [pool.submit(_train_in_worker, group) for group in groups]
             for future in completed(futures, lambda: queue.forward(task, progress)):
-                yield futures[future], future.result()
+                for job, result in future.result():
+                    on_end(job, result)
         except BrokenProcessPool as error:
             raise IncompleteError(
                 f"a process of the sweep died: {error}",
@@ -274,8 +325,8 @@ def _train_all(
             pool.shutdown(cancel_futures=True)
 
 
-def _train_in_worker(job: _Job) -> StudentResult:
+def _train_in_worker(group: Sequence[Job]) -> list[tuple[Job, StudentResult]]:
     context, queue = worker_state()
-    with StudentProgress(job.name, job.epochs, queue.advance, queue.say) as progress:
-        result: StudentResult = context.train(job, progress)
-    return result
+    results: list[tuple[Job, StudentResult]] = []
+    context.train(group, reporters(group, queue.advance, queue.say), lambda *result: results.append(result))
+    return results

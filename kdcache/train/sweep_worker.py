@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as futures_wait
 from contextlib import contextmanager
@@ -13,14 +13,15 @@ from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
 from kdcache.data.images import ArrayImages, map_images
+from kdcache.data.samples import Samples
 from kdcache.runtime.progress import Progress, Task
 from kdcache.train.inputs import TrainingInputs
+from kdcache.train.sweep_groups import Job
 
 _SECONDS_BETWEEN_MESSAGES = 0.5
 
@@ -79,29 +80,48 @@ def worker_state() -> _WorkerState:
     return _state
 
 
+class _LastMessage:
+    """When the students that share this reported last: one line shows all of them."""
+
+    def __init__(self) -> None:
+        self._at = -_SECONDS_BETWEEN_MESSAGES
+
+    def is_recent(self) -> bool:
+        """Return whether it is, and if not, that it is now."""
+        now = time.monotonic()
+        recent = now - self._at < _SECONDS_BETWEEN_MESSAGES
+        self._at = self._at if recent else now
+        return recent
+
+
 class StudentProgress:
     """A progress reporter for one student of a sweep; the epochs of its training are reported to the sweep's task.
 
     Args:
         name: of the student.
+        shown: name in notes on the progress.
         epochs: its number of epochs; after early stopping, the others are reported at the end.
         advance: takes a number of epochs and a note.
         say: takes a message for the user.
+        last: shared with the students that are trained together.
     """
 
-    def __init__(self, name: str, epochs: int, advance: Callable[[int, str], None], say: Callable[[str], None]) -> None:
-        self._name, self._epochs, self._advance, self._say = name, epochs, advance, say
-        self._reported = 0
-        self._last_message = -_SECONDS_BETWEEN_MESSAGES
-
-    def __enter__(self) -> StudentProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __init__(
+        self,
+        name: str,
+        shown: str,
+        epochs: int,
+        advance: Callable[[int, str], None],
+        say: Callable[[str], None],
+        last: _LastMessage,
     ) -> None:
-        if kind is None:
-            self._advance(self._epochs - self._reported, f"{self._name}: finished")
+        self._name, self._shown, self._epochs, self._advance, self._say = name, shown, epochs, advance, say
+        self._reported = 0
+        self._last = last
+
+    def finish(self) -> None:
+        """Report all epochs that were not reported."""
+        self._advance(self._epochs - self._reported, f"{self._name}: finished")
 
     @contextmanager
     def task(self, what: str, total: int, unit: str) -> Iterator[Task]:
@@ -114,11 +134,10 @@ class StudentProgress:
 
     def report(self, epochs: int, note: str) -> None:
         """Report that so many epochs are finished, if there are new ones, or the last note is not a recent one."""
-        now = time.monotonic()
         new = max(epochs - self._reported, 0)
-        if new or now - self._last_message >= _SECONDS_BETWEEN_MESSAGES:
-            self._last_message, self._reported = now, self._reported + new
-            self._advance(new, f"{self._name}: {note}")
+        if new or not self._last.is_recent():
+            self._reported += new
+            self._advance(new, f"{self._shown}: {note}")
 
 
 class _StudentTask:
@@ -143,14 +162,28 @@ def completed(futures: Iterable[Future[Any]], meanwhile: Callable[[], None]) -> 
         yield from done
 
 
-def mapped_inputs(inputs: TrainingInputs, folder: Path) -> TrainingInputs:
-    """Return inputs for other processes: images in memory are written to a file that all of them map."""
-    folder.mkdir()
+def reporters(
+    group: Sequence[Job], advance: Callable[[int, str], None], say: Callable[[str], None]
+) -> list[StudentProgress]:
+    """Return a progress reporter for each student of a group, which show their progress as one."""
+    last = _LastMessage()
+    shown = f"{len(group)} students together" if len(group) > 1 else group[0].name
+    return [StudentProgress(job.name, shown, job.epochs, advance, say, last) for job in group]
 
-    def split(name: str) -> Any:
-        samples = getattr(inputs, name)
+
+def mapped_inputs(inputs_by_key: Mapping[str, TrainingInputs], folder: Path) -> dict[str, TrainingInputs]:
+    """Return inputs for other processes: images in memory are written to a file that all of them map, once each."""
+    mapped: dict[int, Samples] = {}
+
+    def split(samples: Any) -> Any:
         if samples is None or not isinstance(samples.images, ArrayImages):
             return samples
-        return replace(samples, images=map_images(samples.images, folder / name))
+        if id(samples) not in mapped:
+            mapped[id(samples)] = replace(samples, images=map_images(samples.images, folder / str(len(mapped))))
+        return mapped[id(samples)]
 
-    return replace(inputs, **{name: split(name) for name in ("samples", "validation", "test")})
+    names = ("samples", "validation", "test")
+    return {
+        key: replace(inputs, **{name: split(getattr(inputs, name)) for name in names})
+        for key, inputs in inputs_by_key.items()
+    }

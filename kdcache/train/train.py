@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kdcache.cache.reader import Cache
-from kdcache.cache.teacher import Teacher
 from kdcache.config.loss import code_digest, load_function
-from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec, TrainSpec
+from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec
 from kdcache.config.transform import step_names
 from kdcache.data.seeding import seeded
-from kdcache.data.transforms import is_random
-from kdcache.data.views import View
-from kdcache.errors import CorruptError, InterruptedRun, UsageError, counted
+from kdcache.errors import CorruptError, InterruptedRun, UsageError
 from kdcache.losses import Loss
 from kdcache.models import build_model
 from kdcache.models.checks import try_network, try_training
-from kdcache.models.evaluate import SplitScore, evaluate
-from kdcache.runtime.distributed import is_first, n_processes
+from kdcache.models.evaluate import SplitScore
+from kdcache.runtime.distributed import is_first
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
@@ -31,15 +28,16 @@ from kdcache.runtime.user_code import digests_of
 from kdcache.train.accelerator import described_settings, hidden_settings, ignored_settings
 from kdcache.train.inputs import (
     CacheOptions,
-    FixedImagesTeacher,
     TrainingInputs,
     inputs_from_caches,
     inputs_without_teacher,
-    labels_shown,
 )
-from kdcache.train.loop import Epoch, fit
+from kdcache.train.loop import Epoch, testing_work, training_work
+from kdcache.train.passes import Clock, Work, run_alone, run_together
+from kdcache.train.prepare import check_loss, smallest_micro_batch, training_view
 from kdcache.train.run_folder import CHECKPOINT, check_run, check_trackers, complete_run, run_folder
-from kdcache.train.student_transform import check_evaluation_shape, evaluation_transform, own_training_view
+from kdcache.train.shared_views import SharedViews
+from kdcache.train.student_transform import check_evaluation_shape, evaluation_transform
 
 _NOTHING_KEPT = (
     "interrupted before the first epoch was complete; no partial file was kept",
@@ -89,7 +87,7 @@ def train_teacher(
     loss = Loss.model_validate({"name": "ce"})
     try:
         inputs = inputs_without_teacher(pipeline, reporter(progress))
-        return _train(pipeline, spec, loss, inputs, expand(out), device, reporter(progress))
+        return _train_alone(pipeline, spec, loss, inputs, expand(out), device, reporter(progress))
     except KeyboardInterrupt as interrupt:
         raise InterruptedRun.of(interrupt, *_NOTHING_KEPT) from None
 
@@ -158,8 +156,70 @@ def train_on(
 ) -> RunResult:
     """Train the pipeline's student on inputs that several students may share; see `train_student`."""
     spec = pipeline.section("student")
-    check_run(expand(out))
-    return _train(pipeline, spec, pipeline.loss, inputs, expand(out), device, reporter(progress))
+    return _train_alone(pipeline, spec, pipeline.loss, inputs, expand(out), device, reporter(progress))
+
+
+class Student(NamedTuple):
+    """A student that is trained together with others.
+
+    Attributes:
+        pipeline: `student` and `loss` sections.
+        inputs: may be those of other students, too.
+        out: run folder.
+        progress: progress reporter of this student.
+    """
+
+    pipeline: Pipeline
+    inputs: TrainingInputs
+    out: Path
+    progress: Progress
+
+
+def train_together(
+    students: Sequence[Student],
+    on_end: Callable[[int, RunResult | Exception], None],
+    *,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Train several students in one process: each batch is loaded once for all whose next step is of this batch.
+
+    Each student is what it would be alone: its weights to the bit on a CPU, its run folder, how it is resumed, and how
+    it fails.
+
+    Args:
+        students: best of equal data, batch sizes and orders of images (`train.data_seed`), and of one precision.
+        on_end: called with the index of a student and its result, or the error that ended it, as soon as it has ended.
+        device: where to train.
+    """
+    views, ignored = SharedViews(), ignored_settings()
+
+    def start(student: Student) -> Callable[[Clock], Work[RunResult]]:
+        spec, loss = student.pipeline.section("student"), student.pipeline.loss
+        return lambda clock: _train(
+            student.pipeline, spec, loss, student.inputs, student.out, device, student.progress, clock, views, ignored
+        )
+
+    with hidden_settings():
+        run_together([start(student) for student in students], on_end, device)
+
+
+def _train_alone(
+    pipeline: Pipeline,
+    spec: TeacherSpec | StudentSpec,
+    loss: Loss,
+    inputs: TrainingInputs,
+    out: Path,
+    device: torch.device | str,
+    progress: Progress,
+) -> RunResult:
+    """Train a network that shares nothing; see `_train`."""
+    ignored = ignored_settings()
+
+    def start(clock: Clock) -> Work[RunResult]:
+        return _train(pipeline, spec, loss, inputs, out, device, progress, clock, SharedViews(), ignored)
+
+    with hidden_settings():
+        return run_alone(start, device)
 
 
 def _train(
@@ -170,25 +230,21 @@ def _train(
     out: Path,
     device: torch.device | str,
     progress: Progress,
-) -> RunResult:
+    clock: Clock,
+    views: SharedViews,
+    ignored: dict[str, str],
+) -> Work[RunResult]:
     """Check the inputs of a run, train, evaluate on the test split, and write the run folder."""
     samples, loss = inputs.samples, load_function(loss)
-    train, views, teacher = _training_view(spec, loss, inputs, progress)
-    if not loss.uses_teacher and not bool((train.labels >= 0).any()):
-        raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
-    _check_loss(loss, train, spec.train.epochs, progress)
-    if loss.needs_level and not inputs.level_known:
-        raise UsageError(
-            f"the logits of this teacher are known up to an additive constant per sample, because only its "
-            f"probabilities were imported; {loss.needs_level} depends on that constant",
-            "set loss.normalization to z_score, for dtkd loss.temperature.center to true, or use a loss such as kd",
-        )
+    check_run(out)
+    train, n_views, teacher = training_view(spec, loss, inputs, views, progress)
+    check_loss(loss, train, inputs.level_known, spec.train.epochs, progress)
     check_trackers(spec.train.trackers)
-    if ignored := ignored_settings():
+    if ignored:
         progress.say(f"note: {described_settings(ignored)}")
     eval_transform = evaluation_transform(pipeline, spec, inputs.transform)
     validation, test = (
-        None if held is None else View(held, eval_transform) for held in (inputs.validation, inputs.test)
+        None if held is None else views.view(held, eval_transform) for held in (inputs.validation, inputs.test)
     )
     if isinstance(spec, StudentSpec) and spec.transform is not None and pipeline.eval_transform is None:
         for held in (validation, test):
@@ -217,7 +273,6 @@ def _train(
         "streamed": "stream" in inputs.record.get("placement", []),
     }
     with (
-        hidden_settings(),
         run_folder(out, used, begun_with, spec.train.trackers) as run,
         torch.random.fork_rng([torch_device] if torch_device.type == "cuda" else []),
         seeded(spec.train.seed),
@@ -226,30 +281,31 @@ def _train(
         pretrained = isinstance(spec, StudentSpec) and (spec.weights is not None or spec.names_weights)
         model = build_model(spec, samples.num_classes, train.shape(), trained=pretrained, progress=progress)
         try_network(model, train, "cpu", "network")
-        try_training(model, train, "network", _smallest_micro_batch(spec.train, len(train)))
-        trained = fit(
+        try_training(model, train, "network", smallest_micro_batch(spec.train, len(train)))
+        trained = yield from training_work(
             model,
             train,
             validation,
             spec.train,
             loss,
             teacher=teacher,
-            views=views,
+            views=n_views,
             device=device,
             on_epoch=run.epoch,
             checkpointer=run,
             progress=progress,
+            clock=clock,
         )
         score = None
         if test is not None and is_first():
-            with progress.task("test", len(test), "images") as task:
-                score = evaluate(model, test, device, on_batch=task.advance, num_workers=spec.train.num_workers)
+            score = yield from testing_work(model, test, spec.train, len(trained.epochs), device, progress)
         run.finish(
             model,
             {
                 **made_from,
                 "loss": loss.name,
                 "seed": spec.train.seed,
+                "data_seed": spec.train.data_seed,
                 "best": trained.best._asdict(),
                 "epochs": len(trained.epochs),
                 "test": score._asdict() if score else None,
@@ -284,59 +340,3 @@ def _result_of(
         return RunResult(model, best, SplitScore(**test) if test else None, float(metrics["seconds"]), checkpoint)
     except (TypeError, ValueError, LookupError) as error:
         raise CorruptError(f"cannot read the metrics of {out}: {error}", f"delete {out}, and train again") from error
-
-
-def _smallest_micro_batch(spec: TrainSpec, n_samples: int) -> int:
-    """Return the number of images of the smallest micro-batch of a process."""
-    return min(spec.batch_size, n_samples) // (spec.gradient_accumulation_steps * n_processes())
-
-
-def _training_view(
-    spec: TeacherSpec | StudentSpec, loss: Loss, inputs: TrainingInputs, progress: Progress
-) -> tuple[View, int | None, Teacher | None]:
-    """Return the training images of a network, the number of their views, and its teacher."""
-    teacher = inputs.teacher if loss.uses_teacher else None
-    own = spec.transform if isinstance(spec, StudentSpec) else None
-    if own is None:
-        labels = labels_shown(inputs.samples, spec.train)
-        view = View(inputs.samples, inputs.transform, inputs.seed, labels=labels, crops=inputs.crops)
-        return view, inputs.views, teacher
-    train = own_training_view(inputs, own, spec.train)
-    if teacher is not None:
-        progress.say("note: the student sees images through student.transform: the teacher did not see these pixels")
-    return train, None if is_random(own) else 1, FixedImagesTeacher(teacher) if teacher is not None else None
-
-
-def _check_loss(loss: Loss, train: View, epochs: int, progress: Progress) -> None:
-    """Check that the loss is defined for these images and labels, and that its warm-up ends within the run.
-
-    Raises:
-        UsageError: if it is not.
-    """
-    if train.mixes and loss.acts_on_label:
-        raise UsageError(
-            f"{loss.acts_on_label} acts on the one true class of an image, and {train.transform[-1]} mixes two images",
-            "use a loss without ka, lsr, dkd, pld, ofa and the alpha of brier, such as kd or dtkd, or a cache of views "
-            "that are not mixed",
-        )
-    if loss.uses_teacher and loss.warmup_epochs > epochs:
-        progress.say(
-            f"note: the teacher's weight grows over {loss.warmup_epochs:g} epochs, and the run has {epochs}, so it "
-            f"reaches {epochs / loss.warmup_epochs:.0%} of its value; lower loss.warmup_epochs, or train longer"
-        )
-    top = loss.adjustment.classes_kept
-    if top is not None and top >= train.samples.num_classes:
-        raise UsageError(
-            f"truncation to the top {top} has no effect: {train.samples.name} has {train.samples.num_classes} classes",
-            "set loss.adjustment.top to fewer, or remove the truncation",
-        )
-    if loss.skips_unlabeled and (unlabeled := int((train.labels < 0).sum())):
-        if unlabeled == len(train.labels):
-            raise UsageError(
-                f"no training image has a label, and the divergence {loss.divergence.kind} needs labels",
-                "use another divergence, such as kl",
-            )
-        progress.say(
-            f"note: without a label, {counted(unlabeled, 'image')} of the training split cannot contribute: the "
-            f"divergence {loss.divergence.kind} needs labels"
-        )

@@ -5,19 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers.processes import PATIENCE, command_line, exit_code, in_a_process, kill_at, recipe, until
+from helpers.processes import command_line, exit_code, in_a_process, recipe, until
+from helpers.ranks import as_rank, contents, ranks, torchrun
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
 
 from kdcache import Cache, open_cache
@@ -28,12 +23,6 @@ from kdcache.runtime.distributed import Ranks
 
 SHARDS = [(view, shard) for view in (0, 1) for shard in (0, 1)]
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but a card: it is made of a cache that is sealed, and covered by no digest."""
-    files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(("README.md", "card.")))
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -55,45 +44,6 @@ def whole(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def alone(pipeline: Path, out: Path) -> int:
     """The exit code of one process, this one."""
     return CliRunner().invoke(main, ["dump-teacher", str(pipeline), "-o", str(out), "--device", "cpu"]).exit_code
-
-
-# Ranks as torchrun starts them: with its variables in the environment, and a store for them that outlives each.
-
-
-def as_rank(rank: int, count: int, store: TCPStore) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-
-
-def dump_as_a_rank(said: Path, environment: dict[str, str], pipeline: Path, out: Path, kill: Any) -> None:
-    if kill is not None:
-        kill_at(out, *kill)
-    command_line(said, environment, "dump-teacher", pipeline, "-o", out, "--device", "cpu")
-
-
-@contextmanager
-def ranks(
-    count: int, pipeline: Path, out: Path, kill: Any = None, environments: dict[int, dict[str, str]] | None = None
-) -> Iterator[list[BaseProcess]]:
-    """`count` processes that dump together; those that are still there in the end are killed."""
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    processes = []
-    try:
-        for rank in range(count):
-            environment = as_rank(rank, count, store) | (environments or {}).get(rank, {})
-            said = out.parent / f"said-{rank}"
-            processes.append(in_a_process(dump_as_a_rank, said, environment, pipeline, out, kill))
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
 
 
 def check_goes_on(out: Path, pipeline: Path, whole: Cache, count: int) -> None:
@@ -228,7 +178,8 @@ def test_a_crash_of_the_first_before_the_others_begin_ends_them_too(pipeline: Pa
 def test_nan_in_the_shard_of_one_ends_the_others_and_can_be_gone_on_with(
     pipeline: Path, whole: Cache, tmp_path: Path
 ) -> None:
-    # Of (view 0, shard 0), (0, 1), (1, 0), (1, 1) the second rank has the second and the last: samples 8 to 11.
+    # Of (view 0, shard 0), (0, 1), (1, 0), (1, 1) the second rank has the second and the last: samples 8 to 11. It ends
+    # in the second, and the first rank makes the last.
     out = tmp_path / "c.kdcache"
     spoilt = {"SAMPLE": "10", "HAPPENS": "logits[here] = float('nan')"}
     assert 10 not in pilot_ids(12, 8)
@@ -236,7 +187,7 @@ def test_nan_in_the_shard_of_one_ends_the_others_and_can_be_gone_on_with(
     assert (first, second) == (3, 5)
     assert "for sample 10 (1 of the" in message(said_second)
     assert "another rank has ended" in message(said_first)
-    with pytest.raises(IncompleteError, match="2 of its 4 shards"):
+    with pytest.raises(IncompleteError, match="1 of its 4 shards"):
         open_cache(out)
     check_goes_on(out, pipeline, whole, 1)
 
@@ -276,14 +227,6 @@ def test_ctrl_c_ends_all_of_them(pipeline: Path, whole: Cache, tmp_path: Path) -
 
 
 # The real torchrun.
-
-
-def torchrun(count: int, pipeline: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [*launch, "-m", "kdcache", "dump-teacher", str(pipeline), "-o", str(out), "--device", "cpu"]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, timeout=PATIENCE, capture_output=True, text=True, check=False
-    )
 
 
 def test_three_processes_of_torchrun_make_the_same_cache(pipeline: Path, whole: Cache, tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ PROCESS = {
     "test_records",
     "test_workers",
     "test_ranks",
+    "test_ranks_claims",
     "test_resume",
     "test_sweep",
+    "test_together",
     "test_wheel",
 }
 """Files whose tests start other processes, and kill some of them."""
@@ -34,6 +36,7 @@ SLOW_FILES = {
     "test_examples",
     "test_permissions",
     "test_ranks",
+    "test_ranks_claims",
     "test_report",
     "test_resume",
     "test_wheel",
@@ -291,6 +294,9 @@ SLOW_TESTS = {
         "test_only_the_cross_entropy_knows_that_images_are_mixed",
         "test_the_order_of_a_batch_does_not_matter",
     },
+    "test_losses_closed_form": {
+        "test_a_compiled_loss_is_one_graph_of_the_plain_formulas",
+    },
     "test_losses_training": {
         "test_students_are_trained_with_products_of_the_axes",
     },
@@ -477,7 +483,7 @@ SLOW_TESTS = {
     },
     "test_step": {
         "test_a_step_in_micro_batches_equals_the_step_of_the_whole_batch",
-        "test_compile_compiles_the_network_in_place",
+        "test_compile_compiles_the_network_in_place_and_the_loss",
         "test_processes_that_share_a_batch_give_what_one_gives",
     },
     "test_structure": {
@@ -509,6 +515,18 @@ SLOW_TESTS = {
     "test_tinyvit": {
         "test_tinyvits_rows_can_be_read_and_written_again",
         "test_whatever_needs_no_images_works_with_tinyvits_rows",
+    },
+    "test_together": {
+        "test_a_network_that_changes_its_images_does_not_change_those_of_the_others",
+        "test_a_student_that_diverges_or_raises_leaves_the_others_untouched",
+        "test_a_students_own_augmentation_follows_the_seed_of_the_data",
+        "test_a_sweep_that_is_killed_resumes_to_the_same_students",
+        "test_a_sweep_with_another_order_of_images_is_not_mixed_with_this_one",
+        "test_an_unexpected_error_of_one_student_is_raised_when_the_others_have_ended",
+        "test_ctrl_c_keeps_every_student_at_its_last_epoch",
+        "test_memory_is_that_of_one_batch",
+        "test_micro_batches_and_batches_of_other_formats_are_shared",
+        "test_students_of_one_pass_are_those_of_separate_runs_and_each_batch_is_loaded_once",
     },
     "test_train": {
         "test_a_student_can_start_from_a_checkpoint",

@@ -160,6 +160,20 @@ def test_transforms_of_torch_func_see_plain_formulas(name: str) -> None:
         assert_all_agree((found,), (alone,), tolerance=1e-5)
 
 
+@pytest.mark.parametrize("name", ["kd", "ka", "ka+dtd", "dtkd"])
+def test_a_compiled_loss_is_one_graph_of_the_plain_formulas(name: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    v, u = (3 * torch.randn(6, 9, generator=generator) for _ in range(2))
+    labels, loss = torch.tensor([0, 3, -1, 6, 8, 8]), options(name)
+    compiled = torch.compile(distillation_loss, backend="aot_eager", fullgraph=True)  # needs no compiler
+    results = []
+    for function in (compiled, distillation_loss):
+        leaf = v.clone().requires_grad_()
+        parts = function(leaf, u, labels, loss, 5)
+        results.append((*(part.detach() for part in parts), *torch.autograd.grad(parts.total, leaf)))
+    assert_all_agree(results[0], results[1], tolerance=1e-5)
+
+
 @some
 @given(batch=batches(), tau=TAU)
 def test_the_shift_of_scaled_logits_is_the_scaled_shift(batch: Batch, tau: float) -> None:

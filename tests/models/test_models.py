@@ -269,7 +269,7 @@ def test_weights_of_other_classes_are_refused_before_they_are_downloaded() -> No
         ("timm:resnet18@a1_in1k", 1000),
         ("timm:vit_tiny_patch16_224@augreg_in21k", 21843),
     ]:
-        words = f"{name} has {classes} classes, the data set has 10"
+        words = f"{name} has {classes:,} classes, the data set has 10"
         assert "teacher.classes" in refused(MismatchError, words, trained, name, 10)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.paths import ROOT
 from helpers.processes import PATIENCE
 
@@ -53,7 +54,10 @@ def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
     return values
 
 
-@pytest.mark.parametrize("name", ["peers.py", "codec.py", "load.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["peers.py", "codec.py", "load.py", "all.py", "gpu.py", "cluster.py", "sources.py", "data.py", "together.py"],
+)
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
     words = printed(name, "--help")
     assert f"python benchmarks/{name}" in words
@@ -164,3 +168,82 @@ def test_the_trainer_is_measured_against_plain_training_and_live_teachers() -> N
         f"KD, live teacher of {times} x the student" for times in (1, 5, 20)
     ]
     assert float(rows["everything"][-1]) > float(rows["Python and libraries"][-1]) > 0
+
+
+def test_students_of_one_pass_are_measured_against_passes_of_their_own() -> None:
+    (table,) = tables("together.py")
+    assert [name.split(",")[0] for name in table if name] == [*["4 MobileNets"] * 2, *["8 small networks"] * 2]
+    together, apart, ratio, loading, floor = (
+        figures(table, column) for column in ("together", "apart", "ratio", "loading", "floor")
+    )
+    for name in together:
+        assert ratio[name] == pytest.approx(together[name] / apart[name], abs=0.05)
+        assert 0 < loading[name] <= 1
+        students = float(name.split()[0])
+        assert floor[name] == pytest.approx(1 - loading[name] * (1 - 1 / students), abs=0.02)
+    assert list(figures(table, "bound").values()) in ([0.5, 0.5, 0.8, 0.8], [0.5, 0.5, 0.4, 0.4])
+
+
+def cells(text: str, first: str) -> list[dict[str, str]]:
+    """Return the rows of a table, by heading; the heading begins with `first`, and columns may be empty."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if COLUMNS.split(line)[0] == first)
+    heading = list(re.finditer(r"\S+(?: \S+)*", lines[start]))
+    rows = []
+    for line in lines[start + 1 :]:
+        row = {heading[0].group(): COLUMNS.split(line)[0]}
+        # But for the first, columns are aligned to the right: a cell ends where its heading ends.
+        for column in heading[1:]:
+            row[column.group()] = COLUMNS.split(line[: column.end()])[-1].strip()
+        rows.append(row)
+    return rows
+
+
+def test_a_gpu_benchmark_runs_every_part_and_says_what_is_measured() -> None:
+    rows = cells(printed("gpu.py", "--device", "cpu", "--quick"), "part")
+    by_part: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_part.setdefault(row["part"].split(",")[0], []).append(row)
+    assert {"dump", "codec", "train", "placements"} <= set(by_part)
+    assert [row["part"] for row in by_part["dump"]] == ["dump, fp32", "dump, fp16", "dump, bf16"]
+    assert [row["measure"].split(",")[0] for row in by_part["placements"]] == ["device", "host", "mmap", "stream"]
+    for row in rows:
+        assert float(row["figure"].replace(",", "").rstrip("%")) > 0, row
+    bounds = {row["measure"]: row["bound"] for row in by_part["train"]}
+    assert bounds["DTKD from the cache, per cross-entropy"] == "1.03"
+
+
+def test_a_gpu_benchmark_without_a_gpu_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, str(BENCHMARKS / "gpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert "torch finds no GPU" in done.stderr
+
+
+def test_one_table_has_the_measures_of_all_benchmarks_with_their_bounds() -> None:
+    names = ["sources", "data", "load"]
+    rows = cells(printed("all.py", "--quick", "--only", *names), "measure")
+    assert {row["benchmark"] for row in rows} == set(names)
+    of_sources = {row["measure"].split(": ")[1]: row for row in rows if row["benchmark"] == "sources"}
+    assert set(of_sources) == {"FKD files", "tar of logits", "live teacher", "np.memmap"}
+    assert of_sources["np.memmap"]["bound"] == ""
+    assert of_sources["live teacher"]["bound"] == ">= 1"
+    assert float(of_sources["live teacher"]["figure"]) > 1
+    assert {row["bound"] for row in rows if row["benchmark"] == "load"} == {"<= 12", ">= 500,000"}
+
+
+def test_a_cluster_makes_one_cache_with_slow_and_killed_ranks() -> None:
+    rows = {row["ranks"]: row for row in cells(printed("cluster.py", "--quick"), "ranks")}
+    assert list(rows) == [
+        "1 rank",
+        "2 ranks",
+        "4 ranks",
+        "4 ranks, one 4 x slower",
+        "4 ranks, one 4 x slower, fixed shares",
+        "4 ranks, one killed",
+    ]
+    assert {row["digest"] for row in rows.values()} == {"equal"}
+    again = {name: int(row["made again"].replace(",", "")) for name, row in rows.items()}
+    assert [name for name, count in again.items() if count] == ["4 ranks, one killed"]

@@ -496,8 +496,17 @@ def test_channels_last_is_another_layout_of_the_same() -> None:
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_compile_compiles_the_network_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo asks for it, and hides it elsewhere
+def test_compile_compiles_the_network_in_place_and_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
+    functions: list[object] = []
+    compile_function = torch.compile
+
+    def of_function(function: Any, **options: Any) -> Any:
+        functions.append(function)
+        return compile_function(function, **{"backend": "eager"} | options)
+
+    monkeypatch.setattr(torch, "compile", of_function)
     real: Callable[..., None] = nn.Module.compile
 
     def watched(module: nn.Module, **_: object) -> None:
@@ -508,5 +517,6 @@ def test_compile_compiles_the_network_in_place(monkeypatch: pytest.MonkeyPatch) 
     (plain, rows), none = trained_convolutions(), len(compiled)
     model, others = trained_convolutions(compile=True)
     assert (none, compiled) == (0, [model])
+    assert functions.count(distillation_loss) == 1
     assert list(model.state_dict()) == list(plain.state_dict())
     assert others[0].loss == pytest.approx(rows[0].loss, rel=1e-5)

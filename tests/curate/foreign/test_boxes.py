@@ -34,7 +34,7 @@ from kdcache.curate.foreign import cache_of_files
 from kdcache.curate.merge import merge
 from kdcache.curate.select import select
 from kdcache.data.replay import replay, teacher_view
-from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.errors import CorruptError, IncompleteError, MismatchError
 from kdcache.train.train import train_student
 
 
@@ -107,7 +107,7 @@ def test_a_mirror_brings_the_boxes_of_the_views_that_are_asked_for(
     backwards = np.arange(COUNT)[::-1]
     turned = select(cache, tmp_path / "turned.kdcache", views=[0, 1], samples=backwards, data=images.samples)
     torch.testing.assert_close(logits_of(turned, 1), logits_of(cropped, 1).flip(0), rtol=0, atol=0)
-    with pytest.raises(UsageError, match="view 2 is needed"):
+    with pytest.raises(IncompleteError, match="holds views 0, 1 of 3, not view 2"):
         select(cache, tmp_path / "all.kdcache", samples=backwards, data=images.samples)
 
 

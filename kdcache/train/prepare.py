@@ -1,0 +1,79 @@
+"""What a network is trained on, and the check that the loss is defined for it."""
+
+from __future__ import annotations
+
+from kdcache.cache.teacher import Teacher
+from kdcache.config.schema import StudentSpec, TeacherSpec, TrainSpec
+from kdcache.data.transforms import is_random
+from kdcache.data.views import View
+from kdcache.errors import UsageError, counted
+from kdcache.losses import Loss
+from kdcache.runtime.distributed import n_processes
+from kdcache.runtime.progress import Progress
+from kdcache.train.inputs import TrainingInputs, labels_shown
+from kdcache.train.shared_views import SharedViews
+from kdcache.train.student_transform import own_training_view
+
+
+def smallest_micro_batch(spec: TrainSpec, n_samples: int) -> int:
+    """Return the number of images of the smallest micro-batch of a process."""
+    return min(spec.batch_size, n_samples) // (spec.gradient_accumulation_steps * n_processes())
+
+
+def training_view(
+    spec: TeacherSpec | StudentSpec, loss: Loss, inputs: TrainingInputs, views: SharedViews, progress: Progress
+) -> tuple[View, int | None, Teacher | None]:
+    """Return the training images of a network, the number of their views, and its teacher."""
+    teacher = inputs.teacher if loss.uses_teacher else None
+    own = spec.transform if isinstance(spec, StudentSpec) else None
+    if own is None:
+        labels = labels_shown(inputs.samples, spec.train)
+        view = views.view(inputs.samples, inputs.transform, inputs.seed, labels=labels, crops=inputs.crops)
+        return view, inputs.views, teacher
+    train = own_training_view(inputs, own, spec.train, views)
+    if teacher is not None:
+        progress.say("note: the student sees images through student.transform: the teacher did not see these pixels")
+    return train, None if is_random(own) else 1, views.fixed(teacher) if teacher is not None else None
+
+
+def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress: Progress) -> None:
+    """Check that the loss is defined for these images, labels and logits, and that its warm-up ends within the run.
+
+    Raises:
+        UsageError: if it is not.
+    """
+    if not loss.uses_teacher and not bool((train.labels >= 0).any()):
+        raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
+    if train.mixes and loss.acts_on_label:
+        raise UsageError(
+            f"{loss.acts_on_label} acts on the one true class of an image, and {train.transform[-1]} mixes two images",
+            "use a loss without ka, lsr, dkd, pld, ofa and the alpha of brier, such as kd or dtkd, or a cache of views "
+            "that are not mixed",
+        )
+    if loss.uses_teacher and loss.warmup_epochs > epochs:
+        progress.say(
+            f"note: the teacher's weight grows over {loss.warmup_epochs:g} epochs, and the run has {epochs}, so it "
+            f"reaches {epochs / loss.warmup_epochs:.0%} of its value; lower loss.warmup_epochs, or train longer"
+        )
+    top = loss.adjustment.classes_kept
+    if top is not None and top >= train.samples.num_classes:
+        raise UsageError(
+            f"truncation to the top {top} has no effect: {train.samples.name} has {train.samples.num_classes} classes",
+            "set loss.adjustment.top to fewer, or remove the truncation",
+        )
+    if loss.skips_unlabeled and (unlabeled := int((train.labels < 0).sum())):
+        if unlabeled == len(train.labels):
+            raise UsageError(
+                f"no training image has a label, and the divergence {loss.divergence.kind} needs labels",
+                "use another divergence, such as kl",
+            )
+        progress.say(
+            f"note: without a label, {counted(unlabeled, 'image')} of the training split cannot contribute: the "
+            f"divergence {loss.divergence.kind} needs labels"
+        )
+    if loss.needs_level and not level_known:
+        raise UsageError(
+            f"the logits of this teacher are known up to an additive constant per sample, because only its "
+            f"probabilities were imported; {loss.needs_level} depends on that constant",
+            "set loss.normalization to z_score, for dtkd loss.temperature.center to true, or use a loss such as kd",
+        )
