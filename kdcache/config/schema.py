@@ -175,6 +175,8 @@ class TrainedSpec(ModelSpec):
     several, which are joined by logsumexp; or a text file with a line per class. None: the outputs are the classes."""
     outputs: Count | None = None
     """Number of outputs of the network, if `classes` is set and `model` does not name weights."""
+    prune: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fraction of the weights, the smallest of each convolution and linear layer, that are 0 when it is dumped."""
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.outputs is not None and self.classes is None:
@@ -203,9 +205,8 @@ class EnsembleSpec(Section):
     """An ensemble of networks as one teacher (`models/ensemble.py`)."""
 
     ensemble: Annotated[list[MemberSpec], Field(min_length=1)]
-    """Instead of the keys above: a list of networks that are one teacher, each with `model`, `args`, `weights`,
-    `classes`, `outputs` and `weight` (default 1). `teacher: [a, b]` is short for it, and the name of a model for
-    `{model: NAME}`."""
+    """Instead of the keys above: networks that are one teacher, each with the keys above and `weight` (default 1).
+    `teacher: [a, b]` is short for it, and the name of a model for `{model: NAME}`."""
     combine: Literal["logits", "probabilities"] = "logits"
     """For an ensemble: weighted mean of the networks' logits, or of their probabilities."""
 

@@ -1,7 +1,8 @@
 """First axis: adjustments of the teacher's logits.
 
 Every adjustment is a pure function `(teacher_logits [B, C], labels [B]) -> [B, C]` of logits that are already divided
-by the temperature. None works in place: the row of the cache must survive, since the next epoch reads it again.
+by the temperature; `noise` also draws random numbers. None works in place: the row of the cache must survive, since the
+next epoch reads it again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdcache.losses.options import AdjustmentOptions, Presets
+from kdcache.losses.options import AdjustmentOptions, Positive, Presets
 
 
 def none(teacher_logits: Tensor, labels: Tensor) -> Tensor:
@@ -130,3 +131,41 @@ class Truncation(AdjustmentOptions):
     def classes_kept(self) -> int:
         """Return `top`."""
         return self.top
+
+
+def noise(teacher_logits: Tensor, labels: Tensor, sigma: float = 0.3, share: float = 0.5) -> Tensor:
+    """Multiply the teacher's logits by random factors in a share of the samples (noisy teachers).
+
+        u'_j = (1 + xi_j) * u_j    xi_j ~ N(0, sigma^2), drawn for each class of a sample that was drawn
+
+    Every call draws anew from torch's default generator, which training seeds with `train.seed` in each process and
+    stores in its checkpoints, so that a resumed run draws what the whole one would. In a loss with `plain_kd_weight`
+    each of the two terms draws its own.
+
+    The logits are scaled about 0: a constant that is added to a row changes how much noise it gets.
+
+    Args:
+        teacher_logits: [B, C].
+        labels: [B]; not used.
+        sigma: standard deviation of the factors.
+        share: probability that a sample is changed, above 0 and at most 1.
+
+    Source: Sau & Balasubramanian 2016 (1610.09650), section 3.1. The defaults are close to those of KD_Lib, whose
+    variance is 0.1; its code draws once for a whole batch whether it is changed, the paper for each sample.
+    """
+    drawn = torch.rand(len(teacher_logits), 1, dtype=teacher_logits.dtype, device=teacher_logits.device) < share
+    factors = torch.where(drawn, 1 + sigma * torch.randn_like(teacher_logits), 1.0)
+    return teacher_logits * factors
+
+
+class Noise(AdjustmentOptions):
+    """Options of `noise`."""
+
+    compute = staticmethod(noise)
+    presets: ClassVar[Presets] = {"noisy": {}}
+    needs_level = True
+    commutes_with_scale = True
+
+    kind: Literal["noise"] = "noise"
+    sigma: Positive = 0.3
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5

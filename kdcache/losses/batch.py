@@ -15,6 +15,9 @@ For a batch that is spread over several processes it is the all-reduced sum, who
 each process has the statistics of the whole batch.
 """
 
+BatchMax = Callable[[Tensor], Tensor]
+"""[B, ...] -> [...]: the maximum over the samples of the whole batch, without a gradient."""
+
 
 def of_these(rows: Tensor) -> Tensor:
     """Return the sum over the given samples, which are the whole batch."""
@@ -24,6 +27,22 @@ def of_these(rows: Tensor) -> Tensor:
 def of_all_ranks(rows: Tensor) -> Tensor:
     """Return the sum over the samples of all processes of the default group."""
     return _AllReduced.apply(rows.sum(dim=0))  # type: ignore[no-any-return]  # torch's is not typed
+
+
+def max_of_these(rows: Tensor) -> Tensor:
+    """Return the maximum over the given samples, which are the whole batch."""
+    return rows.detach().amax(dim=0)
+
+
+def max_of_all_ranks(rows: Tensor) -> Tensor:
+    """Return the maximum over the samples of all processes of the default group."""
+    largest = max_of_these(rows)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return largest
+
+
+OVER_ALL_RANKS = of_all_ranks, max_of_all_ranks
+"""The last two fields of `BatchTotals`, for a batch that is spread over processes."""
 
 
 class _AllReduced(torch.autograd.Function):
@@ -54,13 +73,15 @@ class BatchTotals(NamedTuple):
         rows: number of samples.
         labeled: number of labeled samples.
         shares: `labeled`; for mixed images the sum of their labeled shares.
-        sum: sum over all of its samples, for DTD and DIST.
+        sum: sum over all of its samples, for losses of the batch such as DTD and DIST.
+        max: maximum over all of its samples.
     """
 
     rows: Tensor | int
     labeled: Tensor | int
     shares: Tensor | int
     sum: BatchSum = of_these
+    max: BatchMax = max_of_these
 
 
 def at_least_one(count: Tensor | int) -> Tensor | int:

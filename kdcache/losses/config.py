@@ -36,9 +36,10 @@ class Loss(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     name: str = "kd"
-    """`ce`, or parts joined by `+`, one per axis: `zscore`; `ka`, `lsr`, `truncated`; `kd`, `dtkd`, `dtd`, `cwsm`,
-    `ctkd`; `rkl`, `js`, `dkd`, `dist`, `pld`, `ofa`, `mse`, `cosine`. Or `path/file.py:function`, with the function's
-    keyword arguments as further keys. Sets the defaults of the keys below."""
+    """`ce`, or parts joined by `+`, one per axis: `zscore`; `ka`, `lsr`, `truncated`, `noisy`; `kd`, `dtkd`, `dtd`,
+    `cwsm`, `ctkd`, `cswt`; `rkl`, `js`, `dkd`, `dist`, `r2kd`, `cskd`, `pld`, `ofa`, `mse`, `cosine`, `brier`,
+    `comparative`. Or `path/file.py:function`, with the function's keyword arguments as further keys. Sets the defaults
+    of the keys below."""
     ce_weight: NotNegative
     """Weight of the cross-entropy with the labels."""
     kd_weight: NotNegative
@@ -50,14 +51,16 @@ class Loss(BaseModel):
     normalization: Normalization = "none"
     """Normalization of both logits, before everything else: `none` or `z_score` (logit standardization)."""
     adjustment: Adjustment
-    """`kind: none`, `probability_shift`, `label_smoothing` (`smoothing`) or `truncation` (`top`)."""
+    """`kind: none`, `probability_shift`, `label_smoothing` (`smoothing`), `truncation` (`top`) or `noise` (`sigma`,
+    `share`)."""
     temperature: Temperature
     """`kind: constant` (`tau`), `dtkd` (`tau`, `sharpness`, `center`, `detach`, `equalize`, `sharpness_floor`),
-    `dtd_flsw` (`tau`, `beta`, `gamma`, `min_temperature`), `dtd_cwsm` (`tau`, `beta`, `min_temperature`) or
-    `ctkd` (`min_temperature`, `span`, `ramp_epochs`)."""
+    `dtd_flsw` (`tau`, `beta`, `gamma`, `min_temperature`), `dtd_cwsm` (`tau`, `beta`, `min_temperature`),
+    `ctkd` (`min_temperature`, `span`, `ramp_epochs`) or `cswt` (`tau`, `low`, `high`)."""
     divergence: Divergence
-    """`kind: kl`, `reverse_kl`, `jensen_shannon`, `dkd` (`alpha`, `beta`), `dist` (`beta`, `gamma`), `plackett_luce`,
-    `ofa` (`eps`), `mse`, `cosine` or `function` (`function`: `path/file.py:function`, `options`)."""
+    """`kind: kl`, `reverse_kl`, `jensen_shannon`, `dkd` (`alpha`, `beta`), `dist` (`beta`, `gamma`, `center`),
+    `plackett_luce`, `ofa` (`eps`), `mse`, `cosine`, `brier` (`alpha`), `comparative` (`group_size`) or `function`
+    (`function`: `path/file.py:function`, `options`)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -164,6 +167,8 @@ class Loss(BaseModel):
             return None
         if self.temperature.needs_level:
             return f"the temperature {self.temperature.kind}"
+        if self.adjustment.needs_level:
+            return f"the adjustment {self.adjustment.kind}"
         return self.divergence.described("needs_level") if self.divergence.needs_level else None
 
     @property

@@ -139,9 +139,9 @@ def _term_and_temperatures(
     student_logits, teacher_logits = normalize(student_logits), normalize(teacher_logits)
     n_rows = at_least_one(whole.labeled if loss.skips_unlabeled else whole.rows)
     of_step: dict[str, Any] = {"epoch": epoch, "theta": theta} if loss.learns_temperature else {}
-    temperature = loss.temperature.bind(**of_step, **_batch_sum(loss.temperature, whole))
-    adjust = loss.adjustment.bind(**_batch_sum(loss.adjustment, whole))
-    divergence = loss.divergence.bind(**_batch_sum(loss.divergence, whole))
+    temperature = loss.temperature.bind(**of_step, **_over_batch(loss.temperature, whole))
+    adjust = loss.adjustment.bind(**_over_batch(loss.adjustment, whole))
+    divergence = loss.divergence.bind(**_over_batch(loss.divergence, whole))
 
     def weighted_sum(t: Temperatures) -> Tensor:
         if _has_closed_form(loss, teacher_logits, t):
@@ -167,8 +167,9 @@ def _has_closed_form(loss: Loss, teacher_logits: Tensor, t: Temperatures) -> boo
     return loss.adjustment.commutes_with_scale or not t.teacher.requires_grad
 
 
-def _batch_sum(options: Options, whole: BatchTotals) -> dict[str, Any]:
-    return {"batch_sum": whole.sum} if options.uses_batch else {}
+def _over_batch(options: Options, whole: BatchTotals) -> dict[str, Any]:
+    found: dict[str, Any] = {"batch_sum": whole.sum} if options.uses_batch else {}
+    return {**found, "batch_max": whole.max} if options.uses_batch_max else found
 
 
 def distillation_loss(

@@ -3,24 +3,22 @@
 Every divergence is a pure function of scaled logits `[B, C]` that returns one value per sample, `[B]`. The third
 argument are the labels [B], -1 where not known, for those that treat the true class apart. p and q are the softmax of
 the teacher's and the student's logits divided by their temperatures. All but `plackett_luce` and `ofa` are 0 where both
-are equal; all but `mse` are invariant to a constant that is added to a row.
+are equal; all but `mse` are invariant to a constant that is added to a row. `correlation.py`, `brier.py` and
+`comparative.py` have more of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.losses.batch import BatchSum, batch_mean, of_these
-from kdcache.losses.options import DivergenceOptions, NotNegative, Presets
-
-_AT_1: dict[str, Any] = {"kind": "constant", "tau": 1.0}
+from kdcache.losses.options import AT_1, DivergenceOptions, NotNegative, Presets
 
 
 def kl(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
@@ -141,108 +139,6 @@ class DKD(DivergenceOptions):
             yield "alpha and beta of dkd are both 0"
 
 
-def dist(
-    student_scaled: Tensor,
-    teacher_scaled: Tensor,
-    labels: Tensor,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    batch_sum: BatchSum = of_these,
-) -> Tensor:
-    """Return 1 - Pearson's correlation of p and q, along each row and down each column of the batch (DIST).
-
-        beta * (1 - r(p_i, q_i)) + gamma * mean_j (1 - r(p_.j, q_.j))
-
-    The second term belongs to the batch and is the same for all its samples. A row or a column that does not vary has
-    no correlation: the term is 0 if neither p nor q varies (as in a batch of one sample), 1/2 if one does, and has no
-    gradient. A row or column counts as constant if its deviations are at most 1e-4 of its norm, or underflow.
-
-    Args:
-        student_scaled: [B, C].
-        teacher_scaled: [B, C].
-        labels: [B]; not used.
-        beta: weight of the rows, the relation between classes.
-        gamma: weight of the columns, the relation between samples.
-        batch_sum: sum over the whole batch, part of which may be in other processes.
-
-    Source: Huang et al. 2022 (2205.10536); code github.com/hunto/DIST_KD at 6d93ca0, without its 1e-8 beside the
-    norms: at T = 4 it would change the seventh digit.
-    """
-    q, p = student_scaled.softmax(dim=1), teacher_scaled.softmax(dim=1)
-    rows = _angle(q - q.mean(dim=1, keepdim=True), p - p.mean(dim=1, keepdim=True), q, p, _over_classes)
-    columns = _angle(q - batch_mean(q, batch_sum), p - batch_mean(p, batch_sum), q, p, batch_sum)
-    return beta * rows.squeeze(1) + gamma * columns.mean()
-
-
-class DIST(DivergenceOptions):
-    """Options of `dist`."""
-
-    compute = staticmethod(dist)
-    # The defaults of the authors' code.
-    presets: ClassVar[Presets] = {"dist": {"ce_weight": 1.0, "kd_weight": 1.0, "temperature": _AT_1}}
-    uses_batch = True
-
-    kind: Literal["dist"] = "dist"
-    beta: NotNegative = 1.0
-    gamma: NotNegative = 1.0
-
-    def without_effect(self) -> Iterator[str]:
-        """Yield an objection if both weights are 0."""
-        if self.beta == self.gamma == 0:
-            yield "beta and gamma of dist are both 0"
-
-
-def cosine(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
-    """Return 1 - cos(p, q) of each sample: the rows of DIST, not centered.
-
-    (The cosine of logits would not depend on the temperature.)
-
-    Source: none; the cosine embedding loss of DistilBERT (Sanh et al. 2019, 1910.01108) applied to probabilities.
-    """
-    q, p = student_scaled.softmax(dim=1), teacher_scaled.softmax(dim=1)
-    return _angle(q, p, q, p, _over_classes).squeeze(1)
-
-
-class Cosine(DivergenceOptions):
-    """Options of `cosine`."""
-
-    compute = staticmethod(cosine)
-    presets: ClassVar[Presets] = {"cosine": {}}
-
-    kind: Literal["cosine"] = "cosine"
-
-
-def _over_classes(rows: Tensor) -> Tensor:
-    return rows.sum(dim=1, keepdim=True)
-
-
-_FLAT = 1e-4
-"""Norm of the deviations, as a fraction of the norm of the values, up to which a row or column counts as constant."""
-
-
-def _angle(a: Tensor, b: Tensor, a_values: Tensor, b_values: Tensor, total: BatchSum) -> Tensor:
-    """Return 1 - cos(a, b), as half the squared distance of both at length 1: exactly 0 for equal ones, gradient too.
-
-    Args:
-        a: deviations of the student's probabilities, [B, C].
-        b: of the teacher's.
-        a_values: the probabilities that `a` deviates by: rounding makes deviations that are small beside them.
-        b_values: of the teacher.
-        total: sum over the axis that the vectors are along.
-    """
-    a, b = (_unit(z, values, total) for z, values in ((a, a_values), (b, b_values)))
-    return total((a - b).square()) / 2
-
-
-def _unit(z: Tensor, values: Tensor, total: BatchSum) -> Tensor:
-    """Return vectors divided by their norms; 0, without a gradient, where the norm is 0 up to rounding."""
-    squared = total(z.square())
-    # Below this the squares lose digits, and then slopes overflow.
-    smallest = torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps
-    is_flat = squared.detach() <= (_FLAT**2 * total(values.detach().square())).clamp_min(smallest)
-    return torch.where(is_flat, 0.0, z / torch.where(is_flat, 1.0, squared).sqrt())
-
-
 def plackett_luce(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
     """Return the weighted likelihood of the teacher's order of the classes, the true class first (Plackett-Luce).
 
@@ -271,7 +167,7 @@ class PlackettLuce(DivergenceOptions):
 
     compute = staticmethod(plackett_luce)
     # The paper, whose first rank is the cross-entropy.
-    presets: ClassVar[Presets] = {"pld": {"ce_weight": 0.0, "kd_weight": 1.0, "temperature": _AT_1}}
+    presets: ClassVar[Presets] = {"pld": {"ce_weight": 0.0, "kd_weight": 1.0, "temperature": AT_1}}
     acts_on_label = True
     needs_order = True
     positive_between_equals = True
@@ -306,7 +202,7 @@ class OFA(DivergenceOptions):
 
     compute = staticmethod(ofa)
     # The defaults of the authors' code.
-    presets: ClassVar[Presets] = {"ofa": {"ce_weight": 1.0, "kd_weight": 1.0, "temperature": _AT_1}}
+    presets: ClassVar[Presets] = {"ofa": {"ce_weight": 1.0, "kd_weight": 1.0, "temperature": AT_1}}
     acts_on_label = True
     positive_between_equals = True
 
@@ -330,7 +226,7 @@ class MSE(DivergenceOptions):
 
     compute = staticmethod(mse)
     # At T = 1, since T cancels out.
-    presets: ClassVar[Presets] = {"mse": {"temperature": _AT_1}}
+    presets: ClassVar[Presets] = {"mse": {"temperature": AT_1}}
     needs_level = True
     needs_logits = True
     ignores_shared_temperature = True

@@ -19,6 +19,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Presets = dict[str, dict[str, Any]]
 """Loss names, each with what it sets beside its axis."""
 
+AT_1: dict[str, Any] = {"kind": "constant", "tau": 1.0}
+"""The temperature axis without a temperature, for presets."""
+
 
 class Options(BaseModel):
     """The options of one function of one axis.
@@ -28,6 +31,7 @@ class Options(BaseModel):
         presets: loss names that choose this kind, each with what it sets beside it (weights, the other axes).
         uses_batch: whether a sample's result depends on the other samples of its batch; the function then takes
             `batch_sum`.
+        uses_batch_max: whether it needs the maximum over the batch too; the function then takes `batch_max`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
@@ -35,6 +39,7 @@ class Options(BaseModel):
     compute: ClassVar[Callable[..., Any]]
     presets: ClassVar[Presets] = {}
     uses_batch: ClassVar[bool] = False
+    uses_batch_max: ClassVar[bool] = False
 
     kind: str
 
@@ -56,6 +61,7 @@ class AdjustmentOptions(Options):
 
     Attributes:
         acts_on_label: whether it needs the one true class of each sample.
+        needs_level: whether a constant that is added to a row of the teacher's logits changes more than a constant.
         gives_probabilities: whether its result is defined by its softmax only, so that comparing logits is meaningless.
         loses_order: whether the order of the teacher's classes is lost.
         gives_zeros: whether the softmax of its result has exact zeros.
@@ -63,6 +69,7 @@ class AdjustmentOptions(Options):
     """
 
     acts_on_label: ClassVar[bool] = False
+    needs_level: ClassVar[bool] = False
     gives_probabilities: ClassVar[bool] = False
     loses_order: ClassVar[bool] = False
     gives_zeros: ClassVar[bool] = False
@@ -132,6 +139,11 @@ class DivergenceOptions(Options):
     positive_between_equals: ClassVar[bool] = False
     needs_constant_temperature: ClassVar[bool] = False
     has_closed_form: ClassVar[bool] = False
+
+    @property
+    def samples_per_group(self) -> int:
+        """How many consecutive samples belong together: a batch, and each process's part of it, has whole groups."""
+        return 1
 
     def described(self, trait: str) -> str:
         """Return what the divergence is called in a message about one of its traits."""

@@ -4,9 +4,10 @@ A name is parts joined by `+`, in any order. Each part sets one axis, and the ax
 
     ce                                                  the labels alone, no teacher
     zscore                                              the normalization
-    ka | lsr | truncated                                the adjustment axis
-    kd | dtkd | dtd | cwsm | ctkd                       the temperature axis; kd is the constant one
-    rkl | js | dkd | dist | pld | ofa | mse | cosine    the divergence axis
+    ka | lsr | truncated | noisy                        the adjustment axis
+    kd | dtkd | dtd | cwsm | ctkd | cswt                the temperature axis; kd is the constant one
+    rkl | js | dkd | dist | r2kd | cskd | pld | ofa |   the divergence axis
+        mse | cosine | brier | comparative
     ka+dtd, dtkd+dkd, kd+dist, zscore+ka, ...           their products
 
 The names, and what each sets beside its axis, are the `presets` of the options in `losses/registry.py`. Where two parts

@@ -6,7 +6,16 @@ in the `presets` of the options.
 
 from __future__ import annotations
 
-from kdcache.losses import adjustments, divergences, normalizations, temperatures
+from kdcache.losses import (
+    adjustments,
+    brier,
+    comparative,
+    correlation,
+    cswt,
+    divergences,
+    normalizations,
+    temperatures,
+)
 from kdcache.losses.normalizations import Normalization
 from kdcache.losses.options import AdjustmentOptions, DivergenceOptions, TemperatureOptions
 
@@ -19,6 +28,7 @@ ADJUSTMENTS: dict[str, type[AdjustmentOptions]] = {
     "probability_shift": adjustments.ProbabilityShift,
     "label_smoothing": adjustments.LabelSmoothing,
     "truncation": adjustments.Truncation,
+    "noise": adjustments.Noise,
 }
 TEMPERATURES: dict[str, type[TemperatureOptions]] = {
     "constant": temperatures.ConstantTemperature,
@@ -26,15 +36,18 @@ TEMPERATURES: dict[str, type[TemperatureOptions]] = {
     "dtd_flsw": temperatures.DTDFocal,
     "dtd_cwsm": temperatures.DTDConfidence,
     "ctkd": temperatures.CTKD,
+    "cswt": cswt.CSWT,
 }
 DIVERGENCES: dict[str, type[DivergenceOptions]] = {
     "kl": divergences.KL,
     "reverse_kl": divergences.ReverseKL,
     "jensen_shannon": divergences.JensenShannon,
     "dkd": divergences.DKD,
-    "dist": divergences.DIST,
+    "dist": correlation.DIST,
     "plackett_luce": divergences.PlackettLuce,
     "ofa": divergences.OFA,
     "mse": divergences.MSE,
-    "cosine": divergences.Cosine,
+    "cosine": correlation.Cosine,
+    "brier": brier.Brier,
+    "comparative": comparative.Comparative,
 }

@@ -31,6 +31,7 @@ from kdcache.models import (
     record_of_groups,
 )
 from kdcache.models.digest import plain_state
+from kdcache.models.prune import prune
 from kdcache.runtime import user_code
 from kdcache.runtime.progress import Progress, Silent
 
@@ -142,14 +143,16 @@ def _load(
         outputs = outputs_of(spec) or spec.outputs or outputs
         groups = read_groups(spec.classes, outputs, samples.num_classes)
         arguments = {"args": spec.args, "outputs": outputs, "classes": record_of_groups(groups)}
-    if spec.output is not None:
-        chosen = arguments if spec.classes is not None else {"args": spec.args}
-        arguments = {**chosen, "output": spec.output}
+    beside = {key: value for key, value in (("output", spec.output), ("prune", spec.prune)) if value is not None}
+    if beside:
+        arguments = {**(arguments if spec.classes is not None else {"args": spec.args}), **beside}
     if remark := compare_names(spec, groups, samples.class_names):
         progress.say(remark)
     if groups is None and spec.weights is not None:
         check_run_classes(spec.weights, samples.class_names)
     model = build_model(spec, outputs, shape, trained=True, progress=progress)
+    if spec.prune is not None:
+        prune(model, spec.prune)
     code = user_code.digest_of(spec.model) if user_code.is_user_code(spec.model) else None
     kind, _, folder = spec.model.partition(":")
     if kind == "hf":

@@ -1,13 +1,16 @@
-"""Optimizers and learning rate schedules."""
+"""Optimizers, learning rate schedules and averages of weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from kdcache.config.schema import TrainSpec
 
@@ -57,3 +60,18 @@ def make_optimizer(model: nn.Module, spec: TrainSpec, theta: nn.Parameter | None
         return AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
     nesterov = spec.nesterov and spec.momentum > 0
     return SGD(parameters, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, weight_decay=spec.weight_decay)
+
+
+def average_update(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Return the update of an exponential moving average; integers, such as tables of indices, are copied."""
+    update_floats = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch's is not typed
+
+    def update(averages: Any, values: Any, count: Any) -> None:
+        if averages[0].is_floating_point() or averages[0].is_complex():
+            update_floats(averages, values, count)
+        else:
+            # Torch truncates: its mean of two equal integers is often one less.
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+
+    return update

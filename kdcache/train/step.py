@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
 from kdcache.data.views import View
 from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
-from kdcache.losses.batch import BatchTotals, MixedLabels, labeled_shares, of_all_ranks, of_these
+from kdcache.losses.batch import OVER_ALL_RANKS, BatchTotals, MixedLabels, labeled_shares
 from kdcache.train.accelerator import join_processes
 from kdcache.train.gradients import GradientMonitor
-from kdcache.train.optim import make_optimizer, make_schedule
+from kdcache.train.groups import check_groups
+from kdcache.train.optim import average_update, make_optimizer, make_schedule
 from kdcache.train.passes import TRAINING, Loaders, MicroBatch, MicroBatches, Pass, Work, run_alone
 
 
@@ -74,7 +75,7 @@ class Trainer:
         gradients: their norms, and the warning.
 
     Raises:
-        UsageError: if a batch has too few images to be divided.
+        UsageError: if a batch has too few images to be divided, or cannot be divided into the groups of the loss.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Trainer:
         self.model, self.spec, self.loss = model, spec, loss
         self.accelerator = join_processes(device, spec.precision)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
-        self.steps = len(self._split(torch.arange(count)))
+        cuts = self._split(torch.arange(count))
+        check_groups(cuts, self.ranks, loss)
+        self.steps = len(cuts)
         self._memory_format = torch.channels_last if spec.channels_last else torch.preserve_format
         model.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]  # torch lists it for tensors
         self.theta = learned_temperature(loss, self.device)
@@ -99,7 +102,7 @@ class Trainer:
         self._loaders: Loaders = {}
         self.average: AveragedModel | None = None
         if spec.ema_decay is not None:
-            self.average = AveragedModel(model, multi_avg_fn=_average_update(spec.ema_decay), use_buffers=True)
+            self.average = AveragedModel(model, multi_avg_fn=average_update(spec.ema_decay), use_buffers=True)
         alone = self.ranks == 1  # sums over processes are not compiled
         self._distillation_loss = torch.compile(distillation_loss) if spec.compile and alone else distillation_loss
         if spec.compile:
@@ -212,7 +215,7 @@ class Trainer:
         if micro_batches[0].mixed is not None:  # partners are any samples of the data set, labeled or not
             own = torch.stack([labeled_shares(part.labels, part.mixed).sum() for part in micro_batches]).sum()
             shares = self.accelerator.reduce(own, "sum")
-        return BatchTotals(n_samples, n_labeled, shares, of_all_ranks if self.ranks > 1 else of_these)
+        return BatchTotals(n_samples, n_labeled, shares, *(OVER_ALL_RANKS if self.ranks > 1 else ()))
 
     def _step(self, context: StepContext) -> LossParts:
         """Take an optimizer step, and return this process's part of its loss."""
@@ -314,21 +317,6 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.gradients.load_state_dict(state["gradients"])
-
-
-def _average_update(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Return the update of an exponential moving average; integers, such as tables of indices, are copied."""
-    update_floats = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch's is not typed
-
-    def update(averages: Any, values: Any, count: Any) -> None:
-        if averages[0].is_floating_point() or averages[0].is_complex():
-            update_floats(averages, values, count)
-        else:
-            # Torch truncates: its mean of two equal integers is often one less.
-            for average, value in zip(averages, values, strict=True):
-                average.copy_(value)
-
-    return update
 
 
 def _joined(micro_batches: Sequence[MicroBatch]) -> MicroBatch:

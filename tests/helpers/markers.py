@@ -385,6 +385,9 @@ SLOW_TESTS = {
         "test_a_lower_fidelity_is_cheaper",
         "test_what_was_planned_holds_on_rows_that_were_not_seen",
     },
+    "test_prune": {
+        "test_a_pruned_teacher_is_another_teacher",
+    },
     "test_public_api": {
         "test_a_cache_of_any_data_set_of_pairs",
     },

@@ -87,7 +87,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     registry = folder / "kdcache" / "losses" / "registry.py"
     line = '    "kl": divergences.KL,\n'
     text = registry.read_text().replace(line, line + '    "jeffreys": jeffreys.Jeffreys,\n')
-    text = text.replace("import adjustments, divergences,", "import adjustments, divergences, jeffreys,")
+    text = text.replace("    divergences,\n", "    divergences,\n    jeffreys,\n")
     assert text.count("jeffreys") == 3
     registry.write_text(text)
     return folder

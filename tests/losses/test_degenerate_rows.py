@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdcache.losses import Loss, distillation_loss, learned_temperature
-from kdcache.losses.divergences import cosine, dist
+from kdcache.losses.correlation import cosine, dist
 from kdcache.losses.normalizations import z_score
 from kdcache.losses.presets import PARTS
 from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, NORMALIZATIONS, TEMPERATURES

@@ -34,7 +34,8 @@ from torch.nn import functional as F
 from kdcache.losses import Loss, distillation_term
 from kdcache.losses.adjustments import truncation
 from kdcache.losses.batch import BatchSum, BatchTotals, of_these
-from kdcache.losses.divergences import cosine, dist, dkd, jensen_shannon, kl, mse, ofa, plackett_luce, reverse_kl
+from kdcache.losses.correlation import cosine, dist
+from kdcache.losses.divergences import dkd, jensen_shannon, kl, mse, ofa, plackett_luce, reverse_kl
 from kdcache.losses.normalizations import z_score
 from kdcache.losses.registry import DIVERGENCES
 

@@ -32,6 +32,7 @@ from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, NORMALIZATIONS, TE
         ("lsr", "label_smoothing", "constant"),
         ("truncated+cwsm", "truncation", "dtd_cwsm"),
         ("ctkd", "none", "ctkd"),
+        ("noisy+cswt", "noise", "cswt"),
     ],
 )
 def test_names_choose_their_axes(name: str, adjustment: str, temperature: str) -> None:
@@ -59,6 +60,8 @@ def test_names_choose_their_axes(name: str, adjustment: str, temperature: str) -
         ("ka+ka", "'ka\\+ka' chooses the same thing twice"),
         ("zscore+zscore", "chooses the same thing twice: take one of zscore and zscore"),
         ("ctkd+dkd+dtkd", "chooses the same thing twice: take one of ctkd and dtkd"),
+        ("r2kd+cskd", "chooses the same thing twice: take one of r2kd and cskd"),
+        ("noisy+ka", "chooses the same thing twice"),
         ("dkd+dist", "chooses the same thing twice: take one of dkd and dist"),
         ("lsr+kd+ka", "chooses the same thing twice: take one of lsr and ka"),
         ("dtd+mse", "cancels out of mse"),
@@ -96,6 +99,14 @@ def test_names_that_mean_nothing_are_refused(name: str, message: str) -> None:
         ({"name": "ce", "divergence": {"kind": "dist"}}, "would have no effect"),
         ({"name": "dkd", "divergence": {"alpha": 0, "beta": 0}}, "alpha and beta of dkd are both 0"),
         ({"name": "dist", "divergence": {"beta": 0, "gamma": 0}}, "beta and gamma of dist are both 0"),
+        ({"name": "brier", "divergence": {"alpha": 1}}, "less than 1"),
+        ({"name": "brier+dtkd", "divergence": {"alpha": 0.5}}, "brier is above 0 even where"),
+        ({"name": "comparative", "temperature": {"tau": 4}}, "cancels out of comparative"),
+        ({"name": "comparative", "divergence": {"group_size": 0}}, "greater than or equal to 1"),
+        ({"name": "noisy", "adjustment": {"share": 0}}, "greater than 0"),
+        ({"name": "noisy", "adjustment": {"share": 1.5}}, "less than or equal to 1"),
+        ({"name": "cswt", "temperature": {"low": 6}}, "low, 6, must be below high, 6"),
+        ({"name": "cskd", "temperature": {"kind": "constant"}}, "raise kd_weight instead"),
         ({"name": "dkd+truncated", "adjustment": {"top": 1}}, "top: 1 may leave none"),
         ({"name": "mse", "temperature": {"tau": 4}}, "take kind: constant with tau: 1"),
         ({"name": "ctkd", "plain_kd_weight": 1}, "ctkd has none"),
@@ -136,7 +147,9 @@ def test_parts_that_say_different_things_are_heard_in_the_order_of_the_list() ->
 def makes_sense(adjustment: str, temperature: str, divergence: str) -> bool:
     """Which of the grid is refused, said another way."""
     if divergence == "mse":
-        return temperature in ("constant", "dtkd") and adjustment in ("none", "probability_shift")
+        return temperature in ("constant", "dtkd") and adjustment in ("none", "probability_shift", "noise")
+    if divergence == "comparative":
+        return temperature == "constant" and adjustment in ("none", "probability_shift", "noise")
     if divergence in ("ofa", "plackett_luce") and temperature in ("dtkd", "ctkd"):
         return False
     return (adjustment, divergence) not in {("truncation", "reverse_kl"), ("label_smoothing", "plackett_luce")}

@@ -6,6 +6,7 @@ The reference is the loop that anybody would write: one network, one batch, one 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from kdcache.errors import UsageError
 from kdcache.losses import Loss, distillation_loss, learned_temperature
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.models.small import SmallCNN, SmallMLP
+from kdcache.train.groups import check_groups
 from kdcache.train.loop import Epoch, fit, view_of_epoch
 from kdcache.train.optim import rate
 from kdcache.train.step import Trainer
@@ -63,6 +65,8 @@ CASES = {
     "cwsm": Case({"name": "cwsm"}),
     "dist": Case({"name": "dist"}),
     "dtd+dist": Case({"name": "dtd+dist"}),
+    "cskd": Case({"name": "cskd"}),
+    "comparative": Case({"name": "comparative"}),
     "ctkd": Case(CTKD),
     "ctkd+dist": Case({**CTKD, "name": "ctkd+dist"}),
     "kd, mixed": Case({"name": "kd"}, SMOOTHED, MIXUP),
@@ -155,7 +159,7 @@ def test_a_step_in_micro_batches_equals_the_step_of_the_whole_batch(name: str, a
     check_same(by_the_trainer(CASES[name], accumulate), expected)
 
 
-@pytest.mark.parametrize("name", ["dtd", "cwsm", "dist", "dtd+dist", "ctkd+dist"])
+@pytest.mark.parametrize("name", ["dtd", "cwsm", "dist", "dtd+dist", "ctkd+dist", "cskd", "comparative"])
 def test_a_loss_of_the_batch_gets_the_logits_of_all_micro_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Loss, "is_of_the_batch", property(lambda _: False))
     found, expected = by_the_trainer(CASES[name], 3), by_hand(CASES[name])
@@ -235,6 +239,63 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
     assert "lower train.gradient_accumulation_steps" in caught.value.fix
 
 
+def in_pairs() -> Loss:
+    return Loss.model_validate({"name": "comparative", "divergence": {"group_size": 2}})
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "accumulate", "size"), [(37, 13, 1, 13), (37, 12, 3, 37 - 36), (21, 10, 2, 1)]
+)
+def test_a_batch_without_whole_groups_is_refused(count: int, batch_size: int, accumulate: int, size: int) -> None:
+    spec = TrainSpec(batch_size=batch_size, gradient_accumulation_steps=accumulate)
+    if size == 1 and accumulate > 1:  # the last batch is left out
+        assert Trainer(Double(), spec, in_pairs(), count).steps == count // batch_size
+        return
+    with pytest.raises(UsageError, match=rf"^a batch of {size} images cannot be divided into groups of 2 ") as caught:
+        Trainer(Double(), spec, in_pairs(), count)
+    assert "group_size 1" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "words"), [([3, 3], 1, ""), ([2, 4], 2, ""), ([3, 3], 2, "micro-batch of 3")]
+)
+def test_a_group_is_in_one_process(sizes: list[int], ranks: int, words: str) -> None:
+    cuts = [tuple(torch.zeros(size) for size in sizes)]
+    if not words:
+        check_groups(cuts, ranks, in_pairs())
+        return
+    with pytest.raises(UsageError, match=words):
+        check_groups(cuts, ranks, in_pairs())
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_groups_that_micro_batches_divide_are_those_of_the_batch(accumulate: int) -> None:
+    spec = TrainSpec(batch_size=10, gradient_accumulation_steps=accumulate)  # in three: 4, 3 and 3
+    model, train = Double(), View(samples(), [])
+    ids = torch.randperm(20, generator=torch.Generator().manual_seed(1))[:10]
+    batch = train.__getitems__(ids.tolist())
+    apart = Double()(batch.images) - live(ids, 0)
+    means = [(apart[i] + apart[i + 1]) / 2 for i in range(0, 10, 2)]
+    pairs = [(a - b).square().mean() for a, b in itertools.permutations(means, 2)]
+    expected = torch.stack(pairs).mean().item()
+    step = Trainer(model, spec, in_pairs(), 20).epoch(train, 1, FunctionTeacher(live, 20))[0]
+    assert step.distillation.item() == pytest.approx(expected, rel=1e-6)
+
+
+def noisy_outcome(seed: int) -> list[Tensor]:
+    model, train = Double(), View(samples(), [])
+    trainer = Trainer(model, SPEC, Loss.model_validate({"name": "noisy"}), COUNT)
+    torch.manual_seed(seed)
+    trainer.epoch(train, 1, FunctionTeacher(live, COUNT))
+    return [value.detach() for value in model.parameters()]
+
+
+def test_the_noise_of_a_teacher_is_drawn_from_the_generator_of_training() -> None:
+    for one, same, other in zip(noisy_outcome(1), noisy_outcome(1), noisy_outcome(2), strict=True):
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
+
+
 def test_a_short_last_batch_with_micro_batches_of_one_is_left_out() -> None:
     def steps(count: int, batch_size: int, accumulate: int) -> int:
         spec = TrainSpec(batch_size=batch_size, gradient_accumulation_steps=accumulate)
@@ -247,7 +308,7 @@ def test_a_short_last_batch_with_micro_batches_of_one_is_left_out() -> None:
 
 # Several processes.
 
-SHARED = ["ce, smoothed", "kd", "dkd", "dtd+dist", "ctkd", "ctkd+dist", "kd, mixed"]
+SHARED = ["ce, smoothed", "kd", "dkd", "dtd+dist", "ctkd", "ctkd+dist", "kd, mixed", "cskd", "comparative"]
 
 
 def as_a_rank(rank: int, environment: dict[str, str], out: Path, names: list[str], pieces: list[int]) -> None:

@@ -95,7 +95,7 @@ class TeacherRecord(Record):
     Attributes:
         name: as the pipeline has it, without the folder of a file.
         arguments: of its constructor; of an ensemble `members` and `combine`; where the classes of the data set are
-            outputs of other numbers, `args`, `outputs` and `classes`.
+            outputs of other numbers, `args`, `outputs` and `classes`; with `output` or `prune` these beside `args`.
         code_digest: of the user's file that builds it and the user's modules that it imports; None for a network that
             a library builds.
         weights_digest: over parameters and buffers.
