@@ -63,6 +63,9 @@ class BatchedTransform:
         self._takes_pil = "ToImage" in names and set(names[: names.index("ToImage")]) <= _MOVES
         self._plans: dict[tuple[torch.Size, torch.dtype], _Plan] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_plans": {}}  # functions, which another process makes for itself
+
     def stack(self, images: Images, ids: Sequence[int]) -> Tensor | None:
         """Return the images `ids`, [B, channels, H, W]; None if they have to be transformed one at a time."""
         if isinstance(images, ArrayImages):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,13 @@ def test_the_generators_of_the_caller_are_left_alone(tmp_path: Path) -> None:
             before = states()
             View(samples_of(images), [*AUGMENT, *steps]).batch([0, 0], 1)
             assert states() == before
+
+
+def test_a_view_that_was_used_can_be_sent_to_another_process() -> None:
+    data = View(samples_of(pictures("array")), AUGMENT, seed=5)
+    before = data.batch(range(COUNT), 3).images
+    sent = pickle.loads(pickle.dumps(data))  # noqa: S301
+    assert torch.equal(sent.batch(range(COUNT), 3).images, before)
 
 
 def test_the_data_set_is_not_modified() -> None:
