@@ -11,6 +11,9 @@ import torch
 
 from kdcache.runtime.paths import existing
 
+_sharing = 1
+"""Number of processes that share the cores."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -44,4 +47,11 @@ def free_disk(folder: Path) -> int:
 
 def available_cores() -> int:
     """Return the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // _sharing, 1)
+
+
+def share_cores(processes: int) -> None:
+    """Let this process use its share of the cores, as one of several that do the same work."""
+    global _sharing  # noqa: PLW0603  # a fact about this process
+    _sharing = processes

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -309,7 +309,7 @@ def _train_all(
     with TemporaryDirectory(prefix="kdcache-sweep-") as folder:
         queue = ProgressQueue()
         mapped = mapped_inputs(context.inputs_by_key, Path(folder))
-        given = (replace(context, caches=[], inputs_by_key=mapped), queue, processes)
+        given = (replace(context, caches=[], inputs_by_key=mapped), queue, processes, get_start_method())
         pool = ProcessPoolExecutor(processes, get_context("spawn"), enter_worker, given)
         try:
             futures = [pool.submit(_train_in_worker, group) for group in groups]

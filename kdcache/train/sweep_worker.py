@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as futures_wait
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, set_start_method
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import torch
 from kdcache.data.images import ArrayImages, map_images
 from kdcache.data.samples import Samples
 from kdcache.runtime.progress import Progress, Task
+from kdcache.runtime.resources import share_cores
 from kdcache.train.inputs import TrainingInputs
 from kdcache.train.sweep_groups import Job
 
@@ -58,9 +59,19 @@ class _WorkerState(NamedTuple):
 _state: _WorkerState | None = None
 
 
-def enter_worker(context: Any, queue: ProgressQueue, processes: int) -> None:
-    """Set up a worker process: its share of the threads, the context of the sweep, and the watch on its parent."""
+def enter_worker(context: Any, queue: ProgressQueue, processes: int, start_method: str) -> None:
+    """Set up a worker process: its share of threads and cores, the context of the sweep, and the watch on its parent.
+
+    Args:
+        context: of the sweep.
+        queue: for its progress.
+        processes: number of workers.
+        start_method: how it starts the processes that load images; otherwise as it was started itself, which takes
+            seconds for each.
+    """
     global _state  # noqa: PLW0603  # a pool has no other place for what its workers are given
+    set_start_method(start_method, force=True)
+    share_cores(processes)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     _state = _WorkerState(context, queue)

@@ -495,6 +495,7 @@ SLOW_TESTS = {
         "test_validation_test_and_evaluate_use_the_fixed_steps_of_the_students_transform",
     },
     "test_sweep": {
+        "test_a_worker_starts_processes_as_its_parent_does_and_takes_its_share_of_the_cores",
         "test_a_sweep_resumes_with_the_students_that_are_missing",
         "test_all_students_share_one_cache_and_data_set",
         "test_an_interrupted_sweep_keeps_finished_students",

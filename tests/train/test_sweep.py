@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from kdcache.data.datasets import load_split
 from kdcache.data.images import ArrayImages, map_images
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models.small import SmallMLP
+from kdcache.runtime.resources import available_cores
 from kdcache.train.sweep import _read_result, sweep
 from kdcache.train.sweep_points import Point, combinations
+from kdcache.train.sweep_worker import ProgressQueue, enter_worker
 
 RECIPE = ROOT / "pipelines" / "digits.yaml"
 SHORT = ["student.train.epochs=2"]
@@ -210,3 +214,16 @@ def test_processes_share_a_mapped_cache(cache: kdcache.Cache, tmp_path: Path) ->
     done = command(cache, tmp_path, "--over", "loss=kd", "--seeds", 2, "-j", 2)
     assert done.exit_code == 0, done.output
     assert "placement of the cache: mmap" in done.stderr
+
+
+def _how_it_works() -> tuple[str, int, int]:
+    return multiprocessing.get_start_method(), torch.get_num_threads(), available_cores()
+
+
+def test_a_worker_starts_processes_as_its_parent_does_and_takes_its_share_of_the_cores() -> None:
+    given = (None, ProgressQueue(), 2, "fork")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), enter_worker, given) as pool:
+        method, threads, cores = pool.submit(_how_it_works).result()
+    assert method == "fork"
+    assert threads >= 1
+    assert cores == max(available_cores() // 2, 1)
