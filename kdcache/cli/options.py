@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from kdcache.runtime.progress import Progress
 
 
-_DEVICES = ("cpu", "cuda", "mps", "xpu")
-
-
 class CacheName(click.ParamType[str | Path]):
     """The name of a cache: a folder, or a URL, which `Path` would damage, as it makes one slash of two."""
 
@@ -149,26 +146,11 @@ def choose_device(name: str) -> str:
     """
     import torch
 
-    from kdcache.errors import UsageError, did_you_mean, indices_below
+    from kdcache.runtime.devices import check_device
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of torchrun has its own GPU
-    kind, _, index = name.partition(":")
-    if kind not in _DEVICES or not (index.isdecimal() or name == kind):
-        meant = ", did you mean cuda?" if kind.lower() in ("gpu", "nvidia", "") else did_you_mean(kind, _DEVICES)
-        raise UsageError(
-            f"no device {name!r} on this machine{meant}", "use auto, cpu, cuda, cuda:0, cuda:1, ..., mps or xpu"
-        )
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        # Only the first sentence: lists of torch's operations follow.
-        reason = str(error).splitlines()[0].split(". ")[0]
-        if kind == "mps":
-            reason = "torch has no MPS here"
-        elif kind == "cuda" and index and torch.cuda.is_available():
-            reason = f"it has {indices_below(torch.cuda.device_count())}"
-        raise UsageError(f"no device {name!r} on this machine: {reason}", "use --device cpu or auto") from None
+    check_device(name)
     return name

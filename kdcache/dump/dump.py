@@ -36,6 +36,7 @@ from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, Mismat
 from kdcache.models import weights_digest
 from kdcache.models.checks import samples_for
 from kdcache.models.teacher import TeacherIdentity, as_network
+from kdcache.runtime.devices import check_device
 from kdcache.runtime.distributed import Ranks
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress, Silent, Task
@@ -119,6 +120,7 @@ def dump_teacher(
     ranks, cache_spec = ranks or Ranks(), _cache_spec(spec, options)
     trust(step_names(transform))
     model = as_network(model)
+    check_device(device)
     samples = samples_for(model, samples, transform, device)
     job = DumpJob(
         model,

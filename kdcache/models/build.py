@@ -70,6 +70,7 @@ def build_model(
     kind, _, name = spec.model.partition(":")
     channels = shape[0] if shape is not None else _COLOR
     if trained and spec.weights is None and not user_code.is_user_code(spec.model) and not spec.has_own_weights:
+        build_model(spec, num_classes, shape, trained=False)  # if the name is wrong, that is the error to report
         raise UsageError(
             f"the teacher {spec.model} has no weights",
             "make some with `kdcache train-teacher`, and set teacher.weights to the checkpoint "

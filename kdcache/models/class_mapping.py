@@ -113,7 +113,8 @@ def _from_file(path: Path) -> Groups:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(
-            f"cannot read teacher.classes from {path}: {reason}", "give a text file with one line per class"
+            f"cannot read teacher.classes from {path}: {reason}",
+            "give a list of outputs such as teacher.classes=[1,2,0], or a text file with one line per class",
         ) from None
     groups = []
     for number, line in enumerate(lines, 1):

@@ -21,6 +21,7 @@ from kdcache.losses import Loss
 from kdcache.models import build_model
 from kdcache.models.checks import try_network, try_training
 from kdcache.models.evaluate import SplitScore
+from kdcache.runtime.devices import check_device
 from kdcache.runtime.distributed import is_first
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
@@ -84,6 +85,7 @@ def train_teacher(
         KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     spec = pipeline.section("teacher")
+    check_device(device)
     check_run(expand(out))
     loss = Loss.model_validate({"name": "ce"})
     try:
@@ -121,6 +123,7 @@ def train_student(
         KdcacheError: if the inputs are inconsistent; before the first complete epoch, nothing is left behind.
     """
     pipeline.section("student")
+    check_device(device)
     check_run(expand(out))
     caches = [] if cache is None else [cache] if isinstance(cache, Cache) else [*cache]
     try:
