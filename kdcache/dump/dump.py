@@ -26,6 +26,7 @@ from kdcache.cache.writer import CacheWriter
 from kdcache.config.schema import CacheSpec
 from kdcache.config.section import validated
 from kdcache.config.transform import Transform, step_names
+from kdcache.data.images import ItemImages
 from kdcache.data.loader import workers_for
 from kdcache.data.repeatable import check_repeatable
 from kdcache.data.samples import Samples
@@ -174,7 +175,8 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
     if ranks.is_first:
         with timer.phase("sealing"):
             _wait_for_files(writer, ranks)
-            check_repeatable(job.samples, zarr_store.read_samples(job.out, writer.plan)[1])
+            if isinstance(job.samples.images, ItemImages):
+                check_repeatable(job.samples, zarr_store.read_samples(job.out, writer.plan)[1])
             known = {shard: of_shard for of_rank in of_all_ranks for shard, of_shard in of_rank.items()}
             collected = summary.collect_statistics(job.out, writer.plan, known)
             writer.seal(summary.summary_of(collected, writer.plan))

@@ -209,12 +209,10 @@ def test_a_missing_option_is_refused_before_training(file: Path, cache: kdcache.
 def test_a_run_is_not_resumed_with_other_code(
     file: Path, cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import kdcache.train.train as train_module
-
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, "evaluate", interrupted)
+    monkeypatch.setattr("kdcache.train.run_folder.Run.finish", interrupted)
     with pytest.raises(kdcache.InterruptedRun, match="interrupted"):
         kdcache.train_student(pipeline(file), cache, tmp_path / "run")
     monkeypatch.undo()

@@ -42,7 +42,6 @@ CALLS: dict[str, tuple[Callable[[Path, kdcache.Progress | bool | None], object],
         lambda out, progress: kdcache.evaluate(TinyTeacher(), tiny_samples(), progress=progress),
         "evaluate: 37 of 37 images",
     ),
-    "keys": (lambda out, progress: tiny_samples().keys(progress), "content keys of tiny/train: 37"),
 }
 
 
@@ -195,3 +194,12 @@ def test_an_interrupt_that_says_what_is_kept_is_not_replaced() -> None:
     first = InterruptedRun("kept", "resume")
     assert InterruptedRun.of(first, "other", "other") is first
     assert InterruptedRun.of(KeyboardInterrupt(), "other", "fix").args == ("other\nfix: fix",)
+
+
+@pytest.mark.parametrize(("seconds", "reported"), [(0.0, 3), (3600.0, None)])
+def test_an_operation_is_reported_if_it_takes_long(seconds: float, reported: int | None) -> None:
+    own = Own()
+    with delayed_task(own, "content keys", 3, "images", seconds) as task:
+        for _ in range(3):
+            task.advance()
+    assert own.done.get("content keys") == reported

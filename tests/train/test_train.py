@@ -97,6 +97,9 @@ def test_an_epoch_from_a_dense_cache_is_an_epoch_with_the_live_teacher(
         trainer = Trainer(student, spec, loss, len(view))
         return [step.total.item() for step in trainer.epoch(view, 1, FunctionTeacher(source, len(view)))]
 
+    if "dtd" in loss_name.split("+"):
+        # Rounding of the logits alone, by one unit in the last place, moves losses of DTD by 1e-5 to 4e-5.
+        tolerance = max(tolerance, 1e-4)
     from_cache, from_live = losses(cached), losses(live)
     assert len(from_cache) == 20
     assert from_cache == pytest.approx(from_live, rel=tolerance)

@@ -38,7 +38,7 @@ def test_the_findings_do_not_depend_on_threads(
     (copy / "commits/x").touch()
     usual = audit(copy)
     assert len(usual.problems) == 3 + 1 + 2 * 2 + 1
-    monkeypatch.setattr("kdcache.cache.format.integrity.ThreadPoolExecutor", partial(ThreadPoolExecutor, threads))
+    monkeypatch.setattr("kdcache.cache.format.verified_files.ThreadPoolExecutor", partial(ThreadPoolExecutor, threads))
     with dask.config.set(num_workers=threads):
         assert [audit(copy) for _ in range(3)] == 3 * [usual]
 
