@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import kdcache
 from kdcache.errors import InterruptedRun
+from kdcache.runtime.progress import delayed_task
 
 RECIPE = ROOT / "pipelines" / "digits.yaml"
 
