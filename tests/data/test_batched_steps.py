@@ -25,6 +25,7 @@ from kdcache.data.batched_steps import BatchedTransform
 from kdcache.data.images import ArrayImages, FileImages, Images, ItemImages
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
+from kdcache.errors import UsageError
 
 COUNT = 9
 SIZE = (10, 12)
@@ -120,7 +121,12 @@ def test_a_batch_has_the_pixels_of_its_images(
         for name, arguments in steps
     ]
     images = pictures(kind)
-    expected = one_by_one(built, images, view)
+    try:
+        expected = one_by_one(built, images, view)
+    except (IndexError, RuntimeError):  # torchvision cannot pad an image by more than its size, but with a constant
+        with pytest.raises(UsageError, match="the transform cannot be applied to sample 0"):
+            View(samples_of(images), transform, seed=5).batch(range(COUNT), view)
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batched_steps, "_CHUNK", chunk)
         data = View(samples_of(images), transform, seed=5)

@@ -314,8 +314,12 @@ def test_training_from_scratch_takes_no_trained_weights() -> None:
 
 
 def test_a_teacher_without_weights_is_refused(tmp_path: Path) -> None:
-    for model in ("small:cnn", "torchvision:resnet18", "timm:resnet18", "small:a@b"):
+    for model in ("small:cnn", "torchvision:resnet18", "timm:resnet18"):
         assert "train-teacher" in refused(UsageError, "has no weights", trained, model)
+    # A name that is not known is the first thing to report.
+    refused(UsageError, "no small network 'a@b'", trained, "small:a@b")
+    refused(UsageError, "did you mean mobilenet_v3_small", trained, "torchvision:mobilenet_v3_smal")
+    refused(UsageError, "no network 'resnet1O'", trained, "timm:resnet1O")
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
