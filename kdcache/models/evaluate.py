@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from kdcache.config.transform import Transform, step_names
-from kdcache.data.loader import Loader, cut_range
+from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples, as_samples
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError, counted
@@ -88,12 +88,11 @@ def evaluate(
         trust(step_names(transform))
         known = as_samples(samples)
         samples = View(known, known.transform if transform is None else transform)
-    loader = Loader(samples, num_workers, device)
     cuts = [list(cut) for cut in cut_range(range(len(samples)), batch_size)]
     was_training, scorer = model.training, Scorer(model)
     set_evaluation_mode(model.to(device))
     with reporter(progress).task("evaluate", len(samples), "images") as task:
-        for batch in loader.batches(cuts):
+        for batch in batches(samples, cuts, num_workers, device):
             scorer.add(batch.images.to(device), batch.labels)
             task.advance(len(batch.ids))
             if on_batch is not None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from kdcache import Cache, KdcacheError, dump_teacher, open_cache
 from kdcache.cache import reader
 from kdcache.cache.format import verified_files
-from kdcache.cache.format.array_specs import common_files
+from kdcache.cache.format.array_specs import common_files, shard_files
 from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import MANIFEST, FileRecord, canonical, seal
 from kdcache.cache.format.verified_files import VerifiedFiles, check_when_read, record_of
@@ -172,6 +172,16 @@ def test_no_row_of_a_damaged_shard_is_used(placement: str, large: Path) -> None:
         teacher = opened.teacher(placement=placement)  # type: ignore[arg-type]
         for view in range(2):
             teacher(torch.arange(90), view)
+
+
+def test_records_that_are_there_need_no_shard(large: Path) -> None:
+    expected = open_cache(large).teacher(placement="mmap")(torch.arange(90), 1)
+    shutil.rmtree(large.parent / "home/verified")
+    HASHED.clear()
+    opened = open_cache(large)
+    assert torch.equal(opened.teacher(placement="mmap")(torch.arange(90), 1), expected)
+    plan = opened.manifest.plan
+    assert len(HASHED) == len([*common_files(plan), *shard_files(plan, 0, 0)]), "the width of a row is read from one"
 
 
 def test_a_stream_reads_the_shards_that_are_whole(large: Path) -> None:

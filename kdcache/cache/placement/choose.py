@@ -113,11 +113,11 @@ def _records_of(manifest: Manifest) -> Path:
 
 def _mapped(cache: Path, manifest: Manifest, records: Records, views: Sequence[int]) -> MappedRows:
     plan = manifest.plan
-    check_before_reading(cache)
     reader = zarr_store.RowReader(cache, plan)
     rows = plan.shape.chunk_rows * max(_READ_BYTES // (records.width * plan.shape.chunk_rows), 1)
 
     def read(view: int) -> Iterator[Rows]:
+        check_before_reading(cache)  # in parallel, which reading is not
         for start in range(0, plan.dataset.samples, rows):
             yield reader.read(view, range(start, min(start + rows, plan.dataset.samples)))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdcache.errors import counted
 from kdcache.evaluation.metrics import BINS
 from kdcache.evaluation.report import charts, teacher_sections
 from kdcache.evaluation.report.charts import Chart, Line
@@ -36,7 +37,7 @@ def write_report(data: ReportData) -> Report:
     """Write the page, and draw its charts; the same data gives the same bytes."""
     parts = list(_sections(data))
     drawn = [chart for part in parts if isinstance(part, Pictures) for chart in part.charts]
-    return Report(render(f"{data.dataset}: {_count(len(data.runs), 'run')}", parts), drawn)
+    return Report(render(f"{data.dataset}: {counted(len(data.runs), 'run')}", parts), drawn)
 
 
 def _sections(data: ReportData) -> Iterator[Part]:
@@ -184,7 +185,7 @@ def cost(data: ReportData) -> Iterator[Part]:
         ("teacher forward passes to make the cache", f"{cost.teacher_passes:,}"),
     ]
     if cost.students:
-        students = _count(cost.students, "student")
+        students = counted(cost.students, "student")
         passes += [
             (f"with a live teacher, for {students}", f"{cost.live_teacher_passes:,}"),
             ("reduction factor", f"{cost.live_teacher_passes / cost.teacher_passes:.1f}"),
@@ -221,7 +222,3 @@ def _percent(mean: Mean | None) -> str:
 
 def _share(value: float) -> str:
     return "" if value != value else f"{value:.1%}"  # noqa: PLR0124  # NaN: the class has no images
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
