@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kdcache.cache import summary
 from kdcache.cache.format.codec import Rows, encode
+from kdcache.cache.format.encoding import Encoding, Request
 from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs
-from kdcache.cache.format.schema import DatasetRecord, Encoding, Plan, Request, TeacherRecord, ViewsRecord
+from kdcache.cache.format.schema import DatasetRecord, Plan, TeacherRecord, ViewsRecord
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import Candidate, plan_encoding

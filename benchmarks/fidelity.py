@@ -19,7 +19,7 @@ from torch import Tensor
 from kdcache.cache.fidelity import TEMPERATURES, gradient_error
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import decode, encode
-from kdcache.cache.format.schema import Encoding
+from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import described, plan_encoding
 from kdcache.cli import output

@@ -18,7 +18,7 @@ from torch import Tensor
 from kdcache.cache.fidelity import TEMPERATURES, total_variation
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import decode, encode, stated_classes
-from kdcache.cache.format.schema import Encoding, Fidelity, Request
+from kdcache.cache.format.encoding import Encoding, Fidelity, Request
 from kdcache.cache.format.tail_basis import TailBasis, choose_scale, fit_coordinates, principal_components
 from kdcache.errors import UsageError
 

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from kdcache.cache.format import array_specs
-from kdcache.cache.format.schema import MANIFEST, PLAN, Record
+from kdcache.cache.format.encoding import Record
+from kdcache.cache.format.schema import MANIFEST, PLAN
 from kdcache.cache.lock import LOCK, check_not_held
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.atomic_write import temporary

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows, decode
-from kdcache.cache.format.schema import Encoding, Plan, Summary
+from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.schema import Plan, Summary
 from kdcache.cache.parallel import of_shard, over
 
 SHARPNESS_BINS_PER_NAT = 256

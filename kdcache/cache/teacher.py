@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.format.codec import decode
-from kdcache.cache.format.schema import Encoding
+from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.placement.prefetch import RowSource

@@ -13,7 +13,8 @@ from kdcache.errors import counted
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
-    from kdcache.cache.format.schema import Fidelity, Manifest, TeacherRecord
+    from kdcache.cache.format.encoding import Fidelity
+    from kdcache.cache.format.schema import Manifest, TeacherRecord
 
 
 @click.command("info")

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 
 from kdcache.cache.format import zarr_store
+from kdcache.cache.format.encoding import Encoding, Fidelity, Request
 from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.format.recorded_views import recorded
-from kdcache.cache.format.schema import DatasetRecord, Encoding, Fidelity, Lineage, Plan, Request, Sharding
+from kdcache.cache.format.schema import DatasetRecord, Lineage, Plan, Sharding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter

@@ -19,9 +19,10 @@ from torch import Tensor
 from kdcache.cache import parallel, summary
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode, stated_at
+from kdcache.cache.format.encoding import STATISTICS, TAIL_TEMPERATURES, Encoding
 from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.format.recorded_views import recorded
-from kdcache.cache.format.schema import STATISTICS, TAIL_TEMPERATURES, Encoding, Plan
+from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.tail_basis import TailBasis, fit_coordinates, round_coordinates
 from kdcache.cache.inspect.card import write_card
 from kdcache.cache.lock import release

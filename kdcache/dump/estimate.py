@@ -12,7 +12,8 @@ import torch
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.array_specs import raw_bytes
 from kdcache.cache.format.codec import encode_finite, not_finite
-from kdcache.cache.format.schema import NO_WEIGHTS, Encoding
+from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.schema import NO_WEIGHTS
 from kdcache.cache.planner import Choice, encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.preconditions import check_place
 from kdcache.config.schema import CacheSpec

@@ -14,17 +14,8 @@ from torch import Tensor, nn
 
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.array_specs import raw_bytes
-from kdcache.cache.format.schema import (
-    NO_WEIGHTS,
-    DatasetRecord,
-    Encoding,
-    Fidelity,
-    Plan,
-    Request,
-    Sharding,
-    TeacherRecord,
-    ViewsRecord,
-)
+from kdcache.cache.format.encoding import Encoding, Fidelity, Request
+from kdcache.cache.format.schema import NO_WEIGHTS, DatasetRecord, Plan, Sharding, TeacherRecord, ViewsRecord
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows, decode
-from kdcache.cache.format.schema import PROBES, Encoding, Plan
+from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.schema import PROBES, Plan
 from kdcache.cache.planner import pilot_ids
 from kdcache.config.schema import CacheSpec
 from kdcache.data.loader import cut_range

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kdcache.cache.format.codec import Rows, decode, encode, index_dtype, stated_classes
-from kdcache.cache.format.schema import TAIL_TEMPERATURES, Encoding
+from kdcache.cache.format.encoding import TAIL_TEMPERATURES, Encoding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.errors import CorruptError
 

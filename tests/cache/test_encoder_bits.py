@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.format.codec import Rows, encode, index_dtype, tail_log_mass
+from kdcache.cache.format.encoding import TAIL_TEMPERATURES, Encoding
 from kdcache.cache.format.row_reductions import finite_rows
-from kdcache.cache.format.schema import TAIL_TEMPERATURES, Encoding
 from kdcache.cache.format.tail_basis import TailBasis, fit_coordinates, principal_components, round_coordinates
 
 KINDS = ["normal", "tied", "all equal", "rounded", "offset", "extreme", "one hot", "denormal", "signed zeros"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from kdcache.cache.fidelity import divergence, gradient_error, total_variation
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import decode, encode, stated_classes
-from kdcache.cache.format.schema import Encoding, Request
+from kdcache.cache.format.encoding import Encoding, Request
 from kdcache.cache.format.tail_basis import (
     TailBasis,
     choose_scale,

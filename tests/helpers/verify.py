@@ -17,8 +17,9 @@ from torch import Tensor
 from helpers.cli import kdcache
 from helpers.corruption import refresh
 from helpers.tiny import FLIP
+from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.read_records import read_manifest
-from kdcache.cache.format.schema import MANIFEST, PLAN, Encoding, canonical, commit_file
+from kdcache.cache.format.schema import MANIFEST, PLAN, canonical, commit_file
 from kdcache.cache.inspect.audit import Audit
 from kdcache.config.schema import CacheSpec
 from kdcache.data.views import Batch, View

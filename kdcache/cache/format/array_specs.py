@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from kdcache.cache.format.chunk_headers import codecs_of, stated_size
+from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import SKETCH_PARTS
 from kdcache.cache.format.recorded_views import BOX, recorded
-from kdcache.cache.format.schema import Encoding, Plan, commit_file
+from kdcache.cache.format.schema import Plan, commit_file
 from kdcache.cache.format.verified_files import AGAIN, check_before_reading
 from kdcache.errors import CorruptError
 

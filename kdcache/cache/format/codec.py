@@ -19,8 +19,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from kdcache.cache.format.encoding import TAIL_TEMPERATURES, Encoding
 from kdcache.cache.format.row_reductions import finite_rows, largest_classes, logsumexp_in_place, standard_deviation
-from kdcache.cache.format.schema import TAIL_TEMPERATURES, Encoding
 from kdcache.cache.format.tail_basis import TailBasis, fit_coordinates, round_coordinates
 from kdcache.errors import CorruptError
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.array_specs import STORE
 from kdcache.cache.format.codec import Rows, decode
+from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.recorded_views import recorded
-from kdcache.cache.format.schema import Encoding, FileRecord, Plan
+from kdcache.cache.format.schema import FileRecord, Plan
 from kdcache.cache.format.verified_files import Problem, damaged_files, raise_first
 from kdcache.errors import CorruptError
 from kdcache.runtime.system_files import is_system_file

@@ -8,16 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from kdcache.cache.format.schema import (
-    FORMAT_VERSION,
-    Commit,
-    FileRecord,
-    Manifest,
-    Plan,
-    Record,
-    canonical,
-    root_digest,
-)
+from kdcache.cache.format.encoding import Record
+from kdcache.cache.format.schema import FORMAT_VERSION, Commit, FileRecord, Manifest, Plan, canonical, root_digest
 from kdcache.errors import CorruptError
 
 

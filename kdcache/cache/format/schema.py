@@ -11,7 +11,11 @@ import json
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from kdcache.cache.format.encoding import Encoding, Fidelity, Record, Request, Size
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT, OutputName, OutputRecord
+from kdcache.errors import MismatchError
 
 FORMAT_VERSION: Literal[1] = 1
 """docs/FORMAT.md specifies it. Caches of this version stay readable; a change of the format is a new version."""
@@ -27,66 +31,7 @@ NO_WEIGHTS = f"sha256:{hashlib.sha256(b'').hexdigest()}"
 LARGEST_CHUNK = 16_384
 """Rows per chunk at most (docs/FORMAT.md, section 2.1)."""
 
-STATISTICS = ("label_log_prob", "logit_mean", "logit_std", "entropy")
-
-TAIL_TEMPERATURES = (1, 2, 4, 8)
-"""Temperatures at which the mass of the tail is stored (docs/FORMAT.md, section 4.2)."""
-
-TAIL_STATISTICS = tuple(f"tail_log_mass_t{t}" for t in TAIL_TEMPERATURES)
-
-RANGE_STATISTICS = ("log_prob_max", "log_prob_range")
-
-Size = Annotated[int, Field(ge=0, le=2**62)]
-
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-
-
-class Record(BaseModel):
-    """A part of a plan or a manifest: exact types, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Encoding(Record):
-    """How logits [C] become a row.
-
-    Attributes:
-        num_classes: C.
-        top_k: k, number of classes that are stored individually; k = C stores all, in class order without indices.
-        tail: representation of the other classes; "none" if k = C.
-        rank: R, number of coordinates of a `lowrank` tail; else 0.
-        dtype: type of the log-probabilities; uint8 only if k = C.
-    """
-
-    num_classes: Annotated[int, Field(ge=2, le=2**31)]
-    top_k: Annotated[int, Field(ge=1)]
-    tail: Literal["none", "uniform", "lowrank"]
-    rank: Annotated[int, Field(ge=0)] = 0
-    dtype: Literal["uint8", "float16", "float32"]
-
-    @model_validator(mode="after")
-    def _agrees(self) -> Encoding:
-        if self.top_k > self.num_classes:
-            raise ValueError(f"top_k {self.top_k} is larger than the number of classes, {self.num_classes}")
-        if self.dense != (self.tail == "none"):
-            raise ValueError("the tail must be 'none' if every class is stored, and only then")
-        if (self.rank > 0) != (self.tail == "lowrank") or self.rank > self.num_classes:
-            raise ValueError(f"rank {self.rank} is invalid for a {self.tail} tail of {self.num_classes} classes")
-        if self.dtype == "uint8" and not self.dense:
-            raise ValueError("uint8 needs every class (top_k: all)")
-        return self
-
-    @property
-    def dense(self) -> bool:
-        """Whether every class is stored."""
-        return self.top_k == self.num_classes
-
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        """Names of the columns of the `statistics` array."""
-        if self.dtype == "uint8":
-            return STATISTICS + RANGE_STATISTICS
-        return STATISTICS if self.dense else STATISTICS + TAIL_STATISTICS
 
 
 class TeacherRecord(Record):
@@ -174,29 +119,6 @@ class Sharding(Record):
         return self
 
 
-class Request(Record):
-    """The user's request from which the encoding was planned; fields as in `config.schema.CacheSpec`."""
-
-    top_k: Annotated[int, Field(ge=1)] | Literal["all", "auto"]
-    tail: Literal["uniform", "lowrank"]
-    rank: Annotated[int, Field(ge=1)] | None
-    fidelity: Annotated[float, Field(gt=0, lt=1)] | None
-    dtype: Literal["uint8", "float16", "float32"]
-    pilot_rows: Annotated[int, Field(ge=1)]
-
-
-class Fidelity(Record):
-    """Fidelity measured on pilot rows that the basis was not fitted to.
-
-    Attributes:
-        rows: number of these rows.
-        total_variation: mean total variation between decoded and true softmax, by temperature.
-    """
-
-    rows: Size
-    total_variation: dict[str, float]
-
-
 class Lineage(Record):
     """How a cache was derived from others: operation, its arguments, and the root digests of the parents."""
 
@@ -208,13 +130,16 @@ class Lineage(Record):
 class Plan(Record):
     """Everything that is fixed before the first row; a resumed run must have an equal plan."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     format: Literal["kdcache"] = "kdcache"
     format_version: Literal[1] = FORMAT_VERSION
     teacher: TeacherRecord
     dataset: DatasetRecord
     views: ViewsRecord
     request: Request
-    encoding: Encoding
+    class_encoding: Encoding | None = Field(alias="encoding", exclude_if=lambda encoding: encoding is None)
+    """Of the class logits; None if the cache holds other outputs only."""
     fidelity: Fidelity | None
     shape: Sharding
     batch_size: Annotated[int, Field(ge=1)]
@@ -223,12 +148,50 @@ class Plan(Record):
     licence: str
     notes: str
     lineage: Annotated[Lineage | None, Field(exclude_if=lambda lineage: lineage is None)] = None
+    outputs: Annotated[dict[OutputName, OutputRecord] | None, Field(exclude_if=lambda outputs: outputs is None)] = None
+    """Further outputs of the teacher, by name, in the order of the names; None for a cache of class logits alone."""
 
     @model_validator(mode="after")
     def _classes_agree(self) -> Plan:
-        if len(self.dataset.class_names) != self.encoding.num_classes:
+        classes = len(self.dataset.class_names)
+        if self.class_encoding is not None and classes != self.class_encoding.num_classes:
             raise ValueError("the number of class names must be the number of classes")
+        if self.class_encoding is None and not self.outputs:
+            raise ValueError("a cache needs an encoding of class logits or another output")
+        for name, output in (self.outputs or {}).items():
+            if name == DEFAULT_OUTPUT:
+                raise ValueError(
+                    f"{DEFAULT_OUTPUT} is the name of the class logits, whose encoding is that of the plan"
+                )
+            if output.labels == "sample" and output.channels != classes:
+                raise ValueError(f"the output {name} has other classes than the data set")
+        if self.outputs is not None and (not self.outputs or list(self.outputs) != sorted(self.outputs)):
+            raise ValueError("the outputs are not in the order of their names")
         return self
+
+    @property
+    def encoding(self) -> Encoding:
+        """Encoding of the class logits.
+
+        Raises:
+            MismatchError: if the cache holds other outputs only.
+        """
+        if self.class_encoding is None:
+            raise MismatchError(
+                f"this cache holds no class logits; it holds {', '.join(self.named_outputs)}",
+                "name one of these outputs, or dump the teacher again with its logits",
+            )
+        return self.class_encoding
+
+    @property
+    def named_outputs(self) -> dict[str, OutputRecord]:
+        """Outputs beside the class logits, by name."""
+        return self.outputs or {}
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of all outputs, the class logits first."""
+        return [*([DEFAULT_OUTPUT] if self.class_encoding is not None else []), *self.named_outputs]
 
     @property
     def shards(self) -> int:
@@ -242,12 +205,12 @@ class Plan(Record):
 
 
 class Summary(Record):
-    """Means over the rows of all views; the accuracy excludes labels of -1."""
+    """Means over the rows of class logits of all views, None without them; the accuracy excludes labels of -1."""
 
     teacher_accuracy: float | None
-    mean_sharpness: float
-    mean_entropy: float
-    mean_top_probability: float
+    mean_sharpness: float | None
+    mean_entropy: float | None
+    mean_top_probability: float | None
 
 
 class FileRecord(Record):

@@ -35,9 +35,10 @@ from kdcache.cache.format.array_specs import (
     shard_arrays,
 )
 from kdcache.cache.format.codec import Rows, index_dtype
+from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.format.recorded_views import unit_of, wrong_boxes
-from kdcache.cache.format.schema import Encoding, FileRecord, Plan
+from kdcache.cache.format.schema import FileRecord, Plan
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.verified_files import AGAIN, VerifiedFiles, check_when_read, files_when_read
 from kdcache.errors import CorruptError

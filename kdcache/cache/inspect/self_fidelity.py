@@ -11,7 +11,8 @@ import torch
 
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import decode, stated_at, tail_log_mass
-from kdcache.cache.format.schema import TAIL_TEMPERATURES, Plan
+from kdcache.cache.format.encoding import TAIL_TEMPERATURES
+from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.parallel import over
 from kdcache.cache.reader import Cache

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows, decode, stated_at, tail_log_mass
-from kdcache.cache.format.schema import MANIFEST, TAIL_TEMPERATURES, Plan, Summary
+from kdcache.cache.format.encoding import TAIL_TEMPERATURES
+from kdcache.cache.format.schema import MANIFEST, Plan, Summary
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.verified_files import Problem
 from kdcache.cache.parallel import of_shard, over

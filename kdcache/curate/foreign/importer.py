@@ -12,9 +12,10 @@ import torch
 from pydantic import ValidationError
 
 from kdcache.cache.format.codec import Rows, encode
+from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs, digest_of
 from kdcache.cache.format.recorded_views import CROP, recorded, unit_of
-from kdcache.cache.format.schema import Encoding, Lineage, Plan, ViewsRecord
+from kdcache.cache.format.schema import Lineage, Plan, ViewsRecord
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache

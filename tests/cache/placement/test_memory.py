@@ -20,8 +20,9 @@ from helpers.processes import FORKS, PATIENCE, in_a_process
 
 from kdcache import Cache, open_cache
 from kdcache.cache.format.codec import Rows
+from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs
-from kdcache.cache.format.schema import Encoding, Sharding
+from kdcache.cache.format.schema import Sharding
 from kdcache.cache.placement import choose, mmap
 from kdcache.cache.placement.choose import PLACEMENTS, Placement
 from kdcache.cache.writer import CacheWriter

@@ -15,7 +15,7 @@ from helpers.verify import failed, where
 from torch import Tensor
 
 from kdcache import Cache, dump_teacher
-from kdcache.cache.format.schema import Fidelity
+from kdcache.cache.format.encoding import Fidelity
 from kdcache.cache.inspect.audit import audit
 from kdcache.config.schema import CacheSpec
 from kdcache.curate.select import select

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from kdcache import Cache, dump_teacher, open_cache
 from kdcache.cache.format.codec import decode, encode
+from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.integrity import _row_checks
-from kdcache.cache.format.schema import Encoding
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.inspect.audit import audit
 from kdcache.config.schema import CacheSpec

@@ -1,0 +1,145 @@
+"""Records of the named outputs of a teacher beside its class logits (docs/FORMAT.md, section 11).
+
+A cache without them has no key `outputs` in its plan, and its bytes are those of a cache that never knew of them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from kdcache.cache.format.encoding import Encoding, Fidelity, Record, Request, Size
+
+DEFAULT_OUTPUT = "logits"
+"""Name of the output whose encoding is that of the plan, and whose arrays are at the root of the store."""
+
+MOST_SCORES = 64
+"""Largest number of values of an output of kind `score`."""
+
+OutputName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+
+
+class VectorEncoding(Record):
+    """How a vector [D], or scores [K], becomes a row.
+
+    Attributes:
+        codec: "klt" (principal coordinates, rounded to multiples of one step), "int8" (multiples of a scale per row),
+            "float16" or "float32".
+        length: D or K, numbers of the decoded vector.
+        dtype: type of the stored numbers; int8 or int16 for klt.
+        components: R, number of principal coordinates of klt; else 0.
+        step: quantization step of klt, in the unit of the vector; else None.
+        normalized: whether decoded vectors are divided by their length, since those of the teacher have length 1.
+    """
+
+    codec: Literal["klt", "int8", "float16", "float32"]
+    length: Annotated[int, Field(ge=1, le=2**24)]
+    dtype: Literal["int8", "int16", "float16", "float32"]
+    components: Annotated[int, Field(ge=0)] = 0
+    step: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    normalized: bool = False
+
+    @model_validator(mode="after")
+    def _agrees(self) -> VectorEncoding:
+        is_klt = self.codec == "klt"
+        if self.dtype not in (("int8", "int16") if is_klt else (self.codec,)):
+            raise ValueError(f"dtype {self.dtype} is invalid for the codec {self.codec}")
+        if (self.components > 0) != is_klt or self.components > self.length:
+            raise ValueError(f"{self.components} components are invalid for the codec {self.codec} of {self.length}")
+        if (self.step is not None) != is_klt:
+            raise ValueError("step belongs to the codec klt, which needs it")
+        return self
+
+    @property
+    def width(self) -> int:
+        """Number of stored numbers per row."""
+        return self.components or self.length
+
+
+class VectorRequest(Record):
+    """The user's request from which the encoding of a vector was planned.
+
+    Attributes:
+        encoding: a codec, or "auto": the smallest within `fidelity`.
+        fidelity: largest mean of 1 - cosine, or relative squared error, on pilot rows; None for a codec without a plan.
+    """
+
+    encoding: Literal["auto", "klt", "int8", "float16", "float32"]
+    fidelity: Annotated[float, Field(gt=0, lt=1)] | None
+
+
+class VectorFidelity(Record):
+    """Fidelity of decoded vectors, measured on pilot rows that the basis was not fitted to.
+
+    Attributes:
+        rows: number of these rows.
+        one_minus_cosine: mean of 1 - cosine between decoded and true vectors.
+        relative_error: sum of squared errors by the sum of squared distances of the true vectors from their mean.
+    """
+
+    rows: Size
+    one_minus_cosine: float
+    relative_error: float
+
+
+class OutputRecord(Record):
+    """A named output of a teacher.
+
+    Attributes:
+        kind: "classes" (C numbers, compared after a softmax), "vector" (D numbers) or "score" (at most 64 plain
+            numbers).
+        places: of what the output has a row: "one", the whole view of a sample.
+        source: what the output was in the teacher: part of what it returned, or name of a module.
+        pool: how places of the module's output became one row: "none", "mean", or "first".
+        labels: whether the labels of the samples are classes of this output: "sample" or "none".
+        class_names: of an output of kind `classes` with `labels: none`, if they are known.
+        request: what the encoding was planned from.
+        encoding: how its numbers become a row.
+        fidelity: measured on a pilot; None without one.
+        level: "unknown" if class logits are known up to an additive constant per row.
+    """
+
+    kind: Literal["classes", "vector", "score"]
+    places: Literal["one"] = "one"
+    source: str | int | None
+    pool: Literal["none", "mean", "first"] = "none"
+    labels: Literal["sample", "none"] = "none"
+    class_names: Annotated[tuple[str, ...] | None, Field(exclude_if=lambda names: names is None)] = None
+    request: Request | VectorRequest
+    encoding: Encoding | VectorEncoding
+    fidelity: Fidelity | VectorFidelity | None
+    level: Annotated[Literal["unknown"] | None, Field(exclude_if=lambda level: level is None)] = None
+
+    @field_validator("class_names", mode="before")
+    @classmethod
+    def _from_json_list(cls, given: Any) -> Any:
+        return tuple(given) if isinstance(given, list) else given
+
+    @model_validator(mode="after")
+    def _agrees(self) -> OutputRecord:
+        is_classes = self.kind == "classes"
+        for part, of_classes in ((self.request, Request), (self.encoding, Encoding)):
+            if isinstance(part, of_classes) != is_classes:
+                raise ValueError(f"an output of kind {self.kind} has no {type(part).__name__}")
+        if self.fidelity is not None and isinstance(self.fidelity, Fidelity) != is_classes:
+            raise ValueError(f"an output of kind {self.kind} has no {type(self.fidelity).__name__}")
+        if self.kind == "score" and (self.channels > MOST_SCORES or self.vector_encoding.codec != "float32"):
+            raise ValueError(f"scores are at most {MOST_SCORES} float32 numbers")
+        if not is_classes and (self.labels != "none" or self.class_names or self.level):
+            raise ValueError(f"labels, class names and level do not belong to an output of kind {self.kind}")
+        if self.class_names is not None and len(self.class_names) != self.channels:
+            raise ValueError("the number of class names must be the number of classes")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Numbers per row after decoding: C, D or K."""
+        return self.encoding.num_classes if isinstance(self.encoding, Encoding) else self.encoding.length
+
+    @property
+    def vector_encoding(self) -> VectorEncoding:
+        """The encoding of a vector or of scores."""
+        if isinstance(self.encoding, Encoding):
+            raise TypeError("an output of kind classes has no vector encoding")
+        return self.encoding
