@@ -19,6 +19,7 @@ from kdcache.cache.format.encoding import Encoding, Request
 from kdcache.cache.format.fingerprints import SKETCH_PARTS, Inputs
 from kdcache.cache.format.schema import DatasetRecord, Plan, TeacherRecord, ViewsRecord
 from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.format.stored_bases import basis_of_logits
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import Candidate, plan_encoding
 from kdcache.cache.writer import CacheWriter
@@ -96,7 +97,7 @@ def write_cache(path: Path, pool: Pool, samples: int) -> Written:
     plan = _plan(pool.encoding, samples)
     ids = torch.arange(samples) % len(pool.rows)
     keys = np.arange(samples, dtype=np.uint64)
-    writer = CacheWriter.begin(path, plan, pool.labels[ids].int().numpy(), keys, pool.basis)
+    writer = CacheWriter.begin(path, plan, pool.labels[ids].int().numpy(), keys, basis_of_logits(pool.basis))
     seconds = 0.0
     for shard in range(plan.shards):
         of_shard = plan.shard_ids(shard)

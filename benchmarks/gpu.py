@@ -142,7 +142,7 @@ def _placements(device: str, quick: bool) -> None:
         cache = write_cache(Path(folder) / "c.kdcache", encoded(chosen, min(samples, 20_000)), samples).path
         n_rows = min(samples, 65_536)
         works: dict[str, Callable[[], object]] = {
-            name: _pass(open_cache(cache).teacher(device, placement=name), n_rows) for name in PLACEMENTS
+            name: _pass(open_cache(cache).teacher(device=device, placement=name), n_rows) for name in PLACEMENTS
         }
         seconds = in_turn(works, 1 if quick else 3, device)
     output.table(

@@ -140,7 +140,7 @@ def _samples(case: Case, folder: Path) -> Samples:
 def _measure(case: Case, device: str, rounds: int, folder: Path) -> None:
     """Measure one case, and print its table."""
     samples = _samples(case, folder)
-    cached = open_cache(folder).teacher(device)
+    cached = open_cache(folder).teacher(device=device)
     kept = decode_if_small(cached, len(samples), case.classes)
     torch.manual_seed(0)
     first = case.make()

@@ -21,7 +21,7 @@ class Distiller(Trainer):
 
     def __init__(self, cache: kdcache.Cache, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.teacher = cache.teacher(self.args.device)
+        self.teacher = cache.teacher(device=self.args.device)
         self.kd_loss = kdcache.loss("kd", tau=4)
 
     def compute_loss(

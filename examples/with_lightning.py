@@ -26,7 +26,7 @@ class Student(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Open the teacher on the device that Lightning chose."""
-        self.teacher = self.cache.teacher(self.device)
+        self.teacher = self.cache.teacher(device=self.device)
 
     def on_train_epoch_start(self) -> None:
         """Set the view of the epoch."""

@@ -13,16 +13,21 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcache.cache.format import array_specs, zarr_store
+from kdcache.cache.format import array_specs, store_files, stored_bases, zarr_store
+from kdcache.cache.format.array_specs import labels_of, output_encoding
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT, OutputRecord, VectorEncoding
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.recorded_views import Crops, recorded
 from kdcache.cache.format.schema import MANIFEST, PLAN, Manifest
+from kdcache.cache.format.stored_crops import StoredCrops
+from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.format.vector_rows import VectorBasis
 from kdcache.cache.format.verified_files import AGAIN, VerifiedFiles, check_before_reading, check_when_read, raise_first
 from kdcache.cache.placement.choose import Placement, place_rows
 from kdcache.cache.remote.address import source
@@ -36,8 +41,8 @@ from kdcache.cache.remote.mirror import (
     views_here,
     wanted_views,
 )
-from kdcache.cache.teacher import CachedTeacher
-from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError
+from kdcache.cache.teacher import CachedOutput, CachedTeacher
+from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError, did_you_mean
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
 
@@ -103,7 +108,7 @@ class Cache:
     def crops(self) -> Crops | None:
         """The recorded crop boxes of its views, for `View`; None if the crops follow from the seed."""
         plan = self.manifest.plan
-        return zarr_store.StoredCrops(self.path.absolute(), plan) if recorded(plan.views.transform) == "crops" else None
+        return StoredCrops(self.path.absolute(), plan) if recorded(plan.views.transform) == "crops" else None
 
     @property
     def teacher_seen(self) -> bool:
@@ -115,26 +120,66 @@ class Cache:
         """Whether the logits are known exactly; if not, they are known up to an additive constant per row."""
         return self.manifest.plan.teacher.level is None
 
+    @property
+    def outputs(self) -> dict[str, OutputRecord]:
+        """Outputs of the teacher beside its class logits, by name."""
+        return dict(self.manifest.plan.named_outputs)
+
+    @overload
     def teacher(
-        self, device: torch.device | str = "cpu", placement: Placement | Literal["auto"] = "auto"
-    ) -> CachedTeacher:
-        """Return the teacher: a callable `(ids [B], view) -> logits [B, C]` on `device`.
+        self,
+        output: None = None,
+        *,
+        device: torch.device | str = "cpu",
+        placement: Placement | Literal["auto"] = "auto",
+    ) -> CachedTeacher: ...
+    @overload
+    def teacher(
+        self,
+        output: str,
+        *,
+        device: torch.device | str = "cpu",
+        placement: Placement | Literal["auto"] = "auto",
+    ) -> CachedTeacher | CachedOutput: ...
+    def teacher(
+        self,
+        output: str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        placement: Placement | Literal["auto"] = "auto",
+    ) -> CachedTeacher | CachedOutput:
+        """Return the teacher: a callable `(ids [B], view) -> logits [B, C]` on `device`, or vectors or scores [B, D].
 
         Args:
-            device: device of the logits.
+            output: name of one of its outputs; None for the class logits.
+            device: device of what it returns.
             placement: where the rows are held; `auto` uses the first of device, host, mmap and stream that they fit.
 
         Raises:
-            UsageError: if the placement is unknown.
+            UsageError: if the placement is unknown, or the cache has no such output.
+            MismatchError: if the class logits are requested of a cache that holds other outputs only.
             IncompleteError: if the record files of the placement mmap do not fit on the disk.
         """
-        plan = self.manifest.plan
-        placed = place_rows(self.path, self.manifest, device, placement, self.views)
-        labels = torch.from_numpy(self.labels.astype(np.int64)).to(device)
-        basis = zarr_store.read_basis(self.path, plan)
+        plan, name = self.manifest.plan, DEFAULT_OUTPUT if output is None else str(output)
+        if output is not None and name not in plan.output_names:
+            is_device = name.split(":")[0] in ("cpu", "cuda", "mps")
+            raise UsageError(
+                f"the cache has no output {name!r}{did_you_mean(name, plan.output_names)}: it has "
+                f"{', '.join(plan.output_names)}",
+                f"name one of these{f', and pass device={name!r}' if is_device else ''}",
+            )
+        encoding = output_encoding(plan, name)
+        placed = place_rows(self.path, self.manifest, device, placement, self.views, name)
+        basis = stored_bases.read_output_basis(self.path, plan, name)
         basis = basis.to(device) if basis is not None else None
         opened = self.views if len(self.views) < plan.views.count else None
-        return CachedTeacher(*placed, plan.views.count, labels, plan.encoding, basis, opened)
+        if isinstance(encoding, VectorEncoding):
+            axes = basis if isinstance(basis, VectorBasis) else None
+            where = torch.device(device)
+            return CachedOutput(name, *placed, plan.views.count, len(self), where, encoding, axes, opened)
+        labels = torch.from_numpy(labels_of(plan, name, self.labels)).to(device)
+        tails = basis if isinstance(basis, TailBasis) else None
+        return CachedTeacher(*placed, plan.views.count, labels, encoding, tails, opened)
 
 
 def open_cache(
@@ -167,7 +212,7 @@ def open_cache(
         raise refusal(path)
     manifest = read_manifest(path / MANIFEST)
     check_pinned(path, manifest.digest, address.digest)
-    array_specs.check_listed(path, manifest.plan, {name: record.size for name, record in manifest.files.items()})
+    store_files.check_listed(path, manifest.plan, {name: record.size for name, record in manifest.files.items()})
     available = views_here(path, manifest.plan)
     wanted = available if views is None else wanted_views(manifest.plan, views)
     check_here(path, manifest.plan.views.count, available, wanted)
@@ -185,7 +230,7 @@ def _check_files(path: Path, manifest: Manifest, views: tuple[int, ...]) -> None
     files = VerifiedFiles(path, manifest.digest, expected)
     raise_first(path, files.find_unchecked(), f"files of {len(expected)}")
     check_when_read(files)
-    files.check(None if files.unchecked_bytes <= _CHECKED_WHEN_OPENED else array_specs.common_files(manifest.plan))
+    files.check(None if files.unchecked_bytes <= _CHECKED_WHEN_OPENED else store_files.common_files(manifest.plan))
 
 
 def opened(path: Path, manifest: Manifest, views: tuple[int, ...]) -> Cache:

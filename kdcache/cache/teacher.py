@@ -1,17 +1,21 @@
-"""The `Teacher` protocol, and the teacher of a cache: sample ids in, logits out."""
+"""The `Teacher` protocol, and the teacher of a cache: sample ids in, logits or another output out."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol
 
 import torch
 from torch import Tensor
 
-from kdcache.cache.format.codec import decode
+from kdcache.cache.format.codec import Rows, decode
 from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.output_records import VectorEncoding
 from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.format.vector_codec import decode_vectors
+from kdcache.cache.format.vector_rows import R, VectorBasis, VectorRows
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.placement.prefetch import RowSource
 from kdcache.errors import UsageError
@@ -53,42 +57,37 @@ class TeacherWrapper:
         self.teacher.prefetch(batches, view)
 
 
-@dataclass(frozen=True, repr=False)
-class CachedTeacher:
-    """The teacher of a cache: a callable from sample ids to logits.
+class _CachedRows(ABC, Generic[R]):
+    """A callable from sample ids to the decoded rows of an output, which its subclasses say."""
 
-    It may be used in workers of a DataLoader, forked or spawned.
-
-    Attributes:
-        source: returns encoded rows.
-        placement: where they are held: device, host, mmap or stream.
-        why: the reason for that placement, in a few words.
-        views: number of views of the cache.
-        labels: [N] int64, as they were encoded, on the device of the logits.
-        encoding: of the rows.
-        basis: of their tails, on the device; None if the encoding has no basis.
-        opened_views: indices of the views that are in this copy of the cache; None for all.
-    """
-
-    source: RowSource
-    placement: Placement
-    why: str
+    source: RowSource[R]
     views: int
-    labels: Tensor
-    encoding: Encoding
-    basis: TailBasis | None = None
-    opened_views: tuple[int, ...] | None = None
+    opened_views: tuple[int, ...] | None
 
-    def __repr__(self) -> str:
-        return (
-            f"CachedTeacher(samples={len(self.labels):,}, classes={self.encoding.num_classes:,}, views={self.views}, "
-            f"placement={self.placement!r}, device={str(self.labels.device)!r})"
-        )
+    @property
+    @abstractmethod
+    def _samples(self) -> int:
+        """Number of samples, N."""
+
+    @property
+    @abstractmethod
+    def _width(self) -> int:
+        """Numbers per decoded row."""
+
+    @property
+    @abstractmethod
+    def _device(self) -> torch.device:
+        """Device of the decoded rows."""
+
+    @abstractmethod
+    def _decode(self, rows: R, ids: Tensor) -> Tensor:
+        """Return the decoded rows [B, width] float32 of samples `ids` [B] int64."""
 
     def __call__(self, ids: Tensor, view: int | Tensor = 0) -> Tensor:
-        """Return the teacher's logits of samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
+        """Return what the teacher said of samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
 
-        `view` may also be a tensor [B], with the view of each sample, as a batch of a `CachedDataset` has it.
+        C is the number of classes, or the length of a vector. `view` may also be a tensor [B], with the view of each
+        sample, as a batch of a `CachedDataset` has it.
 
         Raises:
             UsageError: if an id or a view is out of range, or `ids` is not an integer tensor [B], such as a mask.
@@ -98,20 +97,19 @@ class CachedTeacher:
         if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
             raise UsageError(f"ids are {ids.dtype} {list(ids.shape)}", "pass sample ids, an int64 tensor [B]")
         if isinstance(view, Tensor):
-            return self._logits_of_views(ids, view)
+            return self._of_views(ids, view)
         self._check_view(view)
-        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < len(self.labels)):
+        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < self._samples):
             raise UsageError(
                 f"ids range from {int(ids.min())} to {int(ids.max())}; those of the cache range from 0 to "
-                f"{len(self.labels) - 1}",
+                f"{self._samples - 1}",
                 "pass the ordinals of the samples in the data set that was dumped",
             )
-        ids, device = ids.long(), self.labels.device
-        rows = self.source.rows(ids, view).to(device)
-        return decode(rows, self.labels[ids.to(device)], self.encoding, self.basis)
+        ids = ids.long()
+        return self._decode(self.source.rows(ids, view).to(self._device), ids)
 
-    def _logits_of_views(self, ids: Tensor, views: Tensor) -> Tensor:
-        """Return the logits [B, C] of samples `ids` [B], each in its own view of `views` [B]."""
+    def _of_views(self, ids: Tensor, views: Tensor) -> Tensor:
+        """Return the decoded rows [B, width] of samples `ids` [B], each in its own view of `views` [B]."""
         if views.shape != ids.shape or views.dtype not in (torch.int64, torch.int32):
             raise UsageError(
                 f"views are {views.dtype} {list(views.shape)} for {len(ids)} ids",
@@ -120,11 +118,11 @@ class CachedTeacher:
         distinct = sorted(set(views.tolist()))
         if len(distinct) <= 1:
             return self(ids, *distinct)
-        logits = torch.empty(len(ids), self.encoding.num_classes, device=self.labels.device)
+        decoded = torch.empty(len(ids), self._width, device=self._device)
         for view in distinct:
             in_view = views == view
-            logits[in_view.to(logits.device)] = self(ids[in_view.to(ids.device)], view)
-        return logits
+            decoded[in_view.to(decoded.device)] = self(ids[in_view.to(ids.device)], view)
+        return decoded
 
     def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
         """Announce the batches of ids [B] int64 that will be asked for, in this order: rows on disk are read ahead."""
@@ -143,3 +141,103 @@ class CachedTeacher:
                 f"view {view} was not opened: views {', '.join(map(str, self.opened_views))} of {self.views} are",
                 "pull it too, or add it to the `views` argument of open_cache",
             )
+
+
+@dataclass(frozen=True, repr=False)
+class CachedTeacher(_CachedRows[Rows]):
+    """The teacher of a cache: a callable from sample ids to logits.
+
+    It may be used in workers of a DataLoader, forked or spawned.
+
+    Attributes:
+        source: returns encoded rows.
+        placement: where they are held: device, host, mmap or stream.
+        why: the reason for that placement, in a few words.
+        views: number of views of the cache.
+        labels: [N] int64, as they were encoded, on the device of the logits.
+        encoding: of the rows.
+        basis: of their tails, on the device; None if the encoding has no basis.
+        opened_views: indices of the views that are in this copy of the cache; None for all.
+    """
+
+    source: RowSource[Rows]
+    placement: Placement
+    why: str
+    views: int
+    labels: Tensor
+    encoding: Encoding
+    basis: TailBasis | None = None
+    opened_views: tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"CachedTeacher(samples={len(self.labels):,}, classes={self.encoding.num_classes:,}, views={self.views}, "
+            f"placement={self.placement!r}, device={str(self.labels.device)!r})"
+        )
+
+    @property
+    def _samples(self) -> int:
+        return len(self.labels)
+
+    @property
+    def _width(self) -> int:
+        return self.encoding.num_classes
+
+    @property
+    def _device(self) -> torch.device:
+        return self.labels.device
+
+    def _decode(self, rows: Rows, ids: Tensor) -> Tensor:
+        return decode(rows, self.labels[ids.to(self._device)], self.encoding, self.basis)
+
+
+@dataclass(frozen=True, repr=False)
+class CachedOutput(_CachedRows[VectorRows]):
+    """An output of the teacher of a cache: a callable from sample ids to vectors or scores [B, D] float32.
+
+    It may be used in workers of a DataLoader, forked or spawned.
+
+    Attributes:
+        name: of the output.
+        source: returns encoded rows.
+        placement: where they are held: device, host, mmap or stream.
+        why: the reason for that placement, in a few words.
+        views: number of views of the cache.
+        samples: N.
+        device: of the vectors.
+        encoding: of the rows.
+        basis: of the codec klt, on the device; else None.
+        opened_views: indices of the views that are in this copy of the cache; None for all.
+    """
+
+    name: str
+    source: RowSource[VectorRows]
+    placement: Placement
+    why: str
+    views: int
+    samples: int
+    device: torch.device
+    encoding: VectorEncoding
+    basis: VectorBasis | None = None
+    opened_views: tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"CachedOutput({self.name!r}, samples={self.samples:,}, length={self.encoding.length:,}, "
+            f"views={self.views}, placement={self.placement!r}, device={str(self.device)!r})"
+        )
+
+    @property
+    def _samples(self) -> int:
+        return self.samples
+
+    @property
+    def _width(self) -> int:
+        return self.encoding.length
+
+    @property
+    def _device(self) -> torch.device:
+        return self.device
+
+    def _decode(self, rows: VectorRows, ids: Tensor) -> Tensor:
+        return decode_vectors(rows, self.encoding, self.basis)

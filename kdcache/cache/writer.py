@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.cache.changed_images import affected_shards, differs_in_images_alone
-from kdcache.cache.format import array_specs, zarr_store
-from kdcache.cache.format.codec import Rows
+from kdcache.cache.format import array_specs, store_files, zarr_store
 from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.format.integrity import check_files
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.read_records import read_commit, read_plan
 from kdcache.cache.format.schema import (
     MANIFEST,
@@ -35,7 +35,8 @@ from kdcache.cache.format.schema import (
     commit_file,
     seal,
 )
-from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.format.stored_bases import Bases, arrays_of
+from kdcache.cache.format.vector_rows import EncodedRows
 from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.lock import LOCK, hold, release
 from kdcache.cache.preconditions import check_place, check_same_plan, created_meanwhile, sealed_meanwhile
@@ -63,7 +64,7 @@ class CacheWriter:
         plan: Plan,
         labels: npt.NDArray[np.int32],
         keys: npt.NDArray[np.uint64],
-        basis: TailBasis | None = None,
+        bases: Bases | None = None,
         fixed_images: Set[int] | None = None,
         probes: bytes | None = None,
     ) -> CacheWriter:
@@ -74,7 +75,7 @@ class CacheWriter:
             plan: of the cache.
             labels: [N] int32.
             keys: [N] uint64, content keys.
-            basis: of the teacher's tail, if the plan has one.
+            bases: of the outputs whose encodings have one, by name of the output.
             fixed_images: if the cache is resumed with some other images, the shards of these are dropped; the samples
                 with these ids must be the same, as all rows depend on them. None: no image may be another one.
             probes: contents of the file `PROBES` of a new cache; None for no such file.
@@ -90,7 +91,7 @@ class CacheWriter:
         writer.created = not path.exists()
         try:
             if writer.created:
-                writer._create(labels, keys, basis, probes)
+                writer._create(labels, keys, bases or {}, probes)
             else:
                 hold(path, path)
                 if (path / MANIFEST).exists():
@@ -99,7 +100,7 @@ class CacheWriter:
                 check_place(path)
                 note = writer._drop_changed_images(labels, keys, fixed_images)
                 check_same_plan(path, read_plan(path / PLAN), plan, note=note)
-                writer._repair(labels, keys, basis)
+                writer._repair(labels, keys, bases or {})
         except BaseException:
             release(path)
             raise
@@ -114,7 +115,7 @@ class CacheWriter:
         self,
         labels: npt.NDArray[np.int32],
         keys: npt.NDArray[np.uint64],
-        basis: TailBasis | None,
+        bases: Bases,
         probes: bytes | None,
     ) -> None:
         """Create the folder, with store and plan, under a temporary name, and rename it.
@@ -127,7 +128,7 @@ class CacheWriter:
         hold(self.path, folder)
         try:
             with _work_folder(folder):
-                self._create_store(folder, labels, keys, basis)
+                self._create_store(folder, labels, keys, bases)
                 if probes is not None:
                     write_file(folder / PROBES, probes)
                 write_file(folder / PLAN, canonical(self.plan))
@@ -141,9 +142,9 @@ class CacheWriter:
         flush(self.path.parent)
 
     def _create_store(
-        self, folder: Path, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None
+        self, folder: Path, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], bases: Bases
     ) -> None:
-        zarr_store.create_store(folder, self.plan, labels, keys, basis)
+        zarr_store.create_store(folder, self.plan, labels, keys, arrays_of(bases))
         for path in folder.rglob("*"):
             flush(path)
 
@@ -173,11 +174,11 @@ class CacheWriter:
         self.remade = len(dropped)
         return ""
 
-    def _repair(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], basis: TailBasis | None) -> None:
+    def _repair(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], bases: Bases) -> None:
         """Write the common files again, and drop the commit markers of shards that were damaged since."""
         with _work_folder(temporary(self.path / array_specs.STORE)) as folder:
-            self._create_store(folder, labels, keys, basis)
-            for name in array_specs.common_files(self.plan):
+            self._create_store(folder, labels, keys, bases)
+            for name in store_files.common_files(self.plan):
                 _make_folder((self.path / name).parent)
                 (folder / name).replace(self.path / name)
         for path in (self.path.parent, self.path, *self.path.rglob("*")):
@@ -193,7 +194,7 @@ class CacheWriter:
     def _is_intact(self, view: int, shard: int) -> bool:
         try:
             files = read_commit(self.commit_path(view, shard)).files
-            if sorted(files) != sorted(array_specs.shard_files(self.plan, view, shard)):
+            if sorted(files) != sorted(store_files.shard_files(self.plan, view, shard)):
                 return False
             check_files(self.path, files)
         except (FileNotFoundError, CorruptError):
@@ -209,19 +210,27 @@ class CacheWriter:
         return [shard for shard in range(self.plan.shards) if not self.commit_path(view, shard).exists()]
 
     def write(
-        self, view: int, shard: int, rows: Rows, inputs: Inputs, recorded: npt.NDArray[Any] | None = None
+        self,
+        view: int,
+        shard: int,
+        rows: EncodedRows | None,
+        inputs: Inputs,
+        recorded: npt.NDArray[Any] | None = None,
+        outputs: Mapping[str, EncodedRows] | None = None,
     ) -> None:
         """Write all rows of one shard, and commit it.
 
         Args:
             view: index of the view.
             shard: index of the shard.
-            rows: all rows of the shard.
+            rows: all rows of the shard of the class logits; None if the plan has none.
             inputs: fingerprints of some of its images.
             recorded: what the view was drawn from, if the plan has an array for it.
+            outputs: all rows of the shard of each other output, by name.
         """
+        of_outputs = {**({} if rows is None else {DEFAULT_OUTPUT: rows}), **(outputs or {})}
         files = self._clear(view, shard)
-        records = zarr_store.write_shard(self.path, self.plan, view, shard, rows, inputs, recorded)
+        records = zarr_store.write_shard(self.path, self.plan, view, shard, of_outputs, inputs, recorded)
         self._commit(view, shard, {name: records[name] for name in files})
 
     def adopt(self, view: int, shard: int, source: Path, records: dict[str, FileRecord]) -> None:
@@ -249,7 +258,7 @@ class CacheWriter:
 
     def _clear(self, view: int, shard: int) -> list[str]:
         """Delete what an interrupted run left of a shard, and return its file names."""
-        files = sorted(array_specs.shard_files(self.plan, view, shard))
+        files = sorted(store_files.shard_files(self.plan, view, shard))
         for name in files:
             leftover = self.path / name
             _make_folder(leftover.parent)
@@ -285,7 +294,7 @@ class CacheWriter:
             files |= read_commit(marker).files
             files[marker.relative_to(self.path).as_posix()] = record_of(marker)
         self._check_sizes(files)
-        files |= {name: record_of(self.path / name) for name in array_specs.common_files(self.plan)}
+        files |= {name: record_of(self.path / name) for name in store_files.common_files(self.plan)}
         manifest = seal(self.plan, summary, files)
         write_file(self.path / MANIFEST, canonical(manifest))
         for name in (PROBES, LOCK, PLAN):  # another process may have found the cache complete already

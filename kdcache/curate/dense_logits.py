@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode, not_finite
 from kdcache.cache.format.fingerprints import Inputs, digest_of
 from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.format.stored_bases import basis_of_logits
 from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.preconditions import check_outside, check_place
@@ -149,13 +150,13 @@ def _begin(
             parents=[],
         ),
     )
-    return plan, CacheWriter.begin(out, plan, samples.labels, keys, chosen.basis)
+    return plan, CacheWriter.begin(out, plan, samples.labels, keys, basis_of_logits(chosen.basis))
 
 
 def _encode_shard(out: Path, view: int, shard: int, file: LogitFile, labels: torch.Tensor, inputs: Inputs) -> None:
     """Read, encode and write one shard."""
     writer = CacheWriter.join(out)
-    basis, ids, parts = zarr_store.read_basis(out, writer.plan), writer.plan.shard_ids(shard), []
+    basis, ids, parts = stored_bases.read_basis(out, writer.plan), writer.plan.shard_ids(shard), []
     for start in range(0, len(ids), _ROWS_AT_ONCE):
         some = labels[start : start + _ROWS_AT_ONCE]
         first = ids.start + start
@@ -240,12 +241,12 @@ def _write_npz(cache: Cache, file: IO[bytes]) -> None:
 def _write_logits(cache: Cache, file: IO[bytes]) -> None:
     """Write an npy file in parts, with only one part in memory."""
     plan = cache.manifest.plan
-    labels, basis = torch.from_numpy(cache.labels.astype(np.int64)), zarr_store.read_basis(cache.path, plan)
+    labels, basis = torch.from_numpy(cache.labels.astype(np.int64)), stored_bases.read_basis(cache.path, plan)
     size = (len(cache), cache.num_classes)
     shape = size if plan.views.count == 1 else (plan.views.count, *size)
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_2_0(file, header)
-    reader = zarr_store.RowReader(cache.path, plan)
+    reader = zarr_store.row_reader(cache.path, plan)
     for view in range(plan.views.count):
         for chunk in cut_range(range(len(cache)), plan.shape.chunk_rows):
             rows = reader.read(view, chunk)

@@ -177,7 +177,7 @@ def planned(
             "dataset": dataset,
             "views": plan.views.model_copy(update={"count": views}),
             "request": encoded.request,
-            "encoding": encoded.encoding,
+            "class_encoding": encoded.encoding,
             "fidelity": encoded.fidelity,
             "shape": shape,
             "lineage": lineage,

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.schema import Lineage
 from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.format.stored_bases import basis_of_logits
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache
@@ -58,7 +59,7 @@ def merge(
     for other in caches[1:]:
         _check_parts(first, other)
     plan = first.manifest.plan
-    bases = [zarr_store.read_basis(cache.path, cache.manifest.plan) for cache in caches]
+    bases = [stored_bases.read_basis(cache.path, cache.manifest.plan) for cache in caches]
     same_encoding = [
         cache.manifest.plan.encoding == plan.encoding and _same_basis(bases[0], basis)
         for cache, basis in zip(caches, bases, strict=True)
@@ -99,7 +100,7 @@ def merge(
     licence = _joined([cache.manifest.plan.licence for cache in caches], " AND ")
     notes = _joined([cache.manifest.plan.notes for cache in caches], "\n")
     merged = planned(plan, dataset, plan.views.count, encoded, shape, lineage, licence=licence, notes=notes)
-    writer = CacheWriter.begin(out, merged, labels, keys, bases[0])
+    writer = CacheWriter.begin(out, merged, labels, keys, basis_of_logits(bases[0]))
     return derive(writer, selections, inputs, None, encoded.recoded, scheduler)
 
 

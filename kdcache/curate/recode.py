@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache import parallel, summary
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode, stated_at
 from kdcache.cache.format.encoding import STATISTICS, TAIL_TEMPERATURES, Encoding
 from kdcache.cache.format.fingerprints import Inputs
@@ -58,7 +58,7 @@ class ParentRows:
             view: index of the view.
             change: maps rows and their labels to new rows; None to copy.
         """
-        reader, size = zarr_store.RowReader(self.path, self.plan), self.plan.shape.chunk_rows
+        reader, size = zarr_store.row_reader(self.path, self.plan), self.plan.shape.chunk_rows
         order = np.argsort(self.ids, kind="stable")
         ids, labels = self.ids[order], self.labels[torch.from_numpy(order)]
         parts = []
@@ -84,7 +84,7 @@ class ParentRows:
 
     def logits(self, view: int, classes: list[int] | None = None) -> Tensor:
         """Return the decoded logits, [B, C] float32, of all or some classes."""
-        basis, encoding = zarr_store.read_basis(self.path, self.plan), self.plan.encoding
+        basis, encoding = stored_bases.read_basis(self.path, self.plan), self.plan.encoding
         logits = decode(self.rows(view), self.labels, encoding, basis)
         return logits if classes is None else logits[:, classes]
 
@@ -165,12 +165,12 @@ def derive_shard(
 ) -> None:
     """Write one shard of the unsealed cache at `out`: the rows of its parents, concatenated."""
     writer = CacheWriter.join(out)
-    basis = zarr_store.read_basis(out, writer.plan) if recoded else None
+    basis = stored_bases.read_basis(out, writer.plan) if recoded else None
     parts = []
     for parent in parents:
         change = None
         if recoded:
-            before = zarr_store.read_basis(parent.path, parent.plan)
+            before = stored_bases.read_basis(parent.path, parent.plan)
             change = Recoding(parent.plan.encoding, before, writer.plan.encoding, basis, classes)
         parts.append(parent.rows(view, change))
     boxes_or_seeds = None

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from kdcache.cache.adopt import adopt_shards
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.format.stored_bases import basis_of_logits
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
@@ -94,7 +95,7 @@ def select(
         shape = choose_sharding(len(ids), row_bytes(encoded.encoding))
         shape, inputs = inputs_at(selections, shape, count, data, progress or Silent())
     selected_plan = planned(plan, dataset, count, encoded, shape, lineage)
-    writer = CacheWriter.begin(out, selected_plan, stored_labels, keys, encoded.basis)
+    writer = CacheWriter.begin(out, selected_plan, stored_labels, keys, basis_of_logits(encoded.basis))
     if same_ordinals and not encoded.recoded:
         adopt_shards(writer, cache)
     return derive(writer, selections, inputs, class_indices, encoded.recoded, scheduler)
@@ -152,7 +153,7 @@ def _encoded(
 ) -> Encoded:
     """Choose the encoding of the new cache: that of the parent where the classes and top_k stay, else a new one."""
     plan = cache.manifest.plan
-    parent, basis = plan.encoding, zarr_store.read_basis(cache.path, plan)
+    parent, basis = plan.encoding, stored_bases.read_basis(cache.path, plan)
     num_classes = len(classes) if classes else parent.num_classes
     if top_k is not None and top_k > (min(num_classes, parent.top_k) if classes is None else num_classes):
         raise UsageError(
@@ -170,7 +171,7 @@ def _encoded(
     request = plan.request.model_copy(update={"top_k": new_top_k, "rank": None, "dtype": dtype, "tail": tail})
     if (out / PLAN).exists() and (started := read_plan(out / PLAN)).lineage == lineage:
         return Encoded(
-            started.request, started.encoding, started.fidelity, zarr_store.read_basis(out, started), recoded=True
+            started.request, started.encoding, started.fidelity, stored_bases.read_basis(out, started), recoded=True
         )
     full = encoding_without_pilot(num_classes, request)
     if full is not None:

@@ -119,7 +119,7 @@ def compare_with_teacher(
     running = InferenceModel(model, plan.encoding.num_classes, spec, device)
     ids = pilot_ids(len(samples), rows)
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
-    teacher = cache.teacher(device)
+    teacher = cache.teacher(device=device)
     agreements = []
     with (progress or Silent()).task("teacher", len(ids) * len(cache.views), "rows") as task:
         for view in cache.views:

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.cache.format import array_specs, zarr_store
+from kdcache.cache.format import array_specs, store_files, zarr_store
 from kdcache.cache.format.fingerprints import SKETCH_PARTS
 from kdcache.cache.format.schema import Commit, FileRecord, Plan, Summary, canonical, commit_file, seal
 
@@ -36,14 +36,13 @@ def bytes_besides_rows(plan: Plan, labels: npt.NDArray[np.int32]) -> int:
     """
     per_sample = _KEY_BYTES * len(labels) + len(zlib.compress(labels.astype("<i4").tobytes(), 1))
     n_fingerprints = -(-plan.dataset.samples // plan.shape.fingerprint_stride)
-    basis = sum(
-        math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in array_specs.basis_arrays(plan).values()
-    )
-    files = dict.fromkeys(array_specs.common_files(plan), _ANY_FILE)
+    bases = array_specs.bases_of_all_outputs(plan).values()
+    basis = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in bases)
+    files = dict.fromkeys(store_files.common_files(plan), _ANY_FILE)
     indexes = markers = 0
     for view in range(plan.views.count):
         for shard in range(plan.shards):
-            of_shard = dict.fromkeys(array_specs.shard_files(plan, view, shard), _ANY_FILE)
+            of_shard = dict.fromkeys(store_files.shard_files(plan, view, shard), _ANY_FILE)
             files |= {**of_shard, commit_file(view, shard): _ANY_FILE}
             if not markers:
                 markers = len(canonical(Commit(files=of_shard))) * plan.views.count * plan.shards

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kdcache.cache import summary
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.inspect.card import CARD, PICTURE, write_card
@@ -233,7 +233,7 @@ def _run_pass(
     """Make some of the shards, and return their statistics."""
     plan, images = writer.plan, job.view()
     model = job.inference_model()
-    basis = zarr_store.read_basis(job.out, plan)
+    basis = stored_bases.read_basis(job.out, plan)
     basis = basis.to(job.device) if basis is not None else None
     labels = torch.from_numpy(job.samples.labels).long()
     statistics: dict[tuple[int, int], ShardStatistics] = {}

@@ -17,6 +17,7 @@ from kdcache.cache.changed_images import differs_in_images_alone
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.schema import MANIFEST, PLAN, PROBES, Plan
+from kdcache.cache.format.stored_bases import basis_of_logits
 from kdcache.cache.lock import LOCK
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids
 from kdcache.cache.preconditions import check_place, differences
@@ -203,7 +204,7 @@ def _complete(job: DumpJob, sealed: Plan, plan: Plan) -> Cache:
 def _begin(job: DumpJob, plan: Plan, chosen: Chosen, keys: npt.NDArray[np.uint64], probes: Probes) -> CacheWriter:
     """Create or resume the cache, and report what is done already."""
     writer = CacheWriter.begin(
-        job.out, plan, job.samples.labels, keys, chosen.basis, _fixed_images(job), probes.to_bytes()
+        job.out, plan, job.samples.labels, keys, basis_of_logits(chosen.basis), _fixed_images(job), probes.to_bytes()
     )
     if writer.remade:
         job.progress.say(

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases
 from kdcache.cache.format.array_specs import raw_bytes
 from kdcache.cache.format.encoding import Encoding, Fidelity, Request
 from kdcache.cache.format.schema import NO_WEIGHTS, DatasetRecord, Plan, Sharding, TeacherRecord, ViewsRecord
@@ -116,7 +116,7 @@ def choose(path: Path, begun: Plan | None, spec: CacheSpec, classes: int, pilot:
     request = request_of(spec)
     if begun is not None:
         check_same_plan(path, begun.request, request, "request")
-        return Chosen(begun.encoding, begun.fidelity, zarr_store.read_basis(path, begun), raw_bytes(begun.encoding))
+        return Chosen(begun.encoding, begun.fidelity, stored_bases.read_basis(path, begun), raw_bytes(begun.encoding))
     every = encoding_without_pilot(classes, request)
     if every is not None:
         return Chosen(every, None, None, raw_bytes(every))

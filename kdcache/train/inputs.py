@@ -145,7 +145,11 @@ def inputs_from_caches(
             )
         _check_same_boxes(caches[0], cache)
         replayed.append(_replay(cache, samples, options.allow_other_pixels, progress))
-    cached = [cache.teacher(device, options.placement) for cache in caches] if pipeline.loss.uses_teacher else []
+    cached = (
+        [cache.teacher(device=device, placement=options.placement) for cache in caches]
+        if pipeline.loss.uses_teacher
+        else []
+    )
     for each in cached:
         progress.say(f"placement of the cache: {each.placement} ({each.why})")
     teacher: Teacher | None = None

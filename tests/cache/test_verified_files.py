@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from kdcache import Cache, KdcacheError, dump_teacher, open_cache
 from kdcache.cache import reader
 from kdcache.cache.format import verified_files
-from kdcache.cache.format.array_specs import common_files, shard_files
 from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import MANIFEST, FileRecord, canonical, seal
+from kdcache.cache.format.store_files import common_files, shard_files
 from kdcache.cache.format.verified_files import VerifiedFiles, check_when_read, record_of
 from kdcache.cache.remote.address import source
 from kdcache.cache.remote.mirror import mirror
@@ -169,7 +169,7 @@ def test_no_row_of_a_damaged_shard_is_used(placement: str, large: Path) -> None:
     flip(shards_of(large)[-1])
     opened = open_cache(large)
     with pytest.raises(CorruptError, match="sha256"):
-        teacher = opened.teacher(placement=placement)  # type: ignore[arg-type]
+        teacher = opened.teacher(placement=placement)  # type: ignore[call-overload]
         for view in range(2):
             teacher(torch.arange(90), view)
 

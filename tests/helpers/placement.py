@@ -13,7 +13,7 @@ from torch import Tensor
 from helpers.paths import ROOT
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from kdcache import Cache, dump_teacher
-from kdcache.cache.format import sharding, zarr_store
+from kdcache.cache.format import sharding, stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.teacher import CachedTeacher
@@ -43,7 +43,7 @@ class Made(NamedTuple):
 
     @property
     def basis(self) -> Any:
-        return zarr_store.read_basis(self.cache.path, self.cache.manifest.plan)
+        return stored_bases.read_basis(self.cache.path, self.cache.manifest.plan)
 
 
 ENCODINGS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def make(
         cache = dump_teacher(teacher, samples, folder / "made.kdcache", transform=FLIP, spec=spec)
     plan = cache.manifest.plan
     assert (plan.shape.shard_rows, plan.shape.chunk_rows) == (shard, chunk)
-    basis = zarr_store.read_basis(cache.path, plan)
+    basis = stored_bases.read_basis(cache.path, plan)
 
     def encoded(view: int) -> Rows:
         seen = View(samples, plan.views.transform, plan.views.seed, view)
@@ -103,7 +103,7 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     reads: list[tuple[int, int, int]] = []
     read = zarr_store.RowReader.read
 
-    def counted(reader: zarr_store.RowReader, view: int, ids: range) -> Rows:
+    def counted(reader: zarr_store.RowReader[Rows], view: int, ids: range) -> Rows:
         reads.append((view, ids.start, ids.stop))
         return read(reader, view, ids)
 

@@ -96,17 +96,17 @@ class Rows:
     def __getitem__(self, which: Tensor | slice) -> Rows:
         return Rows.of({name: value[which] for name, value in self.arrays().items()})
 
-    @staticmethod
-    def of(arrays: Mapping[str, Tensor]) -> Rows:
+    @classmethod
+    def of(cls, arrays: Mapping[str, Tensor]) -> Rows:
         """Return the rows of a mapping as `arrays()` returns it."""
-        return Rows(
+        return cls(
             arrays["log_probs"], arrays.get("indices"), arrays["logsumexp"], arrays["statistics"], arrays.get("tail")
         )
 
-    @staticmethod
-    def concatenate(parts: list[Rows]) -> Rows:
+    @classmethod
+    def concatenate(cls, parts: list[Rows]) -> Rows:
         """Concatenate parts in order."""
-        return Rows.of({name: torch.cat([part.arrays()[name] for part in parts]) for name in parts[0].arrays()})
+        return cls.of({name: torch.cat([part.arrays()[name] for part in parts]) for name in parts[0].arrays()})
 
 
 def not_finite(logits: Tensor) -> Tensor:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.cache.format import zarr_store
-from kdcache.cache.format.array_specs import STORE
+from kdcache.cache.format import stored_bases, zarr_store
+from kdcache.cache.format.array_specs import STORE, labels_of, output_encoding
 from kdcache.cache.format.codec import Rows, decode
 from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import digest_of
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT, VectorEncoding
 from kdcache.cache.format.recorded_views import recorded
 from kdcache.cache.format.schema import FileRecord, Plan
+from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.format.vector_codec import decode_vectors
+from kdcache.cache.format.vector_rows import VectorBasis, VectorRows
 from kdcache.cache.format.verified_files import Problem, damaged_files, raise_first
 from kdcache.errors import CorruptError
 from kdcache.runtime.system_files import is_system_file
@@ -52,7 +57,10 @@ def unlisted_files(cache: Path, listed: dict[str, FileRecord]) -> tuple[list[Pro
 def check_shard_rows(
     cache: Path, plan: Plan, view: int, shard: int, labels: Tensor
 ) -> tuple[list[Problem], Rows | None]:
-    """Return the problems in the rows of one shard, per kind the first row and the number of rows, and the rows.
+    """Return the problems in the rows of one shard, per kind the first row and the number of rows.
+
+    Returns:
+        (problems, rows of the class logits; None if there are none, or they cannot be read)
 
     Args:
         cache: folder of the cache.
@@ -61,29 +69,52 @@ def check_shard_rows(
         shard: index of the shard.
         labels: [N] int64.
     """
-    ids = plan.shard_ids(shard)
+    ids, of_logits = plan.shard_ids(shard), None
+    problems = []
     try:
-        rows = zarr_store.read_rows(cache, plan, view, ids)
-        basis = zarr_store.read_basis(cache, plan)
         if recorded(plan.views.transform):
             zarr_store.read_recorded(cache, plan, view, ids)
+        for output in plan.output_names:
+            rows = zarr_store.output_reader(cache, plan, output).read(view, ids)
+            basis = stored_bases.read_output_basis(cache, plan, output)
+            truth = torch.from_numpy(labels_of(plan, output, labels[ids.start : ids.stop].numpy()))
+            where = "" if output == DEFAULT_OUTPUT else f"output {output}, "
+            for what, wrong in _defects(rows, truth, output_encoding(plan, output), basis).items():
+                first = f"{where}view {view}, shard {shard}, sample {ids.start + wrong[0]}"
+                problems.append(Problem(first, f"{what} ({len(wrong)} rows of the shard)"))
+            of_logits = rows if output == DEFAULT_OUTPUT else of_logits
     except CorruptError as error:
         return [Problem(f"view {view}, shard {shard}", error.what)], None
-    bad: dict[str, list[int]] = {}
-    for start in range(0, len(ids), _BLOCK_ROWS):
+    return problems, of_logits
+
+
+def _defects(
+    rows: Any, labels: Tensor, encoding: Encoding | VectorEncoding, basis: TailBasis | VectorBasis | None
+) -> dict[str, list[int]]:
+    """Return each defect of some rows, with the indices of the rows that have it; in blocks, so in little memory."""
+    found: dict[str, list[int]] = {}
+    for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
-        first = ids.start + start
-        truth = labels[first : first + len(block)]
-        for what, wrong in _row_checks(block, truth, plan.encoding):
-            bad.setdefault(what, []).extend((wrong.nonzero().squeeze(1) + first).tolist())
-        wrong = ~decode(block, truth, plan.encoding, basis).isfinite().all(dim=1)
-        bad.setdefault("does not decode to finite logits", []).extend((wrong.nonzero().squeeze(1) + first).tolist())
-    problems = [
-        Problem(f"view {view}, shard {shard}, sample {samples[0]}", f"{what} ({len(samples)} rows of the shard)")
-        for what, samples in bad.items()
-        if samples
-    ]
-    return problems, rows
+        truth = labels[start : start + _BLOCK_ROWS]
+        if isinstance(encoding, VectorEncoding):
+            axes = basis if isinstance(basis, VectorBasis) else None
+            checks, decoded = _vector_checks(block), decode_vectors(block, encoding, axes)
+        else:
+            tails = basis if isinstance(basis, TailBasis) else None
+            checks, decoded = _row_checks(block, truth, encoding), decode(block, truth, encoding, tails)
+        not_finite = ("does not decode to finite numbers", ~decoded.isfinite().all(dim=1))
+        for what, wrong in (*checks, not_finite):
+            if wrong.any():
+                found.setdefault(what, []).extend((wrong.nonzero().squeeze(1) + start).tolist())
+    return found
+
+
+def _vector_checks(rows: VectorRows) -> Iterator[tuple[str, Tensor]]:
+    """Yield each possible defect of encoded vectors with a mask of the rows that have it, [B] bool."""
+    if rows.values.is_floating_point():
+        yield "a number is NaN or infinite", ~rows.values.isfinite().all(dim=1)
+    if rows.scale is not None:
+        yield "the scale is NaN, infinite or not positive", ~(rows.scale.isfinite() & (rows.scale > 0))
 
 
 def _row_checks(rows: Rows, labels: Tensor, encoding: Encoding) -> Iterator[tuple[str, Tensor]]:

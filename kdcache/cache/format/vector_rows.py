@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class EncodedRows(Protocol):
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
         """Concatenate parts in order."""
+
+
+R = TypeVar("R", bound=EncodedRows)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +21,10 @@ from zarr.core.buffer import Buffer
 from kdcache.cache.format.array_specs import (
     STORE,
     Array,
-    basis_arrays,
-    check_codecs,
-    check_common,
-    check_shard,
     common_arrays,
     input_arrays,
+    output_encoding,
+    path_in_store,
     recorded_arrays,
     row_arrays,
     row_parts,
@@ -37,10 +34,12 @@ from kdcache.cache.format.array_specs import (
 from kdcache.cache.format.codec import Rows, index_dtype
 from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import Inputs
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT, VectorEncoding
 from kdcache.cache.format.recorded_views import unit_of, wrong_boxes
 from kdcache.cache.format.schema import FileRecord, Plan
-from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.cache.format.verified_files import AGAIN, VerifiedFiles, check_when_read, files_when_read
+from kdcache.cache.format.store_files import check_codecs, check_common, check_shard
+from kdcache.cache.format.vector_rows import EncodedRows, R, VectorRows
+from kdcache.cache.format.verified_files import AGAIN
 from kdcache.errors import CorruptError
 
 _MAX_BLOSC_BLOCK = 2**20
@@ -61,14 +60,19 @@ def create_store(
     plan: Plan,
     labels: npt.NDArray[np.int32],
     keys: npt.NDArray[np.uint64],
-    basis: TailBasis | None = None,
+    bases: Mapping[str, npt.NDArray[Any]],
 ) -> None:
-    """Create the store of a new cache: empty arrays of rows, and complete labels, sample keys and basis."""
+    """Create the store of a new cache: empty arrays of rows, and complete labels, sample keys and bases.
+
+    Args:
+        cache: folder of the cache.
+        plan: its plan.
+        labels: [N] int32.
+        keys: [N] uint64.
+        bases: arrays of the bases of all outputs, by path in the store (`stored_bases.py`).
+    """
     group = _create_arrays(cache / STORE, plan)
-    values: dict[str, npt.NDArray[Any]] = {"labels": labels, "sample_keys": keys}
-    if basis is not None:
-        values |= {"tail_basis": basis.basis.numpy(), "tail_mean": basis.mean.numpy()}
-        values |= {"tail_scale": basis.scale.numpy()}
+    values: dict[str, npt.NDArray[Any]] = {"labels": labels, "sample_keys": keys, **bases}
     for name, expected in common_arrays(plan).items():
         _array(group, name, expected).with_config(_CONFIG)[...] = values[name]
 
@@ -98,7 +102,7 @@ def _create_arrays(store: Any, plan: Plan) -> zarr.Group:
     return group
 
 
-def bytes_per_row(encoding: Encoding, rows: Rows) -> float:
+def bytes_per_row(encoding: Encoding | VectorEncoding, rows: EncodedRows) -> float:
     """Return the compressed bytes per row in a store, measured on these rows."""
     stored: dict[str, Any] = {}
     group = zarr.create_group(zarr.storage.MemoryStore(stored), zarr_format=3)
@@ -117,21 +121,27 @@ def write_shard(
     plan: Plan,
     view: int,
     shard: int,
-    rows: Rows,
+    rows: Mapping[str, EncodedRows],
     inputs: Inputs,
     recorded: npt.NDArray[Any] | None = None,
 ) -> dict[str, FileRecord]:
     """Write all arrays of one shard, and return its files with the size and sha256 of what was written.
 
-    Files that an interrupted run left there must have been deleted.
+    Files that an interrupted run left there must have been deleted. `rows` are those of each output, by name.
     """
+    if sorted(rows) != sorted(plan.output_names):
+        raise ValueError(f"the plan has the outputs {plan.output_names}, and rows of {sorted(rows)} were passed")
     if (recorded is None) == bool(recorded_arrays(plan)):
         raise ValueError("recorded boxes or seeds must be passed exactly if the plan has an array for them")
     ids = plan.shard_ids(shard)
     store = _HashingStore(cache / STORE)
     group = zarr.open_group(store, mode="r+", zarr_format=3)
     expected = shard_arrays(plan)
-    of_rows = {name: tensor.cpu().contiguous().numpy() for name, tensor in rows.arrays().items()}
+    of_rows = {
+        path_in_store(output, part): tensor.cpu().contiguous().numpy()
+        for output in plan.output_names
+        for part, tensor in rows[output].arrays().items()
+    }
     for name, values in (of_rows | dict.fromkeys(recorded_arrays(plan), recorded)).items():
         array = _array(group, name, expected[name]).with_config(_CONFIG)
         array[view, ids.start : ids.stop] = np.asarray(values).astype(array.dtype, copy=False)
@@ -160,24 +170,27 @@ class _HashingStore(zarr.storage.LocalStore):
         self.records[key] = FileRecord(size=data.nbytes, sha256=hashlib.sha256(data).hexdigest())
 
 
-class RowReader:
-    """A reader of a cache's rows that opens the arrays once.
+class RowReader(Generic[R]):
+    """A reader of the rows of one output that opens the arrays once; `row_reader` and `output_reader` make one.
 
     Args:
         cache: folder of the cache.
         plan: its plan.
+        output: name of the output.
+        kind: type of its rows.
 
     Raises:
         CorruptError: on construction and on reading, if the store does not match the plan.
     """
 
-    def __init__(self, cache: Path, plan: Plan) -> None:
-        self._cache, self._plan = cache, plan
-        arrays = row_arrays(plan)
+    def __init__(self, cache: Path, plan: Plan, output: str, kind: type[R]) -> None:
+        self._cache, self._plan, self._kind = cache, plan, kind
+        self._encoding = output_encoding(plan, output)
+        arrays = {path_in_store(output, part): array for part, array in row_arrays(plan, output).items()}
         group = _open(cache, arrays)
-        self._arrays = {name: _array(group, name, expected) for name, expected in arrays.items()}
+        self._arrays = {name.rpartition("/")[2]: _array(group, name, expected) for name, expected in arrays.items()}
 
-    def read(self, view: int, ids: range) -> Rows:
+    def read(self, view: int, ids: range) -> R:
         """Read the rows of consecutive sample ids in one view; aligning them with chunks or shards is fastest."""
         rows = self._plan.shape.shard_rows
         for shard in range(ids.start // rows, -(-ids.stop // rows)):
@@ -185,19 +198,30 @@ class RowReader:
         parts: dict[str, torch.Tensor] = {}
         for name, array in self._arrays.items():
             values = _values(array, (view, slice(ids.start, ids.stop)))
-            if name == "indices":
-                out_of_range = (values >= self._plan.encoding.num_classes).any(axis=1)
+            if name == "indices" and isinstance(self._encoding, Encoding):
+                out_of_range = (values >= self._encoding.num_classes).any(axis=1)
                 if out_of_range.any():
                     where = f"view {view}, sample {ids.start + int(out_of_range.argmax())}"
                     raise CorruptError(f"{self._cache} holds a class index of {values.max()}: {where}", AGAIN)
-                values = values.astype(torch.empty(0, dtype=index_dtype(self._plan.encoding.num_classes)).numpy().dtype)
+                values = values.astype(torch.empty(0, dtype=index_dtype(self._encoding.num_classes)).numpy().dtype)
             parts[name] = torch.from_numpy(np.ascontiguousarray(values))
-        return Rows.of(parts)
+        return self._kind.of(parts)
+
+
+def row_reader(cache: Path, plan: Plan) -> RowReader[Rows]:
+    """Return a reader of the class logits."""
+    return RowReader(cache, plan, DEFAULT_OUTPUT, Rows)
+
+
+def output_reader(cache: Path, plan: Plan, output: str) -> RowReader[Any]:
+    """Return a reader of any output."""
+    kind: type[Any] = VectorRows if isinstance(output_encoding(plan, output), VectorEncoding) else Rows
+    return RowReader(cache, plan, output, kind)
 
 
 def read_rows(cache: Path, plan: Plan, view: int, ids: range) -> Rows:
-    """Read the rows of consecutive sample ids in one view."""
-    return RowReader(cache, plan).read(view, ids)
+    """Read the class logits' rows of consecutive sample ids in one view."""
+    return row_reader(cache, plan).read(view, ids)
 
 
 def read_recorded(cache: Path, plan: Plan, view: int, ids: range | None = None) -> npt.NDArray[Any]:
@@ -219,28 +243,6 @@ def read_recorded(cache: Path, plan: Plan, view: int, ids: range | None = None) 
     return values
 
 
-@dataclass(frozen=True)
-class StoredCrops:
-    """The recorded boxes of a cache, by view; can be pickled for another process."""
-
-    cache: Path
-    plan: Plan
-
-    def __reduce__(self) -> Any:
-        return _stored_crops, (self.cache, self.plan, files_when_read(self.cache))
-
-    def __call__(self, view: int) -> npt.NDArray[np.float32]:
-        """Return the boxes of all samples in a view, [N, 5]."""
-        return read_recorded(self.cache, self.plan, view)
-
-
-def _stored_crops(cache: Path, plan: Plan, files: VerifiedFiles | None) -> StoredCrops:
-    """Return boxes in another process, which checks the files before it reads them."""
-    if files is not None:
-        check_when_read(files)
-    return StoredCrops(cache, plan)
-
-
 def read_inputs(cache: Path, plan: Plan, view: int) -> Inputs:
     """Read the fingerprints of one view; fingerprint j is of sample j * `fingerprint_stride`."""
     arrays = input_arrays(plan)
@@ -253,26 +255,21 @@ def read_inputs(cache: Path, plan: Plan, view: int) -> Inputs:
 def read_samples(cache: Path, plan: Plan) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
     """Read (labels [N] int32, sample keys [N] uint64)."""
     check_common(cache, plan)
-    arrays = sample_arrays(plan)
-    group = _open(cache, arrays)
-    labels, keys = (_read(group, name, expected, slice(None)) for name, expected in arrays.items())
-    wrong = (labels < -1) | (labels >= plan.encoding.num_classes)
+    labels, keys = read_arrays(cache, sample_arrays(plan)).values()
+    wrong = (labels < -1) | (labels >= len(plan.dataset.class_names))
     if wrong.any():
         raise CorruptError(f"{cache} has the label {labels[wrong.argmax()]} for sample {wrong.argmax()}", AGAIN)
     return labels, keys
 
 
-def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
-    """Read the basis of the teacher's tail; None if the encoding does not use one."""
-    if not plan.encoding.rank:
-        return None
-    check_common(cache, plan)
-    expected = basis_arrays(plan)
-    group = _open(cache, expected)
-    arrays = {name: _read(group, name, array, ...) for name, array in expected.items()}
-    if not all(np.isfinite(array).all() for array in arrays.values()) or (arrays["tail_scale"] <= 0).any():
-        raise CorruptError(f"the tail basis of {cache} holds NaN, infinities or a scale that is not positive", AGAIN)
-    return TailBasis(*(torch.from_numpy(arrays[name]) for name in ("tail_basis", "tail_mean", "tail_scale")))
+def read_arrays(cache: Path, arrays: Mapping[str, Array]) -> dict[str, npt.NDArray[Any]]:
+    """Read whole arrays that were written when the store was created.
+
+    Raises:
+        CorruptError: if the store does not match the plan.
+    """
+    group = _open(cache, arrays)
+    return {name: _read(group, name, array, ...) for name, array in arrays.items()}
 
 
 # Exceptions that zarr raises for damaged metadata or chunks.

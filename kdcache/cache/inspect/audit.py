@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdcache.cache.format import array_specs, zarr_store
+from kdcache.cache.format import store_files, zarr_store
 from kdcache.cache.format.integrity import NOT_LISTED, check_inputs, check_samples, check_shard_rows, unlisted_files
 from kdcache.cache.format.read_records import read_commit, read_manifest, read_plan
 from kdcache.cache.format.schema import MANIFEST, PLAN, FileRecord, Plan, commit_file
@@ -78,7 +78,7 @@ def audit(path: Path) -> Audit:
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path / MANIFEST)
         plan, files = manifest.plan, manifest.files
-        array_specs.check_listed(path, plan, {name: record.size for name, record in files.items()})
+        store_files.check_listed(path, plan, {name: record.size for name, record in files.items()})
         views = views_here(path, plan)
         present = files_of(manifest, views)
         unlisted, system_files = unlisted_files(path, files)
@@ -106,7 +106,7 @@ def audit(path: Path) -> Audit:
             if (path / (marker := commit_file(view, shard))).is_file():
                 listed = read_commit(path / marker).files
                 # No digest covers a marker yet: it may list fewer files than its shard, or files outside the cache.
-                if sorted(listed) == sorted(array_specs.shard_files(plan, view, shard)):
+                if sorted(listed) == sorted(store_files.shard_files(plan, view, shard)):
                     written |= listed
                     committed.append((view, shard))
                 else:
@@ -121,9 +121,9 @@ def _check_contents(
 ) -> tuple[list[Problem], int, list[ShardStatistics]]:
     """Return problems in the contents of undamaged files, the number of rows that were checked, and statistics."""
     names = {problem.where for problem in damaged}
-    if not names.isdisjoint(array_specs.common_files(plan)):
+    if not names.isdisjoint(store_files.common_files(plan)):
         return [], 0, []
-    intact = [(view, shard) for view, shard in shards if names.isdisjoint(array_specs.shard_files(plan, view, shard))]
+    intact = [(view, shard) for view, shard in shards if names.isdisjoint(store_files.shard_files(plan, view, shard))]
     count = sum(len(plan.shard_ids(shard)) for _, shard in intact)
     if problems := check_samples(path, plan):
         return problems, count, []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdcache.cache import parallel
 from kdcache.cache.fidelity import total_variation
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import decode
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.preconditions import differences
@@ -151,8 +151,8 @@ def _compare_shard(
 ) -> _ShardResult:
     """Compare the rows of a shard of the first cache with the same rows of the second, in whatever shards."""
     ids = plans[0].shard_ids(shard)
-    readers = [zarr_store.RowReader(path, plan) for path, plan in zip(paths, plans, strict=True)]
-    bases = [zarr_store.read_basis(path, plan) for path, plan in zip(paths, plans, strict=True)]
+    readers = [zarr_store.row_reader(path, plan) for path, plan in zip(paths, plans, strict=True)]
+    bases = [stored_bases.read_basis(path, plan) for path, plan in zip(paths, plans, strict=True)]
     same, sums, bins = 0, [0.0] * len(TEMPERATURES), np.zeros((len(TEMPERATURES), _BINS), np.int64)
     worst_rows: list[tuple[float, int, int, int, int]] = []
     rows = [reader.read(view, ids) for reader in readers]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import decode, stated_at, tail_log_mass
 from kdcache.cache.format.encoding import TAIL_TEMPERATURES
 from kdcache.cache.format.schema import Plan
@@ -50,7 +50,7 @@ def measure_itself(cache: Cache) -> list[SelfFidelity]:
     if plan.encoding.dense:
         return []
     labels = torch.from_numpy(cache.labels.astype(np.int64))
-    basis = zarr_store.read_basis(path, plan)
+    basis = stored_bases.read_basis(path, plan)
     measured = []
     for view in cache.views:
         sums = over(_self_errors, [(path, plan, view, shard, labels, basis) for shard in range(plan.shards)])

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode, stated_at, tail_log_mass
 from kdcache.cache.format.encoding import TAIL_TEMPERATURES
 from kdcache.cache.format.schema import MANIFEST, Plan, Summary
@@ -102,7 +102,7 @@ def _needs_no_pilot(plan: Plan) -> bool:
 def _bounds(cache: Path, plan: Plan, rows: int) -> list[tuple[float, float]]:
     """Return bounds of the mean total variation over any `rows` rows of view 0, by temperature."""
     labels = torch.from_numpy(zarr_store.read_samples(cache, plan)[0].astype(np.int64))
-    basis = zarr_store.read_basis(cache, plan)
+    basis = stored_bases.read_basis(cache, plan)
     calls = [(cache, plan, shard, of_shard(labels, plan, shard), basis) for shard in range(plan.shards)]
     low, high = np.concatenate(over(_shard_bounds, calls, plan=plan), axis=2)
     least, most = np.partition(low, rows - 1, axis=1)[:, :rows], -np.partition(-high, rows - 1, axis=1)[:, :rows]

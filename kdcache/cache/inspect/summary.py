@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache import parallel
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.tail_basis import TailBasis
@@ -168,7 +168,7 @@ def _count_shard(
 ) -> _ShardCensus:
     """Compute the statistics of one shard, in some views."""
     ids = plan.shard_ids(shard)
-    basis = zarr_store.read_basis(path, plan)
+    basis = stored_bases.read_basis(path, plan)
     by_class = np.zeros((4, plan.encoding.num_classes))
     fine: Counter[int] = Counter()
     confidences = np.zeros(CONFIDENCE_BINS, np.int64)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from kdcache.cache.format import zarr_store
-from kdcache.cache.format.codec import Rows
-from kdcache.cache.format.schema import Manifest
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT
+from kdcache.cache.format.schema import Manifest, Plan
+from kdcache.cache.format.vector_rows import EncodedRows
 from kdcache.cache.format.verified_files import check_before_reading
 from kdcache.cache.placement.mmap import MappedRows, Records, record_files
 from kdcache.cache.placement.prefetch import RowsInMemory, RowSource
@@ -49,7 +50,7 @@ class PlacedRows(NamedTuple):
         why: the reason in a few words, with the sizes that decided.
     """
 
-    source: RowSource
+    source: RowSource[Any]
     placement: Placement
     why: str
 
@@ -60,8 +61,9 @@ def place_rows(
     device: torch.device | str,
     requested: Placement | Literal["auto"],
     views: Sequence[int],
+    output: str = DEFAULT_OUTPUT,
 ) -> PlacedRows:
-    """Load the rows of some views of a cache with the requested placement; `auto` uses the first one that they fit.
+    """Load the rows of an output in some views with the requested placement; `auto` uses the first one that they fit.
 
     Raises:
         UsageError: if the placement is unknown.
@@ -69,21 +71,22 @@ def place_rows(
         CorruptError: if the store differs from what was written.
     """
     plan = manifest.plan
-    records = Records(zarr_store.read_rows(cache, plan, views[0], range(1)))
+    reader = zarr_store.output_reader(cache, plan, output)
+    records = Records(reader.read(views[0], range(1)))
+    folder = _records_of(manifest, output)
     size = records.width * plan.dataset.samples * len(views)
-    placement, why = (requested, "as requested") if requested != "auto" else _best(size, _records_of(manifest), device)
+    placement, why = (requested, "as requested") if requested != "auto" else _best(size, folder, device)
     if placement not in PLACEMENTS:
         raise UsageError(f"unknown placement {placement!r}", f"use one of auto, {', '.join(PLACEMENTS)}")
     if placement == "stream":
         block = plan.shape.chunk_rows * max(_BLOCK_BYTES // (records.width * plan.shape.chunk_rows), 1)
         return PlacedRows(
-            StreamedRows(cache, plan, block, max(_MIXED_BYTES // (records.width * block), 1)), placement, why
+            StreamedRows(cache, plan, block, max(_MIXED_BYTES // (records.width * block), 1), output), placement, why
         )
     if placement == "mmap":
-        return PlacedRows(_mapped(cache, manifest, records, views), placement, why)
+        return PlacedRows(_mapped(cache, plan, reader, records, folder, views), placement, why)
     check_before_reading(cache)  # in parallel, which reading is not
     all_ids = range(plan.dataset.samples)
-    reader = zarr_store.RowReader(cache, plan)
     target = device if placement == "device" else "cpu"
     return PlacedRows(RowsInMemory({view: reader.read(view, all_ids).to(target) for view in views}), placement, why)
 
@@ -107,19 +110,25 @@ def _mb(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _records_of(manifest: Manifest) -> Path:
-    return home() / "records" / manifest.digest.removeprefix("sha256:")
+def _records_of(manifest: Manifest, output: str) -> Path:
+    folder = home() / "records" / manifest.digest.removeprefix("sha256:")
+    return folder if output == DEFAULT_OUTPUT else folder / output
 
 
-def _mapped(cache: Path, manifest: Manifest, records: Records, views: Sequence[int]) -> MappedRows:
-    plan = manifest.plan
-    reader = zarr_store.RowReader(cache, plan)
+def _mapped(
+    cache: Path,
+    plan: Plan,
+    reader: zarr_store.RowReader[Any],
+    records: Records[Any],
+    folder: Path,
+    views: Sequence[int],
+) -> MappedRows[Any]:
     rows = plan.shape.chunk_rows * max(_READ_BYTES // (records.width * plan.shape.chunk_rows), 1)
 
-    def read(view: int) -> Iterator[Rows]:
+    def read(view: int) -> Iterator[EncodedRows]:
         check_before_reading(cache)  # in parallel, which reading is not
         for start in range(0, plan.dataset.samples, rows):
             yield reader.read(view, range(start, min(start + rows, plan.dataset.samples)))
 
     size = records.width * plan.dataset.samples
-    return MappedRows(record_files(_records_of(manifest), views, size, read), records, plan.dataset.samples)
+    return MappedRows(record_files(folder, views, size, read), records, plan.dataset.samples)

@@ -11,15 +11,15 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from filelock import FileLock
 from torch import Tensor
 
-from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.read_records import read_file_record
 from kdcache.cache.format.schema import FileRecord, canonical
+from kdcache.cache.format.vector_rows import R
 from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.placement.prefetch import Prefetcher
 from kdcache.errors import CorruptError, IncompleteError
@@ -34,8 +34,8 @@ _RESIDENT = 2**26
 """Bytes of pages that may be touched before they are released to the system."""
 
 
-class Records:
-    """The layout of a record: the parts of a row one after the other, in the order of `Rows.arrays`.
+class Records(Generic[R]):
+    """The layout of a record: the parts of a row one after the other, in the order of its `arrays()`.
 
     Args:
         example: any rows of the same encoding.
@@ -44,21 +44,22 @@ class Records:
         width: bytes per record.
     """
 
-    def __init__(self, example: Rows) -> None:
+    def __init__(self, example: R) -> None:
+        self._kind = type(example)
         self.parts = [
             (name, values.dtype, values.shape[1:], values.shape[1:].numel() * values.element_size())
             for name, values in example.arrays().items()
         ]
         self.width = sum(size for *_, size in self.parts)
 
-    def join(self, rows: Rows) -> Tensor:
+    def join(self, rows: R) -> Tensor:
         """Return rows as records, [B, width] uint8."""
         count = len(rows)
         return torch.cat(
             [values.contiguous().reshape(count, -1).view(torch.uint8) for values in rows.arrays().values()], dim=1
         )
 
-    def split(self, records: Tensor) -> Rows:
+    def split(self, records: Tensor) -> R:
         """Return records [B, width] uint8 as rows."""
         arrays, start = {}, 0
         for name, dtype, shape, size in self.parts:
@@ -66,10 +67,10 @@ class Records:
             part = records[:, start : start + size].clone(memory_format=torch.contiguous_format)
             arrays[name] = part.view(dtype).reshape(len(records), *shape)
             start += size
-        return Rows.of(arrays)
+        return self._kind.of(arrays)
 
 
-class MappedRows:
+class MappedRows(Generic[R]):
     """Rows in memory-mapped record files, one file per view.
 
     Args:
@@ -78,7 +79,7 @@ class MappedRows:
         samples: N, the number of records per file.
     """
 
-    def __init__(self, files: Mapping[int, Path], records: Records, samples: int) -> None:
+    def __init__(self, files: Mapping[int, Path], records: Records[R], samples: int) -> None:
         self._files, self._records, self._samples = files, records, samples
         self._open()
 
@@ -94,7 +95,7 @@ class MappedRows:
         vars(self).update(state)
         self._open()
 
-    def rows(self, ids: Tensor, view: int) -> Rows:
+    def rows(self, ids: Tensor, view: int) -> R:
         """Return the rows of samples `ids` [B] int64 in a view."""
         return self._prefetcher.rows(ids.cpu(), view)
 
@@ -106,7 +107,7 @@ class MappedRows:
         """Return a random order of all ids, [N] int64."""
         return torch.randperm(self._samples, generator=generator)
 
-    def _fetch(self, ids: Tensor, view: int) -> Rows:
+    def _fetch(self, ids: Tensor, view: int) -> R:
         table = self._map(view)
         if len(ids) < _READERS**2:
             records = table.index_select(0, ids)
@@ -147,9 +148,7 @@ class MappedRows:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def record_files(
-    folder: Path, views: Sequence[int], size: int, read: Callable[[int], Iterator[Rows]]
-) -> dict[int, Path]:
+def record_files(folder: Path, views: Sequence[int], size: int, read: Callable[[int], Iterator[R]]) -> dict[int, Path]:
     """Return the record file of each view, view index -> path; files that are missing or damaged are written.
 
     Args:
@@ -188,7 +187,7 @@ def _is_intact(path: Path) -> bool:
         return False
 
 
-def _write(path: Path, parts: Iterator[Rows]) -> None:
+def _write(path: Path, parts: Iterator[R]) -> None:
     sha = hashlib.sha256()
     with open_atomic(path) as file:
         for rows in parts:

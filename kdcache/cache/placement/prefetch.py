@@ -11,26 +11,25 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from kdcache.cache.format.codec import Rows
+from kdcache.cache.format.vector_rows import EncodedRows, R
 
-Fetch = Callable[[Tensor, int], Rows]
-"""(ids [B] int64 on the CPU, view) -> rows."""
+R_co = TypeVar("R_co", bound=EncodedRows, covariant=True)
 
 
-def gather(rows: Rows, which: Tensor) -> Rows:
+def gather(rows: R, which: Tensor) -> R:
     """Return the rows at positions `which` [B] int64; several times faster than indexing, which takes masks as well."""
-    return Rows.of({name: values.index_select(0, which) for name, values in rows.arrays().items()})
+    return type(rows).of({name: values.index_select(0, which) for name, values in rows.arrays().items()})
 
 
-class RowSource(Protocol):
+class RowSource(Protocol[R_co]):
     """A source of encoded rows."""
 
-    def rows(self, ids: Tensor, view: int) -> Rows:
+    def rows(self, ids: Tensor, view: int) -> R_co:
         """Return the rows of samples `ids` [B] int64 in a view."""
 
     def prefetch(self, batches: Iterable[Tensor], view: int) -> None:
@@ -40,20 +39,20 @@ class RowSource(Protocol):
         """Return a random order of all ids, [N] int64, in which they can be read fast."""
 
 
-class RowsInMemory:
+class RowsInMemory(Generic[R]):
     """Rows in the memory of a device or of the host.
 
     Args:
         views: view index -> all rows of the view.
     """
 
-    def __init__(self, views: Mapping[int, Rows]) -> None:
+    def __init__(self, views: Mapping[int, R]) -> None:
         self.views = views
 
-    def rows(self, ids: Tensor, view: int) -> Rows:
+    def rows(self, ids: Tensor, view: int) -> R:
         """Return the rows of samples `ids` [B] int64 in a view."""
         of_view = self.views[view]
-        return gather(of_view, ids.to(of_view.logsumexp.device))
+        return gather(of_view, ids.to(next(iter(of_view.arrays().values())).device))
 
     def prefetch(self, batches: Iterable[Tensor], view: int) -> None:
         """Do nothing: all rows are in memory."""
@@ -63,17 +62,17 @@ class RowsInMemory:
         return torch.randperm(len(next(iter(self.views.values()))), generator=generator)
 
 
-class Prefetcher:
+class Prefetcher(Generic[R]):
     """Fetches announced batches in a background thread before they are asked for.
 
     Announcements belong to the process that made them: in a forked worker there are none.
 
     Args:
-        fetch: reads rows; called in the background thread.
+        fetch: (ids [B] int64 on the CPU, view) -> rows; called in the background thread.
         window: number of rows per fetch; at most two fetches are pending.
     """
 
-    def __init__(self, fetch: Fetch, window: int) -> None:
+    def __init__(self, fetch: Callable[[Tensor, int], R], window: int) -> None:
         self._fetch, self._window = fetch, window
         self._reset()
 
@@ -81,8 +80,8 @@ class Prefetcher:
         self._process = os.getpid()
         self._pool: ThreadPoolExecutor | None = None
         self._announced: Iterator[list[Tensor]] = iter(())
-        self._pending: deque[tuple[tuple[Tensor, ...], Future[Rows]]] = deque()
-        self._ready: deque[tuple[Tensor, Rows]] = deque()
+        self._pending: deque[tuple[tuple[Tensor, ...], Future[R]]] = deque()
+        self._ready: deque[tuple[Tensor, R]] = deque()
         self._view = 0
 
     def prefetch(self, batches: Iterable[Tensor], view: int) -> None:
@@ -118,7 +117,7 @@ class Prefetcher:
             batches = torch.split(ids, [len(batch) for batch in window])
             self._pending.append((batches, self._pool.submit(self._fetch, ids, self._view)))
 
-    def rows(self, ids: Tensor, view: int) -> Rows:
+    def rows(self, ids: Tensor, view: int) -> R:
         """Return the rows of samples `ids` [B] in a view: the prefetched ones if this is the next announced batch."""
         if view != self._view or self._process != os.getpid():
             return self._fetch(ids, view)

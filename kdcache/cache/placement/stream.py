@@ -11,14 +11,15 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
 from kdcache.cache.format import zarr_store
-from kdcache.cache.format.codec import Rows
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.format.vector_rows import R
 from kdcache.cache.format.verified_files import check_when_read, files_when_read
 from kdcache.cache.placement.prefetch import Prefetcher, gather
 
@@ -26,7 +27,7 @@ _WINDOWS = 4
 """Number of prefetch windows that the rows of the mixed blocks are divided into."""
 
 
-class StreamedRows:
+class StreamedRows(Generic[R]):
     """Rows that are read from the store when they are needed.
 
     Args:
@@ -35,30 +36,32 @@ class StreamedRows:
         size: number of rows per block.
         mixed: number of blocks whose rows are shuffled together; twice as many are held in memory, for batches that
             span two groups of blocks.
+        output: name of the output.
     """
 
-    def __init__(self, cache: Path, plan: Plan, size: int, mixed: int) -> None:
-        self._cache, self._plan, self._size, self._mixed = cache, plan, size, mixed
+    def __init__(self, cache: Path, plan: Plan, size: int, mixed: int, output: str = DEFAULT_OUTPUT) -> None:
+        self._cache, self._plan, self._size, self._mixed, self._output = cache, plan, size, mixed, output
         self._open()
 
     def _open(self) -> None:
         self._process = os.getpid()
-        self._reader = zarr_store.RowReader(self._cache, self._plan)
+        self._reader: zarr_store.RowReader[R] = zarr_store.output_reader(self._cache, self._plan, self._output)
         self._count = -(-self._plan.dataset.samples // self._size)
         self._max_blocks = min(2 * self._mixed, self._count * self._plan.views.count)
         # Blocks are held in slots of one table: a batch is gathered from all of them at once.
-        self._table = Rows.of(
+        none = self._reader.read(0, range(0))
+        self._table = type(none).of(
             {
-                name: torch.empty(self._max_blocks * self._size, *none.shape[1:], dtype=none.dtype)
-                for name, none in self._reader.read(0, range(0)).arrays().items()
+                name: torch.empty(self._max_blocks * self._size, *values.shape[1:], dtype=values.dtype)
+                for name, values in none.arrays().items()
             }
         )
         self._slots: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
-        self._prefetcher = Prefetcher(self._fetch, max(self._mixed * self._size // _WINDOWS, 1))
+        self._prefetcher: Prefetcher[R] = Prefetcher(self._fetch, max(self._mixed * self._size // _WINDOWS, 1))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: vars(self)[name] for name in ("_cache", "_plan", "_size", "_mixed")}
+        state = {name: vars(self)[name] for name in ("_cache", "_plan", "_size", "_mixed", "_output")}
         return state | {"files": files_when_read(self._cache)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -67,7 +70,7 @@ class StreamedRows:
         vars(self).update(state)
         self._open()
 
-    def rows(self, ids: Tensor, view: int) -> Rows:
+    def rows(self, ids: Tensor, view: int) -> R:
         """Return the rows of samples `ids` [B] int64 in a view."""
         return self._prefetcher.rows(ids.cpu(), view)
 
@@ -86,7 +89,7 @@ class StreamedRows:
     def _ids(self, block: int) -> range:
         return range(block * self._size, min((block + 1) * self._size, self._plan.dataset.samples))
 
-    def _fetch(self, ids: Tensor, view: int) -> Rows:
+    def _fetch(self, ids: Tensor, view: int) -> R:
         if self._process != os.getpid():
             self._open()  # in a forked worker: the lock may have been held at the time of the fork
         blocks = ids // self._size
@@ -97,7 +100,7 @@ class StreamedRows:
                 which = (slots >= 0).nonzero().squeeze(1)
                 parts.append(gather(self._table, slots[which] * self._size + ids[which] % self._size))
                 order.append(which)
-        return parts[0] if len(parts) == 1 else gather(Rows.concatenate(parts), torch.cat(order).argsort())
+        return parts[0] if len(parts) == 1 else gather(type(parts[0]).concatenate(parts), torch.cat(order).argsort())
 
     def _load(self, view: int, blocks: Tensor) -> Tensor:
         """Load blocks, at most as many as there are slots, and return the slot of each block, -1 for others."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from kdcache.cache.format import array_specs
+from kdcache.cache.format import array_specs, store_files
 from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import MANIFEST, FileRecord, Manifest, Plan, commit_file
 from kdcache.cache.format.verified_files import VerifiedFiles, damaged_files
@@ -119,7 +119,7 @@ def _numbered(views: Collection[int]) -> str:
 def files_of(manifest: Manifest, views: Collection[int]) -> dict[str, FileRecord]:
     """Return the records of the files that a cache needs for some of its views."""
     plan = manifest.plan
-    names = [*array_specs.common_files(plan)]
+    names = [*store_files.common_files(plan)]
     for view in views:
         names += _files_of_view(plan, view)
     return {name: manifest.files[name] for name in names}
@@ -156,7 +156,7 @@ def remote_manifest(address: CacheAddress, store: Store | None = None) -> tuple[
     manifest = read_manifest(f"{address.where}/{MANIFEST}", data)
     check_pinned(address.where, manifest.digest, address.digest)
     sizes = {name: record.size for name, record in manifest.files.items()}
-    array_specs.check_listed(address.where, manifest.plan, sizes)
+    store_files.check_listed(address.where, manifest.plan, sizes)
     return manifest, data
 
 
@@ -232,7 +232,7 @@ def views_here(folder: Path, plan: Plan) -> tuple[int, ...]:
 def _files_of_view(plan: Plan, view: int) -> Iterator[str]:
     for shard in range(plan.shards):
         yield commit_file(view, shard)
-        yield from array_specs.shard_files(plan, view, shard)
+        yield from store_files.shard_files(plan, view, shard)
 
 
 def _folder_in_home(digest: str) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import decode
 from kdcache.cache.format.recorded_views import BOX, CROP, recorded
 from kdcache.cache.preconditions import check_outside
@@ -152,7 +152,7 @@ class _TopClasses:
     def __init__(self, cache: Cache, top_k: int) -> None:
         plan = cache.manifest.plan
         self._labels, self._encoding, self._top_k = cache.labels, plan.encoding, top_k
-        self._reader, self._basis = zarr_store.RowReader(cache.path, plan), zarr_store.read_basis(cache.path, plan)
+        self._reader, self._basis = zarr_store.row_reader(cache.path, plan), stored_bases.read_basis(cache.path, plan)
 
     def read(self, view: int, ids: range) -> tuple[Any, Any]:
         """Return (probabilities, classes), both [B, k], of some samples in a view."""

@@ -63,7 +63,7 @@ def test_auto_takes_the_first_place_that_the_rows_fit(
     free = {"meta": on_device, "cpu": memory}
     monkeypatch.setattr(choose, "free_memory", lambda device="cpu": int(free[torch.device(device).type] * MB))
     monkeypatch.setattr(choose, "free_disk", lambda _: int(disk * MB))
-    teacher = larger.cache.teacher(device)
+    teacher = larger.cache.teacher(device=device)
     assert (teacher.placement, teacher.why) == (expected, why.format(home=kept_here))
     assert teacher(torch.arange(5), 1).device.type == device
 
@@ -77,7 +77,7 @@ def test_auto_counts_the_records_that_are_there_already(larger: Made, monkeypatc
 
 def test_a_placement_that_is_not_known_is_refused(lowrank: Made) -> None:
     with pytest.raises(UsageError, match="unknown placement 'memory'") as caught:
-        lowrank.cache.teacher(placement="memory")  # type: ignore[arg-type]
+        lowrank.cache.teacher(placement="memory")  # type: ignore[call-overload]
     assert caught.value.fix == "use one of auto, device, host, mmap, stream"
 
 

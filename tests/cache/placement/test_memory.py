@@ -40,7 +40,7 @@ def large_cache(path: Path, like: Cache, samples: int) -> Path:
     plan, encoding = like.manifest.plan, Encoding(num_classes=1000, top_k=1000, tail="none", dtype="float16")
     plan = plan.model_copy(
         update={
-            "encoding": encoding,
+            "class_encoding": encoding,
             "views": plan.views.model_copy(update={"count": 1}),
             "dataset": plan.dataset.model_copy(
                 update={"samples": samples, "class_names": tuple(map(str, range(1000)))}

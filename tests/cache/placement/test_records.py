@@ -172,7 +172,7 @@ def map_until_killed(cache: Path, kept: Path, at: int) -> None:
 
     read = zarr_store.RowReader.read
 
-    def counted(reader: zarr_store.RowReader, view: int, ids: range) -> Rows:
+    def counted(reader: zarr_store.RowReader[Rows], view: int, ids: range) -> Rows:
         die()
         return read(reader, view, ids)
 
@@ -212,7 +212,7 @@ def map_at_once(cache: Path, kept: Path, together: Any, told: Any) -> None:
     torch.set_num_threads(1)
     opened, reads, read = open_cache(cache), [], zarr_store.RowReader.read
 
-    def slow(reader: zarr_store.RowReader, view: int, ids: range) -> Rows:
+    def slow(reader: zarr_store.RowReader[Rows], view: int, ids: range) -> Rows:
         reads.append(ids)
         time.sleep(0.05)
         return read(reader, view, ids)

@@ -136,7 +136,7 @@ def test_announced_batches_are_fetched_ahead_and_no_other(placed: Placement, low
 def count_fetches(teacher: CachedTeacher) -> list[Tensor]:
     """The ids of each fetch of a place on disk from now on."""
     asked_for: list[Tensor] = []
-    ahead: prefetch.Prefetcher = vars(teacher.source)["_prefetcher"]
+    ahead: prefetch.Prefetcher[Rows] = vars(teacher.source)["_prefetcher"]
     fetch = ahead._fetch
 
     def counted(ids: Tensor, view: int) -> Rows:
@@ -218,7 +218,7 @@ def test_the_order_is_of_all_ids_and_follows_from_the_seed(placed: Placement, co
 
 @pytest.mark.parametrize(("size", "mixed"), [(CHUNK, 1), (CHUNK, 3), (3 * CHUNK, 2), (CHUNK, 100)])
 def test_a_block_shuffled_order_mixes_whole_blocks(size: int, mixed: int, lowrank: Made) -> None:
-    place = stream.StreamedRows(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
+    place: stream.StreamedRows[Rows] = stream.StreamedRows(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
     first_groups, neighbors = set(), 0
     for seed in range(20):
         order = place.order(torch.Generator().manual_seed(seed)).tolist()
@@ -242,7 +242,7 @@ def test_a_block_shuffled_order_mixes_whole_blocks(size: int, mixed: int, lowran
 def test_a_stream_reads_each_block_once_an_epoch(
     announced: bool, size: int, mixed: int, batch: int, lowrank: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = stream.StreamedRows(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
+    place: stream.StreamedRows[Rows] = stream.StreamedRows(lowrank.cache.path, lowrank.cache.manifest.plan, size, mixed)
     teacher = dataclasses.replace(lowrank.cache.teacher(placement="stream"), source=place)
     generator = torch.Generator().manual_seed(mixed)
     firsts = range(0, COUNT, size)

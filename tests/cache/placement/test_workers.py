@@ -53,7 +53,7 @@ def test_workers_are_given_the_same(method: str, lowrank: Made, monkeypatch: pyt
     teachers = [lowrank.cache.teacher(placement=placed) for placed in ("host", *FROM_DISK)]
     read, reading = zarr_store.RowReader.read, threading.Event()
 
-    def slow(reader: zarr_store.RowReader, view: int, ids: range) -> Rows:
+    def slow(reader: zarr_store.RowReader[Rows], view: int, ids: range) -> Rows:
         reading.set()
         time.sleep(0.02)
         return read(reader, view, ids)

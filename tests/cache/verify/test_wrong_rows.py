@@ -99,7 +99,7 @@ def test_a_basis_that_decodes_to_nothing_is_found(copy: Path) -> None:
     rewrite(copy, "tail_mean", (), lambda mean: mean + np.float32(3e38) * (np.arange(10) % 2 * 2 - 1))
     found = audit(copy)
     assert where(found) == [f"view {v}, shard {s}, sample {8 * s}" for v in range(2) for s in range(2)]
-    assert all("does not decode to finite logits" in finding.what for finding in found.problems)
+    assert all("does not decode to finite numbers" in finding.what for finding in found.problems)
     rewrite(copy, "tail_scale", (), cell(2, 0.0))
     assert all("tail basis" in finding.what for finding in audit(copy).problems)
     assert audit(copy).failure is not None
@@ -134,7 +134,7 @@ DENSE: dict[str, tuple[str, str, Callable[[Encoding], Callable[[Values], object]
     "the probabilities do not add up to 1": ("float16", "log_probs", lambda _: lambda row: np.roll(row, 1) / 2),
     "a log-probability is above 0": ("float32", "log_probs", lambda _: cell(4, 1e-6)),
     "a log-probability is NaN or infinite": ("float32", "log_probs", lambda _: cell(4, math.nan)),
-    "does not decode to finite logits": ("float32", "log_probs", lambda _: cell(9, math.inf)),
+    "does not decode to finite numbers": ("float32", "log_probs", lambda _: cell(9, math.inf)),
     "the largest log-probability is above 0": ("uint8", "statistics", lambda e: column(e, "log_prob_max", 2**-12)),
     "the range of the log-probabilities is": ("uint8", "statistics", lambda e: column(e, "log_prob_range", -1)),
     "a statistic is NaN": ("uint8", "statistics", lambda e: column(e, "log_prob_range", math.nan)),
