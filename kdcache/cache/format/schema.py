@@ -153,6 +153,7 @@ class Plan(Record):
 
     @model_validator(mode="after")
     def _classes_agree(self) -> Plan:
+        """Check that class names, encoding and outputs belong together."""
         classes = len(self.dataset.class_names)
         if self.class_encoding is not None and classes != self.class_encoding.num_classes:
             raise ValueError("the number of class names must be the number of classes")

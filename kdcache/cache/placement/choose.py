@@ -123,6 +123,7 @@ def _mapped(
     folder: Path,
     views: Sequence[int],
 ) -> MappedRows[Any]:
+    """Return rows in record files, which are written if they are not there."""
     rows = plan.shape.chunk_rows * max(_READ_BYTES // (records.width * plan.shape.chunk_rows), 1)
 
     def read(view: int) -> Iterator[EncodedRows]:

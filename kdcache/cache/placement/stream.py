@@ -44,6 +44,7 @@ class StreamedRows(Generic[R]):
         self._open()
 
     def _open(self) -> None:
+        """Open the store, with an empty table of blocks."""
         self._process = os.getpid()
         self._reader: zarr_store.RowReader[R] = zarr_store.output_reader(self._cache, self._plan, self._output)
         self._count = -(-self._plan.dataset.samples // self._size)
