@@ -33,7 +33,7 @@ from torchvision.models import resnet50
 
 from kdcache import Samples, dump_teacher
 from kdcache.cli import output
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.views import View

@@ -41,7 +41,8 @@ from torch.utils.data import TensorDataset
 from kdcache import Samples, dump_teacher, wrap
 from kdcache.cache.teacher import Teacher
 from kdcache.cli import output
-from kdcache.config.schema import CacheSpec, TrainSpec
+from kdcache.config.cache import CacheSpec
+from kdcache.config.schema import TrainSpec
 from kdcache.data.views import View
 from kdcache.losses import Loss
 from kdcache.models.evaluate import evaluate

@@ -73,9 +73,10 @@ class Cache:
 
     def __repr__(self) -> str:
         plan = self.manifest.plan
+        outputs = f", outputs={plan.output_names}" if plan.outputs else ""
         return (
             f"Cache({str(self.path)!r}, teacher={plan.teacher.name!r}, samples={len(self):,}, "
-            f"classes={self.num_classes:,}, views={len(self.views)}, digest={self.manifest.digest!r})"
+            f"classes={self.num_classes:,}, views={len(self.views)}{outputs}, digest={self.manifest.digest!r})"
         )
 
     def check_views(self, views: Collection[int] | None = None) -> None:
@@ -96,8 +97,8 @@ class Cache:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, C."""
-        return self.manifest.plan.encoding.num_classes
+        """Number of classes of the data set, C."""
+        return len(self.manifest.plan.dataset.class_names)
 
     @property
     def bytes_on_disk(self) -> int:

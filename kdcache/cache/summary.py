@@ -87,7 +87,7 @@ def collect_statistics(
     known: Mapping[tuple[int, int], ShardStatistics] | None = None,
     scheduler: str = "threads",
 ) -> list[ShardStatistics]:
-    """Return the statistics of all shards, by view and shard.
+    """Return the statistics of all shards, by view and shard; of a cache without class logits there are none.
 
     Args:
         cache: folder of the cache.
@@ -95,6 +95,8 @@ def collect_statistics(
         known: (view, shard) -> statistics that were computed while the shard was written; only the others are read.
         scheduler: as for `parallel.over`.
     """
+    if plan.class_encoding is None:
+        return []
     statistics = dict(known or {})
     shards = [(view, shard) for view in range(plan.views.count) for shard in range(plan.shards)]
     if missing := [which for which in shards if which not in statistics]:
@@ -111,6 +113,8 @@ def _stored_statistics(cache: Path, plan: Plan, view: int, shard: int, labels: T
 
 def summary_of(statistics: Sequence[ShardStatistics], plan: Plan) -> Summary:
     """Return the summary of a cache from the statistics of all its shards, in order."""
+    if plan.class_encoding is None:
+        return Summary(teacher_accuracy=None, mean_sharpness=None, mean_entropy=None, mean_top_probability=None)
     rows = plan.views.count * plan.dataset.samples
     labeled = sum(part.labeled for part in statistics)
     return Summary(

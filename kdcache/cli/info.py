@@ -13,8 +13,8 @@ from kdcache.errors import counted
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
-    from kdcache.cache.format.encoding import Fidelity
-    from kdcache.cache.format.schema import Manifest, TeacherRecord
+    from kdcache.cache.format.encoding import Encoding, Fidelity
+    from kdcache.cache.format.schema import Manifest, Summary, TeacherRecord
 
 
 @click.command("info")
@@ -92,6 +92,24 @@ def describe(cache: Cache, as_json: bool, where: Path | None = None) -> None:
     _describe(str(where or cache.path), cache.manifest, cache.bytes_on_disk, len(cache.views), as_json)
 
 
+def _stored(encoding: Encoding) -> str:
+    head = "top class" if encoding.top_k == 1 else f"top {encoding.top_k} classes"
+    stored = "every class" if encoding.dense else f"{head}, {encoding.tail} tail"
+    rank = f" of rank {encoding.rank}" if encoding.rank else ""
+    return f"{stored}{rank}, {encoding.dtype} log-probabilities"
+
+
+def _of_logits(summary: Summary, teacher: TeacherRecord) -> dict[str, str]:
+    accuracy = summary.teacher_accuracy
+    return {
+        "accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
+        "sharpness": f"{summary.mean_sharpness:.3f} (mean logsumexp)"
+        if teacher.level is None
+        else "unknown: the logits are known up to an additive constant per sample",
+        "confidence": f"{summary.mean_top_probability:.4f} (mean largest probability)",
+    }
+
+
 def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bool) -> None:
     """Print a manifest.
 
@@ -102,6 +120,8 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
         views: how many views are present.
         as_json: for programs.
     """
+    from kdcache.cache.inspect.outputs import described_outputs
+
     plan = manifest.plan
     per_row = size / (plan.views.count * plan.dataset.samples)
     if as_json:
@@ -114,11 +134,7 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
             }
         )
         return
-    encoding, summary = plan.encoding, manifest.summary
-    head = "top class" if encoding.top_k == 1 else f"top {encoding.top_k} classes"
-    stored = "every class" if encoding.dense else f"{head}, {encoding.tail} tail"
-    if encoding.rank:
-        stored += f" of rank {encoding.rank}"
+    summary, classes = manifest.summary, len(plan.dataset.class_names)
     present = f", {views} of them present" if views < plan.views.count else ""
     transform = " > ".join(name for step in plan.views.transform for name in step) or "no transform"
     shards = plan.views.count * plan.shards
@@ -128,18 +144,13 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
             "digest": manifest.digest,
             "teacher": _teacher(plan.teacher),
             "data set": f"{plan.dataset.name}/{plan.dataset.split}, {plan.dataset.samples:,} samples, "
-            f"{encoding.num_classes} classes, {plan.dataset.digest[:19]}...",
+            f"{f'{classes} classes' if classes else 'no classes'}, {plan.dataset.digest[:19]}...",
             "views": f"{plan.views.count}{present}, seed {plan.views.seed}, {transform}",
-            "encoding": f"{stored}, {encoding.dtype} log-probabilities",
+            **({"encoding": _stored(plan.class_encoding)} if plan.class_encoding else {}),
             **({"fidelity": _fidelity(plan.fidelity)} if plan.fidelity else {}),
+            **described_outputs(plan.outputs),
             "size": f"{size:,} bytes, {per_row:.1f} bytes per row, {counted(shards, 'shard')}",
-            "accuracy": "no labels"
-            if summary.teacher_accuracy is None
-            else f"{summary.teacher_accuracy:.2%} on these samples",
-            "sharpness": f"{summary.mean_sharpness:.3f} (mean logsumexp)"
-            if plan.teacher.level is None
-            else "unknown: the logits are known up to an additive constant per sample",
-            "confidence": f"{summary.mean_top_probability:.4f} (mean largest probability)",
+            **(_of_logits(summary, plan.teacher) if plan.class_encoding else {}),
             "versions": ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
             **({"license": plan.licence} if plan.licence else {}),
             **({"notes": plan.notes} if plan.notes else {}),

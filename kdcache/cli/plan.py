@@ -58,6 +58,7 @@ def plan(
 
 def describe(planned: Estimate, as_json: bool) -> None:
     """Print the chosen encoding, its size and time, and the other encodings that were tried."""
+    from kdcache.cache.inspect.outputs import described_outputs
     from kdcache.cache.planner import FEW_CLASSES, described
     from kdcache.errors import counted
 
@@ -74,7 +75,8 @@ def describe(planned: Estimate, as_json: bool) -> None:
     if as_json:
         output.as_json(
             {
-                "encoding": planned.encoding.model_dump(),
+                "encoding": None if planned.encoding is None else planned.encoding.model_dump(),
+                "outputs": {name: record.model_dump() for name, record in (planned.outputs or {}).items()},
                 "rows": planned.rows,
                 "bytes_per_row": planned.bytes_per_row,
                 "bytes": round(planned.bytes),
@@ -85,24 +87,26 @@ def describe(planned: Estimate, as_json: bool) -> None:
         )
         return
     facts = {}
-    if planned.choice is None:
+    if planned.encoding is not None and planned.choice is None:
         few = planned.encoding.num_classes <= FEW_CLASSES
         reason = f"; with at most {FEW_CLASSES} classes this is the smallest encoding" if few else ""
         facts["chosen"] = f"every class, as {planned.encoding.dtype}{reason}"
-    else:
+    elif planned.choice is not None:
         _table(planned.choice)
         chosen = planned.choice.chosen
         facts["chosen"] = described(chosen)
         facts["fidelity"] = f"{chosen.worst:.4f}, the largest mean total variation at T = 1, 2, 4"
+    facts |= described_outputs(planned.outputs)
+    what = "logits" if planned.outputs is None else "outputs"
     if planned.bytes_per_row is not None:
         facts["size"] = (
             f"{planned.bytes_per_row:.1f} bytes per row, {_size(planned.bytes)} for {counted(planned.rows, 'row')}, "
-            "of logits alone"
+            f"of {what} alone"
         )
         if planned.besides_rows:
             facts["size"] = (
                 f"{_size(planned.bytes)} for {counted(planned.rows, 'row')}, "
-                f"{planned.bytes / planned.rows:.1f} bytes per row: {planned.bytes_per_row:.1f} of logits, the rest of "
+                f"{planned.bytes / planned.rows:.1f} bytes per row: {planned.bytes_per_row:.1f} of {what}, the rest of "
                 "keys, labels, checksums and metadata"
             )
     if planned.rows_per_second is not None:

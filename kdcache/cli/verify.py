@@ -82,7 +82,7 @@ def verify(
         from kdcache.data.datasets import load_split
         from kdcache.data.replay import check_matches_cache
         from kdcache.data.replay import replay as replay_views
-        from kdcache.dump.check_teacher import check_identity, compare_with_teacher
+        from kdcache.dump.check_teacher import check_identity, compare_outputs, compare_with_teacher
         from kdcache.models.teacher import load_teacher
 
         opened, progress = open_cache(path), output.Terminal()
@@ -101,10 +101,11 @@ def verify(
         if teacher:
             model = load_teacher(resolved, progress).model
             chosen = choose_device(device)
-            results["teacher"] = [
-                agreement._asdict()
-                for agreement in compare_with_teacher(opened, model, samples, resolved.cache, rows, chosen, progress)
-            ]
+            arguments = (opened, model, samples, resolved.cache, rows, chosen, progress)
+            if opened.manifest.plan.class_encoding is not None:
+                results["teacher"] = [agreement._asdict() for agreement in compare_with_teacher(*arguments)]
+            if opened.outputs:
+                results["outputs"] = [agreement._asdict() for agreement in compare_outputs(*arguments)]
             found = check_identity(opened, model, samples, resolved.cache, chosen)
             results["identity"] = {
                 "weights": opened.manifest.plan.teacher.weights or "the same",
@@ -158,13 +159,16 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
     if "teacher" in results:
         output.result("")
         _compared(results["teacher"])
+    if "outputs" in results:
+        output.result("")
+        _compared_outputs(results["outputs"])
 
 
 def _recognized(weights: str, relative_difference: float | None) -> str:
     by = "it has no weights to compare" if weights == "none" else "the same weights"
     if relative_difference is None:
         return by
-    return f"{by}; its logits of the first batch differ by {relative_difference:.1g} of their size, rounding aside"
+    return f"{by}; its outputs of the first batch differ by {relative_difference:.1g} of their size, rounding aside"
 
 
 def _replayed(checked: int, rounded: int, teacher_seen: bool) -> str:
@@ -189,4 +193,13 @@ def _compared(agreements: list[dict[str, Any]]) -> None:
             ]
             for agreement in agreements
         ],
+    )
+
+
+def _compared_outputs(agreements: list[dict[str, Any]]) -> None:
+    """Print a table of the agreement of other outputs with those of the live teacher, by view."""
+    output.table(
+        f"Cached outputs against those of the live teacher, {counted(agreements[0]['rows'], 'row')} per view",
+        ["view", "output", "measure", "mean"],
+        [[str(one["view"]), one["output"], one["measure"], f"{one['value']:.3g}"] for one in agreements],
     )

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kdcache.config.section import Section
+from kdcache.config.cache import CacheSpec
+from kdcache.config.section import Count, NotNegativeInt, Section, Seed
 from kdcache.config.transform import Transform, step_names
 from kdcache.config.yaml_lines import write_yaml
 from kdcache.errors import UsageError, did_you_mean
@@ -19,10 +20,7 @@ from kdcache.losses.config import Loss
 from kdcache.losses.options import NotNegative, Positive
 from kdcache.runtime.user_code import is_user_code, trust
 
-Count = Annotated[int, Field(ge=1)]
-NotNegativeInt = Annotated[int, Field(ge=0)]
 Output = NotNegativeInt
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz")
@@ -224,46 +222,6 @@ class StudentSpec(ModelSpec):
     view, nothing random). The teacher's logits then belong to other pixels, as in most published KD code."""
     train: TrainSpec = TrainSpec()
     """How `train-student` trains it."""
-
-
-class CacheSpec(Section):
-    """What a cache stores of the teacher's output, and how the teacher is run."""
-
-    fidelity: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Largest mean total variation between decoded and true softmax at T = 1, 2 and 4, measured on pilot rows. The
-    default is 0.02, where a given `top_k` may exceed it."""
-    top_k: Count | Literal["all", "auto"] = "auto"
-    """Number of classes of each row that are stored exactly; `auto`: the cheapest within `fidelity`, all up to 64."""
-    tail: Literal["lowrank", "uniform"] = "lowrank"
-    """What is stored of the other classes: coordinates in a basis fitted to the teacher, or their total mass only."""
-    rank: Count | None = None
-    """Number of coordinates of a lowrank tail; by default the cheapest within `fidelity`."""
-    dtype: Literal["uint8", "float16", "float32"] = "float16"
-    """Type of the stored log-probabilities; uint8 stores all classes."""
-    pilot_rows: Count = 4096
-    """Images of the pilot pass, on which the basis is fitted and the fidelity measured; unused if all classes are
-    stored."""
-    views: Count = 1
-    """Number of seeded augmentations of each image; more than 1 needs a random transform."""
-    seed: Seed = 0
-    """Seed of the views."""
-    shard_rows: Count | None = None
-    """Rows per shard, the unit of writing; None chooses it."""
-    batch_size: Count = 256
-    """Images per teacher batch."""
-    num_workers: NotNegativeInt | Literal["auto"] = "auto"
-    """Data-loading processes; auto: as many as there are cores, at most 8, and none for images in memory whose batches
-    are transformed at once, nor for data sets of your own."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the teacher: float32 or mixed precision (autocast)."""
-    channels_last: bool = False
-    """Channels-last memory format of images and weights, which makes convolutions on a GPU faster."""
-    compile: bool = False
-    """Compile the teacher with torch.compile."""
-    license: str = ""
-    """License of the cache, for the manifest."""
-    notes: str = ""
-    """Notes for its users, for the manifest."""
 
 
 class JoinSpec(Section):

@@ -27,7 +27,7 @@ from kdcache.cache.planner import pilot_ids
 from kdcache.cache.preconditions import check_outside, check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.curate.derive import row_bytes
 from kdcache.curate.logit_files import LogitFile, content_of, open_logits
@@ -126,7 +126,7 @@ def _begin(
         return Pilot(logits, torch.from_numpy(samples.labels[ids].astype(np.int64)), 0.0)
 
     started = read_plan(out / PLAN) if (out / PLAN).exists() else None
-    chosen = choose(out, started, spec, samples.num_classes, pilot)
+    chosen = choose(out, started, spec, samples.num_classes, len(samples) * spec.views, pilot)
     known = file.content == "logits"
     plan = Plan(
         teacher=teacher_by_hearsay(
@@ -139,7 +139,7 @@ def _begin(
         request=request_of(spec),
         encoding=chosen.encoding,
         fidelity=chosen.fidelity,
-        shape=choose_sharding(len(samples), row_bytes(chosen.encoding), spec.shard_rows),
+        shape=choose_sharding(len(samples), row_bytes(chosen.class_encoding()), spec.shard_rows),
         batch_size=spec.batch_size,
         versions=versions(),
         licence=spec.license,

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.cache.fidelity import TEMPERATURES, divergence, gradient_error, total_variation
+from kdcache.cache.format import stored_bases
 from kdcache.cache.format.codec import decode, encode
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
-from kdcache.config.schema import CacheSpec
+from kdcache.cache.vector_planner import vector_fidelity
+from kdcache.config.cache import CacheSpec, OutputSpec
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.replay import teacher_view
 from kdcache.data.samples import Samples
+from kdcache.dump.outputs import decode_output, encode_outputs
 from kdcache.dump.probes import Difference, check_first_batch
 from kdcache.errors import MismatchError
 from kdcache.models import weights_digest
@@ -23,6 +26,10 @@ from kdcache.runtime.progress import Progress, Silent
 
 _MAX_TOTAL_VARIATION = 0.05
 """Mean total variation at T = 1 above which the teacher is another one, or runs in another way."""
+
+
+_MAX_RELATIVE_ERROR = 0.05
+"""Relative squared error of an output above which the teacher is another one, or runs in another way."""
 
 
 class TeacherAgreement(NamedTuple):
@@ -84,11 +91,104 @@ def check_identity(
     Raises:
         MismatchError: if it has other weights, or other logits than the cache.
     """
-    plan, spec = cache.manifest.plan, spec or CacheSpec()
+    plan, spec = cache.manifest.plan, with_outputs_of(cache, spec)
     check_weights(cache, model, spec)
     if plan.lineage is not None:
         return None
     return check_first_batch(cache.path, plan, teacher_view(cache, samples, cache.views[0]), model, spec, device)
+
+
+def with_outputs_of(cache: Cache, spec: CacheSpec | None) -> CacheSpec:
+    """Return settings with which a teacher gives the outputs of a cache, wherever its pipeline takes them from now."""
+    plan, spec = cache.manifest.plan, spec or CacheSpec()
+    outputs = {
+        name: spec.outputs.get(name, OutputSpec(kind=record.kind, source=record.source, pool=record.pool))
+        for name, record in plan.named_outputs.items()
+    }
+    return spec.model_copy(update={"outputs": outputs, "logits": plan.class_encoding is not None})
+
+
+class OutputAgreement(NamedTuple):
+    """The agreement of an output of a cache with that of the live teacher, on some rows of one view.
+
+    Attributes:
+        view: index of the view.
+        output: name of the output.
+        rows: number of rows.
+        measure: "1 - cosine" and "relative squared error" of vectors and scores, "total variation at T = 1" of classes.
+        value: mean over the rows.
+    """
+
+    view: int
+    output: str
+    rows: int
+    measure: str
+    value: float
+
+
+def compare_outputs(
+    cache: Cache,
+    model: nn.Module,
+    samples: Samples,
+    spec: CacheSpec | None = None,
+    rows: int = 512,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> list[OutputAgreement]:
+    """Run the teacher again on some rows of every view, and compare its outputs beside the class logits.
+
+    The arguments are those of `compare_with_teacher`.
+
+    Raises:
+        MismatchError: if it has other weights, or an output differs from that of the cache.
+    """
+    plan, spec = cache.manifest.plan, with_outputs_of(cache, spec)
+    check_weights(cache, model, spec)
+    if not plan.outputs:
+        return []
+    running = InferenceModel(model, len(plan.dataset.class_names), spec, device)
+    ids = pilot_ids(len(samples), rows)
+    cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
+    teachers = {name: cache.teacher(name, device=device) for name in plan.outputs}
+    bases = {name: basis.to(device) for name, basis in stored_bases.read_bases(cache.path, plan).items()}
+    agreements = []
+    with (progress or Silent()).task("teacher's outputs", len(ids) * len(cache.views), "rows") as task:
+        for view in cache.views:
+            parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in plan.outputs}
+            for batch in batches(teacher_view(cache, samples, view), cuts, spec.num_workers, device):
+                said, labels = running.run(batch.images), batch.labels.to(device)
+                refuse_not_finite(said.finite().cpu(), batch.ids)
+                for name, encoded in encode_outputs(said.outputs, labels, plan, bases).items():
+                    again = decode_output(encoded, labels, plan.outputs[name], bases.get(name))
+                    parts[name].append((said.outputs[name], again, teachers[name](batch.ids, view)))
+                task.advance(len(batch.ids))
+            for name, of_output in parts.items():
+                live, again, cached = (torch.cat(values) for values in zip(*of_output, strict=True))
+                agreements += _output_agreement(view, name, plan.outputs[name].kind, live, again, cached)
+    return agreements
+
+
+def _output_agreement(
+    view: int, name: str, kind: str, live: Tensor, again: Tensor, cached: Tensor
+) -> list[OutputAgreement]:
+    """Return the agreement of an output; `again` are live values after the same, perhaps lossy, encoding.
+
+    Raises:
+        MismatchError: if the encoded live values are not those of the cache.
+    """
+    apart = vector_fidelity(again, cached)
+    if apart.relative_error > _MAX_RELATIVE_ERROR:
+        raise MismatchError(
+            f"in view {view} the output {name} of the teacher is not that of the cache: relative squared error "
+            f"{apart.relative_error:.2g}, 1 - cosine {apart.one_minus_cosine:.2g} of {len(live)} rows",
+            "use the code, precision and library versions that the cache was made with (`kdcache info CACHE`)",
+        )
+    if kind == "classes":
+        measures = {"total variation at T = 1": float(total_variation(live, cached, 1).mean())}
+    else:
+        found = vector_fidelity(live, cached)
+        measures = {"1 - cosine": found.one_minus_cosine, "relative squared error": found.relative_error}
+    return [OutputAgreement(view, name, len(live), measure, value) for measure, value in measures.items()]
 
 
 def compare_with_teacher(
@@ -114,7 +214,8 @@ def compare_with_teacher(
     Raises:
         MismatchError: if it has other weights, or other logits than the cache.
     """
-    plan, spec = cache.manifest.plan, spec or CacheSpec()
+    plan = cache.manifest.plan
+    spec = with_outputs_of(cache, spec).model_copy(update={"outputs": {}})
     check_weights(cache, model, spec)
     running = InferenceModel(model, plan.encoding.num_classes, spec, device)
     ids = pilot_ids(len(samples), rows)

@@ -16,23 +16,21 @@ from torch.utils.data import Dataset
 
 from kdcache.cache import summary
 from kdcache.cache.format import stored_bases, zarr_store
-from kdcache.cache.format.codec import Rows
-from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.inspect.card import CARD, PICTURE, write_card
 from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_sealed
 from kdcache.cache.summary import ShardStatistics
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.config.section import validated
 from kdcache.config.transform import Transform, step_names
 from kdcache.data.images import ItemImages
 from kdcache.data.loader import workers_for
 from kdcache.data.repeatable import check_repeatable
-from kdcache.data.samples import Samples
+from kdcache.data.samples import Samples, as_samples
 from kdcache.dump.job import DumpJob, Prepared, pending_shards, prepare
 from kdcache.dump.probes import Probes, check_probes
-from kdcache.dump.teacher_pass import PhaseTimer, Shard, run_pass
+from kdcache.dump.teacher_pass import MadeShard, PhaseTimer, Shard, run_pass
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError
 from kdcache.models import weights_digest
 from kdcache.models.checks import samples_for
@@ -122,7 +120,7 @@ def dump_teacher(
     trust(step_names(transform))
     model = as_network(model)
     check_device(device)
-    samples = samples_for(model, samples, transform, device)
+    samples = samples_for(model, samples, transform, device) if cache_spec.logits else as_samples(samples)
     job = DumpJob(
         model,
         name if isinstance(name, TeacherIdentity) else TeacherIdentity(name, {}, None),
@@ -233,8 +231,7 @@ def _run_pass(
     """Make some of the shards, and return their statistics."""
     plan, images = writer.plan, job.view()
     model = job.inference_model()
-    basis = stored_bases.read_basis(job.out, plan)
-    basis = basis.to(job.device) if basis is not None else None
+    bases = {name: basis.to(job.device) for name, basis in stored_bases.read_bases(job.out, plan).items()}
     labels = torch.from_numpy(job.samples.labels).long()
     statistics: dict[tuple[int, int], ShardStatistics] = {}
     write = partial(_write, writer, labels, statistics)
@@ -244,7 +241,7 @@ def _run_pass(
     try:
         with job.progress.task("teacher" + ranks.named(), sum(share), "rows") as task:
             own = _OwnShare(task, sum(share))
-            run_pass(model, images, plan, basis, shards, num_workers, write, own, timer)
+            run_pass(model, images, plan, bases, shards, num_workers, write, own, timer)
     except IncompleteError:
         raise
     except KdcacheError as error:
@@ -264,14 +261,14 @@ def _write(
     statistics: dict[tuple[int, int], ShardStatistics],
     view: int,
     shard: int,
-    rows: Rows,
-    inputs: Inputs,
+    made: MadeShard,
 ) -> None:
-    """Write a shard, and add its statistics to `statistics`."""
-    writer.write(view, shard, rows, inputs)
+    """Write a shard, and add the statistics of its class logits, if it has them, to `statistics`."""
+    writer.write(view, shard, made.rows, made.inputs, outputs=made.outputs)
     ids = writer.plan.shard_ids(shard)
     of_shard = labels[ids.start : ids.stop]
-    statistics[view, shard] = summary.shard_statistics(rows, of_shard, writer.plan.encoding)
+    if made.rows is not None:
+        statistics[view, shard] = summary.shard_statistics(made.rows, of_shard, writer.plan.encoding)
 
 
 def _wait_for_files(writer: CacheWriter, ranks: Ranks) -> None:

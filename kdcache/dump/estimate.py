@@ -13,14 +13,16 @@ from kdcache.cache.format import zarr_store
 from kdcache.cache.format.array_specs import raw_bytes
 from kdcache.cache.format.codec import encode_finite, not_finite
 from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.output_records import OutputRecord
 from kdcache.cache.format.schema import NO_WEIGHTS
 from kdcache.cache.planner import Choice, encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.preconditions import check_place
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.check_images import check_images
 from kdcache.data.repeatable import check_repeatable
 from kdcache.data.views import View
 from kdcache.dump.disk_size import bytes_besides_rows
+from kdcache.dump.outputs import plan_outputs
 from kdcache.dump.plan import Chosen, Pilot, plan_cache, request_of, run_pilot, views_of
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
 from kdcache.models.inference import InferenceModel, try_teacher
@@ -38,25 +40,28 @@ class Estimate(NamedTuple):
     """What a cache would keep and cost.
 
     Attributes:
-        encoding: of its rows.
+        encoding: of the rows of class logits; None if they are not kept.
         choice: the candidates that were measured; None if every class is kept.
         rows: number of rows of all views.
-        bytes_per_row: of the rows alone, measured on a pilot; None without one.
+        bytes_per_row: of the rows of all outputs alone, measured on a pilot; None without one.
         rows_per_second: of the pilot; None without one.
         besides_rows: bytes of everything else in the cache; 0 if its samples are not known.
+        outputs: kept beside the class logits, by name; None if there are none.
     """
 
-    encoding: Encoding
+    encoding: Encoding | None
     choice: Choice | None
     rows: int
     bytes_per_row: float | None = None
     rows_per_second: float | None = None
     besides_rows: int = 0
+    outputs: dict[str, OutputRecord] | None = None
 
     @property
     def bytes(self) -> float:
         """Size on disk; an upper bound without a pilot."""
-        return (self.bytes_per_row or raw_bytes(self.encoding)) * self.rows + self.besides_rows
+        unmeasured = raw_bytes(self.encoding) if self.encoding is not None else 0
+        return (self.bytes_per_row or unmeasured) * self.rows + self.besides_rows
 
 
 def estimate(
@@ -85,22 +90,28 @@ def estimate(
     num_classes = loaded.samples.num_classes
     views = views_of(spec, loaded.transform)
     rows = len(loaded.samples) * views.count
-    encoding = encoding_without_pilot(num_classes, request_of(spec))
-    if encoding is not None and out is None:
+    encoding = encoding_without_pilot(num_classes, request_of(spec)) if spec.logits else None
+    if encoding is not None and out is None and not spec.outputs:
         return Estimate(encoding, None, rows)
     view = View(loaded.samples, loaded.transform, spec.seed)
     try_teacher(loaded.model, view, spec, device)
     teacher = InferenceModel(loaded.model, num_classes, spec, device)
+    if (encoding is not None or not spec.logits) and not spec.outputs:
+        pilot_rows = pilot_rows or _TIMED_BATCHES * spec.batch_size
+    pilot = run_pilot(teacher, view, spec, progress, pilot_rows)
+    outputs = plan_outputs(spec, pilot.outputs, pilot.labels, num_classes, rows)
+    choice = None
     if encoding is not None:
-        choice = None
-        pilot = run_pilot(teacher, view, spec, progress, pilot_rows or _TIMED_BATCHES * spec.batch_size)
-        estimated = Estimate(encoding, None, rows, _measured_bytes(encoding, pilot), pilot.rows_per_second)
+        size = _measured_bytes(encoding, pilot)
+    elif spec.logits:
+        choice = plan_encoding(pilot.class_logits(), pilot.labels, request_of(spec))
+        encoding, size = choice.chosen.encoding, choice.chosen.bytes_per_row
     else:
-        pilot = run_pilot(teacher, view, spec, progress, pilot_rows)
-        choice = plan_encoding(pilot.logits, pilot.labels, request_of(spec))
-        chosen = choice.chosen
-        estimated = Estimate(chosen.encoding, choice, rows, chosen.bytes_per_row, pilot.rows_per_second)
-    made = Chosen(estimated.encoding, None, None, 0)
+        size = 0.0
+    estimated = Estimate(
+        encoding, choice, rows, size + outputs.bytes_per_row, pilot.rows_per_second, 0, outputs.records
+    )
+    made = Chosen(encoding, None, None, 0, outputs)
     plan = plan_cache(loaded.identity, loaded.model, loaded.samples, NO_WEIGHTS, spec, views, made)
     estimated = estimated._replace(besides_rows=bytes_besides_rows(plan, loaded.samples.labels))
     if out is not None:
@@ -132,7 +143,7 @@ def estimate_new_cache(
 
 def _measured_bytes(encoding: Encoding, pilot: Pilot) -> float:
     """Return the bytes per row on disk of a pilot's rows, if every class is kept."""
-    return zarr_store.bytes_per_row(encoding, encode_finite(pilot.logits, pilot.labels, encoding))
+    return zarr_store.bytes_per_row(encoding, encode_finite(pilot.class_logits(), pilot.labels, encoding))
 
 
 def check_room(out: Path, needed: float) -> None:

@@ -17,13 +17,12 @@ from kdcache.cache.changed_images import differs_in_images_alone
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.schema import MANIFEST, PLAN, PROBES, Plan
-from kdcache.cache.format.stored_bases import basis_of_logits
 from kdcache.cache.lock import LOCK
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids
 from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.data.check_images import check_images
 from kdcache.data.mixing import split_mixing
@@ -32,6 +31,7 @@ from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.dump.estimate import check_room
 from kdcache.dump.extend import check_extends
+from kdcache.dump.outputs import PlannedOutputs, check_same_outputs
 from kdcache.dump.plan import Chosen, Pilot, choose, plan_cache, request_of, run_pilot, views_of
 from kdcache.dump.probes import Probes, check_first_batch, check_probes, probe_ids, read_probes, run_probes
 from kdcache.dump.teacher_pass import Shard
@@ -128,7 +128,8 @@ def prepare(job: DumpJob) -> Prepared:
         check_place(out)
     views = views_of(spec, job.transform)
     # Invalid settings are refused before all images are read.
-    encoding_without_pilot(samples.num_classes, request_of(spec))
+    if spec.logits:
+        encoding_without_pilot(samples.num_classes, request_of(spec))
     level = None
     if not is_sealed:
         level = _try_and_check_images(job)
@@ -139,14 +140,16 @@ def prepare(job: DumpJob) -> Prepared:
         sealed = read_manifest(out / MANIFEST).plan
         if sealed.dataset.class_names != samples.class_names:
             raise UsageError(f"{out} is already a sealed cache, of other classes", _OTHER_NAME)
-        chosen = Chosen(sealed.encoding, sealed.fidelity, None, 0)
+        outputs = PlannedOutputs(sealed.outputs)
+        check_same_outputs(out, sealed, spec)
+        chosen = Chosen(sealed.class_encoding, sealed.fidelity, None, 0, outputs)
         plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape, sealed.teacher.level)
         return Prepared(None, _complete(job, sealed, plan), None)
     path, begun = out, read_plan(out / PLAN) if (out / PLAN).exists() else None
     resumed = begun
     if begun is None and job.extends is not None:
         path, begun = job.extends.path, job.extends.manifest.plan
-    chosen = choose(path, begun, spec, samples.num_classes, job.run_pilot)
+    chosen = choose(path, begun, spec, samples.num_classes, len(samples) * spec.views, job.run_pilot)
     plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape, level)
     if job.extends is not None:
         check_extends(job.extends, plan, keys, samples.labels)
@@ -204,7 +207,7 @@ def _complete(job: DumpJob, sealed: Plan, plan: Plan) -> Cache:
 def _begin(job: DumpJob, plan: Plan, chosen: Chosen, keys: npt.NDArray[np.uint64], probes: Probes) -> CacheWriter:
     """Create or resume the cache, and report what is done already."""
     writer = CacheWriter.begin(
-        job.out, plan, job.samples.labels, keys, basis_of_logits(chosen.basis), _fixed_images(job), probes.to_bytes()
+        job.out, plan, job.samples.labels, keys, chosen.bases, _fixed_images(job), probes.to_bytes()
     )
     if writer.remade:
         job.progress.say(
@@ -223,7 +226,9 @@ def _fixed_images(job: DumpJob) -> frozenset[int] | None:
     """Return the ids of the samples that all rows depend on; None if every row may depend on any image."""
     if split_mixing(job.transform)[1]:
         return None
-    needs_pilot = encoding_without_pilot(job.samples.num_classes, request_of(job.spec)) is None
+    needs_pilot = (
+        bool(job.spec.outputs) or encoding_without_pilot(job.samples.num_classes, request_of(job.spec)) is None
+    )
     return frozenset(pilot_ids(len(job.samples), job.spec.pilot_rows) if needs_pilot else ())
 
 

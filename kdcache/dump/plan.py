@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,22 +14,25 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdcache.cache.format import stored_bases
-from kdcache.cache.format.array_specs import raw_bytes
+from kdcache.cache.format.array_specs import raw_bytes, raw_bytes_of_all_outputs
 from kdcache.cache.format.encoding import Encoding, Fidelity, Request
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import NO_WEIGHTS, DatasetRecord, Plan, Sharding, TeacherRecord, ViewsRecord
 from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.format.stored_bases import Bases, basis_of_logits
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.preconditions import check_same_plan
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
+from kdcache.dump.outputs import PlannedOutputs, check_same_outputs, plan_outputs
 from kdcache.errors import UsageError
 from kdcache.models import weights_digest
-from kdcache.models.inference import InferenceModel, described_precision, refuse_not_finite
+from kdcache.models.inference import InferenceModel, TeacherOutput, described_precision, refuse_not_finite
 from kdcache.models.teacher import TeacherIdentity, has_weights
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.versions import versions
@@ -38,16 +42,29 @@ class Chosen(NamedTuple):
     """The encoding of rows.
 
     Attributes:
-        encoding: chosen for the cache.
+        encoding: of the class logits, chosen for the cache; None if they are not kept.
         fidelity: measured on the pilot; None without one.
         basis: of the tail; None if the encoding has no basis.
-        bytes_per_row: on disk, approximately.
+        bytes_per_row: on disk, approximately, of all outputs.
+        outputs: what is kept beside the class logits.
     """
 
-    encoding: Encoding
+    encoding: Encoding | None
     fidelity: Fidelity | None
     basis: TailBasis | None
     bytes_per_row: float
+    outputs: PlannedOutputs = PlannedOutputs()
+
+    def class_encoding(self) -> Encoding:
+        """Return the encoding of the class logits, which must be kept."""
+        if self.encoding is None:
+            raise TypeError("the class logits are not kept")
+        return self.encoding
+
+    @property
+    def bases(self) -> Bases:
+        """Bases of all outputs that have one, by name."""
+        return {**basis_of_logits(self.basis), **self.outputs.bases}
 
 
 def request_of(spec: CacheSpec) -> Request:
@@ -59,14 +76,22 @@ class Pilot(NamedTuple):
     """The teacher's logits of a few images.
 
     Attributes:
-        logits: [P, C] float32, on the teacher's device.
+        logits: [P, C] float32, on the teacher's device; None if the class logits are not kept.
         labels: [P] int64, on the same device.
         rows_per_second: throughput, including the loading of images.
+        outputs: [P, D] float32 of each other output, by name.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     labels: Tensor
     rows_per_second: float
+    outputs: Mapping[str, Tensor] = MappingProxyType({})
+
+    def class_logits(self) -> Tensor:
+        """Return the class logits, which must be there."""
+        if self.logits is None:
+            raise TypeError("the class logits are not kept")
+        return self.logits
 
 
 def run_pilot(
@@ -87,26 +112,32 @@ def run_pilot(
     """
     ids = pilot_ids(len(view), rows or spec.pilot_rows)
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), spec.batch_size)]
-    parts = []
+    said: list[TeacherOutput] = []
+    labels: list[Tensor] = []
     start = time.perf_counter()
     with progress.task("pilot", len(ids), "rows") as task:
         for batch in batches(view, cuts, spec.num_workers, teacher.device):
-            logits = teacher(batch.images)
-            refuse_not_finite(logits.isfinite().all(dim=1).cpu(), batch.ids)
-            parts.append((logits, batch.labels.to(teacher.device)))
+            said.append(teacher.run(batch.images))
+            refuse_not_finite(said[-1].finite().cpu(), batch.ids)
+            labels.append(batch.labels.to(teacher.device))
             task.advance(len(batch.ids))
-    logits, labels = (torch.cat(values) for values in zip(*parts, strict=True))
-    return Pilot(logits, labels, len(ids) / (time.perf_counter() - start))
+    logits = [part.logits for part in said if part.logits is not None]
+    outputs = {name: torch.cat([part.outputs[name] for part in said]) for name in said[0].outputs}
+    seconds = time.perf_counter() - start
+    return Pilot(torch.cat(logits) if logits else None, torch.cat(labels), len(ids) / seconds, outputs)
 
 
-def choose(path: Path, begun: Plan | None, spec: CacheSpec, classes: int, pilot: Callable[[], Pilot]) -> Chosen:
-    """Return the encoding of a cache: that of the cache which is resumed or extended, or one planned on a pilot.
+def choose(
+    path: Path, begun: Plan | None, spec: CacheSpec, classes: int, n_rows: int, pilot: Callable[[], Pilot]
+) -> Chosen:
+    """Return the encodings of a cache: those of the cache which is resumed or extended, or planned on a pilot.
 
     Args:
         path: of the cache that is resumed or extended.
         begun: its plan; None for a new cache.
         spec: what the cache is to keep.
         classes: C.
+        n_rows: rows of the cache.
         pilot: runs a pilot, if one is needed.
 
     Raises:
@@ -116,14 +147,25 @@ def choose(path: Path, begun: Plan | None, spec: CacheSpec, classes: int, pilot:
     request = request_of(spec)
     if begun is not None:
         check_same_plan(path, begun.request, request, "request")
-        return Chosen(begun.encoding, begun.fidelity, stored_bases.read_basis(path, begun), raw_bytes(begun.encoding))
-    every = encoding_without_pilot(classes, request)
-    if every is not None:
-        return Chosen(every, None, None, raw_bytes(every))
-    logits, labels, _ = pilot()
-    choice = plan_encoding(logits, labels, request)
+        check_same_outputs(path, begun, spec)
+        bases = stored_bases.read_bases(path, begun)
+        basis = bases.pop(DEFAULT_OUTPUT, None)
+        size = float(raw_bytes_of_all_outputs(begun))
+        outputs = PlannedOutputs(begun.outputs, bases)
+        tails = basis if isinstance(basis, TailBasis) else None
+        return Chosen(begun.class_encoding, begun.fidelity, tails, size, outputs)
+    every = encoding_without_pilot(classes, request) if spec.logits else None
+    run = pilot() if spec.outputs or (spec.logits and every is None) else None
+    outputs = plan_outputs(spec, run.outputs, run.labels, classes, n_rows) if run is not None else PlannedOutputs()
+    if not spec.logits:
+        return Chosen(None, None, None, outputs.bytes_per_row, outputs)
+    if every is not None or run is None:
+        size = float(raw_bytes(every)) if every is not None else 0.0
+        return Chosen(every, None, None, size + outputs.bytes_per_row, outputs)
+    choice = plan_encoding(run.class_logits(), run.labels, request)
     chosen = choice.chosen
-    return Chosen(chosen.encoding, choice.fidelity, chosen.basis, chosen.bytes_per_row)
+    size = chosen.bytes_per_row + outputs.bytes_per_row
+    return Chosen(chosen.encoding, choice.fidelity, chosen.basis, size, outputs)
 
 
 def views_of(spec: CacheSpec, transform: Transform) -> ViewsRecord:
@@ -159,7 +201,7 @@ def plan_cache(
     Raises:
         UsageError: if the settings are inconsistent with the data set or with each other.
     """
-    row_bytes = choice.encoding.top_k * np.dtype(choice.encoding.dtype).itemsize
+    row_bytes = _row_bytes(choice)
     try:
         return Plan(
             teacher=TeacherRecord(
@@ -180,9 +222,17 @@ def plan_cache(
             versions=versions(),
             licence=spec.license,
             notes=spec.notes,
+            outputs=choice.outputs.records,
         )
     except ValidationError as error:
         raise _invalid_plan(error) from None
+
+
+def _row_bytes(choice: Chosen) -> int:
+    """Return bytes per row of the log-probabilities, by which shards are laid out, or of the largest other output."""
+    if choice.encoding is not None:
+        return choice.encoding.top_k * np.dtype(choice.encoding.dtype).itemsize
+    return max(raw_bytes(output.encoding) for output in (choice.outputs.records or {}).values())
 
 
 def teacher_by_hearsay(name: str, kept: str, level: Literal["unknown"] | None = None) -> TeacherRecord:

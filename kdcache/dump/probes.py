@@ -19,16 +19,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.format import zarr_store
+from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode
 from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.schema import PROBES, Plan
 from kdcache.cache.planner import pilot_ids
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.loader import cut_range
 from kdcache.data.views import View
+from kdcache.dump.outputs import decode_output, encode_outputs
 from kdcache.errors import CorruptError, MismatchError
-from kdcache.models.inference import InferenceModel, refuse_not_finite
+from kdcache.models.inference import InferenceModel, TeacherOutput, refuse_not_finite
 
 _PROBE_ROWS = 8
 
@@ -50,12 +51,14 @@ class Probes(NamedTuple):
     Attributes:
         ids: [P] int64, the samples.
         keys: [P] uint64, their content keys.
-        logits: [P, C] float32.
+        logits: [P, C] float32, followed by the other outputs, [P, C + D + ...], in the order of their names.
+        widths: C, D, ..., as far as they were kept.
     """
 
     ids: npt.NDArray[np.int64]
     keys: npt.NDArray[np.uint64]
     logits: npt.NDArray[np.float32]
+    widths: npt.NDArray[np.int64]
 
     def to_bytes(self) -> bytes:
         """Return the contents of the file that keeps them."""
@@ -63,9 +66,16 @@ class Probes(NamedTuple):
         np.savez(file, **self._asdict())
         return file.getvalue()
 
+    def columns(self) -> list[slice]:
+        """Return the columns of each output, which differ in size."""
+        ends = np.cumsum(self.widths).tolist()
+        return [slice(end - width, end) for end, width in zip(ends, self.widths.tolist(), strict=True)]
+
     def with_changes(self, now: Probes) -> Probes:
         """Return these probes, with the values of `now` for the samples whose images changed."""
-        return Probes(now.ids, now.keys, np.where((self.keys == now.keys)[:, None], self.logits, now.logits))
+        return Probes(
+            now.ids, now.keys, np.where((self.keys == now.keys)[:, None], self.logits, now.logits), now.widths
+        )
 
 
 class Difference(NamedTuple):
@@ -116,10 +126,16 @@ def run_probes(
     running = _teacher(model, view, spec, device)
     # One by one, so that no row depends on an image that is replaced later, or cannot be read.
     running.scale = "logits"  # which a single row cannot tell
-    rows = [running(images).cpu() if (images := _image(view, sample)) is not None else None for sample in ids]
-    unreadable = torch.full((1, view.samples.num_classes), torch.nan)
-    logits = torch.cat([unreadable if row is None else row for row in rows])
-    return Probes(np.array(ids), keys, logits.numpy())
+    rows = [_parts(running.run(images)) if (images := _image(view, sample)) is not None else None for sample in ids]
+    widths = next(([part.shape[1] for part in row] for row in rows if row is not None), [view.samples.num_classes])
+    unreadable = torch.full((1, sum(widths)), torch.nan)
+    values = torch.cat([unreadable if row is None else torch.cat(row, dim=1) for row in rows])
+    return Probes(np.array(ids), keys, values.numpy(), np.array(widths))
+
+
+def _parts(said: TeacherOutput) -> list[Tensor]:
+    """Return the logits and all other outputs of a batch, on the CPU."""
+    return [part.cpu() for part in (*([said.logits] if said.logits is not None else []), *said.outputs.values())]
 
 
 def _image(view: View, sample: int) -> Tensor | None:
@@ -138,6 +154,7 @@ def read_probes(cache: Path, now: Probes) -> Probes | None:
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None
     same = np.array_equal(probes.ids, now.ids) and probes.keys.shape == now.keys.shape
+    same = same and np.array_equal(probes.widths, now.widths)
     return probes if same and probes.logits.shape == now.logits.shape else None
 
 
@@ -159,12 +176,15 @@ def check_probes(before: Probes, now: Probes, run_again: Callable[[], Probes], s
     same = (before.keys == now.keys) & np.isfinite(before.logits).all(axis=1) & np.isfinite(now.logits).all(axis=1)
     if not same.any():
         return
-    ids, classes = now.ids[same].tolist(), torch.arange(now.logits.shape[1]).expand(int(same.sum()), -1)
-    live = torch.from_numpy(now.logits[same])
-    found = _difference(torch.from_numpy(before.logits[same]), live, ids, classes)
-    if not _is_same(found, spec):
-        itself = _difference(live, torch.from_numpy(run_again().logits[same]), ids, classes)
-        raise _other_teacher(made, found, itself, spec)
+    ids, again = now.ids[same].tolist(), None
+    for columns in now.columns():
+        was, live = (torch.from_numpy(probes.logits[same][:, columns]) for probes in (before, now))
+        classes = torch.arange(live.shape[1]).expand(len(live), -1)
+        found = _difference(was, live, ids, classes)
+        if not _is_same(found, spec):
+            again = run_again() if again is None else again
+            itself = _difference(live, torch.from_numpy(again.logits[same][:, columns]), ids, classes)
+            raise _other_teacher(made, found, itself, spec)
 
 
 def check_first_batch(
@@ -192,16 +212,36 @@ def check_first_batch(
         CorruptError: if it returns NaN or infinities, or the rows or an image cannot be read.
     """
     batch = cut_range(plan.shard_ids(shard), plan.batch_size)[0]
-    stored = zarr_store.read_rows(cache, plan, view.view, batch)
-    classes, kept, rounding = _kept(stored, plan.encoding)
-    images, running = view.__getitems__(batch).images, _teacher(model, view, spec, device)
-    live = running(images).cpu()
-    refuse_not_finite(live.isfinite().all(dim=1), torch.tensor(batch))
-    found = _difference(kept, live.gather(1, classes), batch, classes, rounding)
-    if not _is_same(found, spec):
-        itself = _difference(live, running(images).cpu(), batch, torch.arange(live.shape[1]).expand(len(batch), -1))
-        raise _other_teacher(f"{cache} was made with", found, itself, spec)
-    return found
+    loaded, running = view.__getitems__(batch), _teacher(model, view, spec, device)
+    said = running.run(loaded.images)
+    refuse_not_finite(said.finite().cpu(), torch.tensor(batch))
+    differences = _from_stored(cache, plan, view.view, batch, said, loaded.labels)
+    for found, live, part in zip(differences, _parts(said), range(len(differences)), strict=True):
+        if not _is_same(found, spec):
+            again = _parts(running.run(loaded.images))[part]
+            itself = _difference(live, again, batch, torch.arange(live.shape[1]).expand(len(batch), -1))
+            raise _other_teacher(f"{cache} was made with", found, itself, spec)
+    return max(differences, key=lambda difference: difference.relative)
+
+
+def _from_stored(
+    cache: Path, plan: Plan, view: int, batch: range, said: TeacherOutput, labels: Tensor
+) -> list[Difference]:
+    """Return how each output of a batch differs from what a cache keeps of it, beyond the rounding of its encoding."""
+    differences = []
+    if said.logits is not None:
+        classes, kept, rounding = _kept(zarr_store.read_rows(cache, plan, view, batch), plan.encoding)
+        differences.append(_difference(kept, said.logits.cpu().gather(1, classes), batch, classes, rounding))
+    values = {name: output.cpu() for name, output in said.outputs.items()}
+    bases = stored_bases.read_bases(cache, plan)
+    for name, live in encode_outputs(values, labels, plan, bases).items():
+        stored = zarr_store.output_reader(cache, plan, name).read(view, batch)
+        kept, again = (
+            decode_output(rows, labels, plan.named_outputs[name], bases.get(name)) for rows in (stored, live)
+        )
+        columns = torch.arange(kept.shape[1]).expand(len(kept), -1)
+        differences.append(_difference(kept, again, batch, columns))
+    return differences
 
 
 def _is_same(found: Difference, spec: CacheSpec) -> bool:

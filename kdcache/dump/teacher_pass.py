@@ -19,18 +19,36 @@ from torch import Tensor
 
 from kdcache.cache.format.codec import Rows, encode_finite
 from kdcache.cache.format.fingerprints import Inputs, inputs_of
-from kdcache.cache.format.row_reductions import finite_rows
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.format.stored_bases import Bases
 from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.format.vector_rows import EncodedRows
 from kdcache.data.loader import Loader, cut_range, report_lost_workers
 from kdcache.data.views import Batch, View
+from kdcache.dump.outputs import encode_outputs
 from kdcache.models.inference import InferenceModel, refuse_not_finite
 from kdcache.runtime.progress import Task
 
 _MAX_QUEUED_SHARDS = 2
 
-Write = Callable[[int, int, Rows, Inputs], None]
-"""(view, shard, rows, inputs): write a shard to disk."""
+
+class MadeShard(NamedTuple):
+    """What a shard holds.
+
+    Attributes:
+        rows: of the class logits; None if they are not kept.
+        outputs: rows of the other outputs, by name.
+        inputs: fingerprints of some images.
+    """
+
+    rows: Rows | None
+    outputs: dict[str, EncodedRows]
+    inputs: Inputs
+
+
+Write = Callable[[int, int, MadeShard], None]
+"""(view, shard, made): write a shard to disk."""
 
 
 class Shard(NamedTuple):
@@ -95,7 +113,7 @@ def run_pass(
     teacher: InferenceModel,
     images: View,
     plan: Plan,
-    basis: TailBasis | None,
+    bases: Bases,
     shards: Iterable[Shard],
     num_workers: int,
     write: Write,
@@ -108,7 +126,7 @@ def run_pass(
         teacher: on its device.
         images: of all views.
         plan: of the cache.
-        basis: of the tail, on the teacher's device.
+        bases: of the outputs, on the teacher's device.
         shards: to be made; each is taken from the iterator when its first batch is requested from the loader.
         num_workers: number of processes that load images.
         write: called in another thread, one shard after the other.
@@ -139,16 +157,16 @@ def run_pass(
                 break
             if not remaining:
                 (view, index), remaining = requested.popleft()
-                builder = ShardBuilder(teacher, plan, basis)
+                builder = ShardBuilder(teacher, plan, bases)
             with timer.phase("teacher"):
                 builder.add(batch)
             task.advance(len(batch.ids))
             remaining -= 1
             if not remaining:
                 with timer.phase("teacher"):
-                    rows, inputs = builder.finish()
+                    made = builder.finish()
                 with timer.phase("waiting for the writer"):
-                    background.submit(partial(write, view, index, rows, inputs))
+                    background.submit(partial(write, view, index, made))
         with timer.phase("waiting for the writer"):
             background.wait()
 
@@ -156,9 +174,12 @@ def run_pass(
 class ShardBuilder:
     """A shard that is being made: its rows stay on the teacher's device until it is complete."""
 
-    def __init__(self, teacher: InferenceModel, plan: Plan, basis: TailBasis | None) -> None:
-        self._teacher, self._plan, self._basis = teacher, plan, basis
+    def __init__(self, teacher: InferenceModel, plan: Plan, bases: Bases) -> None:
+        self._teacher, self._plan, self._bases = teacher, plan, bases
+        basis = bases.get(DEFAULT_OUTPUT)
+        self._basis = basis if isinstance(basis, TailBasis) else None
         self._rows: list[Rows] = []
+        self._outputs: list[dict[str, EncodedRows]] = []
         self._inputs: list[Inputs] = []
         self._finite: list[Tensor] = []
         self._ids: list[Tensor] = []
@@ -167,11 +188,13 @@ class ShardBuilder:
         """Run the teacher on a batch; on a GPU this does not wait for the result."""
         device = self._teacher.device
         self._inputs.append(inputs_of(batch.images[batch.ids % self._plan.shape.fingerprint_stride == 0]))
-        logits = self._teacher(batch.images)
-        self._finite.append(finite_rows(logits))
+        said = self._teacher.run(batch.images)
+        self._finite.append(said.finite())
         self._ids.append(batch.ids)
         labels = batch.labels.to(device, non_blocking=True)
-        self._rows.append(encode_finite(logits, labels, self._plan.encoding, self._basis))
+        if said.logits is not None:
+            self._rows.append(encode_finite(said.logits, labels, self._plan.encoding, self._basis))
+        self._outputs.append(encode_outputs(said.outputs, labels, self._plan, self._bases))
         if device.type == "cpu":
             self._check()
 
@@ -179,8 +202,13 @@ class ShardBuilder:
         refuse_not_finite(torch.cat(self._finite).cpu(), torch.cat(self._ids))
         self._finite, self._ids = [], []
 
-    def finish(self) -> tuple[Rows, Inputs]:
+    def finish(self) -> MadeShard:
         """Return the rows of the shard, on the CPU, and the fingerprints of some of its images."""
         if self._finite:
             self._check()
-        return Rows.concatenate(self._rows).to("cpu"), Inputs.concatenate(self._inputs)
+        outputs = {
+            name: type(first).concatenate([part[name] for part in self._outputs]).to("cpu")
+            for name, first in self._outputs[0].items()
+        }
+        rows = Rows.concatenate(self._rows).to("cpu") if self._rows else None
+        return MadeShard(rows, outputs, Inputs.concatenate(self._inputs))

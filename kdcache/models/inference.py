@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kdcache.config.schema import CacheSpec
+from kdcache.cache.format.output_records import MOST_SCORES
+from kdcache.cache.format.row_reductions import finite_rows
+from kdcache.cache.planner import MIN_CLASSES
+from kdcache.config.cache import CacheSpec
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, MismatchError, counted
 from kdcache.models.checks import (
@@ -19,6 +22,8 @@ from kdcache.models.checks import (
     refusing,
     set_evaluation_mode,
 )
+from kdcache.models.class_mapping import ChosenOutputs
+from kdcache.models.taps import Tap, Taps, check_taps
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,13 +31,36 @@ _TRIED = 16
 """Number of images on which it is checked whether a teacher returns probabilities."""
 
 
+class TeacherOutput(NamedTuple):
+    """What a teacher says of a batch, on its device, in float32.
+
+    Attributes:
+        logits: [B, C]; None if the class logits are not kept.
+        outputs: other outputs [B, D], by name.
+    """
+
+    logits: Tensor | None
+    outputs: dict[str, Tensor]
+
+    def class_logits(self) -> Tensor:
+        """Return the class logits, which must be there."""
+        if self.logits is None:
+            raise TypeError("the class logits are not kept")
+        return self.logits
+
+    def finite(self) -> Tensor:
+        """Return whether all numbers of each sample are finite, [B] bool."""
+        of_logits = [finite_rows(self.logits)] if self.logits is not None else []
+        return torch.stack([*of_logits, *(finite_rows(values) for values in self.outputs.values())]).all(dim=0)
+
+
 class InferenceModel:
-    """A callable from images to logits.
+    """A callable from images to logits, and to other outputs.
 
     Args:
         model: the network; moved to the device and put into evaluation mode.
         classes: C, what it must return.
-        spec: precision, memory format, and whether to compile.
+        spec: precision, memory format, whether to compile, and which outputs are kept.
         device: where it runs.
 
     Attributes:
@@ -51,6 +79,16 @@ class InferenceModel:
         if spec.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self._model = torch.compile(model) if spec.compile else model
+        self._keeps_logits = spec.logits
+        self._taps: Taps | None = None
+        if spec.outputs:
+            taps = {name: Tap(output.source, output.pool) for name, output in spec.outputs.items()}
+            check_taps(taps, model, "teacher")
+            # Of chosen classes the outputs are columns of the logits; other outputs are those of the network itself.
+            self._inner = model.network if isinstance(model, ChosenOutputs) else model
+            self._taps = Taps(self._inner, taps, "teacher")
+            self._kinds = {name: output.kind for name, output in spec.outputs.items()}
+            self._widths: dict[str, int] = {}
 
     @property
     def level(self) -> Literal["unknown"] | None:
@@ -65,10 +103,54 @@ class InferenceModel:
             MismatchError: if the network returns anything but [B, C], or probabilities that have underflowed in its
                 first batch.
         """
+        return self.run(images).class_logits()
+
+    @torch.no_grad()
+    def run(self, images: Tensor) -> TeacherOutput:
+        """Return the logits and the other outputs of images [B, channels, H, W], from one forward pass.
+
+        Raises:
+            MismatchError: as above, or if the network does not give an output, or one of another length than before.
+        """
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=self._format)
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
-            returned = self._model(images)
-        outputs = check_logits(returned, len(images), self.classes, "teacher")
+            if self._taps is None:
+                return TeacherOutput(self._logits(self._model(images), len(images)), {})
+            with self._taps.collecting(whole=not self._keeps_logits):
+                returned = (self._model if self._keeps_logits else self._inner)(images)
+        logits = self._logits(returned, len(images)) if self._keeps_logits else None
+        outputs = self._taps.outputs()
+        for name, values in outputs.items():
+            self._check_output(name, values, len(images))
+        return TeacherOutput(logits, {name: values.float().to(self.device) for name, values in outputs.items()})
+
+    def _check_output(self, name: str, values: Tensor, batch: int) -> None:
+        """Check the shape of an output.
+
+        Raises:
+            MismatchError: if it is not [B, D] with the D of the first batch, or has more scores than can be kept.
+        """
+        length = self._widths.setdefault(name, values.shape[1])
+        if values.shape != (batch, length):
+            raise MismatchError(
+                f"the output {name} of the teacher is {list(values.shape)} for {batch} images, and was [B, {length}] "
+                "before",
+                "take an output with one row per image, and always of the same length",
+            )
+        if self._kinds[name] == "score" and length > MOST_SCORES:
+            raise MismatchError(
+                f"the output {name} of the teacher has {length} numbers, and scores are at most {MOST_SCORES}",
+                f"keep it as `kind: vector` (cache.outputs.{name})",
+            )
+        if self._kinds[name] == "classes" and length < MIN_CLASSES:
+            raise MismatchError(
+                f"the output {name} of the teacher has one number, which is not a distribution over classes",
+                f"keep it as `kind: score` (cache.outputs.{name})",
+            )
+
+    def _logits(self, returned: object, batch: int) -> Tensor:
+        """Return the logits [B, C] float32 of what the network returned."""
+        outputs = check_logits(returned, batch, self.classes, "teacher")
         if self.scale is None:
             self.scale = output_scale(outputs)
             if self.scale == "probabilities":
@@ -91,7 +173,7 @@ def try_teacher(model: nn.Module, view: View, spec: CacheSpec, device: torch.dev
     """
     spec = spec.model_copy(update={"compile": False})
     running = _tried(model, view, spec, device, [0])
-    if running.level is not None:
+    if spec.logits and running.level is not None:
         # One row may be normalized by chance; and in other rows probabilities may have underflowed.
         n_tried = min(_TRIED, len(view))
         running = _tried(model, view, spec, device, [len(view) * index // n_tried for index in range(n_tried)])
@@ -104,7 +186,7 @@ def _tried(model: nn.Module, view: View, spec: CacheSpec, device: torch.device |
     images = view.__getitems__(ids).images
     try:
         with refusing(images, "teacher"):
-            running(images)
+            running.run(images)
     except MismatchError as error:
         low = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
         if spec.precision != "fp32" or not low or "type" not in error.what:

@@ -68,9 +68,7 @@ def logits_of(output: object, part: Part | None = None, who: str = "network") ->
     """
     if isinstance(output, Tensor):
         return output
-    found = output
-    for name in _path(output, _USUAL if part is None else part):
-        found = _part(found, name)
+    found = find_part(output, _USUAL if part is None else part)
     if isinstance(found, Tensor):
         return found
     parts = dict(_parts(output))
@@ -81,6 +79,19 @@ def logits_of(output: object, part: Part | None = None, who: str = "network") ->
         similar = did_you_mean(part, map(str, parts)) if part not in parts else ""
         raise MismatchError(f"{what}, and `output: {part}` {reason}{similar}: it holds {listed}", _advice(parts))
     raise MismatchError(f"{what}: {listed}", _advice(parts))
+
+
+def find_part(output: object, part: Part) -> Any:
+    """Return a part of what a network returned, written as in `logits_of`; None if there is no such part."""
+    found: Any = output
+    for name in _path(output, part):
+        found = _part(found, name)
+    return found
+
+
+def listed_parts(output: object) -> dict[str, str]:
+    """Return the parts of what a network returned, each with its shape or type; none of a tensor."""
+    return {} if isinstance(output, Tensor) else {str(name): _described(value) for name, value in _parts(output)}
 
 
 def _path(output: object, part: Part) -> list[Part]:

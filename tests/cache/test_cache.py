@@ -29,7 +29,7 @@ from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import canonical
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.images import ArrayImages
 from kdcache.errors import UsageError
 

@@ -19,8 +19,8 @@ from kdcache import Cache, dump_teacher, open_cache
 from kdcache.cache.inspect.audit import audit
 from kdcache.cache.inspect.card import card, write_card
 from kdcache.cli import main
+from kdcache.config.cache import CacheSpec
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import CacheSpec
 from kdcache.curate.select import select
 from kdcache.models.teacher import load_teacher
 

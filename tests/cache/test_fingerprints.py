@@ -22,7 +22,7 @@ from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache.format.fingerprints import Inputs, inputs_of
 from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.format.zarr_store import read_inputs
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages
 from kdcache.data.views import View

@@ -22,7 +22,7 @@ from kdcache.cache.inspect.diff import compare
 from kdcache.cache.inspect.self_fidelity import measure_itself
 from kdcache.cache.inspect.summary import take_census
 from kdcache.cache.summary import summarize
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.curate.select import select
 
 SPEC = CacheSpec(top_k=3, tail="uniform", shard_rows=8, pilot_rows=16)

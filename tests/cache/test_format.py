@@ -34,7 +34,7 @@ from torch import Tensor
 from kdcache import dump_teacher, open_cache, wrap
 from kdcache.cache.format.fingerprints import inputs_of
 from kdcache.cache.format.read_records import read_commit
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.images import FileImages
 from kdcache.data.seeding import seeded
 from kdcache.data.views import View

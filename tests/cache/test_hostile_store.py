@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from kdcache import Cache, dump_teacher, open_cache
 from kdcache.cache.inspect.audit import audit
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.curate.select import select
 from kdcache.data.alignment import align, apply_alignment
 from kdcache.data.replay import check_matches_cache

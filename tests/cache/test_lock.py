@@ -20,7 +20,7 @@ from torch import Tensor
 from kdcache import dump_teacher, open_cache
 from kdcache.cache.lock import LOCK, hold, release
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.errors import InterruptedRun, UsageError
 from kdcache.runtime.progress import Silent
 

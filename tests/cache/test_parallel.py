@@ -28,7 +28,7 @@ from kdcache.cache.format.codec import stated_classes, tail_log_mass
 from kdcache.cache.inspect.audit import audit
 from kdcache.cache.inspect.diff import compare
 from kdcache.cache.inspect.summary import take_census
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.curate.dense_logits import cache_of_logits
 from kdcache.curate.merge import merge
 from kdcache.curate.recode import derive_shard

@@ -28,7 +28,7 @@ from kdcache.cache.format.store_files import common_files, shard_files
 from kdcache.cache.format.verified_files import VerifiedFiles, check_when_read, record_of
 from kdcache.cache.remote.address import source
 from kdcache.cache.remote.mirror import mirror
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.errors import CorruptError
 
 SPEC = CacheSpec(views=2, top_k=3, shard_rows=32, pilot_rows=64)

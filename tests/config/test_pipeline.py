@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdcache.config.cache import CacheSpec
 from kdcache.config.loader import load_pipeline
 from kdcache.config.schema import (
-    CacheSpec,
     DatasetSpec,
     EnsembleSpec,
     MemberSpec,

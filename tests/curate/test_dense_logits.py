@@ -22,7 +22,7 @@ from kdcache import Cache, dump_teacher, open_cache
 from kdcache.cache.fidelity import total_variation
 from kdcache.cache.inspect.audit import audit
 from kdcache.cli import main
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
 from kdcache.data.replay import replay
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError

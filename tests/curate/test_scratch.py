@@ -14,7 +14,7 @@ from helpers.tiny import TinyTeacher, tiny_samples
 
 from kdcache import Cache, dump_teacher
 from kdcache.cache.lock import LOCK
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
 from kdcache.curate.foreign import cache_of_files, files_of_cache
 from kdcache.curate.merge import merge

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from kdcache import Cache, CachedDataset, Samples, dump_teacher
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.images import ArrayImages
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError

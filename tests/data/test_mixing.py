@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from kdcache import Samples, dump_teacher, open_cache
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages
 from kdcache.data.loader import batches

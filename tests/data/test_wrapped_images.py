@@ -13,7 +13,7 @@ from helpers.tiny import TinyTeacher
 from torch.utils.data import Dataset
 
 from kdcache import dump_teacher, wrap
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.errors import UsageError
 
 BASE = (np.arange(6 * 4 * 4).reshape(6, 4, 4, 1) % 64 / 8).astype(np.float32)

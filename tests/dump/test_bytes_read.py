@@ -19,7 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch do
 from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache import summary
 from kdcache.cache.inspect.summary import take_census
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.images import ArrayImages
 from kdcache.errors import CorruptError, InterruptedRun
 from kdcache.runtime.distributed import join_ranks

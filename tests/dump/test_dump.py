@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 
 from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache.format.schema import canonical
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.images import ArrayImages
 from kdcache.dump.probes import probe_ids
 from kdcache.errors import CorruptError, IncompleteError, InterruptedRun, KdcacheError, MismatchError, UsageError

@@ -32,7 +32,7 @@ from kdcache.cache.format import zarr_store
 from kdcache.cache.format.schema import FileRecord
 from kdcache.cache.writer import CacheWriter
 from kdcache.cli import main
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.images import ArrayImages, FileImages, Images, Picture
 from kdcache.data.loader import report_lost_workers
 from kdcache.dump.probes import probe_ids

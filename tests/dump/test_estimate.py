@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kdcache import Samples, dump_teacher
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages
 from kdcache.dump.estimate import estimate

@@ -41,7 +41,7 @@ from torch import Tensor
 from kdcache import Cache, dump_teacher, open_cache
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.zarr_store import read_inputs
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, MismatchError, UsageError
 
 

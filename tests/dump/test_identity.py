@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache.format.schema import NO_WEIGHTS, PROBES
 from kdcache.cache.inspect.card import card
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.images import ArrayImages
 from kdcache.dump.check_teacher import check_identity, compare_with_teacher
 from kdcache.dump.probes import probe_ids

@@ -20,7 +20,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from kdcache import Cache, dump_teacher, load_split
 from kdcache.cache.planner import pilot_ids
-from kdcache.config.schema import CacheSpec, DatasetSpec, Pipeline
+from kdcache.config.cache import CacheSpec
+from kdcache.config.schema import DatasetSpec, Pipeline
 from kdcache.config.transform import Transform
 from kdcache.data.transforms import build_transform
 from kdcache.data.views import View

@@ -27,7 +27,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import kdcache
-from kdcache.config.schema import CacheSpec, Pipeline
+from kdcache.config.cache import CacheSpec
+from kdcache.config.schema import Pipeline
 from kdcache.data.datasets import load_split
 from kdcache.data.images import Picture
 from kdcache.data.views import View

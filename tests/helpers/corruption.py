@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers.tiny import TinyTeacher, tiny_samples
 from kdcache import Cache, dump_teacher
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 
 SPEC = CacheSpec(top_k=3, tail="uniform", pilot_rows=1, shard_rows=8, batch_size=5, seed=3)
 

@@ -22,8 +22,9 @@ from torchvision.transforms import functional as v1_functional
 from helpers.tiny import TinyTeacher
 from kdcache import Cache, Samples
 from kdcache.cli import main
+from kdcache.config.cache import CacheSpec
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import CacheSpec, Pipeline
+from kdcache.config.schema import Pipeline
 from kdcache.config.transform import Transform
 from kdcache.curate.foreign import cache_of_files
 from kdcache.data.datasets import load_split

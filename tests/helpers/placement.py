@@ -17,7 +17,7 @@ from kdcache.cache.format import sharding, stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.teacher import CachedTeacher
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.views import View
 
 RECIPE = ROOT / "pipelines" / "digits.yaml"

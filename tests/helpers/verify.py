@@ -21,7 +21,7 @@ from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.read_records import read_manifest
 from kdcache.cache.format.schema import MANIFEST, PLAN, canonical, commit_file
 from kdcache.cache.inspect.audit import Audit
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.views import Batch, View
 
 SPEC = CacheSpec(top_k=3, tail="lowrank", rank=4, views=2, seed=5, batch_size=5)

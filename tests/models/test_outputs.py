@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torchvision import models as tv
 
 from kdcache import dump_teacher, train_student, train_teacher
-from kdcache.config.schema import CacheSpec, ModelSpec, Pipeline
+from kdcache.config.cache import CacheSpec
+from kdcache.config.schema import ModelSpec, Pipeline
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, InterruptedRun, KdcacheError, MismatchError, UsageError
 from kdcache.models import ChosenOutputs, Ensemble, build_model, weights_digest

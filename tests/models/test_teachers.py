@@ -23,8 +23,9 @@ from torchvision import models as tv
 
 from kdcache import dump_teacher
 from kdcache.cli import main
+from kdcache.config.cache import CacheSpec
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import CacheSpec, ModelSpec, Pipeline
+from kdcache.config.schema import ModelSpec, Pipeline
 from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.models import (
     ChosenOutputs,

@@ -17,7 +17,8 @@ from torch import Tensor
 from kdcache import Cache, dump_teacher, load_pipeline, open_cache, train_student
 from kdcache.cache.joined_teacher import JoinedTeacher
 from kdcache.cli import main
-from kdcache.config.schema import CacheSpec, Pipeline
+from kdcache.config.cache import CacheSpec
+from kdcache.config.schema import Pipeline
 from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
 from kdcache.data.views import Batch, View

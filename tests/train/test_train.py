@@ -28,8 +28,9 @@ from torch.optim.lr_scheduler import (
 )
 
 import kdcache
+from kdcache.config.cache import CacheSpec
 from kdcache.config.loader import load_pipeline
-from kdcache.config.schema import CacheSpec, ModelSpec, Pipeline, TrainSpec
+from kdcache.config.schema import ModelSpec, Pipeline, TrainSpec
 from kdcache.data.datasets import load_split
 from kdcache.data.images import ArrayImages
 from kdcache.data.samples import Samples, wrap

@@ -100,6 +100,11 @@ def raw_bytes(encoding: Encoding | VectorEncoding) -> int:
     return sum(math.prod(part.width) * np.dtype(part.dtype).itemsize for part in row_parts(encoding).values())
 
 
+def raw_bytes_of_all_outputs(plan: Plan) -> int:
+    """Return bytes per view and sample of all outputs before compression."""
+    return sum(raw_bytes(output_encoding(plan, output)) for output in plan.output_names)
+
+
 def path_in_store(output: str, part: str) -> str:
     """Return the path of an array of an output."""
     return part if output == DEFAULT_OUTPUT else f"outputs/{output}/{part}"

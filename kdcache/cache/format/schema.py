@@ -138,7 +138,9 @@ class Plan(Record):
     dataset: DatasetRecord
     views: ViewsRecord
     request: Request
-    class_encoding: Encoding | None = Field(alias="encoding", exclude_if=lambda encoding: encoding is None)
+    class_encoding: Encoding | None = Field(
+        default=None, alias="encoding", exclude_if=lambda encoding: encoding is None
+    )
     """Of the class logits; None if the cache holds other outputs only."""
     fidelity: Fidelity | None
     shape: Sharding

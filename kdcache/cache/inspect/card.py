@@ -14,8 +14,9 @@ from pathlib import Path
 
 import yaml
 
-from kdcache.cache.format.schema import Plan, TeacherRecord
+from kdcache.cache.format.schema import Plan, Summary, TeacherRecord
 from kdcache.cache.inspect.card_plot import draw_census
+from kdcache.cache.inspect.outputs import described_outputs
 from kdcache.cache.inspect.summary import take_census
 from kdcache.cache.reader import Cache
 from kdcache.errors import counted
@@ -38,20 +39,23 @@ def write_card(
     cache: Cache,
     histograms: tuple[Mapping[float, int], Sequence[int]] | None = None,
     scheduler: str = "threads",
-) -> tuple[Path, Path]:
+) -> tuple[Path, Path | None]:
     """Write the card of a sealed cache and its picture, and return the paths of both.
+
+    Without class logits there is nothing to draw.
 
     Args:
         cache: opened.
         histograms: of sharpness and confidence, as `draw_census` takes them; None to count the rows of the cache.
         scheduler: as for `parallel.over`; only used to count the rows.
     """
+    path, picture = cache.path / CARD, cache.path / PICTURE
+    if cache.manifest.plan.class_encoding is None:
+        return write_file(path, card(cache, _user_notes(path))), None
     if histograms is None:
         census = take_census(cache, 0, scheduler=scheduler)
         histograms = census.sharpness, census.confidence
-    picture = cache.path / PICTURE
     draw_census(*histograms, picture)
-    path = cache.path / CARD
     return write_file(path, card(cache, _user_notes(path))), picture
 
 
@@ -72,27 +76,23 @@ def card(cache: Cache, notes: str = "") -> str:
         notes: notes of the user, in Markdown.
     """
     plan, summary = cache.manifest.plan, cache.manifest.summary
-    title = _plain(f"{plan.teacher.name} on {plan.dataset.name}/{plan.dataset.split}: logits")
+    title = _plain(f"{plan.teacher.name} on {plan.dataset.name}/{plan.dataset.split}: {', '.join(plan.output_names)}")
     rows = plan.views.count * plan.dataset.samples
-    accuracy = summary.teacher_accuracy
     facts = {
         "teacher": f"`{_plain(plan.teacher.name)}`, {plan.teacher.parameters:,} parameters, "
         f"run in {_plain(plan.teacher.precision)}",
         "weights": _weights(plan.teacher),
         "dataset": f"{_plain(plan.dataset.name)}, {_plain(plan.dataset.split)}: "
         f"{counted(plan.dataset.samples, 'sample')}, "
-        f"{plan.encoding.num_classes:,} classes",
+        f"{len(plan.dataset.class_names):,} classes",
         "dataset digest": f"`{plan.dataset.digest}`",
         "views": f"{plan.views.count} per sample, seed {plan.views.seed}",
         "transform": _transform(plan),
-        "stored per row": _encoding(plan),
+        **({"stored per row": _encoding(plan)} if plan.class_encoding is not None else {}),
+        **{name: _plain(text) for name, text in described_outputs(plan.outputs).items()},
         "size": f"{counted(rows, 'row')}, {cache.bytes_on_disk:,} bytes, "
         f"{cache.bytes_on_disk / rows:.1f} bytes per row",
-        "teacher accuracy": "unknown, no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
-        "sharpness": f"{summary.mean_sharpness:.3f}, mean logsumexp of the logits"
-        if plan.teacher.level is None
-        else "unknown: the teacher gave probabilities, so logits are known up to an additive constant per row",
-        "confidence": f"{summary.mean_top_probability:.4f}, mean largest probability",
+        **(_of_logits(plan.teacher, summary) if plan.class_encoding is not None else {}),
         "software": ", ".join(f"{_plain(name)} {_plain(version)}" for name, version in plan.versions.items()),
         **_lineage(plan),
         "root digest": f"`{cache.manifest.digest}`",
@@ -100,15 +100,14 @@ def card(cache: Cache, notes: str = "") -> str:
     parts = [
         _header(plan, title),
         f"# {title}",
-        "Logits of a teacher network for every sample of a dataset, as soft labels for knowledge distillation: "
+        f"{'Logits' if plan.outputs is None else 'Outputs'} "
+        "of a teacher network for every sample of a dataset, as soft labels for knowledge distillation: "
         "students are trained from this cache without running the teacher. It was written by "
         "[kdcache](https://pypi.org/project/kdcache/), is stored in Zarr v3, and contains no images.",
-        f"![Sharpness and confidence of the teacher]({PICTURE})",
+        *([f"![Sharpness and confidence of the teacher]({PICTURE})"] if plan.class_encoding is not None else []),
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]),
         "## Use",
-        "```python\nfrom kdcache import open_cache\n\n"
-        'teacher = open_cache("CACHE").teacher()  # path of this folder, or its URL\n'
-        f"logits = teacher(ids, view=0)  # ids [B] int64 -> [B, {plan.encoding.num_classes}] float32\n```",
+        _usage(plan),
         "Or on the command line: `kdcache train-student PIPELINE --cache CACHE`. Opening the cache checks every file "
         "except this card, its picture and the signature against the root digest.",
         "## Fidelity",
@@ -129,6 +128,29 @@ _LIMITS = """\
   trained on (membership inference), and most labels can be inferred. Share a cache only as you would share the labels.
 - The cache stores a 64-bit content key per sample: anyone who has an image can check whether it is in the dataset.
 - The logits are valid only for these images with this transform."""
+
+
+def _usage(plan: Plan) -> str:
+    """Return an example that reads the outputs."""
+    lines = ["from kdcache import open_cache", "", 'cache = open_cache("CACHE")  # path of this folder, or its URL']
+    if plan.class_encoding is not None:
+        size = plan.class_encoding.num_classes
+        lines += ["teacher = cache.teacher()", f"logits = teacher(ids, view=0)  # ids [B] int64 -> [B, {size}] float32"]
+    for name, record in plan.named_outputs.items():
+        lines.append(f'{name} = cache.teacher("{name}")(ids, view=0)  # [B, {record.channels}] float32')
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _of_logits(teacher: TeacherRecord, summary: Summary) -> dict[str, str]:
+    """Return what is known of the class logits as a whole."""
+    accuracy = summary.teacher_accuracy
+    return {
+        "teacher accuracy": "unknown, no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
+        "sharpness": f"{summary.mean_sharpness:.3f}, mean logsumexp of the logits"
+        if teacher.level is None
+        else "unknown: the teacher gave probabilities, so logits are known up to an additive constant per row",
+        "confidence": f"{summary.mean_top_probability:.4f}, mean largest probability",
+    }
 
 
 def _header(plan: Plan, title: str) -> str:
@@ -191,7 +213,9 @@ def _lineage(plan: Plan) -> dict[str, str]:
 
 
 def _fidelity(plan: Plan) -> str:
-    measured, encoding = plan.fidelity, plan.encoding
+    if plan.class_encoding is None:
+        return "Measured on held-out rows; see the outputs in the table above."
+    measured, encoding = plan.fidelity, plan.class_encoding
     if measured is None:
         if encoding.dense and plan.lineage is None:
             return f"All logits are stored, to the precision of {encoding.dtype}."

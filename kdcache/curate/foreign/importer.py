@@ -20,7 +20,7 @@ from kdcache.cache.format.sharding import choose_sharding
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.curate.foreign.fkd import open_fkd
 from kdcache.curate.foreign.ml_dr import open_ml_dr

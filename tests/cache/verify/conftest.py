@@ -12,7 +12,7 @@ from helpers.verify import CROP, LABELS, SPEC
 
 from kdcache import Cache, dump_teacher
 from kdcache.cache.format.schema import Sharding
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from torch import Tensor
 from kdcache import dump_teacher
 from kdcache.cache.format.zarr_store import read_inputs
 from kdcache.cache.inspect.audit import audit
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.data.replay import Replay, replay
 from kdcache.data.seeding import seed_of
 from kdcache.errors import MismatchError

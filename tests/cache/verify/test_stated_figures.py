@@ -17,7 +17,7 @@ from torch import Tensor
 from kdcache import Cache, dump_teacher
 from kdcache.cache.format.encoding import Fidelity
 from kdcache.cache.inspect.audit import audit
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.curate.select import select
 from kdcache.errors import CorruptError
 

@@ -12,7 +12,7 @@ from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from torch import Tensor
 
 from kdcache import dump_teacher
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.dump.check_teacher import compare_with_teacher
 from kdcache.errors import MismatchError
 from kdcache.models import weights_digest

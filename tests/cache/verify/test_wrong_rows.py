@@ -24,7 +24,7 @@ from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.integrity import _row_checks
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.inspect.audit import audit
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.errors import CorruptError
 
 

@@ -16,7 +16,7 @@ from helpers.foreign import (
 )
 
 from kdcache import Cache, dump_teacher
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.curate.foreign import cache_of_files
 
 

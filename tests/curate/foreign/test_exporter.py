@@ -42,7 +42,7 @@ from torchvision.transforms import functional as v1_functional
 
 from kdcache import Cache, Samples, dump_teacher
 from kdcache.cli.convert import _LAYOUTS
-from kdcache.config.schema import CacheSpec
+from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.curate.foreign import SOURCES, TARGETS, cache_of_files, files_of_cache
 from kdcache.data.replay import teacher_view

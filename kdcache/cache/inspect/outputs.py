@@ -1,0 +1,41 @@
+"""Describe the outputs that a cache holds beside class logits, for `info`, `plan` and the card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kdcache.cache.format.array_specs import raw_bytes
+from kdcache.cache.format.encoding import Encoding, Fidelity
+from kdcache.cache.format.output_records import OutputRecord, VectorEncoding, VectorFidelity
+
+
+def described_outputs(outputs: Mapping[str, OutputRecord] | None) -> dict[str, str]:
+    """Return one line per output: what it is, how it is stored, and its measured fidelity."""
+    return {f"output {name}": described_output(record) for name, record in (outputs or {}).items()}
+
+
+def described_output(record: OutputRecord) -> str:
+    """Return what an output is, how it is stored, and its measured fidelity, in one line."""
+    nouns = {"vector": "vectors of {}", "score": "{} scores", "classes": "logits of {} classes"}
+    what = nouns[record.kind].format(f"{record.channels:,}").replace("1 scores", "one score")
+    taken = f" from {record.source}" if record.source is not None else ""
+    pooled = {"none": "", "mean": ", mean over its places", "first": ", its first place"}[record.pool]
+    return f"{what}{taken}{pooled}; {_stored(record.encoding)}{_measured(record.fidelity)}"
+
+
+def _stored(encoding: Encoding | VectorEncoding) -> str:
+    size = f"{raw_bytes(encoding)} bytes per row before compression"
+    if isinstance(encoding, Encoding):
+        stored = "every class" if encoding.dense else f"top {encoding.top_k}, {encoding.tail} tail"
+        return f"{stored}, {encoding.dtype}, {size}"
+    if encoding.step is not None:
+        return f"{encoding.components} principal coordinates in steps of {encoding.step:.3g}, {encoding.dtype}, {size}"
+    return f"{encoding.dtype}, {size}"
+
+
+def _measured(fidelity: Fidelity | VectorFidelity | None) -> str:
+    if isinstance(fidelity, VectorFidelity):
+        return f"; 1 - cosine {fidelity.one_minus_cosine:.2g}, relative squared error {fidelity.relative_error:.2g}"
+    if fidelity is not None:
+        return f"; total variation {fidelity.total_variation['1']:.4f} at T = 1"
+    return ""

@@ -1,0 +1,111 @@
+"""The `cache` section of pipeline files: what is stored of a teacher, and how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from kdcache.config.section import Count, NotNegativeInt, Section, Seed
+
+OutputName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+
+_OF_CLASSES = ("top_k", "tail", "rank", "dtype", "labels")
+"""Keys that only an output of kind `classes` has."""
+
+
+class OutputSpec(Section):
+    """An output of the teacher beside its class logits."""
+
+    kind: Literal["vector", "score", "classes"] = "vector"
+    """`vector` (embeddings, features), `score` (at most 64 numbers, such as a regression) or `classes` (logits of
+    another head)."""
+    source: NotNegativeInt | str | None = None
+    """What it is in the teacher: an index or a name in the returned tuple, dictionary or record (a nested part is
+    written with dots), or the name of a module, such as `layer4`. None: its own name; for `features`, if neither a part
+    nor a module has that name, the input of the last linear layer."""
+    pool: Literal["none", "mean", "first"] = "none"
+    """How [B, D, H, W] or [B, L, D] becomes [B, D]: the mean over all places, or the first of L; `none` refuses it."""
+    encoding: Literal["auto", "klt", "int8", "float16", "float32"] = "auto"
+    """How vectors are stored: `auto` is the smallest within `fidelity`. Scores are float32."""
+    fidelity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Largest error on held-out rows of the pilot. Of vectors it bounds the mean of 1 - cosine, and half of the
+    relative squared error; the default is 0.001. Of classes it is that of the logits."""
+    top_k: Count | Literal["all", "auto"] = "auto"
+    """Of classes: as that of the logits."""
+    tail: Literal["lowrank", "uniform"] = "lowrank"
+    """Of classes: as that of the logits."""
+    rank: Count | None = None
+    """Of classes: as that of the logits."""
+    dtype: Literal["uint8", "float16", "float32"] = "float16"
+    """Of classes: as that of the logits."""
+    labels: bool = False
+    """Of classes: whether they are the classes of the data set, so that its labels are labels of this output too."""
+
+    def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.kind != "classes":
+            for key in _OF_CLASSES:
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    yield (key, "kind"), f"belongs to an output of kind classes, and this one is a {self.kind}"
+        if self.kind != "vector" and self.encoding != "auto":
+            yield ("encoding", "kind"), f"belongs to an output of kind vector, and this one is of kind {self.kind}"
+        if self.kind == "score" and self.fidelity is not None:
+            yield ("fidelity", "kind"), "scores are stored exactly, in float32"
+
+
+class CacheSpec(Section):
+    """What a cache stores of the teacher's output, and how the teacher is run."""
+
+    fidelity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Largest mean total variation between decoded and true softmax at T = 1, 2 and 4, measured on pilot rows. The
+    default is 0.02, where a given `top_k` may exceed it."""
+    top_k: Count | Literal["all", "auto"] = "auto"
+    """Number of classes of each row that are stored exactly; `auto`: the cheapest within `fidelity`, all up to 64."""
+    tail: Literal["lowrank", "uniform"] = "lowrank"
+    """What is stored of the other classes: coordinates in a basis fitted to the teacher, or their total mass only."""
+    rank: Count | None = None
+    """Number of coordinates of a lowrank tail; by default the cheapest within `fidelity`."""
+    dtype: Literal["uint8", "float16", "float32"] = "float16"
+    """Type of the stored log-probabilities; uint8 stores all classes."""
+    pilot_rows: Count = 4096
+    """Images of the pilot pass, on which the basis is fitted and the fidelity measured; unused if all classes are
+    stored."""
+    views: Count = 1
+    """Number of seeded augmentations of each image; more than 1 needs a random transform."""
+    seed: Seed = 0
+    """Seed of the views."""
+    shard_rows: Count | None = None
+    """Rows per shard, the unit of writing; None chooses it."""
+    batch_size: Count = 256
+    """Images per teacher batch."""
+    num_workers: NotNegativeInt | Literal["auto"] = "auto"
+    """Data-loading processes; auto: as many as there are cores, at most 8, and none for images in memory whose batches
+    are transformed at once, nor for data sets of your own."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the teacher: float32 or mixed precision (autocast)."""
+    channels_last: bool = False
+    """Channels-last memory format of images and weights, which makes convolutions on a GPU faster."""
+    compile: bool = False
+    """Compile the teacher with torch.compile."""
+    logits: bool = True
+    """Whether the class logits are kept; false for a teacher that has none, or of which only other outputs are kept."""
+    outputs: dict[OutputName, OutputSpec] = Field(default={})
+    """Other outputs of the teacher that are kept, by name: each a mapping with the keys of the next table."""
+    license: str = ""
+    """License of the cache, for the manifest."""
+    notes: str = ""
+    """Notes for its users, for the manifest."""
+
+    @field_validator("outputs")
+    @classmethod
+    def _no_output_is_the_logits(cls, outputs: dict[str, OutputSpec]) -> dict[str, OutputSpec]:
+        if "logits" in outputs:
+            raise ValueError("logits is the name of the class logits, which `cache.top_k` and its neighbors describe")
+        return dict(sorted(outputs.items()))
+
+    def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if not self.logits and not self.outputs:
+            yield ("logits", "outputs"), "false leaves nothing to keep: name an output in `outputs`"
+        if self.compile and self.outputs:
+            yield ("compile", "outputs"), "true cannot be combined with outputs, which are taken by hooks"

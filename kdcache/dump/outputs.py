@@ -1,0 +1,209 @@
+"""Plan and encode the outputs of a teacher beside its class logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdcache.cache.format.array_specs import raw_bytes
+from kdcache.cache.format.codec import Rows, decode, encode_finite
+from kdcache.cache.format.encoding import Encoding, Request
+from kdcache.cache.format.output_records import OutputRecord, VectorEncoding, VectorRequest
+from kdcache.cache.format.schema import Plan
+from kdcache.cache.format.stored_bases import Bases
+from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.format.vector_codec import decode_vectors, encode_vectors
+from kdcache.cache.format.vector_rows import EncodedRows, VectorBasis, VectorRows
+from kdcache.cache.planner import encoding_without_pilot, plan_encoding
+from kdcache.cache.preconditions import check_same_plan
+from kdcache.cache.vector_planner import PlannedVectors, plan_vectors, scores_encoding
+from kdcache.config.cache import CacheSpec, OutputSpec
+from kdcache.errors import MismatchError, UsageError
+
+
+class PlannedOutputs(NamedTuple):
+    """The outputs of a cache beside its class logits.
+
+    Attributes:
+        records: by name; None if there are none.
+        bases: of those whose encoding has one, by name.
+        bytes_per_row: on disk, approximately, of all of them together.
+    """
+
+    records: dict[str, OutputRecord] | None = None
+    bases: Bases = MappingProxyType({})
+    bytes_per_row: float = 0.0
+
+
+def plan_outputs(
+    spec: CacheSpec, pilot: Mapping[str, Tensor], labels: Tensor, num_classes: int, n_rows: int
+) -> PlannedOutputs:
+    """Choose the encodings of outputs.
+
+    Args:
+        spec: what the cache is to keep.
+        pilot: [P, D] float32 of each output, by name.
+        labels: [P] int64, of the pilot.
+        num_classes: C, of the data set.
+        n_rows: rows of the cache.
+
+    Raises:
+        UsageError: if an encoding is not possible, or not within the requested fidelity; names the output.
+        MismatchError: if labels of the data set are no labels of an output.
+    """
+    records: dict[str, OutputRecord] = {}
+    bases: dict[str, TailBasis | VectorBasis] = {}
+    size = 0.0
+    for name, output in spec.outputs.items():
+        values = pilot[name]
+        if output.labels and values.shape[1] != num_classes:
+            raise MismatchError(
+                f"the output {name} has {values.shape[1]} classes and the data set {num_classes}, so its labels are "
+                "not those of the output",
+                f"remove `labels: true` from cache.outputs.{name}",
+            )
+        try:
+            record, basis, bytes_per_row = (
+                _planned_classes(output, spec.pilot_rows, values, labels)
+                if output.kind == "classes"
+                else _planned_vectors(output, values, n_rows)
+            )
+        except UsageError as error:
+            raise UsageError(f"output {name}: {error.what}", error.fix) from None
+        records[name] = record
+        size += bytes_per_row
+        if basis is not None:
+            bases[name] = basis
+    return PlannedOutputs(records or None, bases, size)
+
+
+def _planned_classes(
+    output: OutputSpec, pilot_rows: int, values: Tensor, labels: Tensor
+) -> tuple[OutputRecord, TailBasis | None, float]:
+    """Plan an output of classes as the class logits are planned."""
+    request = _request_of(output, pilot_rows)
+    if not isinstance(request, Request):
+        raise TypeError("an output of classes has the request of class logits")
+    encoding, fidelity, basis = encoding_without_pilot(values.shape[1], request), None, None
+    if encoding is not None:
+        bytes_per_row = float(raw_bytes(encoding))
+    else:
+        choice = plan_encoding(values, labels if output.labels else torch.full_like(labels, -1), request)
+        encoding, fidelity, basis = choice.chosen.encoding, choice.fidelity, choice.chosen.basis
+        bytes_per_row = choice.chosen.bytes_per_row
+    record = OutputRecord(
+        kind="classes",
+        source=output.source,
+        pool=output.pool,
+        labels="sample" if output.labels else "none",
+        request=request,
+        encoding=encoding,
+        fidelity=fidelity,
+    )
+    return record, basis, bytes_per_row
+
+
+def _planned_vectors(output: OutputSpec, values: Tensor, n_rows: int) -> tuple[OutputRecord, VectorBasis | None, float]:
+    """Plan an output of vectors, or of scores, which are stored as they are."""
+    request = _request_of(output, 0)
+    if not isinstance(request, VectorRequest):
+        raise TypeError("an output of vectors has no request of class logits")
+    planned: PlannedVectors | None = None
+    if output.kind == "vector":
+        planned = plan_vectors(values, request, n_rows)
+    encoding = scores_encoding(values.shape[1]) if planned is None else planned.encoding
+    record = OutputRecord(
+        kind=output.kind,
+        source=output.source,
+        pool=output.pool,
+        request=request,
+        encoding=encoding,
+        fidelity=None if planned is None else planned.fidelity,
+    )
+    size = float(raw_bytes(encoding)) if planned is None else planned.bytes_per_row
+    return record, None if planned is None else planned.basis, size
+
+
+def _request_of(output: OutputSpec, pilot_rows: int) -> Request | VectorRequest:
+    """Return the part of an output's settings that determines its encoding."""
+    if output.kind == "classes":
+        keys = ("top_k", "tail", "rank", "fidelity", "dtype")
+        return Request(**{key: getattr(output, key) for key in keys}, pilot_rows=pilot_rows)
+    if output.kind == "score":
+        return VectorRequest(encoding="float32", fidelity=None)
+    return VectorRequest(encoding=output.encoding, fidelity=output.fidelity)
+
+
+def check_same_outputs(path: Path, begun: Plan, spec: CacheSpec) -> None:
+    """Check that settings name the outputs of a cache that is resumed or extended, planned from the same requests.
+
+    Raises:
+        MismatchError: with the outputs or settings that differ.
+    """
+    if (begun.class_encoding is not None) != spec.logits or list(begun.named_outputs) != list(spec.outputs):
+        now = [*(["logits"] if spec.logits else []), *spec.outputs]
+        raise MismatchError(
+            f"{path} keeps the outputs {', '.join(begun.output_names)}, and these settings {', '.join(now)}",
+            "use the cache.outputs and cache.logits that it was begun with, or write to another folder",
+        )
+    for name, output in spec.outputs.items():
+        record = begun.named_outputs[name]
+        check_same_plan(path, record.request, _request_of(output, spec.pilot_rows), f"outputs.{name}.request")
+        now_is = (output.kind, output.source, output.pool, output.labels)
+        was = (record.kind, record.source, record.pool, record.labels == "sample")
+        if now_is != was:
+            raise MismatchError(
+                f"the output {name} of {path} has kind, source, pool and labels {was}, these settings {now_is}",
+                "use the settings that it was begun with, or write to another folder",
+            )
+
+
+def decode_output(
+    rows: EncodedRows, labels: Tensor, record: OutputRecord, basis: TailBasis | VectorBasis | None
+) -> Tensor:
+    """Return an output [B, D] float32 from its rows; `labels` [B] int64 are those of the samples."""
+    if isinstance(rows, VectorRows):
+        return decode_vectors(rows, record.vector_encoding, basis if isinstance(basis, VectorBasis) else None)
+    if not isinstance(rows, Rows) or not isinstance(record.encoding, Encoding):
+        raise TypeError("rows of classes have an encoding of classes")
+    truth = labels if record.labels == "sample" else torch.full_like(labels, -1)
+    return decode(rows, truth, record.encoding, basis if isinstance(basis, TailBasis) else None)
+
+
+def encode_outputs(values: Mapping[str, Tensor], labels: Tensor, plan: Plan, bases: Bases) -> dict[str, EncodedRows]:
+    """Return the rows of the outputs of a batch.
+
+    Args:
+        values: [B, D] float32 of each output, finite, by name.
+        labels: [B] int64, of the samples, on the same device.
+        plan: of the cache.
+        bases: of the outputs, on the same device.
+
+    Raises:
+        MismatchError: if an output has another length than that of the cache.
+    """
+    encoded: dict[str, EncodedRows] = {}
+    for name, record in plan.named_outputs.items():
+        if values[name].shape[1] != record.channels:
+            raise MismatchError(
+                f"the output {name} of the teacher has {values[name].shape[1]} numbers per image, and "
+                f"{record.channels} when the cache was planned",
+                "take an output that always has the same length",
+            )
+        encoded[name] = _encoded(values[name], labels, record, bases.get(name))
+    return encoded
+
+
+def _encoded(
+    values: Tensor, labels: Tensor, record: OutputRecord, basis: TailBasis | VectorBasis | None
+) -> Rows | EncodedRows:
+    if isinstance(record.encoding, VectorEncoding):
+        return encode_vectors(values, record.encoding, basis if isinstance(basis, VectorBasis) else None)
+    encoding: Encoding = record.encoding
+    truth = labels if record.labels == "sample" else torch.full_like(labels, -1)
+    return encode_finite(values, truth, encoding, basis if isinstance(basis, TailBasis) else None)

@@ -1,0 +1,223 @@
+"""Named outputs of a network: parts of what it returns, and the outputs of its modules, in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kdcache.errors import MismatchError, UsageError, did_you_mean
+from kdcache.models.outputs import TakePart, find_part, listed_parts
+
+FEATURES = "features"
+"""Name of the input of the last linear layer, unless a part or a module has this name."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where an output is taken.
+
+    Attributes:
+        source: index or name of a part of what the network returns, or name of a module; None: the name of the output.
+        pool: how [B, D, H, W] or [B, L, D] becomes [B, D]: "mean" over the places, "first" of L, or "none".
+    """
+
+    source: str | int | None = None
+    pool: Literal["none", "mean", "first"] = "none"
+
+
+class Taps:
+    """The outputs of a network beside what it returns; hooks are there during a forward pass only.
+
+        taps = Taps(network, {"features": Tap("layer4", "mean")}, "teacher")
+        with taps.collecting():
+            returned = network(images)
+        vectors = taps.outputs()["features"]           # [B, D]
+
+    State dict and module names of the network do not change.
+
+    Args:
+        model: the network.
+        taps: by name of the output.
+        who: name of the network in errors.
+
+    Attributes:
+        returned: what the network returned in the last pass, before `output:` selected its logits.
+
+    Raises:
+        UsageError: if an output needs a module, and the network does not support hooks.
+    """
+
+    def __init__(self, model: nn.Module, taps: Mapping[str, Tap], who: str) -> None:
+        self._model, self._taps, self._who = model, dict(taps), who
+        self._modules = {name: module for name, module in model.named_modules() if name}
+        self._seen: dict[str, list[Any]] = {}
+        self.returned: Any = None
+
+    @contextmanager
+    def collecting(self, *, whole: bool = False) -> Iterator[None]:
+        """Collect the outputs of the forward pass inside.
+
+        Args:
+            whole: let the network return everything, even if it has no logits for `output:` to select.
+
+        Raises:
+            MismatchError: if the network cannot be hooked.
+        """
+        self._seen, self.returned = {name: [] for name in self._taps}, None
+        with ExitStack() as hooks:
+            try:
+                if whole:
+                    hooks.enter_context(_without_selection(self._model))
+                hooks.enter_context(self._hooked(self._model.register_forward_hook(self._keep_returned, prepend=True)))
+                for name, tap in self._taps.items():
+                    for handle in self._hook(name, tap):
+                        hooks.enter_context(self._hooked(handle))
+            except RuntimeError as error:
+                raise MismatchError(
+                    f"outputs cannot be taken of the {self._who}: {error}",
+                    "return a torch.nn.Module that calls it and returns all outputs, as a dictionary",
+                ) from None
+            yield
+
+    @staticmethod
+    @contextmanager
+    def _hooked(handle: RemovableHandle) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _keep_returned(self, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+        self.returned = returned
+
+    def _hook(self, name: str, tap: Tap) -> Iterator[RemovableHandle]:
+        """Register the hook of the module of an output, if there is such a module."""
+        source = name if tap.source is None else tap.source
+        if source in self._modules:
+
+            def keep_output(module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+                self._seen[name].append(returned)
+
+            yield self._modules[str(source)].register_forward_hook(keep_output)
+        elif source == FEATURES and (last := self._last_linear()) is not None:
+
+            def keep_input(module: nn.Module, given: tuple[Any, ...]) -> None:
+                self._seen[name].append(given[0])
+
+            yield last.register_forward_pre_hook(keep_input)
+
+    def _last_linear(self) -> nn.Linear | None:
+        linear = [module for module in self._modules.values() if isinstance(module, nn.Linear)]
+        return linear[-1] if linear else None
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Return the outputs [B, D] of the last pass, by name, in the type in which the network computed them.
+
+        Raises:
+            MismatchError: if there is no such output, a module ran more than once, or an output is not [B, D].
+        """
+        return {name: self._output(name, tap) for name, tap in self._taps.items()}
+
+    def _output(self, name: str, tap: Tap) -> Tensor:
+        source = name if tap.source is None else tap.source
+        found = find_part(self.returned, source)
+        if found is None and len(self._seen[name]) > 1:
+            raise MismatchError(
+                f"the module {source} of the {self._who} ran {len(self._seen[name])} times in one forward pass, so "
+                f"which of its outputs is {name} is not known",
+                "return the output from the network's forward in a dictionary, and name that part",
+            )
+        if found is None and self._seen[name]:
+            found = _first_tensor(self._seen[name][0])
+        elif found is None and tap.source is None and isinstance(self.returned, Tensor) and len(self._taps) == 1:
+            found = self.returned
+        if isinstance(found, np.ndarray):
+            found = torch.from_numpy(found)
+        if not isinstance(found, Tensor):
+            raise self._missing(name, source, found)
+        return _pooled(found, tap.pool, f"the output {name} of the {self._who}")
+
+    def _missing(self, name: str, source: str | int, found: Any) -> MismatchError:
+        """Return the error for an output that is not there, or that is not a tensor."""
+        if source in self._modules and not self._seen[name] and found is None:
+            what = f"its module {source} did not run in the forward pass"
+        elif found is not None or self._seen[name]:
+            kept = found if found is not None else self._seen[name][0]
+            what = f"{source} is a {type(kept).__name__}, not a tensor"
+        else:
+            names = [*listed_parts(self.returned), *self._modules]
+            what = f"it has no part or module {source!r}{did_you_mean(str(source), map(str, names))}"
+        returned = listed_parts(self.returned)
+        parts = ", ".join(f"{part} {shape}" for part, shape in returned.items()) or "a tensor"
+        top = ", ".join(dict.fromkeys(module.split(".")[0] for module in self._modules))
+        return MismatchError(
+            f"the {self._who} does not give the output {name}: {what}; it returns {parts}"
+            + (f"; its modules are {top}" if top else ""),
+            f"set `source` of the output {name} to a part of what it returns, or to a module (model.named_modules())",
+        )
+
+
+def check_taps(taps: Mapping[str, Tap], model: nn.Module, who: str) -> None:
+    """Check that outputs can be taken of a network.
+
+    Raises:
+        UsageError: if it is an ensemble, whose members have outputs of their own.
+    """
+    if taps and hasattr(model, "members"):
+        raise UsageError(
+            f"the {who} is an ensemble, which has logits only: its members have outputs of their own",
+            "dump one network, or pass a torch.nn.Module of your own that joins the members' outputs",
+        )
+
+
+@contextmanager
+def _without_selection(model: nn.Module) -> Iterator[None]:
+    """Let a network return everything, without the hook that selects its logits."""
+    hooks = model._forward_hooks
+    selecting = {key: hook for key, hook in hooks.items() if isinstance(hook, TakePart)}
+    for key in selecting:
+        del hooks[key]
+    try:
+        yield
+    finally:
+        hooks.update(selecting)
+
+
+def _first_tensor(returned: Any) -> Any:
+    """Return the tensor that a module returned, or the first of a tuple, as the layers of transformers return one."""
+    if isinstance(returned, tuple | list) and returned:
+        return returned[0]
+    return getattr(returned, "last_hidden_state", returned)
+
+
+def _pooled(values: Tensor, pool: str, what: str) -> Tensor:
+    """Return an output as [B, D].
+
+    Raises:
+        MismatchError: if it has places and no pooling, or fewer dimensions, or is not floating point.
+    """
+    shape = list(values.shape)
+    if not values.is_floating_point():
+        raise MismatchError(f"{what} is {values.dtype} {shape}", "take an output of floating point numbers")
+    if values.ndim == 1:
+        return values.unsqueeze(1)
+    if values.ndim == 2:
+        return values
+    if values.ndim == 4 and pool == "mean":
+        return values.mean(dim=(2, 3))
+    if values.ndim == 3 and pool == "mean":
+        return values.mean(dim=1)
+    if values.ndim == 3 and pool == "first":
+        return values[:, 0]
+    fix = {3: "set `pool` to mean, or to first for a class token", 4: "set `pool` to mean: the mean over all pixels"}
+    raise MismatchError(
+        f"{what} is {shape}, and pool is {pool}: a vector per sample is [B, D]",
+        fix.get(values.ndim, "take an output [B, D], [B, L, D] or [B, D, H, W]"),
+    )
