@@ -32,6 +32,9 @@ from kdcache.cli.options import (
     help="Sample ids: a file with one per line, or a range; of-classes: the samples whose label is in --classes.",
 )
 @click.option("--top-k", type=click.IntRange(min=1), help="Classes per row to keep.")
+@click.option(
+    "--output", "outputs", metavar="NAME", multiple=True, help="Output to keep, such as logits; may be repeated."
+)
 @data_option
 @scheduler_option
 @json_option
@@ -42,11 +45,12 @@ def select(
     classes: str | None,
     samples: str | None,
     top_k: int | None,
+    outputs: tuple[str, ...],
     data: Path | None,
     scheduler: str,
     as_json: bool,
 ) -> None:
-    """Write a new cache with some of the views, samples or classes of a CACHE, or with fewer classes per row.
+    """Write a new cache with some of the views, samples, classes or outputs of a CACHE, or with fewer classes per row.
 
     The teacher is not run. If the command is interrupted or killed, the same command resumes.
 
@@ -69,6 +73,7 @@ def select(
             classes=names,
             samples=parse_samples(samples, opened, names) if samples is not None else None,
             top_k=top_k,
+            outputs=list(outputs) or None,
             data=read_samples(data),
             scheduler=scheduler,
             progress=output.Terminal(),

@@ -6,6 +6,7 @@ transform is not random, and a cache cannot hold views of two seeds.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +14,13 @@ import numpy.typing as npt
 import torch
 
 from kdcache.cache.format import zarr_store
+from kdcache.cache.format.array_specs import raw_bytes
 from kdcache.cache.format.encoding import Encoding, Fidelity, Request
 from kdcache.cache.format.fingerprints import Inputs
+from kdcache.cache.format.output_records import OutputRecord
 from kdcache.cache.format.recorded_views import recorded
 from kdcache.cache.format.schema import DatasetRecord, Lineage, Plan, Sharding
+from kdcache.cache.format.stored_bases import Bases, basis_of_logits
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
@@ -44,13 +48,37 @@ class ParentSelection(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The encoding of the new cache; `recoded` if its rows are not copied from the parents."""
+    """The encodings of the new cache.
+
+    Attributes:
+        request: of the class logits.
+        encoding: of the class logits; None if they are left out.
+        fidelity: of the class logits.
+        basis: of the tail of the class logits.
+        recoded: whether rows of class logits are not copied from the parents.
+        outputs: the other outputs; None without.
+        output_bases: of the other outputs.
+    """
 
     request: Request
-    encoding: Encoding
+    encoding: Encoding | None
     fidelity: Fidelity | None
     basis: TailBasis | None
     recoded: bool
+    outputs: dict[str, OutputRecord] | None = None
+    output_bases: Bases = MappingProxyType({})
+
+    @property
+    def bases(self) -> Bases:
+        """Bases of all outputs that have one."""
+        return {**basis_of_logits(self.basis), **self.output_bases}
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes per row by which shards are laid out: of the log-probabilities, or else of the largest output."""
+        if self.encoding is not None:
+            return self.encoding.top_k * np.dtype(self.encoding.dtype).itemsize
+        return max(raw_bytes(record.encoding) for record in (self.outputs or {}).values())
 
 
 def row_bytes(encoding: Encoding) -> int:
@@ -179,6 +207,7 @@ def planned(
             "request": encoded.request,
             "class_encoding": encoded.encoding,
             "fidelity": encoded.fidelity,
+            "outputs": encoded.outputs,
             "shape": shape,
             "lineage": lineage,
         }

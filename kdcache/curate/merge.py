@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from kdcache.cache.format import stored_bases
 from kdcache.cache.format.fingerprints import digest_of
-from kdcache.cache.format.schema import Lineage
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT
+from kdcache.cache.format.schema import Lineage, Plan
 from kdcache.cache.format.sharding import choose_sharding
-from kdcache.cache.format.stored_bases import basis_of_logits
-from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.curate.derive import Encoded, ParentSelection, derive, inputs_at, planned, row_bytes
+from kdcache.curate.derive import Encoded, ParentSelection, derive, inputs_at, planned
+from kdcache.curate.recode import same_basis
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn
 from kdcache.errors import MismatchError, UsageError
@@ -61,12 +60,14 @@ def merge(
     plan = first.manifest.plan
     bases = [stored_bases.read_basis(cache.path, cache.manifest.plan) for cache in caches]
     same_encoding = [
-        cache.manifest.plan.encoding == plan.encoding and _same_basis(bases[0], basis)
+        cache.manifest.plan.class_encoding == plan.class_encoding and same_basis(bases[0], basis)
         for cache, basis in zip(caches, bases, strict=True)
     ]
-    if not all(same_encoding) and not reencode:
-        other = caches[same_encoding.index(False)]
-        what = "basis" if other.manifest.plan.encoding == plan.encoding else "encoding"
+    same_outputs = [_same_outputs(first, cache) for cache in caches]
+    if not all(same_encoding + same_outputs) and not reencode:
+        other = caches[(same_encoding + same_outputs).index(False) % len(caches)]
+        same = other.manifest.plan.class_encoding == plan.class_encoding
+        what = "basis" if same and same_outputs[caches.index(other)] else "encoding"
         raise MismatchError(
             f"the rows of {other.path} have another {what} than those of {first.path}",
             "add --reencode: they are then decoded and encoded again like the first cache's rows, which costs fidelity",
@@ -91,16 +92,23 @@ def merge(
         parents=[cache.manifest.digest for cache in caches],
     )
     fidelity = plan.fidelity if all(cache.manifest.plan.fidelity == plan.fidelity for cache in caches) else None
+    output_bases = stored_bases.read_bases(first.path, plan)
     encoded = Encoded(
-        plan.request, plan.encoding, fidelity if all(same_encoding) else None, bases[0], not all(same_encoding)
+        plan.request,
+        plan.class_encoding,
+        fidelity if all(same_encoding) else None,
+        bases[0],
+        not all(same_encoding),
+        plan.outputs,
+        {name: basis for name, basis in output_bases.items() if name != DEFAULT_OUTPUT},
     )
     shape, inputs = inputs_at(
-        selections, choose_sharding(len(keys), row_bytes(plan.encoding)), plan.views.count, data, reporter
+        selections, choose_sharding(len(keys), encoded.row_bytes), plan.views.count, data, reporter
     )
     licence = _joined([cache.manifest.plan.licence for cache in caches], " AND ")
     notes = _joined([cache.manifest.plan.notes for cache in caches], "\n")
     merged = planned(plan, dataset, plan.views.count, encoded, shape, lineage, licence=licence, notes=notes)
-    writer = CacheWriter.begin(out, merged, labels, keys, basis_of_logits(bases[0]))
+    writer = CacheWriter.begin(out, merged, labels, keys, encoded.bases)
     return derive(writer, selections, inputs, None, encoded.recoded, scheduler)
 
 
@@ -121,6 +129,7 @@ def _check_parts(first: Cache, other: Cache) -> None:
             "transform": plan.views.transform,
             "views": plan.views.count,
             "classes": plan.dataset.class_names,
+            "outputs": {name: _kind_of(plan, name) for name in plan.output_names},
         }
         for plan in (first_plan, other_plan)
     )
@@ -138,10 +147,22 @@ def _check_parts(first: Cache, other: Cache) -> None:
         )
 
 
-def _same_basis(first: TailBasis | None, other: TailBasis | None) -> bool:
-    if first is None or other is None:
-        return first is other
-    return all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(other).values(), strict=True))
+def _kind_of(plan: Plan, name: str) -> str:
+    """Return what rows of an output must have in common to be merged."""
+    if name == DEFAULT_OUTPUT:
+        return "class logits"
+    record = plan.named_outputs[name]
+    return f"{record.kind} of {record.channels} from {record.source}, pool {record.pool}, labels {record.labels}"
+
+
+def _same_outputs(first: Cache, other: Cache) -> bool:
+    """Return whether the outputs beside the class logits have the same encodings and bases in both caches."""
+    plans = [cache.manifest.plan for cache in (first, other)]
+    bases = [stored_bases.read_bases(cache.path, plan) for cache, plan in zip((first, other), plans, strict=True)]
+    return all(
+        plans[1].named_outputs[name].encoding == record.encoding and same_basis(bases[0].get(name), bases[1].get(name))
+        for name, record in plans[0].named_outputs.items()
+    )
 
 
 def _joined(texts: list[str], separator: str) -> str:

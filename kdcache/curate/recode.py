@@ -21,13 +21,17 @@ from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode, stated_at
 from kdcache.cache.format.encoding import STATISTICS, TAIL_TEMPERATURES, Encoding
 from kdcache.cache.format.fingerprints import Inputs
+from kdcache.cache.format.output_records import OutputRecord
 from kdcache.cache.format.recorded_views import recorded
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.format.stored_bases import Basis
 from kdcache.cache.format.tail_basis import TailBasis, fit_coordinates, round_coordinates
+from kdcache.cache.format.vector_rows import EncodedRows, R
 from kdcache.cache.inspect.card import write_card
 from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.writer import CacheWriter
+from kdcache.dump.outputs import decode_output, encode_output
 from kdcache.errors import InterruptedRun, KdcacheError
 
 _ROWS_AT_ONCE = 2048
@@ -52,16 +56,26 @@ class ParentRows:
     labels: Tensor
 
     def rows(self, view: int, change: Callable[[Rows, Tensor], Rows] | None = None) -> Rows:
-        """Return the rows of a view; each chunk of the parent is read once.
+        """Return the rows of the class logits in a view; each chunk of the parent is read once.
 
         Args:
             view: index of the view.
             change: maps rows and their labels to new rows; None to copy.
         """
-        reader, size = zarr_store.row_reader(self.path, self.plan), self.plan.shape.chunk_rows
+        return self._read(zarr_store.row_reader(self.path, self.plan), view, change)
+
+    def output_rows(
+        self, output: str, view: int, change: Callable[[EncodedRows, Tensor], EncodedRows] | None = None
+    ) -> EncodedRows:
+        """Return the rows of another output in a view; the arguments are those of `rows`."""
+        reader: zarr_store.RowReader[EncodedRows] = zarr_store.output_reader(self.path, self.plan, output)
+        return self._read(reader, view, change)
+
+    def _read(self, reader: zarr_store.RowReader[R], view: int, change: Callable[[R, Tensor], R] | None) -> R:
+        size = self.plan.shape.chunk_rows
         order = np.argsort(self.ids, kind="stable")
         ids, labels = self.ids[order], self.labels[torch.from_numpy(order)]
-        parts = []
+        parts: list[R] = []
         for chunk in np.unique(ids // size).tolist():
             chunk_ids = range(chunk * size, min((chunk + 1) * size, self.plan.dataset.samples))
             first, last = np.searchsorted(ids, [chunk_ids.start, chunk_ids.stop]).tolist()
@@ -74,7 +88,7 @@ class ParentRows:
                 parts.append(change(some, labels[first + start : first + start + len(some)]))
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
-        return Rows.concatenate(parts)[torch.from_numpy(inverse)]
+        return type(parts[0]).concatenate(parts)[torch.from_numpy(inverse)]
 
     def recorded(self, view: int) -> npt.NDArray[Any]:
         """Return the recorded boxes or seeds of a view of these samples; the parent must store them."""
@@ -165,18 +179,52 @@ def derive_shard(
 ) -> None:
     """Write one shard of the unsealed cache at `out`: the rows of its parents, concatenated."""
     writer = CacheWriter.join(out)
-    basis = stored_bases.read_basis(out, writer.plan) if recoded else None
+    rows = _rows_of_logits(out, writer.plan, view, parents, classes, recoded) if writer.plan.class_encoding else None
+    outputs = {name: _rows_of_output(out, writer.plan, name, view, parents) for name in writer.plan.named_outputs}
+    boxes_or_seeds = None
+    if recorded(writer.plan.views.transform):
+        boxes_or_seeds = np.concatenate([parent.recorded(view) for parent in parents])
+    writer.write(view, shard, rows, inputs, boxes_or_seeds, outputs)
+
+
+def _rows_of_logits(
+    out: Path, plan: Plan, view: int, parents: list[ParentRows], classes: list[int] | None, recoded: bool
+) -> Rows:
+    """Return the rows of class logits of some samples of a derived cache."""
+    basis = stored_bases.read_basis(out, plan) if recoded else None
     parts = []
     for parent in parents:
         change = None
         if recoded:
             before = stored_bases.read_basis(parent.path, parent.plan)
-            change = Recoding(parent.plan.encoding, before, writer.plan.encoding, basis, classes)
+            change = Recoding(parent.plan.encoding, before, plan.encoding, basis, classes)
         parts.append(parent.rows(view, change))
-    boxes_or_seeds = None
-    if recorded(writer.plan.views.transform):
-        boxes_or_seeds = np.concatenate([parent.recorded(view) for parent in parents])
-    writer.write(view, shard, Rows.concatenate(parts), inputs, boxes_or_seeds)
+    return Rows.concatenate(parts)
+
+
+def _rows_of_output(out: Path, plan: Plan, name: str, view: int, parents: list[ParentRows]) -> EncodedRows:
+    """Return the rows of another output; those of a parent with another encoding or basis are encoded again."""
+    record, basis = plan.named_outputs[name], stored_bases.read_output_basis(out, plan, name)
+    parts = []
+    for parent in parents:
+        before = parent.plan.named_outputs[name]
+        old_basis = stored_bases.read_output_basis(parent.path, parent.plan, name)
+
+        def again(
+            rows: EncodedRows, labels: Tensor, before: OutputRecord = before, old_basis: Basis = old_basis
+        ) -> EncodedRows:
+            return encode_output(decode_output(rows, labels, before, old_basis), labels, record, basis)
+
+        is_same = before.encoding == record.encoding and same_basis(old_basis, basis)
+        parts.append(parent.output_rows(name, view, None if is_same else again))
+    return type(parts[0]).concatenate(parts)
+
+
+def same_basis(first: Basis, other: Basis) -> bool:
+    """Return whether two bases are the same, or both None."""
+    if first is None or other is None or type(first) is not type(other):
+        return first is other
+    return all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(other).values(), strict=True))
 
 
 def build(

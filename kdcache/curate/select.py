@@ -11,20 +11,20 @@ import torch
 from kdcache.cache.adopt import adopt_shards
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.fingerprints import digest_of
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import choose_sharding
-from kdcache.cache.format.stored_bases import basis_of_logits
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.curate.derive import Encoded, Ids, ParentSelection, derive, inputs_at, planned, row_bytes
+from kdcache.curate.derive import Encoded, Ids, ParentSelection, derive, inputs_at, planned
 from kdcache.curate.recode import ParentRows, relabeled
 from kdcache.data.mixing import split_mixing
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.runtime.progress import Progress, Silent
 
 
@@ -36,6 +36,7 @@ def select(
     classes: Sequence[str] | None = None,
     samples: Ids | None = None,
     top_k: int | None = None,
+    outputs: Sequence[str] | None = None,
     data: Samples | None = None,
     scheduler: str = "threads",
     progress: Progress | None = None,
@@ -52,6 +53,7 @@ def select(
             label.
         samples: [n] ordinals, in their new order; None for all.
         top_k: number of classes per row.
+        outputs: names of the outputs to keep, `logits` for the class logits; None for all.
         data: data set of the parent, or at least of the selected samples; needed to compute fingerprints that the
             parent does not have.
         scheduler: backend; see `parallel.over`.
@@ -76,11 +78,24 @@ def select(
         **({} if classes is None else {"classes": list(classes)}),
         **({} if samples is None else {"samples": len(ids)}),
         **({} if top_k is None else {"top_k": top_k}),
+        **({} if outputs is None else {"outputs": sorted(outputs)}),
     }
     if not selected:
-        raise UsageError("nothing is selected", "set --views, --classes, --samples or --top-k")
+        raise UsageError("nothing is selected", "set --views, --classes, --samples, --top-k or --output")
     lineage = Lineage(operation="select", arguments=selected, parents=[cache.manifest.digest])
-    encoded = _encoded(cache, out, lineage, ids, class_indices, top_k)
+    kept = plan.output_names if outputs is None else _kept_outputs(outputs, plan)
+    _check_class_outputs(kept, plan, class_indices)
+    if DEFAULT_OUTPUT in kept:
+        encoded = _encoded(cache, out, lineage, ids, class_indices, top_k)
+    elif class_indices is None and top_k is None:
+        encoded = Encoded(plan.request, None, None, None, recoded=False)
+    else:
+        raise UsageError("classes and top_k select from class logits, which are not kept", "keep the output logits too")
+    bases = stored_bases.read_bases(cache.path, plan)
+    encoded = encoded._replace(
+        outputs={name: plan.named_outputs[name] for name in kept if name != DEFAULT_OUTPUT} or None,
+        output_bases={name: basis for name, basis in bases.items() if name in kept and name != DEFAULT_OUTPUT},
+    )
     keys, stored_labels = cache.sample_keys[ids], new_labels.numpy().astype(np.int32)
     names = plan.dataset.class_names if class_indices is None else tuple(classes or ())
     dataset = plan.dataset.model_copy(
@@ -92,10 +107,10 @@ def select(
         shape, stored = plan.shape, slice(-(-len(ids) // plan.shape.fingerprint_stride))
         inputs = [zarr_store.read_inputs(cache.path, plan, view).at(stored) for view in range(count)]
     else:
-        shape = choose_sharding(len(ids), row_bytes(encoded.encoding))
+        shape = choose_sharding(len(ids), encoded.row_bytes)
         shape, inputs = inputs_at(selections, shape, count, data, progress or Silent())
     selected_plan = planned(plan, dataset, count, encoded, shape, lineage)
-    writer = CacheWriter.begin(out, selected_plan, stored_labels, keys, basis_of_logits(encoded.basis))
+    writer = CacheWriter.begin(out, selected_plan, stored_labels, keys, encoded.bases)
     if same_ordinals and not encoded.recoded:
         adopt_shards(writer, cache)
     return derive(writer, selections, inputs, class_indices, encoded.recoded, scheduler)
@@ -134,6 +149,29 @@ def _check_ids(ids: Ids, cache: Cache) -> None:
         raise UsageError(
             "each image is mixed with another one of the data set; with fewer samples, the pairs would change",
             "keep all samples, or dump the teacher on the smaller data set",
+        )
+
+
+def _kept_outputs(outputs: Sequence[str], plan: Plan) -> list[str]:
+    """Return the names of some outputs, in the order of the plan.
+
+    Raises:
+        UsageError: if the cache does not have one, or none is named.
+    """
+    unknown = [name for name in outputs if name not in plan.output_names]
+    if unknown or not outputs:
+        what = f"no output {unknown[0]!r}{did_you_mean(unknown[0], plan.output_names)}" if unknown else "none is named"
+        raise UsageError(f"{what}; the cache has {', '.join(plan.output_names)}", "name some of these")
+    return [name for name in plan.output_names if name in outputs]
+
+
+def _check_class_outputs(kept: Sequence[str], plan: Plan, classes: Sequence[int] | None) -> None:
+    """Check that a selection of classes leaves no other output with the labels of the data set."""
+    bound = [name for name in kept if name in plan.named_outputs and plan.named_outputs[name].labels == "sample"]
+    if classes is not None and bound:
+        raise UsageError(
+            f"the output {bound[0]} has the classes of the data set, of which some would be left out",
+            f"leave it out too: name the outputs to keep with --output, without {bound[0]}",
         )
 
 

@@ -195,13 +195,14 @@ def encode_outputs(values: Mapping[str, Tensor], labels: Tensor, plan: Plan, bas
                 f"{record.channels} when the cache was planned",
                 "take an output that always has the same length",
             )
-        encoded[name] = _encoded(values[name], labels, record, bases.get(name))
+        encoded[name] = encode_output(values[name], labels, record, bases.get(name))
     return encoded
 
 
-def _encoded(
+def encode_output(
     values: Tensor, labels: Tensor, record: OutputRecord, basis: TailBasis | VectorBasis | None
-) -> Rows | EncodedRows:
+) -> EncodedRows:
+    """Return the rows of an output [B, D] float32; `labels` [B] int64 are those of the samples."""
     if isinstance(record.encoding, VectorEncoding):
         return encode_vectors(values, record.encoding, basis if isinstance(basis, VectorBasis) else None)
     encoding: Encoding = record.encoding

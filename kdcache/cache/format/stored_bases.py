@@ -20,6 +20,9 @@ from kdcache.cache.format.vector_rows import VectorBasis
 from kdcache.cache.format.verified_files import AGAIN
 from kdcache.errors import CorruptError
 
+Basis = TailBasis | VectorBasis | None
+"""Basis of an output; None if its encoding has none."""
+
 Bases = Mapping[str, TailBasis | VectorBasis]
 """Basis by name of the output, of the outputs that have one."""
 

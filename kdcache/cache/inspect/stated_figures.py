@@ -48,7 +48,8 @@ def check_summary(stated: Summary, statistics: Sequence[ShardStatistics], plan: 
     problems = []
     for name, computed in summary_of(statistics, plan).model_dump().items():
         value = getattr(stated, name)
-        tolerance = _DECODED.get(name, 0.0) if plan.encoding.dense else 0.0
+        is_dense = plan.class_encoding is not None and plan.class_encoding.dense
+        tolerance = _DECODED.get(name, 0.0) if is_dense else 0.0
         if value is None or computed is None:
             same = value is computed
         else:
@@ -91,7 +92,7 @@ def check_fidelity(cache: Path, plan: Plan, has_first_view: bool) -> list[Proble
 
 
 def _needs_no_pilot(plan: Plan) -> bool:
-    if plan.encoding.num_classes < MIN_CLASSES:
+    if plan.class_encoding is None or plan.encoding.num_classes < MIN_CLASSES:
         return True
     try:
         return encoding_without_pilot(plan.encoding.num_classes, plan.request) is not None
