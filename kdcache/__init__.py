@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from kdcache.runtime.distributed import Ranks, join_ranks
     from kdcache.runtime.progress import Progress
     from kdcache.train.inputs import CacheOptions
-    from kdcache.train.train import RunResult, train_student, train_teacher
+    from kdcache.train.run_result import RunResult
+from kdcache.train.train import train_student, train_teacher
 
 # Imported on first use, so that `kdcache --help` does not wait for torch.
 _HOME = {
@@ -46,7 +47,7 @@ _HOME = {
     "Pipeline": "kdcache.config.schema",
     "Progress": "kdcache.runtime.progress",
     "Ranks": "kdcache.runtime.distributed",
-    "RunResult": "kdcache.train.train",
+    "RunResult": "kdcache.train.run_result",
     "Samples": "kdcache.data.samples",
     "SplitScore": "kdcache.models.evaluate",
     "TeacherIdentity": "kdcache.models.teacher",

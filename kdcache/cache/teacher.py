@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol
 
@@ -55,6 +55,43 @@ class TeacherWrapper:
     def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
         """Announce batches of ids [B] int64 to the wrapped teacher."""
         self.teacher.prefetch(batches, view)
+
+
+class TeacherWithOutputs:
+    """The class logits and other outputs of a teacher, as one.
+
+    Args:
+        logits: returns the class logits; None if they are not used.
+        outputs: each returns an output [B, D], by name.
+    """
+
+    def __init__(self, logits: Teacher | None, outputs: Mapping[str, Teacher]) -> None:
+        self.logits, self.outputs = logits, dict(outputs)
+
+    def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
+        """Return the class logits [B, C] of samples `ids` [B] int64 in a view."""
+        if self.logits is None:
+            raise TypeError("the class logits are not used")
+        return self.logits(ids, view)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return a random order of all ids, [N] int64, in which the first of the outputs can be read fast."""
+        return self._parts[0].order(generator)
+
+    def prefetch(self, batches: Iterable[Tensor], view: int = 0) -> None:
+        """Announce batches of ids [B] int64 to all outputs."""
+        batches = list(batches)
+        for part in self._parts:
+            part.prefetch(batches, view)
+
+    def each(self, wrapped: Callable[[Teacher], Teacher]) -> TeacherWithOutputs:
+        """Return this teacher with every output wrapped."""
+        outputs = {name: wrapped(output) for name, output in self.outputs.items()}
+        return TeacherWithOutputs(None if self.logits is None else wrapped(self.logits), outputs)
+
+    @property
+    def _parts(self) -> list[Teacher]:
+        return [*([] if self.logits is None else [self.logits]), *self.outputs.values()]
 
 
 class _CachedRows(ABC, Generic[R]):

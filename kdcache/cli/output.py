@@ -20,7 +20,7 @@ from kdcache.errors import InterruptedRun, KdcacheError
 from kdcache.runtime.terminal import SECONDS_BETWEEN_LINES, Terminal, messages, printable, say
 
 if TYPE_CHECKING:
-    from kdcache.train.train import RunResult
+    from kdcache.train.run_result import RunResult
 
 __all__ = [
     "Terminal",

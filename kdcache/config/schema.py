@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kdcache.config.cache import CacheSpec
+from kdcache.config.cache import CacheSpec, OutputName
 from kdcache.config.section import Count, NotNegativeInt, Section, Seed
 from kdcache.config.transform import Transform, step_names
 from kdcache.config.yaml_lines import write_yaml
@@ -214,12 +214,25 @@ class EnsembleSpec(Section):
         return [{"model": one} if isinstance(one, str) else one for one in given] if isinstance(given, list) else given
 
 
+class StudentOutputSpec(Section):
+    """An output of the student that a loss compares with that of the teacher."""
+
+    source: NotNegativeInt | str | None = None
+    """What it is in the student: an index or a name in what it returns, or the name of a module, such as `layer4`.
+    None: its own name; for `features`, if neither has that name, the input of the last linear layer."""
+    pool: Literal["none", "mean", "first"] = "none"
+    """How [B, D, H, W] or [B, L, D] becomes [B, D]: the mean over all places, or the first of L; `none` refuses it."""
+
+
 class StudentSpec(ModelSpec):
     """The student and its training."""
 
     transform: Transform | None = None
     """Transform of the student's training images instead of the teacher's; only if the teacher saw fixed images (one
     view, nothing random). The teacher's logits then belong to other pixels, as in most published KD code."""
+    outputs: dict[OutputName, StudentOutputSpec] = Field(default={})
+    """Where the outputs are taken that `loss` compares with those of the teacher, by name, each a mapping with the keys
+    of the next table. An output that is not named here is taken by its name."""
     train: TrainSpec = TrainSpec()
     """How `train-student` trains it."""
 

@@ -59,7 +59,7 @@ class RunRecord(NamedTuple):
     @property
     def uses_teacher(self) -> bool:
         """Whether it was trained on the logits of a teacher."""
-        return self.network_ref.network == "student" and self.pipeline.loss.uses_teacher
+        return self.network_ref.network == "student" and self.pipeline.loss.uses_cache
 
 
 class Mean(NamedTuple):

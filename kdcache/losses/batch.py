@@ -19,6 +19,13 @@ BatchMax = Callable[[Tensor], Tensor]
 """[B, ...] -> [...]: the maximum over the samples of the whole batch, without a gradient."""
 
 
+BatchRows = Callable[[Tensor], Tensor]
+"""[B, ...] -> [N, ...]: the rows of all samples of the whole batch, in the same order in each process.
+
+For a batch that is spread over several processes the gradient is all-reduced, as that of `BatchSum`.
+"""
+
+
 def of_these(rows: Tensor) -> Tensor:
     """Return the sum over the given samples, which are the whole batch."""
     return rows.sum(dim=0)
@@ -41,8 +48,44 @@ def max_of_all_ranks(rows: Tensor) -> Tensor:
     return largest
 
 
-OVER_ALL_RANKS = of_all_ranks, max_of_all_ranks
-"""The last two fields of `BatchTotals`, for a batch that is spread over processes."""
+def rows_of_these(rows: Tensor) -> Tensor:
+    """Return the given rows, which are those of the whole batch."""
+    return rows
+
+
+def rows_of_all_ranks(rows: Tensor) -> Tensor:
+    """Return the rows of the samples of all processes of the default group, which may hold different numbers."""
+    return _AllGathered.apply(rows)  # type: ignore[no-any-return]  # torch's is not typed
+
+
+OVER_ALL_RANKS = of_all_ranks, max_of_all_ranks, rows_of_all_ranks
+"""The last three fields of `BatchTotals`, for a batch that is spread over processes."""
+
+
+class _AllGathered(torch.autograd.Function):
+    """The rows of all processes, whose gradient is all-reduced."""
+
+    @staticmethod
+    def forward(ctx: Any, here: Tensor) -> Tensor:
+        count = torch.tensor([len(here)], device=here.device)
+        counts = [torch.empty_like(count) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(counts, count)
+        sizes = [int(each) for each in counts]
+        # All processes have to send tensors of one shape.
+        padded = here.new_zeros(max(sizes), *here.shape[1:])
+        padded[: len(here)] = here
+        parts = [torch.empty_like(padded) for _ in sizes]
+        distributed.all_gather(parts, padded)
+        start = sum(sizes[: distributed.get_rank()])
+        ctx.own = slice(start, start + len(here))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].clone()
+        distributed.all_reduce(summed)
+        own: Tensor = summed[ctx.own]
+        return own
 
 
 class _AllReduced(torch.autograd.Function):
@@ -75,6 +118,7 @@ class BatchTotals(NamedTuple):
         shares: `labeled`; for mixed images the sum of their labeled shares.
         sum: sum over all of its samples, for losses of the batch such as DTD and DIST.
         max: maximum over all of its samples.
+        all_rows: rows of all of its samples, for losses of pairs of samples such as RKD.
     """
 
     rows: Tensor | int
@@ -82,6 +126,7 @@ class BatchTotals(NamedTuple):
     shares: Tensor | int
     sum: BatchSum = of_these
     max: BatchMax = max_of_these
+    all_rows: BatchRows = rows_of_these
 
 
 def at_least_one(count: Tensor | int) -> Tensor | int:

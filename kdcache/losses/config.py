@@ -11,6 +11,7 @@ from kdcache.losses.adjustments import NoAdjustment
 from kdcache.losses.custom import CustomDivergence
 from kdcache.losses.divergences import KL
 from kdcache.losses.options import AdjustmentOptions, DivergenceOptions, NotNegative, Options, TemperatureOptions
+from kdcache.losses.outputs import OutputLoss
 from kdcache.losses.presets import is_custom, settings_of_name
 from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, NORMALIZATIONS, TEMPERATURES
 from kdcache.losses.temperatures import ConstantTemperature
@@ -62,9 +63,13 @@ class Loss(BaseModel):
     `plackett_luce`, `ofa` (`eps`), `mse`, `cosine`, `brier` (`alpha`), `comparative` (`group_size`) or `function`
     (`function`: `path/file.py:function`, `options`)."""
 
+    outputs: dict[str, OutputLoss] = Field(default={}, exclude_if=lambda outputs: not outputs)
+    """Losses of other outputs of the teacher, by name of the output, each with its `name`, `weight` and options."""
+
     @model_validator(mode="before")
     @classmethod
     def _name_fills_in(cls, given: Any) -> Any:
+        given = _split_by_output(given, set(cls.model_fields))
         if not isinstance(given, dict) or not isinstance(given.get("name", "kd"), str):
             return given
         try:
@@ -97,7 +102,7 @@ class Loss(BaseModel):
 
     def _without_effect(self) -> Iterator[str]:
         if not self.uses_teacher:
-            if self.ce_weight == 0:
+            if self.ce_weight == 0 and not self.outputs:
                 yield "ce_weight and the kd weights are all 0: there is nothing to learn"
             axes = (self.normalization, self.adjustment, self.temperature, self.divergence)
             if axes != ("none", NoAdjustment(), ConstantTemperature(), KL()) or self.warmup_epochs:
@@ -141,6 +146,16 @@ class Loss(BaseModel):
         return self.kd_weight > 0 or self.plain_kd_weight > 0
 
     @property
+    def uses_cache(self) -> bool:
+        """Whether any term needs the teacher's logits or another output of it."""
+        return self.uses_teacher or bool(self.outputs)
+
+    @property
+    def uses_logits(self) -> bool:
+        """Whether any term needs the student's logits."""
+        return self.uses_teacher or self.ce_weight > 0
+
+    @property
     def learns_temperature(self) -> bool:
         """Whether the temperature is a parameter that is trained with the student."""
         return self.temperature.is_learned
@@ -158,7 +173,8 @@ class Loss(BaseModel):
     @property
     def is_of_the_batch(self) -> bool:
         """Whether the loss of a sample depends on the other samples of its batch."""
-        return self.temperature.uses_batch or self.divergence.uses_batch
+        of_logits = self.temperature.uses_batch or self.divergence.uses_batch
+        return of_logits or any(output.uses_batch for output in self.outputs.values())
 
     @property
     def needs_level(self) -> str | None:
@@ -214,3 +230,21 @@ def _overlaid(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(options, dict) and "kind" not in options:
             merged[axis] = {**base[axis], **options}
     return merged
+
+
+def _split_by_output(given: Any, known: set[str]) -> Any:
+    """Return a mapping of losses by output, `{logits: {...}, features: {...}}`, as one loss with `outputs`.
+
+    Without `logits`, they are trained with cross-entropy alone; `logits: false` leaves them out.
+    """
+    if not isinstance(given, dict) or "name" in given or "outputs" in given or not given.keys() - known:
+        return given
+    if not all(isinstance(of_output, dict) or name == "logits" for name, of_output in given.items()):
+        return given
+    of_logits = given.get("logits", {"name": "ce"})
+    if of_logits is False:
+        of_logits = {"name": "ce", "ce_weight": 0.0}
+    if not isinstance(of_logits, dict):
+        raise ValueError(f"logits is {of_logits!r}: give a mapping with the name of a loss, or false to leave it out")
+    outputs = {name: of_output for name, of_output in given.items() if name != "logits"}
+    return {**of_logits, **({"outputs": outputs} if outputs else {})}

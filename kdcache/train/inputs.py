@@ -9,15 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdcache.cache.decoded_teacher import decode_if_small
 from kdcache.cache.format.recorded_views import Crops
-from kdcache.cache.joined_teacher import JoinedTeacher
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher, TeacherWrapper
 from kdcache.config.schema import Pipeline, TrainSpec
 from kdcache.config.transform import Transform
-from kdcache.data.alignment import AlignedTeacher, align, apply_alignment, describe_alignment
+from kdcache.data.alignment import align, apply_alignment, describe_alignment
 from kdcache.data.check_images import check_images
 from kdcache.data.datasets import load_held_out, load_split
 from kdcache.data.repeatable import check_repeatable, find_random_item
@@ -26,6 +24,7 @@ from kdcache.data.samples import Samples, explain_fractions
 from kdcache.data.transforms import is_random
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
+from kdcache.train.cached_teacher import load_teacher
 
 
 @dataclass(frozen=True)
@@ -145,24 +144,10 @@ def inputs_from_caches(
             )
         _check_same_boxes(caches[0], cache)
         replayed.append(_replay(cache, samples, options.allow_other_pixels, progress))
-    cached = (
-        [cache.teacher(device=device, placement=options.placement) for cache in caches]
-        if pipeline.loss.uses_teacher
-        else []
-    )
-    for each in cached:
-        progress.say(f"placement of the cache: {each.placement} ({each.why})")
-    teacher: Teacher | None = None
-    if cached:
-        joined = JoinedTeacher(cached, pipeline.join.weights, pipeline.join.combine)
-        teacher = cached[0] if len(cached) == 1 else joined
-        if samples.ids is not None:
-            teacher = AlignedTeacher(teacher, samples.ids, len(caches[0]))
-        if all(each.placement != "stream" for each in cached):
-            teacher = decode_if_small(teacher, len(samples), samples.num_classes)
+    teacher, placements = load_teacher(pipeline, caches, samples, options.placement, device, progress)
     record = {
         "caches": [cache.manifest.digest for cache in caches],
-        "placement": [each.placement for each in cached],
+        "placement": placements,
         "replay": replayed,
         **matched,
     }

@@ -29,6 +29,7 @@ from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.passes import TEST, VALIDATION, Clock, MicroBatches, Pass, Work, run_alone
 from kdcache.train.random_states import as_plain_values, from_plain_values, random_state, set_random_state
 from kdcache.train.step import Trainer
+from kdcache.train.student_outputs import StudentOutputs
 
 _EVALUATION_BATCH = 512
 
@@ -163,6 +164,7 @@ def training_work(
     checkpointer: Checkpointer | None = None,
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
+    outputs: StudentOutputs | None = None,
 ) -> Work[TrainingResult]:
     """Train a network, and load the weights of its best epoch on the validation split into it.
 
@@ -179,13 +181,14 @@ def training_work(
         checkpointer: stores the state after each epoch, and returns that of an interrupted run.
         progress: progress reporter; silent if None.
         clock: returns seconds, for the duration of training.
+        outputs: of the network that the loss compares with those of the teacher; None without.
 
     Raises:
         Diverged: if the loss becomes NaN or infinite.
         UsageError: if a batch has too few images to be divided.
     """
     progress = progress or Silent()
-    trainer = Trainer(model, spec, loss, len(train), device, progress.say)
+    trainer = Trainer(model, spec, loss, len(train), device, progress.say, outputs)
     state = TrainingState()
     if checkpointer and (saved := _load(trainer, checkpointer)) is not None:
         state = _resume(trainer, saved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,9 +53,9 @@ def make_schedule(optimizer: Optimizer, spec: TrainSpec, steps: int) -> LambdaLR
     return LambdaLR(optimizer, partial(rate, steps=steps, spec=spec))
 
 
-def make_optimizer(model: nn.Module, spec: TrainSpec, theta: nn.Parameter | None = None) -> Optimizer:
-    """Return the optimizer of a pipeline, for the model and the learned parameter of its loss."""
-    parameters = [*model.parameters(), *([] if theta is None else [theta])]
+def make_optimizer(model: nn.Module, spec: TrainSpec, learned: Sequence[nn.Parameter] = ()) -> Optimizer:
+    """Return the optimizer of a pipeline, for the model and what is learned beside it."""
+    parameters = [*model.parameters(), *learned]
     if spec.optimizer == "adamw":
         return AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
     nesterov = spec.nesterov and spec.momentum > 0

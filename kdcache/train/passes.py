@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from kdcache.cache.teacher import Teacher
+from kdcache.cache.teacher import Teacher, TeacherWithOutputs
 from kdcache.data.loader import Loader, report_lost_workers
 from kdcache.data.views import Batch, View
 from kdcache.losses.batch import MixedLabels
@@ -31,24 +32,46 @@ TRAINING, VALIDATION, TEST = range(3)
 
 
 class MicroBatch(NamedTuple):
-    """A part of a batch, for one forward pass: images [B, channels, H, W], labels [B], the teacher's logits [B, C]."""
+    """A part of a batch, for one forward pass.
+
+    Attributes:
+        images: [B, channels, H, W].
+        labels: [B] int64.
+        mixed: labels of the partners, if images are mixed.
+        teacher_logits: [B, C]; None for a network that does not need them.
+        targets: other outputs of the teacher, [B, D] each, by name.
+    """
 
     images: Tensor
     labels: Tensor
     mixed: MixedLabels | None
     teacher_logits: Tensor | None
+    targets: Mapping[str, Tensor] = MappingProxyType({})
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors."""
-        optional = [self.teacher_logits, *(self.mixed or ())]
+        optional = [self.teacher_logits, *(self.mixed or ()), *self.targets.values()]
         return [self.images, self.labels, *(value for value in optional if value is not None)]
 
     def clone(self) -> MicroBatch:
         """Return a copy of all tensors."""
         mixed = None if self.mixed is None else MixedLabels(*(value.clone() for value in self.mixed))
         logits = None if self.teacher_logits is None else self.teacher_logits.clone()
-        return MicroBatch(self.images.clone(), self.labels.clone(), mixed, logits)
+        targets = {name: values.clone() for name, values in self.targets.items()}
+        return MicroBatch(self.images.clone(), self.labels.clone(), mixed, logits, targets)
+
+    @staticmethod
+    def joined(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
+        """Concatenate micro-batches, with the images of the first one only."""
+        images, labels, mixed, teacher_logits, targets = zip(*micro_batches, strict=True)
+        return MicroBatch(
+            images[0],
+            torch.cat(labels),
+            MixedLabels(*(torch.cat(parts) for parts in zip(*mixed, strict=True))) if mixed[0] is not None else None,
+            torch.cat(teacher_logits) if teacher_logits[0] is not None else None,
+            {name: torch.cat([part[name] for part in targets]) for name in targets[0]},
+        )
 
 
 MicroBatches = list[MicroBatch]
@@ -122,8 +145,12 @@ class Pass:
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         images = batch.images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         mixed = batch.mixed.to(self.device) if batch.mixed is not None else None
-        logits = self.teacher(batch.ids, self.view).to(self.device) if self.teacher is not None else None
-        return MicroBatch(images, batch.labels.to(self.device, non_blocking=True), mixed, logits)
+        teacher, targets = self.teacher, {}
+        if isinstance(teacher, TeacherWithOutputs):
+            targets = {name: of(batch.ids, self.view).to(self.device) for name, of in teacher.outputs.items()}
+            teacher = teacher.logits
+        logits = teacher(batch.ids, self.view).to(self.device) if teacher is not None else None
+        return MicroBatch(images, batch.labels.to(self.device, non_blocking=True), mixed, logits, targets)
 
 
 Work = Generator[Pass, Any, T]

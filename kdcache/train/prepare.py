@@ -24,7 +24,7 @@ def training_view(
     spec: TeacherSpec | StudentSpec, loss: Loss, inputs: TrainingInputs, views: SharedViews, progress: Progress
 ) -> tuple[View, int | None, Teacher | None]:
     """Return the training images of a network, the number of their views, and its teacher."""
-    teacher = inputs.teacher if loss.uses_teacher else None
+    teacher = inputs.teacher if loss.uses_cache else None
     own = spec.transform if isinstance(spec, StudentSpec) else None
     if own is None:
         labels = labels_shown(inputs.samples, spec.train)
@@ -42,7 +42,7 @@ def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress
     Raises:
         UsageError: if it is not.
     """
-    if not loss.uses_teacher and not bool((train.labels >= 0).any()):
+    if loss.uses_logits and not loss.uses_teacher and not bool((train.labels >= 0).any()):
         raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
     if train.mixes and loss.acts_on_label:
         raise UsageError(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from kdcache.cache.format.recorded_views import Crops
-from kdcache.cache.teacher import Teacher
+from kdcache.cache.teacher import Teacher, TeacherWithOutputs
 from kdcache.config.transform import Transform
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
@@ -21,7 +21,8 @@ class SharedViews:
 
     def __init__(self) -> None:
         self._views: dict[tuple[Any, ...], View] = {}
-        self._fixed: dict[int, FixedImagesTeacher] = {}
+        self._fixed: dict[int, Teacher] = {}
+        self._held: list[Teacher] = []  # their addresses are keys
 
     def view(
         self,
@@ -39,6 +40,13 @@ class SharedViews:
             self._views[key] = View(samples, transform, seed, labels=labels, crops=crops)
         return self._views[key]
 
-    def fixed(self, teacher: Teacher) -> FixedImagesTeacher:
+    def fixed(self, teacher: Teacher) -> Teacher:
         """Return the teacher for students that augment its images themselves."""
-        return self._fixed.setdefault(id(teacher), FixedImagesTeacher(teacher))
+        if id(teacher) not in self._fixed:
+            self._fixed[id(teacher)] = (
+                teacher.each(FixedImagesTeacher)
+                if isinstance(teacher, TeacherWithOutputs)
+                else FixedImagesTeacher(teacher)
+            )
+            self._held.append(teacher)
+        return self._fixed[id(teacher)]

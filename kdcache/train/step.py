@@ -7,7 +7,7 @@ gradients, add up to those of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +22,13 @@ from kdcache.config.schema import TrainSpec
 from kdcache.data.views import View
 from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
-from kdcache.losses.batch import OVER_ALL_RANKS, BatchTotals, MixedLabels, labeled_shares
+from kdcache.losses.batch import OVER_ALL_RANKS, BatchTotals, labeled_shares
 from kdcache.train.accelerator import join_processes
 from kdcache.train.gradients import GradientMonitor
 from kdcache.train.groups import check_groups
 from kdcache.train.optim import average_update, make_optimizer, make_schedule
 from kdcache.train.passes import TRAINING, Loaders, MicroBatch, MicroBatches, Pass, Work, run_alone
+from kdcache.train.student_outputs import LOGITS, StudentOutputs
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,18 @@ class StepContext:
 
 
 class _Network(nn.Module):
-    """The network and the learned parameter of the loss: accelerate wraps this, and leaves the network unchanged."""
+    """The network and what is learned beside it: accelerate wraps this, and leaves the network unchanged."""
 
-    def __init__(self, model: nn.Module, theta: nn.Parameter | None) -> None:
+    def __init__(self, model: nn.Module, theta: nn.Parameter | None, outputs: StudentOutputs | None) -> None:
         super().__init__()
-        self.model, self.theta = model, theta
+        self.model, self.theta, self.outputs = model, theta, outputs
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, C] of images [B, channels, H, W]."""
-        logits: Tensor = self.model(images)
-        return logits
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the logits [B, C] of images [B, channels, H, W], and other outputs [B, D], by name."""
+        if self.outputs is None:
+            return {LOGITS: self.model(images)}
+        said: dict[str, Tensor] = self.outputs(self.model, images)
+        return said
 
 
 class Trainer:
@@ -68,6 +71,7 @@ class Trainer:
         count: N, number of images per epoch.
         device: where to train.
         report: called once, with a warning about a gradient that is not finite or has exploded; in the first process.
+        outputs: outputs beside the logits that the loss compares with those of the teacher; None without.
 
     Attributes:
         accelerator: this process among all.
@@ -86,8 +90,9 @@ class Trainer:
         count: int,
         device: torch.device | str = "cpu",
         report: Callable[[str], None] | None = None,
+        outputs: StudentOutputs | None = None,
     ) -> None:
-        self.model, self.spec, self.loss = model, spec, loss
+        self.model, self.spec, self.loss, self.outputs = model, spec, loss, outputs
         self.accelerator = join_processes(device, spec.precision)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         cuts = self._split(torch.arange(count))
@@ -96,7 +101,13 @@ class Trainer:
         self._memory_format = torch.channels_last if spec.channels_last else torch.preserve_format
         model.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]  # torch lists it for tensors
         self.theta = learned_temperature(loss, self.device)
-        optimizer = make_optimizer(model, spec, self.theta)
+        if outputs is not None:
+            outputs.to(self.device)
+        self._learned = [
+            *([] if self.theta is None else [("the temperature", self.theta)]),
+            *([] if outputs is None else outputs.named_parameters()),
+        ]
+        optimizer = make_optimizer(model, spec, [parameter for _, parameter in self._learned])
         self.schedule = make_schedule(optimizer, spec, self.steps)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self._loaders: Loaders = {}
@@ -107,11 +118,12 @@ class Trainer:
         self._distillation_loss = torch.compile(distillation_loss) if spec.compile and alone else distillation_loss
         if spec.compile:
             model.compile()
-        learned = [*model.named_parameters(), *([] if self.theta is None else [("the temperature", self.theta)])]
         self.gradients = GradientMonitor(
-            learned, spec.max_grad_norm, report if self.accelerator.is_main_process else None
+            [*model.named_parameters(), *self._learned],
+            spec.max_grad_norm,
+            report if self.accelerator.is_main_process else None,
         )
-        self._network = self.accelerator.prepare_model(_Network(model, self.theta))
+        self._network = self.accelerator.prepare_model(_Network(model, self.theta, outputs))
         if self.accelerator.process_index:
             # Each process draws other numbers in the network; the first draws those of a single process.
             torch.manual_seed(spec.seed + 1_000_003 * self.accelerator.process_index)
@@ -244,10 +256,17 @@ class Trainer:
             self.average.update_parameters(self.model)
         return parts
 
-    def _loss(self, logits: Tensor, micro_batch: MicroBatch, context: StepContext) -> LossParts:
-        _, labels, mixed, teacher_logits = micro_batch
-        of_step = (context.epoch, mixed, self.theta, context.totals, self.spec.label_smoothing)
-        return self._distillation_loss(logits, teacher_logits, labels, self.loss, *of_step)
+    def _loss(self, said: Mapping[str, Tensor], micro_batch: MicroBatch, context: StepContext) -> LossParts:
+        _, labels, mixed, teacher_logits, targets = micro_batch
+        if LOGITS in said:
+            of_step = (context.epoch, mixed, self.theta, context.totals, self.spec.label_smoothing)
+            parts = self._distillation_loss(said[LOGITS], teacher_logits, labels, self.loss, *of_step)
+        else:
+            parts = LossParts(*(torch.zeros((), device=self.device) for _ in LossParts._fields))
+        if self.outputs is None:
+            return parts
+        of_outputs = self.outputs.loss(said, targets, context.totals)
+        return parts._replace(total=parts.total + of_outputs, distillation=parts.distillation + of_outputs.detach())
 
     def _synchronized_at_last(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Any]]:
         """Yield each micro-batch with a context: in the last one, gradients are summed over the processes."""
@@ -270,17 +289,22 @@ class Trainer:
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
-            logits = torch.cat([self._network(micro_batch.images) for micro_batch in micro_batches])
+            each = [self._network(micro_batch.images) for micro_batch in micro_batches]
+            said = {name: torch.cat([part[name] for part in each]) for name in each[0]}
         for name, value in self.model.named_buffers():
             value.copy_(buffers[name])
-        logits.requires_grad_()
-        parts = self._loss(logits, _joined(micro_batches), context)
+        for values in said.values():
+            values.requires_grad_()
+        parts = self._loss(said, MicroBatch.joined(micro_batches), context)
         learned = [] if self.theta is None else [self.theta]
-        logits_gradient, *theta_gradient = torch.autograd.grad(parts.total, [logits, *learned])
-        gradients = iter(torch.split(logits_gradient, [len(micro_batch.images) for micro_batch in micro_batches]))
+        found = torch.autograd.grad(parts.total, [*said.values(), *learned])
+        theta_gradient = found[len(said) :]
+        sizes = [len(micro_batch.labels) for micro_batch in micro_batches]
+        gradients = zip(*(torch.split(gradient, sizes) for gradient in found[: len(said)]), strict=True)
         for micro_batch, synchronization in self._synchronized_at_last(micro_batches):
             with synchronization:
-                product = (self._network(micro_batch.images) * next(gradients)).sum()
+                again = self._network(micro_batch.images).values()
+                product = sum((part * of.to(part.dtype)).sum() for part, of in zip(again, next(gradients), strict=True))
                 if micro_batch is micro_batches[-1] and self.theta is not None:
                     product = product + (self.theta * theta_gradient[0]).sum()
                 self._backward(product)
@@ -297,6 +321,7 @@ class Trainer:
         """Return all that the next step depends on, as tensors and plain values."""
         return {
             "model": self.model.state_dict(),
+            **({} if self.outputs is None else {"outputs": self.outputs.state_dict()}),
             "theta": None if self.theta is None else self.theta.detach(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -308,6 +333,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
+        if self.outputs is not None:
+            self.outputs.load_state_dict(state["outputs"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.theta is not None:
@@ -317,14 +344,3 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.gradients.load_state_dict(state["gradients"])
-
-
-def _joined(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
-    """Concatenate micro-batches, with the images of the first one only."""
-    images, labels, mixed, teacher_logits = zip(*micro_batches, strict=True)
-    return MicroBatch(
-        images[0],
-        torch.cat(labels),
-        MixedLabels(*(torch.cat(parts) for parts in zip(*mixed, strict=True))) if mixed[0] is not None else None,
-        torch.cat(teacher_logits) if teacher_logits[0] is not None else None,
-    )

@@ -26,6 +26,7 @@ from kdcache.runtime.folder_lock import locked
 from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
 from kdcache.train.run_folder import check_trackers, described_differences, read_json, write_json
+from kdcache.train.run_result import RunResult
 from kdcache.train.sweep_groups import Job, all_jobs, divided, grouped, with_one_order
 from kdcache.train.sweep_points import Point
 from kdcache.train.sweep_worker import (
@@ -37,7 +38,7 @@ from kdcache.train.sweep_worker import (
     reporters,
     worker_state,
 )
-from kdcache.train.train import RunResult, Student, train_together
+from kdcache.train.train import Student, train_together
 
 _POINT = "point.json"
 
@@ -118,9 +119,9 @@ class _SweepContext:
     def inputs(self, pipeline: Pipeline, progress: Progress | None = None) -> TrainingInputs:
         """Return the inputs of a pipeline, loaded at the first call."""
         sections = pipeline.model_dump_json(include={"dataset", "transform", "join"})
-        key = f"{pipeline.loss.uses_teacher} {sections}"
+        key = f"{pipeline.loss.uses_teacher} {sorted(pipeline.loss.outputs)} {sections}"
         if key not in self.inputs_by_key:
-            with_teacher = self.inputs_by_key.get(f"True {sections}")
+            with_teacher = self.inputs_by_key.get(f"True [] {sections}")
             self.inputs_by_key[key] = (
                 with_teacher.without_teacher()
                 if with_teacher is not None
@@ -200,7 +201,7 @@ def sweep(
             "run the command without torchrun, with -j for several processes",
         )
     for point in points:
-        if not caches and point.pipeline.loss.uses_teacher:
+        if not caches and point.pipeline.loss.uses_cache:
             raise UsageError(f"{point.name} needs a teacher", "pass its cache with --cache, or sweep over ce alone")
         check_trackers(point.pipeline.section("student").train.trackers)
     with ExitStack() as locks:
@@ -221,7 +222,7 @@ def sweep(
             options = replace(options, placement="mmap")
         context = _SweepContext(caches, device, options, {})
         # Inconsistent inputs are found before the first student; inputs with a teacher serve losses without one, too.
-        for job in sorted(itertools.chain(*waiting), key=lambda job: not job.point.pipeline.loss.uses_teacher):
+        for job in sorted(itertools.chain(*waiting), key=lambda job: not job.point.pipeline.loss.uses_cache):
             context.inputs(job.point.pipeline, progress)
         with progress.task("sweep", sum(job.epochs for job in itertools.chain(*waiting)), "epochs") as task:
 

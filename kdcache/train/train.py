@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from kdcache.cache.reader import Cache
+from kdcache.cache.teacher import Teacher, TeacherWithOutputs
 from kdcache.config.loss import code_digest, load_function
 from kdcache.config.schema import Pipeline, StudentSpec, TeacherSpec
 from kdcache.config.transform import step_names
 from kdcache.data.seeding import seeded
-from kdcache.errors import CorruptError, InterruptedRun, UsageError
+from kdcache.data.views import View
+from kdcache.errors import InterruptedRun, UsageError
 from kdcache.losses import Loss
 from kdcache.models import build_model
 from kdcache.models.checks import try_network, try_training
-from kdcache.models.evaluate import SplitScore
 from kdcache.runtime.devices import check_device
 from kdcache.runtime.distributed import is_first
 from kdcache.runtime.paths import expand
@@ -34,36 +34,19 @@ from kdcache.train.inputs import (
     inputs_from_caches,
     inputs_without_teacher,
 )
-from kdcache.train.loop import Epoch, testing_work, training_work
+from kdcache.train.loop import testing_work, training_work
 from kdcache.train.passes import Clock, Work, run_alone, run_together
 from kdcache.train.prepare import check_loss, smallest_micro_batch, training_view
 from kdcache.train.run_folder import CHECKPOINT, check_run, check_trackers, complete_run, run_folder
+from kdcache.train.run_result import RunResult, result_of
 from kdcache.train.shared_views import SharedViews
+from kdcache.train.student_outputs import StudentOutputs, student_outputs
 from kdcache.train.student_transform import check_evaluation_shape, evaluation_transform
 
 _NOTHING_KEPT = (
     "interrupted before the first epoch was complete; no partial file was kept",
     "run it again to start from the beginning",
 )
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a run.
-
-    Attributes:
-        model: network with the selected weights.
-        best: the selected epoch: the first of the best validation accuracy; the last without a validation split.
-        test: score on the test split, evaluated once, by the first process; None without one.
-        seconds: duration of training, with validation.
-        checkpoint: path of the weights.
-    """
-
-    model: nn.Module
-    best: Epoch
-    test: SplitScore | None
-    seconds: float
-    checkpoint: Path
 
 
 def train_teacher(
@@ -145,7 +128,7 @@ def _student_inputs(
         return inputs_from_caches(pipeline, caches, options, device=device, progress=progress)
     if options.by_content:
         raise UsageError("--align and --allow-missing match samples with a cache, and there is none", "pass --cache")
-    if pipeline.loss.uses_teacher:
+    if pipeline.loss.uses_cache:
         raise UsageError(f"the loss {pipeline.loss.name} needs a teacher", "pass its cache with --cache, or --loss ce")
     return inputs_without_teacher(pipeline, progress)
 
@@ -248,7 +231,9 @@ def _train(
         progress.say(f"note: {described_settings(ignored)}")
     eval_transform = evaluation_transform(pipeline, spec, inputs.transform)
     validation, test = (
-        None if held is None else views.view(held, eval_transform) for held in (inputs.validation, inputs.test)
+        # Without class logits there is nothing that a split without a teacher can be scored by.
+        None if held is None or not loss.uses_logits else views.view(held, eval_transform)
+        for held in (inputs.validation, inputs.test)
     )
     if isinstance(spec, StudentSpec) and spec.transform is not None and pipeline.eval_transform is None:
         for held in (validation, test):
@@ -269,7 +254,7 @@ def _train(
     }
     if out.exists():
         metrics = complete_run(out, used, made_from)
-        complete = _result_of(out, spec, samples.num_classes, train.shape(), metrics)
+        complete = result_of(out, spec, samples.num_classes, train.shape(), metrics)
         progress.say(f"{out} is complete: nothing to do")
         return complete
     begun_with = {
@@ -286,8 +271,10 @@ def _train(
         torch.manual_seed(spec.train.seed)
         pretrained = isinstance(spec, StudentSpec) and (spec.weights is not None or spec.names_weights)
         model = build_model(spec, samples.num_classes, train.shape(), trained=pretrained, progress=progress)
-        try_network(model, train, "cpu", "network")
-        try_training(model, train, "network", smallest_micro_batch(spec.train, len(train)))
+        outputs = _outputs_of_student(model, spec, loss, train, teacher)
+        if loss.uses_logits:
+            try_network(model, train, "cpu", "network")
+            try_training(model, train, "network", smallest_micro_batch(spec.train, len(train)))
         trained = yield from training_work(
             model,
             train,
@@ -301,7 +288,10 @@ def _train(
             checkpointer=run,
             progress=progress,
             clock=clock,
+            outputs=outputs,
         )
+        if outputs is not None and is_first():
+            outputs.save(run.folder)
         score = None
         if test is not None and is_first():
             score = yield from testing_work(model, test, spec.train, len(trained.epochs), device, progress)
@@ -326,23 +316,10 @@ def _train(
     return RunResult(model, trained.best, score, trained.seconds, out / CHECKPOINT)
 
 
-def _result_of(
-    out: Path,
-    spec: TeacherSpec | StudentSpec,
-    num_classes: int,
-    shape: tuple[int, int, int],
-    metrics: Mapping[str, Any],
-) -> RunResult:
-    """Return the result of a complete run.
-
-    Raises:
-        CorruptError: if its metrics are not those of a run.
-        KdcacheError: if its weights cannot be read.
-    """
-    checkpoint = out / CHECKPOINT
-    model = build_model(spec.model_copy(update={"weights": str(checkpoint)}), num_classes, shape, trained=True)
-    try:
-        best, test = Epoch(**metrics["best"]), metrics["test"]
-        return RunResult(model, best, SplitScore(**test) if test else None, float(metrics["seconds"]), checkpoint)
-    except (TypeError, ValueError, LookupError) as error:
-        raise CorruptError(f"cannot read the metrics of {out}: {error}", f"delete {out}, and train again") from error
+def _outputs_of_student(
+    model: nn.Module, spec: TeacherSpec | StudentSpec, loss: Loss, train: View, teacher: Teacher | None
+) -> StudentOutputs | None:
+    """Return the outputs that a loss compares beside the class logits; None if there are none."""
+    if not loss.outputs or not isinstance(spec, StudentSpec) or not isinstance(teacher, TeacherWithOutputs):
+        return None
+    return student_outputs(model, spec, loss, train, teacher)

@@ -76,7 +76,7 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def test_selected_samples_have_their_outputs(cache: Cache, tmp_path: Path) -> None:
     ids = np.array([5, 250, 17, 130])
-    selected = select(cache, tmp_path / "s.kdcache", samples=ids, data=wrap(images()))
+    selected = select(cache, tmp_path / "s.kdcache", samples=ids, data=wrap(images(), 6))
     check_equal(values(selected), values(cache, torch.from_numpy(ids)))
     assert audit(selected.path).failure is None
 
@@ -119,7 +119,7 @@ def test_classes_and_a_shorter_head_leave_the_other_outputs_alone(cache: Cache, 
 
 
 def test_what_cannot_be_selected_is_refused(cache: Cache, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no output 'feature'; did you mean 'features'|no output 'feature'.*features"):
+    with pytest.raises(UsageError, match="no output 'feature'"):
         select(cache, tmp_path / "s.kdcache", outputs=["feature"])
     with pytest.raises(UsageError, match="classes and top_k select from class logits, which are not kept"):
         select(cache, tmp_path / "s.kdcache", outputs=["features"], top_k=2)
@@ -130,7 +130,7 @@ def test_what_cannot_be_selected_is_refused(cache: Cache, tmp_path: Path) -> Non
 
 def test_parts_are_merged_and_encoded_again_where_their_axes_differ(tmp_path: Path) -> None:
     first, second = dumped(tmp_path / "a.kdcache", 0, 150), dumped(tmp_path / "b.kdcache", 150, 300)
-    with pytest.raises(MismatchError, match="have another encoding|have another basis"):
+    with pytest.raises(MismatchError, match=r"have another (encoding|basis)"):
         merge([first, second], tmp_path / "m.kdcache")
     merged = merge([first, second], tmp_path / "m.kdcache", reencode=True)
     found, parts = values(merged), [values(first), values(second)]

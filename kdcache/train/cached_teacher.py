@@ -1,0 +1,110 @@
+"""The teacher of a run: the class logits and the other outputs of its caches, as far as the loss uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from kdcache.cache.decoded_teacher import decode_if_small
+from kdcache.cache.format.output_records import OutputRecord
+from kdcache.cache.joined_teacher import JoinedTeacher
+from kdcache.cache.placement.choose import Placement
+from kdcache.cache.reader import Cache
+from kdcache.cache.teacher import Teacher, TeacherWithOutputs
+from kdcache.config.schema import Pipeline
+from kdcache.data.alignment import AlignedTeacher
+from kdcache.data.samples import Samples
+from kdcache.errors import MismatchError, UsageError, did_you_mean
+from kdcache.losses import Loss
+from kdcache.runtime.progress import Progress
+
+
+def load_teacher(
+    pipeline: Pipeline,
+    caches: Sequence[Cache],
+    samples: Samples,
+    placement: Placement | Literal["auto"],
+    device: torch.device | str,
+    progress: Progress,
+) -> tuple[Teacher | None, list[Placement]]:
+    """Return the teacher of a run, None for a loss that uses none, and the placements of its rows.
+
+    Args:
+        pipeline: `join`, and the `loss`.
+        caches: one or several.
+        samples: the data set, with the ids of its samples in the caches.
+        placement: requested for the rows.
+        device: where the outputs are returned.
+        progress: progress reporter.
+
+    Raises:
+        UsageError: if the cache does not have an output, or the loss is not one for its kind.
+        MismatchError: if the loss uses class logits, and the cache has none.
+    """
+    loss = pipeline.loss
+    placements: list[Placement] = []
+    logits: Teacher | None = None
+    if loss.uses_teacher:
+        cached = [cache.teacher(device=device, placement=placement) for cache in caches]
+        for each in cached:
+            progress.say(f"placement of the cache: {each.placement} ({each.why})")
+            placements.append(each.placement)
+        logits = cached[0] if len(cached) == 1 else JoinedTeacher(cached, pipeline.join.weights, pipeline.join.combine)
+        logits = _of_samples(logits, samples, caches[0])
+        if all(each.placement != "stream" for each in cached):
+            logits = decode_if_small(logits, len(samples), samples.num_classes)
+    if not loss.outputs:
+        return logits, placements
+    check_outputs(loss, caches)
+    outputs: dict[str, Teacher] = {}
+    for name in loss.outputs:
+        output = caches[0].teacher(name, device=device, placement=placement)
+        progress.say(f"placement of the output {name}: {output.placement} ({output.why})")
+        placements.append(output.placement)
+        outputs[name] = _of_samples(output, samples, caches[0])
+    return TeacherWithOutputs(logits, outputs), placements
+
+
+def _of_samples(teacher: Teacher, samples: Samples, cache: Cache) -> Teacher:
+    """Return a teacher that takes the ordinals of the samples."""
+    return teacher if samples.ids is None else AlignedTeacher(teacher, samples.ids, len(cache))
+
+
+def check_outputs(loss: Loss, caches: Sequence[Cache]) -> None:
+    """Check that a cache has the outputs of a loss, of kinds that their losses are for.
+
+    Raises:
+        UsageError: if it does not.
+        MismatchError: if several caches are joined.
+    """
+    if len(caches) > 1:
+        raise MismatchError(
+            f"{len(caches)} caches are joined, and the loss uses the outputs {', '.join(loss.outputs)}: only class "
+            "logits are joined",
+            "pass one cache, or dump the teachers' outputs into one",
+        )
+    plan = caches[0].manifest.plan
+    for name, options in loss.outputs.items():
+        record = plan.named_outputs.get(name)
+        if record is None:
+            raise UsageError(
+                f"the loss uses the output {name}, and {caches[0].path} has "
+                f"{', '.join(plan.output_names)}{did_you_mean(name, plan.output_names)}",
+                "name one of these in `loss`, or dump the teacher with `cache.outputs`",
+            )
+        _check_kind(name, record, type(options).kinds, options.name, type(options).width)
+
+
+def _check_kind(name: str, record: OutputRecord, kinds: Sequence[str], loss: str, width: int | None) -> None:
+    if record.kind not in kinds:
+        raise UsageError(
+            f"the loss {loss} is for an output of kind {' or '.join(kinds)}, and {name} is of kind {record.kind}",
+            "see docs/LOSSES.md for the losses of each kind",
+        )
+    if width is not None and record.channels != width:
+        raise UsageError(
+            f"the loss {loss} compares {width} scores, and the output {name} has {record.channels}",
+            f"take a loss for any number of scores, such as mse, or an output of {width}",
+        )

@@ -1,0 +1,58 @@
+"""The result of a training run, in memory and as it is read from a complete run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdcache.config.schema import StudentSpec, TeacherSpec
+from kdcache.errors import CorruptError
+from kdcache.models import build_model
+from kdcache.models.evaluate import SplitScore
+from kdcache.train.loop import Epoch
+from kdcache.train.run_folder import CHECKPOINT
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a run.
+
+    Attributes:
+        model: network with the selected weights.
+        best: the selected epoch: the first of the best validation accuracy; the last without a validation split.
+        test: score on the test split, evaluated once, by the first process; None without one.
+        seconds: duration of training, with validation.
+        checkpoint: path of the weights.
+    """
+
+    model: nn.Module
+    best: Epoch
+    test: SplitScore | None
+    seconds: float
+    checkpoint: Path
+
+
+def result_of(
+    out: Path,
+    spec: TeacherSpec | StudentSpec,
+    num_classes: int,
+    shape: tuple[int, int, int],
+    metrics: Mapping[str, Any],
+) -> RunResult:
+    """Return the result of a complete run.
+
+    Raises:
+        CorruptError: if its metrics are not those of a run.
+        KdcacheError: if its weights cannot be read.
+    """
+    checkpoint = out / CHECKPOINT
+    model = build_model(spec.model_copy(update={"weights": str(checkpoint)}), num_classes, shape, trained=True)
+    try:
+        best, test = Epoch(**metrics["best"]), metrics["test"]
+        return RunResult(model, best, SplitScore(**test) if test else None, float(metrics["seconds"]), checkpoint)
+    except (TypeError, ValueError, LookupError) as error:
+        raise CorruptError(f"cannot read the metrics of {out}: {error}", f"delete {out}, and train again") from error

@@ -1,0 +1,161 @@
+"""The student's side of the outputs of a loss: where they are taken, and the linear maps to the teacher's widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kdcache.cache.teacher import TeacherWithOutputs
+from kdcache.config.schema import StudentSpec
+from kdcache.data.seeding import seeded
+from kdcache.data.views import View
+from kdcache.errors import MismatchError, UsageError
+from kdcache.losses import Loss
+from kdcache.losses.batch import BatchTotals
+from kdcache.losses.outputs import OutputLossOptions
+from kdcache.models.checks import refusing
+from kdcache.models.taps import Tap, Taps, check_taps
+
+PROJECTIONS = "projections.safetensors"
+"""File of the learned linear maps in a run folder."""
+
+LOGITS = "logits"
+"""Key of the class logits among the outputs of a forward pass."""
+
+
+class StudentOutputs(nn.Module):
+    """The outputs of a student that a loss compares with those of the teacher.
+
+    Args:
+        model: the student.
+        loss: `outputs` by name, and whether the class logits are used.
+        taps: where each output is taken.
+        widths: (numbers of the student's output, numbers of the teacher's output), by name.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, taps: Mapping[str, Tap], widths: Mapping[str, tuple[int, int]]
+    ) -> None:
+        super().__init__()
+        self._losses, self._uses_logits = loss.outputs, loss.uses_logits
+        self._taps = Taps(model, taps, "student")
+        self.projections = nn.ModuleDict(
+            {
+                name: nn.Linear(*widths[name])
+                for name, options in loss.outputs.items()
+                if type(options).same_width and widths[name][0] != widths[name][1]
+            }
+        )
+
+    def forward(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """Run the student on images [B, channels, H, W], and return its logits and outputs by name."""
+        with self._taps.collecting(whole=not self._uses_logits):
+            returned = model(images)
+        said = {name: values.float() for name, values in self._taps.outputs().items()}
+        for name, projection in self.projections.items():
+            said[name] = projection(said[name])
+        return {LOGITS: returned, **said} if self._uses_logits else said
+
+    def loss(self, said: Mapping[str, Tensor], targets: Mapping[str, Tensor], totals: BatchTotals) -> Tensor:
+        """Return the part of these samples in the weighted sum of the losses of all outputs, [].
+
+        Args:
+            said: outputs of the student, [B, D] each, after the linear maps.
+            targets: outputs of the teacher.
+            totals: of the batch that the samples are part of.
+        """
+        terms = [
+            options.weight * options.values(said[name], targets[name], totals).sum() / totals.rows
+            for name, options in self._losses.items()
+        ]
+        return torch.stack(terms).sum()
+
+    def save(self, folder: Path) -> None:
+        """Write the linear maps, if there are any, beside the student."""
+        if self.projections:
+            save_file(
+                {name: value.contiguous() for name, value in self.projections.state_dict().items()},
+                folder / PROJECTIONS,
+            )
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Numbers of the outputs of student and teacher, by name."""
+
+    student: dict[str, int]
+    teacher: dict[str, int]
+
+
+def student_outputs(
+    model: nn.Module, spec: StudentSpec, loss: Loss, train: View, teacher: TeacherWithOutputs
+) -> StudentOutputs:
+    """Return the outputs of a student, after trying them on two images.
+
+    Args:
+        model: the student, on the CPU.
+        spec: where its outputs are taken.
+        loss: of the run.
+        train: the training images.
+        teacher: gives the same outputs.
+
+    Raises:
+        MismatchError: if the student does not give an output, or one of another width for a loss that has none of its
+            own to learn.
+        UsageError: if an option has no effect, or cannot be combined with outputs.
+    """
+    if unused := sorted(set(spec.outputs) - set(loss.outputs)):
+        raise UsageError(
+            f"student.outputs names {unused[0]}, which the loss does not use: it uses {', '.join(loss.outputs)}",
+            f"add a loss of {unused[0]}, or remove it from student.outputs",
+        )
+    if spec.train.compile:
+        raise UsageError(
+            "train.compile is true, and the outputs of the student are taken by hooks", "set train.compile to false"
+        )
+    named = {name: Tap(output.source, output.pool) for name, output in spec.outputs.items()}
+    taps = {name: named.get(name, Tap()) for name in loss.outputs}
+    check_taps(taps, model, "student")
+    widths = _try(model, taps, loss, train, teacher)
+    for name, options in loss.outputs.items():
+        _check_widths(name, options, widths.student[name], widths.teacher[name])
+    return StudentOutputs(model, loss, taps, {name: (widths.student[name], widths.teacher[name]) for name in taps})
+
+
+def _try(model: nn.Module, taps: Mapping[str, Tap], loss: Loss, train: View, teacher: TeacherWithOutputs) -> _Widths:
+    """Run the student on two images in evaluation mode, and return the widths of all outputs."""
+    ids = list(range(min(2, len(train))))
+    images, tried = train.__getitems__(ids).images, Taps(model, taps, "student")
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), seeded(0), refusing(images, "student"), tried.collecting(whole=not loss.uses_logits):
+        model(images)
+    model.train(was_training)
+    said = tried.outputs()
+    for name, values in said.items():
+        if len(values) != len(images):
+            raise MismatchError(
+                f"the output {name} of the student is {list(values.shape)} for {len(images)} images",
+                "take an output with one row per image",
+            )
+    own_ids = torch.tensor(ids)
+    of_teacher = {name: output(own_ids, train.view).shape[1] for name, output in teacher.outputs.items()}
+    return _Widths({name: values.shape[1] for name, values in said.items()}, of_teacher)
+
+
+def _check_widths(name: str, options: OutputLossOptions, student: int, teacher: int) -> None:
+    """Check that scores, which no linear map is learned for, are as many in student and teacher.
+
+    Raises:
+        MismatchError: if they are not.
+    """
+    if student != teacher and "vector" not in type(options).kinds:
+        raise MismatchError(
+            f"the output {name} of the student has {student} scores, that of the teacher {teacher}",
+            f"take an output of {teacher} numbers (student.outputs.{name}.source)",
+        )
