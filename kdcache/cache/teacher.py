@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol
 
@@ -63,10 +63,11 @@ class TeacherWithOutputs:
     Args:
         logits: returns the class logits; None if they are not used.
         outputs: each returns an output [B, D], by name.
+        scores: names of the outputs that are scores, whose numbers have a meaning of their own.
     """
 
-    def __init__(self, logits: Teacher | None, outputs: Mapping[str, Teacher]) -> None:
-        self.logits, self.outputs = logits, dict(outputs)
+    def __init__(self, logits: Teacher | None, outputs: Mapping[str, Teacher], scores: Collection[str] = ()) -> None:
+        self.logits, self.outputs, self.scores = logits, dict(outputs), frozenset(scores)
 
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
         """Return the class logits [B, C] of samples `ids` [B] int64 in a view."""
@@ -87,7 +88,7 @@ class TeacherWithOutputs:
     def each(self, wrapped: Callable[[Teacher], Teacher]) -> TeacherWithOutputs:
         """Return this teacher with every output wrapped."""
         outputs = {name: wrapped(output) for name, output in self.outputs.items()}
-        return TeacherWithOutputs(None if self.logits is None else wrapped(self.logits), outputs)
+        return TeacherWithOutputs(None if self.logits is None else wrapped(self.logits), outputs, self.scores)
 
     @property
     def _parts(self) -> list[Teacher]:

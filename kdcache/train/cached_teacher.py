@@ -64,7 +64,8 @@ def load_teacher(
         progress.say(f"placement of the output {name}: {output.placement} ({output.why})")
         placements.append(output.placement)
         outputs[name] = _of_samples(output, samples, caches[0])
-    return TeacherWithOutputs(logits, outputs), placements
+    scores = [name for name in outputs if caches[0].outputs[name].kind == "score"]
+    return TeacherWithOutputs(logits, outputs, scores), placements
 
 
 def _of_samples(teacher: Teacher, samples: Samples, cache: Cache) -> Teacher:

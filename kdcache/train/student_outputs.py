@@ -17,7 +17,6 @@ from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.losses import Loss
 from kdcache.losses.batch import BatchTotals
-from kdcache.losses.outputs import OutputLossOptions
 from kdcache.models.checks import refusing
 from kdcache.models.taps import Tap, Taps, check_taps
 
@@ -56,7 +55,10 @@ class StudentOutputs(nn.Module):
         """Run the student on images [B, channels, H, W], and return its logits and outputs by name."""
         with self._taps.collecting(whole=not self._uses_logits):
             returned = model(images)
-        said = {name: values.float() for name, values in self._taps.outputs().items()}
+        said = {
+            name: values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+            for name, values in self._taps.outputs().items()
+        }
         for name, projection in self.projections.items():
             said[name] = projection(said[name])
         return {LOGITS: returned, **said} if self._uses_logits else said
@@ -122,8 +124,8 @@ def student_outputs(
     taps = {name: named.get(name, Tap()) for name in loss.outputs}
     check_taps(taps, model, "student")
     widths = _try(model, taps, loss, train, teacher)
-    for name, options in loss.outputs.items():
-        _check_widths(name, options, widths.student[name], widths.teacher[name])
+    for name in teacher.scores:
+        _check_scores(name, widths.student[name], widths.teacher[name])
     return StudentOutputs(model, loss, taps, {name: (widths.student[name], widths.teacher[name]) for name in taps})
 
 
@@ -148,13 +150,13 @@ def _try(model: nn.Module, taps: Mapping[str, Tap], loss: Loss, train: View, tea
     return _Widths({name: values.shape[1] for name, values in said.items()}, of_teacher)
 
 
-def _check_widths(name: str, options: OutputLossOptions, student: int, teacher: int) -> None:
-    """Check that scores, which no linear map is learned for, are as many in student and teacher.
+def _check_scores(name: str, student: int, teacher: int) -> None:
+    """Check that scores, for which no linear map is learned, are as many in student and teacher.
 
     Raises:
         MismatchError: if they are not.
     """
-    if student != teacher and "vector" not in type(options).kinds:
+    if student != teacher:
         raise MismatchError(
             f"the output {name} of the student has {student} scores, that of the teacher {teacher}",
             f"take an output of {teacher} numbers (student.outputs.{name}.source)",
