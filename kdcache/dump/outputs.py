@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -32,16 +32,26 @@ class PlannedOutputs(NamedTuple):
     Attributes:
         records: by name; None if there are none.
         bases: of those whose encoding has one, by name.
-        bytes_per_row: on disk, approximately, of all of them together.
+        sizes: bytes per row on disk, approximately, by name.
     """
 
     records: dict[str, OutputRecord] | None = None
     bases: Bases = MappingProxyType({})
-    bytes_per_row: float = 0.0
+    sizes: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def bytes_per_row(self) -> float:
+        """Bytes per row on disk, approximately, of all of them together."""
+        return sum(self.sizes.values())
 
 
 def plan_outputs(
-    spec: CacheSpec, pilot: Mapping[str, Tensor], labels: Tensor, num_classes: int, n_rows: int
+    spec: CacheSpec,
+    pilot: Mapping[str, Tensor],
+    labels: Tensor,
+    num_classes: int,
+    n_rows: int,
+    unknown_levels: Collection[str] = (),
 ) -> PlannedOutputs:
     """Choose the encodings of outputs.
 
@@ -51,6 +61,7 @@ def plan_outputs(
         labels: [P] int64, of the pilot.
         num_classes: C, of the data set.
         n_rows: rows of the cache.
+        unknown_levels: names of the outputs that are logarithms of probabilities.
 
     Raises:
         UsageError: if an encoding is not possible, or not within the requested fidelity; names the output.
@@ -58,7 +69,7 @@ def plan_outputs(
     """
     records: dict[str, OutputRecord] = {}
     bases: dict[str, TailBasis | VectorBasis] = {}
-    size = 0.0
+    sizes: dict[str, float] = {}
     for name, output in spec.outputs.items():
         values = pilot[name]
         if output.labels and values.shape[1] != num_classes:
@@ -75,11 +86,11 @@ def plan_outputs(
             )
         except UsageError as error:
             raise UsageError(f"output {name}: {error.what}", error.fix) from None
-        records[name] = record
-        size += bytes_per_row
+        records[name] = record.model_copy(update={"level": "unknown"}) if name in unknown_levels else record
+        sizes[name] = bytes_per_row
         if basis is not None:
             bases[name] = basis
-    return PlannedOutputs(records or None, bases, size)
+    return PlannedOutputs(records or None, bases, sizes)
 
 
 def _planned_classes(
