@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdcache.cache.format.array_specs import raw_bytes
+from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode_finite
 from kdcache.cache.format.encoding import Encoding, Request
 from kdcache.cache.format.output_records import OutputRecord, VectorEncoding, VectorRequest
@@ -101,10 +101,11 @@ def _planned_classes(
     if not isinstance(request, Request):
         raise TypeError("an output of classes has the request of class logits")
     encoding, fidelity, basis = encoding_without_pilot(values.shape[1], request), None, None
+    truth = labels if output.labels else torch.full_like(labels, -1)
     if encoding is not None:
-        bytes_per_row = float(raw_bytes(encoding))
+        bytes_per_row = zarr_store.bytes_per_row(encoding, encode_finite(values, truth, encoding))
     else:
-        choice = plan_encoding(values, labels if output.labels else torch.full_like(labels, -1), request)
+        choice = plan_encoding(values, truth, request)
         encoding, fidelity, basis = choice.chosen.encoding, choice.fidelity, choice.chosen.basis
         bytes_per_row = choice.chosen.bytes_per_row
     record = OutputRecord(
@@ -136,8 +137,9 @@ def _planned_vectors(output: OutputSpec, values: Tensor, n_rows: int) -> tuple[O
         encoding=encoding,
         fidelity=None if planned is None else planned.fidelity,
     )
-    size = float(raw_bytes(encoding)) if planned is None else planned.bytes_per_row
-    return record, None if planned is None else planned.basis, size
+    if planned is None:
+        return record, None, zarr_store.bytes_per_row(encoding, encode_vectors(values, encoding, None))
+    return record, planned.basis, planned.bytes_per_row
 
 
 def _request_of(output: OutputSpec, pilot_rows: int) -> Request | VectorRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.processes import exit_code, in_a_process
+from helpers.cli import kdcache, ok, refused
+from helpers.processes import exit_code, in_a_process, kill_at
+from helpers.ranks import contents, ranks
 from helpers.tiny import FLIP, tiny_samples
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -22,6 +25,7 @@ from kdcache import Cache, Samples, dump_teacher, open_cache
 from kdcache.cache.format.output_records import VectorEncoding
 from kdcache.cache.inspect.audit import audit
 from kdcache.config.cache import CacheSpec
+from kdcache.data.samples import as_samples
 from kdcache.dump.check_teacher import check_identity, compare_outputs
 from kdcache.errors import CorruptError, InterruptedRun, KdcacheError, MismatchError, UsageError
 from kdcache.models.inference import InferenceModel
@@ -295,8 +299,6 @@ def test_probabilities_of_another_head_are_not_taken_for_logits(logarithms: bool
 
 
 def as_given(cache: Cache) -> Samples:
-    from kdcache.data.samples import as_samples
-
     return replace(as_samples(color_images()), class_names=cache.manifest.plan.dataset.class_names)
 
 
@@ -449,8 +451,6 @@ def test_an_interrupted_dump_resumes_to_the_same_cache(batches: int, whole: Cach
 
 
 def killed_at_a_commit(out: Path) -> None:
-    from helpers.processes import kill_at
-
     kill_at(out, "/commits/0/2.json.partial", True)
     dumped(out)
 
@@ -538,3 +538,70 @@ def test_other_settings_are_refused_with_both_values(
     with pytest.raises(KdcacheError, match=words):
         dumped(whole.path, **options)
     assert dumped(out).manifest.digest == whole.manifest.digest
+
+
+# On the command line, and with several ranks.
+
+
+def pipeline(folder: Path) -> Path:
+    """Write a pipeline whose teacher gives the outputs of `Heads`; shards of 8, two views."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 9, (40, 4, 4), np.uint8)
+    np.savez(folder / "tiny.npz", images=images, labels=np.arange(40) % 10)
+    (folder / "heads.py").write_text(
+        "from dump.test_dump_outputs import Heads\n\n\ndef teacher(num_classes):\n    return Heads()\n"
+    )
+    path = folder / "tiny.yaml"
+    path.write_text(
+        f"dataset: {{name: npz, root: {folder / 'tiny.npz'}, validation_fraction: 0, test_fraction: 0}}\n"
+        "transform: [RandomHorizontalFlip: {p: 0.5}, ToDtype: {dtype: float32}]\n"
+        "eval_transform: [ToDtype: {dtype: float32}]\n"
+        f"teacher: {{model: '{folder / 'heads.py'}:teacher'}}\n"
+        "cache:\n"
+        "  {pilot_rows: 40, shard_rows: 8, batch_size: 5, views: 2, seed: 3, num_workers: 0,\n"
+        "   outputs: {features: {encoding: klt, fidelity: 0.05}, hidden: {encoding: int8}, age: {kind: score}}}\n"
+    )
+    return path
+
+
+def test_commands_know_outputs(tmp_path: Path) -> None:
+    path, out = pipeline(tmp_path), tmp_path / "c.kdcache"
+    planned = json.loads(ok("plan", path, "--device", "cpu", "--json"))
+    assert list(planned["outputs"]) == ["age", "features", "hidden"]
+    sizes = [output["bytes_per_row"] for output in planned["outputs"].values()]
+    assert all(size > 0 for size in sizes)
+    assert planned["bytes_per_row"] > sum(sizes)
+    text = ok("dump-teacher", path, "-o", out, "--device", "cpu", "--dry-run")
+    shown = {line.split(maxsplit=2)[1]: line for line in text.splitlines() if line.startswith("output ")}
+    for name, output in planned["outputs"].items():
+        assert f"{output['bytes_per_row']:.1f} bytes per row" in shown[name]
+    assert not out.exists()
+    ok("doctor", path)
+    ok("dump-teacher", path, "-o", out, "--device", "cpu")
+    verified = json.loads(ok("verify", out, path, "--replay", "--teacher", "--device", "cpu", "--json"))
+    assert {(found["view"], found["output"]) for found in verified["outputs"]} == {
+        (view, name) for view in (0, 1) for name in ("age", "features", "hidden")
+    }
+    table = ok("verify", out, path, "--teacher", "--device", "cpu")
+    assert "Cached outputs against those of the live teacher, 40 rows per view" in table
+    assert "is complete: nothing to do" in kdcache("dump-teacher", path, "-o", out, "--device", "cpu").stderr
+    without = ["--set", "cache.logits=false"]
+    ok("doctor", path, *without)
+    ok("dump-teacher", path, *without, "-o", tmp_path / "v.kdcache", "--device", "cpu")
+    ok("verify", tmp_path / "v.kdcache", path, *without, "--teacher", "--device", "cpu")
+    said = refused(4, "dump-teacher", path, "--set", "cache.outputs.age.source=ages", "-o", tmp_path / "w.kdcache")
+    assert "'ages', did you mean age" in said
+
+
+def test_two_ranks_one_of_which_is_killed_make_the_same_cache(tmp_path: Path) -> None:
+    path, alone = pipeline(tmp_path), tmp_path / "alone.kdcache"
+    ok("dump-teacher", path, "-o", alone, "--device", "cpu")
+    out = tmp_path / "together" / "c.kdcache"
+    out.parent.mkdir()
+    with ranks(2, path, out, ("/commits/0/1.json.partial", True)) as processes:
+        codes = {exit_code(process) for process in processes}
+    assert -signal.SIGKILL in codes
+    assert not (out / "manifest.json").exists()
+    with ranks(2, path, out) as processes:
+        assert [exit_code(process) for process in processes] == [0, 0]
+    assert contents(out) == contents(alone)
