@@ -1,4 +1,4 @@
-"""Outputs beside class logits, as section 11 of docs/FORMAT.md describes them: read and computed without the package."""
+"""Outputs beside class logits, as section 11 of docs/FORMAT.md has them: read and computed without the package."""
 
 from __future__ import annotations
 
