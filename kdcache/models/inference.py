@@ -109,7 +109,7 @@ class InferenceModel:
         return frozenset(name for name, scale in self.scales.items() if scale != "logits")
 
     def take_as_logits(self) -> None:
-        """Take what the network returns for logits: whether it is probabilities cannot be told from single rows."""
+        """Take what the network returns for logits: a single row does not show whether it is probabilities."""
         self.scale = "logits"
         if self._taps is not None:
             self.scales = dict.fromkeys(self._kinds, "logits")
