@@ -192,7 +192,9 @@ def _teacher(
     """Load the teacher, append its transform to `transforms`, run a first batch, and estimate its cache."""
     loaded = load_teacher(pipeline, progress)
     transforms.append(loaded.transform)
-    cache = estimate(loaded, pipeline.cache, device, progress, out, pilot_rows=pipeline.cache.batch_size)
+    # Axes of other outputs that are fitted to one batch say nothing of the fidelity that the whole pilot reaches.
+    pilot_rows = None if pipeline.cache.outputs else pipeline.cache.batch_size
+    cache = estimate(loaded, pipeline.cache, device, progress, out, pilot_rows=pilot_rows)
     if cache.rows_per_second is None:
         raise ValueError("a pilot is run where the cache is to be written")
     seconds = cache.rows / cache.rows_per_second

@@ -76,7 +76,10 @@ def describe(planned: Estimate, as_json: bool) -> None:
         output.as_json(
             {
                 "encoding": None if planned.encoding is None else planned.encoding.model_dump(),
-                "outputs": {name: record.model_dump() for name, record in (planned.outputs or {}).items()},
+                "outputs": {
+                    name: {**record.model_dump(), "bytes_per_row": round(planned.output_sizes[name], 2)}
+                    for name, record in (planned.outputs or {}).items()
+                },
                 "rows": planned.rows,
                 "bytes_per_row": planned.bytes_per_row,
                 "bytes": round(planned.bytes),
@@ -96,7 +99,7 @@ def describe(planned: Estimate, as_json: bool) -> None:
         chosen = planned.choice.chosen
         facts["chosen"] = described(chosen)
         facts["fidelity"] = f"{chosen.worst:.4f}, the largest mean total variation at T = 1, 2, 4"
-    facts |= described_outputs(planned.outputs)
+    facts |= described_outputs(planned.outputs, planned.output_sizes)
     what = "logits" if planned.outputs is None else "outputs"
     if planned.bytes_per_row is not None:
         facts["size"] = (

@@ -157,7 +157,7 @@ def compare_outputs(
             parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in plan.outputs}
             for batch in batches(teacher_view(cache, samples, view), cuts, spec.num_workers, device):
                 said, labels = running.run(batch.images), batch.labels.to(device)
-                refuse_not_finite(said.finite().cpu(), batch.ids)
+                refuse_not_finite(said.finite().cpu(), batch.ids, said.names)
                 for name, encoded in encode_outputs(said.outputs, labels, plan, bases).items():
                     again = decode_output(encoded, labels, plan.outputs[name], bases.get(name))
                     parts[name].append((said.outputs[name], again, teachers[name](batch.ids, view)))
@@ -228,7 +228,7 @@ def compare_with_teacher(
             parts = []
             for batch in batches(images, cuts, spec.num_workers, device):
                 live = running(batch.images)
-                refuse_not_finite(live.isfinite().all(dim=1).cpu(), batch.ids)
+                refuse_not_finite(live.isfinite().all(dim=1, keepdim=True).cpu(), batch.ids)
                 truth = teacher.labels[batch.ids.to(device)]
                 again = decode(encode(live, truth, plan.encoding, teacher.basis), truth, plan.encoding, teacher.basis)
                 parts.append((live, again, teacher(batch.ids, view)))

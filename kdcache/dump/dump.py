@@ -102,15 +102,16 @@ def dump_teacher(
             the headers are checked.
         device: where the teacher runs and rows are encoded.
         progress: True to show progress on stderr, or a progress reporter; silent if None.
-        options: the keys of `spec` one by one, such as `views=2, fidelity=0.05`.
+        options: the keys of `spec` one by one, such as `views=2, fidelity=0.05`, or
+            `outputs={"features": {"source": "layer4", "pool": "mean"}}`.
 
     Returns:
         The sealed cache.
 
     Raises:
         UsageError: if the settings are invalid, or `out` is something else or a cache with other settings.
-        MismatchError: if the teacher does not return [B, C], or teacher or settings differ from those of an unsealed
-            cache at `out`, from those of `extends`, or from those of another rank.
+        MismatchError: if the teacher does not return [B, C] or does not give an output, or if teacher or settings
+            differ from those of an unsealed cache at `out`, from those of `extends`, or from those of another rank.
         CorruptError: if an image file cannot be read, or a logit is NaN or infinite; names the file or the sample.
         IncompleteError: if the cache does not fit on the disk, or another rank has ended.
         InterruptedRun: on Ctrl-C.

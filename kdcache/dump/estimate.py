@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +49,7 @@ class Estimate(NamedTuple):
         rows_per_second: of the pilot; None without one.
         besides_rows: bytes of everything else in the cache; 0 if its samples are not known.
         outputs: kept beside the class logits, by name; None if there are none.
+        output_sizes: bytes per row of each of them, by name.
     """
 
     encoding: Encoding | None
@@ -56,6 +59,7 @@ class Estimate(NamedTuple):
     rows_per_second: float | None = None
     besides_rows: int = 0
     outputs: dict[str, OutputRecord] | None = None
+    output_sizes: Mapping[str, float] = MappingProxyType({})
 
     @property
     def bytes(self) -> float:
@@ -99,7 +103,7 @@ def estimate(
     if (encoding is not None or not spec.logits) and not spec.outputs:
         pilot_rows = pilot_rows or _TIMED_BATCHES * spec.batch_size
     pilot = run_pilot(teacher, view, spec, progress, pilot_rows)
-    outputs = plan_outputs(spec, pilot.outputs, pilot.labels, num_classes, rows)
+    outputs = plan_outputs(spec, pilot.outputs, pilot.labels, num_classes, rows, pilot.unknown_levels)
     choice = None
     if encoding is not None:
         size = _measured_bytes(encoding, pilot)
@@ -108,12 +112,18 @@ def estimate(
         encoding, size = choice.chosen.encoding, choice.chosen.bytes_per_row
     else:
         size = 0.0
-    estimated = Estimate(
-        encoding, choice, rows, size + outputs.bytes_per_row, pilot.rows_per_second, 0, outputs.records
-    )
     made = Chosen(encoding, None, None, 0, outputs)
     plan = plan_cache(loaded.identity, loaded.model, loaded.samples, NO_WEIGHTS, spec, views, made)
-    estimated = estimated._replace(besides_rows=bytes_besides_rows(plan, loaded.samples.labels))
+    estimated = Estimate(
+        encoding,
+        choice,
+        rows,
+        size + outputs.bytes_per_row,
+        pilot.rows_per_second,
+        bytes_besides_rows(plan, loaded.samples.labels),
+        outputs.records,
+        outputs.sizes,
+    )
     if out is not None:
         check_room(out, estimated.bytes)
     return estimated

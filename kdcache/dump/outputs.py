@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdcache.cache.format.array_specs import raw_bytes
+from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode_finite
 from kdcache.cache.format.encoding import Encoding, Request
 from kdcache.cache.format.output_records import OutputRecord, VectorEncoding, VectorRequest
@@ -32,16 +32,26 @@ class PlannedOutputs(NamedTuple):
     Attributes:
         records: by name; None for a cache of class logits alone.
         bases: of those whose encoding has one, by name.
-        bytes_per_row: on disk, approximately, of all of them together.
+        sizes: bytes per row on disk, approximately, by name.
     """
 
     records: dict[str, OutputRecord] | None = None
     bases: Bases = MappingProxyType({})
-    bytes_per_row: float = 0.0
+    sizes: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def bytes_per_row(self) -> float:
+        """Bytes per row on disk, approximately, of all of them together."""
+        return sum(self.sizes.values())
 
 
 def plan_outputs(
-    spec: CacheSpec, pilot: Mapping[str, Tensor], labels: Tensor, num_classes: int, n_rows: int
+    spec: CacheSpec,
+    pilot: Mapping[str, Tensor],
+    labels: Tensor,
+    num_classes: int,
+    n_rows: int,
+    unknown_levels: Collection[str] = (),
 ) -> PlannedOutputs:
     """Choose the encodings of outputs.
 
@@ -51,6 +61,7 @@ def plan_outputs(
         labels: [P] int64, of the pilot.
         num_classes: C, of the data set.
         n_rows: rows of the cache.
+        unknown_levels: names of the outputs that are logarithms of probabilities.
 
     Raises:
         UsageError: if an encoding is not possible, or not within the requested fidelity; names the output.
@@ -58,7 +69,7 @@ def plan_outputs(
     """
     records: dict[str, OutputRecord] = {}
     bases: dict[str, TailBasis | VectorBasis] = {}
-    size = 0.0
+    sizes: dict[str, float] = {}
     for name, output in spec.outputs.items():
         values = pilot[name]
         if output.labels and values.shape[1] != num_classes:
@@ -75,11 +86,11 @@ def plan_outputs(
             )
         except UsageError as error:
             raise UsageError(f"output {name}: {error.what}", error.fix) from None
-        records[name] = record
-        size += bytes_per_row
+        records[name] = record.model_copy(update={"level": "unknown"}) if name in unknown_levels else record
+        sizes[name] = bytes_per_row
         if basis is not None:
             bases[name] = basis
-    return PlannedOutputs(records or None, bases, size)
+    return PlannedOutputs(records or None, bases, sizes)
 
 
 def _planned_classes(
@@ -90,10 +101,11 @@ def _planned_classes(
     if not isinstance(request, Request):
         raise TypeError("an output of classes has the request of class logits")
     encoding, fidelity, basis = encoding_without_pilot(values.shape[1], request), None, None
+    truth = labels if output.labels else torch.full_like(labels, -1)
     if encoding is not None:
-        bytes_per_row = float(raw_bytes(encoding))
+        bytes_per_row = zarr_store.bytes_per_row(encoding, encode_finite(values, truth, encoding))
     else:
-        choice = plan_encoding(values, labels if output.labels else torch.full_like(labels, -1), request)
+        choice = plan_encoding(values, truth, request)
         encoding, fidelity, basis = choice.chosen.encoding, choice.fidelity, choice.chosen.basis
         bytes_per_row = choice.chosen.bytes_per_row
     record = OutputRecord(
@@ -125,8 +137,9 @@ def _planned_vectors(output: OutputSpec, values: Tensor, n_rows: int) -> tuple[O
         encoding=encoding,
         fidelity=None if planned is None else planned.fidelity,
     )
-    size = float(raw_bytes(encoding)) if planned is None else planned.bytes_per_row
-    return record, None if planned is None else planned.basis, size
+    if planned is None:
+        return record, None, zarr_store.bytes_per_row(encoding, encode_vectors(values, encoding, None))
+    return record, planned.basis, planned.bytes_per_row
 
 
 def _request_of(output: OutputSpec, pilot_rows: int) -> Request | VectorRequest:

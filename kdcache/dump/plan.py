@@ -80,12 +80,14 @@ class Pilot(NamedTuple):
         labels: [P] int64, on the same device.
         rows_per_second: throughput, including the loading of images.
         outputs: [P, D] float32 of each other output, by name.
+        unknown_levels: names of those that are logarithms of probabilities.
     """
 
     logits: Tensor | None
     labels: Tensor
     rows_per_second: float
     outputs: Mapping[str, Tensor] = MappingProxyType({})
+    unknown_levels: frozenset[str] = frozenset()
 
     def class_logits(self) -> Tensor:
         """Return the class logits, which must be there."""
@@ -118,13 +120,14 @@ def run_pilot(
     with progress.task("pilot", len(ids), "rows") as task:
         for batch in batches(view, cuts, spec.num_workers, teacher.device):
             said.append(teacher.run(batch.images))
-            refuse_not_finite(said[-1].finite().cpu(), batch.ids)
+            refuse_not_finite(said[-1].finite().cpu(), batch.ids, said[-1].names)
             labels.append(batch.labels.to(teacher.device))
             task.advance(len(batch.ids))
     logits = [part.logits for part in said if part.logits is not None]
     outputs = {name: torch.cat([part.outputs[name] for part in said]) for name in said[0].outputs}
     seconds = time.perf_counter() - start
-    return Pilot(torch.cat(logits) if logits else None, torch.cat(labels), len(ids) / seconds, outputs)
+    all_logits = torch.cat(logits) if logits else None
+    return Pilot(all_logits, torch.cat(labels), len(ids) / seconds, outputs, teacher.unknown_levels)
 
 
 def choose(
@@ -156,7 +159,9 @@ def choose(
         return Chosen(begun.class_encoding, begun.fidelity, tails, size, outputs)
     every = encoding_without_pilot(classes, request) if spec.logits else None
     run = pilot() if spec.outputs or (spec.logits and every is None) else None
-    outputs = plan_outputs(spec, run.outputs, run.labels, classes, n_rows) if run is not None else PlannedOutputs()
+    outputs = PlannedOutputs()
+    if run is not None:
+        outputs = plan_outputs(spec, run.outputs, run.labels, classes, n_rows, run.unknown_levels)
     if not spec.logits:
         return Chosen(None, None, None, outputs.bytes_per_row, outputs)
     if every is not None or run is None:
@@ -229,10 +234,11 @@ def plan_cache(
 
 
 def _row_bytes(choice: Chosen) -> int:
-    """Return bytes per row of the log-probabilities, by which shards are laid out, or of the largest other output."""
+    """Return bytes per row of the log-probabilities and of other outputs, by which shards are laid out."""
+    row_bytes = sum(raw_bytes(output.encoding) for output in (choice.outputs.records or {}).values())
     if choice.encoding is not None:
-        return choice.encoding.top_k * np.dtype(choice.encoding.dtype).itemsize
-    return max(raw_bytes(output.encoding) for output in (choice.outputs.records or {}).values())
+        row_bytes += choice.encoding.top_k * np.dtype(choice.encoding.dtype).itemsize
+    return row_bytes
 
 
 def teacher_by_hearsay(name: str, kept: str, level: Literal["unknown"] | None = None) -> TeacherRecord:

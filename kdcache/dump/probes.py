@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode
 from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import PROBES, Plan
 from kdcache.cache.planner import pilot_ids
 from kdcache.config.cache import CacheSpec
@@ -79,14 +80,15 @@ class Probes(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How the logits of two teachers differ.
+    """How an output of two teachers differs.
 
     Attributes:
-        relative: RMS difference of all logits, relative to their RMS.
+        relative: RMS difference of all logits, or numbers of another output, relative to their RMS.
         sample: the sample of the largest difference.
-        class_index: its class.
+        class_index: its class, or index in the other output.
         before: the logit of the first teacher.
         now: the logit of the second teacher.
+        output: name of the output.
     """
 
     relative: float
@@ -94,10 +96,17 @@ class Difference(NamedTuple):
     class_index: int
     before: float
     now: float
+    output: str = DEFAULT_OUTPUT
+
+    @property
+    def what(self) -> str:
+        """What differs, after "other"."""
+        return "logits" if self.output == DEFAULT_OUTPUT else f"numbers as the output {self.output}"
 
     def __str__(self) -> str:
+        where = "class" if self.output == DEFAULT_OUTPUT else "number"
         return (
-            f"with a relative difference of {self.relative:.2g}; the largest is that of sample {self.sample}, class "
+            f"with a relative difference of {self.relative:.2g}; the largest is that of sample {self.sample}, {where} "
             f"{self.class_index}: {self.before:.4f} then, {self.now:.4f} now"
         )
 
@@ -125,12 +134,17 @@ def run_probes(
     ids = probe_ids(len(view))
     running = _teacher(model, view, spec, device)
     # One by one, so that no row depends on an image that is replaced later, or cannot be read.
-    running.scale = "logits"  # which a single row cannot tell
+    running.take_as_logits()
     rows = [_parts(running.run(images)) if (images := _image(view, sample)) is not None else None for sample in ids]
     widths = next(([part.shape[1] for part in row] for row in rows if row is not None), [view.samples.num_classes])
     unreadable = torch.full((1, sum(widths)), torch.nan)
     values = torch.cat([unreadable if row is None else torch.cat(row, dim=1) for row in rows])
     return Probes(np.array(ids), keys, values.numpy(), np.array(widths))
+
+
+def _names(spec: CacheSpec) -> list[str]:
+    """Return the names of the parts of probes, in their order."""
+    return [*([DEFAULT_OUTPUT] if spec.logits else []), *spec.outputs]
 
 
 def _parts(said: TeacherOutput) -> list[Tensor]:
@@ -177,10 +191,10 @@ def check_probes(before: Probes, now: Probes, run_again: Callable[[], Probes], s
     if not same.any():
         return
     ids, again = now.ids[same].tolist(), None
-    for columns in now.columns():
+    for name, columns in zip(_names(spec), now.columns(), strict=True):
         was, live = (torch.from_numpy(probes.logits[same][:, columns]) for probes in (before, now))
         classes = torch.arange(live.shape[1]).expand(len(live), -1)
-        found = _difference(was, live, ids, classes)
+        found = _difference(was, live, ids, classes)._replace(output=name)
         if not _is_same(found, spec):
             again = run_again() if again is None else again
             itself = _difference(live, torch.from_numpy(again.logits[same][:, columns]), ids, classes)
@@ -214,7 +228,7 @@ def check_first_batch(
     batch = cut_range(plan.shard_ids(shard), plan.batch_size)[0]
     loaded, running = view.__getitems__(batch), _teacher(model, view, spec, device)
     said = running.run(loaded.images)
-    refuse_not_finite(said.finite().cpu(), torch.tensor(batch))
+    refuse_not_finite(said.finite().cpu(), torch.tensor(batch), said.names)
     differences = _from_stored(cache, plan, view.view, batch, said, loaded.labels)
     for found, live, part in zip(differences, _parts(said), range(len(differences)), strict=True):
         if not _is_same(found, spec):
@@ -240,7 +254,7 @@ def _from_stored(
             decode_output(rows, labels, plan.named_outputs[name], bases.get(name)) for rows in (stored, live)
         )
         columns = torch.arange(kept.shape[1]).expand(len(kept), -1)
-        differences.append(_difference(kept, again, batch, columns))
+        differences.append(_difference(kept, again, batch, columns)._replace(output=name))
     return differences
 
 
@@ -253,13 +267,13 @@ def _other_teacher(made: str, found: Difference, itself: Difference, spec: Cache
     """Return the error for a teacher that is not the one that `made`; `itself` is its difference from itself."""
     if not _is_same(itself, spec):
         return MismatchError(
-            f"this teacher returns other logits each time that it is run, and others than the one that {made}: "
+            f"this teacher returns other {found.what} each time that it is run, and others than the one that {made}: "
             f"it differs from itself {itself}",
             "make it deterministic: no dropout, sampling or random preprocessing in evaluation mode",
         )
     return MismatchError(
-        f"this teacher is not the one that {made} (their names and weights do not differ): it returns other logits, "
-        f"{found}",
+        f"this teacher is not the one that {made} (their names and weights do not differ): it returns other "
+        f"{found.what}, {found}",
         "use that teacher, with the same code, preprocessing and library versions; for this one make a new cache",
     )
 

@@ -183,6 +183,7 @@ class ShardBuilder:
         self._inputs: list[Inputs] = []
         self._finite: list[Tensor] = []
         self._ids: list[Tensor] = []
+        self._names: list[str] = []
 
     def add(self, batch: Batch) -> None:
         """Run the teacher on a batch; on a GPU this does not wait for the result."""
@@ -190,6 +191,7 @@ class ShardBuilder:
         self._inputs.append(inputs_of(batch.images[batch.ids % self._plan.shape.fingerprint_stride == 0]))
         said = self._teacher.run(batch.images)
         self._finite.append(said.finite())
+        self._names = said.names
         self._ids.append(batch.ids)
         labels = batch.labels.to(device, non_blocking=True)
         if said.logits is not None:
@@ -199,7 +201,7 @@ class ShardBuilder:
             self._check()
 
     def _check(self) -> None:
-        refuse_not_finite(torch.cat(self._finite).cpu(), torch.cat(self._ids))
+        refuse_not_finite(torch.cat(self._finite).cpu(), torch.cat(self._ids), self._names)
         self._finite, self._ids = [], []
 
     def finish(self) -> MadeShard:

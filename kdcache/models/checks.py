@@ -197,8 +197,12 @@ def log_probabilities(probabilities: Tensor) -> Tensor:
     return probabilities.float().log().masked_fill(underflowed, -torch.inf)
 
 
-def refuse_underflow(probabilities: Tensor) -> None:
+def refuse_underflow(probabilities: Tensor, which: str = "") -> None:
     """Check that logits can be recovered from probabilities [B, C], up to an additive constant per row.
+
+    Args:
+        probabilities: [B, C].
+        which: output of the teacher in errors, such as "as the output color "; "" for the class logits.
 
     Raises:
         MismatchError: if some have underflowed.
@@ -206,7 +210,7 @@ def refuse_underflow(probabilities: Tensor) -> None:
     underflowed = ~log_probabilities(probabilities).isfinite()
     if bool(underflowed.any()):
         raise MismatchError(
-            f"the teacher returns probabilities (every row sums to 1), and {int(underflowed.sum())} of "
+            f"the teacher returns {which}probabilities (every row sums to 1), and {int(underflowed.sum())} of "
             f"{probabilities.numel()} have underflowed: its logits cannot be recovered from them",
             "let it return logits: leave out its last layer, a Softmax (with `model: file.py:function`, return the "
             "network without it)",

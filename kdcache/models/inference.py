@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.format.output_records import MOST_SCORES
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT, MOST_SCORES
 from kdcache.cache.format.row_reductions import finite_rows
 from kdcache.cache.planner import MIN_CLASSES
 from kdcache.config.cache import CacheSpec
@@ -48,10 +49,15 @@ class TeacherOutput(NamedTuple):
             raise TypeError("the class logits are not kept")
         return self.logits
 
+    @property
+    def names(self) -> list[str]:
+        """Names of all K outputs, the class logits first."""
+        return [*([DEFAULT_OUTPUT] if self.logits is not None else []), *self.outputs]
+
     def finite(self) -> Tensor:
-        """Return whether all numbers of each sample are finite, [B] bool."""
+        """Return whether all numbers of an output of a sample are finite, [B, K] bool, in the order of `names`."""
         of_logits = [finite_rows(self.logits)] if self.logits is not None else []
-        return torch.stack([*of_logits, *(finite_rows(values) for values in self.outputs.values())]).all(dim=0)
+        return torch.stack([*of_logits, *(finite_rows(values) for values in self.outputs.values())], dim=1)
 
 
 class InferenceModel:
@@ -66,12 +72,14 @@ class InferenceModel:
     Attributes:
         scale: of the outputs of the network, from its first batch; None before. If they are probabilities, their
             logarithms are returned.
+        scales: the same of other outputs of kind `classes`, by name.
     """
 
     def __init__(self, model: nn.Module, classes: int, spec: CacheSpec, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.classes = classes
         self.scale: OutputScale | None = None
+        self.scales: dict[str, OutputScale] = {}
         self._dtype = _AUTOCAST[spec.precision]
         self._format = torch.channels_last if spec.channels_last else torch.contiguous_format
         model = model.to(self.device)
@@ -94,6 +102,17 @@ class InferenceModel:
     def level(self) -> Literal["unknown"] | None:
         """Level for `TeacherRecord`: "unknown" if the network returns probabilities or their logarithms."""
         return None if self.scale in (None, "logits") else "unknown"
+
+    @property
+    def unknown_levels(self) -> frozenset[str]:
+        """Names of the other outputs that are probabilities or their logarithms."""
+        return frozenset(name for name, scale in self.scales.items() if scale != "logits")
+
+    def take_as_logits(self) -> None:
+        """Take what the network returns for logits: a single row does not show whether it is probabilities."""
+        self.scale = "logits"
+        if self._taps is not None:
+            self.scales = dict.fromkeys(self._kinds, "logits")
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -122,6 +141,8 @@ class InferenceModel:
         outputs = self._taps.outputs()
         for name, values in outputs.items():
             self._check_output(name, values, len(images))
+            if self._kinds[name] == "classes":
+                outputs[name] = self._logits_of_output(name, values)
         return TeacherOutput(logits, {name: values.float().to(self.device) for name, values in outputs.items()})
 
     def _check_output(self, name: str, values: Tensor, batch: int) -> None:
@@ -147,6 +168,14 @@ class InferenceModel:
                 f"the output {name} of the teacher has one number, which is not a distribution over classes",
                 f"keep it as `kind: score` (cache.outputs.{name})",
             )
+
+    def _logits_of_output(self, name: str, values: Tensor) -> Tensor:
+        """Return an output of kind `classes` as logits [B, C]: the logarithms of probabilities."""
+        scale = self.scales.setdefault(name, output_scale(values))
+        if scale != "probabilities":
+            return values
+        refuse_underflow(values, f"as the output {name} ")
+        return log_probabilities(values)
 
     def _logits(self, returned: object, batch: int) -> Tensor:
         """Return the logits [B, C] float32 of what the network returned."""
@@ -207,21 +236,31 @@ def described_precision(spec: CacheSpec) -> str:
     )
 
 
-def refuse_not_finite(finite: Tensor, ids: Tensor) -> None:
-    """Refuse logits that are not finite, which cannot be stored.
+def refuse_not_finite(finite: Tensor, ids: Tensor, outputs: Sequence[str] = (DEFAULT_OUTPUT,)) -> None:
+    """Refuse outputs that are not finite, which cannot be stored.
 
     Args:
-        finite: [B] bool, whether all logits of a row are finite.
+        finite: [B, K] bool, whether all numbers of an output of a sample are finite.
         ids: [B] int64, the samples of the rows.
+        outputs: names of the K outputs.
 
     Raises:
-        CorruptError: with the first sample whose logits are not finite.
+        CorruptError: with the first sample, and its output, that is not finite.
     """
-    bad = (~finite).nonzero().squeeze(1)
-    if len(bad):
-        raise CorruptError(
-            f"the teacher returned NaN or infinite logits for sample {int(ids[bad[0]])} "
-            f"({len(bad)} of the {counted(len(ids), 'image')} checked)",
-            "check the teacher's weights, its precision and the transform; let it return logits, not probabilities "
-            "(Softmax), whose logarithms are infinite if they underflow",
-        )
+    if bool(finite.all()):
+        return
+    rows, columns = (~finite).nonzero(as_tuple=True)
+    row, name = int(rows[0]), outputs[int(columns[0])]
+    count = int((~finite[:, columns[0]]).sum())
+    is_logits = name == DEFAULT_OUTPUT
+    what = "logits" if is_logits else f"numbers as the output {name}"
+    raise CorruptError(
+        f"the teacher returned NaN or infinite {what} for sample {int(ids[row])} "
+        f"({count} of the {counted(len(ids), 'image')} checked)",
+        "check the teacher's weights, its precision and the transform"
+        + (
+            "; let it return logits, not probabilities (Softmax), whose logarithms are infinite if they underflow"
+            if is_logits
+            else ""
+        ),
+    )

@@ -103,13 +103,13 @@ class Taps:
         if source in self._modules:
 
             def keep_output(module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
-                self._seen[name].append(returned)
+                self._seen[name].append(_unshared(_first_tensor(returned), tap.pool))
 
             yield self._modules[str(source)].register_forward_hook(keep_output)
         elif source == FEATURES and (last := self._last_linear()) is not None:
 
             def keep_input(module: nn.Module, given: tuple[Any, ...]) -> None:
-                self._seen[name].append(given[0])
+                self._seen[name].append(_unshared(given[0], tap.pool))
 
             yield last.register_forward_pre_hook(keep_input)
 
@@ -136,7 +136,7 @@ class Taps:
                 "return the output from the network's forward in a dictionary, and name that part",
             )
         if found is None and self._seen[name]:
-            found = _first_tensor(self._seen[name][0])
+            found = self._seen[name][0]
         elif found is None and tap.source is None and isinstance(self.returned, Tensor) and len(self._taps) == 1:
             found = self.returned
         if isinstance(found, np.ndarray):
@@ -198,6 +198,27 @@ def _first_tensor(returned: Any) -> Any:
     return getattr(returned, "last_hidden_state", returned)
 
 
+def _unshared(value: Any, pool: str) -> Any:
+    """Return an output of a module, pooled or copied: a layer that works in place, as many ReLUs do, may change it."""
+    if not isinstance(value, Tensor):
+        return value
+    vectors = _vectors(value, pool)
+    if vectors is None:
+        return value  # which is refused, with its shape
+    return vectors if pool == "mean" and value.ndim > 2 else vectors.clone()
+
+
+def _vectors(values: Tensor, pool: str) -> Tensor | None:
+    """Return an output as [B, D]; None if it has places and this pooling does not apply."""
+    if values.ndim == 1:
+        return values.unsqueeze(1)
+    if values.ndim == 2:
+        return values
+    if values.ndim in (3, 4) and pool == "mean" and values.is_floating_point():
+        return values.mean(dim=(2, 3) if values.ndim == 4 else 1)
+    return values[:, 0] if values.ndim == 3 and pool == "first" else None
+
+
 def _pooled(values: Tensor, pool: str, what: str) -> Tensor:
     """Return an output as [B, D].
 
@@ -207,16 +228,9 @@ def _pooled(values: Tensor, pool: str, what: str) -> Tensor:
     shape = list(values.shape)
     if not values.is_floating_point():
         raise MismatchError(f"{what} is {values.dtype} {shape}", "take an output of floating point numbers")
-    if values.ndim == 1:
-        return values.unsqueeze(1)
-    if values.ndim == 2:
-        return values
-    if values.ndim == 4 and pool == "mean":
-        return values.mean(dim=(2, 3))
-    if values.ndim == 3 and pool == "mean":
-        return values.mean(dim=1)
-    if values.ndim == 3 and pool == "first":
-        return values[:, 0]
+    vectors = _vectors(values, pool)
+    if vectors is not None:
+        return vectors
     fix = {3: "set `pool` to mean, or to first for a class token", 4: "set `pool` to mean: the mean over all pixels"}
     raise MismatchError(
         f"{what} is {shape}, and pool is {pool}: a vector per sample is [B, D]",

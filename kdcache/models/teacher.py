@@ -48,7 +48,8 @@ class FunctionNetwork(nn.Module):
     """A plain function as a network without weights, such as one that calls an ONNX Runtime session or a server.
 
     Args:
-        function: images [B, channels, H, W] -> logits [B, C], a tensor on any device or a NumPy array.
+        function: images [B, channels, H, W] -> logits [B, C], a tensor on any device or a NumPy array, or a dictionary
+            or tuple of such outputs.
     """
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
@@ -56,11 +57,21 @@ class FunctionNetwork(nn.Module):
         self.function = function
 
     def forward(self, images: Tensor) -> Any:
-        """Return what the function returns; logits on the device of the images."""
-        returned = self.function(images)
-        if isinstance(returned, np.ndarray):
-            returned = torch.from_numpy(returned)
-        return returned.to(images.device) if isinstance(returned, Tensor) else returned
+        """Return what the function returns; tensors on the device of the images."""
+        return _as_tensors(self.function(images), images.device)
+
+
+def _as_tensors(returned: Any, device: torch.device) -> Any:
+    """Return what a function returned, with tensors on a device in place of arrays."""
+    if isinstance(returned, np.ndarray):
+        returned = torch.from_numpy(returned)
+    if isinstance(returned, Tensor):
+        return returned.to(device)
+    if isinstance(returned, dict):
+        return {name: _as_tensors(part, device) for name, part in returned.items()}
+    if type(returned) in (tuple, list):
+        return type(returned)(_as_tensors(part, device) for part in returned)
+    return returned
 
 
 def as_network(model: nn.Module | Callable[[Tensor], Any]) -> nn.Module:

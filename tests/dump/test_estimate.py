@@ -47,3 +47,27 @@ def test_the_estimated_size_is_that_of_the_cache(
     assert estimated.bytes == pytest.approx(made.bytes_on_disk, rel=0.05)
     assert estimated.bytes_per_row is not None
     assert estimated.bytes > 1.3 * estimated.bytes_per_row * estimated.rows, "rows alone are much less"
+
+
+def test_the_estimated_size_of_several_outputs_is_that_of_the_cache(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 40), nn.ReLU(inplace=True), nn.Linear(40, 10)).eval()
+    labels = (np.arange(1500) % 10).astype(np.int32)
+    images = ArrayImages(torch.rand(1500, 3, 4, 4))
+    samples = Samples("data", "train", images, labels, tuple(map(str, range(10))), [])
+    outputs = {
+        "body": {"source": "1"},
+        "hidden": {"source": "2", "encoding": "int8"},
+        "scores": {"kind": "score", "source": "3"},
+    }
+    spec = CacheSpec.model_validate({"outputs": outputs})
+    loaded = LoadedTeacher(net, TeacherIdentity("net", {}, None), samples, [])
+    estimated = estimate(loaded, spec, "cpu", Silent(), tmp_path / "c.kdcache")
+    made = dump_teacher(net, samples, tmp_path / "c.kdcache", spec=spec)
+    assert estimated.bytes == pytest.approx(made.bytes_on_disk, rel=0.05)
+    assert estimated.outputs == made.manifest.plan.outputs
+    assert list(estimated.output_sizes) == ["body", "hidden", "scores"]
+    for name, size in estimated.output_sizes.items():
+        files = [file for file in (made.path / "data.zarr" / "outputs" / name).rglob("*") if file.is_file()]
+        rows = [file for file in files if file.name != "zarr.json" and not {"axes", "mean"} & set(file.parts)]
+        assert size == pytest.approx(sum(file.stat().st_size for file in rows) / 1500, rel=0.05)

@@ -10,6 +10,7 @@ PROCESS = {
     "test_clouds",
     "test_docs",
     "test_dump_options",
+    "test_dump_outputs",
     "test_examples",
     "test_faults",
     "test_identity",
@@ -175,6 +176,14 @@ SLOW_TESTS = {
         "test_the_teacher_goes_on_while_shards_are_written_but_not_for_ever",
         "test_what_ends_a_worker_reaches_the_user",
         "test_what_the_writer_cannot_do_ends_the_run_and_can_be_gone_on_with",
+    },
+    "test_dump_outputs": {
+        "test_a_killed_dump_resumes_to_the_same_cache",
+        "test_commands_know_outputs",
+        "test_digest_does_not_depend_on_workers_and_views_extend_to_it",
+        "test_hidden_states_of_a_transformer",
+        "test_other_settings_are_refused_with_both_values",
+        "test_two_ranks_one_of_which_is_killed_make_the_same_cache",
     },
     "test_evaluate": {
         "test_every_student_of_a_sweep_is_evaluated",

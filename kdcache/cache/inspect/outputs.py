@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from kdcache.cache.format.array_specs import raw_bytes
 from kdcache.cache.format.encoding import Encoding, Fidelity
 from kdcache.cache.format.output_records import OutputRecord, VectorEncoding, VectorFidelity
 
 
-def described_outputs(outputs: Mapping[str, OutputRecord] | None) -> dict[str, str]:
-    """Return one line per output: what it is, how it is stored, and its measured fidelity."""
-    return {f"output {name}": described_output(record) for name, record in (outputs or {}).items()}
+def described_outputs(
+    outputs: Mapping[str, OutputRecord] | None, sizes: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, str]:
+    """Return one line per output: what it is, how it is stored, and its measured fidelity.
+
+    Args:
+        outputs: by name; None if there are none.
+        sizes: measured bytes per row, by name, of those of which they are known.
+    """
+    return {f"output {name}": described_output(record, sizes.get(name)) for name, record in (outputs or {}).items()}
 
 
-def described_output(record: OutputRecord) -> str:
+def described_output(record: OutputRecord, bytes_per_row: float | None = None) -> str:
     """Return what an output is, how it is stored, and its measured fidelity, in one line."""
     nouns = {"vector": "vectors of {}", "score": "{} scores", "classes": "logits of {} classes"}
     what = nouns[record.kind].format(f"{record.channels:,}").replace("1 scores", "one score")
     taken = f" from {record.source}" if record.source is not None else ""
     pooled = {"none": "", "mean": ", mean over its places", "first": ", its first place"}[record.pool]
-    return f"{what}{taken}{pooled}; {_stored(record.encoding)}{_measured(record.fidelity)}"
+    return f"{what}{taken}{pooled}; {_stored(record.encoding, bytes_per_row)}{_measured(record.fidelity)}"
 
 
-def _stored(encoding: Encoding | VectorEncoding) -> str:
+def _stored(encoding: Encoding | VectorEncoding, bytes_per_row: float | None) -> str:
     size = f"{raw_bytes(encoding)} bytes per row before compression"
+    if bytes_per_row is not None:
+        size = f"{bytes_per_row:.1f} bytes per row"
     if isinstance(encoding, Encoding):
         stored = "every class" if encoding.dense else f"top {encoding.top_k}, {encoding.tail} tail"
         return f"{stored}, {encoding.dtype}, {size}"
