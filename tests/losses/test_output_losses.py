@@ -243,6 +243,8 @@ def test_losses_by_output_are_one_loss() -> None:
         ({"features": {"name": "mse", "weight": -1.0}}, "weight"),
         ({"logits": True, "features": {"name": "mse"}}, "logits is True"),
         ({"logits": False}, "nothing to learn"),
+        ({"logits": False, "features": {"name": "mse", "weight": 0.0}}, "nothing to learn"),
+        ({"features": {"name": "rkd", "distance_weight": 0.0, "angle_weight": 0.0}}, "are both 0"),
         ({"logits": {"name": "kkd"}, "features": {"name": "mse"}}, "kkd"),
     ],
 )
