@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kdcache.runtime.progress import Progress
     from kdcache.train.inputs import CacheOptions
     from kdcache.train.run_result import RunResult
-from kdcache.train.train import train_student, train_teacher
+    from kdcache.train.train import train_student, train_teacher
 
 # Imported on first use, so that `kdcache --help` does not wait for torch.
 _HOME = {

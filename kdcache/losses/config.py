@@ -102,8 +102,8 @@ class Loss(BaseModel):
 
     def _without_effect(self) -> Iterator[str]:
         if not self.uses_teacher:
-            if self.ce_weight == 0 and not self.outputs:
-                yield "ce_weight and the kd weights are all 0: there is nothing to learn"
+            if self.ce_weight == 0 and not any(output.weight for output in self.outputs.values()):
+                yield "ce_weight, the kd weights and those of other outputs are all 0: there is nothing to learn"
             axes = (self.normalization, self.adjustment, self.temperature, self.divergence)
             if axes != ("none", NoAdjustment(), ConstantTemperature(), KL()) or self.warmup_epochs:
                 yield (

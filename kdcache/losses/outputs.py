@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from kdcache.losses import scores, vectors
@@ -118,6 +118,12 @@ class RKD(OutputLossOptions):
     """Weight of the distances of pairs."""
     angle_weight: NotNegative = 50.0
     """Weight of the angles of triples."""
+
+    @model_validator(mode="after")
+    def _compares_something(self) -> RKD:
+        if not self.distance_weight and not self.angle_weight:
+            raise ValueError("distance_weight and angle_weight are both 0: raise one, or remove this loss")
+        return self
 
 
 class SP(OutputLossOptions):

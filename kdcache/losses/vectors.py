@@ -16,8 +16,26 @@ from kdcache.losses.batch import BatchRows, rows_of_these
 _TINY = 1e-12
 """Smallest squared distance, against the infinite gradient of the root at 0, as in the authors' code of RKD."""
 
+_SHORTEST = 1e-12
+"""Length up to which a vector has no direction, as in `torch.nn.functional.normalize`."""
+
 _PKT_TINY = 1e-7
 """Added to probabilities inside the logarithm of PKT, as in the authors' code."""
+
+
+def _directions(vectors: Tensor, added: float = 0.0) -> Tensor:
+    """Return vectors divided by their lengths, [..., D] -> [..., D]; a vector of length 0 stays 0, without a gradient.
+
+    Divided by a small constant instead, as `torch.nn.functional.normalize` and the published implementations do, it
+    has a gradient of up to 1e12: one sample of which all features are cut off by a ReLU would destroy the student.
+
+    Args:
+        vectors: [..., D].
+        added: to the lengths.
+    """
+    lengths = vectors.norm(dim=-1, keepdim=True)
+    is_zero = lengths <= _SHORTEST
+    return torch.where(is_zero, 0.0, vectors / torch.where(is_zero, 1.0, lengths + added))
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -33,7 +51,7 @@ def leaf(student: Tensor, teacher: Tensor, normalize: bool = False) -> Tensor:
         teacher: [B, D].
         normalize: divide h by its length, as a teacher of normalized embeddings does.
     """
-    student = functional.normalize(student, dim=1) if normalize else student
+    student = _directions(student) if normalize else student
     return (student - teacher).square().sum(dim=1)
 
 
@@ -48,8 +66,8 @@ def smooth_l1(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 1 - cosine, [B, D] -> [B]; 1 if one of the vectors is 0."""
-    return 1 - functional.cosine_similarity(student, teacher, dim=1)
+    """Return 1 - cosine, [B, D] -> [B]; 1, without a gradient, if one of the vectors is 0."""
+    return 1 - (_directions(student) * _directions(teacher)).sum(dim=1)
 
 
 def rkd(
@@ -88,6 +106,8 @@ def rkd(
 
 def _relative_distances(vectors: Tensor) -> Tensor:
     """Return Euclidean distances divided by the mean of those above 0, [N, D] -> [N, N]; 0 if all vectors are equal."""
+    # Of vectors that are far from 0, the squares cancel in float32; distances do not depend on where 0 is.
+    vectors = vectors - vectors.mean(dim=0)
     squares = vectors.square().sum(dim=1)
     squared = (squares.unsqueeze(1) + squares.unsqueeze(0) - 2 * vectors @ vectors.T).clamp_min(_TINY)
     apart = ~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device) & (squared > _TINY)
@@ -97,7 +117,7 @@ def _relative_distances(vectors: Tensor) -> Tensor:
 
 def _angles(vectors: Tensor) -> Tensor:
     """Return the cosines at sample i between the directions to j and k, [N, D] -> [N, N, N]."""
-    directions = functional.normalize(vectors.unsqueeze(0) - vectors.unsqueeze(1), dim=2)
+    directions = _directions(vectors.unsqueeze(0) - vectors.unsqueeze(1))
     return directions @ directions.transpose(1, 2)
 
 
@@ -117,7 +137,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor, batch_rows: BatchRow
         [B], the value of the batch for each sample.
     """
     count, student, teacher = len(student), batch_rows(student), batch_rows(teacher)
-    similar = [functional.normalize(vectors @ vectors.T, dim=1) for vectors in (student, teacher)]
+    similar = [_directions(vectors @ vectors.T) for vectors in (student, teacher)]
     return (similar[0] - similar[1]).square().mean().expand(count)
 
 
@@ -145,6 +165,6 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor, batch_rows: BatchRo
 
 def _choices(vectors: Tensor) -> Tensor:
     """Return how likely each sample chooses each other by its cosine, [N, D] -> [N, N]."""
-    directions = vectors / (vectors.norm(dim=1, keepdim=True) + _PKT_TINY)
+    directions = _directions(vectors, added=_PKT_TINY)
     similar: Tensor = (directions @ directions.T + 1) / 2
     return similar / similar.sum(dim=1, keepdim=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from kdcache.errors import UsageError
 
@@ -88,8 +88,14 @@ def hidden_settings() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def join_processes(device: torch.device | str, precision: str) -> Accelerator:
+def join_processes(device: torch.device | str, precision: str, *, uses_all: bool = True) -> Accelerator:
     """Return this process among those that torchrun or `accelerate launch` started; alone if there are no others.
+
+    Args:
+        device: of the network.
+        precision: `train.precision`.
+        uses_all: whether the loss depends on all parameters of the network; those of its last layers may be unused
+            where the loss compares features only.
 
     Raises:
         UsageError: for fp16 without a GPU.
@@ -112,7 +118,7 @@ def join_processes(device: torch.device | str, precision: str) -> Accelerator:
             mixed_precision=mixed,
             gradient_accumulation_steps=1,  # micro-batches are summed by `Trainer`, which scales their losses itself
             dynamo_backend="no",
-            kwargs_handlers=[wait],
+            kwargs_handlers=[wait, DistributedDataParallelKwargs(find_unused_parameters=not uses_all)],
         )
 
 

@@ -93,7 +93,7 @@ class Trainer:
         outputs: StudentOutputs | None = None,
     ) -> None:
         self.model, self.spec, self.loss, self.outputs = model, spec, loss, outputs
-        self.accelerator = join_processes(device, spec.precision)
+        self.accelerator = join_processes(device, spec.precision, uses_all=loss.uses_logits)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         cuts = self._split(torch.arange(count))
         check_groups(cuts, self.ranks, loss)

@@ -117,6 +117,12 @@ def student_outputs(
         raise UsageError(
             "train.compile is true, and the outputs of the student are taken by hooks", "set train.compile to false"
         )
+    if spec.train.early_stopping_patience is not None and not loss.uses_logits:
+        raise UsageError(
+            "train.early_stopping_patience has no effect: without class logits no validation accuracy is measured, and "
+            "the last epoch is selected",
+            "remove train.early_stopping_patience, or train the class logits too (remove `logits: false`)",
+        )
     named = {name: Tap(output.source, output.pool) for name, output in spec.outputs.items()}
     taps = {name: named.get(name, Tap()) for name in loss.outputs}
     check_taps(taps, model, "student")

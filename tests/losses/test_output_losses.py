@@ -173,6 +173,38 @@ def test_degenerate_batches_have_finite_losses_and_gradients(name: str, kind: st
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OUTPUT_LOSSES)
+def test_samples_without_features_do_not_explode(name: str, dtype: torch.dtype) -> None:
+    """Features of which a ReLU cuts off all numbers of a sample are 0, and several samples may have the same."""
+    width = OUTPUT_LOSSES[name].width or 16
+    student, teacher = drawn(8, width).relu().to(dtype), drawn(8, width, seed=1).to(dtype)
+    student[2] = student[5] = 0
+    student[6] = student[7]
+    student.requires_grad_()
+    values = loss_of(name).values(student, teacher)
+    (gradient,) = torch.autograd.grad(values.mean(), student)
+    assert values.isfinite().all()
+    assert gradient.abs().max() < 10
+
+
+def test_vectors_of_length_0_have_the_values_of_the_published_implementations() -> None:
+    student, teacher = drawn(6, 4), drawn(6, 4, seed=1)
+    student[3] = 0
+    assert cosine(student, teacher)[3] == 1
+    normalized = torch.nn.functional.normalize(student, dim=1)
+    torch.testing.assert_close(leaf(student, teacher, normalize=True), (normalized - teacher).square().sum(dim=1))
+    grams = [torch.nn.functional.normalize(vectors @ vectors.T, dim=1) for vectors in (student, teacher)]
+    expected = (grams[0] - grams[1]).square().mean()
+    torch.testing.assert_close(similarity_preserving(student, teacher)[0], expected, rtol=1e-12, atol=0)
+
+
+def test_distances_of_vectors_far_from_0_are_right_in_float32() -> None:
+    student, teacher = drawn(9, 32).float() + 100, drawn(9, 16, seed=1).float()
+    expected = rkd(student.double(), teacher.double())
+    torch.testing.assert_close(rkd(student, teacher).double(), expected, rtol=1e-4, atol=0)
+
+
 @settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 2**16), count=st.integers(3, 8))
 def test_relations_do_not_depend_on_rotation_order_or_scale(seed: int, count: int) -> None:
@@ -211,6 +243,8 @@ def test_losses_by_output_are_one_loss() -> None:
         ({"features": {"name": "mse", "weight": -1.0}}, "weight"),
         ({"logits": True, "features": {"name": "mse"}}, "logits is True"),
         ({"logits": False}, "nothing to learn"),
+        ({"logits": False, "features": {"name": "mse", "weight": 0.0}}, "nothing to learn"),
+        ({"features": {"name": "rkd", "distance_weight": 0.0, "angle_weight": 0.0}}, "are both 0"),
         ({"logits": {"name": "kkd"}, "features": {"name": "mse"}}, "kkd"),
     ],
 )

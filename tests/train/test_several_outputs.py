@@ -26,10 +26,13 @@ from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.losses import Loss, distillation_loss
 from kdcache.losses.outputs import OUTPUT_LOSSES
 from kdcache.models import build_model
+from kdcache.runtime.progress import Silent
 from kdcache.train import run_folder
+from kdcache.train.inputs import inputs_from_caches
+from kdcache.train.run_result import RunResult
 from kdcache.train.step import Trainer
 from kdcache.train.student_outputs import student_outputs
-from kdcache.train.train import train_student
+from kdcache.train.train import Student, train_on, train_student, train_together
 
 COUNT, BATCH, EPOCHS, WIDTH = 36, 13, 2, 5
 SPEC = TrainSpec(
@@ -80,6 +83,8 @@ class Case(NamedTuple):
 CASES = {
     **{name: Case({"logits": {"name": "kd"}, "body": {"name": name, "weight": 0.5}}) for name in VECTORS},
     "mse, cross-entropy": Case({"body": {"name": "mse"}}),
+    "mse, without logits": Case({"logits": False, "body": {"name": "mse"}}),
+    "rkd, without logits": Case({"logits": False, "body": {"name": "rkd"}}),
     "sp, wider": Case({"logits": {"name": "dist"}, "body": {"name": "sp"}}, 7),
     "ccc": Case({"logits": {"name": "kd"}, "body": {"name": "ccc"}}),
 }
@@ -120,7 +125,7 @@ def test_a_step_is_that_of_the_whole_batch(name: str, accumulate: int) -> None:
     torch.testing.assert_close(by_the_trainer(CASES[name], accumulate), by_hand(CASES[name]), rtol=1e-7, atol=1e-9)
 
 
-SHARED = ["mse", "rkd", "sp", "pkt", "ccc", "sp, wider"]
+SHARED = ["mse", "rkd", "sp", "pkt", "ccc", "sp, wider", "mse, without logits", "rkd, without logits"]
 
 
 def as_a_rank(rank: int, environment: dict[str, str], out: Path, names: list[str], pieces: list[int]) -> None:
@@ -288,6 +293,35 @@ def test_a_live_teacher_and_its_cache_teach_the_same(runs: Runs) -> None:
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("logits", [{"name": "kd"}, False])
+def test_students_that_are_trained_together_are_what_each_is_alone(logits: Any, runs: Runs, tmp_path: Path) -> None:
+    """Of other outputs, with maps of their own, and one whose weights are averaged."""
+    losses = [{"features": {"name": "mse"}}, {"scores": {"name": "l1"}}, {"features": {"name": "rkd"}}]
+    taken = {"scores": {"source": "head"}}
+    pipelines = [
+        runs.pipeline(
+            {"logits": logits, **loss},
+            outputs={name: taken[name] for name in loss if name in taken},
+            train={"epochs": 2, "ema_decay": 0.9 if number else None},
+        )
+        for number, loss in enumerate(losses)
+    ]
+    outcomes: dict[int, Any] = {}
+    # The first and the last share their batches and targets.
+    of_first, of_second = (inputs_from_caches(pipeline, [runs.cache]) for pipeline in pipelines[:2])
+    inputs = [of_first, of_second, of_first]
+    students = [
+        Student(pipeline, each, tmp_path / f"together{number}", Silent())
+        for number, (pipeline, each) in enumerate(zip(pipelines, inputs, strict=True))
+    ]
+    train_together(students, outcomes.__setitem__)
+    for number, (pipeline, each) in enumerate(zip(pipelines, inputs, strict=True)):
+        assert isinstance(outcomes[number], RunResult), outcomes[number]
+        train_on(pipeline, each, tmp_path / f"alone{number}")
+        together_, alone = (load_file(tmp_path / f"{how}{number}/model.safetensors") for how in ("together", "alone"))
+        assert all(torch.equal(value, alone[key]) for key, value in together_.items())
+
+
 MSE, SCORES = {"features": {"name": "mse"}}, {"scores": {"name": "mse"}}
 BODY = {"outputs": {"features": {"source": "body"}}}
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, type[KdcacheError], str]] = [
@@ -307,6 +341,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, type[KdcacheError], str
     (MSE, BODY, "twice", MismatchError, "the module body of the student ran 2 times"),
     (SCORES, {"outputs": {"scores": {"source": "body"}}}, "network", MismatchError, "student has 16 scores, that of"),
     (MSE, {"train": {"compile": True}}, "network", UsageError, "train.compile is true"),
+    (
+        {"logits": False, **MSE},
+        {"train": {"early_stopping_patience": 2}},
+        "network",
+        UsageError,
+        "early_stopping_patience has no effect",
+    ),
 ]
 
 
