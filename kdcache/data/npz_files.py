@@ -135,7 +135,7 @@ def _class_names(path: Path, names: npt.NDArray[Any] | None, labels: npt.NDArray
     """Return the name of each class, and check that the labels are among them."""
     if names is not None and names.ndim != 1:
         raise UsageError(f"{path} has class_names {list(names.shape)}", "store one name per class: [classes]")
-    largest = int(labels.max(initial=-1))
+    largest = int(labels.max()) if len(labels) else -1
     if names is None and largest >= max(len(labels), 2):
         raise MismatchError(
             f"{path} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",

@@ -197,7 +197,7 @@ def class_names(dataset: Dataset[Any], where: str) -> Sequence[str]:
             )
         return [str(name) for name in names]
     labels = labels_of(dataset)
-    largest = int(labels.max(initial=-1))
+    largest = int(labels.max()) if len(labels) else -1
     if largest >= max(len(labels), 2):
         raise MismatchError(
             f"{where} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",
