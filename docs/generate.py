@@ -20,7 +20,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from kdcache.cli import main
-from kdcache.config.schema import EnsembleSpec, Pipeline, StudentSpec
+from kdcache.config.cache import CacheSpec, OutputSpec
+from kdcache.config.schema import EnsembleSpec, Pipeline, StudentOutputSpec, StudentSpec
 from kdcache.losses.config import Loss
 from kdcache.losses.presets import PARTS
 
@@ -139,13 +140,17 @@ def keys_table() -> str:
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     for name, field in section.model_fields.items():
         if name == "student":  # whose other keys are the teacher's
-            yield "student.transform", _one_line(StudentSpec.model_fields["transform"].description), ""
+            for own in ("transform", "outputs"):
+                yield f"student.{own}", _one_line(StudentSpec.model_fields[own].description), ""
+            yield from _keys(StudentOutputSpec, "student.outputs.NAME.")
             continue
         inner = _sections(field.annotation)
         if not inner:
             yield f"{prefix}{name}", _one_line(field.description), _default_value(section, name, field.default)
         for kind in inner:
             yield from _keys(kind, f"{prefix}{name}.")
+        if section is CacheSpec and name == "outputs":
+            yield from _keys(OutputSpec, "cache.outputs.NAME.")
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache, open_cache
-    from kdcache.cache.teacher import CachedTeacher
+    from kdcache.cache.teacher import CachedOutput, CachedTeacher
     from kdcache.config.loader import load_pipeline
-    from kdcache.config.loss import loss
+    from kdcache.config.loss import loss, output_loss
     from kdcache.config.schema import Pipeline
     from kdcache.data.cached_dataset import CachedDataset
     from kdcache.data.datasets import load_split
@@ -39,6 +39,7 @@ _HOME = {
     "Cache": "kdcache.cache.reader",
     "CacheOptions": "kdcache.train.inputs",
     "CachedDataset": "kdcache.data.cached_dataset",
+    "CachedOutput": "kdcache.cache.teacher",
     "CachedTeacher": "kdcache.cache.teacher",
     "DistillationLoss": "kdcache.losses.loss_module",
     "InterruptedRun": "kdcache.errors",
@@ -59,6 +60,7 @@ _HOME = {
     "load_split": "kdcache.data.datasets",
     "loss": "kdcache.config.loss",
     "open_cache": "kdcache.cache.reader",
+    "output_loss": "kdcache.config.loss",
     "train_student": "kdcache.train.train",
     "train_teacher": "kdcache.train.train",
     "wrap": "kdcache.data.samples",
@@ -68,6 +70,7 @@ __all__ = [
     "Cache",
     "CacheOptions",
     "CachedDataset",
+    "CachedOutput",
     "CachedTeacher",
     "DistillationLoss",
     "InterruptedRun",
@@ -88,6 +91,7 @@ __all__ = [
     "load_split",
     "loss",
     "open_cache",
+    "output_loss",
     "train_student",
     "train_teacher",
     "wrap",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ from kdcache.cli.options import CacheName, PathType, cache_argument, json_option
 from kdcache.errors import counted
 
 if TYPE_CHECKING:
-    from kdcache.cache.inspect.diff import Difference
+    from kdcache.cache.inspect.diff import Difference, LogitAgreement
+    from kdcache.cache.inspect.output_statistics import OutputDifference, OutputStatistics
     from kdcache.cache.inspect.summary import Census, OfSample
 
 _worst_option = click.option(
@@ -39,17 +41,41 @@ def summarize(cache: str | Path, worst: int, threshold: float, scheduler: str, a
     Example: kdcache summarize runs/digits.kdcache --worst 20
     """
     from kdcache.cache import open_cache
+    from kdcache.cache.inspect.output_statistics import output_statistics
     from kdcache.cache.inspect.summary import take_census
 
     opened = open_cache(cache, progress=output.Terminal())
     opened.check_files(output.Terminal())
     with output.working(f"reading the rows of {cache}"):
-        census = take_census(opened, worst, threshold, scheduler)
+        has_logits = opened.manifest.plan.class_encoding is not None
+        census = take_census(opened, worst, threshold, scheduler) if has_logits else None
+        outputs = output_statistics(opened, scheduler)
     if as_json:
-        named = {name: [one._asdict() for one in getattr(census, name)] for name in ("classes", "hardest", "suspects")}
-        output.as_json({"cache": str(cache), "digest": opened.manifest.digest, **asdict(census), **named})
-    else:
+        lists = ("classes", "hardest", "suspects")
+        named = {name: [one._asdict() for one in getattr(census, name)] for name in lists} if census else {}
+        of_outputs = {"outputs": [one._asdict() for one in outputs]} if outputs else {}
+        of_logits = asdict(census) if census else {}
+        output.as_json({"cache": str(cache), "digest": opened.manifest.digest, **of_logits, **named, **of_outputs})
+        return
+    if census is not None:
         _print(census)
+    if census is not None and outputs:
+        output.result("")
+    if outputs:
+        _print_outputs(outputs)
+
+
+def _print_outputs(outputs: list[OutputStatistics]) -> None:
+    """Print a table of the outputs beside class logits."""
+    output.table(
+        "Other outputs: deviation is the root of the mean squared distance from the mean row",
+        ["output", "kind", "rows", "numbers", "smallest", "largest", "mean length", "deviation"],
+        [
+            [one.output, one.kind, f"{one.rows:,}", f"{one.length:,}"]
+            + [f"{value:.4g}" for value in (one.smallest, one.largest, one.mean_norm, one.deviation)]
+            for one in outputs
+        ],
+    )
 
 
 def _print(census: Census) -> None:
@@ -98,7 +124,7 @@ def _samples(title: str, samples: list[OfSample]) -> None:
 @scheduler_option
 @json_option
 def diff(first: str | Path, second: str | Path, worst: int, scheduler: str, as_json: bool) -> None:
-    """Print the differences between two caches: their manifests, and the logits of the same samples.
+    """Print the differences between two caches: their manifests, and the logits and outputs of the same samples.
 
     \b
     Example: kdcache diff runs/digits.kdcache runs/other.kdcache
@@ -129,8 +155,38 @@ def _print_difference(difference: Difference) -> None:
     output.result("")
     agreement = difference.agreement
     if agreement is None:
-        output.result(f"rows are not compared: {difference.why_not}")
-        return
+        output.result(f"logits are not compared: {difference.why_not}")
+    else:
+        _print_agreement(agreement)
+    if difference.outputs:
+        output.result("")
+        _print_output_differences(difference.outputs)
+
+
+def _print_output_differences(outputs: Sequence[OutputDifference]) -> None:
+    """Print a table of the outputs beside class logits."""
+    output.table(
+        "Other outputs",
+        ["output", "rows", "1 - cosine", "relative squared error", "largest difference"],
+        [
+            [
+                one.output,
+                f"{one.rows:,}",
+                f"{one.one_minus_cosine:.3g}",
+                f"{one.relative_error:.3g}",
+                f"{one.largest:.3g}",
+            ]
+            for one in outputs
+            if one.why_not is None
+        ],
+    )
+    for one in outputs:
+        if one.why_not is not None:
+            output.result(f"the output {one.output} is not compared: {one.why_not}")
+
+
+def _print_agreement(agreement: LogitAgreement) -> None:
+    """Print tables of how far the logits of two caches differ."""
     output.facts({"rows": f"{agreement.rows:,} compared", "same top class": f"{agreement.same_class:.2%}"})
     output.result("")
     shares = agreement.variations[0].quantiles
@@ -163,7 +219,8 @@ def _as_json(difference: Difference) -> dict[str, object]:
         worst = [row._asdict() for row in agreement.worst]
         rows = {**agreement._asdict(), "variations": variations, "worst": worst}
     manifest = [{"key": key, "first": one, "second": other} for key, one, other in difference.manifest]
-    return {"manifest": manifest, "rows": rows, "why_not": difference.why_not}
+    of_outputs = {"outputs": [one._asdict() for one in difference.outputs]} if difference.outputs else {}
+    return {"manifest": manifest, "rows": rows, "why_not": difference.why_not, **of_outputs}
 
 
 @click.command("card")
@@ -186,6 +243,7 @@ def card(cache: Path, scheduler: str, as_json: bool) -> None:
     with output.working(f"reading the rows of {cache}"):
         text, picture = write_card(opened, scheduler=scheduler)
     if as_json:
-        output.as_json({"cache": str(cache), "card": str(text), "picture": str(picture)})
+        drawn = None if picture is None else str(picture)
+        output.as_json({"cache": str(cache), "card": str(text), "picture": drawn})
     else:
-        output.facts({"card": str(text), "picture": str(picture)})
+        output.facts({"card": str(text), **({} if picture is None else {"picture": str(picture)})})

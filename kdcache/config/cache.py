@@ -91,7 +91,7 @@ class CacheSpec(Section):
     logits: bool = True
     """Whether the class logits are kept; false for a teacher that has none, or of which only other outputs are kept."""
     outputs: dict[OutputName, OutputSpec] = Field(default={})
-    """Other outputs of the teacher that are kept, by name: each a mapping with the keys of the next table."""
+    """Other outputs of the teacher that are kept, by name: each with the keys below."""
     license: str = ""
     """License of the cache, for the manifest."""
     notes: str = ""

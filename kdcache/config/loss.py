@@ -13,6 +13,7 @@ from kdcache.losses.config import Loss
 from kdcache.losses.custom import CustomDivergence
 from kdcache.losses.loss_module import DistillationLoss
 from kdcache.losses.options import Options
+from kdcache.losses.outputs import OUTPUT_LOSSES
 from kdcache.losses.presets import is_custom, settings_of_name
 from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, TEMPERATURES
 from kdcache.runtime import user_code
@@ -77,6 +78,50 @@ def loss(name: str = "kd", **options: Any) -> DistillationLoss:
                 f"it has: {', '.join([*known, *keys])}",
             )
     return DistillationLoss(load_function(validated(Loss, given, f"the loss {name!r}")))
+
+
+def output_loss(name: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a loss on vectors or scores by name, such as `kdcache.output_loss("rkd")`.
+
+    Args:
+        name: `mse`, `l1`, `smooth_l1`, `cosine`, `leaf`, `rkd`, `sp` or `pkt` for vectors; `mse`, `l1`, `smooth_l1`,
+            `margin_mse`, `list_kl` or `ccc` for scores. docs/LOSSES.md has their formulas and sources.
+        options: those of the loss, and `weight`.
+
+    Returns:
+        A function (student [B, D], teacher [B, D]) -> []: the mean over the samples, times the weight. For `rkd`, `sp`
+        and `pkt` the lengths of the vectors may differ.
+
+    Raises:
+        UsageError: for a name, an option or a value that is not known; from the function, for tensors of other shapes.
+
+    Example:
+        >>> loss = kdcache.output_loss("rkd", weight=0.1)
+        >>> loss(student_features, teacher(ids)).backward()
+    """
+    if name not in OUTPUT_LOSSES:
+        raise UsageError(
+            f"there is no loss {name!r} of vectors or scores{did_you_mean(name, OUTPUT_LOSSES)}",
+            f"use one of {', '.join(OUTPUT_LOSSES)}",
+        )
+    made = validated(OUTPUT_LOSSES[name], {"name": name, **options}, f"the loss {name!r}")
+
+    def of_output(student: Tensor, teacher: Tensor) -> Tensor:
+        shapes = [list(values.shape) for values in (student, teacher)]
+        compared = shapes if type(made).same_width else [shape[:1] for shape in shapes]
+        if student.ndim != 2 or teacher.ndim != 2 or compared[0] != compared[1]:
+            raise UsageError(
+                f"the student's vectors are {shapes[0]}, the teacher's {shapes[1]}",
+                "pass [B, D] of the same samples, of the same length except for rkd, sp and pkt",
+            )
+        if type(made).width not in (None, student.shape[1]):
+            raise UsageError(
+                f"the loss {name} compares {type(made).width} scores, and there are {student.shape[1]}",
+                "pass [B, 2]: the scores of a positive and a negative passage",
+            )
+        return made.weight * made.values(student, teacher).mean()
+
+    return of_output
 
 
 def _option_names(axis: str, base: dict[str, Any], given: Any) -> list[str]:

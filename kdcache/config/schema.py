@@ -231,8 +231,8 @@ class StudentSpec(ModelSpec):
     """Transform of the student's training images instead of the teacher's; only if the teacher saw fixed images (one
     view, nothing random). The teacher's logits then belong to other pixels, as in most published KD code."""
     outputs: dict[OutputName, StudentOutputSpec] = Field(default={})
-    """Where the outputs are taken that `loss` compares with those of the teacher, by name, each a mapping with the keys
-    of the next table. An output that is not named here is taken by its name."""
+    """Where the outputs are taken that `loss` compares with those of the teacher, by name, each with the keys below.
+    An output that is not named here is taken by its name."""
     train: TrainSpec = TrainSpec()
     """How `train-student` trains it."""
 

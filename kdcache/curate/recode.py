@@ -72,6 +72,7 @@ class ParentRows:
         return self._read(reader, view, change)
 
     def _read(self, reader: zarr_store.RowReader[R], view: int, change: Callable[[R, Tensor], R] | None) -> R:
+        """Return rows of a view in the order of `ids`, changed if requested."""
         size = self.plan.shape.chunk_rows
         order = np.argsort(self.ids, kind="stable")
         ids, labels = self.ids[order], self.labels[torch.from_numpy(order)]

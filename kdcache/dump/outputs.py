@@ -30,7 +30,7 @@ class PlannedOutputs(NamedTuple):
     """The outputs of a cache beside its class logits.
 
     Attributes:
-        records: by name; None if there are none.
+        records: by name; None for a cache of class logits alone.
         bases: of those whose encoding has one, by name.
         bytes_per_row: on disk, approximately, of all of them together.
     """
@@ -54,7 +54,7 @@ def plan_outputs(
 
     Raises:
         UsageError: if an encoding is not possible, or not within the requested fidelity; names the output.
-        MismatchError: if labels of the data set are no labels of an output.
+        MismatchError: if an output with `labels` has another number of classes than the data set.
     """
     records: dict[str, OutputRecord] = {}
     bases: dict[str, TailBasis | VectorBasis] = {}

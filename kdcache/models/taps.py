@@ -126,6 +126,7 @@ class Taps:
         return {name: self._output(name, tap) for name, tap in self._taps.items()}
 
     def _output(self, name: str, tap: Tap) -> Tensor:
+        """Return one output of the last pass."""
         source = name if tap.source is None else tap.source
         found = find_part(self.returned, source)
         if found is None and len(self._seen[name]) > 1:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdcache.cache.teacher import TeacherWithOutputs
@@ -17,6 +16,7 @@ from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.losses import Loss
 from kdcache.losses.batch import BatchTotals
+from kdcache.models.checkpoints import save_weights
 from kdcache.models.checks import refusing
 from kdcache.models.taps import Tap, Taps, check_taps
 
@@ -79,11 +79,8 @@ class StudentOutputs(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the linear maps, if there are any, beside the student."""
-        if self.projections:
-            save_file(
-                {name: value.contiguous() for name, value in self.projections.state_dict().items()},
-                folder / PROJECTIONS,
-            )
+        if len(self.projections):
+            save_weights(self.projections, folder / PROJECTIONS)
 
 
 @dataclass(frozen=True)

@@ -284,10 +284,10 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that was left when its second shard could not be written."""
     out, write = tmp_path / "begun.kdcache", CacheWriter.write
 
-    def fail(writer: CacheWriter, view: int, shard: int, *rows: Any) -> None:
+    def fail(writer: CacheWriter, view: int, shard: int, *rows: Any, **others: Any) -> None:
         if shard:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(writer, view, shard, *rows)
+        write(writer, view, shard, *rows, **others)
 
     with monkeypatch.context() as patch:
         patch.setattr(CacheWriter, "write", fail)
@@ -610,10 +610,10 @@ def test_the_teacher_goes_on_while_shards_are_written_but_not_for_ever(
     teacher, write = Noticing(), CacheWriter.write
     begins, may_end, written = Event(), Event(), []
 
-    def blocked(writer: CacheWriter, view: int, shard: int, *rows: Any) -> None:
+    def blocked(writer: CacheWriter, view: int, shard: int, *rows: Any, **others: Any) -> None:
         begins.set()
         assert may_end.wait(PATIENCE)
-        write(writer, view, shard, *rows)
+        write(writer, view, shard, *rows, **others)
         written.append(shard)
 
     monkeypatch.setattr(CacheWriter, "write", blocked)

@@ -16,6 +16,7 @@ from kdcache.cache.fidelity import total_variation
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import decode
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.inspect.output_statistics import OutputDifference, output_differences
 from kdcache.cache.preconditions import differences
 from kdcache.cache.reader import Cache
 
@@ -76,11 +77,13 @@ class Difference(NamedTuple):
         manifest: (key, value in the first, value in the second) per difference.
         agreement: agreement of their rows; None if these cannot be compared.
         why_not: reason in that case.
+        outputs: differences of the outputs beside the class logits.
     """
 
     manifest: list[tuple[str, object, object]]
     agreement: LogitAgreement | None
     why_not: str | None
+    outputs: Sequence[OutputDifference] = ()
 
 
 class _ShardResult(NamedTuple):
@@ -104,8 +107,6 @@ def compare(first: Cache, second: Cache, worst: int = 10, scheduler: str = "thre
         for manifest in (first.manifest, second.manifest)
     )
     differ = differences(before, after)
-    if first.num_classes != second.num_classes:
-        return Difference(differ, None, f"they have {first.num_classes} and {second.num_classes} classes")
     if not np.array_equal(first.sample_keys, second.sample_keys):
         common = int(np.isin(first.sample_keys, second.sample_keys).sum())
         why = f"they have different samples or another order: {len(first)} and {len(second)}, {common} of them in both"
@@ -113,7 +114,14 @@ def compare(first: Cache, second: Cache, worst: int = 10, scheduler: str = "thre
     views = sorted({*first.views}.intersection(second.views))
     if not views:
         return Difference(differ, None, f"they have no view in common: {[*first.views]} and {[*second.views]}")
-    return Difference(differ, _agreement(first, second, views, worst, scheduler), None)
+    outputs = output_differences(first, second, scheduler)
+    for cache in (first, second):
+        if cache.manifest.plan.class_encoding is None:
+            return Difference(differ, None, f"{cache.path} does not have them", outputs)
+    if first.num_classes != second.num_classes:
+        why = f"they have {first.num_classes} and {second.num_classes} classes"
+        return Difference(differ, None, why, outputs)
+    return Difference(differ, _agreement(first, second, views, worst, scheduler), None, outputs)
 
 
 def _agreement(first: Cache, second: Cache, views: Sequence[int], worst: int, scheduler: str) -> LogitAgreement:
