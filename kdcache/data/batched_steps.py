@@ -67,7 +67,10 @@ class BatchedTransform:
         return vars(self) | {"_plans": {}}  # functions, which another process makes for itself
 
     def stack(self, images: Images, ids: Sequence[int]) -> Tensor | None:
-        """Return the images `ids`, [B, channels, H, W]; None if they have to be transformed one at a time."""
+        """Return the images `ids`, [B, channels, H, W], or other tensors [B, ...].
+
+        None if they have to be transformed one at a time.
+        """
         if isinstance(images, ArrayImages):
             return images.pixels[torch.as_tensor(ids, dtype=torch.int64)]
         arrays: list[Tensor] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -20,22 +19,15 @@ from kdcache.config.section import validated
 from kdcache.config.transform import Transform
 from kdcache.data.class_folders import list_images
 from kdcache.data.images import ArrayImages, FileImages
-from kdcache.data.samples import HeldOut, Samples, Split, check_labels
+from kdcache.data.npz_files import array_transform, read_npz
+from kdcache.data.samples import HeldOut, Samples, Split
 from kdcache.data.user_dataset import load_user_split, user_samples
-from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.errors import UsageError
 from kdcache.runtime.package_data import package_data
 from kdcache.runtime.paths import READ_PERMISSION, expand
 from kdcache.runtime.user_code import is_user_code
 
-MOST_CHANNELS = 4
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-
-
-def _array_transform(mean: Sequence[float], std: Sequence[float]) -> Transform:
-    return [
-        {"ToDtype": {"dtype": "float32", "scale": True}},
-        {"Normalize": {"mean": list(mean), "std": list(std)}},
-    ]
 
 
 def photograph_transform(
@@ -50,7 +42,7 @@ def photograph_transform(
         {"Resize": {"size": [resize], "interpolation": interpolation}},
         {"CenterCrop": {"size": crop}},
         {"ToImage": {}},
-        *_array_transform(mean, std),
+        *array_transform(mean, std),
     ]
 
 
@@ -99,7 +91,7 @@ def _digits(spec: DatasetSpec, split: Split) -> Samples:
     pixels = torch.from_numpy((table[rows, :64] * 15).astype(np.uint8)).reshape(-1, 1, 8, 8)
     labels = table[rows, 64].astype(np.int32)
     return Samples(
-        "digits", split, ArrayImages(pixels), labels, tuple("0123456789"), _array_transform([0.2869], [0.3531])
+        "digits", split, ArrayImages(pixels), labels, tuple("0123456789"), array_transform([0.2869], [0.3531])
     )
 
 
@@ -131,7 +123,7 @@ def _cifar(spec: DatasetSpec, split: Split) -> Samples:
         ArrayImages(pixels),
         labels,
         tuple(raw.classes),
-        _array_transform(mean, std),
+        array_transform(mean, std),
         held_out=None if split == "test" else _held_out(len(raw.targets), spec),
     )
 
@@ -184,72 +176,20 @@ def _folder(spec: DatasetSpec, split: Split) -> Samples:
     )
 
 
-def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of an npz file; nothing in it is unpickled."""
-    if not path.is_file():
-        raise UsageError(f"file not found: {path}", "give the npz file: --set dataset.root=FILE")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is not a zip archive, or its end is missing")
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except Exception as error:  # numpy raises errors of many types for a damaged file
-        raise CorruptError(
-            f"cannot read {path} as an npz file: {error}", "write it with numpy.savez(path, images=..., labels=...)"
-        ) from error
-
-
 def _npz(spec: DatasetSpec, split: Split) -> Samples:
-    """Return a split of an npz file with `images`, `labels` and optionally `class_names`."""
+    """Return a split of an npz file of images, or of tensors of any shape."""
     path = _root(spec)
-    arrays = _arrays(path)
-    if "images" not in arrays or "labels" not in arrays:
-        raise UsageError(
-            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, not images and labels",
-            "write it with numpy.savez(path, images=[N, H, W] or [N, H, W, channels], labels=[N])",
-        )
-    images, labels = arrays["images"], arrays["labels"]
-    if images.ndim not in (3, 4) or images.dtype != np.uint8 or labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UsageError(
-            f"{path} has images {list(images.shape)} {images.dtype} and labels {list(labels.shape)} {labels.dtype}",
-            "images must be uint8 [N, H, W] or [N, H, W, channels], labels integers [N]",
-        )
-    if len(images) != len(labels):
-        raise MismatchError(f"{path} has {len(images)} images and {len(labels)} labels", "give one label per image")
-    names = _class_names(path, arrays.get("class_names"), labels)
-    check_labels(labels, len(names), str(path))
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.shape[3] > MOST_CHANNELS:
-        raise UsageError(
-            f"{path} has images {list(images.shape)}, that is {images.shape[3]} channels",
-            "put the channels last, [N, H, W, channels]: numpy.moveaxis(images, 1, -1)",
-        )
-    ids = _share(len(images), split, spec)
-    channels = images.shape[3]
+    stored = read_npz(path)
+    ids = _share(len(stored.labels), split, spec)
     return Samples(
         path.stem,
         split,
-        ArrayImages(torch.from_numpy(images[ids]).permute(0, 3, 1, 2).contiguous()),
-        labels[ids].astype(np.int32),
-        names,
-        _array_transform([0.5] * channels, [0.5] * channels),
-        held_out=_held_out(len(images), spec),
+        ArrayImages(stored.samples[torch.from_numpy(ids)].contiguous()),
+        stored.labels[ids],
+        stored.class_names,
+        stored.transform,
+        held_out=_held_out(len(stored.labels), spec),
     )
-
-
-def _class_names(path: Path, names: npt.NDArray[Any] | None, labels: npt.NDArray[np.integer[Any]]) -> tuple[str, ...]:
-    if names is not None:
-        if names.ndim != 1:
-            raise UsageError(f"{path} has class_names {list(names.shape)}", "store one name per class: [classes]")
-        return tuple(str(name) for name in names)
-    largest = int(labels.max(initial=0))
-    if largest >= max(len(labels), 2):
-        raise MismatchError(
-            f"{path} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",
-            "correct the labels, or store class_names=[one name per class] beside them",
-        )
-    return tuple(str(label) for label in range(largest + 1))
 
 
 def _user(spec: DatasetSpec, split: Split) -> Samples:

@@ -1,4 +1,9 @@
-"""Sources of pixels: arrays in memory, mapped files, image files, or the items of a Dataset."""
+"""Sources of samples: arrays in memory, mapped files, image files, or the items of a Dataset.
+
+A sample is an image, [channels, H, W] or a PIL image, or a tensor of any other shape, such as features [F], token ids
+[L] or frames [T, F]. What is written of images here holds for those tensors too, except that no step of torchvision is
+applied to them.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +38,13 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def picture(self, index: int) -> Picture:
-        """Return image `index`: a tensor [channels, H, W] or a PIL image."""
+        """Return image `index`: a tensor [channels, H, W], or of another shape, or a PIL image."""
 
     def content(self, index: int) -> bytes:
         """Return the bytes that the content key of image `index` is computed from."""
 
-    def shape(self) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the images; of the first one if they differ."""
+    def shape(self) -> tuple[int, ...]:
+        """Return (channels, height, width) of the images, or the shape of a tensor; of the first one if they differ."""
 
     def stamp(self) -> str | None:
         """Return a digest that changes if an image file changes; None if the images are not in files."""
@@ -47,7 +52,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images in memory: a tensor [N, channels, H, W]."""
+    """Images in memory, a tensor [N, channels, H, W], or tensors of one other shape, [N, ...]."""
 
     parallel: ClassVar[bool] = True
     pixels: Tensor
@@ -56,7 +61,7 @@ class ArrayImages:
         return len(self.pixels)
 
     def picture(self, index: int) -> Tensor:
-        """Return image `index` as a tensor [channels, H, W]."""
+        """Return image `index` as a tensor [channels, H, W], or of another shape."""
         return self.pixels[index]
 
     def content(self, index: int) -> bytes:
@@ -64,10 +69,9 @@ class ArrayImages:
         pixels = self.pixels[index].contiguous().numpy()
         return f"{pixels.dtype.str}{pixels.shape}".encode() + pixels.tobytes()
 
-    def shape(self) -> tuple[int, int, int]:
-        """Return (channels, height, width)."""
-        channels, height, width = self.pixels.shape[1:]
-        return channels, height, width
+    def shape(self) -> tuple[int, ...]:
+        """Return (channels, height, width), or the shape of a tensor."""
+        return tuple(self.pixels.shape[1:])
 
     def stamp(self) -> None:
         """Return None: the images are in memory."""
@@ -125,7 +129,7 @@ class FileImages:
 
 @dataclass(frozen=True)
 class ItemImages:
-    """The images of any `torch.utils.data.Dataset` of (image, label) pairs, as `wrap` takes it."""
+    """The images, or tensors of other shapes, of any `torch.utils.data.Dataset`, as `wrap` takes it."""
 
     parallel: ClassVar[bool] = False
     dataset: Dataset[Any]
@@ -137,28 +141,31 @@ class ItemImages:
         return self.length
 
     def picture(self, index: int) -> Picture:
-        """Return the first element of item `index`."""
-        return self._picture(self.dataset[index][0], index)
+        """Return item `index`, without its label."""
+        return self._picture(split_item(self.dataset[index])[0], index)
 
     def read(self, index: int) -> tuple[bytes, int]:
         """Return the content of an image and its label, of one reading of the item."""
-        item = self.dataset[index]
-        return self._content(self._picture(item[0], index)), operator.index(item[1])
+        image, label = split_item(self.dataset[index])
+        return self._content(self._picture(image, index)), operator.index(label)
 
     @staticmethod
     def _picture(image: Any, index: int) -> Picture:
         if isinstance(image, np.ndarray) and image.ndim in (2, 3):
             # Equal to torchvision's to_image, whose import would take every command a second.
-            image = _tensor_of(image, index).permute(2, 0, 1).contiguous()
+            image = _tensor_of(np.atleast_3d(image), index).permute(2, 0, 1).contiguous()
+        elif isinstance(image, np.ndarray) and image.ndim:
+            image = _tensor_of(image, index)
         if isinstance(image, Tensor):
             # NumPy, in whose types content keys are defined, has neither gradients nor bfloat16.
             image = image.detach().float() if image.dtype == torch.bfloat16 else image.detach()
-        if isinstance(image, Image.Image) or (isinstance(image, Tensor) and image.ndim == 3):
+        if isinstance(image, Image.Image) or (isinstance(image, Tensor) and image.numel() and image.ndim):
             return image
         shape = f" {list(image.shape)}" if isinstance(image, Tensor | np.ndarray) else ""
         raise UsageError(
             f"item {index} of the data set has an image of type {type(image).__name__}{shape}",
-            "return an image as a tensor [channels, H, W], a numpy array [H, W] or [H, W, channels], or a PIL image",
+            "return an image as a tensor [channels, H, W], a numpy array [H, W] or [H, W, channels], or a PIL image; "
+            "and anything else as a tensor of one or more dimensions, such as features [F] or token ids [L]",
         )
 
     def content(self, index: int) -> bytes:
@@ -172,16 +179,26 @@ class ItemImages:
         array = np.ascontiguousarray(image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
         return f"{array.dtype.str}{array.shape}".encode() + array.tobytes()
 
-    def shape(self) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the first image."""
+    def shape(self) -> tuple[int, ...]:
+        """Return (channels, height, width) of the first image, or the shape of the first tensor."""
         image = self.picture(0)
         if isinstance(image, Image.Image):
             return len(image.getbands()), image.height, image.width
-        channels, height, width = image.shape
-        return channels, height, width
+        return tuple(image.shape)
 
     def stamp(self) -> None:
         """Return None: the source of the items is unknown."""
+
+
+def split_item(item: Any) -> tuple[Any, Any]:
+    """Return the sample and the label of an item of a data set; -1 if it has no label, or None.
+
+    An item is a pair of both, a tuple of a sample alone (of `TensorDataset`), or a sample that is not in a tuple.
+    """
+    if isinstance(item, Tensor | np.ndarray | Image.Image):
+        return item, -1
+    label = item[1] if len(item) > 1 else None
+    return item[0], -1 if label is None else label
 
 
 def name_of(images: Images, index: int) -> str:
@@ -190,12 +207,11 @@ def name_of(images: Images, index: int) -> str:
 
 
 def _tensor_of(image: npt.NDArray[Any], index: int) -> Tensor:
-    """Return the values of an array [H, W] or [H, W, channels] of any byte order and strides, [H, W, channels].
+    """Return the values of an array of any shape, byte order and strides, in that shape.
 
     Raises:
         UsageError: if torch has no such type.
     """
-    image = np.atleast_3d(image)
     try:
         return torch.from_numpy(np.require(image, image.dtype.newbyteorder("="), ["C", "W"]))
     except TypeError:

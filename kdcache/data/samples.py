@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from kdcache.config.transform import Transform, step_names
 from kdcache.data.content_keys import load_keys, save_keys
-from kdcache.data.images import Images, ItemImages, name_of
+from kdcache.data.images import Images, ItemImages, name_of, split_item
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, delayed_task
 from kdcache.runtime.terminal import reporter
@@ -140,11 +140,13 @@ def wrap(
     transform: Transform | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Samples:
-    """Return a map-style `torch.utils.data.Dataset` of (image, label) pairs as `Samples`.
+    """Return a map-style `torch.utils.data.Dataset` of (image, label) pairs, or of tensors of any shape, as `Samples`.
 
     Args:
         dataset: with `__len__` and `__getitem__`; images are tensors [channels, H, W], numpy arrays [H, W] or
-            [H, W, channels], or PIL images; labels are integers.
+            [H, W, channels], or PIL images; labels are integers. Other samples are tensors of one shape, such as
+            features [F] or token ids [L]; integers reach the network as int64. An item without a label is a sample
+            alone, or (sample, None).
         num_classes: labels run from 0 to `num_classes - 1`; -1 marks an unknown label.
         name: name of the data set in the manifest.
         split: name of the split.
@@ -177,7 +179,7 @@ def as_samples(data: Samples | Dataset[Any]) -> Samples:
 
 
 def class_names(dataset: Dataset[Any], where: str) -> Sequence[str]:
-    """Return the attribute `classes` of a data set; without one, "0", "1", ... up to the largest label.
+    """Return the attribute `classes` of a data set; without one, "0", "1", ... up to the largest label; () if none.
 
     Args:
         dataset: data set of (image, label) pairs.
@@ -195,7 +197,7 @@ def class_names(dataset: Dataset[Any], where: str) -> Sequence[str]:
             )
         return [str(name) for name in names]
     labels = labels_of(dataset)
-    largest = int(labels.max(initial=0))
+    largest = int(labels.max()) if len(labels) else -1
     if largest >= max(len(labels), 2):
         raise MismatchError(
             f"{where} has the label {largest} and only {len(labels)} images: are there {largest + 1} classes?",
@@ -205,7 +207,7 @@ def class_names(dataset: Dataset[Any], where: str) -> Sequence[str]:
 
 
 def labels_of(dataset: Dataset[Any]) -> npt.NDArray[np.integer[Any]]:
-    """Return the labels of a map-style data set of (image, label) pairs, [N].
+    """Return the labels of a map-style data set of (image, label) pairs, [N]; -1 where an item has none.
 
     Raises:
         UsageError: if it has no length, or an item is not such a pair.
@@ -219,10 +221,11 @@ def labels_of(dataset: Dataset[Any]) -> npt.NDArray[np.integer[Any]]:
 
 def _label(item: Any, index: int) -> int:
     try:
-        return operator.index(item[1])
+        return operator.index(split_item(item)[1])
     except (TypeError, ValueError, LookupError):
         raise UsageError(
-            f"item {index} of the data set is not a pair of an image and an integer label", "return (image, label)"
+            f"item {index} of the data set is not a pair of an image and an integer label",
+            "return (image, label), or without labels the image or tensor alone",
         ) from None
 
 

@@ -199,14 +199,20 @@ class UserStep:
             self.code.check_arguments(None, **arguments)
 
     def __call__(self, image: Any) -> Any:
-        """Return the image that the step makes of an image: a tensor [channels, H, W] or a PIL image."""
+        """Return the image that the step makes of an image: a tensor [channels, H, W] or a PIL image.
+
+        Of a tensor of another number of dimensions it makes one of as many.
+        """
         if self._built is None:
             result = self.code(image, **self.arguments)
         else:
             result = replace(self.code, target=self._built)(image)
-        if isinstance(result, Image.Image) or (isinstance(result, Tensor) and result.ndim == 3):
+        ndim = image.ndim if isinstance(image, Tensor) else 3
+        if isinstance(result, Image.Image) or (isinstance(result, Tensor) and result.ndim == ndim):
             return result
         shape = f" {list(result.shape)}" if isinstance(result, Tensor) else ""
+        if ndim != 3:
+            raise self.code.mistake(f"returned a {type(result).__name__}{shape}, not a tensor of {ndim} dimensions")
         raise self.code.mistake(
             f"returned a {type(result).__name__}{shape}, not a tensor [channels, H, W] or PIL image"
         )

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from kdcache.cache.format.recorded_views import CROP, Crops
-from kdcache.config.transform import Transform
+from kdcache.config.transform import Transform, step_names
 from kdcache.data.batched_steps import batched_transform
 from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.mixing import Mixing, split_mixing
@@ -36,13 +36,14 @@ from kdcache.data.transform_limits import check_batch
 from kdcache.data.transforms import build_transform, is_random, runs_user_code
 from kdcache.errors import CorruptError, UsageError
 from kdcache.losses.batch import MixedLabels
+from kdcache.runtime.user_code import is_user_code
 
 
 class Batch(NamedTuple):
     """B samples of a view.
 
     Attributes:
-        images: [B, channels, H, W] float32.
+        images: [B, channels, H, W] float32; of other tensors [B, ...] float32, or int64 if they are integers.
         labels: [B] int64, of the samples themselves, -1 where unknown.
         ids: [B] int64.
         mixed: labels and shares of the partners; None if the images are not mixed.
@@ -147,10 +148,9 @@ class View(Dataset[Batch]):
             self._boxes = view, self._crops(view)
         return self._boxes[1]
 
-    def shape(self) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the first image after the transform."""
-        channels, height, width = self[0].images.shape[1:]
-        return channels, height, width
+    def shape(self) -> tuple[int, ...]:
+        """Return (channels, height, width) of the first image after the transform, or the shape of a tensor."""
+        return tuple(self[0].images.shape[1:])
 
     def __getitem__(self, index: int) -> Batch:
         return self.batch([index], self._view)
@@ -185,11 +185,12 @@ class View(Dataset[Batch]):
         if self._batched is None or (pixels := self._batched.stack(self.samples.images, ids)) is None:
             self._batched = None
             return None
+        self._check_steps(pixels[0])
         if not self._random:
-            return self._apply(partial(self._batched, pixels, None), int(ids[0])).float()
+            return _as_input(self._apply(partial(self._batched, pixels, None), int(ids[0]), pixels.ndim == 4))
         seeds = [self._seed_of(int(index), view) for index in ids]
         with kept_torch_generator():
-            return self._apply(partial(self._batched, pixels, seeds), int(ids[0])).float()
+            return _as_input(self._apply(partial(self._batched, pixels, seeds), int(ids[0])))
 
     def _mixed(self, index: int, view: int, mixing: Mixing, count: int) -> tuple[Tensor, float, int]:
         """Return an image mixed with its partner, the share of its own label, and the index of the partner."""
@@ -232,6 +233,7 @@ class View(Dataset[Batch]):
         """Return an image after the transform; `count` images are in memory at the same time."""
         picture = self.samples.images.picture(index)
         if isinstance(picture, Tensor):
+            self._check_steps(picture)
             picture = picture.clone()  # a transform may modify its input, and must not modify the data set
         if self._crop is not None and (boxes := self.boxes(view)) is not None:
             try:
@@ -241,11 +243,22 @@ class View(Dataset[Batch]):
                     f"sample {self._id(index)} of {self.samples.name}/{self.samples.split}, view {view}: {error}",
                     "use the images from which the boxes were drawn",
                 ) from None
-        pixels = self._apply(partial(self._transform, picture), index)
+        is_image = not (isinstance(picture, Tensor) and picture.ndim != 3)
+        pixels = self._apply(partial(self._transform, picture), index, is_image)
         check_batch(pixels.numel(), count)
         return pixels
 
-    def _apply(self, transform: Callable[[], Any], first: int) -> Tensor:
+    def _check_steps(self, sample: Tensor) -> None:
+        """Check that a sample is an image if a step is one of kdcache's or torchvision's, which are for images."""
+        names = [name for name in step_names(self.transform) if not is_user_code(name)]
+        if names and sample.ndim != 3:
+            raise UsageError(
+                f"the samples of {self.samples.name}/{self.samples.split} are tensors {list(sample.shape)}, and the "
+                f"step {names[0]} of the transform is for images [channels, H, W]",
+                "leave the transform empty (transform: []), or write steps of your own: path/file.py:function",
+            )
+
+    def _apply(self, transform: Callable[[], Any], first: int, is_image: bool = True) -> Tensor:
         """Return the result of a transform of an image, or of a batch of images that begins with sample `first`."""
         try:
             pixels = transform()
@@ -255,6 +268,8 @@ class View(Dataset[Batch]):
                 f"{error}",
                 f"correct `transform` or `eval_transform` of the pipeline{_on_channels(self.samples, first)}",
             ) from None
+        if isinstance(pixels, Tensor) and not is_image and not pixels.is_complex():
+            return pixels.as_subclass(Tensor)
         if not (isinstance(pixels, Tensor) and pixels.is_floating_point()):
             raise UsageError(
                 f"the transform returns {pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__} images",
@@ -274,6 +289,8 @@ SAME_CHANNELS = (
 def _on_channels(samples: Samples, index: int) -> str:
     """Return the fix for an image with another number of channels than the first; empty if it has the same."""
     picture = samples.images.picture(index)
+    if isinstance(picture, Tensor) and picture.ndim != 3:
+        return ""
     channels = len(picture.getbands()) if isinstance(picture, Image.Image) else picture.shape[-3]
     first = samples.images.shape()[0]
     return f"; this image has {channels} channels, the first {first}: {SAME_CHANNELS}" if channels != first else ""
@@ -282,6 +299,11 @@ def _on_channels(samples: Samples, index: int) -> str:
 def _check_sizes(images: Sequence[Tensor]) -> None:
     if any(pixels.shape != images[0].shape for pixels in images):
         what = " and ".join(sorted({str(list(pixels.shape)) for pixels in images})[:2])
+        if any(pixels.ndim != 3 for pixels in images):
+            raise UsageError(
+                f"the samples are tensors of different shapes: {what}",
+                "pad or cut them to one shape, in the data set or in a step of your own, path/file.py:function",
+            )
         if len({len(pixels) for pixels in images}) > 1:
             raise UsageError(f"the transform returns images of different numbers of channels: {what}", SAME_CHANNELS)
         raise UsageError(
@@ -290,9 +312,14 @@ def _check_sizes(images: Sequence[Tensor]) -> None:
         )
 
 
+def _as_input(values: Tensor) -> Tensor:
+    """Return what a network gets: float32, or int64 of integers, such as token ids."""
+    return values.float() if values.is_floating_point() else values.long()
+
+
 def _stack(images: Sequence[Tensor]) -> Tensor:
-    """Stack images of one size into [B, channels, H, W] float32."""
+    """Stack images of one size into [B, channels, H, W] float32, or tensors of another shape into [B, ...]."""
     _check_sizes(images)
     # In a worker process, it stacks into shared memory, from where the images need no other copy.
-    stacked: Tensor = default_collate([pixels.float() for pixels in images])
+    stacked: Tensor = default_collate([_as_input(pixels) for pixels in images])
     return stacked

@@ -93,7 +93,7 @@ def measure_speed(model: nn.Module, image: Tensor, min_run_time: float = MIN_RUN
         image: [1, channels, H, W] on the network's device.
         min_run_time: seconds for which latency and throughput are each measured, at least.
     """
-    batch = image.expand(BATCH, -1, -1, -1).contiguous()
+    batch = image.expand(BATCH, *image.shape[1:]).contiguous()
     with _evaluation_mode(model), torch.inference_mode():
         latency = _median_seconds(model, image, min_run_time)
         return Speed(1000 * latency, BATCH / _median_seconds(model, batch, min_run_time))

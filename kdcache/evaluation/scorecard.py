@@ -69,7 +69,7 @@ class NetworkScore(NamedTuple):
     calibration_error: float
     parameters: int
     multiply_adds: int
-    image: tuple[int, int, int]
+    image: tuple[int, ...]
     milliseconds: float
     images_per_second: float
     teacher: TeacherAgreement | None

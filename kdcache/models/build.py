@@ -16,6 +16,7 @@ or its state dict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ _COLOR = 3
 def build_model(
     model: str | Mapping[str, Any] | ModelSpec,
     num_classes: int,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, ...] | None = None,
     trained: bool = False,
     progress: Progress | bool | None = None,
 ) -> nn.Module:
@@ -55,9 +56,9 @@ def build_model(
     Args:
         model: its name, or a mapping with the keys `model`, `args`, `weights` and `output` as in a pipeline file.
         num_classes: C, the size of its output.
-        shape: (channels, height, width) of the images that it gets. The networks of kdcache (`small:`, `cifar:`) have
-            this number of channels, and `small:mlp` this size; those of libraries are checked to take them. None for
-            color images; only `small:mlp` needs it.
+        shape: (channels, height, width) of the images that it gets, or the shape of other tensors. The networks of
+            kdcache (`small:`, `cifar:`) have this number of channels, and `small:mlp` this size; those of libraries are
+            checked to take them. None for color images; only `small:mlp` needs it.
         trained: load the weights that `model` names, and refuse a network that would have random ones.
         progress: True to print to stderr which weights were loaded if a checkpoint has several, or a progress reporter;
             silent if None.
@@ -168,13 +169,14 @@ def _similar(model: str) -> str:
     return f", did you mean {' or '.join(known)}?" if known else ""
 
 
-def _small(name: str, spec: ModelSpec, num_classes: int, shape: tuple[int, int, int] | None) -> nn.Module:
+def _small(name: str, spec: ModelSpec, num_classes: int, shape: tuple[int, ...] | None) -> nn.Module:
     if name == "cnn":
         return construct(SmallCNN, spec, num_classes=num_classes, channels=_COLOR if shape is None else shape[0])
     if name == "mlp":
         if shape is None:
             raise UsageError("small:mlp needs the shape of the images", "pass shape=(channels, height, width)")
-        channels, height, width = shape
+        # Features that are not images are flattened as pixels are.
+        channels, height, width = shape if len(shape) == 3 else (math.prod(shape), 1, 1)
         sizes = {"channels": channels, "height": height, "width_of_image": width}
         return construct(SmallMLP, spec, num_classes=num_classes, **sizes)
     raise UsageError(f"there is no small network {name!r}{did_you_mean(name, _SMALL)}", "use small:cnn or small:mlp")

@@ -94,9 +94,11 @@ def refusing(images: Tensor, who: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except _CANNOT as error:
+        what = "images" if images.ndim == 4 else f"{str(images.dtype).removeprefix('torch.')} tensors"
+        sides = " (channels, height, width)" if images.ndim == 4 else ""
         raise MismatchError(
-            f"the {who} cannot take images {list(images.shape[1:])} (channels, height, width): {error}",
-            f"take another {who}, or a transform that gives the images it wants",
+            f"the {who} cannot take {what} {list(images.shape[1:])}{sides}: {error}",
+            f"take another {who}, or a transform that gives the {what} it wants",
         ) from None
 
 

@@ -131,7 +131,8 @@ class InferenceModel:
         Raises:
             MismatchError: as above, or if the network does not give an output, or one of another length than before.
         """
-        images = images.to(self.device, non_blocking=True).contiguous(memory_format=self._format)
+        layout = self._format if images.ndim == 4 else torch.contiguous_format
+        images = images.to(self.device, non_blocking=True).contiguous(memory_format=layout)
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
             if self._taps is None:
                 return TeacherOutput(self._logits(self._model(images), len(images)), {})

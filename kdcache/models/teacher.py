@@ -145,7 +145,7 @@ def _preset(specs: list[TrainedSpec], samples: Samples) -> Transform:
 
 
 def _load(
-    spec: TrainedSpec, samples: Samples, shape: tuple[int, int, int], progress: Progress
+    spec: TrainedSpec, samples: Samples, shape: tuple[int, ...], progress: Progress
 ) -> tuple[nn.Module, TeacherIdentity]:
     """Return a network that returns logits of the data set's classes, and its identity for the record."""
     outputs, groups = samples.num_classes, None

@@ -143,7 +143,8 @@ class Pass:
         return [self._micro_batch(self.data.batch(ids.tolist(), self.view)) for ids in cuts]
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
-        images = batch.images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        layout = self.memory_format if batch.images.ndim == 4 else torch.preserve_format
+        images = batch.images.to(self.device, non_blocking=True, memory_format=layout)
         mixed = batch.mixed.to(self.device) if batch.mixed is not None else None
         teacher, targets = self.teacher, {}
         if isinstance(teacher, TeacherWithOutputs):

@@ -40,7 +40,7 @@ def result_of(
     out: Path,
     spec: TeacherSpec | StudentSpec,
     num_classes: int,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     metrics: Mapping[str, Any],
 ) -> RunResult:
     """Return the result of a complete run.

@@ -468,7 +468,7 @@ LABELS = np.arange(6) % 2
     [
         (UsageError, "holds images, not images and labels", {"images": IMAGES}),
         (UsageError, "holds nothing, not images and labels", {}),
-        (UsageError, "holds x, y, not images and labels", {"x": IMAGES, "y": LABELS}),
+        (UsageError, "holds a, b, not images and labels", {"a": IMAGES, "b": LABELS}),
         (UsageError, r"images \[6, 4, 4\] float32", {"images": IMAGES.astype(np.float32), "labels": LABELS}),
         (UsageError, r"images \[6, 16\] uint8", {"images": IMAGES.reshape(6, 16), "labels": LABELS}),
         (UsageError, r"labels \[6\] float64", {"images": IMAGES, "labels": LABELS.astype(float)}),

@@ -44,7 +44,7 @@ class OneByOne:
     def content(self, index: int) -> bytes:
         return self.images.content(index)
 
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.images.shape()
 
     def stamp(self) -> str | None:
