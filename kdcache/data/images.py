@@ -151,6 +151,7 @@ class ItemImages:
 
     @staticmethod
     def _picture(image: Any, index: int) -> Picture:
+        """Return an image or tensor of an item as torch or Pillow has it."""
         if isinstance(image, np.ndarray) and image.ndim in (2, 3):
             # Equal to torchvision's to_image, whose import would take every command a second.
             image = _tensor_of(np.atleast_3d(image), index).permute(2, 0, 1).contiguous()
