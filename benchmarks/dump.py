@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -209,7 +210,9 @@ def _peak(folder: str, samples: int) -> int:
     """Return the peak memory of this process after a dump, in bytes."""
     names, labels = tuple(map(str, range(1000))), np.zeros(samples, np.int32)
     made = Samples("made", "train", MadeImages(samples, 8), labels, names, _TRANSFORM)
-    dump_teacher(OneLayer(), made, Path(folder) / "c.kdcache", spec=CacheSpec(top_k="all", shard_rows=500))
+    dump_teacher(
+        OneLayer(), made, Path(folder) / "c.kdcache", spec=CacheSpec(top_k="all", shard_rows=500, num_workers=0)
+    )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -217,8 +220,9 @@ def _print_memory(counts: tuple[int, int]) -> None:
     rows = []
     for count in counts:
         # In a new process each, as the peak of a process never decreases.
-        with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
-            peak = pool.apply(_peak, (folder, count))
+        context = multiprocessing.get_context("spawn")
+        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, context) as pool:
+            peak = pool.submit(_peak, folder, count).result()
         rows.append([f"{count:,}", f"{count * 2 * 1000 / 1e6:.1f}", f"{peak / 1e6:.1f}"])
     output.table("peak memory, MB", ["rows", "log-probabilities", "process"], rows)
 

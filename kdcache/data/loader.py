@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from kdcache.data.images import ArrayImages, ItemImages
 from kdcache.data.views import Batch, View
-from kdcache.errors import IncompleteError, KdcacheError
+from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.runtime.distributed import local_processes
 from kdcache.runtime.resources import available_cores
 
@@ -65,6 +66,12 @@ class Loader:
         self.data = data
         self._requests = _Sampler()
         workers = automatic_workers(data) if num_workers == "auto" else num_workers
+        if workers and multiprocessing.current_process().daemon:
+            raise UsageError(
+                f"num_workers is {workers}, and this is a daemonic process, such as one of a multiprocessing.Pool, "
+                "which cannot start others",
+                "set num_workers to 0 or auto, or use concurrent.futures.ProcessPoolExecutor",
+            )
         self._pipe_errors = (ConnectionError, EOFError) if workers else ()
         self._loader: DataLoader[Any] = DataLoader(
             _Requests(data),
@@ -132,6 +139,8 @@ def automatic_workers(data: View) -> int:
         return 0
     if isinstance(images, ItemImages) and not _is_of_torchvision(images.dataset):
         return 0
+    if multiprocessing.current_process().daemon:
+        return 0  # such a process, as those of a multiprocessing.Pool, cannot start others
     return max(1, min(available_cores() // local_processes(), _MAX_AUTOMATIC))
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from helpers.processes import PATIENCE
 from helpers.tiny import FLIP, tiny_samples
 from PIL import Image
 from torch import Tensor
@@ -21,6 +23,7 @@ from kdcache.data.images import FileImages, Images, ItemImages
 from kdcache.data.loader import Loader, automatic_workers, batches
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
+from kdcache.errors import UsageError
 from kdcache.models.evaluate import evaluate
 
 TO_FLOAT: Transform = [{"ToImage": {}}, {"ToDtype": {"dtype": "float32", "scale": True}}]
@@ -127,3 +130,27 @@ def test_scores_do_not_depend_on_the_number_of_processes(files: FileImages) -> N
     assert scores[0] == scores[1]
     assert scores[0].accuracy == (logits.argmax(dim=1) == labels).double().mean().item()
     assert scores[0].loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def _load_as_a_daemon(files: FileImages, num_workers: int | Literal["auto"], said: Any) -> None:
+    labels = np.zeros(len(files), np.int32)
+    view = View(Samples("s", "train", files, labels, ("a", "b"), []), TO_FLOAT)
+    try:
+        said.send(sum(len(batch.ids) for batch in Loader(view, num_workers).batches([[0, 1], [2]])))
+    except UsageError as error:
+        said.send(error.what)
+
+
+@pytest.mark.parametrize(("num_workers", "expected"), [("auto", 3), (0, 3), (2, "num_workers is 2, and this is a dae")])
+def test_a_daemonic_process_loads_by_itself(
+    num_workers: int | Literal["auto"], expected: int | str, files: FileImages
+) -> None:
+    """As those of a multiprocessing.Pool are, which cannot start others."""
+    here, there = multiprocessing.Pipe()
+    arguments = (files, num_workers, there)
+    process = multiprocessing.get_context("fork").Process(target=_load_as_a_daemon, args=arguments, daemon=True)
+    process.start()
+    assert here.poll(PATIENCE)
+    said = here.recv()
+    process.join()
+    assert str(said).startswith(str(expected)), said

