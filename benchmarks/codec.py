@@ -61,7 +61,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         cache = write_cache(Path(folder) / "made-up.kdcache", encoded(chosen, min(samples, 20_000)), samples)
-        teacher = open_cache(cache.path).teacher(device, placement="host")
+        teacher = open_cache(cache.path).teacher(device=device, placement="host")
         ids = torch.randint(samples, (64, batch), generator=torch.Generator().manual_seed(0))
         batches = itertools.cycle(ids)
         works = {

@@ -106,7 +106,7 @@ def _orders(n_rows: int) -> Iterator[Tensor]:
 
 
 def _cached(cache: Path, placement: Placement) -> Callable[[], None]:
-    teacher = open_cache(cache).teacher("cpu", placement=placement)
+    teacher = open_cache(cache).teacher(device="cpu", placement=placement)
     generator = torch.Generator().manual_seed(0)
 
     def run() -> None:
