@@ -82,7 +82,8 @@ def rkd(
         w_d mean_ij huber(d_ij(h) / mean d(h), d_ij(t) / mean d(t)) + w_a mean_ijk huber(cos ijk (h), cos ijk (t))
 
     Both means run over all pairs and triples, i = j included, as in the authors' code (lenscloth/RKD) and in
-    RepDistiller, whose weights are the defaults; the mean distance is over those above 0. Widths may differ.
+    RepDistiller, whose weights are the defaults; the mean distance is over i != j, equal vectors included. Widths may
+    differ.
 
     Args:
         student: [B, D].
@@ -105,14 +106,16 @@ def rkd(
 
 
 def _relative_distances(vectors: Tensor) -> Tensor:
-    """Return Euclidean distances divided by the mean of those above 0, [N, D] -> [N, N]; 0 if all vectors are equal."""
+    """Return Euclidean distances divided by their mean over i != j, [N, D] -> [N, N]; 0 if all vectors are equal."""
     # Of vectors that are far from 0, the squares cancel in float32; distances do not depend on where 0 is.
     vectors = vectors - vectors.mean(dim=0)
     squares = vectors.square().sum(dim=1)
     squared = (squares.unsqueeze(1) + squares.unsqueeze(0) - 2 * vectors @ vectors.T).clamp_min(_TINY)
     apart = ~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device) & (squared > _TINY)
     distances = torch.where(apart, squared.sqrt(), 0.0)
-    return distances / (distances.sum() / apart.sum().clamp_min(1)).clamp_min(_TINY)
+    # Not the number of those above 0: whether the distance of equal vectors is 0 is a matter of rounding.
+    pairs = max(len(vectors) * (len(vectors) - 1), 1)
+    return distances / (distances.sum() / pairs).clamp_min(_TINY)
 
 
 def _angles(vectors: Tensor) -> Tensor:

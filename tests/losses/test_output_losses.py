@@ -44,7 +44,7 @@ def rkd_by_definition(student: Any, teacher: Any, distance_weight: float, angle_
 
     def relative(vectors: Any) -> Any:
         distances = np.array([[math.dist(a, b) for b in vectors] for a in vectors])
-        return distances / distances[distances > 0].mean()
+        return distances / (distances.sum() / (count * (count - 1)))
 
     def angle(vectors: Any, i: int, j: int, k: int) -> float:
         one, other = vectors[j] - vectors[i], vectors[k] - vectors[i]
@@ -62,6 +62,17 @@ def test_rkd_is_its_definition(weights: tuple[float, float]) -> None:
     student, teacher = drawn(6, 4), drawn(6, 3, seed=1)
     expected = rkd_by_definition(student.numpy(), teacher.numpy(), *weights)
     assert rkd(student, teacher, *weights).tolist() == pytest.approx([expected] * 6, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_rkd_counts_equal_vectors_in_the_mean_distance(side: str, dtype: torch.dtype) -> None:
+    """As in the authors' code, where they are 1e-6 apart; several samples of which a ReLU cuts off all are equal."""
+    student, teacher = drawn(12, 5), drawn(12, 7, seed=1)
+    {"student": student, "teacher": teacher}[side][:4] = 0
+    expected = rkd_by_definition(student.numpy(), teacher.numpy(), 1.0, 0.0)
+    found = rkd(student.to(dtype), teacher.to(dtype), 1.0, 0.0)
+    assert found.tolist() == pytest.approx([expected] * 12, rel=1e-9 if dtype == torch.float64 else 1e-3)
 
 
 def test_sp_is_its_definition() -> None:
