@@ -97,6 +97,11 @@ class CacheSpec(Section):
     notes: str = ""
     """Notes for its users, for the manifest."""
 
+    @property
+    def output_names(self) -> list[str]:
+        """Names of all outputs that are kept, the class logits first."""
+        return [*(["logits"] if self.logits else []), *self.outputs]
+
     @field_validator("outputs")
     @classmethod
     def _no_output_is_the_logits(cls, outputs: dict[str, OutputSpec]) -> dict[str, OutputSpec]:

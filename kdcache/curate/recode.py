@@ -21,17 +21,17 @@ from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode, encode, stated_at
 from kdcache.cache.format.encoding import STATISTICS, TAIL_TEMPERATURES, Encoding
 from kdcache.cache.format.fingerprints import Inputs
+from kdcache.cache.format.output_codec import Basis, decode_output, encode_output
 from kdcache.cache.format.output_records import OutputRecord
 from kdcache.cache.format.recorded_views import recorded
 from kdcache.cache.format.schema import Plan
-from kdcache.cache.format.stored_bases import Basis
 from kdcache.cache.format.tail_basis import TailBasis, fit_coordinates, round_coordinates
 from kdcache.cache.format.vector_rows import EncodedRows, R
 from kdcache.cache.inspect.card import write_card
 from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.writer import CacheWriter
-from kdcache.dump.outputs import decode_output, encode_output
+from kdcache.dump.outputs import labels_of_output
 from kdcache.errors import InterruptedRun, KdcacheError
 
 _ROWS_AT_ONCE = 2048
@@ -214,7 +214,8 @@ def _rows_of_output(out: Path, plan: Plan, name: str, view: int, parents: list[P
         def again(
             rows: EncodedRows, labels: Tensor, before: OutputRecord = before, old_basis: Basis = old_basis
         ) -> EncodedRows:
-            return encode_output(decode_output(rows, labels, before, old_basis), labels, record, basis)
+            values = decode_output(rows, labels_of_output(before, labels), before.encoding, old_basis)
+            return encode_output(values, labels_of_output(record, labels), record.encoding, basis)
 
         is_same = before.encoding == record.encoding and same_basis(old_basis, basis)
         parts.append(parent.output_rows(name, view, None if is_same else again))

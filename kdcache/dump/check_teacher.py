@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdcache.cache.fidelity import TEMPERATURES, divergence, gradient_error, total_variation
 from kdcache.cache.format import stored_bases
 from kdcache.cache.format.codec import decode, encode
+from kdcache.cache.format.output_codec import decode_output
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.cache.vector_planner import vector_fidelity
@@ -17,7 +18,7 @@ from kdcache.config.cache import CacheSpec, OutputSpec
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.replay import teacher_view
 from kdcache.data.samples import Samples
-from kdcache.dump.outputs import decode_output, encode_outputs
+from kdcache.dump.outputs import encode_outputs, labels_of_output
 from kdcache.dump.probes import Difference, check_first_batch
 from kdcache.errors import MismatchError
 from kdcache.models import weights_digest
@@ -159,7 +160,8 @@ def compare_outputs(
                 said, labels = running.run(batch.images), batch.labels.to(device)
                 refuse_not_finite(said.finite().cpu(), batch.ids, said.names)
                 for name, encoded in encode_outputs(said.outputs, labels, plan, bases).items():
-                    again = decode_output(encoded, labels, plan.outputs[name], bases.get(name))
+                    truth = labels_of_output(plan.outputs[name], labels)
+                    again = decode_output(encoded, truth, plan.outputs[name].encoding, bases.get(name))
                     parts[name].append((said.outputs[name], again, teachers[name](batch.ids, view)))
                 task.advance(len(batch.ids))
             for name, of_output in parts.items():

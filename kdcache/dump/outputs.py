@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.format import zarr_store
-from kdcache.cache.format.codec import Rows, decode, encode_finite
-from kdcache.cache.format.encoding import Encoding, Request
-from kdcache.cache.format.output_records import OutputRecord, VectorEncoding, VectorRequest
+from kdcache.cache.format.codec import encode_finite
+from kdcache.cache.format.encoding import Request
+from kdcache.cache.format.output_codec import encode_output
+from kdcache.cache.format.output_records import OutputRecord, VectorRequest
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.stored_bases import Bases
 from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.cache.format.vector_codec import decode_vectors, encode_vectors
-from kdcache.cache.format.vector_rows import EncodedRows, VectorBasis, VectorRows
+from kdcache.cache.format.vector_codec import encode_vectors
+from kdcache.cache.format.vector_rows import EncodedRows, VectorBasis
 from kdcache.cache.planner import encoding_without_pilot, plan_encoding
 from kdcache.cache.preconditions import check_same_plan
 from kdcache.cache.vector_planner import PlannedVectors, plan_vectors, scores_encoding
@@ -158,10 +159,10 @@ def check_same_outputs(path: Path, begun: Plan, spec: CacheSpec) -> None:
     Raises:
         MismatchError: with the outputs or settings that differ.
     """
-    if (begun.class_encoding is not None) != spec.logits or list(begun.named_outputs) != list(spec.outputs):
-        now = [*(["logits"] if spec.logits else []), *spec.outputs]
+    if begun.output_names != spec.output_names:
         raise MismatchError(
-            f"{path} keeps the outputs {', '.join(begun.output_names)}, and these settings {', '.join(now)}",
+            f"{path} keeps the outputs {', '.join(begun.output_names)}, and these settings "
+            f"{', '.join(spec.output_names)}",
             "use the cache.outputs and cache.logits that it was begun with, or write to another folder",
         )
     for name, output in spec.outputs.items():
@@ -176,16 +177,9 @@ def check_same_outputs(path: Path, begun: Plan, spec: CacheSpec) -> None:
             )
 
 
-def decode_output(
-    rows: EncodedRows, labels: Tensor, record: OutputRecord, basis: TailBasis | VectorBasis | None
-) -> Tensor:
-    """Return an output [B, D] float32 from its rows; `labels` [B] int64 are those of the samples."""
-    if isinstance(rows, VectorRows):
-        return decode_vectors(rows, record.vector_encoding, basis if isinstance(basis, VectorBasis) else None)
-    if not isinstance(rows, Rows) or not isinstance(record.encoding, Encoding):
-        raise TypeError("rows of classes have an encoding of classes")
-    truth = labels if record.labels == "sample" else torch.full_like(labels, -1)
-    return decode(rows, truth, record.encoding, basis if isinstance(basis, TailBasis) else None)
+def labels_of_output(record: OutputRecord, labels: Tensor) -> Tensor:
+    """Return the labels [B] int64 that an output is encoded with: those of the samples, or -1."""
+    return labels if record.labels == "sample" else torch.full_like(labels, -1)
 
 
 def encode_outputs(values: Mapping[str, Tensor], labels: Tensor, plan: Plan, bases: Bases) -> dict[str, EncodedRows]:
@@ -208,16 +202,6 @@ def encode_outputs(values: Mapping[str, Tensor], labels: Tensor, plan: Plan, bas
                 f"{record.channels} when the cache was planned",
                 "take an output that always has the same length",
             )
-        encoded[name] = encode_output(values[name], labels, record, bases.get(name))
+        truth = labels_of_output(record, labels)
+        encoded[name] = encode_output(values[name], truth, record.encoding, bases.get(name))
     return encoded
-
-
-def encode_output(
-    values: Tensor, labels: Tensor, record: OutputRecord, basis: TailBasis | VectorBasis | None
-) -> EncodedRows:
-    """Return the rows of an output [B, D] float32; `labels` [B] int64 are those of the samples."""
-    if isinstance(record.encoding, VectorEncoding):
-        return encode_vectors(values, record.encoding, basis if isinstance(basis, VectorBasis) else None)
-    encoding: Encoding = record.encoding
-    truth = labels if record.labels == "sample" else torch.full_like(labels, -1)
-    return encode_finite(values, truth, encoding, basis if isinstance(basis, TailBasis) else None)

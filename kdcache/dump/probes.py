@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import Rows, decode
 from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.output_codec import decode_output
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import PROBES, Plan
 from kdcache.cache.planner import pilot_ids
 from kdcache.config.cache import CacheSpec
 from kdcache.data.loader import cut_range
 from kdcache.data.views import View
-from kdcache.dump.outputs import decode_output, encode_outputs
+from kdcache.dump.outputs import encode_outputs, labels_of_output
 from kdcache.errors import CorruptError, MismatchError
 from kdcache.models.inference import InferenceModel, TeacherOutput, refuse_not_finite
 
@@ -142,14 +143,9 @@ def run_probes(
     return Probes(np.array(ids), keys, values.numpy(), np.array(widths))
 
 
-def _names(spec: CacheSpec) -> list[str]:
-    """Return the names of the parts of probes, in their order."""
-    return [*([DEFAULT_OUTPUT] if spec.logits else []), *spec.outputs]
-
-
 def _parts(said: TeacherOutput) -> list[Tensor]:
     """Return the logits and all other outputs of a batch, on the CPU."""
-    return [part.cpu() for part in (*([said.logits] if said.logits is not None else []), *said.outputs.values())]
+    return [part.cpu() for part in said.parts.values()]
 
 
 def _image(view: View, sample: int) -> Tensor | None:
@@ -191,7 +187,7 @@ def check_probes(before: Probes, now: Probes, run_again: Callable[[], Probes], s
     if not same.any():
         return
     ids, again = now.ids[same].tolist(), None
-    for name, columns in zip(_names(spec), now.columns(), strict=True):
+    for name, columns in zip(spec.output_names, now.columns(), strict=True):
         was, live = (torch.from_numpy(probes.logits[same][:, columns]) for probes in (before, now))
         classes = torch.arange(live.shape[1]).expand(len(live), -1)
         found = _difference(was, live, ids, classes)._replace(output=name)
@@ -250,9 +246,9 @@ def _from_stored(
     bases = stored_bases.read_bases(cache, plan)
     for name, live in encode_outputs(values, labels, plan, bases).items():
         stored = zarr_store.output_reader(cache, plan, name).read(view, batch)
-        kept, again = (
-            decode_output(rows, labels, plan.named_outputs[name], bases.get(name)) for rows in (stored, live)
-        )
+        record, basis = plan.named_outputs[name], bases.get(name)
+        truth = labels_of_output(record, labels)
+        kept, again = (decode_output(rows, truth, record.encoding, basis) for rows in (stored, live))
         columns = torch.arange(kept.shape[1]).expand(len(kept), -1)
         differences.append(_difference(kept, again, batch, columns)._replace(output=name))
     return differences

@@ -50,14 +50,18 @@ class TeacherOutput(NamedTuple):
         return self.logits
 
     @property
+    def parts(self) -> dict[str, Tensor]:
+        """All K outputs by name, the class logits first."""
+        return {**({} if self.logits is None else {DEFAULT_OUTPUT: self.logits}), **self.outputs}
+
+    @property
     def names(self) -> list[str]:
         """Names of all K outputs, the class logits first."""
-        return [*([DEFAULT_OUTPUT] if self.logits is not None else []), *self.outputs]
+        return list(self.parts)
 
     def finite(self) -> Tensor:
-        """Return whether all numbers of an output of a sample are finite, [B, K] bool, in the order of `names`."""
-        of_logits = [finite_rows(self.logits)] if self.logits is not None else []
-        return torch.stack([*of_logits, *(finite_rows(values) for values in self.outputs.values())], dim=1)
+        """Return whether all numbers of an output of a sample are finite, [B, K] bool, in the order of `parts`."""
+        return torch.stack([finite_rows(values) for values in self.parts.values()], dim=1)
 
 
 class InferenceModel:

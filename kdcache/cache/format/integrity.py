@@ -13,15 +13,14 @@ from torch import Tensor
 
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.array_specs import STORE, labels_of, output_encoding
-from kdcache.cache.format.codec import Rows, decode
+from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import digest_of
+from kdcache.cache.format.output_codec import Basis, decode_output
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT, VectorEncoding
 from kdcache.cache.format.recorded_views import recorded
 from kdcache.cache.format.schema import FileRecord, Plan
-from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.cache.format.vector_codec import decode_vectors
-from kdcache.cache.format.vector_rows import VectorBasis, VectorRows
+from kdcache.cache.format.vector_rows import VectorRows
 from kdcache.cache.format.verified_files import Problem, damaged_files, raise_first
 from kdcache.errors import CorruptError
 from kdcache.runtime.system_files import is_system_file
@@ -88,20 +87,14 @@ def check_shard_rows(
     return problems, of_logits
 
 
-def _defects(
-    rows: Any, labels: Tensor, encoding: Encoding | VectorEncoding, basis: TailBasis | VectorBasis | None
-) -> dict[str, list[int]]:
+def _defects(rows: Any, labels: Tensor, encoding: Encoding | VectorEncoding, basis: Basis) -> dict[str, list[int]]:
     """Return each defect of some rows, with the indices of the rows that have it; in blocks, so in little memory."""
     found: dict[str, list[int]] = {}
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
         truth = labels[start : start + _BLOCK_ROWS]
-        if isinstance(encoding, VectorEncoding):
-            axes = basis if isinstance(basis, VectorBasis) else None
-            checks, decoded = _vector_checks(block), decode_vectors(block, encoding, axes)
-        else:
-            tails = basis if isinstance(basis, TailBasis) else None
-            checks, decoded = _row_checks(block, truth, encoding), decode(block, truth, encoding, tails)
+        checks = _vector_checks(block) if isinstance(encoding, VectorEncoding) else _row_checks(block, truth, encoding)
+        decoded = decode_output(block, truth, encoding, basis)
         not_finite = ("does not decode to finite numbers", ~decoded.isfinite().all(dim=1))
         for what, wrong in (*checks, not_finite):
             if wrong.any():

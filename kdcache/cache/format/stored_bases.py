@@ -12,6 +12,7 @@ import torch
 
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.array_specs import basis_arrays, path_in_store
+from kdcache.cache.format.output_codec import Basis
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.store_files import check_common
@@ -19,9 +20,6 @@ from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.vector_rows import VectorBasis
 from kdcache.cache.format.verified_files import AGAIN
 from kdcache.errors import CorruptError
-
-Basis = TailBasis | VectorBasis | None
-"""Basis of an output; None if its encoding has none."""
 
 Bases = Mapping[str, TailBasis | VectorBasis]
 """Basis by name of the output, of the outputs that have one."""
@@ -60,7 +58,7 @@ def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
     return _tail_basis(arrays) if arrays else None
 
 
-def read_output_basis(cache: Path, plan: Plan, output: str) -> TailBasis | VectorBasis | None:
+def read_output_basis(cache: Path, plan: Plan, output: str) -> Basis:
     """Read the basis of any output; None if its encoding does not use one."""
     arrays = _read_basis(cache, plan, output)
     if not arrays:

@@ -14,12 +14,8 @@ from torch.nn import functional
 from kdcache.cache import parallel
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.array_specs import labels_of, output_encoding
-from kdcache.cache.format.codec import decode
-from kdcache.cache.format.output_records import VectorEncoding
+from kdcache.cache.format.output_codec import decode_output
 from kdcache.cache.format.schema import Plan
-from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.cache.format.vector_codec import decode_vectors
-from kdcache.cache.format.vector_rows import VectorBasis
 from kdcache.cache.reader import Cache
 
 _BLOCK_ROWS = 4096
@@ -167,16 +163,8 @@ def _decoded(cache: Path, plan: Plan, output: str, view: int, ids: range, labels
     rows = zarr_store.output_reader(cache, plan, output).read(view, ids)
     basis, encoding = stored_bases.read_output_basis(cache, plan, output), output_encoding(plan, output)
     truth = torch.from_numpy(labels_of(plan, output, labels.numpy()))
-    parts = []
-    for start in range(0, len(rows), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        if isinstance(encoding, VectorEncoding):
-            axes = basis if isinstance(basis, VectorBasis) else None
-            parts.append(decode_vectors(rows[block], encoding, axes))
-        else:
-            tails = basis if isinstance(basis, TailBasis) else None
-            parts.append(decode(rows[block], truth[block], encoding, tails))
-    return torch.cat(parts).double()
+    blocks = [slice(start, start + _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
+    return torch.cat([decode_output(rows[block], truth[block], encoding, basis) for block in blocks]).double()
 
 
 def _sums(values: Tensor) -> _Sums:

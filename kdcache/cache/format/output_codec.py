@@ -1,0 +1,38 @@
+"""Encode and decode any output of a teacher: class logits by `codec.py`, vectors and scores by `vector_codec.py`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kdcache.cache.format.codec import Rows, decode, encode_finite
+from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.output_records import VectorEncoding
+from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.format.vector_codec import decode_vectors, encode_vectors
+from kdcache.cache.format.vector_rows import EncodedRows, VectorBasis, VectorRows
+
+Basis = TailBasis | VectorBasis | None
+"""Basis of an output; None if its encoding has none."""
+
+
+def encode_output(values: Tensor, labels: Tensor, encoding: Encoding | VectorEncoding, basis: Basis) -> EncodedRows:
+    """Return the rows of an output.
+
+    Args:
+        values: [B, D] float32, finite.
+        labels: [B] int64, classes of this output, -1 for no label; not used for vectors and scores.
+        encoding: of the rows.
+        basis: of the encoding, on the same device.
+    """
+    if isinstance(encoding, VectorEncoding):
+        return encode_vectors(values, encoding, basis if isinstance(basis, VectorBasis) else None)
+    return encode_finite(values, labels, encoding, basis if isinstance(basis, TailBasis) else None)
+
+
+def decode_output(rows: EncodedRows, labels: Tensor, encoding: Encoding | VectorEncoding, basis: Basis) -> Tensor:
+    """Return an output [B, D] float32 from its rows; `labels` [B] int64 are those that it was encoded with."""
+    if isinstance(rows, VectorRows) and isinstance(encoding, VectorEncoding):
+        return decode_vectors(rows, encoding, basis if isinstance(basis, VectorBasis) else None)
+    if isinstance(rows, Rows) and isinstance(encoding, Encoding):
+        return decode(rows, labels, encoding, basis if isinstance(basis, TailBasis) else None)
+    raise TypeError(f"{type(rows).__name__} are not rows of a {type(encoding).__name__}")
