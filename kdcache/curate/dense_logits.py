@@ -20,7 +20,7 @@ from kdcache.cache.format.codec import Rows, decode, encode, not_finite
 from kdcache.cache.format.fingerprints import Inputs, digest_of
 from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
-from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
 from kdcache.cache.format.stored_bases import basis_of_logits
 from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.planner import pilot_ids
@@ -29,7 +29,6 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
-from kdcache.curate.derive import row_bytes
 from kdcache.curate.logit_files import LogitFile, content_of, open_logits
 from kdcache.curate.recode import build
 from kdcache.curate.scratch import scratch_file
@@ -139,7 +138,7 @@ def _begin(
         request=request_of(spec),
         encoding=chosen.encoding,
         fidelity=chosen.fidelity,
-        shape=choose_sharding(len(samples), row_bytes(chosen.class_encoding()), spec.shard_rows),
+        shape=choose_sharding(len(samples), bytes_per_shard_row(chosen.encoding), spec.shard_rows),
         batch_size=spec.batch_size,
         versions=versions(),
         licence=spec.license,

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 
 from kdcache.cache.format import zarr_store
-from kdcache.cache.format.array_specs import raw_bytes
 from kdcache.cache.format.encoding import Encoding, Fidelity, Request
 from kdcache.cache.format.fingerprints import Inputs
 from kdcache.cache.format.output_records import OutputRecord
@@ -72,18 +71,6 @@ class Encoded(NamedTuple):
     def bases(self) -> Bases:
         """Bases of all outputs that have one."""
         return {**basis_of_logits(self.basis), **self.output_bases}
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes per row by which shards are laid out: of the log-probabilities, or else of the largest output."""
-        if self.encoding is not None:
-            return self.encoding.top_k * np.dtype(self.encoding.dtype).itemsize
-        return max(raw_bytes(record.encoding) for record in (self.outputs or {}).values())
-
-
-def row_bytes(encoding: Encoding) -> int:
-    """Return the bytes per row of the log-probabilities."""
-    return encoding.top_k * np.dtype(encoding.dtype).itemsize
 
 
 def inputs_at(

@@ -11,7 +11,7 @@ from kdcache.cache.format import stored_bases
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import Lineage, Plan
-from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
 from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
@@ -102,9 +102,8 @@ def merge(
         plan.outputs,
         {name: basis for name, basis in output_bases.items() if name != DEFAULT_OUTPUT},
     )
-    shape, inputs = inputs_at(
-        selections, choose_sharding(len(keys), encoded.row_bytes), plan.views.count, data, reporter
-    )
+    shape = choose_sharding(len(keys), bytes_per_shard_row(plan.class_encoding, plan.outputs))
+    shape, inputs = inputs_at(selections, shape, plan.views.count, data, reporter)
     licence = _joined([cache.manifest.plan.licence for cache in caches], " AND ")
     notes = _joined([cache.manifest.plan.notes for cache in caches], "\n")
     merged = planned(plan, dataset, plan.views.count, encoded, shape, lineage, licence=licence, notes=notes)

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from kdcache.cache.format.array_specs import raw_bytes, raw_bytes_of_all_outputs
 from kdcache.cache.format.encoding import Encoding, Fidelity, Request
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import NO_WEIGHTS, DatasetRecord, Plan, Sharding, TeacherRecord, ViewsRecord
-from kdcache.cache.format.sharding import choose_sharding
+from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
 from kdcache.cache.format.stored_bases import Bases, basis_of_logits
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
@@ -54,12 +53,6 @@ class Chosen(NamedTuple):
     basis: TailBasis | None
     bytes_per_row: float
     outputs: PlannedOutputs = PlannedOutputs()
-
-    def class_encoding(self) -> Encoding:
-        """Return the encoding of the class logits, which must be kept."""
-        if self.encoding is None:
-            raise TypeError("the class logits are not kept")
-        return self.encoding
 
     @property
     def bases(self) -> Bases:
@@ -206,7 +199,7 @@ def plan_cache(
     Raises:
         UsageError: if the settings are inconsistent with the data set or with each other.
     """
-    row_bytes = _row_bytes(choice)
+    row_bytes = bytes_per_shard_row(choice.encoding, choice.outputs.records)
     try:
         return Plan(
             teacher=TeacherRecord(
@@ -231,14 +224,6 @@ def plan_cache(
         )
     except ValidationError as error:
         raise _invalid_plan(error) from None
-
-
-def _row_bytes(choice: Chosen) -> int:
-    """Return bytes per row of the log-probabilities and of other outputs, by which shards are laid out."""
-    row_bytes = sum(raw_bytes(output.encoding) for output in (choice.outputs.records or {}).values())
-    if choice.encoding is not None:
-        row_bytes += choice.encoding.top_k * np.dtype(choice.encoding.dtype).itemsize
-    return row_bytes
 
 
 def teacher_by_hearsay(name: str, kept: str, level: Literal["unknown"] | None = None) -> TeacherRecord:

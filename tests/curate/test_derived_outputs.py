@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from kdcache import Cache, dump_teacher, open_cache, wrap
+from kdcache.cache.format import sharding
+from kdcache.cache.format.array_specs import output_encoding, row_parts
 from kdcache.cache.inspect.audit import audit
 from kdcache.cache.push_pull import pull, push
 from kdcache.curate.merge import merge
@@ -155,3 +158,15 @@ def test_a_pulled_copy_has_all_outputs(cache: Cache, tmp_path: Path) -> None:
     push(cache.path, f"file://{tmp_path}/there.kdcache")
     pull(f"file://{tmp_path}/there.kdcache", tmp_path / "here.kdcache")
     check_equal(values(open_cache(tmp_path / "here.kdcache")), values(cache))
+
+
+def test_shards_of_a_derived_cache_leave_room_for_all_outputs(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a dump do: of logits alone, the chunks of a wide vector could exceed what blosc takes."""
+    monkeypatch.setattr(sharding, "_MAX_BYTES", 10_000)
+    selected = select(cache, tmp_path / "s.kdcache", samples=np.array([7, 3, 5]), data=wrap(images(), 6))
+    plan = selected.manifest.plan
+    of_outputs = sum(math.prod(part.width) * np.dtype(part.dtype).itemsize for name in OUTPUTS
+                     for part in row_parts(output_encoding(plan, name)).values())  # fmt: skip
+    assert 10_000 // 2 < plan.shape.chunk_rows * (6 * 2 + of_outputs) <= 10_000

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+
+from kdcache.cache.format.array_specs import raw_bytes
+from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.output_records import OutputRecord
 from kdcache.cache.format.schema import LARGEST_CHUNK, Sharding
 
 _FINGERPRINTS = 16
 """Fingerprints per shard at least, where a divisor allows it; the writer's choice (docs/FORMAT.md, section 6.3)."""
 
 _MAX_BYTES = 2**30
-"""Bytes of log-probabilities per chunk, and per chosen shard, at most: a shard is held in memory before it is written,
-and blosc does not accept chunks of 2 GiB (docs/FORMAT.md, section 3)."""
+"""Bytes of log-probabilities and other outputs per chunk, and per chosen shard, at most: a shard is held in memory
+before it is written, and blosc does not accept chunks of 2 GiB (docs/FORMAT.md, section 3)."""
 
 _MIN_SHARDS, _MIN_SHARD_ROWS, _MAX_SHARD_ROWS = 8, 1024, 131_072
 """Shards per view, and rows per shard, that are chosen by default; the writer's choice (docs/FORMAT.md, section 3)."""
@@ -26,7 +33,7 @@ def choose_sharding(samples: int, row_bytes: int, shard_rows: int | None = None)
 
     Args:
         samples: N.
-        row_bytes: bytes of log-probabilities per row.
+        row_bytes: see `bytes_per_shard_row`.
         shard_rows: requested rows per shard; None to choose them.
     """
     fitting = max(_MAX_BYTES // row_bytes, 1)
@@ -38,6 +45,12 @@ def choose_sharding(samples: int, row_bytes: int, shard_rows: int | None = None)
     else:
         chunk_rows = shard_rows
     return Sharding(shard_rows=shard_rows, chunk_rows=chunk_rows, fingerprint_stride=_stride(shard_rows, samples))
+
+
+def bytes_per_shard_row(encoding: Encoding | None, outputs: Mapping[str, OutputRecord] | None = None) -> int:
+    """Return the bytes per row of the log-probabilities, if class logits are kept, and of all other outputs."""
+    of_logits = 0 if encoding is None else encoding.top_k * np.dtype(encoding.dtype).itemsize
+    return of_logits + sum(raw_bytes(output.encoding) for output in (outputs or {}).values())
 
 
 def _rounded_up(rows: int) -> int:
