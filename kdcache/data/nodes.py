@@ -86,7 +86,7 @@ class Graph:
             visible: mask of the nodes whose labels are kept, such as "train"; the others have -1. None for all.
 
         Raises:
-            UsageError: if there is no such mask.
+            UsageError: if the graph does not have this mask.
         """
         labels = self.labels
         if visible is not None:

@@ -11,6 +11,7 @@ from kdcache.cache.fidelity import TEMPERATURES, divergence, gradient_error, tot
 from kdcache.cache.format import stored_bases
 from kdcache.cache.format.codec import decode, encode
 from kdcache.cache.format.output_codec import decode_output
+from kdcache.cache.format.schema import Plan
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.cache.vector_planner import vector_fidelity
@@ -148,12 +149,11 @@ def compare_outputs(
     if not plan.outputs:
         return []
     running = InferenceModel(model, len(plan.dataset.class_names), spec, device)
-    ids = pilot_ids(len(samples), rows)
-    cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
+    cuts = _cuts(samples, rows, plan)
     teachers = {name: cache.teacher(name, device=device) for name in plan.outputs}
     bases = {name: basis.to(device) for name, basis in stored_bases.read_bases(cache.path, plan).items()}
     agreements = []
-    with (progress or Silent()).task("teacher's outputs", len(ids) * len(cache.views), "rows") as task:
+    with (progress or Silent()).task("teacher's outputs", sum(map(len, cuts)) * len(cache.views), "rows") as task:
         for view in cache.views:
             parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in plan.outputs}
             for batch in batches(teacher_view(cache, samples, view), cuts, spec.num_workers, device):
@@ -168,6 +168,12 @@ def compare_outputs(
                 live, again, cached = (torch.cat(values) for values in zip(*of_output, strict=True))
                 agreements += _output_agreement(view, name, plan.outputs[name].kind, live, again, cached)
     return agreements
+
+
+def _cuts(samples: Samples, rows: int, plan: Plan) -> list[list[int]]:
+    """Return batches of ids of so many rows, spread over the data set."""
+    ids = pilot_ids(len(samples), rows)
+    return [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
 
 
 def _output_agreement(
@@ -220,11 +226,10 @@ def compare_with_teacher(
     spec = with_outputs_of(cache, spec).model_copy(update={"outputs": {}})
     check_weights(cache, model, spec)
     running = InferenceModel(model, plan.encoding.num_classes, spec, device)
-    ids = pilot_ids(len(samples), rows)
-    cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), plan.batch_size)]
+    cuts = _cuts(samples, rows, plan)
     teacher = cache.teacher(device=device)
     agreements = []
-    with (progress or Silent()).task("teacher", len(ids) * len(cache.views), "rows") as task:
+    with (progress or Silent()).task("teacher", sum(map(len, cuts)) * len(cache.views), "rows") as task:
         for view in cache.views:
             images = teacher_view(cache, samples, view)
             parts = []

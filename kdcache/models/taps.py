@@ -49,9 +49,6 @@ class Taps:
 
     Attributes:
         returned: what the network returned in the last pass, before `output:` selected its logits.
-
-    Raises:
-        UsageError: if an output needs a module, and the network does not support hooks.
     """
 
     def __init__(self, model: nn.Module, taps: Mapping[str, Tap], who: str) -> None:
@@ -75,10 +72,10 @@ class Taps:
             try:
                 if whole:
                     hooks.enter_context(_without_selection(self._model))
-                hooks.enter_context(self._hooked(self._model.register_forward_hook(self._keep_returned, prepend=True)))
+                hooks.callback(self._model.register_forward_hook(self._keep_returned, prepend=True).remove)
                 for name, tap in self._taps.items():
-                    for handle in self._hook(name, tap):
-                        hooks.enter_context(self._hooked(handle))
+                    if (handle := self._hook(name, tap)) is not None:
+                        hooks.callback(handle.remove)
             except RuntimeError as error:
                 raise MismatchError(
                     f"outputs cannot be taken of the {self._who}: {error}",
@@ -86,32 +83,26 @@ class Taps:
                 ) from None
             yield
 
-    @staticmethod
-    @contextmanager
-    def _hooked(handle: RemovableHandle) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def _keep_returned(self, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
         self.returned = returned
 
-    def _hook(self, name: str, tap: Tap) -> Iterator[RemovableHandle]:
-        """Register the hook of the module of an output, if there is such a module."""
+    def _hook(self, name: str, tap: Tap) -> RemovableHandle | None:
+        """Register the hook of the module of an output; None if there is no module of this name."""
         source = name if tap.source is None else tap.source
         if source in self._modules:
 
             def keep_output(module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
                 self._seen[name].append(_unshared(_first_tensor(returned), tap.pool))
 
-            yield self._modules[str(source)].register_forward_hook(keep_output)
-        elif source == FEATURES and (last := self._last_linear()) is not None:
+            module: nn.Module = self._modules[str(source)]
+            return module.register_forward_hook(keep_output)
+        if source == FEATURES and (last := self._last_linear()) is not None:
 
             def keep_input(module: nn.Module, given: tuple[Any, ...]) -> None:
                 self._seen[name].append(_unshared(given[0], tap.pool))
 
-            yield last.register_forward_pre_hook(keep_input)
+            return last.register_forward_pre_hook(keep_input)
+        return None
 
     def _last_linear(self) -> nn.Linear | None:
         linear = [module for module in self._modules.values() if isinstance(module, nn.Linear)]

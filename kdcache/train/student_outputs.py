@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -83,14 +82,6 @@ class StudentOutputs(nn.Module):
             save_weights(self.projections, folder / PROJECTIONS)
 
 
-@dataclass(frozen=True)
-class _Widths:
-    """Numbers of the outputs of student and teacher, by name."""
-
-    student: dict[str, int]
-    teacher: dict[str, int]
-
-
 def student_outputs(
     model: nn.Module, spec: StudentSpec, loss: Loss, train: View, teacher: TeacherWithOutputs
 ) -> StudentOutputs:
@@ -128,12 +119,14 @@ def student_outputs(
     check_taps(taps, model, "student")
     widths = _try(model, taps, loss, train, teacher)
     for name in teacher.scores:
-        _check_scores(name, widths.student[name], widths.teacher[name])
-    return StudentOutputs(model, loss, taps, {name: (widths.student[name], widths.teacher[name]) for name in taps})
+        _check_scores(name, *widths[name])
+    return StudentOutputs(model, loss, taps, widths)
 
 
-def _try(model: nn.Module, taps: Mapping[str, Tap], loss: Loss, train: View, teacher: TeacherWithOutputs) -> _Widths:
-    """Run the student on two images in evaluation mode, and return the widths of all outputs."""
+def _try(
+    model: nn.Module, taps: Mapping[str, Tap], loss: Loss, train: View, teacher: TeacherWithOutputs
+) -> dict[str, tuple[int, int]]:
+    """Run the student on two images in evaluation mode, and return the widths of its outputs and the teacher's."""
     ids = list(range(min(2, len(train))))
     images, tried = train.__getitems__(ids).images, Taps(model, taps, "student")
     was_training = model.training
@@ -141,16 +134,15 @@ def _try(model: nn.Module, taps: Mapping[str, Tap], loss: Loss, train: View, tea
     with torch.no_grad(), seeded(0), refusing(images, "student"), tried.collecting(whole=not loss.uses_logits):
         model(images)
     model.train(was_training)
-    said = tried.outputs()
-    for name, values in said.items():
+    own_ids, widths = torch.tensor(ids), {}
+    for name, values in tried.outputs().items():
         if len(values) != len(images):
             raise MismatchError(
                 f"the output {name} of the student is {list(values.shape)} for {len(images)} images",
                 "take an output with one row per image",
             )
-    own_ids = torch.tensor(ids)
-    of_teacher = {name: output(own_ids, train.view).shape[1] for name, output in teacher.outputs.items()}
-    return _Widths({name: values.shape[1] for name, values in said.items()}, of_teacher)
+        widths[name] = values.shape[1], teacher.outputs[name](own_ids, train.view).shape[1]
+    return widths
 
 
 def _check_scores(name: str, student: int, teacher: int) -> None:

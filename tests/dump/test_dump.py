@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.interrupts import StopsAfter
 from helpers.processes import exit_code, in_a_process
 from helpers.tiny import FLIP, OneByOne, TinyTeacher, tiny_samples
 from torch import Tensor, nn
@@ -53,22 +54,6 @@ class BatchMinded(TinyTeacher):
         return super().forward(images) - images.mean()
 
 
-class StopsAfter(Silent):
-    """A listener that presses Ctrl-C when so many batches are done."""
-
-    def __init__(self, batches: int) -> None:
-        self.left = batches
-
-    @contextmanager
-    def task(self, what: str, total: int, unit: str) -> Iterator[Task]:
-        yield self if what == "teacher" else _Idle()
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 class Listening(Silent):
     """A progress reporter that keeps the messages."""
 
@@ -77,10 +62,6 @@ class Listening(Silent):
 
     def say(self, message: str) -> None:
         self.said.append(message)
-
-
-class _Idle:
-    def advance(self, amount: int = 1, note: str = "") -> None: ...
 
 
 def dump(out: Path, **changes: Any) -> Cache:

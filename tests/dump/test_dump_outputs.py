@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.cli import kdcache, ok, refused
+from helpers.interrupts import StopsAfter
 from helpers.processes import exit_code, in_a_process, kill_at
 from helpers.ranks import contents, ranks
 from helpers.tiny import FLIP, tiny_samples
@@ -29,7 +29,6 @@ from kdcache.data.samples import as_samples
 from kdcache.dump.check_teacher import check_identity, compare_outputs
 from kdcache.errors import CorruptError, InterruptedRun, KdcacheError, MismatchError, UsageError
 from kdcache.models.inference import InferenceModel
-from kdcache.runtime.progress import Silent, Task
 
 IDS = torch.arange(37)
 EXACT = {"encoding": "float32"}
@@ -419,26 +418,6 @@ def test_modules_of_a_script_are_refused(tmp_path: Path) -> None:
 
 
 # The same cache, whatever happened.
-
-
-class _Idle:
-    def advance(self, amount: int = 1, note: str = "") -> None: ...
-
-
-class StopsAfter(Silent):
-    """A progress reporter that presses Ctrl-C after so many batches of the pass."""
-
-    def __init__(self, batches: int) -> None:
-        self.left = batches
-
-    @contextmanager
-    def task(self, what: str, total: int, unit: str) -> Iterator[Task]:
-        yield self if what == "teacher" else _Idle()
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("batches", [1, 4, 9])

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,6 +18,7 @@ import pytest
 import requests
 import torch
 from helpers.cli import kdcache, ok, refused
+from helpers.interrupts import StopsAfter
 from helpers.processes import command_line, exit_code, in_a_process
 from helpers.tiny import FLIP
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from kdcache.dump.probes import probe_ids
 from kdcache.errors import InterruptedRun, MismatchError, UsageError
 from kdcache.models import Ensemble, weights_digest
 from kdcache.models.teacher import as_network, has_weights
-from kdcache.runtime.progress import Silent, Task
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 
@@ -155,26 +154,6 @@ def data(count: int = COUNT, changed: int | None = None) -> Samples:
         pixels[changed] = 1 - pixels[changed]
     names = tuple(map(str, range(CLASSES)))
     return Samples("data", "train", ArrayImages(pixels), np.arange(count, dtype=np.int32) % CLASSES, names, [])
-
-
-class StopsAfter(Silent):
-    """A progress reporter that presses Ctrl-C when so many batches are done, and keeps the messages."""
-
-    def __init__(self, batches: int = -1) -> None:
-        self.left, self.said = batches, list[str]()
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
-
-    @contextmanager
-    def task(self, what: str, total: int, unit: str) -> Iterator[Task]:
-        with super().task(what, total, unit) as silent:
-            yield self if what == "teacher" else silent
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def contents(folder: Path) -> dict[str, bytes]:
