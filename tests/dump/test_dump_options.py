@@ -223,7 +223,7 @@ def test_what_the_writer_cannot_do_ends_the_run_and_can_be_gone_on_with(
 def test_a_full_disk_is_noticed_at_the_next_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     has_failed = Event()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     class Pool(ThreadPoolExecutor):
