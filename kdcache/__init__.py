@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kdcache.config.loader import load_pipeline
     from kdcache.config.loss import loss, output_loss
     from kdcache.config.schema import Pipeline
+    from kdcache.curate.foreign.margin_mse import MarginMSEScores, read_margin_mse
     from kdcache.data.cached_dataset import CachedDataset
     from kdcache.data.datasets import load_split
     from kdcache.data.samples import Samples, wrap
@@ -45,6 +46,7 @@ _HOME = {
     "InterruptedRun": "kdcache.errors",
     "KdcacheError": "kdcache.errors",
     "LossParts": "kdcache.losses.distillation",
+    "MarginMSEScores": "kdcache.curate.foreign.margin_mse",
     "Pipeline": "kdcache.config.schema",
     "Progress": "kdcache.runtime.progress",
     "Ranks": "kdcache.runtime.distributed",
@@ -61,6 +63,7 @@ _HOME = {
     "loss": "kdcache.config.loss",
     "open_cache": "kdcache.cache.reader",
     "output_loss": "kdcache.config.loss",
+    "read_margin_mse": "kdcache.curate.foreign.margin_mse",
     "train_student": "kdcache.train.train",
     "train_teacher": "kdcache.train.train",
     "wrap": "kdcache.data.samples",
@@ -76,6 +79,7 @@ __all__ = [
     "InterruptedRun",
     "KdcacheError",
     "LossParts",
+    "MarginMSEScores",
     "Pipeline",
     "Progress",
     "Ranks",
@@ -92,6 +96,7 @@ __all__ = [
     "loss",
     "open_cache",
     "output_loss",
+    "read_margin_mse",
     "train_student",
     "train_teacher",
     "wrap",

@@ -24,14 +24,15 @@ from kdcache.errors import UsageError, counted
 if TYPE_CHECKING:
     from kdcache.data.samples import Samples
 
-_LAYOUTS = click.Choice(["fkd", "ml-dr", "tinyvit"])
+_SOURCES = click.Choice(["fkd", "ml-dr", "tinyvit", "margin-mse"])
+_TARGETS = click.Choice(["fkd", "ml-dr", "tinyvit"])
 
 
 @click.command("convert")
 @click.argument("source", type=PathType())
 @out_option
-@click.option("--from", "layout", type=_LAYOUTS, help="Import the folder SOURCE of this project.")
-@click.option("--to", "target", type=_LAYOUTS, help="Export the cache SOURCE to a folder of this project.")
+@click.option("--from", "layout", type=_SOURCES, help="Import SOURCE, the files of this project.")
+@click.option("--to", "target", type=_TARGETS, help="Export the cache SOURCE to a folder of this project.")
 @click.option(
     "--pipeline",
     type=PathType(),
@@ -65,14 +66,19 @@ def convert(
     has no images, only rows for your own training loop. These files hold probabilities, so losses that need the level
     of the teacher's logits, such as dtkd without centering, are refused.
 
+    With --from margin-mse, SOURCE is a file of teacher scores, one line per triple of a query and two passages. The
+    data set holds the pairs, whose `sample_names` say which they are; kdcache.read_margin_mse lists pairs and
+    triples.
+
     \b
     Example: kdcache convert runs/digits.kdcache -o logits.npz
     Example: kdcache convert logits.npz --pipeline digits -o runs/imported.kdcache
     Example: kdcache convert FKD_soft_label --from fkd --pipeline fkd.yaml -o runs/fkd.kdcache
     Example: kdcache convert runs/mine.kdcache --to ml-dr --pipeline mine.yaml -o reinforced --top-k 10
+    Example: kdcache convert scores.tsv --from margin-mse --pipeline pairs.yaml -o runs/scores.kdcache
     """
     from kdcache.curate.dense_logits import cache_of_logits
-    from kdcache.curate.foreign import cache_of_files
+    from kdcache.curate.foreign import cache_of_files, cache_of_scores
     from kdcache.data.datasets import load_split
 
     if layout and target:
@@ -91,7 +97,13 @@ def convert(
         _decode(source, out, as_json)
     else:
         resolved = read_pipeline(pipeline, overrides)
-        make = partial(cache_of_logits, source) if layout is None else partial(cache_of_files, source, layout)
+        make = (
+            partial(cache_of_logits, source)
+            if layout is None
+            else partial(cache_of_scores, source)
+            if layout == "margin-mse"
+            else partial(cache_of_files, source, layout)
+        )
         cache = make(
             load_split(resolved.dataset, "train"),
             out,

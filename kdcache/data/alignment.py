@@ -22,6 +22,7 @@ from kdcache.cache.teacher import Teacher, TeacherWrapper
 from kdcache.data.images import ArrayImages, FileImages, Images, ItemImages
 from kdcache.data.repeatable import check_repeatable
 from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay, teacher_view
+from kdcache.data.sample_groups import groups_among
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.errors import MismatchError
@@ -100,8 +101,18 @@ def _count_earlier(values: Ids) -> Ids:
 def apply_alignment(samples: Samples, alignment: Alignment) -> Samples:
     """Return the samples of a data set that are in a cache, in the order of the cache."""
     ids = alignment.ids if len(alignment.missing) else None
-    images = select_images(samples.images, alignment.positions)
-    return replace(samples, images=images, labels=samples.labels[alignment.positions], ids=ids)
+    positions, names = alignment.positions, samples.sample_names
+    images = select_images(samples.images, positions)
+    kept = groups_among(samples.groups, positions, len(samples), f"{samples.name}/{samples.split}")
+    return replace(
+        samples,
+        images=images,
+        labels=samples.labels[positions],
+        ids=ids,
+        notes=samples.notes + kept.notes,
+        groups=kept.groups,
+        sample_names=None if names is None else names[positions],
+    )
 
 
 def select_images(images: Images, positions: Ids) -> Images:
@@ -164,7 +175,11 @@ def match_samples(cache: Cache, samples: Samples, progress: Progress) -> Matched
             "use a cache that was made from this data set (`kdcache info CACHE` names the cache's data set)",
         )
     in_order = np.array_equal(alignment.positions, np.arange(len(samples)))
-    matched = samples if in_order and not len(alignment.missing) else apply_alignment(samples, alignment)
+    matched = (
+        samples
+        if in_order and not len(alignment.missing)
+        else apply_alignment(replace(samples, groups=None), alignment)
+    )
     check_matches_cache(cache, matched, None, progress)
     replay(cache, matched, SPOT_CHECK_IMAGES)
     note = describe_alignment(samples, alignment) if len(alignment.missing) or len(alignment.extra) else ""

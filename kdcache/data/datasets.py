@@ -20,6 +20,7 @@ from kdcache.config.transform import Transform
 from kdcache.data.class_folders import list_images
 from kdcache.data.images import ArrayImages, FileImages
 from kdcache.data.npz_files import array_transform, read_npz
+from kdcache.data.sample_groups import groups_among
 from kdcache.data.samples import HeldOut, Samples, Split
 from kdcache.data.user_dataset import load_user_split, user_samples
 from kdcache.errors import UsageError
@@ -181,6 +182,7 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
     path = _root(spec)
     stored = read_npz(path)
     ids = _share(len(stored.labels), split, spec)
+    kept = groups_among(stored.groups if split == "train" else None, ids, len(stored.labels), str(path))
     return Samples(
         path.stem,
         split,
@@ -188,7 +190,10 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
         stored.labels[ids],
         stored.class_names,
         stored.transform,
+        notes=kept.notes,
         held_out=_held_out(len(stored.labels), spec),
+        groups=kept.groups,
+        sample_names=None if stored.sample_names is None else stored.sample_names[ids],
     )
 
 

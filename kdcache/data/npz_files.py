@@ -1,4 +1,7 @@
-"""Data sets in npz files: `images` and `labels`, or `x` of any shape and `y`, and optionally `class_names`."""
+"""Data sets in npz files: `images` and `labels`, or `x` of any shape and `y`.
+
+`class_names`, `groups` and `sample_names` are optional beside both.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdcache.config.transform import Transform
+from kdcache.data.sample_groups import Groups, check_names, checked_groups
 from kdcache.data.samples import check_labels
 from kdcache.errors import CorruptError, MismatchError, UsageError
 
@@ -29,12 +33,16 @@ class NpzContent(NamedTuple):
         labels: [N] int32, -1 without labels.
         class_names: name of each class; () without labels.
         transform: the default one of the samples; none for tensors.
+        groups: [M, K] int64, samples that are trained on together; None without.
+        sample_names: [N] str; None without.
     """
 
     samples: Tensor
     labels: npt.NDArray[np.int32]
     class_names: tuple[str, ...]
     transform: Transform
+    groups: Groups | None
+    sample_names: npt.NDArray[np.str_] | None
 
 
 def array_transform(mean: Sequence[float], std: Sequence[float]) -> Transform:
@@ -105,7 +113,7 @@ def read_npz(path: Path) -> NpzContent:
     channels = images.shape[3]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     steps = array_transform([0.5] * channels, [0.5] * channels)
-    return NpzContent(pixels, labels.astype(np.int32), names, steps)
+    return NpzContent(pixels, labels.astype(np.int32), names, steps, *_groups_and_names(path, arrays, len(labels)))
 
 
 def _tensors(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> NpzContent:
@@ -128,7 +136,18 @@ def _tensors(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> NpzContent:
         raise MismatchError(f"{path} has {len(samples)} samples x and {len(labels)} labels y", _WRITE_TENSORS)
     names = _class_names(path, arrays.get("class_names"), labels)
     native = np.require(samples, samples.dtype.newbyteorder("="), ["C", "W"])
-    return NpzContent(torch.from_numpy(native), labels.astype(np.int32), names, [])
+    of_samples = _groups_and_names(path, arrays, len(labels))
+    return NpzContent(torch.from_numpy(native), labels.astype(np.int32), names, [], *of_samples)
+
+
+def _groups_and_names(
+    path: Path, arrays: Mapping[str, npt.NDArray[Any]], count: int
+) -> tuple[Groups | None, npt.NDArray[np.str_] | None]:
+    """Return `groups` and `sample_names` of a file of `count` samples, checked; None for what it does not hold."""
+    groups, names = arrays.get("groups"), arrays.get("sample_names")
+    if names is not None:
+        check_names(names, count, str(path))
+    return None if groups is None else checked_groups(groups, count, str(path)), names
 
 
 def _class_names(path: Path, names: npt.NDArray[Any] | None, labels: npt.NDArray[np.integer[Any]]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from kdcache.config.transform import Transform, step_names
 from kdcache.data.content_keys import load_keys, save_keys
 from kdcache.data.images import Images, ItemImages, name_of, split_item
+from kdcache.data.sample_groups import Groups, check_names, checked_groups
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, delayed_task
 from kdcache.runtime.terminal import reporter
@@ -57,6 +58,9 @@ class Samples:
             the ordinals of the samples.
         notes: what the data set leaves out, one line each.
         held_out: from how many images the split was drawn; None if it is a split of its own.
+        groups: [M, K] int64, ordinals of samples that are trained on together; None without. An epoch is then of M
+            groups.
+        sample_names: [N] str, by which files of other projects refer to the samples; None if they have no names.
     """
 
     name: str
@@ -68,6 +72,8 @@ class Samples:
     ids: npt.NDArray[np.int64] | None = None
     notes: tuple[str, ...] = ()
     held_out: HeldOut | None = None
+    groups: Groups | None = None
+    sample_names: npt.NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.images):
@@ -77,7 +83,12 @@ class Samples:
             )
         if len(self.labels) == 0:
             raise UsageError(f"{self.name}/{self.split} holds no image", "check dataset.root and the split fractions")
-        check_labels(self.labels, self.num_classes, f"{self.name}/{self.split}")
+        where = f"{self.name}/{self.split}"
+        check_labels(self.labels, self.num_classes, where)
+        if self.groups is not None:
+            checked_groups(self.groups, len(self), where)
+        if self.sample_names is not None:
+            check_names(self.sample_names, len(self), where)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,6 +97,16 @@ class Samples:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def group_size(self) -> int:
+        """Number of samples that are trained on together, K; 1 without groups."""
+        return 1 if self.groups is None else self.groups.shape[1]
+
+    @property
+    def per_epoch(self) -> int:
+        """Number of samples of an epoch, in which one of several groups comes several times."""
+        return len(self) if self.groups is None else self.groups.size
 
     def keys(self, progress: Progress | bool | None = None) -> npt.NDArray[np.uint64]:
         """Return the content key of each sample, [N] uint64: BLAKE2b-64 of the image's content.
@@ -146,7 +167,8 @@ def wrap(
         dataset: with `__len__` and `__getitem__`; images are tensors [channels, H, W], numpy arrays [H, W] or
             [H, W, channels], or PIL images; labels are integers. Other samples are tensors of one shape, such as
             features [F] or token ids [L]; integers reach the network as int64. An item without a label is a sample
-            alone, or (sample, None).
+            alone, or (sample, None). An attribute `groups` [M, K] lists the samples that are trained on together, and
+            `sample_names` [N] what files of other projects call the samples.
         num_classes: labels run from 0 to `num_classes - 1`; -1 marks an unknown label.
         name: name of the data set in the manifest.
         split: name of the split.
@@ -155,15 +177,41 @@ def wrap(
 
     Raises:
         UsageError: if it is not such a data set.
-        MismatchError: if a label is out of range, or the number of class names is not `num_classes`.
+        MismatchError: if a label or a group is out of range, or the number of class names is not `num_classes`.
     """
     names = tuple(str(c) for c in (range(num_classes) if class_names is None else class_names))
     if len(names) != num_classes:
         raise MismatchError(f"{len(names)} class names for {num_classes} classes", "give one name per class")
     labels = labels_of(dataset)
-    check_labels(labels, num_classes, f"{name}/{split}")
+    where = f"{name}/{split}"
+    check_labels(labels, num_classes, where)
     trust(step_names(transform))
-    return Samples(name, split, ItemImages(dataset, len(labels)), labels.astype(np.int32), names, transform or [])
+    groups, sample_names = groups_and_names(dataset, len(labels), where)
+    return Samples(
+        name,
+        split,
+        ItemImages(dataset, len(labels)),
+        labels.astype(np.int32),
+        names,
+        transform or [],
+        groups=groups,
+        sample_names=sample_names,
+    )
+
+
+def groups_and_names(
+    dataset: Dataset[Any], count: int, where: str
+) -> tuple[Groups | None, npt.NDArray[np.str_] | None]:
+    """Return the attributes `groups` and `sample_names` of a data set of `count` samples; None for those it lacks.
+
+    Raises:
+        KdcacheError: if they are not of these samples; see `sample_groups.py`.
+    """
+    groups, names = getattr(dataset, "groups", None), getattr(dataset, "sample_names", None)
+    named = None if names is None else np.asarray(names)
+    if named is not None:
+        check_names(named, count, where)
+    return None if groups is None else checked_groups(np.asarray(groups), count, where), named
 
 
 def as_samples(data: Samples | Dataset[Any]) -> Samples:

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset, Subset
 
 from kdcache.config.schema import DatasetSpec
 from kdcache.data.images import ItemImages
-from kdcache.data.samples import HeldOut, Samples, Split, class_names, wrap
+from kdcache.data.sample_groups import groups_among
+from kdcache.data.samples import HeldOut, Samples, Split, class_names, groups_and_names, wrap
 from kdcache.errors import UsageError
 from kdcache.runtime import user_code
 from kdcache.runtime.paths import expand
@@ -69,7 +70,18 @@ def user_samples(
     classes = class_names(train, f"{spec.name} ({split})")
     samples = wrap(part, len(classes), name, split, class_names=classes)
     images = ItemImages(part, len(samples), partial(_load_again, spec, source, ids))
-    return replace(samples, images=images, held_out=held_out)
+    samples = replace(samples, images=images, held_out=held_out)
+    if ids is None:
+        return samples
+    count, where = len(dataset), f"{name}/{split}"  # type: ignore[arg-type]  # has a length
+    groups, sample_names = groups_and_names(dataset, count, where)
+    kept = groups_among(groups if split == "train" else None, ids, count, where)
+    return replace(
+        samples,
+        groups=kept.groups,
+        notes=kept.notes,
+        sample_names=None if sample_names is None else sample_names[ids],
+    )
 
 
 def _load_again(spec: DatasetSpec, split: Split, ids: npt.NDArray[np.int64] | None) -> Dataset[Any]:

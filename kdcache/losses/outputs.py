@@ -29,6 +29,7 @@ class OutputLossOptions(BaseModel):
         width: the only length that it is defined for; None for any.
         of_sums: whether it is a loss of the batch that takes `batch_sum`.
         of_rows: whether it is a loss of the batch that takes `batch_rows`.
+        of_groups: whether it compares several scores: those of a sample, or the single scores of a group of samples.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
@@ -39,6 +40,7 @@ class OutputLossOptions(BaseModel):
     width: ClassVar[int | None] = None
     of_sums: ClassVar[bool] = False
     of_rows: ClassVar[bool] = False
+    of_groups: ClassVar[bool] = False
 
     name: str
     weight: NotNegative = 1.0
@@ -49,14 +51,21 @@ class OutputLossOptions(BaseModel):
         """Whether the loss of a sample depends on the other samples of its batch."""
         return self.of_sums or self.of_rows
 
-    def values(self, student: Tensor, teacher: Tensor, totals: BatchTotals | None = None) -> Tensor:
+    def values(
+        self, student: Tensor, teacher: Tensor, totals: BatchTotals | None = None, group_size: int = 1
+    ) -> Tensor:
         """Return the loss of each sample, [B], before its weight.
 
         Args:
             student: [B, D].
             teacher: [B, D]; [B, D'] for a loss of the relations between samples.
             totals: of the batch that the samples are part of; None if they are the whole batch.
+            group_size: K, of consecutive samples that belong together. For a loss of several scores a group with one
+                score per sample is one row of K scores, and its loss is that of each of its samples.
         """
+        if self.of_groups and group_size > 1 and teacher.shape[1] == 1:
+            rows = student.reshape(-1, group_size), teacher.reshape(-1, group_size)
+            return self.values(*rows, totals).repeat_interleave(group_size)
         options: dict[str, Any] = {key: value for key, value in self if key not in ("name", "weight")}
         if totals is not None and self.of_sums:
             options["batch_sum"] = totals.sum
@@ -150,6 +159,7 @@ class MarginMSE(OutputLossOptions):
     compute = staticmethod(scores.margin_mse)
     kinds = ("score",)
     width = 2
+    of_groups = True
     name: Literal["margin_mse"]
 
 
@@ -158,6 +168,7 @@ class ListKL(OutputLossOptions):
 
     compute = staticmethod(scores.list_kl)
     kinds = ("score",)
+    of_groups = True
     name: Literal["list_kl"]
     tau: Positive = 1.0
     """Temperature."""

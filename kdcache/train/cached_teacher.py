@@ -18,6 +18,7 @@ from kdcache.data.alignment import AlignedTeacher
 from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError, UsageError, did_you_mean
 from kdcache.losses import Loss
+from kdcache.losses.outputs import OutputLossOptions
 from kdcache.runtime.progress import Progress
 
 
@@ -57,7 +58,7 @@ def load_teacher(
             logits = decode_if_small(logits, len(samples), samples.num_classes)
     if not loss.outputs:
         return logits, placements
-    check_outputs(loss, caches)
+    check_outputs(loss, caches, samples.group_size)
     outputs: dict[str, Teacher] = {}
     for name in loss.outputs:
         output = caches[0].teacher(name, device=device, placement=placement)
@@ -73,8 +74,13 @@ def _of_samples(teacher: Teacher, samples: Samples, cache: Cache) -> Teacher:
     return teacher if samples.ids is None else AlignedTeacher(teacher, samples.ids, len(cache))
 
 
-def check_outputs(loss: Loss, caches: Sequence[Cache]) -> None:
+def check_outputs(loss: Loss, caches: Sequence[Cache], group_size: int = 1) -> None:
     """Check that a cache has the outputs of a loss, of kinds that their losses are for.
+
+    Args:
+        loss: of the run.
+        caches: of its teachers.
+        group_size: number of samples that are trained on together.
 
     Raises:
         UsageError: if it does not.
@@ -95,17 +101,32 @@ def check_outputs(loss: Loss, caches: Sequence[Cache]) -> None:
                 f"{', '.join(plan.output_names)}{did_you_mean(name, plan.output_names)}",
                 "name one of these in `loss`, or dump the teacher with `cache.outputs`",
             )
-        _check_kind(name, record, type(options).kinds, options.name, type(options).width)
+        _check_kind(name, record, options, group_size)
 
 
-def _check_kind(name: str, record: OutputRecord, kinds: Sequence[str], loss: str, width: int | None) -> None:
+def _check_kind(name: str, record: OutputRecord, options: OutputLossOptions, group_size: int) -> None:
+    """Check that an output is of a kind that its loss is for, with as many scores as it compares.
+
+    Raises:
+        UsageError: if it is not.
+    """
+    kinds, width, loss = type(options).kinds, type(options).width, options.name
     if record.kind not in kinds:
         raise UsageError(
             f"the loss {loss} is for an output of kind {' or '.join(kinds)}, and {name} is of kind {record.kind}",
             "see docs/LOSSES.md for the losses of each kind",
         )
-    if width is not None and record.channels != width:
+    if type(options).of_groups and record.channels == 1 and group_size == 1:
         raise UsageError(
-            f"the loss {loss} compares {width} scores, and the output {name} has {record.channels}",
-            f"take a loss for any number of scores, such as mse, or an output of {width}",
+            f"the loss {loss} compares several scores, the output {name} has one per sample, and the samples are not "
+            "in groups",
+            "give the data set `groups`, one row of samples per query (docs/TRAINING.md), or take a loss of single "
+            "scores, such as mse",
+        )
+    compared = group_size if record.channels == 1 else record.channels
+    if width is not None and compared != width:
+        source = "the groups of the data set have" if record.channels == 1 else f"the output {name} has"
+        raise UsageError(
+            f"the loss {loss} compares {width} scores, and {source} {compared}",
+            f"take a loss for any number of scores, such as list_kl or mse, or {width} scores",
         )

@@ -133,6 +133,8 @@ def inputs_from_caches(
     matched: dict[str, dict[str, int]] = {}
     if options.by_content:
         samples, matched = _matched(samples, caches[0], options.allow_missing, progress)
+    for note in samples.notes:
+        progress.say(f"note: {note}")
     views = caches[0].manifest.plan.views
     replayed = []
     for cache in caches:

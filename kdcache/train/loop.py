@@ -187,8 +187,8 @@ def training_work(
         Diverged: if the loss becomes NaN or infinite.
         UsageError: if a batch has too few images to be divided.
     """
-    progress = progress or Silent()
-    trainer = Trainer(model, spec, loss, len(train), device, progress.say, outputs)
+    data, progress = train.samples, progress or Silent()
+    trainer = Trainer(model, spec, loss, data.per_epoch, device, progress.say, outputs, data.group_size)
     state = TrainingState()
     if checkpointer and (saved := _load(trainer, checkpointer)) is not None:
         state = _resume(trainer, saved)

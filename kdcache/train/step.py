@@ -20,12 +20,11 @@ from torch.optim.swa_utils import AveragedModel
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
 from kdcache.data.views import View
-from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
 from kdcache.losses.batch import OVER_ALL_RANKS, BatchTotals, labeled_shares
 from kdcache.train.accelerator import join_processes
+from kdcache.train.batches import check_groups, cut_batches, epoch_order
 from kdcache.train.gradients import GradientMonitor
-from kdcache.train.groups import check_groups
 from kdcache.train.optim import average_update, make_optimizer, make_schedule
 from kdcache.train.passes import TRAINING, Loaders, MicroBatch, MicroBatches, Pass, Work, run_alone
 from kdcache.train.student_outputs import LOGITS, StudentOutputs
@@ -68,10 +67,11 @@ class Trainer:
         model: network; moved to the device.
         spec: optimizer, schedule, batch size; batches are divided among the processes.
         loss: minimized.
-        count: N, number of images per epoch.
+        count: number of images per epoch.
         device: where to train.
         report: called once, with a warning about a gradient that is not finite or has exploded; in the first process.
         outputs: outputs beside the logits that the loss compares with those of the teacher; None without.
+        group_size: number of samples that are never divided.
 
     Attributes:
         accelerator: this process among all.
@@ -79,7 +79,8 @@ class Trainer:
         gradients: their norms, and the warning.
 
     Raises:
-        UsageError: if a batch has too few images to be divided, or cannot be divided into the groups of the loss.
+        UsageError: if a batch has too few images to be divided, or cannot be divided into the groups of the loss or of
+            the data set.
     """
 
     def __init__(
@@ -91,11 +92,12 @@ class Trainer:
         device: torch.device | str = "cpu",
         report: Callable[[str], None] | None = None,
         outputs: StudentOutputs | None = None,
+        group_size: int = 1,
     ) -> None:
         self.model, self.spec, self.loss, self.outputs = model, spec, loss, outputs
         self.accelerator = join_processes(device, spec.precision, uses_all=loss.uses_logits)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
-        cuts = self._split(torch.arange(count))
+        cuts = cut_batches(torch.arange(count).reshape(-1, group_size), spec, self.ranks)
         check_groups(cuts, self.ranks, loss)
         self.steps = len(cuts)
         self._memory_format = torch.channels_last if spec.channels_last else torch.preserve_format
@@ -132,26 +134,6 @@ class Trainer:
     def selected_network(self) -> nn.Module:
         """The network that is validated and saved: the average if there is one."""
         return self.average.module if self.average is not None else self.model
-
-    def _split(self, order: Tensor) -> list[tuple[Tensor, ...]]:
-        """Split an order of ids [N] into batches, and each batch into the micro-batches of all processes.
-
-        Raises:
-            UsageError: if a batch has fewer images than micro-batches.
-        """
-        count = self.ranks * self.spec.gradient_accumulation_steps
-        cuts = list(torch.split(order, self.spec.batch_size))
-        if len(cuts) > 1 and len(cuts[-1]) < min(2 * count, len(cuts[0])):
-            # Batch norm cannot be trained on a batch of one; the next epoch's order leaves out other samples.
-            cuts = cuts[:-1]
-        if len(cuts[0]) < count:
-            raise UsageError(
-                f"a batch of {len(cuts[0])} images cannot be divided into {count} micro-batches ({self.ranks} "
-                f"processes, gradient_accumulation_steps {self.spec.gradient_accumulation_steps})",
-                "raise train.batch_size (images per step over all processes), or lower "
-                "train.gradient_accumulation_steps",
-            )
-        return [torch.tensor_split(cut, count) for cut in cuts]
 
     def epoch(
         self,
@@ -190,11 +172,11 @@ class Trainer:
         """
         view = train.view if view is None else view
         generator = torch.Generator().manual_seed(self.spec.seed_of_data * 1_000_003 + number)
-        order = teacher.order(generator) if teacher is not None else torch.randperm(len(train), generator=generator)
+        order = epoch_order(train.samples, teacher, generator)
         if self.ranks > 1:
             # Processes may hold the cache in different placements, which have different orders.
             order = broadcast(order.to(self.device)).cpu()
-        cuts = self._split(order)
+        cuts = cut_batches(order, self.spec, self.ranks)
         own = [ids for cut in cuts for ids in cut[self.accelerator.process_index :: self.ranks]]
         wanted = Pass(
             train,

@@ -34,12 +34,19 @@ class StudentOutputs(nn.Module):
         loss: `outputs` by name, and whether the class logits are used.
         taps: where each output is taken.
         widths: (numbers of the student's output, numbers of the teacher's output), by name.
+        group_size: number of consecutive samples of a batch that belong together.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, taps: Mapping[str, Tap], widths: Mapping[str, tuple[int, int]]
+        self,
+        model: nn.Module,
+        loss: Loss,
+        taps: Mapping[str, Tap],
+        widths: Mapping[str, tuple[int, int]],
+        group_size: int = 1,
     ) -> None:
         super().__init__()
+        self._group_size = group_size
         self._losses, self._uses_logits = loss.outputs, loss.uses_logits
         self._taps = Taps(model, taps, "student")
         self.projections = nn.ModuleDict(
@@ -71,7 +78,7 @@ class StudentOutputs(nn.Module):
             totals: of the batch that the samples are part of.
         """
         terms = [
-            options.weight * options.values(said[name], targets[name], totals).sum() / totals.rows
+            options.weight * options.values(said[name], targets[name], totals, self._group_size).sum() / totals.rows
             for name, options in self._losses.items()
         ]
         return torch.stack(terms).sum()
@@ -120,7 +127,7 @@ def student_outputs(
     widths = _try(model, taps, loss, train, teacher)
     for name in teacher.scores:
         _check_scores(name, *widths[name])
-    return StudentOutputs(model, loss, taps, widths)
+    return StudentOutputs(model, loss, taps, widths, train.samples.group_size)
 
 
 def _try(

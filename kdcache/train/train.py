@@ -274,7 +274,7 @@ def _train(
         outputs = _outputs_of_student(model, spec, loss, train, teacher)
         if loss.uses_logits:
             try_network(model, train, "cpu", "network")
-            try_training(model, train, "network", smallest_micro_batch(spec.train, len(train)))
+            try_training(model, train, "network", smallest_micro_batch(spec.train, samples.per_epoch))
         trained = yield from training_work(
             model,
             train,

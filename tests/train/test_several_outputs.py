@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers.interrupts import interrupt_after_checkpoints
 from helpers.processes import exit_code
 from helpers.teachers import FunctionTeacher
 from helpers.tiny import tiny_samples
@@ -27,7 +28,6 @@ from kdcache.losses import Loss, distillation_loss
 from kdcache.losses.outputs import OUTPUT_LOSSES
 from kdcache.models import build_model
 from kdcache.runtime.progress import Silent
-from kdcache.train import run_folder
 from kdcache.train.inputs import inputs_from_caches
 from kdcache.train.run_result import RunResult
 from kdcache.train.step import Trainer
@@ -246,18 +246,8 @@ def test_an_interrupted_run_continues_to_the_same_weights_and_maps(name: str, ru
     pipeline = runs.pipeline({"logits": {"name": "kd"}, "features": {"name": name}}, train={"epochs": 4})
     train_student(pipeline, runs.cache, tmp_path / "whole")
 
-    saved = 0
-    save = run_folder.Run.save
-
-    def stop(run: Any, state: dict[str, Any]) -> None:
-        nonlocal saved
-        save(run, state)
-        saved += 1
-        if saved == 2:
-            raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder.Run, "save", stop)
+        interrupt_after_checkpoints(2, patch)
         with pytest.raises(KeyboardInterrupt):
             train_student(pipeline, runs.cache, tmp_path / "run")
     train_student(pipeline, runs.cache, tmp_path / "run")

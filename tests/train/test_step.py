@@ -31,7 +31,7 @@ from kdcache.errors import UsageError
 from kdcache.losses import Loss, distillation_loss, learned_temperature
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.models.small import SmallCNN, SmallMLP
-from kdcache.train.groups import check_groups
+from kdcache.train.batches import check_groups
 from kdcache.train.loop import Epoch, fit, view_of_epoch
 from kdcache.train.optim import rate
 from kdcache.train.step import Trainer

@@ -188,7 +188,12 @@ def _fingerprinted(plan: Plan, samples: Samples, shard: int) -> Samples:
     ids = plan.shard_ids(shard)
     marked = np.arange(ids.start, ids.stop, plan.shape.fingerprint_stride)
     return replace(
-        samples, images=select_images(samples.images, marked), labels=samples.labels[marked], ids=marked - ids.start
+        samples,
+        images=select_images(samples.images, marked),
+        labels=samples.labels[marked],
+        ids=marked - ids.start,
+        groups=None,
+        sample_names=None,
     )
 
 

@@ -41,7 +41,7 @@ from torch import Tensor
 from torchvision.transforms import functional as v1_functional
 
 from kdcache import Cache, Samples, dump_teacher
-from kdcache.cli.convert import _LAYOUTS
+from kdcache.cli.convert import _SOURCES, _TARGETS
 from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.curate.foreign import SOURCES, TARGETS, cache_of_files, files_of_cache
@@ -134,7 +134,8 @@ def test_files_are_written_on_the_command_line_and_read_again(images: Images, du
     assert "4 classes per row" in kdcache(
         "convert", dumped.path, "--to", "fkd", "--pipeline", pipeline, "-o", tmp_path / "labels", "--top-k", 4
     ).stdout  # fmt: skip
-    assert list(_LAYOUTS.choices) == list(SOURCES) == list(TARGETS)
+    assert list(_TARGETS.choices) == list(SOURCES) == list(TARGETS)
+    assert list(_SOURCES.choices) == [*SOURCES, "margin-mse"]
 
 
 def still(samples: Samples, out: Path, transform: Transform, views: int = 1) -> Cache:
