@@ -64,3 +64,11 @@ class JoinedTeacher:
         announced = list(batches)
         for teacher in self.teachers:
             teacher.prefetch(announced, view)
+
+
+class StackedTeacher(JoinedTeacher):
+    """The teachers of several caches side by side, for a gate that chooses among them."""
+
+    def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
+        """Return the logits of samples `ids` [B] int64 in a view: [B, K, C] float32, for K teachers."""
+        return torch.stack([teacher(ids, view) for teacher in self.teachers], dim=1)

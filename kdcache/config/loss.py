@@ -77,7 +77,13 @@ def loss(name: str = "kd", **options: Any) -> DistillationLoss:
                 f"the loss {name!r} has no option {key!r}{did_you_mean(key, [*known, *keys])}",
                 f"it has: {', '.join([*known, *keys])}",
             )
-    return DistillationLoss(load_function(validated(Loss, given, f"the loss {name!r}")))
+    made = validated(Loss, given, f"the loss {name!r}")
+    if made.gate is not None or made.controller is not None:
+        raise UsageError(
+            f"{'gate' if made.gate is not None else 'controller'} is trained by train-student",
+            "train a student with `loss` of a pipeline file, or see kdcache/losses/gate.py and controllers.py",
+        )
+    return DistillationLoss(load_function(made))
 
 
 def output_loss(name: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from kdcache.losses.adjustments import NoAdjustment
+from kdcache.losses.controllers import ControllerOptions, InstanceTemperatureOptions, TGeoOptions
 from kdcache.losses.custom import CustomDivergence
 from kdcache.losses.divergences import KL
+from kdcache.losses.gate import GateOptions
 from kdcache.losses.options import AdjustmentOptions, DivergenceOptions, NotNegative, Options, TemperatureOptions
 from kdcache.losses.outputs import OutputLoss
 from kdcache.losses.presets import is_custom, settings_of_name
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     Adjustment = AdjustmentOptions
     Temperature = TemperatureOptions
     Divergence = DivergenceOptions
+    ControllerChoice = ControllerOptions
 else:
+    ControllerChoice = Annotated[TGeoOptions | InstanceTemperatureOptions, Field(discriminator="kind")]
     Normalization = Literal[tuple(NORMALIZATIONS)]
     Adjustment = Annotated[Union[tuple(ADJUSTMENTS.values())], Field(discriminator="kind")]  # noqa: UP007
     Temperature = Annotated[Union[tuple(TEMPERATURES.values())], Field(discriminator="kind")]  # noqa: UP007
@@ -63,6 +67,11 @@ class Loss(BaseModel):
     `plackett_luce`, `ofa` (`eps`), `mse`, `cosine`, `brier` (`alpha`), `comparative` (`group_size`) or `function`
     (`function`: `path/file.py:function`, `options`)."""
 
+    gate: GateOptions | None = Field(default=None, exclude_if=lambda gate: gate is None)
+    """A learned choice among the teachers of several caches, for each sample: `choose`, `top`, `balance`."""
+    controller: ControllerChoice | None = Field(default=None, exclude_if=lambda controller: controller is None)
+    """A network that sets the share or the temperature of each sample, trained for the loss on the validation split:
+    `kind: tgeo` (`published`) or `instance_temperature` (`low`, `high`), with `lr`, `weight_decay` and `every`."""
     outputs: dict[str, OutputLoss] = Field(default={}, exclude_if=lambda outputs: not outputs)
     """Losses of other outputs of the teacher, by name of the output, each with its `name`, `weight` and options."""
 
@@ -110,6 +119,8 @@ class Loss(BaseModel):
                     "the kd weights are 0, so normalization, adjustment, temperature, divergence and warmup_epochs "
                     "would have no effect"
                 )
+            if self.gate is not None or self.controller is not None:
+                yield "the kd weights are 0, so a gate or a controller would have no effect"
         if self.plain_kd_weight and self.temperature.is_constant:
             yield "plain_kd_weight adds constant-temperature KD to itself here: raise kd_weight instead"
         yield from self.divergence.without_effect()
@@ -139,6 +150,21 @@ class Loss(BaseModel):
             )
         if divergence.needs_constant_temperature and not temperature.is_constant:
             yield f"the divergence {kind} needs a constant temperature, and this one is {temperature.kind}"
+        if self.controller is not None:
+            yield from self._at_odds_with_controller(self.controller)
+
+    def _at_odds_with_controller(self, controller: ControllerOptions) -> Iterator[str]:
+        temperature, divergence = self.temperature, self.divergence
+        if self.gate is not None:
+            yield f"the controller {controller.kind} is for one teacher, and gate for several: take one of them"
+        if temperature.is_learned:
+            yield f"the temperature {temperature.kind} is learned, and the controller would be too: take one of them"
+        if not controller.sets_temperature:
+            return
+        if not temperature.is_constant:
+            yield f"{controller.kind} sets the temperatures, and so does {temperature.kind}: take kind: constant"
+        if divergence.ignores_shared_temperature or divergence.needs_constant_temperature:
+            yield f"{controller.kind} sets temperatures, and {divergence.kind} has none of its own per sample: take kl"
 
     @property
     def uses_teacher(self) -> bool:
@@ -174,7 +200,7 @@ class Loss(BaseModel):
     def is_of_the_batch(self) -> bool:
         """Whether the loss of a sample depends on the other samples of its batch."""
         of_logits = self.temperature.uses_batch or self.divergence.uses_batch
-        return of_logits or any(output.uses_batch for output in self.outputs.values())
+        return of_logits or self.gate is not None or any(output.uses_batch for output in self.outputs.values())
 
     @property
     def needs_level(self) -> str | None:
@@ -189,7 +215,9 @@ class Loss(BaseModel):
 
     @property
     def acts_on_label(self) -> str | None:
-        """The adjustment or divergence that acts on the one true class of an image; None if neither does."""
+        """What acts on the one true class of an image: adjustment, divergence or controller; None if nothing does."""
+        if self.controller is not None and self.controller.acts_on_label:
+            return f"the controller {self.controller.kind}"
         if self.adjustment.acts_on_label:
             return f"the adjustment {self.adjustment.kind}"
         return self.divergence.described("acts_on_label") if self.divergence.acts_on_label else None

@@ -8,6 +8,10 @@ with v the student's and u the teacher's raw logits, both normalized first if th
 adjustment, (T_stu, T_tea, w) the temperatures and D the divergence. For DKD, which needs labels, mean_i is over the
 labeled samples, as for CE. Caches play no role here: the teacher's logits may be computed or read.
 
+A controller, if there is one, replaces CE(v_i, y_i) by (1 - a_i) CE(v_i, y_i) and D by a_i D, or sets the temperature
+of each sample (`controllers.py`). With a gate over several teachers, the distillation term is the mean over those that
+it chooses (`gate.py`).
+
 For mixed images student and teacher see the mixture, and only CE(v, y) becomes share * CE(v, y) + (1 - share) *
 CE(v, y'), y' the partner's label. KA, DKD, OFA and Plackett-Luce, which act on the one true class, are refused.
 
@@ -28,9 +32,14 @@ from kdcache.losses import temperatures
 from kdcache.losses.batch import BatchTotals, MixedLabels, at_least_one, batch_totals
 from kdcache.losses.closed_form import is_traced, weighted_kl
 from kdcache.losses.config import Loss
+from kdcache.losses.controllers import Control
+from kdcache.losses.gate import chosen_logits, imbalance
 from kdcache.losses.options import Options
 from kdcache.losses.registry import NORMALIZATIONS
 from kdcache.losses.temperatures import Temperatures
+
+NO_CONTROL = Control()
+"""What is set for each sample without a controller: nothing."""
 
 
 class LossParts(NamedTuple):
@@ -131,6 +140,7 @@ def _term_and_temperatures(
     epoch: float | None,
     theta: Tensor | None,
     whole: BatchTotals,
+    control: Control = NO_CONTROL,
 ) -> tuple[Tensor, Temperatures]:
     """Return the distillation term and the temperatures of `kd_weight`'s part of it; see `distillation_term`."""
     if loss.learns_temperature and theta is None:
@@ -152,12 +162,34 @@ def _term_and_temperatures(
         values: Tensor = divergence(student_logits / t.student, target, labels)
         return (t.weight * values).sum()
 
-    dynamic = temperature(student_logits, teacher_logits)
-    total = weighted_sum(dynamic) * (loss.kd_weight / n_rows)
+    if control.temperature is None:
+        dynamic = temperature(student_logits, teacher_logits)
+    else:
+        dynamic = temperatures.same_for_both(control.temperature)
+    total = weighted_sum(dynamic.shared(control.share)) * (loss.kd_weight / n_rows)
     if loss.plain_kd_weight:
         plain = temperatures.constant(student_logits, teacher_logits, loss.tau)
-        total = total + weighted_sum(plain) * (loss.plain_kd_weight / n_rows)
+        total = total + weighted_sum(plain.shared(control.share)) * (loss.plain_kd_weight / n_rows)
     return total, dynamic
+
+
+def _gated(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    chances: Tensor | None,
+    labels: Tensor,
+    loss: Loss,
+    *of_step: Any,
+) -> tuple[Tensor, Temperatures]:
+    """Return the mean of the terms of the teachers [B, K, C] that a gate chooses, and the mean temperatures."""
+    if loss.gate is None or chances is None or teacher_logits.ndim != 3:
+        raise ValueError("a gate needs the logits [B, K, C] of K teachers and its probabilities [B, K]")
+    chosen = chosen_logits(teacher_logits, chances, loss.gate)
+    terms, of_teachers = zip(
+        *(_term_and_temperatures(student_logits, logits, labels, loss, *of_step) for logits in chosen), strict=True
+    )
+    means = (torch.stack(values).mean(dim=0) for values in zip(*of_teachers, strict=True))
+    return torch.stack(terms).mean(), Temperatures(*means)
 
 
 def _has_closed_form(loss: Loss, teacher_logits: Tensor, t: Temperatures) -> bool:
@@ -182,12 +214,15 @@ def distillation_loss(
     theta: Tensor | None = None,
     whole: BatchTotals | None = None,
     label_smoothing: float = 0.0,
+    control: Control = NO_CONTROL,
+    chances: Tensor | None = None,
 ) -> LossParts:
     """Return the whole loss of a batch.
 
     Args:
         student_logits: [B, C] raw logits; half precision is raised to float32 first.
-        teacher_logits: [B, C] raw logits, computed or cached; None if the loss does not use the teacher.
+        teacher_logits: [B, C] raw logits, computed or cached, with a gate [B, K, C]; None if the loss does not use the
+            teacher.
         labels: [B] int64, -1 where not known.
         loss: the `loss` section of a pipeline.
         epoch: counted from 1, for the warm-up and for CTKD; None for the end of both.
@@ -195,6 +230,8 @@ def distillation_loss(
         theta: the result of `learned_temperature`, for CTKD.
         whole: totals of the batch that these samples are part of; None if they are all of it.
         label_smoothing: of the cross-entropy.
+        control: what a controller sets for each sample.
+        chances: [B, K], the probabilities of a gate over K teachers.
 
     Raises:
         ValueError: if the loss uses the teacher and its logits are None, or it acts on the one true class of images
@@ -212,8 +249,20 @@ def distillation_loss(
     if mixed is not None and loss.acts_on_label:
         raise ValueError(f"{loss.acts_on_label} needs one label per image, and mixed images have two")
     teacher_logits = teacher_logits.to(student_logits.dtype)
-    distilled, dynamic = _term_and_temperatures(student_logits, teacher_logits, labels, loss, epoch, theta, whole)
-    total = loss.ce_weight * ce + warmup(epoch, loss.warmup_epochs) * distilled
+    of_step = (loss, epoch, theta, whole, control)
+    if loss.gate is None:
+        distilled, dynamic = _term_and_temperatures(student_logits, teacher_logits, labels, *of_step)
+    else:
+        distilled, dynamic = _gated(student_logits, teacher_logits, chances, labels, *of_step)
+    weighted_ce = ce
+    if control.share is not None:
+        of_rows = F.cross_entropy(
+            student_logits, labels, ignore_index=-1, label_smoothing=label_smoothing, reduction="none"
+        )
+        weighted_ce = ((1 - control.share) * of_rows).sum() / at_least_one(whole.labeled)
+    total = loss.ce_weight * weighted_ce + warmup(epoch, loss.warmup_epochs) * distilled
+    if loss.gate is not None and chances is not None:
+        total = total + loss.gate.balance * imbalance(chances, whole.sum) * (len(labels) / whole.rows)
     student = dynamic.student.detach().sum() / whole.rows
     shared = dynamic.teacher is dynamic.student
     teacher = student if shared else dynamic.teacher.detach().sum() / whole.rows

@@ -30,8 +30,13 @@ class Temperatures(NamedTuple):
     teacher: Tensor
     weight: Tensor
 
+    def shared(self, share: Tensor | None) -> Temperatures:
+        """Return the same temperatures with weights multiplied by a share [B]; None for 1."""
+        return self if share is None else self._replace(weight=self.weight * share)
 
-def _same_for_both(tau: Tensor) -> Temperatures:
+
+def same_for_both(tau: Tensor) -> Temperatures:
+    """Return the same temperatures [B] for student and teacher, with the weight tau^2."""
     of_rows = tau.unsqueeze(1)
     return Temperatures(of_rows, of_rows, tau.square())
 
@@ -228,7 +233,7 @@ def dtd_flsw(
     norms = (v.norm(dim=1) + 1e-4) * (u.norm(dim=1) + 1e-4)
     # Rounding can carry the cosine of two equal rows past 1, and a negative base has no real power.
     w = (1 - (v * u).sum(dim=1) / norms).clamp_min(0).pow(gamma)
-    return _same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(min_temperature))
+    return same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(min_temperature))
 
 
 class DTDFocal(TemperatureOptions):
@@ -270,7 +275,7 @@ def dtd_cwsm(
     Source: Wen, Lai & Qian 2019 (1911.07471).
     """
     w = 1 / (student_logits.detach().softmax(dim=1).amax(dim=1) + 1e-3)
-    return _same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(min_temperature))
+    return same_for_both((tau + beta * (batch_mean(w, batch_sum) - w)).clamp_min(min_temperature))
 
 
 class DTDConfidence(TemperatureOptions):
@@ -316,7 +321,7 @@ def ctkd(
     reversal = (1 - math.cos(math.pi * ramp)) / 2
     reversed_theta = theta.detach() - reversal * (theta - theta.detach())
     tau = min_temperature + span * reversed_theta.to(student_logits.dtype).sigmoid()
-    return _same_for_both(tau.expand(len(student_logits)))
+    return same_for_both(tau.expand(len(student_logits)))
 
 
 class CTKD(TemperatureOptions):

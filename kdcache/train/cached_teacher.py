@@ -9,14 +9,14 @@ import torch
 
 from kdcache.cache.decoded_teacher import decode_if_small
 from kdcache.cache.format.output_records import OutputRecord
-from kdcache.cache.joined_teacher import JoinedTeacher
+from kdcache.cache.joined_teacher import JoinedTeacher, StackedTeacher
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
-from kdcache.cache.teacher import Teacher, TeacherWithOutputs
-from kdcache.config.schema import Pipeline
+from kdcache.cache.teacher import CachedTeacher, Teacher, TeacherWithOutputs
+from kdcache.config.schema import JoinSpec, Pipeline
 from kdcache.data.alignment import AlignedTeacher
 from kdcache.data.samples import Samples
-from kdcache.errors import MismatchError, UsageError, did_you_mean
+from kdcache.errors import MismatchError, UsageError, counted, did_you_mean
 from kdcache.losses import Loss
 from kdcache.losses.outputs import OutputLossOptions
 from kdcache.runtime.progress import Progress
@@ -52,9 +52,8 @@ def load_teacher(
         for each in cached:
             progress.say(f"placement of the cache: {each.placement} ({each.why})")
             placements.append(each.placement)
-        logits = cached[0] if len(cached) == 1 else JoinedTeacher(cached, pipeline.join.weights, pipeline.join.combine)
-        logits = _of_samples(logits, samples, caches[0])
-        if all(each.placement != "stream" for each in cached):
+        logits = _of_samples(_joined(cached, pipeline), samples, caches[0])
+        if loss.gate is None and all(each.placement != "stream" for each in cached):
             logits = decode_if_small(logits, len(samples), samples.num_classes)
     if not loss.outputs:
         return logits, placements
@@ -67,6 +66,26 @@ def load_teacher(
         outputs[name] = _of_samples(output, samples, caches[0])
     scores = [name for name in outputs if caches[0].outputs[name].kind == "score"]
     return TeacherWithOutputs(logits, outputs, scores), placements
+
+
+def _joined(cached: Sequence[CachedTeacher], pipeline: Pipeline) -> Teacher:
+    """Return the teachers of several caches as one, or side by side for a gate.
+
+    Raises:
+        UsageError: if there are fewer than a gate is over, or it would replace the settings of `join`.
+    """
+    join, gate = pipeline.join, pipeline.loss.gate
+    if gate is None:
+        return cached[0] if len(cached) == 1 else JoinedTeacher(cached, join.weights, join.combine)
+    needed = max(2, gate.top)
+    if len(cached) < needed:
+        raise UsageError(
+            f"loss.gate chooses among several teachers (top {gate.top}), and there is {counted(len(cached), 'cache')}",
+            f"pass at least {needed}, with --cache for each",
+        )
+    if join != JoinSpec():
+        raise UsageError("loss.gate chooses among the teachers, and `join` joins them", "remove one of the two")
+    return StackedTeacher(cached)
 
 
 def _of_samples(teacher: Teacher, samples: Samples, cache: Cache) -> Teacher:

@@ -15,23 +15,19 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
-from kdcache.data.loader import cut_range
 from kdcache.data.views import View
 from kdcache.errors import CorruptError
 from kdcache.losses import Loss, LossParts
-from kdcache.models.checks import set_evaluation_mode
-from kdcache.models.evaluate import Scorer, SplitScore, Sums
-from kdcache.runtime.progress import Progress, Silent, Task
-from kdcache.train.passes import TEST, VALIDATION, Clock, MicroBatches, Pass, Work, run_alone
+from kdcache.runtime.progress import Progress, Silent
+from kdcache.train.learned import NO_PARTS, LearnedParts
+from kdcache.train.passes import Clock, Work, run_alone
 from kdcache.train.random_states import as_plain_values, from_plain_values, random_state, set_random_state
+from kdcache.train.scoring import validation_work
 from kdcache.train.step import Trainer
-from kdcache.train.student_outputs import StudentOutputs
-
-_EVALUATION_BATCH = 512
 
 
 class Epoch(NamedTuple):
@@ -164,7 +160,7 @@ def training_work(
     checkpointer: Checkpointer | None = None,
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
-    outputs: StudentOutputs | None = None,
+    learned: LearnedParts = NO_PARTS,
 ) -> Work[TrainingResult]:
     """Train a network, and load the weights of its best epoch on the validation split into it.
 
@@ -181,14 +177,14 @@ def training_work(
         checkpointer: stores the state after each epoch, and returns that of an interrupted run.
         progress: progress reporter; silent if None.
         clock: returns seconds, for the duration of training.
-        outputs: of the network that the loss compares with those of the teacher; None without.
+        learned: what is trained beside the network.
 
     Raises:
         Diverged: if the loss becomes NaN or infinite.
         UsageError: if a batch has too few images to be divided.
     """
     data, progress = train.samples, progress or Silent()
-    trainer = Trainer(model, spec, loss, data.per_epoch, device, progress.say, outputs, data.group_size)
+    trainer = Trainer(model, spec, loss, data.per_epoch, device, progress.say, learned, data.group_size)
     state = TrainingState()
     if checkpointer and (saved := _load(trainer, checkpointer)) is not None:
         state = _resume(trainer, saved)
@@ -209,7 +205,7 @@ def training_work(
             parts = yield from trainer.epoch_work(train, number, teacher, after_step, view=view)
             epoch = _mean_losses(trainer, Epoch(number, view, lr, 0, 0, 0, None, None, None, None), parts)
             if validation is not None:
-                score = yield from _validation_work(trainer, validation, number, task)
+                score = yield from validation_work(trainer, validation, number, task)
                 epoch = epoch._replace(validation_accuracy=score.accuracy, validation_loss=score.loss)
             state.add(epoch, trainer.selected_network)
             state.seconds += clock() - began
@@ -255,65 +251,6 @@ def _mean_losses(trainer: Trainer, epoch: Epoch, parts: list[LossParts]) -> Epoc
         student_temperature=student,
         teacher_temperature=teacher,
     )
-
-
-def _validation_work(trainer: Trainer, validation: View, epoch: int, task: Task) -> Work[SplitScore]:
-    """Return the score of the network on the validation split, of which each process evaluates its share."""
-    network, count, evaluated = trainer.selected_network, len(validation), 0
-
-    def on_batch(images: int) -> None:
-        nonlocal evaluated
-        evaluated += images * trainer.ranks
-        task.advance(0, f"validating epoch {epoch}: {min(evaluated, count):,} of {count:,} images")
-
-    if trainer.ranks > 1:
-        for statistics in network.buffers():  # of batch normalization: those of the first process are selected
-            distributed.broadcast(statistics, 0)
-    cuts = _evaluation_cuts(count)[trainer.accelerator.process_index :: trainer.ranks]
-    wanted = Pass(validation, validation.view, cuts, 1, (epoch, VALIDATION), trainer.device, trainer.spec.num_workers)
-    own = yield from _sums_work(network, wanted, on_batch)
-    parts: list[Sums] = gather_object([own])
-    return Sums(*map(sum, zip(*parts, strict=True))).score(validation.samples)
-
-
-def testing_work(
-    model: nn.Module, test: View, spec: TrainSpec, epochs: int, device: torch.device | str, progress: Progress
-) -> Work[SplitScore]:
-    """Return the score of a network, which is on `device`, on the test split, after so many epochs."""
-    wanted = Pass(
-        test,
-        test.view,
-        _evaluation_cuts(len(test)),
-        1,
-        (epochs, TEST),
-        torch.device(device),
-        spec.num_workers,
-        stays=False,
-    )
-    with progress.task("test", len(test), "images") as task:
-        sums = yield from _sums_work(model, wanted, task.advance)
-    return sums.score(test.samples)
-
-
-def _evaluation_cuts(count: int) -> list[Tensor]:
-    return [torch.arange(cut.start, cut.stop) for cut in cut_range(range(count), _EVALUATION_BATCH)]
-
-
-def _sums_work(network: nn.Module, wanted: Pass, on_batch: Callable[[int], None]) -> Work[Sums]:
-    """Return the sums of a network, in evaluation mode, over the batches of a pass."""
-    was_training, scorer = network.training, Scorer(network)
-    set_evaluation_mode(network)
-    for ids in wanted.cuts:
-        _add(scorer, (yield wanted))
-        on_batch(len(ids))
-    if network.training != was_training:
-        network.train(was_training)
-    return scorer.sums
-
-
-def _add(scorer: Scorer, micro_batches: MicroBatches) -> None:
-    (batch,) = micro_batches
-    scorer.add(batch.images, batch.labels)
 
 
 def _load(trainer: Trainer, checkpointer: Checkpointer) -> dict[str, Any] | None:

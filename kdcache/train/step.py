@@ -22,12 +22,15 @@ from kdcache.config.schema import TrainSpec
 from kdcache.data.views import View
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
 from kdcache.losses.batch import OVER_ALL_RANKS, BatchTotals, labeled_shares
+from kdcache.losses.distillation import NO_CONTROL
 from kdcache.train.accelerator import join_processes
 from kdcache.train.batches import check_groups, cut_batches, epoch_order
+from kdcache.train.controller import ControllerTraining
 from kdcache.train.gradients import GradientMonitor
+from kdcache.train.learned import CHANCES, NO_PARTS, LearnedParts, WholeNetwork
 from kdcache.train.optim import average_update, make_optimizer, make_schedule
 from kdcache.train.passes import TRAINING, Loaders, MicroBatch, MicroBatches, Pass, Work, run_alone
-from kdcache.train.student_outputs import LOGITS, StudentOutputs
+from kdcache.train.student_outputs import LOGITS
 
 
 @dataclass(frozen=True)
@@ -45,21 +48,6 @@ class StepContext:
     epoch: int
 
 
-class _Network(nn.Module):
-    """The network and what is learned beside it: accelerate wraps this, and leaves the network unchanged."""
-
-    def __init__(self, model: nn.Module, theta: nn.Parameter | None, outputs: StudentOutputs | None) -> None:
-        super().__init__()
-        self.model, self.theta, self.outputs = model, theta, outputs
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the logits [B, C] of images [B, channels, H, W], and other outputs [B, D], by name."""
-        if self.outputs is None:
-            return {LOGITS: self.model(images)}
-        said: dict[str, Tensor] = self.outputs(self.model, images)
-        return said
-
-
 class Trainer:
     """A network with its optimizer, schedule, average of the weights, and the learned parameter of the loss.
 
@@ -70,7 +58,7 @@ class Trainer:
         count: number of images per epoch.
         device: where to train.
         report: called once, with a warning about a gradient that is not finite or has exploded; in the first process.
-        outputs: outputs beside the logits that the loss compares with those of the teacher; None without.
+        learned: what is trained beside the network.
         group_size: number of samples that are never divided.
 
     Attributes:
@@ -91,10 +79,11 @@ class Trainer:
         count: int,
         device: torch.device | str = "cpu",
         report: Callable[[str], None] | None = None,
-        outputs: StudentOutputs | None = None,
+        learned: LearnedParts = NO_PARTS,
         group_size: int = 1,
     ) -> None:
-        self.model, self.spec, self.loss, self.outputs = model, spec, loss, outputs
+        self.model, self.spec, self.loss = model, spec, loss
+        self.outputs, self.gate, self.controller = outputs, gate, _ = learned
         self.accelerator = join_processes(device, spec.precision, uses_all=loss.uses_logits)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         cuts = cut_batches(torch.arange(count).reshape(-1, group_size), spec, self.ranks)
@@ -108,6 +97,7 @@ class Trainer:
         self._learned = [
             *([] if self.theta is None else [("the temperature", self.theta)]),
             *([] if outputs is None else outputs.named_parameters()),
+            *([] if gate is None else gate.named_parameters("gate")),
         ]
         optimizer = make_optimizer(model, spec, [parameter for _, parameter in self._learned])
         self.schedule = make_schedule(optimizer, spec, self.steps)
@@ -125,10 +115,16 @@ class Trainer:
             spec.max_grad_norm,
             report if self.accelerator.is_main_process else None,
         )
-        self._network = self.accelerator.prepare_model(_Network(model, self.theta, outputs))
+        self._network = self.accelerator.prepare_model(WholeNetwork(model, self.theta, outputs, gate))
         if self.accelerator.process_index:
             # Each process draws other numbers in the network; the first draws those of a single process.
             torch.manual_seed(spec.seed + 1_000_003 * self.accelerator.process_index)
+
+    @property
+    def _parts(self) -> dict[str, nn.Module | ControllerTraining]:
+        """What is trained beside the network, by the name that it has in the state."""
+        parts = {"outputs": self.outputs, "gate": self.gate, "controller": self.controller}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def selected_network(self) -> nn.Module:
@@ -214,6 +210,10 @@ class Trainer:
     def _step(self, context: StepContext) -> LossParts:
         """Take an optimizer step, and return this process's part of its loss."""
         self.optimizer.zero_grad()
+        if self.controller is not None:
+            (whole,) = context.micro_batches
+            lr = float(self.schedule.get_last_lr()[0])
+            self.controller.prepare(self.model, whole, self.loss, context.epoch, lr, self.spec.label_smoothing)
         if len(context.micro_batches) > 1 and self.loss.is_of_the_batch:
             parts = self._backward_in_two_passes(context)
         else:
@@ -236,12 +236,18 @@ class Trainer:
             self.gradients.add(parts.total, context.epoch)
         if self.average is not None:
             self.average.update_parameters(self.model)
+        if self.controller is not None:
+            self.controller.step()
         return parts
 
     def _loss(self, said: Mapping[str, Tensor], micro_batch: MicroBatch, context: StepContext) -> LossParts:
         _, labels, mixed, teacher_logits, targets = micro_batch
         if LOGITS in said:
-            of_step = (context.epoch, mixed, self.theta, context.totals, self.spec.label_smoothing)
+            control = NO_CONTROL
+            if self.controller is not None:
+                control = self.controller.control(said[LOGITS], micro_batch)
+            smoothing, chances = self.spec.label_smoothing, said.get(CHANCES)
+            of_step = (context.epoch, mixed, self.theta, context.totals, smoothing, control, chances)
             parts = self._distillation_loss(said[LOGITS], teacher_logits, labels, self.loss, *of_step)
         else:
             parts = LossParts(*(torch.zeros((), device=self.device) for _ in LossParts._fields))
@@ -303,7 +309,7 @@ class Trainer:
         """Return all that the next step depends on, as tensors and plain values."""
         return {
             "model": self.model.state_dict(),
-            **({} if self.outputs is None else {"outputs": self.outputs.state_dict()}),
+            **{name: part.state_dict() for name, part in self._parts.items()},
             "theta": None if self.theta is None else self.theta.detach(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -315,8 +321,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
-        if self.outputs is not None:
-            self.outputs.load_state_dict(state["outputs"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.theta is not None:

@@ -22,23 +22,21 @@ from kdcache.losses import Loss
 from kdcache.models import build_model
 from kdcache.models.checks import try_network, try_training
 from kdcache.runtime.devices import check_device
-from kdcache.runtime.distributed import is_first
+from kdcache.runtime.distributed import is_first, n_processes
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import digests_of
 from kdcache.train.accelerator import described_settings, hidden_settings, ignored_settings
-from kdcache.train.inputs import (
-    CacheOptions,
-    TrainingInputs,
-    inputs_from_caches,
-    inputs_without_teacher,
-)
-from kdcache.train.loop import testing_work, training_work
+from kdcache.train.controller import make_controller
+from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
+from kdcache.train.learned import LearnedParts, make_gate
+from kdcache.train.loop import training_work
 from kdcache.train.passes import Clock, Work, run_alone, run_together
 from kdcache.train.prepare import check_loss, smallest_micro_batch, training_view
 from kdcache.train.run_folder import CHECKPOINT, check_run, check_trackers, complete_run, run_folder
 from kdcache.train.run_result import RunResult, result_of
+from kdcache.train.scoring import testing_work
 from kdcache.train.shared_views import SharedViews
 from kdcache.train.student_outputs import StudentOutputs, student_outputs
 from kdcache.train.student_transform import check_evaluation_shape, evaluation_transform
@@ -271,7 +269,11 @@ def _train(
         torch.manual_seed(spec.train.seed)
         pretrained = isinstance(spec, StudentSpec) and (spec.weights is not None or spec.names_weights)
         model = build_model(spec, samples.num_classes, train.shape(), trained=pretrained, progress=progress)
-        outputs = _outputs_of_student(model, spec, loss, train, teacher)
+        learned = LearnedParts(
+            _outputs_of_student(model, spec, loss, train, teacher),
+            make_gate(loss, teacher, samples.num_classes, torch_device),
+            make_controller(loss, spec.train, train, validation, teacher, n_processes(), torch_device),
+        )
         if loss.uses_logits:
             try_network(model, train, "cpu", "network")
             try_training(model, train, "network", smallest_micro_batch(spec.train, samples.per_epoch))
@@ -288,10 +290,10 @@ def _train(
             checkpointer=run,
             progress=progress,
             clock=clock,
-            outputs=outputs,
+            learned=learned,
         )
-        if outputs is not None and is_first():
-            outputs.save(run.folder)
+        if is_first():
+            learned.save(run.folder)
         score = None
         if test is not None and is_first():
             score = yield from testing_work(model, test, spec.train, len(trained.epochs), device, progress)

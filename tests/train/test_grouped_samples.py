@@ -26,6 +26,7 @@ from kdcache.data.views import View
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.losses import Loss
 from kdcache.models import build_model
+from kdcache.train.learned import LearnedParts
 from kdcache.train.step import Trainer
 from kdcache.train.student_outputs import student_outputs
 from kdcache.train.train import train_student
@@ -112,7 +113,7 @@ def by_the_trainer(name: str, accumulate: int) -> list[Tensor]:
         teacher,
     )
     per_epoch = train.samples.per_epoch
-    trainer = Trainer(model, spec_of(size, accumulate), loss, per_epoch, outputs=outputs, group_size=size)
+    trainer = Trainer(model, spec_of(size, accumulate), loss, per_epoch, learned=LearnedParts(outputs), group_size=size)
     for number in range(1, EPOCHS + 1):
         trainer.epoch(train, number, teacher)
     return [value.detach() for value in model.parameters()]

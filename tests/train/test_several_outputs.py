@@ -29,6 +29,7 @@ from kdcache.losses.outputs import OUTPUT_LOSSES
 from kdcache.models import build_model
 from kdcache.runtime.progress import Silent
 from kdcache.train.inputs import inputs_from_caches
+from kdcache.train.learned import LearnedParts
 from kdcache.train.run_result import RunResult
 from kdcache.train.step import Trainer
 from kdcache.train.student_outputs import student_outputs
@@ -113,7 +114,7 @@ def by_the_trainer(case: Case, accumulate: int) -> list[Tensor]:
     model, train, teacher = Double(), View(samples(), []), case.teacher()
     spec = SPEC.model_copy(update={"gradient_accumulation_steps": accumulate})
     outputs = student_outputs(model, StudentSpec(model="small:mlp"), case.of, train, teacher)
-    trainer = Trainer(model, spec, case.of, COUNT, outputs=outputs)
+    trainer = Trainer(model, spec, case.of, COUNT, learned=LearnedParts(outputs))
     for number in range(1, EPOCHS + 1):
         trainer.epoch(train, number, teacher)
     return [value.detach() for value in model.parameters()]
@@ -277,7 +278,7 @@ def test_a_live_teacher_and_its_cache_teach_the_same(runs: Runs) -> None:
         both = TeacherWithOutputs(None, {"features": teacher})
         loss = Loss.model_validate({"features": {"name": "rkd", "weight": 0.1}})
         outputs = student_outputs(model, StudentSpec(model="small:mlp"), loss, train, both)
-        trainer = Trainer(model, TrainSpec(epochs=1, lr=0.01), loss, len(data), outputs=outputs)
+        trainer = Trainer(model, TrainSpec(epochs=1, lr=0.01), loss, len(data), learned=LearnedParts(outputs))
         trainer.epoch(train, 1, both)
         weights.append([value.detach() for value in model.parameters()])
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
