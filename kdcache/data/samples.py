@@ -11,7 +11,7 @@ import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, delayed_task
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
+
+if TYPE_CHECKING:
+    from kdcache.data.nodes import Graph
 
 Split = Literal["train", "validation", "test"]
 
@@ -57,6 +60,7 @@ class Samples:
             the ordinals of the samples.
         notes: what the data set leaves out, one line each.
         held_out: from how many images the split was drawn; None if it is a split of its own.
+        graph: whose nodes the samples are (`nodes.py`); None for other samples.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Samples:
     ids: npt.NDArray[np.int64] | None = None
     notes: tuple[str, ...] = ()
     held_out: HeldOut | None = None
+    graph: Graph | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.images):

@@ -39,8 +39,8 @@ class Loss(BaseModel):
     name: str = "kd"
     """`ce`, or parts joined by `+`, one per axis: `zscore`; `ka`, `lsr`, `truncated`, `noisy`; `kd`, `dtkd`, `dtd`,
     `cwsm`, `ctkd`, `cswt`; `rkl`, `js`, `dkd`, `dist`, `r2kd`, `cskd`, `pld`, `ofa`, `mse`, `cosine`, `brier`,
-    `comparative`. Or `path/file.py:function`, with the function's keyword arguments as further keys. Sets the defaults
-    of the keys below."""
+    `comparative`, `ff_g2m`. Or `path/file.py:function`, with the function's keyword arguments as further keys. Sets the
+    defaults of the keys below."""
     ce_weight: NotNegative
     """Weight of the cross-entropy with the labels."""
     kd_weight: NotNegative
@@ -60,8 +60,8 @@ class Loss(BaseModel):
     `ctkd` (`min_temperature`, `span`, `ramp_epochs`) or `cswt` (`tau`, `low`, `high`)."""
     divergence: Divergence
     """`kind: kl`, `reverse_kl`, `jensen_shannon`, `dkd` (`alpha`, `beta`), `dist` (`beta`, `gamma`, `center`),
-    `plackett_luce`, `ofa` (`eps`), `mse`, `cosine`, `brier` (`alpha`), `comparative` (`group_size`) or `function`
-    (`function`: `path/file.py:function`, `options`)."""
+    `plackett_luce`, `ofa` (`eps`), `mse`, `cosine`, `brier` (`alpha`), `comparative` (`group_size`), `ff_g2m`
+    (`edge_tau`) or `function` (`function`: `path/file.py:function`, `options`)."""
 
     outputs: dict[str, OutputLoss] = Field(default={}, exclude_if=lambda outputs: not outputs)
     """Losses of other outputs of the teacher, by name of the output, each with its `name`, `weight` and options."""
@@ -173,8 +173,13 @@ class Loss(BaseModel):
     @property
     def is_of_the_batch(self) -> bool:
         """Whether the loss of a sample depends on the other samples of its batch."""
-        of_logits = self.temperature.uses_batch or self.divergence.uses_batch
+        of_logits = self.temperature.uses_batch or self.divergence.uses_batch or self.uses_edges
         return of_logits or any(output.uses_batch for output in self.outputs.values())
+
+    @property
+    def uses_edges(self) -> bool:
+        """Whether the distillation term compares samples that an edge of a graph joins."""
+        return self.uses_teacher and self.divergence.uses_edges
 
     @property
     def needs_level(self) -> str | None:
