@@ -241,6 +241,10 @@ SLOW_TESTS = {
         "test_forked_loading_processes_can_do_it",
         "test_what_the_parent_has_done_a_forked_child_can_do",
     },
+    "test_graph_pipelines": {
+        "test_a_graph_is_examined_dumped_and_learned",
+        "test_other_edges_are_another_teacher",
+    },
     "test_graph_networks": {
         "test_a_student_may_be_a_network_of_the_graph",
         "test_a_trained_network_of_a_graph_is_loaded_as_it_was",
