@@ -246,6 +246,7 @@ SLOW_TESTS = {
         "test_other_edges_are_another_teacher",
     },
     "test_graph_networks": {
+        "test_a_network_of_torch_geometric_is_a_teacher_of_its_data",
         "test_a_student_may_be_a_network_of_the_graph",
         "test_a_trained_network_of_a_graph_is_loaded_as_it_was",
         "test_networks_of_another_width_are_refused",

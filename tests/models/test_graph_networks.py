@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +201,37 @@ def test_nodes_of_another_graph_are_refused(tmp_path: Path) -> None:
 class _Wrong(nn.Module):
     def forward(self, features: Tensor, _: Tensor) -> Tensor:
         return features.sum(1)
+
+
+def test_a_network_of_torch_geometric_is_a_teacher_of_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("torch_geometric") is None:
+        pytest.skip("torch-geometric is not installed: pip install 'kdcache[graphs]'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, at the import of torch-geometric
+        from torch_geometric import nn as theirs  # noqa: PLC0415  # only where it is installed
+    graph = small_graph(tmp_path)
+    masks = {f"{name}_mask": graph.masks[split] for name, split in (("train", "train"), ("val", "validation"))}
+    torch.save({"x": graph.features, "edge_index": graph.edges, "y": graph.labels, **masks}, tmp_path / "d.pt")
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch_geometric.data import Data\nfrom torch_geometric.nn import GCN\n\n\n"
+        "def data(split, root):\n    return Data(**torch.load(root))\n\n\n"
+        "def gcn(num_classes):\n    torch.manual_seed(0)\n"
+        f"    return GCN({F}, 8, num_layers=2, out_channels=num_classes, dropout=0.5)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    pipeline = Pipeline.model_validate(
+        {
+            "dataset": {"name": "mine.py:data", "root": "d.pt"},
+            "teacher": {"model": "mine.py:gcn"},
+            "student": {"model": "small:mlp", "train": {"epochs": 1, "batch_size": N}},
+            "loss": {"name": "ff_g2m"},
+        }
+    )
+    loaded = load_teacher(pipeline)
+    cache = kdcache.dump_teacher(loaded.model, loaded.samples, tmp_path / "c.kdcache", name=loaded.identity)
+    torch.manual_seed(0)
+    network = theirs.GCN(F, 8, num_layers=2, out_channels=C, dropout=0.5).eval()
+    with torch.no_grad():
+        expected = network(graph.features, graph.edges)
+    torch.testing.assert_close(cache.teacher()(torch.arange(N)), expected, atol=5e-3, rtol=5e-3)
+    assert kdcache.train_student(pipeline, cache, tmp_path / "run").test is not None
