@@ -208,7 +208,7 @@ def test_a_network_of_torch_geometric_is_a_teacher_of_its_data(tmp_path: Path, m
         pytest.skip("torch-geometric is not installed: pip install 'kdcache[graphs]'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, at the import of torch-geometric
-        from torch_geometric import nn as theirs  # noqa: PLC0415  # only where it is installed
+        from torch_geometric import nn as theirs  # only where it is installed
     graph = small_graph(tmp_path)
     masks = {f"{name}_mask": graph.masks[split] for name, split in (("train", "train"), ("val", "validation"))}
     torch.save({"x": graph.features, "edge_index": graph.edges, "y": graph.labels, **masks}, tmp_path / "d.pt")
