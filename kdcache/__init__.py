@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kdcache.curate.foreign.margin_mse import MarginMSEScores, read_margin_mse
     from kdcache.data.cached_dataset import CachedDataset
     from kdcache.data.datasets import load_split
+    from kdcache.data.nodes import Graph, edges_among, graph_of, read_graph
     from kdcache.data.samples import Samples, wrap
     from kdcache.dump.dump import dump_teacher
     from kdcache.errors import InterruptedRun, KdcacheError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from kdcache.losses.loss_module import DistillationLoss
     from kdcache.models.build import build_model
     from kdcache.models.evaluate import SplitScore, evaluate
+    from kdcache.models.graph_teacher import GraphTeacher
     from kdcache.models.teacher import TeacherIdentity
     from kdcache.runtime.distributed import Ranks, join_ranks
     from kdcache.runtime.progress import Progress
@@ -43,6 +45,8 @@ _HOME = {
     "CachedOutput": "kdcache.cache.teacher",
     "CachedTeacher": "kdcache.cache.teacher",
     "DistillationLoss": "kdcache.losses.loss_module",
+    "Graph": "kdcache.data.nodes",
+    "GraphTeacher": "kdcache.models.graph_teacher",
     "InterruptedRun": "kdcache.errors",
     "KdcacheError": "kdcache.errors",
     "LossParts": "kdcache.losses.distillation",
@@ -56,13 +60,16 @@ _HOME = {
     "TeacherIdentity": "kdcache.models.teacher",
     "build_model": "kdcache.models.build",
     "dump_teacher": "kdcache.dump.dump",
+    "edges_among": "kdcache.data.nodes",
     "evaluate": "kdcache.models.evaluate",
+    "graph_of": "kdcache.data.nodes",
     "join_ranks": "kdcache.runtime.distributed",
     "load_pipeline": "kdcache.config.loader",
     "load_split": "kdcache.data.datasets",
     "loss": "kdcache.config.loss",
     "open_cache": "kdcache.cache.reader",
     "output_loss": "kdcache.config.loss",
+    "read_graph": "kdcache.data.nodes",
     "read_margin_mse": "kdcache.curate.foreign.margin_mse",
     "train_student": "kdcache.train.train",
     "train_teacher": "kdcache.train.train",
@@ -76,6 +83,8 @@ __all__ = [
     "CachedOutput",
     "CachedTeacher",
     "DistillationLoss",
+    "Graph",
+    "GraphTeacher",
     "InterruptedRun",
     "KdcacheError",
     "LossParts",
@@ -89,13 +98,16 @@ __all__ = [
     "TeacherIdentity",
     "build_model",
     "dump_teacher",
+    "edges_among",
     "evaluate",
+    "graph_of",
     "join_ranks",
     "load_pipeline",
     "load_split",
     "loss",
     "open_cache",
     "output_loss",
+    "read_graph",
     "read_margin_mse",
     "train_student",
     "train_teacher",

@@ -25,8 +25,8 @@ from kdcache.data.samples import Samples
 from kdcache.data.transforms import transform_for_evaluation
 from kdcache.data.views import View
 from kdcache.dump.estimate import estimate
-from kdcache.errors import KdcacheError, MismatchError, UsageError
-from kdcache.models import build_model
+from kdcache.errors import KdcacheError, MismatchError, UsageError, counted
+from kdcache.models import build_for
 from kdcache.models.checks import check_logits, try_network
 from kdcache.models.teacher import load_teacher
 from kdcache.runtime.paths import existing, fix_for
@@ -205,6 +205,8 @@ def _teacher(
 
 def _transform(pipeline: Pipeline, samples: Samples, transform: Transform) -> str:
     transform_for_evaluation(pipeline.eval_transform, transform)
+    if samples.graph is not None:
+        return f"none: {counted(samples.graph.features.shape[1], 'feature')} of each node"
     return " x ".join(map(str, View(samples, transform, pipeline.cache.seed).shape()))
 
 
@@ -214,7 +216,7 @@ def _student(pipeline: Pipeline, samples: Samples, transform: Transform, device:
     check_trackers(spec.train.trackers)
     view = View(samples, transform if spec.transform is None else spec.transform, pipeline.cache.seed)
     trained = spec.weights is not None or spec.names_weights
-    model = build_model(spec, samples.num_classes, view.shape(), trained=trained)
+    model = build_for(spec, samples, view.shape(), trained=trained)
     try_network(model, view, "cpu", "student")
     seconds = _first_micro_batch(model.to(device), view, spec.train, device)
     return f"{sum(p.numel() for p in model.parameters()):,} parameters, {seconds:.2f} s for the first micro-batch"

@@ -23,16 +23,16 @@ from kdcache.runtime.user_code import is_user_code, trust
 Output = NotNegativeInt
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz")
+DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz", "graph")
 
 
 class DatasetSpec(Section):
     """The data set (`data/datasets.py`)."""
 
     name: str
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz` or `path/file.py:function`."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph` or `path/file.py:function`."""
     root: str | None = None
-    """Folder of the data set, or for `npz` the file; relative to the current folder."""
+    """Folder of the data set, or for `npz` and `graph` the file; relative to the current folder."""
     args: dict[str, Any] = Field(default={})
     """Keyword arguments of the function, if `name` is `path/file.py:function`."""
     validation_fraction: Fraction = 0.1
@@ -53,7 +53,7 @@ class DatasetSpec(Section):
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.args and not is_user_code(self.name):
             yield ("args", "name"), f"are for path/file.py:function, and {self.name} takes none"
-        if self.name in ("image-folder", "npz") and self.root is None:
+        if self.name in ("image-folder", "npz", "graph") and self.root is None:
             yield ("root", "name"), f"is needed for {self.name}"
         if self.name == "digits" and self.root is not None:
             yield ("root", "name"), "digits comes with kdcache and has no root"

@@ -19,6 +19,7 @@ from kdcache.config.section import validated
 from kdcache.config.transform import Transform
 from kdcache.data.class_folders import list_images
 from kdcache.data.images import ArrayImages, FileImages
+from kdcache.data.nodes import Graph, graph_of, is_graph, read_graph
 from kdcache.data.npz_files import array_transform, read_npz
 from kdcache.data.sample_groups import groups_among
 from kdcache.data.samples import HeldOut, Samples, Split
@@ -53,7 +54,11 @@ def _root(spec: DatasetSpec) -> Path:
 
 def _lacking(spec: DatasetSpec) -> list[Split]:
     """Return the splits that a set does not have of its own."""
+    if spec.name == "graph":
+        return _unmasked(read_graph(_root(spec)))
     if is_user_code(spec.name):
+        if is_graph(whole := load_user_split(spec, "train")):
+            return _unmasked(graph_of(whole))
         return [split for split in SPLITS if load_user_split(spec, split) is None]
     if spec.name in ("imagenet", "image-folder"):
         return [split for split, folder in _folders(spec).items() if folder is None]
@@ -68,15 +73,17 @@ def _held_out(count: int, spec: DatasetSpec) -> HeldOut | None:
     return HeldOut(count, fractions) if fractions else None
 
 
-def _share(count: int, split: Split, spec: DatasetSpec) -> npt.NDArray[np.int64]:
-    """Return the ids of `split` among `count` training images, from which the missing splits are held out.
+def _share(
+    count: int, split: Split, spec: DatasetSpec, lacking: Sequence[Split] | None = None
+) -> npt.NDArray[np.int64]:
+    """Return the ids of `split` among `count` training images, from which the `lacking` splits are held out.
 
     They are drawn in the order of the hashes of the ids, which is the same on every machine and with every version of
     every library, unlike the permutation of a random generator.
     """
     order = sorted(range(count), key=lambda i: hashlib.blake2b(i.to_bytes(8, "little"), digest_size=8).digest())
     start = 0
-    for name in _lacking(spec):
+    for name in _lacking(spec) if lacking is None else lacking:
         size = round(count * (spec.validation_fraction if name == "validation" else spec.test_fraction))
         if split == name:
             return np.sort(np.array(order[start : start + size], np.int64))
@@ -197,9 +204,29 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
     )
 
 
+def _graph(spec: DatasetSpec, split: Split) -> Samples:
+    """Return a split of the graph in an npz file."""
+    return _nodes(read_graph(_root(spec)), split, spec)
+
+
+def _unmasked(graph: Graph) -> list[Split]:
+    return [split for split in SPLITS if split != "train" and split not in graph.masks]
+
+
+def _nodes(graph: Graph, split: Split, spec: DatasetSpec) -> Samples:
+    """Return a split of a graph; splits without a mask are held out of the labels of the training nodes."""
+    lacking = _unmasked(graph)
+    if split != "train" and split not in lacking:
+        return graph.split(split, graph.masks[split].nonzero().squeeze(1))
+    labeled = graph.labeled
+    return graph.split(split, labeled[torch.from_numpy(_share(len(labeled), split, spec, lacking))])
+
+
 def _user(spec: DatasetSpec, split: Split) -> Samples:
-    dataset = load_user_split(spec, split)
-    train = dataset if split == "train" else load_user_split(spec, "train")
+    train = load_user_split(spec, "train")
+    if is_graph(train):
+        return _nodes(graph_of(train, spec.name.rpartition("/")[2]), split, spec)
+    dataset = train if split == "train" else load_user_split(spec, split)
     assert train is not None, "checked by load_user_split"  # noqa: S101  # for the types
     if split != "train" and dataset is not None:
         return user_samples(spec, split, dataset, train, None)
@@ -222,6 +249,7 @@ _READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {
     "imagenet": _folder,
     "image-folder": _folder,
     "npz": _npz,
+    "graph": _graph,
 }
 
 
@@ -237,10 +265,10 @@ def load_split(
     """Return one split of a named data set, such as `kdcache.load_split("digits", "train")`.
 
     Args:
-        dataset: `digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz` or `path/file.py:function`; or a
-            mapping with the keys of the `dataset` section of a pipeline file.
+        dataset: `digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph` or
+            `path/file.py:function`; or a mapping with the keys of the `dataset` section of a pipeline file.
         split: "train", "validation" or "test".
-        root: folder of the data set, or for `npz` the file; `data/NAME` if not given.
+        root: folder of the data set, or for `npz` and `graph` the file; `data/NAME` if not given.
         validation_fraction: fraction of the training images held out if the set has no validation split; 0.1 if not
             given.
         test_fraction: fraction held out if the set has no test split; 0.1 if not given.

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,14 @@ from torch.utils.data import Dataset
 from kdcache.config.transform import Transform, step_names
 from kdcache.data.content_keys import load_keys, save_keys
 from kdcache.data.images import Images, ItemImages, name_of, split_item
-from kdcache.data.sample_groups import Groups, check_names, checked_groups
+from kdcache.data.sample_groups import Groups, check_names, checked_groups, groups_and_names
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, delayed_task
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
+
+if TYPE_CHECKING:
+    from kdcache.data.nodes import Graph
 
 Split = Literal["train", "validation", "test"]
 
@@ -61,6 +64,7 @@ class Samples:
         groups: [M, K] int64, ordinals of samples that are trained on together; None without. An epoch is then of M
             groups.
         sample_names: [N] str, by which files of other projects refer to the samples; None if they have no names.
+        graph: whose nodes the samples are (`nodes.py`); None for other samples.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Samples:
     held_out: HeldOut | None = None
     groups: Groups | None = None
     sample_names: npt.NDArray[np.str_] | None = None
+    graph: Graph | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.images):
@@ -197,21 +202,6 @@ def wrap(
         groups=groups,
         sample_names=sample_names,
     )
-
-
-def groups_and_names(
-    dataset: Dataset[Any], count: int, where: str
-) -> tuple[Groups | None, npt.NDArray[np.str_] | None]:
-    """Return the attributes `groups` and `sample_names` of a data set of `count` samples; None for those it lacks.
-
-    Raises:
-        KdcacheError: if they are not of these samples; see `sample_groups.py`.
-    """
-    groups, names = getattr(dataset, "groups", None), getattr(dataset, "sample_names", None)
-    named = None if names is None else np.asarray(names)
-    if named is not None:
-        check_names(named, count, where)
-    return None if groups is None else checked_groups(np.asarray(groups), count, where), named
 
 
 def as_samples(data: Samples | Dataset[Any]) -> Samples:

@@ -2,7 +2,7 @@
 
 The function is called as `function(split, root=None, **args)` for "train", "validation" and "test", more than once; the
 root is passed only if the pipeline sets it. It returns a map-style data set of (image, label) pairs, or None for a
-split that the set does not have.
+split that the set does not have. For "train" it may return a graph, of which masks say what the splits are.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch.utils.data import Dataset, Subset
 
 from kdcache.config.schema import DatasetSpec
 from kdcache.data.images import ItemImages
-from kdcache.data.sample_groups import groups_among
-from kdcache.data.samples import HeldOut, Samples, Split, class_names, groups_and_names, wrap
+from kdcache.data.nodes import is_graph
+from kdcache.data.sample_groups import groups_among, groups_and_names
+from kdcache.data.samples import HeldOut, Samples, Split, class_names, wrap
 from kdcache.errors import UsageError
 from kdcache.runtime import user_code
 from kdcache.runtime.paths import expand
@@ -30,7 +31,7 @@ def load_user_split(spec: DatasetSpec, split: Split) -> Dataset[Any] | None:
     """Return what the function of a data set returns for a split.
 
     Raises:
-        UsageError: if the function cannot be loaded or called, raises, or returns no map-style data set.
+        UsageError: if the function cannot be loaded or called, raises, or returns no map-style data set and no graph.
     """
     code = user_code.load(spec.name, "data set", _SIGNATURE)
     root = {} if spec.root is None else {"root": str(expand(spec.root))}
@@ -39,6 +40,8 @@ def load_user_split(spec: DatasetSpec, split: Split) -> Dataset[Any] | None:
         if split == "train":
             raise code.mistake("returned None for the split 'train', which every data set must have")
         return None
+    if split == "train" and is_graph(dataset):
+        return dataset  # type: ignore[no-any-return]  # not a Dataset: the caller asks `is_graph`
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise code.mistake(f"returned a {type(dataset).__name__} for the split {split!r}, not a data set with a length")
     if not len(dataset):

@@ -95,6 +95,12 @@ class View(Dataset[Batch]):
     ) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
         self._view = view
+        if samples.graph is not None and transform:
+            raise UsageError(
+                f"{samples.name} is a graph, whose nodes are not transformed, and the transform begins with "
+                f"{next(iter(step_names(transform)))}",
+                "remove the transform; scale features in the file",
+            )
         self.labels = torch.from_numpy(samples.labels.astype(np.int64)) if labels is None else labels
         self._crop, rest = split_recorded(transform)
         steps, mixing = split_mixing(rest)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from kdcache.models.graph_teacher import GraphTeacher
 
 if TYPE_CHECKING:
     from torch.utils.benchmark import Timer
@@ -53,10 +55,15 @@ def count_parameters(model: nn.Module) -> int:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode; one of a graph runs in every call, not once."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with ExitStack() as stack:
+            for module in model.modules():
+                if isinstance(module, GraphTeacher):
+                    stack.enter_context(module.recomputing())
+            yield
     finally:
         model.train(was_training)
 

@@ -18,7 +18,7 @@ from kdcache.data.samples import Samples
 from kdcache.data.transforms import transform_for_evaluation
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, MismatchError, UsageError
-from kdcache.models import build_model
+from kdcache.models import build_for
 from kdcache.models.teacher import load_teacher
 from kdcache.runtime.atomic_write import SUFFIX, temporary
 from kdcache.train.run_folder import CHECKPOINT
@@ -66,7 +66,7 @@ class NetworkRef:
             loaded = load_teacher(self.pipeline)
             return loaded.model, View(samples, self._transform(loaded.transform))
         view = View(samples, self._transform(samples.transform))
-        return build_model(self.pipeline.section("student"), samples.num_classes, view.shape(), trained=True), view
+        return build_for(self.pipeline.section("student"), samples, view.shape(), trained=True), view
 
     def check_classes(self, samples: Samples) -> None:
         """Check that a data set has the classes that the network was trained with, in the same order.

@@ -59,7 +59,7 @@ def rows_of_all_ranks(rows: Tensor) -> Tensor:
 
 
 OVER_ALL_RANKS = of_all_ranks, max_of_all_ranks, rows_of_all_ranks
-"""The last three fields of `BatchTotals`, for a batch that is spread over processes."""
+"""The fields `sum`, `max` and `all_rows` of `BatchTotals`, for a batch that is spread over processes."""
 
 
 class _AllGathered(torch.autograd.Function):
@@ -119,6 +119,7 @@ class BatchTotals(NamedTuple):
         sum: sum over all of its samples, for losses of the batch such as DTD and DIST.
         max: maximum over all of its samples.
         all_rows: rows of all of its samples, for losses of pairs of samples such as RKD.
+        edges: [2, E] int64, pairs of its samples that an edge of a graph joins, for FF-G2M; None without.
     """
 
     rows: Tensor | int
@@ -127,6 +128,7 @@ class BatchTotals(NamedTuple):
     sum: BatchSum = of_these
     max: BatchMax = max_of_these
     all_rows: BatchRows = rows_of_these
+    edges: Tensor | None = None
 
 
 def at_least_one(count: Tensor | int) -> Tensor | int:

@@ -43,8 +43,8 @@ class Loss(BaseModel):
     name: str = "kd"
     """`ce`, or parts joined by `+`, one per axis: `zscore`; `ka`, `lsr`, `truncated`, `noisy`; `kd`, `dtkd`, `dtd`,
     `cwsm`, `ctkd`, `cswt`; `rkl`, `js`, `dkd`, `dist`, `r2kd`, `cskd`, `pld`, `ofa`, `mse`, `cosine`, `brier`,
-    `comparative`. Or `path/file.py:function`, with the function's keyword arguments as further keys. Sets the defaults
-    of the keys below."""
+    `comparative`, `ff_g2m`. Or `path/file.py:function`, with the function's keyword arguments as further keys. Sets the
+    defaults of the keys below."""
     ce_weight: NotNegative
     """Weight of the cross-entropy with the labels."""
     kd_weight: NotNegative
@@ -64,8 +64,8 @@ class Loss(BaseModel):
     `ctkd` (`min_temperature`, `span`, `ramp_epochs`) or `cswt` (`tau`, `low`, `high`)."""
     divergence: Divergence
     """`kind: kl`, `reverse_kl`, `jensen_shannon`, `dkd` (`alpha`, `beta`), `dist` (`beta`, `gamma`, `center`),
-    `plackett_luce`, `ofa` (`eps`), `mse`, `cosine`, `brier` (`alpha`), `comparative` (`group_size`) or `function`
-    (`function`: `path/file.py:function`, `options`)."""
+    `plackett_luce`, `ofa` (`eps`), `mse`, `cosine`, `brier` (`alpha`), `comparative` (`group_size`), `ff_g2m`
+    (`edge_tau`) or `function` (`function`: `path/file.py:function`, `options`)."""
 
     gate: GateOptions | None = Field(default=None, exclude_if=lambda gate: gate is None)
     """A learned choice among the teachers of several caches, for each sample: `choose`, `top`, `balance`."""
@@ -159,6 +159,8 @@ class Loss(BaseModel):
             yield f"the controller {controller.kind} is for one teacher, and gate for several: take one of them"
         if temperature.is_learned:
             yield f"the temperature {temperature.kind} is learned, and the controller would be too: take one of them"
+        if divergence.uses_edges:
+            yield f"{controller.kind} sets something of each sample, and {divergence.kind} compares nodes: take kl"
         if not controller.sets_temperature:
             return
         if not temperature.is_constant:
@@ -199,8 +201,13 @@ class Loss(BaseModel):
     @property
     def is_of_the_batch(self) -> bool:
         """Whether the loss of a sample depends on the other samples of its batch."""
-        of_logits = self.temperature.uses_batch or self.divergence.uses_batch
+        of_logits = self.temperature.uses_batch or self.divergence.uses_batch or self.uses_edges
         return of_logits or self.gate is not None or any(output.uses_batch for output in self.outputs.values())
+
+    @property
+    def uses_edges(self) -> bool:
+        """Whether the distillation term compares samples that an edge of a graph joins."""
+        return self.uses_teacher and self.divergence.uses_edges
 
     @property
     def needs_level(self) -> str | None:

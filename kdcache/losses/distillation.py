@@ -201,7 +201,9 @@ def _has_closed_form(loss: Loss, teacher_logits: Tensor, t: Temperatures) -> boo
 
 def _over_batch(options: Options, whole: BatchTotals) -> dict[str, Any]:
     found: dict[str, Any] = {"batch_sum": whole.sum} if options.uses_batch else {}
-    return {**found, "batch_max": whole.max} if options.uses_batch_max else found
+    if options.uses_batch_max:
+        found["batch_max"] = whole.max
+    return {**found, "edges": whole.edges} if options.uses_edges else found
 
 
 def distillation_loss(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError, counted, indices_below
+from kdcache.losses.batch import batch_totals
 from kdcache.losses.config import Loss
 from kdcache.losses.distillation import LossParts, distillation_loss, learned_temperature
 
@@ -55,7 +57,12 @@ class DistillationLoss(nn.Module):
         return repr(self.name)
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, epoch: float | None = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor,
+        epoch: float | None = None,
+        edges: Tensor | None = None,
     ) -> LossParts:
         """Return the loss of a batch, `total` to differentiate, and its parts.
 
@@ -69,6 +76,8 @@ class DistillationLoss(nn.Module):
                 distillation term alone.
             epoch: the current epoch, counted from 1, for losses that change during training: the warm-up of dtkd and
                 dkd, the ramp of ctkd. None for the loss after both.
+            edges: for ff_g2m, [2, E] int64: pairs of positions in the batch that an edge of the graph joins, (source,
+                target), as `edges_among` returns them.
 
         Returns:
             Scalars: `total`, `cross_entropy` (nats, before its weight), `distillation` (before the warm-up), and the
@@ -92,7 +101,32 @@ class DistillationLoss(nn.Module):
                     f"teacher_logits are {list(teacher_logits.shape)}, student_logits {list(student_logits.shape)}",
                     "pass logits [B, C] of the same samples and the same classes",
                 )
-        return distillation_loss(student_logits, teacher_logits, labels, self.options, epoch, theta=self.theta)
+        whole = None
+        if edges is not None or self.options.uses_edges:
+            whole = batch_totals(labels)._replace(edges=self._checked_edges(edges, len(student_logits)))
+        return distillation_loss(student_logits, teacher_logits, labels, self.options, epoch, None, self.theta, whole)
+
+    def _checked_edges(self, edges: Tensor | None, count: int) -> Tensor:
+        """Return the edges [2, E] of a batch of `count` samples, for a loss that compares their ends."""
+        if not self.options.uses_edges:
+            raise UsageError(f"the loss {self.name!r} does not use edges", "leave them out, or take ff_g2m")
+        if edges is None:
+            raise UsageError(
+                f"the loss {self.name!r} compares nodes that an edge joins, and there are no edges",
+                "pass edges=[2, E], pairs of positions in the batch; or take kd, which needs none",
+            )
+        if not isinstance(edges, Tensor) or edges.ndim != 2 or len(edges) != 2 or edges.dtype != torch.int64:
+            shape = f"{edges.dtype} {list(edges.shape)}" if isinstance(edges, Tensor) else f"a {type(edges).__name__}"
+            raise UsageError(f"edges are {shape}", "pass an int64 tensor [2, E]: row 0 the sources, row 1 the targets")
+        outside = ((edges < 0) | (edges >= count)).any(dim=0)
+        if edges.device.type == "cpu" and bool(outside.any()):
+            first = int(outside.nonzero()[0])
+            raise UsageError(
+                f"edge {first} joins {int(edges[0, first])} and {int(edges[1, first])}, and the batch has {count} "
+                "samples",
+                "pass positions in the batch, not numbers of nodes: edges_among(edges, nodes, count)",
+            )
+        return edges
 
 
 def _check_logits(logits: object, name: str) -> None:

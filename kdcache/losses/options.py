@@ -32,6 +32,7 @@ class Options(BaseModel):
         uses_batch: whether a sample's result depends on the other samples of its batch; the function then takes
             `batch_sum`.
         uses_batch_max: whether it needs the maximum over the batch too; the function then takes `batch_max`.
+        uses_edges: whether it compares samples that an edge of a graph joins; the function then takes `edges`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
@@ -40,6 +41,7 @@ class Options(BaseModel):
     presets: ClassVar[Presets] = {}
     uses_batch: ClassVar[bool] = False
     uses_batch_max: ClassVar[bool] = False
+    uses_edges: ClassVar[bool] = False
 
     kind: str
 

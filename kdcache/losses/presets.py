@@ -7,7 +7,7 @@ A name is parts joined by `+`, in any order. Each part sets one axis, and the ax
     ka | lsr | truncated | noisy                        the adjustment axis
     kd | dtkd | dtd | cwsm | ctkd | cswt                the temperature axis; kd is the constant one
     rkl | js | dkd | dist | r2kd | cskd | pld | ofa |   the divergence axis
-        mse | cosine | brier | comparative
+        mse | cosine | brier | comparative | ff_g2m
     ka+dtd, dtkd+dkd, kd+dist, zscore+ka, ...           their products
 
 The names, and what each sets beside its axis, are the `presets` of the options in `losses/registry.py`. Where two parts

@@ -13,6 +13,7 @@ from kdcache.losses import (
     correlation,
     cswt,
     divergences,
+    graph,
     normalizations,
     temperatures,
 )
@@ -50,4 +51,5 @@ DIVERGENCES: dict[str, type[DivergenceOptions]] = {
     "cosine": correlation.Cosine,
     "brier": brier.Brier,
     "comparative": comparative.Comparative,
+    "ff_g2m": graph.FFG2M,
 }

@@ -40,7 +40,7 @@ def try_network(model: nn.Module, view: View, device: torch.device | str, who: s
     """
     images = view[0].images
     set_evaluation_mode(model)
-    with refusing(images, who):
+    with refusing(images, who, view.samples):
         logits = model(images.to(device))
     check_logits(logits, len(images), view.samples.num_classes, who)
 
@@ -87,13 +87,27 @@ def set_evaluation_mode(model: nn.Module) -> None:
 
 
 @contextmanager
-def refusing(images: Tensor, who: str) -> Iterator[None]:
-    """Convert the errors that a network raises for images [B, channels, H, W] into a MismatchError."""
+def refusing(images: Tensor, who: str, samples: Samples | None = None) -> Iterator[None]:
+    """Convert the errors that a network raises for images [B, channels, H, W] into a MismatchError.
+
+    Args:
+        images: what the network gets.
+        who: name of the network in errors.
+        samples: of which these are some; None if they are images or tensors.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except _CANNOT as error:
+        if samples is not None and samples.graph is not None:
+            features, edges = samples.graph.features, samples.graph.edges
+            raise MismatchError(
+                f"the {who} cannot take the nodes of {samples.name}, features {list(features.shape)} and edges "
+                f"{list(edges.shape)}: {error}",
+                f"take another {who}: forward(features [N, F], edges [2, E]) of the whole graph, or "
+                f"forward(features [B, F]) of single nodes, with F = {features.shape[1]}",
+            ) from None
         what = "images" if images.ndim == 4 else f"{str(images.dtype).removeprefix('torch.')} tensors"
         sides = " (channels, height, width)" if images.ndim == 4 else ""
         raise MismatchError(
@@ -131,7 +145,7 @@ def try_training(model: nn.Module, view: View, who: str, micro_batch: int) -> No
     except (RuntimeError, TypeError, NotImplementedError, AttributeError):
         return  # a network that cannot be copied may still be trainable
     try:
-        with seeded(0), refusing(images, who):
+        with seeded(0), refusing(images, who, view.samples):
             logits = trial(images)
     except MismatchError as error:
         if "more than 1 value per channel" not in error.what:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +14,28 @@ from kdcache.data.nodes import Graph
 from kdcache.errors import MismatchError
 
 
-class GraphTeacher(nn.Module):
-    """A teacher of nodes [B, 1 + F] (`Graph.samples`): it runs a network on the graph once, and returns rows of that.
+class _Kept(NamedTuple):
+    """What a network returned for the whole graph.
 
-    Features and edges are buffers, and so belong to the digest of its weights: of another graph it is another teacher.
+    Attributes:
+        state: the tensors it was computed with, kept so that no other ones get their ids.
+        versions: id and version of each; every change in place raises a version.
+        returned: by the network.
+    """
+
+    state: list[Tensor]
+    versions: list[tuple[int, int]]
+    returned: Any
+
+
+class GraphTeacher(nn.Module):
+    """A network of nodes [B, 1 + F] (`Graph.samples`): it runs another one on the graph once, and returns rows of that.
+
+    The graph belongs to the digest of its weights: of another graph it is another teacher.
 
     Args:
-        network: called as `network(features [N, F], edges [2, E])`, returns logits [N, C].
+        network: called as `network(features [N, F], edges [2, E])`, returns logits [N, C], or a dictionary or tuple of
+            tensors [N, ...] that holds them.
         graph: whose nodes it is asked for.
     """
 
@@ -26,29 +44,36 @@ class GraphTeacher(nn.Module):
         self.features: Tensor
         self.edges: Tensor
         self.network = network
-        self.register_buffer("features", graph.features.float())
-        self.register_buffer("edges", graph.edges.long())
-        self._logits: Tensor | None = None
+        # A checkpoint is of the network alone; the state has a digest of the graph in their place.
+        self.register_buffer("features", graph.features.float(), persistent=False)
+        self.register_buffer("edges", graph.edges.long(), persistent=False)
+        self._graph_digest = _digest_of(self.features, self.edges)
+        self._keeps = True
+        self._kept: _Kept | None = None
+
+    def get_extra_state(self) -> Tensor:
+        """Return the digest of the graph, [32] uint8."""
+        return self._graph_digest
+
+    def set_extra_state(self, state: Any) -> None:
+        """Do nothing: weights may be of a network of another graph."""
 
     def _apply(self, *args: Any, **kwargs: Any) -> GraphTeacher:
-        self._logits = None  # computed on another device, or in another type
+        self._kept = None  # computed on another device, or in another type
         moved: GraphTeacher = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # in torch
         return moved
 
-    def train(self, mode: bool = True) -> GraphTeacher:
-        """Set the mode; the logits of evaluation mode are computed anew after training."""
-        if mode != self.training:
-            self._logits = None
-        super().train(mode)
-        return self
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Run the network in every call, as for a graph that is new each time: so its costs are measured."""
+        self._keeps = False
+        try:
+            yield
+        finally:
+            self._keeps = True
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights, of which the logits are computed anew."""
-        self._logits = None
-        return super().load_state_dict(*args, **kwargs)
-
-    def forward(self, nodes: Tensor) -> Tensor:
-        """Return the logits [B, C] of nodes [B, 1 + F].
+    def forward(self, nodes: Tensor) -> Any:
+        """Return the rows [B, C] of nodes [B, 1 + F] in what the network returns.
 
         Raises:
             MismatchError: if the network does not return one row per node of the graph, or a node is of another graph.
@@ -57,28 +82,43 @@ class GraphTeacher(nn.Module):
         count = len(self.features)
         wrong = (numbers < 0) | (numbers >= count)
         numbers_here = numbers.clamp(0, count - 1)
-        wrong |= (self.features[numbers_here] != nodes[:, 1:].to(self.features.dtype)).any(dim=1)
+        wrong |= (self.features[numbers_here] != Graph.features_of(nodes).to(self.features.dtype)).any(dim=1)
         if bool(wrong.any()):
             raise MismatchError(
                 f"node {int(numbers[wrong][0])} is not one of the teacher's graph, which has {count} nodes "
                 f"({int(wrong.sum())} of {len(nodes)} in this batch)",
                 "dump the nodes of the graph that the teacher was made with: Graph.samples()",
             )
-        logits = self._of_all()
-        return logits[numbers_here]
+        return self._rows(self._of_all(), numbers_here)
 
-    def _of_all(self) -> Tensor:
-        """Return the logits of all nodes, [N, C]; in evaluation mode without gradients they are computed once."""
-        fixed = not self.training and not torch.is_grad_enabled()
-        if fixed and self._logits is not None:
-            return self._logits
-        logits: Tensor = self.network(self.features, self.edges)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(self.features):
-            shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    def _of_all(self) -> Any:
+        """Return what the network says of all nodes; in evaluation mode without gradients it runs once per weights."""
+        if not self._keeps or self.training or torch.is_grad_enabled():
+            return self.network(self.features, self.edges)
+        state = [*self.parameters(), *self.buffers()]
+        versions = [(id(value), 0 if value.is_inference() else value._version) for value in state]
+        if self._kept is None or self._kept.versions != versions:
+            self._kept = _Kept(state, versions, self.network(self.features, self.edges))
+        return self._kept.returned
+
+    def _rows(self, returned: Any, numbers: Tensor, dimensions: int = 2) -> Any:
+        """Return the rows of some nodes of a tensor, or of each tensor in a dictionary or tuple."""
+        if isinstance(returned, dict):
+            return {name: self._rows(part, numbers, 1) for name, part in returned.items()}
+        if type(returned) in (tuple, list):
+            return type(returned)(self._rows(part, numbers, 1) for part in returned)
+        if not isinstance(returned, Tensor) or returned.ndim < dimensions or len(returned) != len(self.features):
+            shape = list(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
             raise MismatchError(
                 f"the graph's network returned {shape} for {len(self.features)} nodes",
                 "let it return logits [N, C], one row per node",
             )
-        if fixed:
-            self._logits = logits
-        return logits
+        return returned[numbers]
+
+
+def _digest_of(features: Tensor, edges: Tensor) -> Tensor:
+    sha = hashlib.sha256()
+    for values in (features, edges):
+        sha.update(f"{values.dtype}{list(values.shape)}".encode())
+        sha.update(values.cpu().contiguous().numpy().tobytes())
+    return torch.frombuffer(bytearray(sha.digest()), dtype=torch.uint8)

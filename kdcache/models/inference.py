@@ -219,7 +219,7 @@ def _tried(model: nn.Module, view: View, spec: CacheSpec, device: torch.device |
     running = InferenceModel(model, view.samples.num_classes, spec, device)
     images = view.__getitems__(ids).images
     try:
-        with refusing(images, "teacher"):
+        with refusing(images, "teacher", view.samples):
             running.run(images)
     except MismatchError as error:
         low = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}

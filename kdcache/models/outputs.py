@@ -50,6 +50,13 @@ def take_part(model: nn.Module, part: Part | None, who: str) -> None:
             ) from None
 
 
+def drop_selection(model: nn.Module) -> None:
+    """Let a network return everything again, after `take_part`."""
+    hooks = model._forward_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, TakePart)]:
+        del hooks[key]
+
+
 def logits_of(output: object, part: Part | None = None, who: str = "network") -> Tensor:
     """Return the logits in the output of a network.
 

@@ -21,7 +21,7 @@ from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.models import (
     ChosenOutputs,
     Ensemble,
-    build_model,
+    build_for,
     check_run_classes,
     compare_names,
     from_hf,
@@ -161,7 +161,7 @@ def _load(
         progress.say(remark)
     if groups is None and spec.weights is not None:
         check_run_classes(spec.weights, samples.class_names)
-    model = build_model(spec, outputs, shape, trained=True, progress=progress)
+    model = build_for(spec, samples, shape, outputs=outputs, trained=True, progress=progress)
     if spec.prune is not None:
         prune(model, spec.prune)
     code = user_code.digest_of(spec.model) if user_code.is_user_code(spec.model) else None

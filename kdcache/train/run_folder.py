@@ -34,6 +34,7 @@ from kdcache.config.schema import Pipeline
 from kdcache.config.yaml_lines import read_yaml
 from kdcache.errors import CorruptError, InterruptedRun, MismatchError, UsageError
 from kdcache.models import save_weights
+from kdcache.models.graph_teacher import GraphTeacher
 from kdcache.runtime.atomic_write import move_into_place, temporary, write_file
 from kdcache.runtime.distributed import is_first
 from kdcache.runtime.folder_lock import locked
@@ -99,7 +100,7 @@ class Run:
             return
         for tracker in self._trackers or ():
             tracker.finish()
-        save_weights(model, self.folder / CHECKPOINT)
+        save_weights(model.network if isinstance(model, GraphTeacher) else model, self.folder / CHECKPOINT)
         draw_curves([row._asdict() for row in self._rows], self.folder / "curves.png")
         write_json(self.folder / _METRICS, metrics)
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from kdcache.config.schema import StudentSpec, TeacherSpec
+from kdcache.data.samples import Samples
 from kdcache.errors import CorruptError
-from kdcache.models import build_model
+from kdcache.models import build_for
 from kdcache.models.evaluate import SplitScore
 from kdcache.train.loop import Epoch
 from kdcache.train.run_folder import CHECKPOINT
@@ -39,7 +40,7 @@ class RunResult:
 def result_of(
     out: Path,
     spec: TeacherSpec | StudentSpec,
-    num_classes: int,
+    samples: Samples,
     shape: tuple[int, ...],
     metrics: Mapping[str, Any],
 ) -> RunResult:
@@ -50,7 +51,7 @@ def result_of(
         KdcacheError: if its weights cannot be read.
     """
     checkpoint = out / CHECKPOINT
-    model = build_model(spec.model_copy(update={"weights": str(checkpoint)}), num_classes, shape, trained=True)
+    model = build_for(spec.model_copy(update={"weights": str(checkpoint)}), samples, shape, trained=True)
     try:
         best, test = Epoch(**metrics["best"]), metrics["test"]
         return RunResult(model, best, SplitScore(**test) if test else None, float(metrics["seconds"]), checkpoint)

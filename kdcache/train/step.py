@@ -26,6 +26,7 @@ from kdcache.losses.distillation import NO_CONTROL
 from kdcache.train.accelerator import join_processes
 from kdcache.train.batches import check_groups, cut_batches, epoch_order
 from kdcache.train.controller import ControllerTraining
+from kdcache.train.edges import BatchEdges
 from kdcache.train.gradients import GradientMonitor
 from kdcache.train.learned import CHANCES, NO_PARTS, LearnedParts, WholeNetwork
 from kdcache.train.optim import average_update, make_optimizer, make_schedule
@@ -103,6 +104,7 @@ class Trainer:
         self.schedule = make_schedule(optimizer, spec, self.steps)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self._loaders: Loaders = {}
+        self._edges = BatchEdges(self.device)
         self.average: AveragedModel | None = None
         if spec.ema_decay is not None:
             self.average = AveragedModel(model, multi_avg_fn=average_update(spec.ema_decay), use_buffers=True)
@@ -185,27 +187,29 @@ class Trainer:
             teacher,
             self._memory_format,
         )
-        labeled = [int((train.labels[torch.cat(cut)] >= 0).sum()) for cut in cuts]
         self.model.train()
         parts: list[LossParts] = []
-        for cut, n_labeled in zip(cuts, labeled, strict=True):
+        for cut in cuts:
             # No name here holds the micro-batches while the next are loaded.
-            parts.append(self._step_of((yield wanted), sum(map(len, cut)), n_labeled, number))
+            parts.append(self._step_of((yield wanted), torch.cat(cut), train, number))
             if on_step and len(parts) < len(cuts):
                 on_step()
         self.gradients.check()
         return self._reduced(parts)
 
-    def _step_of(self, micro_batches: MicroBatches, n_samples: int, n_labeled: int, epoch: int) -> LossParts:
-        return self._step(StepContext(micro_batches, self._totals(n_samples, n_labeled, micro_batches), epoch))
+    def _step_of(self, micro_batches: MicroBatches, ids: Tensor, train: View, epoch: int) -> LossParts:
+        return self._step(StepContext(micro_batches, self._totals(ids, train, micro_batches), epoch))
 
-    def _totals(self, n_samples: int, n_labeled: int, micro_batches: Sequence[MicroBatch]) -> BatchTotals:
-        """Return the totals of the batch that all micro-batches of all processes make up."""
-        shares: Tensor | int = n_labeled
+    def _totals(self, ids: Tensor, train: View, micro_batches: Sequence[MicroBatch]) -> BatchTotals:
+        """Return the totals of the batch [B] that all micro-batches of all processes make up."""
+        labeled = int((train.labels[ids] >= 0).sum())
+        shares: Tensor | int = labeled
         if micro_batches[0].mixed is not None:  # partners are any samples of the data set, labeled or not
             own = torch.stack([labeled_shares(part.labels, part.mixed).sum() for part in micro_batches]).sum()
             shares = self.accelerator.reduce(own, "sum")
-        return BatchTotals(n_samples, n_labeled, shares, *(OVER_ALL_RANKS if self.ranks > 1 else ()))
+        edges = self._edges.among(micro_batches, train.samples) if self.loss.uses_edges else None
+        totals = BatchTotals(len(ids), labeled, shares, *(OVER_ALL_RANKS if self.ranks > 1 else ()))
+        return totals._replace(edges=edges)
 
     def _step(self, context: StepContext) -> LossParts:
         """Take an optimizer step, and return this process's part of its loss."""

@@ -138,7 +138,8 @@ def _try(
     images, tried = train.__getitems__(ids).images, Taps(model, taps, "student")
     was_training = model.training
     model.eval()
-    with torch.no_grad(), seeded(0), refusing(images, "student"), tried.collecting(whole=not loss.uses_logits):
+    refused = refusing(images, "student", train.samples)
+    with torch.no_grad(), seeded(0), refused, tried.collecting(whole=not loss.uses_logits):
         model(images)
     model.train(was_training)
     own_ids, widths = torch.tensor(ids), {}

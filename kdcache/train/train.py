@@ -19,7 +19,7 @@ from kdcache.data.seeding import seeded
 from kdcache.data.views import View
 from kdcache.errors import InterruptedRun, UsageError
 from kdcache.losses import Loss
-from kdcache.models import build_model
+from kdcache.models import build_for
 from kdcache.models.checks import try_network, try_training
 from kdcache.runtime.devices import check_device
 from kdcache.runtime.distributed import is_first, n_processes
@@ -29,6 +29,7 @@ from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import digests_of
 from kdcache.train.accelerator import described_settings, hidden_settings, ignored_settings
 from kdcache.train.controller import make_controller
+from kdcache.train.edges import check_edges
 from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
 from kdcache.train.learned import LearnedParts, make_gate
 from kdcache.train.loop import training_work
@@ -224,6 +225,7 @@ def _train(
     check_run(out)
     train, n_views, teacher = training_view(spec, loss, inputs, views, progress)
     check_loss(loss, train, inputs.level_known, spec.train.epochs, progress)
+    check_edges(loss, samples, spec.train, progress)
     check_trackers(spec.train.trackers)
     if ignored:
         progress.say(f"note: {described_settings(ignored)}")
@@ -252,7 +254,7 @@ def _train(
     }
     if out.exists():
         metrics = complete_run(out, used, made_from)
-        complete = result_of(out, spec, samples.num_classes, train.shape(), metrics)
+        complete = result_of(out, spec, samples, train.shape(), metrics)
         progress.say(f"{out} is complete: nothing to do")
         return complete
     begun_with = {
@@ -268,7 +270,7 @@ def _train(
     ):
         torch.manual_seed(spec.train.seed)
         pretrained = isinstance(spec, StudentSpec) and (spec.weights is not None or spec.names_weights)
-        model = build_model(spec, samples.num_classes, train.shape(), trained=pretrained, progress=progress)
+        model = build_for(spec, samples, train.shape(), trained=pretrained, progress=progress)
         learned = LearnedParts(
             _outputs_of_student(model, spec, loss, train, teacher),
             make_gate(loss, teacher, samples.num_classes, torch_device),

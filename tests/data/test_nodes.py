@@ -1,5 +1,8 @@
-"""Graphs: nodes as samples, a teacher of the whole graph, edges of a batch, wrong files."""
+"""Graphs: nodes as samples, splits by masks, edges of a batch, graphs of torch-geometric, wrong files."""
 
+import warnings
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,97 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from helpers.graphs import F, N, graph_arrays, small_graph
+from hypothesis import given
+from hypothesis import strategies as st
 
-import kdcache
-from kdcache.data.nodes import Graph, edges_among, graph_of, read_graph
+from kdcache.config.schema import DatasetSpec
+from kdcache.data.datasets import SPLITS, load_held_out, load_split
+from kdcache.data.nodes import Graph, edges_among, graph_of, is_graph, read_graph
+from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
-from kdcache.models.digest import weights_digest
-from kdcache.models.graph_teacher import GraphTeacher
-
-N, F, C = 30, 5, 3
-
-
-class GCN(nn.Module):
-    """One layer: the mean of the neighbors' features, then classes. It counts how often it is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(F, C)
-        self.calls = 0
-
-    def forward(self, features: Tensor, edges: Tensor) -> Tensor:
-        self.calls += 1
-        adjacency = torch.eye(len(features), dtype=features.dtype)
-        adjacency[edges[1], edges[0]] = 1
-        logits: Tensor = self.linear(adjacency @ features / adjacency.sum(1, keepdim=True))
-        return logits
-
-
-def _arrays() -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((N, F)).astype(np.float32)
-    x[7] = x[3]  # nodes of equal features and different neighbors
-    split = np.arange(N) % 3
-    return {
-        "x": x,
-        "edges": rng.integers(N, size=(2, 80)),
-        "y": np.arange(N) % C,
-        **{name: split == i for i, name in enumerate(("train", "validation", "test"))},
-    }
-
-
-def _graph(tmp_path: Path, **changed: Any) -> Graph:
-    np.savez(tmp_path / "g.npz", **{**_arrays(), **changed})
-    return read_graph(tmp_path / "g.npz")
-
-
-def test_teacher_of_a_graph_is_called_once(tmp_path: Path) -> None:
-    graph, network = _graph(tmp_path), GCN()
-    samples = graph.samples()
-    cache = kdcache.dump_teacher(GraphTeacher(network, graph), samples, tmp_path / "g.kdcache", batch_size=8)
-    calls = network.calls
-    assert calls <= 3  # before the pass, in the pass, and on another device or in another precision
-    with torch.no_grad():
-        expected = network.eval()(graph.features, graph.edges)
-    torch.testing.assert_close(cache.teacher()(torch.arange(N)), expected, atol=5e-3, rtol=5e-3)
-    assert not torch.allclose(expected[3], expected[7])
-    assert cache.labels.tolist() == [y if m else -1 for y, m in zip(graph.labels, graph.masks["train"], strict=True)]
-    nodes = kdcache.CachedDataset(samples, cache)[4][0]
-    assert Graph.features_of(nodes[None]).equal(graph.features[4:5])
-
-
-def test_teacher_of_other_edges_has_another_digest(tmp_path: Path) -> None:
-    network, graph = GCN(), _graph(tmp_path)
-    other = _graph(tmp_path, edges=_arrays()["edges"][:, :-1])
-    assert weights_digest(GraphTeacher(network, graph)) != weights_digest(GraphTeacher(network, other))
-
-
-def test_new_weights_are_not_answered_from_memory(tmp_path: Path) -> None:
-    graph = _graph(tmp_path)
-    first, second = GraphTeacher(GCN(), graph).eval(), GraphTeacher(GCN(), graph).eval()
-    nodes = torch.cat([torch.arange(N).float()[:, None], graph.features], dim=1)
-    with torch.no_grad():
-        before = first(nodes)
-        first.load_state_dict(second.state_dict())
-        assert first(nodes).equal(second(nodes)) and not first(nodes).equal(before)
-        assert first.double()(nodes).dtype == torch.float64
-    assert first.train()(nodes.double()).requires_grad
-
-
-def test_nodes_of_another_graph_are_refused(tmp_path: Path) -> None:
-    graph = _graph(tmp_path)
-    nodes = torch.cat([torch.arange(N).float()[:, None], graph.features], 1)
-    nodes[2, 1] += 1
-    with pytest.raises(MismatchError, match="node 2 is not one of"):
-        GraphTeacher(GCN(), graph)(nodes)
-    with pytest.raises(MismatchError, match=r"returned \[30\] for 30 nodes"):
-        GraphTeacher(_Wrong(), graph)(nodes[:2])
-
-
-class _Wrong(nn.Module):
-    def forward(self, features: Tensor, _: Tensor) -> Tensor:
-        return features.sum(1)
 
 
 def test_edges_among_nodes() -> None:
@@ -105,24 +26,111 @@ def test_edges_among_nodes() -> None:
     assert edges_among(edges, torch.tensor([3, 2, 0]), 4).tolist() == [[1, 0, 0], [0, 2, 0]]
 
 
-def test_graph_of_torch_geometric(tmp_path: Path) -> None:
-    graph = _graph(tmp_path)
-    masks = {"train_mask": graph.masks["train"], "val_mask": graph.masks["validation"]}
-    data = SimpleNamespace(x=graph.features, edge_index=graph.edges, y=graph.labels[:, None], **masks)
-    taken = graph_of(data)
-    assert (
-        taken.edges.equal(graph.edges)
-        and taken.labels.equal(graph.labels)
-        and set(taken.masks)
-        == {
-            "train",
-            "validation",
-        }
+def test_splits_are_those_of_the_masks(tmp_path: Path) -> None:
+    graph = small_graph(tmp_path)
+    spec = {"name": "graph", "root": str(tmp_path / "g.npz")}
+    train = load_split(spec, "train")
+    assert train.graph is not None and train.graph.edges.equal(graph.edges)
+    assert train.labels.tolist() == [int(y) if i % 3 == 0 else -1 for i, y in enumerate(graph.labels)]
+    for number, split in ((1, "validation"), (2, "test")):
+        part = load_split(spec, split)  # type: ignore[arg-type]  # one of them
+        batch = View(part, part.transform).batch(range(len(part)), 0)
+        assert batch.images[:, 0].tolist() == list(range(number, N, 3))
+        assert Graph.features_of(batch.images).equal(graph.features[number::3])
+        assert batch.labels.equal(graph.labels[number::3])
+    assert train.class_names == part.class_names == ("0", "1", "2")
+
+
+def test_splits_without_masks_are_held_out_of_the_labels(tmp_path: Path) -> None:
+    arrays = {key: value for key, value in graph_arrays().items() if key not in ("validation", "test")}
+    np.savez(tmp_path / "g.npz", **arrays, class_names=np.array(["a", "b", "c"]))
+    spec = DatasetSpec(name="graph", root=str(tmp_path / "g.npz"), validation_fraction=0.2, test_fraction=0.3)
+    splits = {split: load_split(spec, split) for split in SPLITS}
+    assert [len(splits[split]) for split in SPLITS] == [N, 2, 3]
+    labeled = {int(i) for i in np.flatnonzero(splits["train"].labels >= 0)}
+    numbers = {split: {int(splits[split].images.picture(i)[0]) for i in range(len(splits[split]))} for split in SPLITS}  # type: ignore[index]
+    assert labeled | numbers["validation"] | numbers["test"] == set(range(0, N, 3))
+    assert len(labeled) == 5
+    assert splits["test"].class_names == ("a", "b", "c")
+    none = spec.model_copy(update={"validation_fraction": 0.0})
+    assert load_held_out(none, "validation") is None
+
+
+def test_nodes_of_no_mask_are_trained_on(tmp_path: Path) -> None:
+    graph = small_graph(tmp_path)
+    rest = replace(graph, masks={name: mask for name, mask in graph.masks.items() if name != "train"})
+    assert rest.labeled.tolist() == list(range(0, N, 3))
+    assert replace(graph, masks={}).labeled.tolist() == list(range(N))
+
+
+def test_a_transform_of_nodes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="begins with RandomHorizontalFlip"):
+        View(small_graph(tmp_path).samples(), [{"RandomHorizontalFlip": {}}])
+
+
+@given(count=st.integers(1, 12), seed=st.integers(0, 10_000))
+def test_edges_among_any_nodes_are_those_of_the_adjacency_matrix(count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    edges = torch.randint(count, (2, 20), generator=generator)
+    nodes = torch.randperm(count, generator=generator)[: int(torch.randint(1, count + 1, (), generator=generator))]
+    counts = torch.zeros(count, count).index_put((edges[0], edges[1]), torch.ones(20), accumulate=True)
+    found = edges_among(edges, nodes, count)
+    among = torch.zeros(len(nodes), len(nodes)).index_put(
+        (found[0], found[1]), torch.ones(found.shape[1]), accumulate=True
     )
-    with pytest.raises(UsageError, match="without x and edge_index"):
-        graph_of(SimpleNamespace(y=graph.labels))
+    assert among.equal(counts[nodes][:, nodes])
+
+
+def _data_of(graph: Graph, kind: str) -> Any:
+    masks = {"train_mask": graph.masks["train"], "val_mask": graph.masks["validation"]}
+    given = {"x": graph.features, "edge_index": graph.edges, "y": graph.labels[:, None], **masks}
+    if kind == "namespace":
+        return SimpleNamespace(**given)
+    if find_spec("torch_geometric") is None:
+        pytest.skip("torch-geometric is not installed: pip install 'kdcache[graphs]'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, at the import of torch-geometric
+        from torch_geometric.data import Data
+    return Data(**given)
+
+
+@pytest.mark.parametrize("kind", ["namespace", "torch_geometric"])
+def test_graph_of_torch_geometric(tmp_path: Path, kind: str) -> None:
+    graph = small_graph(tmp_path)
+    data = _data_of(graph, kind)
+    taken = graph_of(data)
+    assert is_graph(data) and is_graph(graph) and not is_graph([]) and graph_of(graph) is graph
+    assert taken.edges.equal(graph.edges)
+    assert taken.features.equal(graph.features)
+    assert taken.labels.equal(graph.labels)
+    assert set(taken.masks) == {"train", "validation"}
+    data.x = data.x.to_sparse()
+    assert graph_of(data).features.equal(graph.features)
+    data.x = None
+    with pytest.raises(UsageError, match="without x is not a graph"):
+        graph_of(data)
     with pytest.raises(UsageError, match="no mask 'test'"):
         taken.samples("test")
+
+
+@pytest.mark.parametrize("kind", ["namespace", "torch_geometric"])
+def test_a_function_may_return_a_graph(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _data_of(small_graph(tmp_path), kind)
+    torch.save(
+        {key: getattr(made, key) for key in ("x", "edge_index", "y", "train_mask", "val_mask")}, tmp_path / "d.pt"
+    )
+    result = "SimpleNamespace(**parts)" if kind == "namespace" else "Data(**parts)"
+    source = "types import SimpleNamespace" if kind == "namespace" else "torch_geometric.data import Data"
+    (tmp_path / "mine.py").write_text(
+        f"import torch\nfrom {source}\ndef graph(split, root):\n    parts = torch.load(root)\n    return {result}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    spec = {"name": "mine.py:graph", "root": "d.pt", "test_fraction": 0.4}
+    train, validation, test = (load_split(spec, split) for split in SPLITS)
+    assert (train.name, len(train), len(validation), len(test)) == ("mine.py:graph", N, 10, 4)
+    assert int((train.labels >= 0).sum()) == 6
+    assert train.graph is not None
+    assert train.graph.features.equal(made.x)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +143,31 @@ def test_graph_of_torch_geometric(tmp_path: Path) -> None:
         ({"y": np.zeros(N - 1, int)}, MismatchError, r"30 nodes and labels \[29\]"),
         ({"y": np.full(N, -2)}, MismatchError, "label -2"),
         ({"train": np.ones(3, bool)}, MismatchError, r"30 nodes and mask train \[3\]"),
+        ({"validation": np.ones((N, 2), bool)}, MismatchError, r"30 nodes and mask validation \[30, 2\]"),
+        ({"train": np.arange(N)}, UsageError, "the mask train of .* has other values than true and false"),
+        ({"test": np.full(N, 0.5)}, UsageError, "the mask test of .* has other values"),
+        ({"test": np.ones(N, bool)}, MismatchError, r"node 0 of g is in the masks train and test \(10 such nodes\)"),
+        ({"x": np.full((N, F), np.nan)}, UsageError, r"feature 0 of node 0 of g is nan \(150 such values\)"),
+        (
+            {"x": np.where(np.eye(N, F) > 0, np.inf, 0)},
+            UsageError,
+            r"feature 0 of node 0 of g is inf \(5 such values\)",
+        ),
+        ({"x": np.full((N, F), 1e39)}, UsageError, "is inf"),
+        ({"class_names": np.array(["a", "b"])}, MismatchError, "label 2"),
+        ({"x": np.zeros((N, 0))}, UsageError, r"features \[30, 0\]"),
         ({"x": np.zeros((N, F, 2))}, UsageError, r"features \[30, 5, 2\]"),
         ({"x": np.full((N, F), "a")}, UsageError, "not a graph"),
     ],
 )
 def test_wrong_graphs(tmp_path: Path, changed: dict[str, Any], error: type[Exception], what: str) -> None:
     with pytest.raises(error, match=what):
-        _graph(tmp_path, **changed)
+        small_graph(tmp_path, **changed)
+
+
+@pytest.mark.parametrize("name", ["x", "edges", "y"])
+def test_a_file_without_an_array_is_refused(tmp_path: Path, name: str) -> None:
+    np.savez(tmp_path / "g.npz", **{key: value for key, value in graph_arrays().items() if key != name})
+    with pytest.raises(UsageError, match=f"not a graph, and lacks {name}") as error:
+        read_graph(tmp_path / "g.npz")
+    assert "numpy.savez(path, x=[N, F], edges=[2, E], y=[N], train=[N]" in error.value.fix

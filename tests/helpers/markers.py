@@ -241,6 +241,18 @@ SLOW_TESTS = {
         "test_forked_loading_processes_can_do_it",
         "test_what_the_parent_has_done_a_forked_child_can_do",
     },
+    "test_graph_pipelines": {
+        "test_a_graph_is_examined_dumped_and_learned",
+        "test_other_edges_are_another_teacher",
+    },
+    "test_graph_networks": {
+        "test_a_network_of_torch_geometric_is_a_teacher_of_its_data",
+        "test_a_student_may_be_a_network_of_the_graph",
+        "test_a_trained_network_of_a_graph_is_loaded_as_it_was",
+        "test_networks_of_another_width_are_refused",
+        "test_other_outputs_of_a_graph_are_kept",
+        "test_teacher_of_a_graph_is_called_once",
+    },
     "test_hf": {
         "test_a_folder_is_a_teacher_and_its_configuration_tells_it_apart",
         "test_a_processor_s_transform_makes_its_pixels",
@@ -253,6 +265,9 @@ SLOW_TESTS = {
     "test_hostile_store": {
         "test_hostile_numbers_in_the_metadata_of_an_array",
         "test_hostile_numbers_in_the_plan",
+    },
+    "test_edges": {
+        "test_what_has_no_edges_is_refused",
     },
     "test_estimate": {
         "test_the_estimated_size_is_that_of_the_cache",
@@ -323,6 +338,10 @@ SLOW_TESTS = {
     "test_ml_dr": {
         "test_ml_drs_crops_and_probabilities_are_the_caches",
         "test_what_ml_dr_has_changed_otherwise_is_refused_by_name",
+    },
+    "test_nodes": {
+        "test_a_function_may_return_a_graph",
+        "test_graph_of_torch_geometric",
     },
     "test_model_functions": {
         "test_num_classes_is_passed_to_those_that_take_it",

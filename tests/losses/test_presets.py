@@ -148,7 +148,7 @@ def makes_sense(adjustment: str, temperature: str, divergence: str) -> bool:
     """Which of the grid is refused, said another way."""
     if divergence == "mse":
         return temperature in ("constant", "dtkd") and adjustment in ("none", "probability_shift", "noise")
-    if divergence == "comparative":
+    if divergence in ("comparative", "ff_g2m"):
         return temperature == "constant" and adjustment in ("none", "probability_shift", "noise")
     if divergence in ("ofa", "plackett_luce") and temperature in ("dtkd", "ctkd"):
         return False

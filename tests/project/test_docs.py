@@ -22,7 +22,10 @@ from kdcache.evaluation import scorecard
 # FORMAT.md, FIDELITY.md and PERFORMANCE.md show what takes long or is compared elsewhere; the others have no commands.
 GUIDES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("DUMPING", "TRAINING", "EVALUATION", "CACHE", "SHARING", "IMPORT_EXPORT")),
+    *(
+        f"docs/{name}.md"
+        for name in ("DUMPING", "TRAINING", "GRAPHS", "EVALUATION", "CACHE", "SHARING", "IMPORT_EXPORT")
+    ),
     "docs/PIPELINES.md",
     "docs/EXTENDING.md",
 ]

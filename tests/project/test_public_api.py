@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 import kdcache
 from kdcache.errors import MismatchError, UsageError
 from kdcache.losses import Loss, distillation_loss, learned_temperature
+from kdcache.losses.batch import batch_totals
 from kdcache.losses.presets import PARTS
 
 
@@ -65,10 +66,13 @@ def test_importing_kdcache_does_not_import_torch() -> None:
 def test_a_loss_by_name_is_that_of_the_pipeline(name: str, epoch: int | None) -> None:
     student, teacher = logits().requires_grad_(), logits(seed=1)
     loss, options = kdcache.loss(name), Loss.model_validate({"name": name})
+    edges = torch.tensor([[0, 2, 1], [1, 0, 2]]) if options.uses_edges else None
     torch.manual_seed(0)  # for the noise of noisy teachers
-    parts = loss(student, teacher if loss.uses_teacher else None, LABELS, epoch)
+    parts = loss(student, teacher if loss.uses_teacher else None, LABELS, epoch, edges)
     torch.manual_seed(0)
-    expected = distillation_loss(student, teacher, LABELS, options, epoch, theta=learned_temperature(options))
+    whole = batch_totals(LABELS)._replace(edges=edges)
+    theta = learned_temperature(options)
+    expected = distillation_loss(student, teacher, LABELS, options, epoch, theta=theta, whole=whole)
     assert isinstance(parts, kdcache.LossParts)
     for one, other in zip(parts, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)

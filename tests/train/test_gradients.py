@@ -191,7 +191,7 @@ def test_nothing_is_told_of_a_usual_training(tmp_path: Path) -> None:
     torch.manual_seed(1)
     cache = kdcache.dump_teacher(SmallMLP(10, 1, 8, 8), samples, tmp_path / "c.kdcache")
     for name in [*PARTS, "ce"]:
-        if name == "truncated":
+        if name in ("truncated", "ff_g2m"):  # more than the classes of digits, and a graph
             continue
         given, messages = pipeline(tmp_path, {"name": name}, epochs=1, num_workers=0), Messages()
         kdcache.train_student(given, cache, tmp_path / name, progress=messages)
