@@ -19,8 +19,9 @@ from kdcache.runtime.package_data import package_data
 from kdcache.runtime.progress import Progress
 from kdcache.train.plots import draw_accuracies
 from kdcache.train.run_folder import check_free
-from kdcache.train.sweep import SweepSummary, sweep
+from kdcache.train.sweep import sweep
 from kdcache.train.sweep_points import Point
+from kdcache.train.sweep_results import SweepSummary
 from kdcache.train.train import train_teacher
 
 LOSSES = ("ce", "kd", "dtkd", "ka+dtd")

@@ -1,15 +1,18 @@
-"""Process the shards of a cache in parallel. The only module that imports dask.
+"""Process the shards of a cache in parallel, and make long calls in a cluster. The only module that imports dask.
 
-Every operation is a map over shards followed by a reduction in shard order. It needs the memory of a few shards
-whatever the size of the cache, and gives the same bits for any number of workers.
+Every operation on shards is a map followed by a reduction in shard order. It needs the memory of a few shards whatever
+the size of the cache, and gives the same bits for any number of workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import SimpleQueue
 from threading import Event
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 from dask.base import compute
@@ -18,7 +21,7 @@ from dask.system import CPU_COUNT
 
 from kdcache.cache.format.array_specs import raw_bytes_of_all_outputs
 from kdcache.cache.format.schema import Plan
-from kdcache.errors import KdcacheError, UsageError
+from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.runtime.resources import free_memory
 
 _COPIES = 4
@@ -26,6 +29,11 @@ _COPIES = 4
 
 _CONNECT_TIMEOUT = 10
 """Seconds within which a dask scheduler must answer."""
+
+_ADDRESS = "the address that `dask scheduler` prints, such as tcp://HOST:8786"
+
+REPEATS = 3
+"""How often a call of a cluster is repeated that raises an error."""
 
 T = TypeVar("T")
 
@@ -81,6 +89,17 @@ def _compute(parts: list[Any], scheduler: str, plan: Plan | None) -> list[Any]:
         # A pool of its own: a forked process inherits that of dask without its threads, and would wait for ever.
         with ThreadPoolExecutor(n_workers) as pool:
             return list(compute(*parts, scheduler=scheduler, pool=pool, traverse=False))  # type: ignore[no-untyped-call]
+    with _connected(scheduler, f"use threads, processes, or {_ADDRESS}") as client:
+        return list(client.gather(client.compute(parts)))
+
+
+@contextmanager
+def _connected(scheduler: str, fix: str) -> Iterator[Any]:
+    """Connect to a dask scheduler, and yield the client.
+
+    Raises:
+        UsageError: if it does not answer, or dask.distributed is not installed.
+    """
     try:
         from distributed import Client  # noqa: PLC0415  # an extra
     except ImportError:
@@ -88,12 +107,168 @@ def _compute(parts: list[Any], scheduler: str, plan: Plan | None) -> list[Any]:
     try:
         client = Client(scheduler, timeout=_CONNECT_TIMEOUT, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"no dask scheduler answers at {scheduler!r}: {error}",
-            "use threads, processes, or the address that `dask scheduler` prints, such as tcp://HOST:8786",
-        ) from None
+        raise UsageError(f"no dask scheduler answers at {scheduler!r}: {error}", fix) from None
     with client:
-        return list(client.gather(client.compute(parts)))  # type: ignore[no-untyped-call]
+        yield client
+
+
+class WorkersDied(IncompleteError):
+    """Several workers died, one after the other, while they had the same call (exit code 3)."""
+
+
+class CallInWorker:
+    """A long call, as its function sees it in the worker that does it.
+
+    Attributes:
+        threads: number of calls that the worker does at the same time.
+    """
+
+    def __init__(self, topic: str, index: int) -> None:
+        from distributed import get_worker  # noqa: PLC0415  # an extra
+
+        self._worker, self._topic, self._index = get_worker(), topic, index
+        self._key = self._worker.get_current_task()
+        self.threads = int(self._worker.state.nthreads)
+
+    def send(self, *message: str | int) -> None:
+        """Send a message to the process that waits for the result."""
+        self._worker.log_event(self._topic, [self._index, *message])
+
+    def check_wanted(self) -> None:
+        """Raise an exception, which the function is not to catch, if the worker ends, or the result is not wanted.
+
+        A thread cannot be stopped from outside. So a long call asks this every second or so; if its process has been
+        interrupted or killed, the scheduler has released the call.
+        """
+        from distributed import Reschedule  # noqa: PLC0415  # an extra
+        from distributed.core import Status  # noqa: PLC0415
+
+        task = self._worker.state.tasks.get(self._key)
+        ends = self._worker.status in (Status.closing, Status.closed, Status.failed)
+        if ends or task is None or task.state in ("cancelled", "resumed"):
+            raise Reschedule
+
+
+class Cluster:
+    """The workers of a dask.distributed scheduler; see `join_cluster`."""
+
+    def __init__(self, client: Any, scheduler: str) -> None:
+        self._client, self._scheduler = client, scheduler
+
+    def threads(self) -> dict[str, int]:
+        """Return the number of calls that each worker does at the same time, by the address of the worker."""
+        return dict(self._client.nthreads())
+
+    def wait_for_worker(self) -> None:
+        """Wait until there is a worker."""
+        self._client.wait_for_workers(1)
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """Call a function on each worker that is there now, and return the results, or errors, by address.
+
+        Raises:
+            IncompleteError: if the scheduler ends.
+        """
+        try:
+            return dict(self._client.run(_caught, function, *arguments, on_error="return"))
+        except OSError as error:
+            raise self._lost(error) from None
+
+    def outcomes(
+        self,
+        function: Callable[..., Any],
+        calls: Iterable[tuple[Any, ...]],
+        on_message: Callable[[int, list[Any]], None],
+    ) -> Iterator[tuple[int, Any]]:
+        """Call a function with each tuple of arguments, after a `CallInWorker`; yield (index, outcome) as they end.
+
+        A call is repeated if it raises an error, or its worker dies. What is left when the iteration ends is cancelled.
+
+        Args:
+            function: defined at the top level of a module.
+            calls: arguments.
+            on_message: is given the index and the content of each message that a call has sent.
+
+        Raises:
+            IncompleteError: if the scheduler ends.
+        """
+        # Callbacks run in threads of dask; their events are dealt with in this one, which Ctrl-C interrupts.
+        events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        topic = f"kdcache-{uuid4().hex}"
+        self._client.subscribe_topic(topic, lambda event: events.put(("message", event[1])))
+        futures: list[Any] = []
+        try:
+            for index, call in enumerate(calls):
+                key = f"{topic}-{index}"
+                future = self._client.submit(
+                    _do_call, topic, index, function, *call, key=key, retries=REPEATS, pure=False
+                )
+                futures.append(future)
+                future.add_done_callback(lambda _, index=index: events.put(("end", index)))
+            left = len(futures)
+            while left:
+                kind, content = events.get()
+                if kind == "message":
+                    on_message(content[0], content[1:])
+                    continue
+                left -= 1
+                yield content, self._outcome(futures[content])
+        finally:
+            if self._client.status == "running":
+                self._client.cancel(futures)
+                self._client.unsubscribe_topic(topic)
+
+    def _outcome(self, future: Any) -> Any:
+        """Return what a call has returned, or the error that it has raised.
+
+        Raises:
+            IncompleteError: if the scheduler has ended.
+        """
+        from distributed import CancelledError, KilledWorker  # noqa: PLC0415  # an extra
+
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise self._lost(error) from None
+        except KilledWorker as error:
+            return WorkersDied(
+                f"{error.allowed_failures + 1} workers died while they had it, the last at {error.last_worker.address}",
+                "read the output of the workers, and run the same command again",
+            )
+        except Exception as error:  # noqa: BLE001  # that of the function, for the caller
+            return error
+
+    def _lost(self, error: Exception) -> IncompleteError:
+        return IncompleteError(
+            f"the dask scheduler at {self._scheduler} does not answer any more: {error}",
+            "start it again, and run the same command again to resume",
+        )
+
+
+def _caught(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns, or its error."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # noqa: BLE001  # for the caller, without a traceback, which cannot always be sent
+        return error
+
+
+def _do_call(topic: str, index: int, function: Callable[..., Any], *call: Any) -> Any:
+    return function(CallInWorker(topic, index), *call)
+
+
+@contextmanager
+def join_cluster(scheduler: str) -> Iterator[Cluster]:
+    """Connect to a dask.distributed scheduler, and yield its workers.
+
+    Args:
+        scheduler: its address, `tcp://HOST:PORT`.
+
+    Raises:
+        UsageError: if it does not answer, or dask.distributed is not installed.
+    """
+    with _connected(scheduler, f"use {_ADDRESS}") as client:
+        yield Cluster(client, scheduler)
 
 
 def of_shard(labels: torch.Tensor, plan: Plan, shard: int) -> torch.Tensor:

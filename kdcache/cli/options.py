@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,18 +138,7 @@ def open_caches(
 
 
 def choose_device(name: str) -> str:
-    """Return the device that `--device` names.
+    """Return the device that `--device` names; see `chosen_device`."""
+    from kdcache.runtime.devices import chosen_device
 
-    Raises:
-        UsageError: if torch does not know the device, or this machine does not have it.
-    """
-    import torch
-
-    from kdcache.runtime.devices import check_device
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of torchrun has its own GPU
-    check_device(name)
-    return name
+    return chosen_device(name)

@@ -24,7 +24,7 @@ from kdcache.cli.options import (
 
 if TYPE_CHECKING:
     from kdcache.cache.placement.choose import Placement
-    from kdcache.train.sweep import SweepSummary
+    from kdcache.train.sweep_results import SweepSummary
 
 
 @click.command("sweep")
@@ -45,11 +45,17 @@ if TYPE_CHECKING:
     help="Load each batch once for all students that can share it; those of several seeds see the images in one order.",
 )
 @click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Train in the workers of a dask scheduler, tcp://HOST:PORT, that see the same files, a student per thread.",
+)
+@click.option(
     "--placement",
     type=click.Choice(["auto", "device", "host", "mmap", "stream"]),
     default="auto",
     show_default=True,
-    help="Where to hold the rows of the cache, see train-student; auto with -j above 1 is mmap, shared by processes.",
+    help="Where to hold the rows of the cache, see train-student; auto with -j above 1 or --scheduler is mmap, shared "
+    "by processes.",
 )
 @click.option("--allow-other-pixels", "other_pixels", is_flag=True, help="See train-student.")
 @click.option("--align", is_flag=True, help="See train-student.")
@@ -66,6 +72,7 @@ def sweep(
     seeds: int,
     processes: int,
     together: bool,
+    scheduler: str | None,
     placement: Placement | Literal["auto"],
     other_pixels: bool,
     align: bool,
@@ -81,6 +88,10 @@ def sweep(
 
     \b
     Example: kdcache sweep digits --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
+
+    \b
+    On a cluster: start `dask scheduler` on one machine, and `dask worker tcp://HOST:8786 --nthreads 1` on each that
+    trains; then add --scheduler tcp://HOST:8786. A student of a worker that dies is resumed by another one.
     """
     from kdcache.errors import IncompleteError, InterruptedRun, counted
     from kdcache.train.inputs import CacheOptions
@@ -99,9 +110,10 @@ def sweep(
             caches,
             out,
             CacheOptions(placement, other_pixels, align, allow_missing),
-            device=choose_device(device),
+            device=choose_device(device) if scheduler is None else device,
             processes=processes,
             together=together,
+            scheduler=scheduler,
             progress=output.Terminal(),
         )
     except KeyboardInterrupt:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from kdcache.errors import UsageError, did_you_mean, indices_below
@@ -35,3 +37,17 @@ def check_device(device: torch.device | str) -> None:
             f"no device {name!r} on this machine: {reason}",
             "use the device cpu, on the command line --device cpu or auto",
         ) from None
+
+
+def chosen_device(name: str) -> str:
+    """Return the device that a name means: `auto` is a GPU if there is one, and `cuda` that of this process.
+
+    Raises:
+        UsageError: if torch does not know the device, or this machine does not have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of torchrun has its own GPU
+    check_device(name)
+    return name

@@ -148,10 +148,20 @@ def _peer_errors() -> Iterator[None]:
         ) from error
 
 
-def _attempt() -> str:
-    """Return the number of torchrun's restarts if its agent holds the store, which then still has the old addresses."""
-    is_of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_of_agent else "0"
+def agent_holds_store() -> bool:
+    """Return whether torchrun's agent holds the store in which ranks find one another; it then outlives them."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def meet(timeout: timedelta) -> tuple[Store, int, int]:
+    """Return the store in which ranks find one another, the index of this rank, and their number.
+
+    If torchrun has restarted the ranks, an agent's store still has the addresses of those before: each attempt has keys
+    of its own.
+    """
+    store, rank, count = next(rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent_holds_store() else "0"
+    return PrefixStore(f"attempt {attempt}", store), rank, count
 
 
 @contextmanager
@@ -166,8 +176,7 @@ def join_ranks() -> Iterator[Ranks]:
         yield Ranks()
         return
     with _peer_errors():
-        store, rank, count = next(rendezvous("env://", timeout=_START_TIMEOUT))
-        store = PrefixStore(f"attempt {_attempt()}", store)
+        store, rank, count = meet(_START_TIMEOUT)
         store.set_timeout(_START_TIMEOUT)
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_START_TIMEOUT)
     try:

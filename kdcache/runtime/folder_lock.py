@@ -23,18 +23,22 @@ _handles: set[int] = set()
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience: float = _PATIENCE) -> Iterator[None]:
     """Keep other processes from writing a folder, which need not exist.
 
     The lock is on a hidden file beside the folder, which names the holder; on a file system without locks, nothing is
     locked.
 
+    Args:
+        folder: to be written.
+        patience: seconds to wait for another holder.
+
     Raises:
         UsageError: if another process holds the lock; it names that process.
     """
-    path = folder.absolute().with_name(f".{folder.name}.lock")
+    path = lock_file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = _acquire(path, folder)
+    handle = _acquire(path, folder, patience)
     _handles.add(handle)
     try:
         os.ftruncate(handle, 0)
@@ -47,9 +51,14 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(path: Path, folder: Path) -> int:
+def lock_file(folder: Path) -> Path:
+    """Return the hidden file that names the process which is writing a folder, and is there as long as it is."""
+    return folder.absolute().with_name(f".{folder.name}.lock")
+
+
+def _acquire(path: Path, folder: Path, patience: float) -> int:
     """Open and lock a file that no holder has removed meanwhile, and return its descriptor."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

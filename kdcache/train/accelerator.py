@@ -17,10 +17,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import distributed
 
 from kdcache.errors import UsageError
+from kdcache.runtime.distributed import agent_holds_store, meet
 
 _LONGEST_WAIT = timedelta(hours=12)
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 _HEEDED = {"ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}
@@ -110,6 +113,7 @@ def join_processes(device: torch.device | str, precision: str, *, uses_all: bool
         AcceleratorState._reset_state()
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+    _start_group(device)
     # While the first process validates, the others wait.
     wait = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
     with hidden_settings():
@@ -120,6 +124,19 @@ def join_processes(device: torch.device | str, precision: str, *, uses_all: bool
             dynamo_backend="no",
             kwargs_handlers=[wait, DistributedDataParallelKwargs(find_unused_parameters=not uses_all)],
         )
+
+
+def _start_group(device: torch.device) -> None:
+    """Start the process group of torchrun's processes, which accelerate then uses.
+
+    Accelerate would not find the others after a restart (`--max-restarts`); see `meet`.
+    """
+    if not agent_holds_store() or device.type not in _BACKENDS or distributed.is_initialized():
+        return
+    store, rank, count = meet(_LONGEST_WAIT)
+    distributed.init_process_group(
+        _BACKENDS[device.type], store=store, rank=rank, world_size=count, timeout=_LONGEST_WAIT
+    )
 
 
 def start_trackers(names: Sequence[str], folder: Path) -> list[Any]:

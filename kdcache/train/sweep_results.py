@@ -1,18 +1,75 @@
-"""The results of a sweep: `sweep.json`, and a picture of the test accuracies."""
+"""The results of a sweep: of students and combinations, as `sweep.json`, and a picture of the test accuracies."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kdcache.runtime.atomic_write import write_file
 from kdcache.train.plots import draw_accuracies
-from kdcache.train.sweep import SweepSummary
 
 TABLE, PICTURE = "sweep.json", "sweep.png"
+
+
+@dataclass(frozen=True)
+class StudentResult:
+    """The result of one student; accuracies in [0, 1].
+
+    Attributes:
+        point: name of the combination.
+        seed: of its training.
+        run: its folder.
+        test: test accuracy; None without a test split, or if it failed.
+        validation: accuracy of the selected epoch; None without a validation split, or if it failed.
+        seconds: duration of training.
+        failed: the error, if it failed.
+    """
+
+    point: str
+    seed: int
+    run: str
+    test: float | None
+    validation: float | None
+    seconds: float
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """The students of one combination over the seeds; `spread` is the standard deviation (n - 1), 0 for one seed."""
+
+    point: str
+    students: list[StudentResult]
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracies of the students that did not fail."""
+        return [student.test for student in self.students if student.test is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of the test accuracies; None without any."""
+        return statistics.mean(self.accuracies) if self.accuracies else None
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the test accuracies."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+    @property
+    def validation(self) -> float | None:
+        """Mean of the validation accuracies; None without any."""
+        known = [student.validation for student in self.students if student.validation is not None]
+        return statistics.mean(known) if known else None
+
+    @property
+    def seconds(self) -> float:
+        """Mean of the training times."""
+        return statistics.mean(student.seconds for student in self.students)
 
 
 def as_record(summaries: Sequence[SweepSummary]) -> dict[str, Any]:

@@ -71,10 +71,15 @@ def enter_worker(context: Any, queue: ProgressQueue, processes: int, start_metho
     """
     global _state  # noqa: PLW0603  # a pool has no other place for what its workers are given
     set_start_method(start_method, force=True)
-    share_cores(processes)
+    share_machine(processes)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     _state = _WorkerState(context, queue)
+
+
+def share_machine(processes: int) -> None:
+    """Let this process use its share of the cores and of torch's threads, as one of so many that train."""
+    share_cores(processes)
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 def _end_with_parent() -> None:

@@ -25,6 +25,7 @@ PROCESS = {
     "test_ranks_claims",
     "test_resume",
     "test_sweep",
+    "test_sweep_cluster",
     "test_together",
     "test_wheel",
 }
@@ -40,6 +41,7 @@ SLOW_FILES = {
     "test_ranks_claims",
     "test_report",
     "test_resume",
+    "test_sweep_cluster",
     "test_wheel",
 }
 """Files of which most tests take over two seconds, or wait for a fixture that does."""

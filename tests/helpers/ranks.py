@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -62,8 +62,19 @@ def torchrun(
     count: int, pipeline: Path, out: Path, *options: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Dump with the real torchrun."""
+    return run_with_torchrun(count, ["dump-teacher", pipeline, "-o", out, "--device", "cpu"], *options, **environment)
+
+
+def run_with_torchrun(
+    count: int, command: Sequence[object], *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of kdcache with the real torchrun."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *options]
-    command = [*launch, "-m", "kdcache", "dump-teacher", str(pipeline), "-o", str(out), "--device", "cpu"]
     return subprocess.run(
-        command, env={**os.environ, **environment}, timeout=PATIENCE, capture_output=True, text=True, check=False
+        [*launch, "-m", "kdcache", *map(str, command)],
+        env={**os.environ, **environment},
+        timeout=PATIENCE,
+        capture_output=True,
+        text=True,
+        check=False,
     )

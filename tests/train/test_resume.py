@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from helpers.paths import ROOT
 from helpers.processes import command_line, exit_code, in_a_process, kill_at
+from helpers.ranks import run_with_torchrun
 from helpers.trainers import meeting_place, together
 from PIL import Image
 from safetensors.torch import load_file
@@ -335,6 +336,32 @@ def test_two_processes_of_which_one_is_killed_resume_to_the_same_result(home_of_
     assert epochs_kept(out) == 1
     assert runs(out) == [0, 0], (tmp_path / "said").read_text()
     assert contents(out) == contents(whole)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(home_of_all: Path) -> Path:
+    """The run folder of two processes that were never interrupted."""
+    out = home_of_all / "whole of two"
+    done = run_with_torchrun(2, [*arguments(home_of_all, out), "--device", "cpu"])
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("step", [STEPS - 1, 2 * STEPS + 2], ids=["first epoch", "third epoch"])
+def test_torchrun_starts_the_processes_again_which_resume_to_the_same_result(
+    home_of_all: Path, whole_of_two: Path, tmp_path: Path, victim: int, step: int
+) -> None:
+    out = tmp_path / "run"
+    first = f"(os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('{victim}', '0')"
+    once = f"{first} and os.kill(os.getpid(), signal.SIGKILL)"
+    command = [*arguments(home_of_all, out), "--device", "cpu"]
+    done = run_with_torchrun(2, command, "--max-restarts=1", STEP=str(step), HAPPENS=once)
+    assert done.returncode == 0, done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
+    resumed = "resuming after epoch 2 of 4" in done.stderr
+    assert resumed == (step > STEPS)
+    assert contents(out) == contents(whole_of_two)
 
 
 def test_a_finished_run_is_not_started_again_but_printed(home_of_all: Path, whole: Path) -> None:

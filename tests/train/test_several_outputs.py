@@ -28,11 +28,12 @@ from kdcache.losses import Loss, distillation_loss
 from kdcache.losses.outputs import OUTPUT_LOSSES
 from kdcache.models import build_model
 from kdcache.runtime.progress import Silent
-from kdcache.train.inputs import inputs_from_caches
+from kdcache.train.inputs import CacheOptions, inputs_from_caches
 from kdcache.train.learned import LearnedParts
 from kdcache.train.run_result import RunResult
 from kdcache.train.step import Trainer
 from kdcache.train.student_outputs import student_outputs
+from kdcache.train.sweep_context import SweepContext
 from kdcache.train.train import Student, train_on, train_student, train_together
 
 COUNT, BATCH, EPOCHS, WIDTH = 36, 13, 2, 5
@@ -311,6 +312,20 @@ def test_students_that_are_trained_together_are_what_each_is_alone(logits: Any, 
         train_on(pipeline, each, tmp_path / f"alone{number}")
         together_, alone = (load_file(tmp_path / f"{how}{number}/model.safetensors") for how in ("together", "alone"))
         assert all(torch.equal(value, alone[key]) for key, value in together_.items())
+
+
+def test_students_of_a_sweep_have_the_outputs_of_their_own_losses(runs: Runs) -> None:
+    """Of a plain loss, of one with features, and of one without a teacher, whatever was loaded before."""
+    context = SweepContext([runs.cache], "cpu", CacheOptions(), {})
+    plain, features, none = (
+        runs.pipeline(loss) for loss in ({"name": "kd"}, {"logits": {"name": "kd"}, **MSE}, {"name": "ce"})
+    )
+    for pipeline, names in ((plain, None), (features, ["features"]), (none, None)):
+        teacher = context.inputs(pipeline).teacher
+        assert (teacher is None) == (pipeline is none)
+        assert isinstance(teacher, TeacherWithOutputs) == (names is not None)
+        if isinstance(teacher, TeacherWithOutputs):
+            assert [*teacher.outputs] == names
 
 
 MSE, SCORES = {"features": {"name": "mse"}}, {"scores": {"name": "mse"}}

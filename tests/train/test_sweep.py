@@ -22,7 +22,8 @@ from kdcache.data.images import ArrayImages, map_images
 from kdcache.errors import MismatchError, UsageError
 from kdcache.models.small import SmallMLP
 from kdcache.runtime.resources import available_cores
-from kdcache.train.sweep import _read_result, sweep
+from kdcache.train.sweep import sweep
+from kdcache.train.sweep_context import read_result
 from kdcache.train.sweep_points import Point, combinations
 from kdcache.train.sweep_worker import ProgressQueue, enter_worker
 
@@ -179,7 +180,7 @@ def test_an_interrupted_sweep_keeps_finished_students(
     cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
-    original = _read_result
+    original = read_result
 
     def interrupted(job: Any) -> object:
         trained.append("")
@@ -187,7 +188,7 @@ def test_an_interrupted_sweep_keeps_finished_students(
             raise KeyboardInterrupt
         return original(job)
 
-    monkeypatch.setattr("kdcache.train.sweep._read_result", interrupted)
+    monkeypatch.setattr("kdcache.train.sweep_context.read_result", interrupted)
     done = command(cache, tmp_path, "--over", "loss=ce,kd", "--seeds", 2)
     assert done.exit_code == 130
     assert f"the trained students are kept in {tmp_path}" in done.stderr

@@ -1,0 +1,113 @@
+"""What the students of a sweep share: data, caches, device; and their training in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from kdcache.cache.reader import Cache
+from kdcache.config.schema import Pipeline
+from kdcache.errors import KdcacheError, MismatchError
+from kdcache.runtime.progress import Progress
+from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
+from kdcache.train.run_folder import read_json
+from kdcache.train.run_result import RunResult
+from kdcache.train.sweep_groups import Job
+from kdcache.train.sweep_results import StudentResult
+from kdcache.train.sweep_worker import StudentProgress
+from kdcache.train.train import Student, train_together
+
+
+@dataclass(frozen=True)
+class SweepContext:
+    """What the students of a sweep share.
+
+    Attributes:
+        caches: opened.
+        device: where to train.
+        options: see `train_student`.
+        inputs_by_key: inputs by the sections of the pipeline that they depend on, loaded once each.
+    """
+
+    caches: Sequence[Cache]
+    device: str
+    options: CacheOptions
+    inputs_by_key: dict[str, TrainingInputs]
+
+    def inputs(self, pipeline: Pipeline, progress: Progress | None = None) -> TrainingInputs:
+        """Return the inputs of a pipeline, loaded at the first call."""
+        sections = pipeline.model_dump_json(include={"dataset", "transform", "join"})
+        key = f"{pipeline.loss.uses_teacher} {sorted(pipeline.loss.outputs)} {sections}"
+        if key not in self.inputs_by_key:
+            with_teacher = self.inputs_by_key.get(f"True [] {sections}")
+            self.inputs_by_key[key] = (
+                with_teacher.without_teacher()
+                if with_teacher is not None and not pipeline.loss.uses_cache
+                else inputs_from_caches(pipeline, self.caches, self.options, device=self.device, progress=progress)
+                if self.caches
+                else inputs_without_teacher(pipeline, progress)
+            )
+        return self.inputs_by_key[key]
+
+    def load(self, jobs: Iterable[Job], progress: Progress | None = None) -> None:
+        """Load the inputs of some students, so that inconsistent ones are found before the first of them is trained.
+
+        Raises:
+            KdcacheError: if a pipeline and the caches are inconsistent.
+        """
+        # Inputs with a teacher serve losses without one, too.
+        for job in sorted(jobs, key=lambda job: not job.point.pipeline.loss.uses_cache):
+            self.inputs(job.point.pipeline, progress)
+
+    def train(
+        self, jobs: Sequence[Job], reporters: Sequence[StudentProgress], on_end: Callable[[Job, StudentResult], None]
+    ) -> None:
+        """Train students that share their batches; an error of kdcache of one student is part of its result.
+
+        Any other error of a student is raised when the others have ended.
+        """
+        unexpected: list[Exception] = []
+
+        def ended(index: int, outcome: RunResult | Exception) -> None:
+            job, reporter = jobs[index], reporters[index]
+            if isinstance(outcome, KdcacheError):
+                result = StudentResult(job.point.name, job.seed, str(job.folder), None, None, 0.0, outcome.what)
+                reporter.say(f"failed: {outcome.what}")
+            elif isinstance(outcome, Exception):
+                unexpected.append(outcome)
+                return
+            else:
+                result = read_result(job)
+            reporter.finish()
+            on_end(job, result)
+
+        students = [
+            Student(job.pipeline, self.inputs(job.pipeline), job.folder, reporter)
+            for job, reporter in zip(jobs, reporters, strict=True)
+        ]
+        train_together(students, ended, device=self.device)
+        if unexpected:
+            raise unexpected[0]
+
+
+def finished_result(job: Job) -> StudentResult:
+    """Return the result of a student that is trained already.
+
+    Raises:
+        MismatchError: if it saw the images in another order than this sweep shows them in.
+    """
+    before = read_json(job.folder / "metrics.json").get("data_seed")
+    if before != job.data_seed:
+        raise MismatchError(
+            f"{job.folder} was trained with train.data_seed {before}, and it is {job.data_seed} in this sweep",
+            "repeat the command with --together if it had it before, or else without; or write to another folder",
+        )
+    return read_result(job)
+
+
+def read_result(job: Job) -> StudentResult:
+    """Return the result of a student from its run folder."""
+    metrics = read_json(job.folder / "metrics.json")
+    test = metrics["test"]["accuracy"] if metrics["test"] else None
+    validation = metrics["best"]["validation_accuracy"]
+    return StudentResult(job.point.name, job.seed, str(job.folder), test, validation, metrics["seconds"])
