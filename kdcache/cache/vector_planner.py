@@ -29,6 +29,9 @@ USUAL_VECTOR_FIDELITY = 1e-3
 _STEPS = tuple(2.0 ** (exponent / 8) for exponent in range(12, -65, -1))
 """Steps that are tried, relative to the median deviation of the axes, the largest first."""
 
+_ROUNDING = 1e-6
+"""Deviation of an axis, relative to the largest, below which it holds what float32 rounded, and nothing else."""
+
 _LARGEST_INT8 = 100
 """Largest magnitude on the pilot of numbers that are stored as int8: other rows may have larger ones."""
 
@@ -157,7 +160,7 @@ def _candidates(
     if codec not in ("klt", "auto"):
         return
     basis, deviations = fit_basis(fitted)
-    varying = deviations[deviations > deviations.max() * 1e-9]
+    varying = deviations[deviations > deviations.max() * _ROUNDING]
     if not len(varying):
         return  # all vectors are the same: int8 and float16 store them in a byte or two
     coordinates = (torch.cat([fitted, held]) - basis.mean) @ basis.axes.T

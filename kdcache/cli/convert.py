@@ -58,7 +58,8 @@ def convert(
     """Import the logits in SOURCE as a cache, or export the cache SOURCE to files.
 
     Logits are an npz or pt file (`logits` [N, C], optionally `labels` and `sample_keys`) or an npy file. They become a
-    cache with --pipeline; without it, a cache is decoded to npz or npy, by the suffix of -o.
+    cache with --pipeline; without it, a cache is decoded to npz or npy, by the suffix of -o. Other outputs are arrays
+    [N, D] under their names in `cache.outputs`.
 
     With --from and --to, SOURCE and -o are folders of FKD, ml-dr (dataset reinforcement) or TinyViT.
     Crops and flips that FKD and ml-dr record are replayed; RandAugment, RandomErasing and mixing of ml-dr cannot be
@@ -117,20 +118,22 @@ def convert(
 
 
 def _decode(source: Path, out: Path, as_json: bool) -> None:
-    """Write the decoded logits of a cache to an npz or npy file, and print its shape and size."""
+    """Write the decoded outputs of a cache to an npz or npy file, and print their shapes and its size."""
     from kdcache.cache import open_cache
     from kdcache.curate.dense_logits import logits_of_cache
 
     cache = open_cache(source, progress=output.Terminal())
     cache.check_files(output.Terminal())
     with output.working(f"decoding {source}"):
-        logits_of_cache(cache, out)
-    views, size = cache.manifest.plan.views.count, [len(cache), cache.num_classes]
-    shape = [views, *size] if views > 1 else size
+        shapes = logits_of_cache(cache, out)
+    size, logits = out.stat().st_size, shapes.pop("logits", None)
     if as_json:
-        output.as_json({"path": str(out), "shape": shape, "bytes": out.stat().st_size})
+        output.as_json({"path": str(out), "shape": logits, "outputs": shapes, "bytes": size})
     else:
-        output.facts({"logits": str(out), "shape": str(shape), "size": f"{out.stat().st_size:,} bytes, float32"})
+        described = {} if logits is None else {"shape": str(logits)}
+        others = {"outputs": ", ".join(f"{name} {shape}" for name, shape in shapes.items())} if shapes else {}
+        name = "file" if logits is None else "logits"
+        output.facts({name: str(out), **described, **others, "size": f"{size:,} bytes, float32"})
 
 
 def _export(source: Path, target: str, out: Path, samples: Samples | None, top_k: int | None, as_json: bool) -> None:

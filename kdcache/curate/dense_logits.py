@@ -1,4 +1,4 @@
-"""Import dense logits from a file as a cache, and export a cache as dense logits.
+"""Import dense logits and other outputs from a file as a cache, and export a cache to such a file.
 
 The files are described in `logit_files`. Files of other projects (FKD, TinyViT, ml-dr), which hold a few probabilities
 per row, are handled by `foreign/`.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,12 +18,13 @@ import numpy.typing as npt
 import torch
 
 from kdcache.cache.format import stored_bases, zarr_store
-from kdcache.cache.format.codec import Rows, decode, encode, not_finite
+from kdcache.cache.format.codec import not_finite
 from kdcache.cache.format.fingerprints import Inputs, digest_of
+from kdcache.cache.format.output_codec import decode_output, encode_output
 from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
-from kdcache.cache.format.stored_bases import basis_of_logits
+from kdcache.cache.format.vector_rows import EncodedRows
 from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.preconditions import check_outside, check_place
@@ -29,7 +32,7 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
-from kdcache.curate.logit_files import LogitFile, content_of, open_logits
+from kdcache.curate.logit_files import LOGITS, RESERVED, LogitFile, content_of, open_logits
 from kdcache.curate.recode import build
 from kdcache.curate.scratch import scratch_file
 from kdcache.data.loader import cut_range
@@ -37,8 +40,10 @@ from kdcache.data.replay import fingerprints_of
 from kdcache.data.samples import Samples, check_same_samples
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
+from kdcache.dump.outputs import encode_outputs, labels_of_output
 from kdcache.dump.plan import Pilot, choose, record_of_data, request_of, teacher_by_hearsay, views_of
 from kdcache.errors import CorruptError, MismatchError, UsageError
+from kdcache.models.checks import OutputScale
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.versions import versions
 
@@ -56,7 +61,7 @@ def cache_of_logits(
     scheduler: str = "threads",
     progress: Progress | None = None,
 ) -> Cache:
-    """Make a cache from the dense logits in a file, planned like a dump.
+    """Make a cache from the dense logits, and the `outputs` of `spec`, in a file, planned like a dump.
 
     If interrupted at any moment, the same call resumes at the first unfinished shard. Outputs of LogSoftmax and Softmax
     are recognized by their rows; such a cache has `level: unknown`.
@@ -80,33 +85,63 @@ def cache_of_logits(
     transform = samples.transform if transform is None else transform
     check_place(out)
     out = out.absolute()
-    with open_logits(source, out.with_name(f"{out.name}.logits")) as opened:
+    spec = spec or CacheSpec()
+    with ExitStack() as opened:
+        files = {
+            output: opened.enter_context(open_logits(source, out.with_name(f"{out.name}.{output}"), output))
+            for output in _checked_names(source, spec)
+        }
         keys = samples.keys(progress)
-        _check_fits(opened, samples, keys, transform)
-        file = opened._replace(content=content_of(opened))
-        if file.ignored:
-            progress.say(f"note: {source} also holds {', '.join(file.ignored)}, which is not used")
-        if file.content != "logits":
-            progress.say(
-                f"note: {source} holds {file.content}: the logits are known up to an additive constant per row"
-            )
-        plan, writer = _begin(file, samples, keys, out, name, transform, spec or CacheSpec())
+        for output, file in files.items():
+            _check_fits(file, output, samples, keys, transform)
+        files = {output: file._replace(content=_content(output, file, spec)) for output, file in files.items()}
+        first = next(iter(files.values()))
+        if unused := sorted(set(first.ignored).difference(files)):
+            progress.say(f"note: {source} also holds {', '.join(unused)}, which is not used")
+        if (content := first.content) != "logits":
+            progress.say(f"note: {source} holds {content}: the logits are known up to an additive constant per row")
+        plan, writer = _begin(files, samples, keys, out, name, transform, spec)
         stride = plan.shape.fingerprint_stride
         marked = range(0, len(samples), stride)
         views = range(plan.views.count)
         inputs = [fingerprints_of(View(samples, transform, plan.views.seed, view), marked) for view in views]
+        sent = {output: file._replace(labels=None, sample_keys=None) for output, file in files.items()}
 
         def arguments(view: int, shard: int) -> tuple[Any, ...]:
             ids = plan.shard_ids(shard)
             labels = torch.from_numpy(samples.labels[ids.start : ids.stop].astype(np.int64))
             fingerprints = inputs[view].at(slice(ids.start // stride, -(-ids.stop // stride)))
-            return file._replace(labels=None, sample_keys=None), labels, fingerprints
+            return sent, labels, fingerprints
 
         return build(writer, _encode_shard, arguments, scheduler)
 
 
+def _checked_names(source: Path, spec: CacheSpec) -> list[str]:
+    """Return the names of the outputs that are imported, the class logits first.
+
+    Raises:
+        UsageError: if a file cannot hold them.
+    """
+    if source.suffix == ".npy" and len(spec.output_names) > 1:
+        raise UsageError(
+            f"{source} holds one array, and cache.outputs names {', '.join(spec.outputs)} beside the logits",
+            "store them in one npz file, each under its name",
+        )
+    if taken := RESERVED.intersection(spec.outputs):
+        raise UsageError(
+            f"an array {min(taken)} of {source} is not an output", f"give the output {min(taken)} another name"
+        )
+    return spec.output_names
+
+
+def _content(output: str, file: LogitFile, spec: CacheSpec) -> OutputScale:
+    """Return whether an output is stored as logits or as probabilities; vectors and scores are what they are."""
+    is_classes = output == LOGITS or spec.outputs[output].kind == "classes"
+    return content_of(file) if is_classes else "logits"
+
+
 def _begin(
-    file: LogitFile,
+    files: Mapping[str, LogitFile],
     samples: Samples,
     keys: npt.NDArray[np.uint64],
     out: Path,
@@ -115,18 +150,22 @@ def _begin(
     spec: CacheSpec,
 ) -> tuple[Plan, CacheWriter]:
     """Plan the cache, and create it or resume it."""
+    file, logits = next(iter(files.values())), files.get(LOGITS)
     spec = spec.model_copy(update={"views": file.shape[0], "seed": file.seed or 0})
 
     def pilot() -> Pilot:
         ids = pilot_ids(len(samples), spec.pilot_rows)
-        logits = torch.from_numpy(file.logits(0, ids))
-        if len(bad := not_finite(logits)):
-            raise _not_finite(file.source, ids[int(bad[0])])
-        return Pilot(logits, torch.from_numpy(samples.labels[ids].astype(np.int64)), 0.0)
+        values = {output: torch.from_numpy(file.logits(0, ids)) for output, file in files.items()}
+        for output, rows in values.items():
+            if len(bad := not_finite(rows)):
+                raise _not_finite(file.source, output, ids[int(bad[0])])
+        labels = torch.from_numpy(samples.labels[ids].astype(np.int64))
+        unknown = frozenset(output for output, file in files.items() if file.content != "logits")
+        return Pilot(values.pop(LOGITS, None), labels, 0.0, values, unknown)
 
     started = read_plan(out / PLAN) if (out / PLAN).exists() else None
     chosen = choose(out, started, spec, samples.num_classes, len(samples) * spec.views, pilot)
-    known = file.content == "logits"
+    known = logits is None or logits.content == "logits"
     plan = Plan(
         teacher=teacher_by_hearsay(
             name or file.source.stem,
@@ -138,7 +177,9 @@ def _begin(
         request=request_of(spec),
         encoding=chosen.encoding,
         fidelity=chosen.fidelity,
-        shape=choose_sharding(len(samples), bytes_per_shard_row(chosen.encoding), spec.shard_rows),
+        shape=choose_sharding(
+            len(samples), bytes_per_shard_row(chosen.encoding, chosen.outputs.records), spec.shard_rows
+        ),
         batch_size=spec.batch_size,
         versions=versions(),
         licence=spec.license,
@@ -148,36 +189,52 @@ def _begin(
             arguments={"file": file.source.name, "sha256": record_of(file.source).sha256},
             parents=[],
         ),
+        outputs=chosen.outputs.records,
     )
-    return plan, CacheWriter.begin(out, plan, samples.labels, keys, basis_of_logits(chosen.basis))
+    return plan, CacheWriter.begin(out, plan, samples.labels, keys, chosen.bases)
 
 
-def _encode_shard(out: Path, view: int, shard: int, file: LogitFile, labels: torch.Tensor, inputs: Inputs) -> None:
+def _encode_shard(
+    out: Path, view: int, shard: int, files: Mapping[str, LogitFile], labels: torch.Tensor, inputs: Inputs
+) -> None:
     """Read, encode and write one shard."""
     writer = CacheWriter.join(out)
-    basis, ids, parts = stored_bases.read_basis(out, writer.plan), writer.plan.shard_ids(shard), []
+    plan, bases = writer.plan, stored_bases.read_bases(out, writer.plan)
+    basis, ids = bases.get(LOGITS), plan.shard_ids(shard)
+    parts: dict[str, list[EncodedRows]] = {output: [] for output in files}
     for start in range(0, len(ids), _ROWS_AT_ONCE):
         some = labels[start : start + _ROWS_AT_ONCE]
         first = ids.start + start
-        logits = torch.from_numpy(file.logits(view, slice(first, first + len(some))))
-        if len(bad := not_finite(logits)):
-            raise _not_finite(file.source, first + int(bad[0]))
-        parts.append(encode(logits, some, writer.plan.encoding, basis))
-    writer.write(view, shard, Rows.concatenate(parts), inputs)
+        values: dict[str, torch.Tensor] = {}
+        for output, file in files.items():
+            values[output] = torch.from_numpy(file.logits(view, slice(first, first + len(some))))
+            if len(bad := not_finite(values[output])):
+                raise _not_finite(file.source, output, first + int(bad[0]))
+        if LOGITS in values:
+            parts[LOGITS].append(encode_output(values[LOGITS], some, plan.encoding, basis))
+        for output, rows in encode_outputs(values, some, plan, bases).items():
+            parts[output].append(rows)
+    whole = {output: type(rows[0]).concatenate(rows) for output, rows in parts.items()}
+    writer.write(view, shard, whole.pop(LOGITS, None), inputs, outputs=whole)
 
 
-def _not_finite(source: Path, sample: int) -> CorruptError:
-    return CorruptError(f"{source} holds NaN or infinite logits for sample {sample}", "correct the logits")
+def _not_finite(source: Path, output: str, sample: int) -> CorruptError:
+    return CorruptError(f"{source} holds NaN or infinite {output} for sample {sample}", f"correct the {output}")
 
 
-def _check_fits(file: LogitFile, samples: Samples, keys: npt.NDArray[np.uint64], transform: Transform) -> None:
+def _check_fits(
+    file: LogitFile, output: str, samples: Samples, keys: npt.NDArray[np.uint64], transform: Transform
+) -> None:
     """Check that row i of the file can be of sample i of the data set, as a student will see it."""
     source = file.source
-    views, rows, classes = file.shape
-    if (rows, classes) != (len(samples), samples.num_classes):
+    views, rows, numbers = file.shape
+    expected = samples.num_classes if output == LOGITS else numbers
+    if (rows, numbers) != (len(samples), expected):
+        of_classes = output == LOGITS
         raise MismatchError(
-            f"{source} has {rows} rows of {classes} classes, {samples.name}/{samples.split} has {len(samples)} samples "
-            f"of {samples.num_classes}",
+            f"{source} has {rows} rows of {numbers} {'classes' if of_classes else output}, "
+            f"{samples.name}/{samples.split} has {len(samples)} samples"
+            + (f" of {samples.num_classes}" if of_classes else ""),
             "use the data set and the split that the teacher was run on, in its order",
         )
     check_same_samples(
@@ -199,34 +256,47 @@ def _check_fits(file: LogitFile, samples: Samples, keys: npt.NDArray[np.uint64],
         )
 
 
-def logits_of_cache(cache: Cache, out: str | Path) -> None:
-    """Write the decoded logits of a cache, float32 [N, C] or [V, N, C] for several views, as npz or npy.
+def logits_of_cache(cache: Cache, out: str | Path) -> dict[str, list[int]]:
+    """Write the decoded outputs of a cache, float32 [N, D] or [V, N, D] for several views, as npz or npy.
+
+    An npz file has the class logits as `logits`, and each other output under its name.
+
+    Returns:
+        The shape of each output, by name.
 
     Raises:
-        UsageError: if `out` exists or has another suffix, or is inside a cache.
+        UsageError: if `out` exists or has another suffix, or is inside a cache, or an npy file would have to hold
+            several outputs.
         IncompleteError: if a view is not here.
     """
-    out = Path(out)
+    out, plan = Path(out), cache.manifest.plan
     check_outside(out)
     cache.check_views()
     if out.suffix not in (".npz", ".npy"):
         raise UsageError(f"{out} ends neither in .npz nor in .npy", "give a name with one of these suffixes with -o")
     if os.path.lexists(out):
         raise UsageError(f"{out} exists already", "give another name with -o")
+    names = plan.output_names
+    if out.suffix == ".npy" and len(names) > 1:
+        raise UsageError(f"{cache.path} has {', '.join(names)}, and an npy file one array", "write an npz file with -o")
+    if taken := RESERVED.intersection(names):
+        raise UsageError(f"the output {min(taken)} has the name of another array of the file", "decode it in Python")
     with scratch_file(out.with_name(f"{out.name}.partial")) as unfinished, unfinished.open("w+b") as file:
         if out.suffix == ".npy":
-            _write_logits(cache, file)
+            _write_output(cache, names[0], file)
         else:
             _write_npz(cache, file)
         file.flush()
         os.fsync(file.fileno())
         unfinished.replace(out)
+    return {output: _shape(cache, output) for output in names}
 
 
 def _write_npz(cache: Cache, file: IO[bytes]) -> None:
     with zipfile.ZipFile(file, "w") as packed:
-        with packed.open("logits.npy", "w", force_zip64=True) as member:
-            _write_logits(cache, member)
+        for output in cache.manifest.plan.output_names:
+            with packed.open(f"{output}.npy", "w", force_zip64=True) as member:
+                _write_output(cache, output, member)
         arrays: dict[str, npt.NDArray[Any]] = {
             "labels": cache.labels,
             "sample_keys": cache.sample_keys,
@@ -237,19 +307,28 @@ def _write_npz(cache: Cache, file: IO[bytes]) -> None:
                 np.lib.format.write_array(member, values, allow_pickle=False)
 
 
-def _write_logits(cache: Cache, file: IO[bytes]) -> None:
+def _shape(cache: Cache, output: str) -> list[int]:
+    """Return the shape of a decoded output, [N, D] or [V, N, D]."""
+    plan = cache.manifest.plan
+    width = cache.num_classes if output == LOGITS else plan.named_outputs[output].channels
+    views = plan.views.count
+    return [*([views] if views > 1 else []), len(cache), width]
+
+
+def _write_output(cache: Cache, output: str, file: IO[bytes]) -> None:
     """Write an npy file in parts, with only one part in memory."""
     plan = cache.manifest.plan
-    labels, basis = torch.from_numpy(cache.labels.astype(np.int64)), stored_bases.read_basis(cache.path, plan)
-    size = (len(cache), cache.num_classes)
-    shape = size if plan.views.count == 1 else (plan.views.count, *size)
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    labels, basis = torch.from_numpy(cache.labels.astype(np.int64)), stored_bases.read_bases(cache.path, plan)
+    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(_shape(cache, output))}
     np.lib.format.write_array_header_2_0(file, header)
-    reader = zarr_store.row_reader(cache.path, plan)
+    record = None if output == LOGITS else plan.named_outputs[output]
+    encoding = plan.encoding if record is None else record.encoding
+    reader: zarr_store.RowReader[EncodedRows] = zarr_store.output_reader(cache.path, plan, output)
     for view in range(plan.views.count):
         for chunk in cut_range(range(len(cache)), plan.shape.chunk_rows):
             rows = reader.read(view, chunk)
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 some = rows[start : start + _ROWS_AT_ONCE]
                 of_rows = labels[chunk.start + start : chunk.start + start + len(some)]
-                file.write(decode(some, of_rows, plan.encoding, basis).numpy().astype("<f4").tobytes())
+                truth = of_rows if record is None else labels_of_output(record, of_rows)
+                file.write(decode_output(some, truth, encoding, basis.get(output)).numpy().astype("<f4").tobytes())

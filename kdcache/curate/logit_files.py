@@ -1,8 +1,10 @@
-"""Files with dense logits: npz, npy, and pt or pth.
+"""Files with dense logits or other outputs of a teacher: npz, npy, and pt or pth.
 
 An npz file, or a dictionary in a pt file, holds `logits` [N, C] or [V, N, C]. It may also hold `labels` [N] and
 `sample_keys` [N], which are compared with the data set, and the `seed` of its views, without which random views cannot
 be replayed. An npy file, or a tensor in a pt file, holds the logits alone.
+
+Other outputs are [N, D], [V, N, D], or for one score per sample [N], under their names in the cache.
 
 Values are float16, bfloat16 (pt), float32 or float64, in any byte order and memory order.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +31,12 @@ Array = npt.NDArray[Any]
 
 _ROWS_AT_ONCE = 2048
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+LOGITS = "logits"
 _FIELDS = ("labels", "sample_keys", "seed")
+RESERVED = frozenset(_FIELDS)
+"""Names of arrays that are not outputs."""
+
+_NAMES_SHOWN = 5
 _HOW = (
     "save [N, C] floats with numpy.savez(path, logits=logits), numpy.save(path, logits) or "
     "torch.save({'logits': logits}, path)"
@@ -46,7 +53,7 @@ class LogitFile(NamedTuple):
     Attributes:
         source: the file.
         array: npy file with the logits: the file itself, or an unpacked copy.
-        shape: (V, N, C).
+        shape: (V, N, C), or (V, N, D) of another output.
         dtype: type of the values in the file.
         labels: [N] int32, if the file holds them.
         sample_keys: [N] uint64, if the file holds them.
@@ -68,6 +75,8 @@ class LogitFile(NamedTuple):
     def values(self, view: int, rows: slice | list[int]) -> Array:
         """Return some rows of a view as they are in the file, [B, C]."""
         mapped = np.lib.format.open_memmap(self.array, mode="r")
+        if mapped.ndim == 1:
+            return np.asarray(mapped[rows])[:, None]
         return np.asarray((mapped if mapped.ndim == len(self.shape) else mapped[None])[view, rows])
 
     def logits(self, view: int, rows: slice | list[int]) -> npt.NDArray[np.float32]:
@@ -83,12 +92,13 @@ class LogitFile(NamedTuple):
 
 
 @contextmanager
-def open_logits(source: Path, scratch: Path) -> Iterator[LogitFile]:
-    """Open a file with dense logits, to be read in parts.
+def open_logits(source: Path, scratch: Path, output: str = LOGITS) -> Iterator[LogitFile]:
+    """Open a file with dense logits, or another output, to be read in parts.
 
     Args:
         source: npz, npy, pt or pth file.
         scratch: name of a folder for an unpacked copy, which is deleted at the end.
+        output: name of the array to read.
 
     Raises:
         UsageError: if the file holds no logits, or other arrays that cannot be used; or if `scratch` exists and was not
@@ -96,13 +106,13 @@ def open_logits(source: Path, scratch: Path) -> Iterator[LogitFile]:
     """
     if source.suffix == ".npz":
         with scratch_file(scratch) as array:
-            yield _described(source, array, _unpack_npz(source, array))
+            yield _described(source, array, _unpack_npz(source, array, output), output)
     elif source.suffix in (".pt", ".pth"):
         with scratch_file(scratch) as array:
-            fields, dtype = _unpack_torch(source, array)
-            yield _described(source, array, fields, dtype)
+            fields, dtype = _unpack_torch(source, array, output)
+            yield _described(source, array, fields, output, dtype)
     else:
-        yield _described(source, source, {})
+        yield _described(source, source, {}, output)
 
 
 def content_of(file: LogitFile) -> OutputScale:
@@ -146,16 +156,18 @@ def _first(start: int, mask: Tensor) -> int | None:
     return start + int(rows[0]) if len(rows) else None
 
 
-def _described(source: Path, array: Path, fields: Mapping[str, Any], dtype: str | None = None) -> LogitFile:
+def _described(
+    source: Path, array: Path, fields: Mapping[str, Any], output: str, dtype: str | None = None
+) -> LogitFile:
     """Check the logits and the other arrays of a file."""
     try:
         logits = np.lib.format.open_memmap(array, mode="r")
         shape, dtype = logits.shape, dtype or logits.dtype.name
     except (OSError, ValueError, EOFError) as error:
         raise _unreadable(source, error) from None
-    if len(shape) not in (2, 3) or dtype not in _FLOATS or not logits.size:
-        raise UsageError(f"{source} holds {dtype} {list(shape)} as logits", _HOW)
-    views, rows, classes = shape if len(shape) == 3 else (1, *shape)
+    if len(shape) not in _dimensions(output) or dtype not in _FLOATS or not logits.size:
+        raise UsageError(f"{source} holds {dtype} {list(shape)} as {output}", _how(output))
+    views, rows, classes = shape if len(shape) == 3 else (1, *shape) if len(shape) == 2 else (1, *shape, 1)
     known = {name: _as_array(source, name, fields[name]) for name in _FIELDS if name in fields}
     return LogitFile(
         source,
@@ -165,7 +177,7 @@ def _described(source: Path, array: Path, fields: Mapping[str, Any], dtype: str 
         _column(source, "labels", known, rows, np.int32),
         _column(source, "sample_keys", known, rows, np.uint64),
         _seed(source, known),
-        tuple(sorted(set(fields) - {*_FIELDS, "logits"})),
+        tuple(sorted(set(fields) - {*_FIELDS, output})),
     )
 
 
@@ -201,8 +213,18 @@ def _seed(source: Path, known: Mapping[str, Array]) -> int | None:
     return int(seed.reshape(()))
 
 
-def _unpack_npz(source: Path, array: Path) -> dict[str, Any]:
-    """Write the logits of an npz file to an npy file, and return its other arrays by name.
+def _dimensions(output: str) -> tuple[int, ...]:
+    """Return how many dimensions the array of an output may have."""
+    return (2, 3) if output == LOGITS else (1, 2, 3)
+
+
+def _how(output: str) -> str:
+    """Return how a file of this output is written."""
+    return _HOW if output == LOGITS else f"save [N, D] floats with numpy.savez(path, {output}=values)"
+
+
+def _unpack_npz(source: Path, array: Path, output: str) -> dict[str, Any]:
+    """Write an output of an npz file to an npy file, and return its other arrays by name.
 
     Arrays that are not used are None.
     """
@@ -210,8 +232,8 @@ def _unpack_npz(source: Path, array: Path) -> dict[str, Any]:
         with zipfile.ZipFile(source) as packed:
             members = [member.filename for member in packed.infolist()]
             names = [name.removesuffix(".npy") for name in members]
-            _check_members(source, members, names)
-            with packed.open("logits.npy") as member, array.open("wb") as unpacked:
+            _check_members(source, members, names, output)
+            with packed.open(f"{output}.npy") as member, array.open("wb") as unpacked:
                 shutil.copyfileobj(member, unpacked, 2**20)
         with np.load(source, allow_pickle=False) as arrays:
             return {name: arrays[name] if name in _FIELDS else None for name in names}
@@ -219,33 +241,37 @@ def _unpack_npz(source: Path, array: Path) -> dict[str, Any]:
         raise _unreadable(source, error) from None
 
 
-def _check_members(source: Path, members: list[str], names: list[str]) -> None:
+def _check_members(source: Path, members: list[str], names: list[str], output: str) -> None:
     odd = [member for member in members if not member.endswith(".npy")]
     if odd or len(set(names)) < len(names):
         what = f"{odd[0]}, which is not an array" if odd else f"{max(names, key=names.count)} twice"
-        raise UsageError(f"cannot read logits from {source}: it holds {what}", _HOW)
-    if "logits" not in names:
-        raise UsageError(
-            f"cannot read logits from {source}: it holds {', '.join(names) or 'nothing'}, but no logits", _HOW
-        )
+        raise UsageError(f"cannot read {output} from {source}: it holds {what}", _how(output))
+    if output not in names:
+        raise _lacks(source, names, output)
 
 
-def _unpack_torch(source: Path, array: Path) -> tuple[dict[str, Any], str]:
-    """Write the logits of a pt file to an npy file; return its other arrays by name, and the type of the logits."""
+def _lacks(source: Path, names: Sequence[str], output: str) -> UsageError:
+    held = ", ".join(names[:_NAMES_SHOWN]) or "nothing"
+    return UsageError(f"cannot read {output} from {source}: it holds {held}, but no {output}", _how(output))
+
+
+def _unpack_torch(source: Path, array: Path, output: str) -> tuple[dict[str, Any], str]:
+    """Write an output of a pt file to an npy file; return its other arrays by name, and the type of the output."""
     try:
         held = torch.load(source, "cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
     except Exception as error:  # torch raises many kinds of errors for files that are damaged or hold other objects
         raise _unreadable(source, error) from error
-    fields = held if isinstance(held, dict) else {"logits": held}
-    if "logits" not in fields:
-        names = ", ".join(map(str, [*fields][:5])) or "nothing"
-        raise UsageError(f"cannot read logits from {source}: it holds {names}, but no logits", _HOW)
-    logits = fields["logits"]
+    fields = held if isinstance(held, dict) else {output: held}
+    if output not in fields:
+        raise _lacks(source, [*map(str, fields)], output)
+    logits = fields[output]
     if not isinstance(logits, Tensor):
-        raise UsageError(f"cannot read logits from {source}: they are a {type(logits).__name__}, not a tensor", _HOW)
+        kind = type(logits).__name__
+        raise UsageError(f"cannot read {output} from {source}: they are a {kind}, not a tensor", _how(output))
     dtype = str(logits.dtype).removeprefix("torch.")
-    if logits.ndim not in (2, 3) or dtype not in _FLOATS or not logits.numel() or logits.layout != torch.strided:
-        raise UsageError(f"{source} holds {dtype} {list(logits.shape)} as logits", _HOW)
+    is_dense = logits.layout == torch.strided and logits.ndim in _dimensions(output)
+    if not is_dense or dtype not in _FLOATS or not logits.numel():
+        raise UsageError(f"{source} holds {dtype} {list(logits.shape)} as {output}", _how(output))
     stored = np.dtype("float32" if dtype == "bfloat16" else dtype)
     with array.open("wb") as file:
         header = {"descr": stored.str, "fortran_order": False, "shape": tuple(logits.shape)}

@@ -15,6 +15,7 @@ from helpers.foreign import (
 )
 
 from kdcache.losses import Loss, distillation_loss
+from kdcache.losses.batch import batch_totals
 from kdcache.losses.presets import PARTS
 
 LOSSES: list[dict[str, Any]] = [
@@ -32,8 +33,11 @@ def test_what_needs_the_level_is_what_changes_with_it(settings: dict[str, Any]) 
     student, teacher = (torch.randn(16, CLASSES, generator=random, dtype=torch.float64) * 3 for _ in "vu")
     labels, theta = torch.arange(16) % CLASSES, torch.ones(1, dtype=torch.float64)
     level = torch.linspace(-5, 5, 16, dtype=torch.float64).unsqueeze(1)
+    ring = torch.stack([torch.arange(16), (torch.arange(16) + 1) % 16])
+    whole = batch_totals(labels, dtype=torch.float64)._replace(edges=ring)
     one, two = (
-        distillation_loss(student, logits, labels, loss, 20, theta=theta).total for logits in (teacher, teacher + level)
+        distillation_loss(student, logits, labels, loss, 20, theta=theta, whole=whole).total
+        for logits in (teacher, teacher + level)
     )
     changes = bool((one - two).abs() > 1e-6 * one.abs())
     assert changes == (loss.needs_level is not None)
