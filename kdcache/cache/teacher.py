@@ -63,11 +63,12 @@ class TeacherWithOutputs:
     Args:
         logits: returns the class logits; None if they are not used.
         outputs: each returns an output [B, D], by name.
-        scores: names of the outputs that are scores, whose numbers have a meaning of their own.
+        unmapped: names of the outputs whose numbers have a meaning of their own, scores and classes: no linear map of
+            the student's is learned for them.
     """
 
-    def __init__(self, logits: Teacher | None, outputs: Mapping[str, Teacher], scores: Collection[str] = ()) -> None:
-        self.logits, self.outputs, self.scores = logits, dict(outputs), frozenset(scores)
+    def __init__(self, logits: Teacher | None, outputs: Mapping[str, Teacher], unmapped: Collection[str] = ()) -> None:
+        self.logits, self.outputs, self.unmapped = logits, dict(outputs), frozenset(unmapped)
 
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
         """Return the class logits [B, C] of samples `ids` [B] int64 in a view."""
@@ -88,7 +89,7 @@ class TeacherWithOutputs:
     def each(self, wrapped: Callable[[Teacher], Teacher]) -> TeacherWithOutputs:
         """Return this teacher with every output wrapped."""
         outputs = {name: wrapped(output) for name, output in self.outputs.items()}
-        return TeacherWithOutputs(None if self.logits is None else wrapped(self.logits), outputs, self.scores)
+        return TeacherWithOutputs(None if self.logits is None else wrapped(self.logits), outputs, self.unmapped)
 
     @property
     def _parts(self) -> list[Teacher]:

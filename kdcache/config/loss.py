@@ -87,11 +87,12 @@ def loss(name: str = "kd", **options: Any) -> DistillationLoss:
 
 
 def output_loss(name: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a loss on vectors or scores by name, such as `kdcache.output_loss("rkd")`.
+    """Return a loss on vectors, scores or another head's logits by name, such as `kdcache.output_loss("rkd")`.
 
     Args:
         name: `mse`, `l1`, `smooth_l1`, `cosine`, `leaf`, `rkd`, `sp` or `pkt` for vectors; `mse`, `l1`, `smooth_l1`,
-            `margin_mse`, `list_kl` or `ccc` for scores. docs/LOSSES.md has their formulas and sources.
+            `margin_mse`, `list_kl` or `ccc` for scores; `kd` for the logits of another head. docs/LOSSES.md has their
+            formulas and sources.
         options: those of the loss, and `weight`.
 
     Returns:

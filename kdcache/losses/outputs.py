@@ -15,7 +15,7 @@ from kdcache.losses import scores, vectors
 from kdcache.losses.batch import BatchTotals
 from kdcache.losses.options import NotNegative, Positive
 
-OutputKind = Literal["vector", "score"]
+OutputKind = Literal["vector", "score", "classes"]
 
 
 class OutputLossOptions(BaseModel):
@@ -174,6 +174,16 @@ class ListKL(OutputLossOptions):
     """Temperature."""
 
 
+class KD(OutputLossOptions):
+    """`kd`: KL divergence of the softened probabilities of another head, times the squared temperature."""
+
+    compute = staticmethod(scores.list_kl)
+    kinds = ("classes",)
+    name: Literal["kd"]
+    tau: Positive = 4.0
+    """Temperature."""
+
+
 class CCC(OutputLossOptions):
     """`ccc`: 1 - concordance correlation of the batch."""
 
@@ -195,6 +205,7 @@ OUTPUT_LOSSES: dict[str, type[OutputLossOptions]] = {
     "margin_mse": MarginMSE,
     "list_kl": ListKL,
     "ccc": CCC,
+    "kd": KD,
 }
 
 if TYPE_CHECKING:

@@ -64,8 +64,8 @@ def load_teacher(
         progress.say(f"placement of the output {name}: {output.placement} ({output.why})")
         placements.append(output.placement)
         outputs[name] = _of_samples(output, samples, caches[0])
-    scores = [name for name in outputs if caches[0].outputs[name].kind == "score"]
-    return TeacherWithOutputs(logits, outputs, scores), placements
+    unmapped = [name for name in outputs if caches[0].outputs[name].kind != "vector"]
+    return TeacherWithOutputs(logits, outputs, unmapped), placements
 
 
 def _joined(cached: Sequence[CachedTeacher], pipeline: Pipeline) -> Teacher:

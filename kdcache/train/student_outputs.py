@@ -125,8 +125,8 @@ def student_outputs(
     taps = {name: named.get(name, Tap()) for name in loss.outputs}
     check_taps(taps, model, "student")
     widths = _try(model, taps, loss, train, teacher)
-    for name in teacher.scores:
-        _check_scores(name, *widths[name])
+    for name in teacher.unmapped:
+        _check_same_width(name, *widths[name])
     return StudentOutputs(model, loss, taps, widths, train.samples.group_size)
 
 
@@ -153,14 +153,14 @@ def _try(
     return widths
 
 
-def _check_scores(name: str, student: int, teacher: int) -> None:
-    """Check that scores, for which no linear map is learned, are as many in student and teacher.
+def _check_same_width(name: str, student: int, teacher: int) -> None:
+    """Check that scores or classes, for which no linear map is learned, are as many in student and teacher.
 
     Raises:
         MismatchError: if they are not.
     """
     if student != teacher:
         raise MismatchError(
-            f"the output {name} of the student has {student} scores, that of the teacher {teacher}",
+            f"the output {name} of the student has {student} numbers, that of the teacher {teacher}",
             f"take an output of {teacher} numbers (student.outputs.{name}.source)",
         )

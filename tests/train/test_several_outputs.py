@@ -243,6 +243,21 @@ def test_a_student_without_logits_learns_the_embeddings(runs: Runs, tmp_path: Pa
     assert json.loads((tmp_path / "run/metrics.json").read_text())["test"] is None
 
 
+def test_a_second_head_of_classes_is_distilled(runs: Runs, tmp_path: Path) -> None:
+    """With the logits left out, the same head as an output of kind classes gives the student that kd would give."""
+    taken = {"second": {"source": "head"}}
+    second = runs.pipeline({"logits": False, "second": {"name": "kd", "tau": 4.0}}, outputs=taken)
+    plain = runs.pipeline({"name": "kd", "ce_weight": 0.0, "kd_weight": 1.0}, train={"early_stopping_patience": None})
+    train_student(second, runs.cache, tmp_path / "second")
+    train_student(plain, runs.cache, tmp_path / "plain")
+    losses = []
+    for run in ("second", "plain"):
+        lines = (tmp_path / run / "metrics.csv").read_text().splitlines()
+        losses.append([float(line.split(",")[lines[0].split(",").index("distillation")]) for line in lines[1:]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < 0.7 * losses[0][0]
+
+
 @pytest.mark.parametrize("name", ["mse", "rkd"])
 def test_an_interrupted_run_continues_to_the_same_weights_and_maps(name: str, runs: Runs, tmp_path: Path) -> None:
     pipeline = runs.pipeline({"logits": {"name": "kd"}, "features": {"name": name}}, train={"epochs": 4})
@@ -345,7 +360,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, type[KdcacheError], str
     ),
     (MSE, {"outputs": {"others": {}}}, "network", UsageError, "student.outputs names others, which the loss does not"),
     (MSE, BODY, "twice", MismatchError, "the module body of the student ran 2 times"),
-    (SCORES, {"outputs": {"scores": {"source": "body"}}}, "network", MismatchError, "student has 16 scores, that of"),
+    (SCORES, {"outputs": {"scores": {"source": "body"}}}, "network", MismatchError, "student has 16 numbers, that of"),
     (MSE, {"train": {"compile": True}}, "network", UsageError, "train.compile is true"),
     (
         {"logits": False, **MSE},
