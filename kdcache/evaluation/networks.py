@@ -54,13 +54,26 @@ class NetworkRef:
         has_training = isinstance(section, TeacherSpec | StudentSpec)
         return section.train.num_workers if has_training else self.pipeline.cache.num_workers
 
+    @property
+    def has_class_logits(self) -> bool:
+        """Whether it was trained to return class logits."""
+        return self.network == "teacher" or self.pipeline.loss.uses_logits
+
     def load(self, samples: Samples) -> tuple[nn.Module, View]:
         """Build the network with its weights, and a view of the samples with its evaluation transform.
 
         Raises:
+            UsageError: if it was trained without class logits.
             KdcacheError: if the weights are missing or do not fit, or if the pipeline has no deterministic transform
                 for evaluation.
         """
+        if not self.has_class_logits:
+            outputs = self.pipeline.loss.outputs
+            raise UsageError(
+                f"{self.name} was trained without class logits (loss.logits is false), and these are what is measured",
+                f"compare its output with the teacher's in Python: cache.teacher({next(iter(outputs))!r})(ids); "
+                "`kdcache report` draws its losses",
+            )
         self.check_classes(samples)
         if self.network == "teacher":
             loaded = load_teacher(self.pipeline)

@@ -57,6 +57,11 @@ class RunRecord(NamedTuple):
     rows: list[Row]
 
     @property
+    def has_class_logits(self) -> bool:
+        """Whether its network was trained to return class logits."""
+        return self.network_ref.has_class_logits
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether it was trained on the logits of a teacher."""
         return self.network_ref.network == "student" and self.pipeline.loss.uses_cache

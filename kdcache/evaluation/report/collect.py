@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kdcache.cache.inspect.outputs import described_outputs
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.data.alignment import MatchedSamples, match_samples
@@ -55,6 +56,7 @@ class ReportData:
         tests: test results by run; empty if no test split is available.
         teacher: statistics of the teacher; None without a cache.
         notes: what is left out, and why.
+        outputs: outputs of the teacher in the cache beside its class logits, in words.
     """
 
     dataset: str
@@ -64,6 +66,7 @@ class ReportData:
     tests: list[HeldOutResult]
     teacher: TeacherStats | None
     notes: list[str]
+    outputs: dict[str, str] = field(default_factory=dict)
 
     def members(self, group: Group) -> list[RunRecord]:
         """Return the runs of a group."""
@@ -120,6 +123,7 @@ class ReportData:
             "cache": teacher and teacher.digest,
             "changed_by_ka": int(teacher.wrong.sum()) if teacher else None,
             "cost": teacher and teacher.cost._asdict(),
+            "outputs": self.outputs,
             "notes": self.notes,
         }
 
@@ -150,6 +154,11 @@ def collect(
     notes = [f"{folder} is not finished and is left out." for folder in unfinished]
     runs, copies = without_copies([read_run(folder) for folder in folders])
     notes += [f"{copy.network_ref.name} is a copy of {run.network_ref.name} and is left out." for copy, run in copies]
+    outputs = described_outputs(cache.manifest.plan.outputs) if cache is not None else {}
+    if not _have_class_logits(runs):
+        notes.append("The runs have no class logits: sections of class predictions are left out.")
+        dataset = runs[0].pipeline.dataset.name
+        return ReportData(dataset, (), runs, group_runs(runs), [], None, notes, outputs)
     test = _test_split(runs, notes)
     images = _cached_images(runs, cache, notes, progress) if cache is not None else None
     view = images.view if images else None
@@ -174,7 +183,23 @@ def collect(
         tests,
         teacher_stats(cache, images, indices, predictions, runs) if cache is not None else None,
         notes,
+        outputs,
     )
+
+
+def _have_class_logits(runs: Sequence[RunRecord]) -> bool:
+    """Return whether the networks of all runs return class logits.
+
+    Raises:
+        UsageError: if only some of them do.
+    """
+    have, lack = ([run for run in runs if run.has_class_logits is each] for each in (True, False))
+    if have and lack:
+        raise UsageError(
+            f"{lack[0].network_ref.name} was trained without class logits, and {have[0].network_ref.name} with them",
+            "report on runs of one kind at a time",
+        )
+    return bool(have)
 
 
 def _test_split(runs: Sequence[RunRecord], notes: list[str]) -> Samples | None:

@@ -59,7 +59,10 @@ def _sections(data: ReportData) -> Iterator[Part]:
         yield from teacher_sections.disagreement(data, teacher)
         yield from teacher_sections.hardest(data, teacher)
     yield from cost(data)
-    if teacher is None:
+    if data.outputs:
+        yield Heading("Other outputs of the teacher")
+        yield Table(["", "in the cache"], [*data.outputs.items()])
+    if teacher is None and data.runs[0].has_class_logits:
         yield Paragraph(
             "Sharpness, the rows changed by KA, the teacher's accuracy by class, disagreement, the hardest samples and "
             "the teacher's forward passes need its cache: kdcache report RUN... --cache NAME.kdcache -o FILE.html",

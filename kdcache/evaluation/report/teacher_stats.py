@@ -197,10 +197,11 @@ def _hardest(
 
 
 def _picture(images: MatchedSamples, id_: int) -> Picture | None:
-    """Return the image of a sample of the cache; None if the data set does not have it."""
+    """Return the image of a sample of the cache; None if the data set does not have it, or has no images."""
     index = int(np.searchsorted(images.ids, id_))
+    source = images.view.samples.images
     exists = index < len(images.ids) and images.ids[index] == id_
-    return images.view.samples.images.picture(index) if exists else None
+    return source.picture(index) if exists and len(source.shape()) == 3 else None
 
 
 def _cost(cache: Cache, runs: Sequence[RunRecord]) -> Cost:
