@@ -37,6 +37,7 @@ from kdcache.data.replay import fingerprints_of
 from kdcache.data.samples import Samples, check_same_samples
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
+from kdcache.dump.noise import refuse_noise
 from kdcache.dump.plan import Pilot, choose, record_of_data, request_of, teacher_by_hearsay, views_of
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
@@ -76,7 +77,8 @@ def cache_of_logits(
         MismatchError: if the file is of other samples, or `out` was started with other settings.
         CorruptError: if a logit is NaN or infinite; names the sample.
     """
-    source, out, progress = Path(source), Path(out), progress or Silent()
+    source, out, spec, progress = Path(source), Path(out), spec or CacheSpec(), progress or Silent()
+    refuse_noise(spec)
     transform = samples.transform if transform is None else transform
     check_place(out)
     out = out.absolute()
@@ -90,7 +92,7 @@ def cache_of_logits(
             progress.say(
                 f"note: {source} holds {file.content}: the logits are known up to an additive constant per row"
             )
-        plan, writer = _begin(file, samples, keys, out, name, transform, spec or CacheSpec())
+        plan, writer = _begin(file, samples, keys, out, name, transform, spec)
         stride = plan.shape.fingerprint_stride
         marked = range(0, len(samples), stride)
         views = range(plan.views.count)
