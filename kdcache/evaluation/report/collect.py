@@ -17,6 +17,7 @@ from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
+from kdcache.evaluation.exposure import Exposures
 from kdcache.evaluation.metrics import Reliability, reliability
 from kdcache.evaluation.networks import NetworkRef
 from kdcache.evaluation.report.teacher_stats import Predictions, TeacherStats, teacher_stats
@@ -55,6 +56,7 @@ class ReportData:
         tests: test results by run; empty if no test split is available.
         teacher: statistics of the teacher; None without a cache.
         notes: what is left out, and why.
+        exposures: of canaries; None if none are given.
     """
 
     dataset: str
@@ -64,6 +66,7 @@ class ReportData:
     tests: list[HeldOutResult]
     teacher: TeacherStats | None
     notes: list[str]
+    exposures: Exposures | None = None
 
     def members(self, group: Group) -> list[RunRecord]:
         """Return the runs of a group."""
@@ -121,6 +124,7 @@ class ReportData:
             "changed_by_ka": int(teacher.wrong.sum()) if teacher else None,
             "cost": teacher and teacher.cost._asdict(),
             "notes": self.notes,
+            **({"exposures": self.exposures.as_record()} if self.exposures else {}),
         }
 
 
