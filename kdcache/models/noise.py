@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,24 +41,22 @@ def key_of_noise(secret: bytes, context: dict[str, Any]) -> bytes:
     return hashed.digest()
 
 
-def standard_normals(key: bytes, rows: list[bytes], count: int) -> npt.NDArray[np.float64]:
-    """Return independent standard normal numbers [len(rows), count], each row a function of (key, its name) alone.
+def standard_normals(key: bytes, rows: list[bytes], count: int) -> Tensor:
+    """Return independent standard normal numbers [len(rows), count] float64, each row a function of (key, its name).
 
     SHAKE-256 makes the uniform numbers, because a generator of simulations can be run backwards, and has few seeds:
-    torch's on the CPU 2^32. The method is that of Box & Muller 1958.
+    torch's on the CPU 2^32. They are odd multiples of 2^-53 between 0 and 1, and the inverse of the distribution makes
+    them normal.
 
     Args:
         key: 32 bytes.
         rows: a name per row, all of one length.
         count: numbers per row.
     """
-    pairs = -(-count // 2)
-    stream = b"".join(hashlib.shake_256(key + row).digest(2 * pairs * _WORD) for row in rows)
-    words = np.frombuffer(stream, "<u8").reshape(len(rows), 2, pairs)
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # 53 bits, never 0
-    radius = np.sqrt(-2 * np.log(uniform[:, 0]))
-    angle = 2 * np.pi * uniform[:, 1]
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :count]
+    stream = b"".join(hashlib.shake_256(key + row).digest(count * _WORD) for row in rows)
+    words = np.frombuffer(stream, "<u8").reshape(len(rows), count) >> np.uint64(12)
+    # 2 u - 1, which float64 represents exactly, and which is never -1 or 1.
+    return math.sqrt(2) * torch.erfinv(torch.from_numpy((2 * words + 1) * 2.0**-52 - 1))
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,16 @@ class Noise:
         samples = ids.cpu().numpy()
         weights = np.ones(len(samples)) if self.weights is None else self.weights[samples]
         normals = standard_normals(self.key, [self._name(sample, view) for sample in samples.tolist()], logits.shape[1])
-        divisors = torch.from_numpy(1 + weights[:, None] * (self.temperature - 1))
-        added = torch.from_numpy(self.sigma * weights[:, None] * normals)
-        return logits / divisors.float().to(logits.device) + added.float().to(logits.device)
+        scale = torch.from_numpy(weights)[:, None]
+        divisors, added = 1 + scale * (self.temperature - 1), self.sigma * scale * normals
+        return logits / _on(logits.device, divisors) + _on(logits.device, added)
 
     def _name(self, sample: int, view: int) -> bytes:
         numbers = (int(self.content[sample]), view, sample if self.by_id else 0)
         return self.purpose.encode() + b"".join(number.to_bytes(8, "little") for number in numbers)
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    """Return values as float32 on a device, without waiting for what a GPU is computing."""
+    values = values.float()
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

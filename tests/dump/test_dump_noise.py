@@ -42,6 +42,11 @@ def noise_of(folder: Path, **changed: Any) -> dict[str, Any]:
     return {**STRENGTH, "key": str(folder / "secret"), **changed}
 
 
+def with_a_key(folder: Path) -> None:
+    """Write a key that is the same each time, for figures that are random otherwise."""
+    (folder / "secret").write_bytes(bytes(range(32)))
+
+
 def private(samples: Samples | None = None) -> Samples:
     """A third of the samples is public, a third private, and a third in between."""
     samples = samples or tiny_samples(N)
@@ -71,6 +76,7 @@ def without_noise(samples: Samples, transform: Any = (), view: int = 0) -> Tenso
 
 
 def test_rows_are_those_of_the_teacher_divided_and_with_noise(tmp_path: Path) -> None:
+    with_a_key(tmp_path)
     samples = private(tiny_samples(3000))
     cache = dumped(tmp_path, samples=samples, shard_rows=None, batch_size=256)
     ids, live = torch.arange(3000), without_noise(samples)
@@ -86,6 +92,7 @@ def test_rows_are_those_of_the_teacher_divided_and_with_noise(tmp_path: Path) ->
 
 
 def test_without_privacy_all_samples_get_noise(tmp_path: Path) -> None:
+    with_a_key(tmp_path)
     cache = dumped(tmp_path, samples=tiny_samples(N))
     apart = cache.teacher()(torch.arange(N)) - without_noise(tiny_samples(N)) / 2
     assert bool((apart.abs().amax(dim=1) > 0.01).all())
@@ -95,6 +102,7 @@ def test_without_privacy_all_samples_get_noise(tmp_path: Path) -> None:
 
 
 def test_views_have_noise_of_their_own(tmp_path: Path) -> None:
+    with_a_key(tmp_path)
     cache = dumped(tmp_path, samples=tiny_samples(N), views=2, transform=FLIP)
     ids = torch.arange(N)
     first, second = (cache.teacher()(ids, view) - without_noise(tiny_samples(N), FLIP, view) / 2 for view in (0, 1))
@@ -104,6 +112,7 @@ def test_views_have_noise_of_their_own(tmp_path: Path) -> None:
 
 
 def test_one_key_for_two_strengths_does_not_give_the_noise_away(tmp_path: Path) -> None:
+    with_a_key(tmp_path)
     samples, ids = tiny_samples(N), torch.arange(N)
     caches = [dumped(tmp_path, str(s), samples, noise=noise_of(tmp_path, sigma=s, temperature=1.0)) for s in (1.0, 2.0)]
     first, second = (cache.teacher()(ids) - without_noise(samples) for cache in caches)
@@ -154,6 +163,7 @@ def test_the_pilot_has_the_noise_of_the_rows(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_probes_of_an_unsealed_cache_have_noise(tmp_path: Path) -> None:
+    with_a_key(tmp_path)
     with pytest.raises(InterruptedRun):
         dumped(tmp_path, samples=tiny_samples(N), progress=StopsAfter(4))
     with np.load(tmp_path / "c.kdcache" / "probes.npz") as probes:
