@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from kdcache.cli import main
-from kdcache.config.cache import CacheSpec, OutputSpec
+from kdcache.config.cache import CacheSpec, NoiseSpec, OutputSpec
 from kdcache.config.schema import EnsembleSpec, Pipeline, StudentOutputSpec, StudentSpec
 from kdcache.losses.config import Loss
 from kdcache.losses.presets import PARTS
@@ -145,7 +145,7 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
             yield from _keys(StudentOutputSpec, "student.outputs.NAME.")
             continue
         inner = _sections(field.annotation)
-        if not inner:
+        if not inner or NoiseSpec in inner:  # which is a value too: none
             yield f"{prefix}{name}", _one_line(field.description), _default_value(section, name, field.default)
         for kind in inner:
             yield from _keys(kind, f"{prefix}{name}.")

@@ -11,16 +11,20 @@ from kdcache.cli import output
 from kdcache.cli.options import (
     CacheName,
     PathType,
+    canaries_option,
     choose_device,
     device_option,
     json_option,
+    read_canaries,
     read_pipeline,
+    references_option,
     set_option,
 )
 from kdcache.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache
+    from kdcache.evaluation.exposure import Exposures
     from kdcache.evaluation.networks import Network, NetworkRef
     from kdcache.evaluation.scorecard import NetworkScore, Scorecard
 
@@ -42,6 +46,8 @@ _CHECKPOINTS = {".bin", ".ckpt", ".pt", ".pt2", ".pth", ".safetensors", ".tar"}
     help="Data set and network of each CHECKPOINT; without a CHECKPOINT, the teacher's weights in this file.",
 )
 @click.option("--network", type=click.Choice(["student", "teacher"]), help="Which network of --pipeline.")
+@canaries_option
+@references_option
 @set_option
 @device_option
 @json_option
@@ -52,6 +58,8 @@ def evaluate(
     split: Literal["validation", "test"],
     pipeline: Path | None,
     network: Network | None,
+    canaries: str | None,
+    references: str | None,
     overrides: tuple[str, ...],
     device: str,
     as_json: bool,
@@ -68,19 +76,25 @@ def evaluate(
     import torch
 
     from kdcache.cache import open_cache
+    from kdcache.evaluation.exposure import measure_exposure
     from kdcache.evaluation.scorecard import score_networks
 
     selected = _select(networks, pipeline, network, overrides)
+    named = read_canaries(canaries, references)
     chosen, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
     card = score_networks(selected, split, cache=cache, rows=rows, device=chosen, progress=progress)
+    exposures = measure_exposure(selected, named, cache, device=chosen, progress=progress) if named else None
     if as_json:
         scores = [score.as_record() for score in card.scores]
         digest = cache.manifest.digest if cache else None
         machine = {"device": chosen, "threads": torch.get_num_threads(), "cache": digest}
-        output.as_json({**card._asdict(), **machine, "scores": scores})
+        measured = {"exposures": exposures.as_record()} if exposures else {}
+        output.as_json({**card._asdict(), **machine, "scores": scores, **measured})
     else:
         _print(card, cache, chosen)
+        if exposures is not None:
+            _print_exposures(exposures)
 
 
 def _select(
@@ -149,6 +163,20 @@ def _print(card: Scorecard, cache: Cache | None, device: str) -> None:
         )
         facts["TV"] = "mean total variation between the softmax of network and teacher, on the same images"
     output.facts(facts)
+
+
+def _print_exposures(exposures: Exposures) -> None:
+    """Print the exposure of canaries, and what it means."""
+    from kdcache.evaluation.exposure import COLUMNS
+
+    output.result("")
+    output.table(
+        f"Canary exposure, {counted(len(exposures.measured[0].bits), 'canary', 'canaries')}",
+        ["network or cache", *COLUMNS],
+        [[one.name, *one.figures] for one in exposures.measured],
+    )
+    output.result("")
+    output.facts({"exposure": exposures.explained})
 
 
 def _row(score: NetworkScore) -> list[str]:

@@ -120,6 +120,7 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
         views: how many views are present.
         as_json: for programs.
     """
+    from kdcache.cache.inspect.noise import described_noise
     from kdcache.cache.inspect.outputs import described_outputs
 
     plan = manifest.plan
@@ -149,6 +150,7 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
             **({"encoding": _stored(plan.class_encoding)} if plan.class_encoding else {}),
             **({"fidelity": _fidelity(plan.fidelity)} if plan.fidelity else {}),
             **described_outputs(plan.outputs),
+            **described_noise(plan.noise),
             "size": f"{size:,} bytes, {per_row:.1f} bytes per row, {counted(shards, 'shard')}",
             **(_of_logits(summary, plan.teacher) if plan.class_encoding else {}),
             "versions": ", ".join(f"{name} {version}" for name, version in plan.versions.items()),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kdcache.cache import Cache
     from kdcache.config.schema import Pipeline
     from kdcache.data.samples import Samples
+    from kdcache.evaluation.exposure import Canaries
     from kdcache.runtime.progress import Progress
 
 
@@ -83,6 +84,14 @@ decode_images_option = click.option(
     is_flag=True,
     help="Decode every image file first, and name all that cannot be decoded; by default only headers are checked.",
 )
+canaries_option = click.option(
+    "--canaries",
+    metavar="FILE|N-M",
+    help="Measure the exposure of these samples, which the teacher was trained on: a file of ids, or a range.",
+)
+references_option = click.option(
+    "--references", metavar="FILE|N-M", help="Samples that it was not trained on, with which --canaries are compared."
+)
 json_option = click.option(
     "--json",
     "as_json",
@@ -106,6 +115,24 @@ def read_pipeline(path: Path, overrides: tuple[str, ...], loss: str | None = Non
 
     short = [f"{key.replace('__', '.')}={value}" for key, value in shortcuts.items() if value is not None]
     return load_pipeline(file_or_recipe(path), [*overrides, *short], loss)
+
+
+def read_canaries(canaries: str | None, references: str | None) -> Canaries | None:
+    """Return the samples that `--canaries` and `--references` name; None without both options.
+
+    Raises:
+        UsageError: if one is given without the other, or they name a sample twice.
+    """
+    from kdcache.errors import UsageError
+    from kdcache.evaluation.exposure import named_canaries
+    from kdcache.runtime.ranges import parse_ids
+
+    if canaries is None and references is None:
+        return None
+    if canaries is None or references is None:
+        given, missing = ("--canaries", "--references") if references is None else ("--references", "--canaries")
+        raise UsageError(f"{given} needs {missing}", "use: --canaries 100-103 --references 104-199, or files of ids")
+    return named_canaries(parse_ids(canaries, "--canaries"), parse_ids(references, "--references"))
 
 
 def read_samples(pipeline: Path | None, overrides: tuple[str, ...] = ()) -> Samples | None:

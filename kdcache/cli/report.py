@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from kdcache.cli import output
-from kdcache.cli.options import CacheName, PathType, choose_device, device_option, json_option
+from kdcache.cli.options import (
+    CacheName,
+    PathType,
+    canaries_option,
+    choose_device,
+    device_option,
+    json_option,
+    read_canaries,
+    references_option,
+)
 
 
 @click.command("report")
@@ -29,6 +39,8 @@ from kdcache.cli.options import CacheName, PathType, choose_device, device_optio
     help="A Markdown table as in docs/RESULTS.md; the accuracies of its recipes are written to its last column.",
 )
 @click.option("--png", is_flag=True, help="Write the pictures as PNG too, to a folder beside the file.")
+@canaries_option
+@references_option
 @device_option
 @json_option
 def report(
@@ -38,6 +50,8 @@ def report(
     rows: int,
     results: Path | None,
     png: bool,
+    canaries: str | None,
+    references: str | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -52,15 +66,20 @@ def report(
     """
     from kdcache.cache import open_cache
     from kdcache.errors import counted
+    from kdcache.evaluation.exposure import measure_exposure
     from kdcache.evaluation.published_results import fill_results, read_results, write_results
     from kdcache.evaluation.report.collect import collect
     from kdcache.evaluation.report.files import check_files, pictures_folder, write_files
     from kdcache.evaluation.report.sections import write_report
 
     check_files(out, png)
+    named = read_canaries(canaries, references)
     chosen, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
     data = collect(runs, cache, rows=rows, device=chosen, progress=progress)
+    if named is not None:
+        networks = [run.network_ref for run in data.runs]
+        data = replace(data, exposures=measure_exposure(networks, named, cache, device=chosen, progress=progress))
     filled = fill_results(read_results(results), data.runs) if results is not None else None
     write_files(write_report(data), out, png)
     if results is not None and filled is not None:

@@ -54,6 +54,18 @@ class OutputSpec(Section):
             yield ("fidelity", "kind"), "scores are stored exactly, in float32"
 
 
+class NoiseSpec(Section):
+    """Noise on the logits of private samples, added when they are dumped."""
+
+    sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Standard deviation of the noise on each logit, in nats, where the privacy of a sample is 1."""
+    temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """By which logits are divided before the noise is added, where the privacy of a sample is 1."""
+    key: str
+    """File with the secret that the noise is drawn from: 32 random bytes or more. It is made if it does not exist.
+    Anyone who has it can take the noise away."""
+
+
 class CacheSpec(Section):
     """What a cache stores of the teacher's output, and how the teacher is run."""
 
@@ -92,6 +104,9 @@ class CacheSpec(Section):
     """Whether the class logits are kept; false for a teacher that has none, or of which only other outputs are kept."""
     outputs: dict[OutputName, OutputSpec] = Field(default={})
     """Other outputs of the teacher that are kept, by name: each with the keys below."""
+    noise: NoiseSpec | None = None
+    """Noise on the class logits, with the keys below; none by default. A data set says by `privacy`, a number from 0 to
+    1 per sample, which samples get it; without that all do."""
     license: str = ""
     """License of the cache, for the manifest."""
     notes: str = ""
@@ -112,5 +127,9 @@ class CacheSpec(Section):
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if not self.logits and not self.outputs:
             yield ("logits", "outputs"), "false leaves nothing to keep: name an output in `outputs`"
+        if self.noise is not None and self.outputs:
+            yield ("noise", "outputs"), "is on class logits alone, and cannot be combined with outputs, which have none"
+        if self.noise is not None and not self.logits:
+            yield ("noise", "logits"), "is on class logits, which are left out"
         if self.compile and self.outputs:
             yield ("compile", "outputs"), "true cannot be combined with outputs, which are taken by hooks"

@@ -40,6 +40,7 @@ from kdcache.data.replay import fingerprints_of
 from kdcache.data.samples import Samples, check_same_samples
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
+from kdcache.dump.noise import refuse_noise
 from kdcache.dump.outputs import encode_outputs, labels_of_output
 from kdcache.dump.plan import Pilot, choose, record_of_data, request_of, teacher_by_hearsay, views_of
 from kdcache.errors import CorruptError, MismatchError, UsageError
@@ -81,11 +82,11 @@ def cache_of_logits(
         MismatchError: if the file is of other samples, or `out` was started with other settings.
         CorruptError: if a logit is NaN or infinite; names the sample.
     """
-    source, out, progress = Path(source), Path(out), progress or Silent()
+    source, out, spec, progress = Path(source), Path(out), spec or CacheSpec(), progress or Silent()
+    refuse_noise(spec)
     transform = samples.transform if transform is None else transform
     check_place(out)
     out = out.absolute()
-    spec = spec or CacheSpec()
     with ExitStack() as opened:
         files = {
             output: opened.enter_context(open_logits(source, out.with_name(f"{out.name}.{output}"), output))

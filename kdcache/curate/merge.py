@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from kdcache.cache.format import stored_bases
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
-from kdcache.cache.format.schema import Lineage, Plan
+from kdcache.cache.format.schema import Lineage, NoiseRecord, Plan
 from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
 from kdcache.cache.preconditions import check_place, differences
 from kdcache.cache.reader import Cache
@@ -107,8 +108,19 @@ def merge(
     licence = _joined([cache.manifest.plan.licence for cache in caches], " AND ")
     notes = _joined([cache.manifest.plan.notes for cache in caches], "\n")
     merged = planned(plan, dataset, plan.views.count, encoded, shape, lineage, licence=licence, notes=notes)
+    merged = merged.model_copy(update={"noise": _noise_of([cache.manifest.plan.noise for cache in caches])})
     writer = CacheWriter.begin(out, merged, labels, keys, encoded.bases)
     return derive(writer, selections, inputs, None, encoded.recoded, scheduler)
+
+
+def _noise_of(parts: Sequence[NoiseRecord | None]) -> NoiseRecord | None:
+    """Return the record of the noise of all parts, which differ in the privacy of their samples at most."""
+    first = parts[0]
+    digests = [None if part is None else part.privacy for part in parts]
+    if first is None or len(set(digests)) == 1:
+        return first
+    together = hashlib.sha256("\n".join(digest or "1" for digest in digests).encode()).hexdigest()
+    return first.model_copy(update={"privacy": f"sha256:{together}"})
 
 
 def _check_parts(first: Cache, other: Cache) -> None:
@@ -129,6 +141,7 @@ def _check_parts(first: Cache, other: Cache) -> None:
             "views": plan.views.count,
             "classes": plan.dataset.class_names,
             "outputs": {name: _kind_of(plan, name) for name in plan.output_names},
+            "noise": None if plan.noise is None else plan.noise.model_dump(exclude={"privacy"}),
         }
         for plan in (first_plan, other_plan)
     )

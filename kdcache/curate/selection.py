@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from kdcache.cache.reader import Cache
 from kdcache.errors import UsageError
-from kdcache.runtime.ranges import parse_range
+from kdcache.runtime.ranges import parse_ids
 
 OF_CLASSES = "of-classes"
 
@@ -38,10 +38,4 @@ def parse_samples(text: str, cache: Cache, classes: Sequence[str] | None) -> npt
             raise UsageError(f"--samples {OF_CLASSES} needs --classes", "add --classes with the names of the classes")
         names = cache.manifest.plan.dataset.class_names
         return np.flatnonzero(np.isin(cache.labels, [index for index, name in enumerate(names) if name in classes]))
-    if Path(text).is_file():
-        lines = Path(text).read_text(encoding="utf-8").split()
-        if wrong := [line for line in lines if not (line.isascii() and line.isdecimal() and int(line) < 2**63)]:
-            raise UsageError(f"{text} contains {wrong[0]!r}, which is not a sample id", "write one integer per line")
-        return np.array(lines, np.int64)
-    selected = parse_range(text, "--samples")
-    return np.arange(selected.start, selected.stop)
+    return parse_ids(text, "--samples")

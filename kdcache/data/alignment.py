@@ -101,7 +101,7 @@ def _count_earlier(values: Ids) -> Ids:
 def apply_alignment(samples: Samples, alignment: Alignment) -> Samples:
     """Return the samples of a data set that are in a cache, in the order of the cache."""
     ids = alignment.ids if len(alignment.missing) else None
-    positions, names = alignment.positions, samples.sample_names
+    positions, names, privacy = alignment.positions, samples.sample_names, samples.privacy
     images = select_images(samples.images, positions)
     kept = groups_among(samples.groups, positions, len(samples), f"{samples.name}/{samples.split}")
     return replace(
@@ -112,6 +112,7 @@ def apply_alignment(samples: Samples, alignment: Alignment) -> Samples:
         notes=samples.notes + kept.notes,
         groups=kept.groups,
         sample_names=None if names is None else names[positions],
+        privacy=None if privacy is None else privacy[positions],
     )
 
 

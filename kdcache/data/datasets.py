@@ -189,7 +189,7 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
     path = _root(spec)
     stored = read_npz(path)
     ids = _share(len(stored.labels), split, spec)
-    kept = groups_among(stored.groups if split == "train" else None, ids, len(stored.labels), str(path))
+    kept = groups_among(stored.attributes.groups if split == "train" else None, ids, len(stored.labels), str(path))
     return Samples(
         path.stem,
         split,
@@ -200,7 +200,8 @@ def _npz(spec: DatasetSpec, split: Split) -> Samples:
         notes=kept.notes,
         held_out=_held_out(len(stored.labels), spec),
         groups=kept.groups,
-        sample_names=None if stored.sample_names is None else stored.sample_names[ids],
+        sample_names=stored.attributes.names_at(ids),
+        privacy=stored.attributes.privacy_at(ids),
     )
 
 

@@ -1,6 +1,6 @@
 """Data sets in npz files: `images` and `labels`, or `x` of any shape and `y`.
 
-`class_names`, `groups` and `sample_names` are optional beside both.
+`class_names`, `groups`, `sample_names` and `privacy` are optional beside both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdcache.config.transform import Transform
-from kdcache.data.sample_groups import Groups, check_names, checked_groups
+from kdcache.data.sample_attributes import SampleAttributes, attributes_of_arrays
 from kdcache.data.samples import check_labels
 from kdcache.errors import CorruptError, MismatchError, UsageError
 
@@ -33,16 +33,14 @@ class NpzContent(NamedTuple):
         labels: [N] int32, -1 without labels.
         class_names: name of each class; () without labels.
         transform: the default one of the samples; none for tensors.
-        groups: [M, K] int64, samples that are trained on together; None without.
-        sample_names: [N] str; None without.
+        attributes: groups, names and privacy of the samples.
     """
 
     samples: Tensor
     labels: npt.NDArray[np.int32]
     class_names: tuple[str, ...]
     transform: Transform
-    groups: Groups | None
-    sample_names: npt.NDArray[np.str_] | None
+    attributes: SampleAttributes
 
 
 def array_transform(mean: Sequence[float], std: Sequence[float]) -> Transform:
@@ -113,7 +111,8 @@ def read_npz(path: Path) -> NpzContent:
     channels = images.shape[3]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     steps = array_transform([0.5] * channels, [0.5] * channels)
-    return NpzContent(pixels, labels.astype(np.int32), names, steps, *_groups_and_names(path, arrays, len(labels)))
+    attributes = attributes_of_arrays(arrays, len(labels), str(path))
+    return NpzContent(pixels, labels.astype(np.int32), names, steps, attributes)
 
 
 def _tensors(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> NpzContent:
@@ -136,18 +135,8 @@ def _tensors(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> NpzContent:
         raise MismatchError(f"{path} has {len(samples)} samples x and {len(labels)} labels y", _WRITE_TENSORS)
     names = _class_names(path, arrays.get("class_names"), labels)
     native = np.require(samples, samples.dtype.newbyteorder("="), ["C", "W"])
-    of_samples = _groups_and_names(path, arrays, len(labels))
-    return NpzContent(torch.from_numpy(native), labels.astype(np.int32), names, [], *of_samples)
-
-
-def _groups_and_names(
-    path: Path, arrays: Mapping[str, npt.NDArray[Any]], count: int
-) -> tuple[Groups | None, npt.NDArray[np.str_] | None]:
-    """Return `groups` and `sample_names` of a file of `count` samples, checked; None for what it does not hold."""
-    groups, names = arrays.get("groups"), arrays.get("sample_names")
-    if names is not None:
-        check_names(names, count, str(path))
-    return None if groups is None else checked_groups(groups, count, str(path)), names
+    attributes = attributes_of_arrays(arrays, len(labels), str(path))
+    return NpzContent(torch.from_numpy(native), labels.astype(np.int32), names, [], attributes)
 
 
 def _class_names(path: Path, names: npt.NDArray[Any] | None, labels: npt.NDArray[np.integer[Any]]) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset
 
 from kdcache.errors import MismatchError, UsageError
 
@@ -105,18 +104,3 @@ def groups_among(groups: Groups | None, positions: npt.NDArray[np.int64], count:
     if len(kept) == len(groups):
         return KeptGroups(kept)
     return KeptGroups(kept, (f"{lost}, and are left out",))
-
-
-def groups_and_names(
-    dataset: Dataset[Any], count: int, where: str
-) -> tuple[Groups | None, npt.NDArray[np.str_] | None]:
-    """Return the attributes `groups` and `sample_names` of a data set of `count` samples; None for those it lacks.
-
-    Raises:
-        KdcacheError: if they are not of these samples; see `checked_groups` and `check_names`.
-    """
-    groups, names = getattr(dataset, "groups", None), getattr(dataset, "sample_names", None)
-    named = None if names is None else np.asarray(names)
-    if named is not None:
-        check_names(named, count, where)
-    return None if groups is None else checked_groups(np.asarray(groups), count, where), named

@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from kdcache.config.transform import Transform, step_names
 from kdcache.data.content_keys import load_keys, save_keys
 from kdcache.data.images import Images, ItemImages, name_of, split_item
-from kdcache.data.sample_groups import Groups, check_names, checked_groups, groups_and_names
+from kdcache.data.sample_attributes import Privacy, attributes_of_dataset, checked_privacy
+from kdcache.data.sample_groups import Groups, check_names, checked_groups
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, delayed_task
 from kdcache.runtime.terminal import reporter
@@ -65,6 +66,7 @@ class Samples:
             groups.
         sample_names: [N] str, by which files of other projects refer to the samples; None if they have no names.
         graph: whose nodes the samples are (`nodes.py`); None for other samples.
+        privacy: [N] float64 from 0 to 1, weights of the noise that a dump may add; None if all are 1.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Samples:
     groups: Groups | None = None
     sample_names: npt.NDArray[np.str_] | None = None
     graph: Graph | None = None
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.images):
@@ -94,6 +97,8 @@ class Samples:
             checked_groups(self.groups, len(self), where)
         if self.sample_names is not None:
             check_names(self.sample_names, len(self), where)
+        if self.privacy is not None:
+            checked_privacy(self.privacy, len(self), where)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -172,8 +177,9 @@ def wrap(
         dataset: with `__len__` and `__getitem__`; images are tensors [channels, H, W], numpy arrays [H, W] or
             [H, W, channels], or PIL images; labels are integers. Other samples are tensors of one shape, such as
             features [F] or token ids [L]; integers reach the network as int64. An item without a label is a sample
-            alone, or (sample, None). An attribute `groups` [M, K] lists the samples that are trained on together, and
-            `sample_names` [N] what files of other projects call the samples.
+            alone, or (sample, None). An attribute `groups` [M, K] lists the samples that are trained on together,
+            `sample_names` [N] what files of other projects call them, and `privacy` [N], from 0 to 1, is the weight of
+            the noise that a dump may add.
         num_classes: labels run from 0 to `num_classes - 1`; -1 marks an unknown label.
         name: name of the data set in the manifest.
         split: name of the split.
@@ -191,7 +197,6 @@ def wrap(
     where = f"{name}/{split}"
     check_labels(labels, num_classes, where)
     trust(step_names(transform))
-    groups, sample_names = groups_and_names(dataset, len(labels), where)
     return Samples(
         name,
         split,
@@ -199,8 +204,7 @@ def wrap(
         labels.astype(np.int32),
         names,
         transform or [],
-        groups=groups,
-        sample_names=sample_names,
+        **attributes_of_dataset(dataset, len(labels), where)._asdict(),
     )
 
 

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset, Subset
 from kdcache.config.schema import DatasetSpec
 from kdcache.data.images import ItemImages
 from kdcache.data.nodes import is_graph
-from kdcache.data.sample_groups import groups_among, groups_and_names
+from kdcache.data.sample_attributes import attributes_of_dataset
+from kdcache.data.sample_groups import groups_among
 from kdcache.data.samples import HeldOut, Samples, Split, class_names, wrap
 from kdcache.errors import UsageError
 from kdcache.runtime import user_code
@@ -77,13 +78,14 @@ def user_samples(
     if ids is None:
         return samples
     count, where = len(dataset), f"{name}/{split}"  # type: ignore[arg-type]  # has a length
-    groups, sample_names = groups_and_names(dataset, count, where)
-    kept = groups_among(groups if split == "train" else None, ids, count, where)
+    attributes = attributes_of_dataset(dataset, count, where)
+    kept = groups_among(attributes.groups if split == "train" else None, ids, count, where)
     return replace(
         samples,
         groups=kept.groups,
         notes=kept.notes,
-        sample_names=None if sample_names is None else sample_names[ids],
+        sample_names=attributes.names_at(ids),
+        privacy=attributes.privacy_at(ids),
     )
 
 

@@ -19,6 +19,7 @@ from kdcache.config.cache import CacheSpec, OutputSpec
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.replay import teacher_view
 from kdcache.data.samples import Samples
+from kdcache.dump.noise import noise_of_cache
 from kdcache.dump.outputs import encode_outputs, labels_of_output
 from kdcache.dump.probes import Difference, check_first_batch
 from kdcache.errors import MismatchError
@@ -97,7 +98,9 @@ def check_identity(
     check_weights(cache, model, spec)
     if plan.lineage is not None:
         return None
-    return check_first_batch(cache.path, plan, teacher_view(cache, samples, cache.views[0]), model, spec, device)
+    noise = noise_of_cache(cache.path, plan, spec, samples, cache.sample_keys)
+    images = teacher_view(cache, samples, cache.views[0])
+    return check_first_batch(cache.path, plan, images, model, spec, device, noise)
 
 
 def with_outputs_of(cache: Cache, spec: CacheSpec | None) -> CacheSpec:
@@ -220,12 +223,14 @@ def compare_with_teacher(
         progress: progress reporter; silent if None.
 
     Raises:
+        UsageError: if the cache has noise, and the settings do not name its key.
         MismatchError: if it has other weights, or other logits than the cache.
     """
     plan = cache.manifest.plan
     spec = with_outputs_of(cache, spec).model_copy(update={"outputs": {}})
     check_weights(cache, model, spec)
-    running = InferenceModel(model, plan.encoding.num_classes, spec, device)
+    noise = noise_of_cache(cache.path, plan, spec, samples, cache.sample_keys)
+    running = InferenceModel(model, plan.encoding.num_classes, spec, device, noise)
     cuts = _cuts(samples, rows, plan)
     teacher = cache.teacher(device=device)
     agreements = []
@@ -234,7 +239,7 @@ def compare_with_teacher(
             images = teacher_view(cache, samples, view)
             parts = []
             for batch in batches(images, cuts, spec.num_workers, device):
-                live = running(batch.images)
+                live = running(batch.images, batch.ids, view)
                 refuse_not_finite(live.isfinite().all(dim=1, keepdim=True).cpu(), batch.ids)
                 truth = teacher.labels[batch.ids.to(device)]
                 again = decode(encode(live, truth, plan.encoding, teacher.basis), truth, plan.encoding, teacher.basis)

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from kdcache.data.loader import workers_for
 from kdcache.data.repeatable import check_repeatable
 from kdcache.data.samples import Samples, as_samples
 from kdcache.dump.job import DumpJob, Prepared, pending_shards, prepare
+from kdcache.dump.noise import noise_of_cache
 from kdcache.dump.probes import Probes, check_probes
 from kdcache.dump.teacher_pass import MadeShard, PhaseTimer, Shard, run_pass
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError
@@ -167,7 +169,7 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
             # The run that sealed it was killed before it had written the card.
             write_card(cache, summary.histograms(summary.collect_statistics(job.out, cache.manifest.plan)))
         return cache
-    writer = prepared.writer
+    writer, job = prepared.writer, replace(job, noise=prepared.noise)
     statistics = _run_pass(job, writer, first, ranks, timer)
     with timer.phase("waiting for other ranks") if ranks.count > 1 else nullcontext():
         of_all_ranks = ranks.gather(statistics)
@@ -218,12 +220,14 @@ def _prepare(job: DumpJob, ranks: Ranks) -> tuple[Prepared, _FirstRank]:
     writer = CacheWriter.join(job.out)
     if (digest := weights_digest(job.model)) != (of_first := writer.plan.teacher.weights_digest):
         raise MismatchError(f"this rank's teacher has the weights {digest}, that of the first rank {of_first}", _SAME)
-    run_probes = partial(job.run_probes, first.probes.keys)
+    keys = zarr_store.read_samples(job.out, writer.plan)[1]
+    noise = noise_of_cache(job.out, writer.plan, job.spec, job.samples, keys)
+    run_probes = partial(replace(job, noise=noise).run_probes, first.probes.keys)
     try:
         check_probes(first.probes, run_probes(), run_probes, job.spec, "the first rank has")
     except MismatchError as error:
         raise MismatchError(error.what, _SAME) from None
-    return Prepared(writer, None, first.probes), first
+    return Prepared(writer, None, first.probes, noise), first
 
 
 def _run_pass(

@@ -24,6 +24,7 @@ from kdcache.data.check_images import check_images
 from kdcache.data.repeatable import check_repeatable
 from kdcache.data.views import View
 from kdcache.dump.disk_size import bytes_besides_rows
+from kdcache.dump.noise import noise_of_estimate
 from kdcache.dump.outputs import plan_outputs
 from kdcache.dump.plan import Chosen, Pilot, plan_cache, request_of, run_pilot, views_of
 from kdcache.errors import CorruptError, IncompleteError, MismatchError, UsageError
@@ -99,7 +100,8 @@ def estimate(
         return Estimate(encoding, None, rows)
     view = View(loaded.samples, loaded.transform, spec.seed)
     try_teacher(loaded.model, view, spec, device)
-    teacher = InferenceModel(loaded.model, num_classes, spec, device)
+    noise, record = noise_of_estimate(spec, loaded.samples)
+    teacher = InferenceModel(loaded.model, num_classes, spec, device, noise)
     if (encoding is not None or not spec.logits) and not spec.outputs:
         pilot_rows = pilot_rows or _TIMED_BATCHES * spec.batch_size
     pilot = run_pilot(teacher, view, spec, progress, pilot_rows)
@@ -113,7 +115,7 @@ def estimate(
     else:
         size = 0.0
     made = Chosen(encoding, None, None, 0, outputs)
-    plan = plan_cache(loaded.identity, loaded.model, loaded.samples, NO_WEIGHTS, spec, views, made)
+    plan = plan_cache(loaded.identity, loaded.model, loaded.samples, NO_WEIGHTS, spec, views, made, noise=record)
     estimated = Estimate(
         encoding,
         choice,

@@ -12,17 +12,19 @@ from kdcache.cache.format.schema import Plan
 from kdcache.cache.preconditions import check_same_plan
 from kdcache.cache.reader import Cache
 from kdcache.data.mixing import split_mixing
+from kdcache.data.samples import Samples
+from kdcache.dump.noise import privacy_digest
 from kdcache.errors import MismatchError, counted
 
 
-def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], labels: npt.NDArray[np.int32]) -> None:
+def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], samples: Samples) -> None:
     """Check that a cache of a plan extends another one.
 
     Args:
         old: the sealed cache.
         plan: of the larger one.
         keys: [N] uint64, content keys of its samples.
-        labels: [N] int32.
+        samples: with their labels and privacy.
 
     Raises:
         MismatchError: if anything but the number of views or samples differs, or neither is larger.
@@ -32,7 +34,10 @@ def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], labels: 
     old.check_views()
     dataset = plan.dataset.model_copy(update={"samples": before.dataset.samples, "digest": before.dataset.digest})
     views = plan.views.model_copy(update={"count": before.views.count})
-    check_same_plan(old.path, before, plan.model_copy(update={"dataset": dataset, "views": views}))
+    noise = plan.noise
+    if noise is not None:
+        noise = noise.model_copy(update={"privacy": privacy_digest(samples, before.dataset.samples)})
+    check_same_plan(old.path, before, plan.model_copy(update={"dataset": dataset, "views": views, "noise": noise}))
     n_samples, n_views = before.dataset.samples, before.views.count
     more_samples, more_views = plan.dataset.samples, plan.views.count
     if (more_samples, more_views) == (n_samples, n_views) or more_samples < n_samples or more_views < n_views:
@@ -46,7 +51,7 @@ def check_extends(old: Cache, plan: Plan, keys: npt.NDArray[np.uint64], labels: 
             f"with more samples than the {n_samples} of {old.path}, images would be mixed with other ones than before",
             "extend it by views only, or make a new cache of the larger data set that does not extend it",
         )
-    same = (keys[: len(old)] == old.sample_keys) & (labels[: len(old)] == old.labels)
+    same = (keys[: len(old)] == old.sample_keys) & (samples.labels[: len(old)] == old.labels)
     if not same.all():
         raise MismatchError(
             f"sample {int(np.argmin(same))} is not the one that {old.path} has there, or has another label",

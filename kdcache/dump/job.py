@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -31,12 +31,15 @@ from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.dump.estimate import check_room
 from kdcache.dump.extend import check_extends
+from kdcache.dump.noise import plan_noise
 from kdcache.dump.outputs import PlannedOutputs, check_same_outputs
 from kdcache.dump.plan import Chosen, Pilot, choose, plan_cache, request_of, run_pilot, views_of
 from kdcache.dump.probes import Probes, check_first_batch, check_probes, probe_ids, read_probes, run_probes
 from kdcache.dump.teacher_pass import Shard
 from kdcache.errors import CorruptError, UsageError, counted
+from kdcache.models import weights_digest
 from kdcache.models.inference import InferenceModel, try_teacher
+from kdcache.models.noise import Noise
 from kdcache.models.teacher import TeacherIdentity
 from kdcache.runtime.atomic_write import write_file
 from kdcache.runtime.progress import Progress
@@ -64,6 +67,7 @@ class DumpJob:
         decode_images: whether every image file is decoded before the pass.
         device: where the teacher runs and rows are encoded.
         progress: progress reporter.
+        noise: on the logits; None without, or before it is known.
     """
 
     model: nn.Module
@@ -76,6 +80,7 @@ class DumpJob:
     decode_images: bool
     device: torch.device | str
     progress: Progress
+    noise: Noise | None = None
 
     def view(self, index: int = 0) -> View:
         """Return a view of the data set, as the teacher sees it."""
@@ -83,16 +88,17 @@ class DumpJob:
 
     def inference_model(self) -> InferenceModel:
         """Return the teacher on its device, in its precision."""
-        return InferenceModel(self.model, self.samples.num_classes, self.spec, self.device)
+        return InferenceModel(self.model, self.samples.num_classes, self.spec, self.device, self.noise)
 
     def run_probes(self, keys: npt.NDArray[np.uint64]) -> Probes:
         """Return the teacher's logits of a few samples; `keys` are the content keys of these."""
-        return run_probes(self.model, self.view(), keys, self.spec, self.device)
+        return run_probes(self.model, self.view(), keys, self.spec, self.device, self.noise)
 
     def check_sealed(self, cache: Cache) -> None:
         """Check that the teacher is the one of a sealed cache of the same images; raises MismatchError if not."""
         plan = cache.manifest.plan
-        check_first_batch(cache.path, plan, self.view(cache.views[0]), self.model, self.spec, self.device)
+        images = self.view(cache.views[0])
+        check_first_batch(cache.path, plan, images, self.model, self.spec, self.device, self.noise)
 
     def run_pilot(self) -> Pilot:
         """Run the teacher on the pilot rows."""
@@ -106,11 +112,13 @@ class Prepared(NamedTuple):
         writer: of the cache; None if it is complete.
         complete: the sealed cache with the settings of the job; None if there is something to do.
         probes: of the teacher, with which other ranks compare theirs; None if the cache is complete.
+        noise: on the logits; None without.
     """
 
     writer: CacheWriter | None
     complete: Cache | None
     probes: Probes | None
+    noise: Noise | None = None
 
 
 def prepare(job: DumpJob) -> Prepared:
@@ -136,23 +144,25 @@ def prepare(job: DumpJob) -> Prepared:
     keys = samples.keys(job.progress)
     digest = digest_of(keys, samples.labels)
     shape = job.extends.manifest.plan.shape if job.extends else None
-    if is_sealed:
-        sealed = read_manifest(out / MANIFEST).plan
+    path, begun = _existing(job)
+    noise, noise_record = plan_noise(
+        spec, out, path, begun, (job.identity, weights_digest(job.model)), views, samples, keys, job.progress
+    )
+    job = replace(job, noise=noise)
+    if is_sealed and (sealed := begun) is not None:
         if sealed.dataset.class_names != samples.class_names:
             raise UsageError(f"{out} is already a sealed cache, of other classes", _OTHER_NAME)
         outputs = PlannedOutputs(sealed.outputs)
         check_same_outputs(out, sealed, spec)
         chosen = Chosen(sealed.class_encoding, sealed.fidelity, None, 0, outputs)
-        plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape, sealed.teacher.level)
+        plan = plan_cache(
+            job.identity, job.model, samples, digest, spec, views, chosen, shape, sealed.teacher.level, noise_record
+        )
         return Prepared(None, _complete(job, sealed, plan), None)
-    path, begun = out, read_plan(out / PLAN) if (out / PLAN).exists() else None
-    resumed = begun
-    if begun is None and job.extends is not None:
-        path, begun = job.extends.path, job.extends.manifest.plan
     chosen = choose(path, begun, spec, samples.num_classes, len(samples) * spec.views, job.run_pilot)
-    plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape, level)
+    plan = plan_cache(job.identity, job.model, samples, digest, spec, views, chosen, shape, level, noise_record)
     if job.extends is not None:
-        check_extends(job.extends, plan, keys, samples.labels)
+        check_extends(job.extends, plan, keys, samples)
         job.check_sealed(job.extends)
     if not (out / PLAN).exists():
         check_room(out, chosen.bytes_per_row * plan.views.count * plan.dataset.samples)
@@ -161,14 +171,25 @@ def prepare(job: DumpJob) -> Prepared:
     run = partial(job.run_probes, keys[probe_ids(len(samples))])
     probes, before = run(), None
     # With other settings they are other views: `begin` refuses these by name.
-    if resumed is not None and (resumed == plan or differs_in_images_alone(resumed, plan)):
+    if path == out and begun is not None and (begun == plan or differs_in_images_alone(begun, plan)):
         before = read_probes(out, probes)
     if before is not None:
         check_probes(before, probes, run, spec, f"{out} was begun with")
     writer = _begin(job, plan, chosen, keys, probes)
     if not writer.created and (before is None or (before.keys != probes.keys).any()):
         write_file(out / PROBES, (before.with_changes(probes) if before else probes).to_bytes())
-    return Prepared(writer, None, probes)
+    return Prepared(writer, None, probes, noise)
+
+
+def _existing(job: DumpJob) -> tuple[Path, Plan | None]:
+    """Return path and plan of the cache that is complete, resumed or extended; no plan for a new one."""
+    if (job.out / MANIFEST).is_file():
+        return job.out, read_manifest(job.out / MANIFEST).plan
+    if (job.out / PLAN).exists():
+        return job.out, read_plan(job.out / PLAN)
+    if job.extends is not None:
+        return job.extends.path, job.extends.manifest.plan
+    return job.out, None
 
 
 def _try_and_check_images(job: DumpJob) -> Literal["unknown"] | None:

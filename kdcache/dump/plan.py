@@ -16,7 +16,15 @@ from kdcache.cache.format import stored_bases
 from kdcache.cache.format.array_specs import raw_bytes, raw_bytes_of_all_outputs
 from kdcache.cache.format.encoding import Encoding, Fidelity, Request
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
-from kdcache.cache.format.schema import NO_WEIGHTS, DatasetRecord, Plan, Sharding, TeacherRecord, ViewsRecord
+from kdcache.cache.format.schema import (
+    NO_WEIGHTS,
+    DatasetRecord,
+    NoiseRecord,
+    Plan,
+    Sharding,
+    TeacherRecord,
+    ViewsRecord,
+)
 from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
 from kdcache.cache.format.stored_bases import Bases, basis_of_logits
 from kdcache.cache.format.tail_basis import TailBasis
@@ -112,7 +120,7 @@ def run_pilot(
     start = time.perf_counter()
     with progress.task("pilot", len(ids), "rows") as task:
         for batch in batches(view, cuts, spec.num_workers, teacher.device):
-            said.append(teacher.run(batch.images))
+            said.append(teacher.run(batch.images, batch.ids, view.view))
             refuse_not_finite(said[-1].finite().cpu(), batch.ids, said[-1].names)
             labels.append(batch.labels.to(teacher.device))
             task.advance(len(batch.ids))
@@ -193,6 +201,7 @@ def plan_cache(
     choice: Chosen,
     shape: Sharding | None = None,
     level: Literal["unknown"] | None = None,
+    noise: NoiseRecord | None = None,
 ) -> Plan:
     """Make the plan of a cache; `shape` is the sharding of a cache that it extends.
 
@@ -221,6 +230,7 @@ def plan_cache(
             licence=spec.license,
             notes=spec.notes,
             outputs=choice.outputs.records,
+            noise=noise,
         )
     except ValidationError as error:
         raise _invalid_plan(error) from None

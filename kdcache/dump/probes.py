@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from kdcache.data.views import View
 from kdcache.dump.outputs import encode_outputs, labels_of_output
 from kdcache.errors import CorruptError, MismatchError
 from kdcache.models.inference import InferenceModel, TeacherOutput, refuse_not_finite
+from kdcache.models.noise import Noise
 
 _PROBE_ROWS = 8
 
@@ -118,7 +120,12 @@ def probe_ids(samples: int) -> list[int]:
 
 
 def run_probes(
-    model: nn.Module, view: View, keys: npt.NDArray[np.uint64], spec: CacheSpec, device: torch.device | str
+    model: nn.Module,
+    view: View,
+    keys: npt.NDArray[np.uint64],
+    spec: CacheSpec,
+    device: torch.device | str,
+    noise: Noise | None = None,
 ) -> Probes:
     """Run a teacher on a few samples that are spread over the data set.
 
@@ -128,15 +135,19 @@ def run_probes(
         keys: [P] uint64, content keys of the samples `probe_ids`.
         spec: precision and memory format.
         device: where the teacher runs.
+        noise: of the cache; None without.
 
     Raises:
         MismatchError: if the teacher does not return [B, C].
     """
     ids = probe_ids(len(view))
-    running = _teacher(model, view, spec, device)
+    running = _teacher(model, view, spec, device, None if noise is None else replace(noise, purpose="probes"))
     # One by one, so that no row depends on an image that is replaced later, or cannot be read.
     running.take_as_logits()
-    rows = [_parts(running.run(images)) if (images := _image(view, sample)) is not None else None for sample in ids]
+    rows = [
+        None if (images := _image(view, sample)) is None else _parts(running.run(images, torch.tensor([sample])))
+        for sample in ids
+    ]
     widths = next(([part.shape[1] for part in row] for row in rows if row is not None), [view.samples.num_classes])
     unreadable = torch.full((1, sum(widths)), torch.nan)
     values = torch.cat([unreadable if row is None else torch.cat(row, dim=1) for row in rows])
@@ -198,7 +209,14 @@ def check_probes(before: Probes, now: Probes, run_again: Callable[[], Probes], s
 
 
 def check_first_batch(
-    cache: Path, plan: Plan, view: View, model: nn.Module, spec: CacheSpec, device: torch.device | str, shard: int = 0
+    cache: Path,
+    plan: Plan,
+    view: View,
+    model: nn.Module,
+    spec: CacheSpec,
+    device: torch.device | str,
+    noise: Noise | None = None,
+    shard: int = 0,
 ) -> Difference:
     """Check that a teacher returns what a cache keeps of the first batch of a shard.
 
@@ -212,6 +230,7 @@ def check_first_batch(
         model: the teacher; moved to the device and put into evaluation mode.
         spec: precision and memory format.
         device: where the teacher runs.
+        noise: of the cache; None without.
         shard: index of the shard.
 
     Returns:
@@ -222,13 +241,13 @@ def check_first_batch(
         CorruptError: if it returns NaN or infinities, or the rows or an image cannot be read.
     """
     batch = cut_range(plan.shard_ids(shard), plan.batch_size)[0]
-    loaded, running = view.__getitems__(batch), _teacher(model, view, spec, device)
-    said = running.run(loaded.images)
+    loaded, running = view.__getitems__(batch), _teacher(model, view, spec, device, noise)
+    said = running.run(loaded.images, loaded.ids, view.view)
     refuse_not_finite(said.finite().cpu(), torch.tensor(batch), said.names)
     differences = _from_stored(cache, plan, view.view, batch, said, loaded.labels)
     for found, live, part in zip(differences, _parts(said), range(len(differences)), strict=True):
         if not _is_same(found, spec):
-            again = _parts(running.run(loaded.images))[part]
+            again = _parts(running.run(loaded.images, loaded.ids, view.view))[part]
             itself = _difference(live, again, batch, torch.arange(live.shape[1]).expand(len(batch), -1))
             raise _other_teacher(f"{cache} was made with", found, itself, spec)
     return max(differences, key=lambda difference: difference.relative)
@@ -274,9 +293,11 @@ def _other_teacher(made: str, found: Difference, itself: Difference, spec: Cache
     )
 
 
-def _teacher(model: nn.Module, view: View, spec: CacheSpec, device: torch.device | str) -> InferenceModel:
+def _teacher(
+    model: nn.Module, view: View, spec: CacheSpec, device: torch.device | str, noise: Noise | None
+) -> InferenceModel:
     """Return a teacher as the pass runs it, but not compiled: for so few rows that would take longer."""
-    return InferenceModel(model, view.samples.num_classes, spec.model_copy(update={"compile": False}), device)
+    return InferenceModel(model, view.samples.num_classes, spec.model_copy(update={"compile": False}), device, noise)
 
 
 def _kept(rows: Rows, encoding: Encoding) -> tuple[Tensor, Tensor, Tensor]:

@@ -157,7 +157,7 @@ def run_pass(
                 break
             if not remaining:
                 (view, index), remaining = requested.popleft()
-                builder = ShardBuilder(teacher, plan, bases)
+                builder = ShardBuilder(teacher, plan, bases, view)
             with timer.phase("teacher"):
                 builder.add(batch)
             task.advance(len(batch.ids))
@@ -174,8 +174,8 @@ def run_pass(
 class ShardBuilder:
     """A shard that is being made: its rows stay on the teacher's device until it is complete."""
 
-    def __init__(self, teacher: InferenceModel, plan: Plan, bases: Bases) -> None:
-        self._teacher, self._plan, self._bases = teacher, plan, bases
+    def __init__(self, teacher: InferenceModel, plan: Plan, bases: Bases, view: int = 0) -> None:
+        self._teacher, self._plan, self._bases, self._view = teacher, plan, bases, view
         basis = bases.get(DEFAULT_OUTPUT)
         self._basis = basis if isinstance(basis, TailBasis) else None
         self._rows: list[Rows] = []
@@ -189,7 +189,7 @@ class ShardBuilder:
         """Run the teacher on a batch; on a GPU this does not wait for the result."""
         device = self._teacher.device
         self._inputs.append(inputs_of(batch.images[batch.ids % self._plan.shape.fingerprint_stride == 0]))
-        said = self._teacher.run(batch.images)
+        said = self._teacher.run(batch.images, batch.ids, self._view)
         self._finite.append(said.finite())
         self._names = said.names
         self._ids.append(batch.ids)

@@ -24,6 +24,7 @@ from kdcache.models.checks import (
     set_evaluation_mode,
 )
 from kdcache.models.class_mapping import ChosenOutputs
+from kdcache.models.noise import Noise
 from kdcache.models.taps import Tap, Taps, check_taps
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,6 +73,7 @@ class InferenceModel:
         classes: C, what it must return.
         spec: precision, memory format, whether to compile, and which outputs are kept.
         device: where it runs.
+        noise: on the class logits; None without.
 
     Attributes:
         scale: of the outputs of the network, from its first batch; None before. If they are probabilities, their
@@ -79,9 +81,17 @@ class InferenceModel:
         scales: the same of other outputs of kind `classes`, by name.
     """
 
-    def __init__(self, model: nn.Module, classes: int, spec: CacheSpec, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: int,
+        spec: CacheSpec,
+        device: torch.device | str,
+        noise: Noise | None = None,
+    ) -> None:
         self.device = torch.device(device)
         self.classes = classes
+        self._noise = noise
         self.scale: OutputScale | None = None
         self.scales: dict[str, OutputScale] = {}
         self._dtype = _AUTOCAST[spec.precision]
@@ -119,18 +129,25 @@ class InferenceModel:
             self.scales = dict.fromkeys(self._kinds, "logits")
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, ids: Tensor | None = None, view: int = 0) -> Tensor:
         """Return logits [B, C] float32 of images [B, channels, H, W], on the teacher's device, asynchronously.
+
+        The arguments are those of `run`.
 
         Raises:
             MismatchError: if the network returns anything but [B, C], or probabilities that have underflowed in its
                 first batch.
         """
-        return self.run(images).class_logits()
+        return self.run(images, ids, view).class_logits()
 
     @torch.no_grad()
-    def run(self, images: Tensor) -> TeacherOutput:
+    def run(self, images: Tensor, ids: Tensor | None = None, view: int = 0) -> TeacherOutput:
         """Return the logits and the other outputs of images [B, channels, H, W], from one forward pass.
+
+        Args:
+            images: [B, channels, H, W].
+            ids: [B] int64, of the samples, on which noise depends; needed where there is noise.
+            view: index of the view.
 
         Raises:
             MismatchError: as above, or if the network does not give an output, or one of another length than before.
@@ -139,10 +156,10 @@ class InferenceModel:
         images = images.to(self.device, non_blocking=True).contiguous(memory_format=layout)
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
             if self._taps is None:
-                return TeacherOutput(self._logits(self._model(images), len(images)), {})
+                return TeacherOutput(self._with_noise(self._model(images), ids, view, len(images)), {})
             with self._taps.collecting(whole=not self._keeps_logits):
                 returned = (self._model if self._keeps_logits else self._inner)(images)
-        logits = self._logits(returned, len(images)) if self._keeps_logits else None
+        logits = self._with_noise(returned, ids, view, len(images)) if self._keeps_logits else None
         outputs = self._taps.outputs()
         for name, values in outputs.items():
             self._check_output(name, values, len(images))
@@ -181,6 +198,15 @@ class InferenceModel:
             return values
         refuse_underflow(values, f"as the output {name} ")
         return log_probabilities(values)
+
+    def _with_noise(self, returned: object, ids: Tensor | None, view: int, batch: int) -> Tensor:
+        """Return the logits [B, C] of what the network returned, with the noise of their samples, if there is noise."""
+        logits = self._logits(returned, batch)
+        if self._noise is None:
+            return logits
+        if ids is None:
+            raise TypeError("the noise of logits depends on their samples: pass their ids")
+        return self._noise(logits, ids, view)
 
     def _logits(self, returned: object, batch: int) -> Tensor:
         """Return the logits [B, C] float32 of what the network returned."""

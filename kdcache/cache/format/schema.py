@@ -127,6 +127,22 @@ class Lineage(Record):
     parents: list[Digest]
 
 
+class NoiseRecord(Record):
+    """Noise that was added to the class logits before they were encoded.
+
+    Attributes:
+        sigma: standard deviation on each logit, in nats, where the privacy of a sample is 1.
+        temperature: by which logits were divided before, where the privacy of a sample is 1.
+        key: digest of the secret from which the noise was drawn.
+        privacy: digest of the privacy of all samples; None if it is 1.
+    """
+
+    sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    key: Digest
+    privacy: Annotated[Digest | None, Field(exclude_if=lambda privacy: privacy is None)] = None
+
+
 class Plan(Record):
     """Everything that is fixed before the first row; a resumed run must have an equal plan."""
 
@@ -152,6 +168,7 @@ class Plan(Record):
     lineage: Annotated[Lineage | None, Field(exclude_if=lambda lineage: lineage is None)] = None
     outputs: Annotated[dict[OutputName, OutputRecord] | None, Field(exclude_if=lambda outputs: outputs is None)] = None
     """Further outputs of the teacher, by name, in the order of the names; None for a cache of class logits alone."""
+    noise: Annotated[NoiseRecord | None, Field(exclude_if=lambda noise: noise is None)] = None
 
     @model_validator(mode="after")
     def _classes_agree(self) -> Plan:
@@ -168,6 +185,8 @@ class Plan(Record):
                 )
             if output.labels == "sample" and output.channels != classes:
                 raise ValueError(f"the output {name} has other classes than the data set")
+        if self.noise is not None and (self.class_encoding is None or self.outputs):
+            raise ValueError("noise is on class logits, and belongs to a cache of these alone")
         if self.outputs is not None and (not self.outputs or list(self.outputs) != sorted(self.outputs)):
             raise ValueError("the outputs are not in the order of their names")
         return self

@@ -16,6 +16,7 @@ import yaml
 
 from kdcache.cache.format.schema import Plan, Summary, TeacherRecord
 from kdcache.cache.inspect.card_plot import draw_census
+from kdcache.cache.inspect.noise import described_noise
 from kdcache.cache.inspect.outputs import described_outputs
 from kdcache.cache.inspect.summary import take_census
 from kdcache.cache.reader import Cache
@@ -90,6 +91,7 @@ def card(cache: Cache, notes: str = "") -> str:
         "transform": _transform(plan),
         **({"stored per row": _encoding(plan)} if plan.class_encoding is not None else {}),
         **{name: _plain(text) for name, text in described_outputs(plan.outputs).items()},
+        **described_noise(plan.noise),
         "size": f"{counted(rows, 'row')}, {cache.bytes_on_disk:,} bytes, "
         f"{cache.bytes_on_disk / rows:.1f} bytes per row",
         **(_of_logits(plan.teacher, summary) if plan.class_encoding is not None else {}),
@@ -113,7 +115,7 @@ def card(cache: Cache, notes: str = "") -> str:
         "## Fidelity",
         _fidelity(plan),
         "## Limitations",
-        _LIMITS,
+        _LIMITS if plan.noise is None else f"{_LIMITS}\n{_LIMITS_OF_NOISE}",
         "## License",
         _plain(plan.licence) or "No license was given: ask the publisher before you use this cache.",
         *(["## Notes of the publisher", _plain(plan.notes)] if plan.notes else []),
@@ -128,6 +130,10 @@ _LIMITS = """\
   trained on (membership inference), and most labels can be inferred. Share a cache only as you would share the labels.
 - The cache stores a 64-bit content key per sample: anyone who has an image can check whether it is in the dataset.
 - The logits are valid only for these images with this transform."""
+
+_LIMITS_OF_NOISE = """\
+- The noise hides details of single rows. It is not a proof of differential privacy, since nothing bounds how much one
+  training sample changes the logits; and the noise of several views of a sample averages out."""
 
 
 def _usage(plan: Plan) -> str:

@@ -34,6 +34,7 @@ from kdcache.data.replay import fingerprints_of
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_drawn
 from kdcache.data.views import View
+from kdcache.dump.noise import refuse_noise
 from kdcache.dump.plan import record_of_data, request_of, teacher_by_hearsay
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent
@@ -83,6 +84,7 @@ def cache_of_files(
         CorruptError: if a file is missing or malformed; names it.
     """
     folder, out, spec = Path(source), Path(out), spec or CacheSpec()
+    refuse_noise(spec)
     check_place(out)
     out = out.absolute()
     if not folder.is_dir():

@@ -37,6 +37,7 @@ from kdcache.data.replay import fingerprints_of
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
+from kdcache.dump.noise import refuse_noise
 from kdcache.dump.plan import record_of_data, request_of, teacher_by_hearsay, views_of
 from kdcache.errors import CorruptError, MismatchError, UsageError, counted
 from kdcache.runtime.progress import Progress, Silent, delayed_task
@@ -221,6 +222,7 @@ def cache_of_scores(
         CorruptError: if the file is malformed; names the line.
     """
     source, out, spec, progress = Path(source), Path(out), spec or CacheSpec(), progress or Silent()
+    refuse_noise(spec)
     transform = samples.transform if transform is None else transform
     check_place(out)
     out = out.absolute()

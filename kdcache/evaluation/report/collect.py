@@ -18,6 +18,7 @@ from kdcache.data.datasets import load_split
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
+from kdcache.evaluation.exposure import Exposures
 from kdcache.evaluation.metrics import Reliability, reliability
 from kdcache.evaluation.networks import NetworkRef
 from kdcache.evaluation.report.teacher_stats import Predictions, TeacherStats, teacher_stats
@@ -57,6 +58,7 @@ class ReportData:
         teacher: statistics of the teacher; None without a cache.
         notes: what is left out, and why.
         outputs: outputs of the teacher in the cache beside its class logits, in words.
+        exposures: of canaries; None if none are given.
     """
 
     dataset: str
@@ -67,6 +69,7 @@ class ReportData:
     teacher: TeacherStats | None
     notes: list[str]
     outputs: dict[str, str] = field(default_factory=dict)
+    exposures: Exposures | None = None
 
     def members(self, group: Group) -> list[RunRecord]:
         """Return the runs of a group."""
@@ -125,6 +128,7 @@ class ReportData:
             "cost": teacher and teacher.cost._asdict(),
             "outputs": self.outputs,
             "notes": self.notes,
+            **({"exposures": self.exposures.as_record()} if self.exposures else {}),
         }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import counted
+from kdcache.evaluation.exposure import COLUMNS, Exposures
 from kdcache.evaluation.metrics import BINS
 from kdcache.evaluation.report import charts, teacher_sections
 from kdcache.evaluation.report.charts import Chart, Line
@@ -58,6 +59,8 @@ def _sections(data: ReportData) -> Iterator[Part]:
     if teacher is not None:
         yield from teacher_sections.disagreement(data, teacher)
         yield from teacher_sections.hardest(data, teacher)
+    if data.exposures is not None:
+        yield from canary_exposure(data.exposures)
     yield from cost(data)
     if data.outputs:
         yield Heading("Other outputs of the teacher")
@@ -68,6 +71,13 @@ def _sections(data: ReportData) -> Iterator[Part]:
             "the teacher's forward passes need its cache: kdcache report RUN... --cache NAME.kdcache -o FILE.html",
             "faint",
         )
+
+
+def canary_exposure(exposures: Exposures) -> Iterator[Part]:
+    """Yield the exposure of canaries in networks and cache."""
+    yield Heading("Canary exposure")
+    yield Paragraph(f"In {exposures.explained} (Carlini et al. 2019).")
+    yield Table(["", *COLUMNS], [(one.name, *one.figures) for one in exposures.measured])
 
 
 def over_seeds(data: ReportData) -> Iterator[Part]:
