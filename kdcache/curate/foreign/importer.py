@@ -196,6 +196,7 @@ def _fingerprinted(plan: Plan, samples: Samples, shard: int) -> Samples:
         ids=marked - ids.start,
         groups=None,
         sample_names=None,
+        privacy=None,
     )
 
 
