@@ -37,12 +37,14 @@ class SweepContext:
     def inputs(self, pipeline: Pipeline, progress: Progress | None = None) -> TrainingInputs:
         """Return the inputs of a pipeline, loaded at the first call."""
         sections = pipeline.model_dump_json(include={"dataset", "transform", "join"})
-        key = f"{pipeline.loss.uses_teacher} {sorted(pipeline.loss.outputs)} {sections}"
+        loss = pipeline.loss
+        of_outputs = sorted((name, options.name) for name, options in loss.outputs.items())
+        key = f"{loss.uses_teacher} {loss.gate} {of_outputs} {sections}"
         if key not in self.inputs_by_key:
-            with_teacher = self.inputs_by_key.get(f"True [] {sections}")
+            with_teacher = self.inputs_by_key.get(f"True None [] {sections}")
             self.inputs_by_key[key] = (
                 with_teacher.without_teacher()
-                if with_teacher is not None and not pipeline.loss.uses_cache
+                if with_teacher is not None and not loss.uses_cache
                 else inputs_from_caches(pipeline, self.caches, self.options, device=self.device, progress=progress)
                 if self.caches
                 else inputs_without_teacher(pipeline, progress)

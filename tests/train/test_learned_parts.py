@@ -27,11 +27,15 @@ from kdcache.losses import Loss
 from kdcache.losses.controllers import Controller, InstanceTemperatureOptions
 from kdcache.losses.gate import Gate
 from kdcache.models import build_model
+from kdcache.runtime.progress import Silent
 from kdcache.train.controller import ControllerTraining, make_controller
+from kdcache.train.inputs import CacheOptions
 from kdcache.train.learned import LearnedParts
 from kdcache.train.passes import MicroBatch
+from kdcache.train.run_result import RunResult
 from kdcache.train.step import Trainer
-from kdcache.train.train import train_student
+from kdcache.train.sweep_context import SweepContext
+from kdcache.train.train import Student, train_student, train_together
 
 COUNT, BATCH, EPOCHS, TEACHERS, C = 36, 12, 2, 3, 10
 SPEC = TrainSpec(
@@ -379,3 +383,26 @@ def test_the_options_of_a_controller_are_those_of_the_run(runs: Runs, tmp_path: 
     temperatures = [float(line.split(",")[header.index("student_temperature")]) for line in lines[1:]]
     assert all(1 < value < 3 for value in temperatures)
     assert isinstance(pipeline.loss.controller, InstanceTemperatureOptions)
+
+
+def test_students_that_are_trained_together_are_what_each_is_alone(runs: Runs, tmp_path: Path) -> None:
+    """With a gate, with the mean of the same caches, and with a controller."""
+    context = SweepContext(runs.caches[:2], "cpu", CacheOptions(), {})
+    losses: list[dict[str, Any]] = [
+        {"name": "kd", "gate": {"top": 1}},
+        {"name": "kd"},
+        {"name": "kd", "controller": {"kind": "tgeo"}},
+    ]
+    pipelines = [runs.pipeline(loss, train={"epochs": 2}) for loss in losses]
+    outcomes: dict[int, Any] = {}
+    students = [
+        Student(pipeline, context.inputs(pipeline), tmp_path / f"together{number}", Silent())
+        for number, pipeline in enumerate(pipelines)
+    ]
+    assert students[1].inputs is students[2].inputs and students[0].inputs is not students[1].inputs
+    train_together(students, outcomes.__setitem__)
+    for number, pipeline in enumerate(pipelines):
+        assert isinstance(outcomes[number], RunResult), outcomes[number]
+        train_student(pipeline, runs.caches[:2], tmp_path / f"alone{number}")
+        together_, alone = (load_file(tmp_path / f"{how}{number}/model.safetensors") for how in ("together", "alone"))
+        assert all(torch.equal(value, alone[key]) for key, value in together_.items())
