@@ -187,7 +187,7 @@ def test_the_student_needs_nothing_of_the_teacher_but_its_cache(
         built.append(spec.model)
         return original(spec, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("kdcache.train.train.build_model", watched)
+    monkeypatch.setattr("kdcache.train.train.build_for", watched)
     kdcache.train_student(pipeline("teacher.weights=/nowhere.safetensors"), cache, tmp_path / "run")
     assert built == ["small:mlp"]
 
