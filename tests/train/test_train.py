@@ -37,7 +37,7 @@ from kdcache.data.samples import Samples, wrap
 from kdcache.data.views import Batch, View
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
 from kdcache.losses import Loss, distillation_term
-from kdcache.models import build_model
+from kdcache.models import build_for
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.train.inputs import labels_shown
@@ -181,7 +181,7 @@ def test_the_student_needs_nothing_of_the_teacher_but_its_cache(
     cache: kdcache.Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = []
-    original = build_model
+    original = build_for
 
     def watched(spec: ModelSpec, *args: object, **options: object) -> nn.Module:
         built.append(spec.model)
