@@ -47,7 +47,7 @@ def train_teacher(pipeline: Path, out: Path, overrides: tuple[str, ...], device:
     \b
     Example: kdcache train-teacher digits -o runs/digits-teacher
     """
-    from kdcache.runtime.distributed import is_first
+    from kdcache.runtime.launched import is_first
     from kdcache.train.train import train_teacher as train
 
     resolved = read_pipeline(pipeline, overrides)
@@ -111,7 +111,7 @@ def train_student(
     \b
     Example: kdcache train-student digits --cache runs/digits.kdcache --loss dtkd -o runs/digits-student
     """
-    from kdcache.runtime.distributed import is_first
+    from kdcache.runtime.launched import is_first
     from kdcache.train.inputs import CacheOptions
     from kdcache.train.train import train_student as train
 

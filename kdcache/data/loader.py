@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from kdcache.data.images import ArrayImages, ItemImages
 from kdcache.data.views import Batch, View
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
-from kdcache.runtime.distributed import local_processes
+from kdcache.runtime.launched import local_processes
 from kdcache.runtime.resources import available_cores
 
 _MAX_AUTOMATIC = 8

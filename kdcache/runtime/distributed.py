@@ -19,6 +19,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  
 from torch.distributed.rendezvous import rendezvous
 
 from kdcache.errors import IncompleteError, KdcacheError
+from kdcache.runtime.launched import agent_holds_store, n_processes
 
 _START_TIMEOUT, _PASS_TIMEOUT = timedelta(minutes=30), timedelta(days=30)
 """How long ranks wait for one another to start, and to finish a pass of the teacher."""
@@ -121,22 +122,6 @@ class Ranks:
                 distributed.barrier(self.group)
 
 
-def is_first() -> bool:
-    """Return whether this is the first rank that torchrun or `accelerate launch` started, or a single process."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def n_processes() -> int:
-    """Return how many processes torchrun or `accelerate launch` has started; 1 for one alone."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_processes() -> int:
-    """Return the number of processes on this machine that torchrun or accelerate started together."""
-    given = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(int(given), 1) if given.isdecimal() else 1
-
-
 @contextmanager
 def _peer_errors() -> Iterator[None]:
     try:
@@ -146,11 +131,6 @@ def _peer_errors() -> Iterator[None]:
             f"another rank has ended or did not start: {str(error).splitlines()[0]}",
             "read its output, then run the same command again, with any number of ranks: finished shards are kept",
         ) from error
-
-
-def agent_holds_store() -> bool:
-    """Return whether torchrun's agent holds the store in which ranks find one another; it then outlives them."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:
@@ -171,8 +151,7 @@ def join_ranks() -> Iterator[Ranks]:
     Raises:
         IncompleteError: if one of them does not start.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if n_processes() == 1:
         yield Ranks()
         return
     with _peer_errors():

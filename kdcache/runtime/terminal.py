@@ -13,7 +13,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from kdcache.errors import counted
-from kdcache.runtime.distributed import is_first
+from kdcache.runtime.launched import is_first
 from kdcache.runtime.progress import Progress, Silent, Task
 
 SECONDS_BETWEEN_LINES = 10

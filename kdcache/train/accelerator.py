@@ -20,7 +20,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import distributed
 
 from kdcache.errors import UsageError
-from kdcache.runtime.distributed import agent_holds_store, meet
+from kdcache.runtime.distributed import meet
+from kdcache.runtime.launched import agent_holds_store
 
 _LONGEST_WAIT = timedelta(hours=12)
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}

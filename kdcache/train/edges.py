@@ -12,7 +12,7 @@ from kdcache.data.nodes import Graph, edges_among
 from kdcache.data.samples import Samples
 from kdcache.errors import UsageError
 from kdcache.losses import Loss
-from kdcache.runtime.distributed import n_processes
+from kdcache.runtime.launched import n_processes
 from kdcache.runtime.progress import Progress
 from kdcache.train.passes import MicroBatch
 

@@ -8,7 +8,7 @@ from kdcache.data.transforms import is_random
 from kdcache.data.views import View
 from kdcache.errors import UsageError, counted
 from kdcache.losses import Loss
-from kdcache.runtime.distributed import n_processes
+from kdcache.runtime.launched import n_processes
 from kdcache.runtime.progress import Progress
 from kdcache.train.inputs import TrainingInputs, labels_shown
 from kdcache.train.shared_views import SharedViews

@@ -36,8 +36,8 @@ from kdcache.errors import CorruptError, InterruptedRun, MismatchError, UsageErr
 from kdcache.models import save_weights
 from kdcache.models.graph_teacher import GraphTeacher
 from kdcache.runtime.atomic_write import move_into_place, temporary, write_file
-from kdcache.runtime.distributed import is_first
 from kdcache.runtime.folder_lock import locked
+from kdcache.runtime.launched import is_first
 from kdcache.runtime.paths import check_writable
 from kdcache.runtime.versions import commits, versions
 from kdcache.train.accelerator import start_trackers

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from kdcache.cache.reader import Cache
 from kdcache.errors import MismatchError, UsageError, counted
-from kdcache.runtime.distributed import n_processes
 from kdcache.runtime.folder_lock import locked
+from kdcache.runtime.launched import n_processes
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.inputs import CacheOptions
 from kdcache.train.run_folder import check_trackers, described_differences, read_json, write_json

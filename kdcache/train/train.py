@@ -22,7 +22,7 @@ from kdcache.losses import Loss
 from kdcache.models import build_for
 from kdcache.models.checks import try_network, try_training
 from kdcache.runtime.devices import check_device
-from kdcache.runtime.distributed import is_first, n_processes
+from kdcache.runtime.launched import is_first, n_processes
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter

@@ -58,6 +58,17 @@ def test_importing_kdcache_does_not_import_torch() -> None:
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["dump-teacher", "--help"], ["info"], ["no-such-command"]], ids=str)
+def test_help_and_usage_do_not_wait_for_torch(arguments: list[str]) -> None:
+    script = (
+        "import sys\nfrom kdcache.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'zarr', 'torchvision'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 # Losses
 
 
