@@ -34,7 +34,7 @@ def combinations(path: Path, overrides: Sequence[str], over: Sequence[str]) -> l
         path: the file.
         overrides: `KEY=VALUE`, for all of them.
         over: `KEY=VALUE,VALUE,...` or `KEY=[VALUE, ...]`; the key `loss` takes names, and with each the file's options
-            of another loss go.
+            of another loss go, or whole sections.
 
     Raises:
         UsageError: with everything that is wrong with the first combination that is not a good pipeline.
@@ -47,9 +47,10 @@ def combinations(path: Path, overrides: Sequence[str], over: Sequence[str]) -> l
     for values in itertools.product(*(values for _, values in axes)):
         chosen = dict(zip(keys, values, strict=True))
         loss = chosen.get("loss")
-        given = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if key != "loss"]
+        loss_name = None if loss is None or isinstance(loss, dict) else str(loss)
+        given = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if key != "loss" or loss_name is None]
         try:
-            pipeline = load_pipeline(path, [*overrides, *given], None if loss is None else str(loss))
+            pipeline = load_pipeline(path, [*overrides, *given], loss_name)
         except UsageError as error:
             typed = dict(zip(keys, over, strict=True))
             options = {f"--set {key}={json.dumps(value)}": typed[key] for key, value in chosen.items()}

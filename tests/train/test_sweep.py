@@ -60,6 +60,16 @@ def test_a_sweep_has_all_combinations() -> None:
     assert [point.name for point in combinations(RECIPE, [], [])] == ["student"]
 
 
+def test_a_sweep_goes_over_whole_sections_of_the_loss() -> None:
+    points = combinations(
+        RECIPE, SHORT, ["loss=[kd, {name: kd, gate: {top: 2}}, {logits: {name: dtkd}, x: {name: sp}}]"]
+    )
+    plain, gated, several = (point.pipeline.loss for point in points)
+    assert (plain.gate, several.gate) == (None, None) and gated.gate is not None and gated.gate.top == 2
+    assert (several.name, [*several.outputs]) == ("dtkd", ["x"])
+    assert len({point.name for point in points}) == 3
+
+
 def test_values_whose_names_are_alike_get_folders_of_their_own() -> None:
     points = combinations(RECIPE, [], ["teacher.weights=[a/b, a-b]"])
     assert len({point.name for point in points}) == 2
