@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 @click.option(
     "--over",
     multiple=True,
-    help="KEY=VALUE,VALUE,...: a key of the pipeline, or loss=NAME,NAME; sections as KEY=[{...}, {...}]. Repeatable: all "
-    "combinations are trained.",
+    help="KEY=VALUE,VALUE,...: a key of the pipeline, or loss=NAME,NAME; sections as KEY=[{...}, {...}]. Repeatable: "
+    "all combinations are trained.",
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Students per combination.")
 @click.option("-j", "processes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of processes.")
