@@ -159,11 +159,13 @@ def _candidates(
             yield measured(VectorEncoding(codec=plain, length=length, dtype=plain, normalized=divided))
     if codec not in ("klt", "auto"):
         return
-    basis, deviations = fit_basis(fitted)
+    basis, _ = fit_basis(fitted)
+    coordinates = (torch.cat([fitted, held]) - basis.mean) @ basis.axes.T
+    # Axes in which the fitted rows do not vary are needed for others, if there are fewer rows than axes.
+    deviations = coordinates.square().mean(dim=0).sqrt()
     varying = deviations[deviations > deviations.max() * _ROUNDING]
     if not len(varying):
         return  # all vectors are the same: int8 and float16 store them in a byte or two
-    coordinates = (torch.cat([fitted, held]) - basis.mean) @ basis.axes.T
     for factor in _STEPS:
         step = float(torch.tensor(factor * float(varying.median()), dtype=torch.float32))
         rounded = (coordinates / step).round()

@@ -238,7 +238,7 @@ def test_one_forward_pass_per_batch_gives_all_outputs(tmp_path: Path) -> None:
             type(self).batches += len(images) == 37
             return super().forward(images)
 
-    dumped(tmp_path / "c.kdcache", Counting(), batch_size=37, shard_rows=37, pilot_rows=20)
+    dumped(tmp_path / "c.kdcache", Counting(), batch_size=37, shard_rows=37, pilot_rows=30)
     assert Counting.batches == 1
 
 
