@@ -347,8 +347,9 @@ def whole_of_two(home_of_all: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("step", [STEPS - 1, 2 * STEPS + 2], ids=["first epoch", "third epoch"])
+@pytest.mark.parametrize(
+    ("victim", "step"), [(1, STEPS - 1), (0, 2 * STEPS + 2)], ids=["1, first epoch", "0, third epoch"]
+)
 def test_torchrun_starts_the_processes_again_which_resume_to_the_same_result(
     home_of_all: Path, whole_of_two: Path, tmp_path: Path, victim: int, step: int
 ) -> None:

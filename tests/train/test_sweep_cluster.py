@@ -129,7 +129,7 @@ def test_students_of_a_cluster_are_those_of_this_machine(place: Place, tmp_path:
     assert {path: path.stat() for path in before} == before
 
 
-@pytest.mark.parametrize(("what", "together"), [(KILL_WORKER, []), (KILL_WORKER, ["--together"]), (KILL_ITSELF, [])])
+@pytest.mark.parametrize(("what", "together"), [(KILL_WORKER, ["--together"]), (KILL_ITSELF, [])])
 def test_what_a_killed_process_had_begun_is_resumed_to_the_same_students(
     place: Place, tmp_path: Path, happens: Path, what: str, together: list[str]
 ) -> None:
@@ -264,7 +264,6 @@ sys.addaudithook(hook)
 UNFIT = {
     "kdcache": (WITHOUT_KDCACHE, "cannot run kdcache .*No module named .*kdcache"),
     "version": (OTHER_VERSION.format(name="kdcache"), "has kdcache 0.0.9, and this process has "),
-    "torch": (OTHER_VERSION.format(name="torch"), "has torch .*, and that at tcp://.* has "),
     "folder": (WITHOUT_FOLDER, "the worker .* on .* does not see {folder}: No such file or directory"),
 }
 """What a worker runs before it begins, and the words of the error."""

@@ -275,7 +275,7 @@ def test_an_epoch_of_mixed_views_is_an_epoch_with_the_live_teacher_and_mixed_lab
         optimizer.step()
         expected.append(total.item())
     assert len(found) == 20
-    assert found == pytest.approx(expected, rel=5e-5)
+    assert found == pytest.approx(expected, rel=2e-4)
     assert found[0] > 1.05 * found[-1], "the student learned nothing, so the comparison says little"
 
 
