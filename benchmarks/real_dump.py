@@ -116,8 +116,8 @@ def related(
         cells = [name]
         for values, others in zip(zip(*found, strict=True), zip(*base, strict=True), strict=True):
             apart = [value - other for value, other in zip(values, others, strict=True)]
-            error = statistics.stdev(apart) / math.sqrt(seeds) if seeds > 1 else math.nan
-            distance = "" if found is base else f"{statistics.mean(apart):+.{digits}f} +- {error:.{digits}f}"
+            error = f" +- {statistics.stdev(apart) / math.sqrt(seeds):.{digits}f}" if seeds > 1 else ""
+            distance = "" if found is base else f"{statistics.mean(apart):+.{digits}f}{error}"
             cells += [f"{statistics.mean(values):.{digits}f}", f"{statistics.pstdev(values):.{digits}f}", distance]
         rows.append(cells)
     return rows
