@@ -169,6 +169,11 @@ def _described(
         raise UsageError(f"{source} holds {dtype} {list(shape)} as {output}", _how(output))
     views, rows, classes = shape if len(shape) == 3 else (1, *shape) if len(shape) == 2 else (1, *shape, 1)
     known = {name: _as_array(source, name, fields[name]) for name in _FIELDS if name in fields}
+    labels = known.get("labels")
+    if output != LOGITS and labels is not None and labels.ndim == 1 and len(labels) != rows:
+        raise UsageError(
+            f"{source} holds {output} {list(shape)}, that is {rows} rows, and {len(labels)} labels", _how(output)
+        )
     return LogitFile(
         source,
         array.absolute(),

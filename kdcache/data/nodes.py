@@ -170,6 +170,9 @@ def edges_among(edges: Tensor, nodes: Tensor, count: int) -> Tensor:
     return ends[:, (ends >= 0).all(dim=0)]
 
 
+_ARRAYS = ("x", "edges", "y", *MASKS, "class_names")
+
+
 def read_graph(path: str | Path) -> Graph:
     """Return the graph in an npz file.
 
@@ -178,7 +181,8 @@ def read_graph(path: str | Path) -> Graph:
             and `test` [N] bool and `class_names` [C].
 
     Raises:
-        UsageError: if there is no such file, or an array is missing or of another type.
+        UsageError: if there is no such file, or an array is missing, of another type, or not one of these: a mask of
+            another name would be replaced by a random split.
         CorruptError: if it cannot be read.
         MismatchError: if arrays disagree; see `Graph`.
     """
@@ -189,6 +193,11 @@ def read_graph(path: str | Path) -> Graph:
         types = ", ".join(f"{name} {list(a.shape)} {a.dtype}" for name, a in sorted(arrays.items())) or "nothing"
         lacks = f", and lacks {' and '.join(missing)}" if missing else ""
         raise UsageError(f"{path} holds {types}, not a graph{lacks}", f"write it with numpy.savez(path, {_CONTENT})")
+    if unknown := sorted(set(arrays).difference(_ARRAYS)):
+        raise UsageError(
+            f"{path} also holds {', '.join(unknown)}, which are not arrays of a graph",
+            f"name masks {', '.join(MASKS)}, and leave out what is not among {', '.join(_ARRAYS)}",
+        )
     if arrays["edges"].dtype.kind not in "iu":
         raise UsageError(f"{path} has edges of {arrays['edges'].dtype} numbers", "give integers [2, E]")
     masks: dict[str, Tensor] = {}

@@ -200,6 +200,11 @@ def _try_and_check_images(job: DumpJob) -> Literal["unknown"] | None:
         # An image that was tried cannot be read; this names all of them.
         check_images(job.samples, job.progress, job.decode_images, job.transform)
         raise
+    if job.samples.privacy is not None and job.spec.noise is None:
+        job.progress.say(
+            "note: the data set says how private its samples are, and without cache.noise their logits are stored "
+            "exactly"
+        )
     for note in check_images(job.samples, job.progress, job.decode_images, job.transform):
         job.progress.say(f"note: {note}")
     check_repeatable(job.samples)

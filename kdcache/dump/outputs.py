@@ -14,7 +14,7 @@ from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import encode_finite
 from kdcache.cache.format.encoding import Request
 from kdcache.cache.format.output_codec import encode_output
-from kdcache.cache.format.output_records import OutputRecord, VectorRequest
+from kdcache.cache.format.output_records import MOST_SCORES, OutputRecord, VectorRequest
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.stored_bases import Bases
 from kdcache.cache.format.tail_basis import TailBasis
@@ -123,6 +123,11 @@ def _planned_classes(
 
 def _planned_vectors(output: OutputSpec, values: Tensor, n_rows: int) -> tuple[OutputRecord, VectorBasis | None, float]:
     """Plan an output of vectors, or of scores, which are stored as they are."""
+    if output.kind == "score" and values.shape[1] > MOST_SCORES:
+        raise UsageError(
+            f"there are {values.shape[1]} numbers per sample, and scores are at most {MOST_SCORES}",
+            "keep it as `kind: vector`",
+        )
     request = _request_of(output, 0)
     if not isinstance(request, VectorRequest):
         raise TypeError("an output of vectors has no request of class logits")

@@ -43,7 +43,17 @@ def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress
         UsageError: if it is not.
     """
     if loss.uses_logits and not loss.uses_teacher and not bool((train.labels >= 0).any()):
-        raise UsageError("no training image has a label, and the loss uses no teacher", "set train.labels_per_class")
+        if loss.outputs:
+            raise UsageError(
+                "no training sample has a label, and the loss has a cross-entropy beside its other outputs",
+                f"leave the class logits out: loss={{logits: false, {next(iter(loss.outputs))}: ...}}",
+            )
+        if bool((train.samples.labels >= 0).any()):
+            raise UsageError("train.labels_per_class is 0, and the loss uses no teacher", "raise it, or remove it")
+        raise UsageError(
+            "no training sample has a label, and the loss uses no teacher",
+            "give the data set labels (of a graph: in its mask train), or distill from a cache",
+        )
     if train.mixes and loss.acts_on_label:
         raise UsageError(
             f"{loss.acts_on_label} acts on the one true class of an image, and {train.transform[-1]} mixes two images",

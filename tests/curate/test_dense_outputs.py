@@ -176,3 +176,14 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert (written["shape"], written["outputs"]) == (None, {"embedding": [N, 6]})
     done = run.invoke(main, ["convert", str(tmp_path / "c.kdcache"), "-o", str(tmp_path / "b.npz")])
     assert f"embedding [{N}, 6]" in done.stdout
+
+
+def test_too_many_scores_and_rows_that_are_not_those_of_the_labels(tmp_path: Path) -> None:
+    np.savez(tmp_path / "wide.npz", age=np.zeros((N, 70), np.float32))
+    settings = CacheSpec.model_validate({"logits": False, "outputs": {"age": {"kind": "score"}}})
+    with pytest.raises(UsageError, match="age: there are 70 numbers per sample, and scores are at most 64"):
+        cache_of_logits(tmp_path / "wide.npz", tiny_samples(N), tmp_path / "c.kdcache", spec=settings)
+    short = arrays() | {"labels": tiny_samples(N).labels, "features": np.zeros((N - 1, D), np.float32)}
+    np.savez(tmp_path / "short.npz", **short)  # type: ignore[arg-type]  # numpy's stub takes no mapping
+    with pytest.raises(UsageError, match=r"holds features \[36, 12\], that is 36 rows, and 37 labels"):
+        cache_of_logits(tmp_path / "short.npz", tiny_samples(N), tmp_path / "c.kdcache", spec=spec(**ALL))

@@ -171,3 +171,13 @@ def test_a_file_without_an_array_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"not a graph, and lacks {name}") as error:
         read_graph(tmp_path / "g.npz")
     assert "numpy.savez(path, x=[N, F], edges=[2, E], y=[N], train=[N]" in error.value.fix
+
+
+@pytest.mark.parametrize("name", ["train_mask", "val", "edge_index", "edge_attr"])
+def test_an_array_of_another_name_is_refused(name: str, tmp_path: Path) -> None:
+    """A mask that is not read would be replaced by a random split, without a word."""
+    arrays = {"x": np.zeros((4, 2), np.float32), "edges": np.array([[0, 1], [1, 2]]), "y": np.array([0, 1, 0, 1])}
+    np.savez(tmp_path / "g.npz", **arrays, **{name: np.array([True, False, True, False])})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"also holds {name}, which are not arrays of a graph") as raised:
+        read_graph(tmp_path / "g.npz")
+    assert "name masks train, validation, test" in raised.value.fix

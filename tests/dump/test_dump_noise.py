@@ -423,3 +423,9 @@ def test_from_pipeline_to_card(tmp_path: Path) -> None:
     np.savez(tmp_path / "l.npz", logits=np.zeros((1, 48, 3), np.float32))
     words = refused(2, "convert", tmp_path / "l.npz", "--pipeline", pipeline, "-o", tmp_path / "i.kdcache", *noise)
     assert "these logits come from files" in words
+
+
+def test_private_samples_without_noise_are_told_of(tmp_path: Path) -> None:
+    said = StopsAfter()
+    dump_teacher(TinyTeacher(), private(), tmp_path / "c.kdcache", progress=said)
+    assert any("without cache.noise their logits are stored exactly" in line for line in said.said)

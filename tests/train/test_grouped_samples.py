@@ -256,3 +256,10 @@ def test_single_scores_of_groups_are_learned_too(ranking: Ranking, tmp_path: Pat
     loss = {"logits": False, "scores": {"name": "mse"}}
     train_student(ranking.pipeline(loss, batch_size=9, epochs=1), ranking.cache, tmp_path / "run")
     assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_scores_alone_need_no_labels_if_the_logits_are_left_out(ranking: Ranking, tmp_path: Path) -> None:
+    """Without `logits: false` the loss has a cross-entropy, for which there are no labels."""
+    with pytest.raises(UsageError, match="no training sample has a label") as raised:
+        train_student(ranking.pipeline({"scores": {"name": "margin_mse"}}), ranking.cache, tmp_path / "run")
+    assert "loss={logits: false, scores: ...}" in raised.value.fix
