@@ -6,7 +6,7 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from kdcache.losses.batch import BatchSum, of_these
@@ -25,6 +25,12 @@ class GateOptions(BaseModel):
     """How many teachers `top` takes for each sample."""
     balance: NotNegative = 1.0
     """Weight of the KL divergence of the mean probabilities of the batch from uniform ones."""
+
+    @model_validator(mode="after")
+    def _top_has_an_effect(self) -> GateOptions:
+        if self.choose == "mean" and self.top > 1:
+            raise ValueError(f"top {self.top} has no effect with choose: mean, which is of all teachers")
+        return self
 
 
 class Gate(nn.Module):

@@ -80,7 +80,8 @@ def _joined(cached: Sequence[CachedTeacher], pipeline: Pipeline) -> Teacher:
     needed = max(2, gate.top)
     if len(cached) < needed:
         raise UsageError(
-            f"loss.gate chooses among several teachers (top {gate.top}), and there is {counted(len(cached), 'cache')}",
+            f"loss.gate chooses among several teachers (top {gate.top}), and the run has "
+            f"{counted(len(cached), 'cache')}",
             f"pass at least {needed}, with --cache for each",
         )
     if join != JoinSpec():

@@ -123,6 +123,7 @@ def test_the_most_probable_teachers_are_chosen() -> None:
         ({"name": "ce", "gate": {}}, "kd weights are 0, so a gate or a controller would have no effect"),
         ({"name": "kd", "gate": {"top": 0}}, "greater than or equal to 1"),
         ({"name": "kd", "gate": {"choose": "best"}}, "'top' or 'mean'"),
+        ({"name": "kd", "gate": {"choose": "mean", "top": 2}}, "top 2 has no effect with choose: mean"),
         ({"name": "kd", "gate": {}, "controller": {"kind": "tgeo"}}, "controller tgeo is for one teacher"),
     ],
 )

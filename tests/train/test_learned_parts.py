@@ -341,8 +341,8 @@ def test_an_interrupted_run_continues_to_the_same_weights(kind: str, runs: Runs,
 
 
 REFUSED: list[tuple[str, dict[str, Any], int, dict[str, Any], type[KdcacheError], str]] = [
-    ("gate", {}, 1, {}, UsageError, "chooses among several teachers .top 2., and there is 1 cache"),
-    ("gate", {"gate": {"top": 3}}, 2, {}, UsageError, r"\(top 3\), and there is 2 caches"),
+    ("gate", {}, 1, {}, UsageError, "chooses among several teachers .top 2., and the run has 1 cache"),
+    ("gate", {"gate": {"top": 3}}, 2, {}, UsageError, r"\(top 3\), and the run has 2 caches"),
     ("gate", {}, 2, {"join": {"weights": [1.0, 2.0]}}, UsageError, "and `join` joins them"),
     ("tgeo", {}, 1, {"train": {"gradient_accumulation_steps": 2}}, UsageError, "gradient_accumulation_steps is set"),
     ("tgeo", {}, 1, {"train": {"precision": "bf16"}}, UsageError, "train.precision is set"),
