@@ -120,7 +120,7 @@ def convert(
 def _decode(source: Path, out: Path, as_json: bool) -> None:
     """Write the decoded outputs of a cache to an npz or npy file, and print their shapes and its size."""
     from kdcache.cache import open_cache
-    from kdcache.curate.dense_logits import logits_of_cache
+    from kdcache.curate.decoded_files import logits_of_cache
 
     cache = open_cache(source, progress=output.Terminal())
     cache.check_files(output.Terminal())

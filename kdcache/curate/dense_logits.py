@@ -1,4 +1,4 @@
-"""Import dense logits and other outputs from a file as a cache, and export a cache to such a file.
+"""Import dense logits and other outputs from a file as a cache.
 
 The files are described in `logit_files`. Files of other projects (FKD, TinyViT, ml-dr), which hold a few probabilities
 per row, are handled by `foreign/`.
@@ -6,42 +6,38 @@ per row, are handled by `foreign/`.
 
 from __future__ import annotations
 
-import os
-import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcache.cache.format import stored_bases, zarr_store
+from kdcache.cache.format import stored_bases
 from kdcache.cache.format.codec import not_finite
 from kdcache.cache.format.fingerprints import Inputs, digest_of
-from kdcache.cache.format.output_codec import decode_output, encode_output
+from kdcache.cache.format.output_codec import encode_output
 from kdcache.cache.format.read_records import read_plan
-from kdcache.cache.format.schema import PLAN, Lineage, Plan
+from kdcache.cache.format.schema import PLAN, Lineage, Plan, TeacherRecord
 from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
 from kdcache.cache.format.vector_rows import EncodedRows
 from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.planner import pilot_ids
-from kdcache.cache.preconditions import check_outside, check_place
+from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.cache import CacheSpec
 from kdcache.config.transform import Transform
 from kdcache.curate.logit_files import LOGITS, RESERVED, LogitFile, content_of, open_logits
 from kdcache.curate.recode import build
-from kdcache.curate.scratch import scratch_file
-from kdcache.data.loader import cut_range
 from kdcache.data.replay import fingerprints_of
 from kdcache.data.samples import Samples, check_same_samples
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
 from kdcache.dump.noise import refuse_noise
-from kdcache.dump.outputs import encode_outputs, labels_of_output
+from kdcache.dump.outputs import encode_outputs
 from kdcache.dump.plan import Pilot, choose, record_of_data, request_of, teacher_by_hearsay, views_of
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.models.checks import OutputScale
@@ -101,20 +97,58 @@ def cache_of_logits(
             progress.say(f"note: {source} also holds {', '.join(unused)}, which is not used")
         if (content := first.content) != "logits":
             progress.say(f"note: {source} holds {content}: the logits are known up to an additive constant per row")
-        plan, writer = _begin(files, samples, keys, out, name, transform, spec)
-        stride = plan.shape.fingerprint_stride
-        marked = range(0, len(samples), stride)
-        views = range(plan.views.count)
-        inputs = [fingerprints_of(View(samples, transform, plan.views.seed, view), marked) for view in views]
-        sent = {output: file._replace(labels=None, sample_keys=None) for output, file in files.items()}
+        logits = files.get(LOGITS)
+        known = logits is None or logits.content == "logits"
+        teacher = teacher_by_hearsay(
+            name or source.stem,
+            f"in {first.dtype}" if known else f"as {first.content} in {first.dtype}",
+            level=None if known else "unknown",
+        )
+        return cache_of_arrays(files, samples, keys, out, transform, spec, teacher, {}, scheduler)
 
-        def arguments(view: int, shard: int) -> tuple[Any, ...]:
-            ids = plan.shard_ids(shard)
-            labels = torch.from_numpy(samples.labels[ids.start : ids.stop].astype(np.int64))
-            fingerprints = inputs[view].at(slice(ids.start // stride, -(-ids.stop // stride)))
-            return sent, labels, fingerprints
 
-        return build(writer, _encode_shard, arguments, scheduler)
+def cache_of_arrays(
+    files: Mapping[str, LogitFile],
+    samples: Samples,
+    keys: npt.NDArray[np.uint64],
+    out: Path,
+    transform: Transform,
+    spec: CacheSpec,
+    teacher: TeacherRecord,
+    described: Mapping[str, str],
+    scheduler: str,
+) -> Cache:
+    """Make a cache from arrays whose rows are those of the samples.
+
+    Args:
+        files: of each output, all from one source.
+        samples: the data set.
+        keys: [N] uint64, its content keys.
+        out: folder of the cache.
+        transform: of a sample.
+        spec: names the same outputs; number of views and seed are taken from the files.
+        teacher: record of the teacher.
+        described: arguments for the lineage, before the name and the sha256 of the source.
+        scheduler: backend; see `parallel.over`.
+
+    Raises:
+        MismatchError: if `out` was started with other settings.
+        CorruptError: if a number is NaN or infinite; names the sample.
+    """
+    plan, writer = _begin(files, samples, keys, out, transform, spec, teacher, described)
+    stride = plan.shape.fingerprint_stride
+    marked = range(0, len(samples), stride)
+    views = range(plan.views.count)
+    inputs = [fingerprints_of(View(samples, transform, plan.views.seed, view), marked) for view in views]
+    sent = {output: file._replace(labels=None, sample_keys=None) for output, file in files.items()}
+
+    def arguments(view: int, shard: int) -> tuple[Any, ...]:
+        ids = plan.shard_ids(shard)
+        labels = torch.from_numpy(samples.labels[ids.start : ids.stop].astype(np.int64))
+        fingerprints = inputs[view].at(slice(ids.start // stride, -(-ids.stop // stride)))
+        return sent, labels, fingerprints
+
+    return build(writer, _encode_shard, arguments, scheduler)
 
 
 def _checked_names(source: Path, spec: CacheSpec) -> list[str]:
@@ -146,12 +180,13 @@ def _begin(
     samples: Samples,
     keys: npt.NDArray[np.uint64],
     out: Path,
-    name: str | None,
     transform: Transform,
     spec: CacheSpec,
+    teacher: TeacherRecord,
+    described: Mapping[str, str],
 ) -> tuple[Plan, CacheWriter]:
     """Plan the cache, and create it or resume it."""
-    file, logits = next(iter(files.values())), files.get(LOGITS)
+    file = next(iter(files.values()))
     spec = spec.model_copy(update={"views": file.shape[0], "seed": file.seed or 0})
 
     def pilot() -> Pilot:
@@ -166,13 +201,8 @@ def _begin(
 
     started = read_plan(out / PLAN) if (out / PLAN).exists() else None
     chosen = choose(out, started, spec, samples.num_classes, len(samples) * spec.views, pilot)
-    known = logits is None or logits.content == "logits"
     plan = Plan(
-        teacher=teacher_by_hearsay(
-            name or file.source.stem,
-            f"in {file.dtype}" if known else f"as {file.content} in {file.dtype}",
-            level=None if known else "unknown",
-        ),
+        teacher=teacher,
         dataset=record_of_data(samples, digest_of(keys, samples.labels)),
         views=views_of(spec, transform),
         request=request_of(spec),
@@ -187,7 +217,7 @@ def _begin(
         notes=spec.notes,
         lineage=Lineage(
             operation="convert",
-            arguments={"file": file.source.name, "sha256": record_of(file.source).sha256},
+            arguments={**described, "file": file.source.name, "sha256": record_of(file.source).sha256},
             parents=[],
         ),
         outputs=chosen.outputs.records,
@@ -255,81 +285,3 @@ def _check_fits(
             f"{source} has {views} views, but the transform is not random: all views would be the same",
             "set `transform:` to the teacher's augmentation",
         )
-
-
-def logits_of_cache(cache: Cache, out: str | Path) -> dict[str, list[int]]:
-    """Write the decoded outputs of a cache, float32 [N, D] or [V, N, D] for several views, as npz or npy.
-
-    An npz file has the class logits as `logits`, and each other output under its name.
-
-    Returns:
-        The shape of each output, by name.
-
-    Raises:
-        UsageError: if `out` exists or has another suffix, or is inside a cache, or an npy file would have to hold
-            several outputs.
-        IncompleteError: if a view is not here.
-    """
-    out, plan = Path(out), cache.manifest.plan
-    check_outside(out)
-    cache.check_views()
-    if out.suffix not in (".npz", ".npy"):
-        raise UsageError(f"{out} ends neither in .npz nor in .npy", "give a name with one of these suffixes with -o")
-    if os.path.lexists(out):
-        raise UsageError(f"{out} exists already", "give another name with -o")
-    names = plan.output_names
-    if out.suffix == ".npy" and len(names) > 1:
-        raise UsageError(f"{cache.path} has {', '.join(names)}, and an npy file one array", "write an npz file with -o")
-    if taken := RESERVED.intersection(names):
-        raise UsageError(f"the output {min(taken)} has the name of another array of the file", "decode it in Python")
-    with scratch_file(out.with_name(f"{out.name}.partial")) as unfinished, unfinished.open("w+b") as file:
-        if out.suffix == ".npy":
-            _write_output(cache, names[0], file)
-        else:
-            _write_npz(cache, file)
-        file.flush()
-        os.fsync(file.fileno())
-        unfinished.replace(out)
-    return {output: _shape(cache, output) for output in names}
-
-
-def _write_npz(cache: Cache, file: IO[bytes]) -> None:
-    with zipfile.ZipFile(file, "w") as packed:
-        for output in cache.manifest.plan.output_names:
-            with packed.open(f"{output}.npy", "w", force_zip64=True) as member:
-                _write_output(cache, output, member)
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "labels": cache.labels,
-            "sample_keys": cache.sample_keys,
-            "seed": np.array(cache.manifest.plan.views.seed),
-        }
-        for name, values in arrays.items():
-            with packed.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, values, allow_pickle=False)
-
-
-def _shape(cache: Cache, output: str) -> list[int]:
-    """Return the shape of a decoded output, [N, D] or [V, N, D]."""
-    plan = cache.manifest.plan
-    width = cache.num_classes if output == LOGITS else plan.named_outputs[output].channels
-    views = plan.views.count
-    return [*([views] if views > 1 else []), len(cache), width]
-
-
-def _write_output(cache: Cache, output: str, file: IO[bytes]) -> None:
-    """Write an npy file in parts, with only one part in memory."""
-    plan = cache.manifest.plan
-    labels, basis = torch.from_numpy(cache.labels.astype(np.int64)), stored_bases.read_bases(cache.path, plan)
-    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(_shape(cache, output))}
-    np.lib.format.write_array_header_2_0(file, header)
-    record = None if output == LOGITS else plan.named_outputs[output]
-    encoding = plan.encoding if record is None else record.encoding
-    reader: zarr_store.RowReader[EncodedRows] = zarr_store.output_reader(cache.path, plan, output)
-    for view in range(plan.views.count):
-        for chunk in cut_range(range(len(cache)), plan.shape.chunk_rows):
-            rows = reader.read(view, chunk)
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                some = rows[start : start + _ROWS_AT_ONCE]
-                of_rows = labels[chunk.start + start : chunk.start + start + len(some)]
-                truth = of_rows if record is None else labels_of_output(record, of_rows)
-                file.write(decode_output(some, truth, encoding, basis.get(output)).numpy().astype("<f4").tobytes())

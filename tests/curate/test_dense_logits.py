@@ -23,7 +23,8 @@ from kdcache.cache.fidelity import total_variation
 from kdcache.cache.inspect.audit import audit
 from kdcache.cli import main
 from kdcache.config.cache import CacheSpec
-from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
+from kdcache.curate.decoded_files import logits_of_cache
+from kdcache.curate.dense_logits import cache_of_logits
 from kdcache.data.replay import replay
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.progress import Silent

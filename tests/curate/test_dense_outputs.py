@@ -16,7 +16,8 @@ from helpers.tiny import FLIP, tiny_samples
 from kdcache.cache.format.output_records import VectorEncoding
 from kdcache.cli import main
 from kdcache.config.cache import CacheSpec
-from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
+from kdcache.curate.decoded_files import logits_of_cache
+from kdcache.curate.dense_logits import cache_of_logits
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
 
 N, C, D = 37, 10, 12

@@ -15,7 +15,8 @@ from helpers.tiny import TinyTeacher, tiny_samples
 from kdcache import Cache, dump_teacher
 from kdcache.cache.lock import LOCK
 from kdcache.config.cache import CacheSpec
-from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
+from kdcache.curate.decoded_files import logits_of_cache
+from kdcache.curate.dense_logits import cache_of_logits
 from kdcache.curate.foreign import cache_of_files, files_of_cache
 from kdcache.curate.merge import merge
 from kdcache.curate.scratch import MARKER, scratch_file

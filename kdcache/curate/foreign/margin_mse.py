@@ -18,31 +18,21 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from kdcache.cache.format.fingerprints import Inputs, digest_of
-from kdcache.cache.format.output_codec import encode_output
-from kdcache.cache.format.output_records import OutputRecord, VectorRequest
-from kdcache.cache.format.schema import Lineage, Plan
-from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
-from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
-from kdcache.cache.vector_planner import scores_encoding
-from kdcache.cache.writer import CacheWriter
-from kdcache.config.cache import CacheSpec
+from kdcache.config.cache import CacheSpec, OutputSpec
 from kdcache.config.transform import Transform
-from kdcache.curate.recode import build
-from kdcache.data.replay import fingerprints_of
+from kdcache.curate.dense_logits import cache_of_arrays
+from kdcache.curate.logit_files import LogitFile
+from kdcache.curate.scratch import scratch_file
 from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_random
-from kdcache.data.views import View
 from kdcache.dump.noise import refuse_noise
-from kdcache.dump.plan import record_of_data, request_of, teacher_by_hearsay, views_of
+from kdcache.dump.plan import teacher_by_hearsay
 from kdcache.errors import CorruptError, MismatchError, UsageError, counted
 from kdcache.runtime.progress import Progress, Silent, delayed_task
 from kdcache.runtime.terminal import reporter
-from kdcache.runtime.versions import versions
 
 OUTPUT = "scores"
 """Name of the output in the cache."""
@@ -84,7 +74,7 @@ def read_margin_mse(path: str | Path, *, progress: Progress | bool | None = None
         progress: True to show progress on stderr, or a progress reporter; silent if None.
 
     Raises:
-        UsageError: if there is no such file.
+        UsageError: if the file is not found.
         CorruptError: if a line is not a triple, or a score is not finite; names it.
         MismatchError: if two scores of one pair differ by more than rounding.
     """
@@ -229,45 +219,14 @@ def cache_of_scores(
     if is_random(transform):
         raise UsageError("the scores of a file are of one view, and the transform is random", "remove `transform`")
     scores = _scores_of(samples, read_margin_mse(source, progress=progress), source, progress)
-    keys = samples.keys(progress)
-    encoding = scores_encoding(1)
-    record = OutputRecord(
-        kind="score",
-        source=None,
-        request=VectorRequest(encoding="float32", fidelity=None),
-        encoding=encoding,
-        fidelity=None,
-    )
-    outputs = {OUTPUT: record}
-    spec = spec.model_copy(update={"views": 1, "seed": 0})
-    plan = Plan(
-        teacher=teacher_by_hearsay(name or source.stem, "by margin-mse"),
-        dataset=record_of_data(samples, digest_of(keys, samples.labels)),
-        views=views_of(spec, transform),
-        request=request_of(spec),
-        encoding=None,
-        fidelity=None,
-        shape=choose_sharding(len(samples), bytes_per_shard_row(None, outputs), spec.shard_rows),
-        batch_size=spec.batch_size,
-        versions=versions(),
-        licence=spec.license,
-        notes=spec.notes,
-        lineage=Lineage(
-            operation="convert",
-            arguments={"from": "margin-mse", "file": source.name, "sha256": record_of(source).sha256},
-            parents=[],
-        ),
-        outputs=outputs,
-    )
-    writer = CacheWriter.begin(out, plan, samples.labels, keys)
-    stride = plan.shape.fingerprint_stride
-    inputs = fingerprints_of(View(samples, transform, plan.views.seed, 0), range(0, len(samples), stride))
-
-    def arguments(_: int, shard: int) -> tuple[npt.NDArray[np.float32], Inputs]:
-        ids = plan.shard_ids(shard)
-        return scores[ids.start : ids.stop], inputs.at(slice(ids.start // stride, -(-ids.stop // stride)))
-
-    return build(writer, _write_shard, arguments, scheduler)
+    spec = spec.model_copy(update={"logits": False, "outputs": {OUTPUT: OutputSpec(kind="score")}})
+    teacher = teacher_by_hearsay(name or source.stem, "by margin-mse")
+    with scratch_file(out.with_name(f"{out.name}.{OUTPUT}")) as array:
+        with array.open("wb") as file:
+            np.save(file, scores)
+        opened = LogitFile(source, array, (1, len(scores), 1), "float32", None, None, None)
+        keys, described = samples.keys(progress), {"from": "margin-mse"}
+        return cache_of_arrays({OUTPUT: opened}, samples, keys, out, transform, spec, teacher, described, scheduler)
 
 
 def _scores_of(samples: Samples, file: MarginMSEScores, source: Path, progress: Progress) -> npt.NDArray[np.float32]:
@@ -304,12 +263,3 @@ def _scores_of(samples: Samples, file: MarginMSEScores, source: Path, progress: 
         progress.say(f"note: {unused:,} of the {len(file.pairs):,} pairs of {source} are not in {where}")
     scores: npt.NDArray[np.float32] = file.scores[at]
     return scores
-
-
-def _write_shard(out: Path, view: int, shard: int, scores: npt.NDArray[np.float32], inputs: Inputs) -> None:
-    """Write one shard of scores [B]."""
-    writer = CacheWriter.join(out)
-    record = writer.plan.named_outputs[OUTPUT]
-    values = torch.from_numpy(scores)[:, None]
-    rows = encode_output(values, torch.full((len(values),), -1), record.encoding, None)
-    writer.write(view, shard, None, inputs, outputs={OUTPUT: rows})

@@ -38,7 +38,8 @@ from helpers.foreign import (
 
 from kdcache import dump_teacher
 from kdcache.config.transform import Transform
-from kdcache.curate.dense_logits import cache_of_logits, logits_of_cache
+from kdcache.curate.decoded_files import logits_of_cache
+from kdcache.curate.dense_logits import cache_of_logits
 from kdcache.curate.foreign import cache_of_files
 from kdcache.data.transforms import transform_for_evaluation
 from kdcache.data.views import View
