@@ -72,9 +72,7 @@ class TeacherWithOutputs:
 
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
         """Return the class logits [B, C] of samples `ids` [B] int64 in a view."""
-        if self.logits is None:
-            raise TypeError("the class logits are not used")
-        return self.logits(ids, view)
+        return class_logits_of(self)(ids, view)
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Return a random order of all ids, [N] int64, in which the first of the outputs can be read fast."""
@@ -94,6 +92,15 @@ class TeacherWithOutputs:
     @property
     def _parts(self) -> list[Teacher]:
         return [*([] if self.logits is None else [self.logits]), *self.outputs.values()]
+
+
+def class_logits_of(teacher: Teacher) -> Teacher:
+    """Return the part of a teacher that returns the class logits, which must be used."""
+    if not isinstance(teacher, TeacherWithOutputs):
+        return teacher
+    if teacher.logits is None:
+        raise TypeError("the class logits are not used")
+    return teacher.logits
 
 
 class _CachedRows(ABC, Generic[R]):

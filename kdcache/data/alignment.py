@@ -49,6 +49,11 @@ class Alignment(NamedTuple):
     missing: Ids
     extra: Ids
 
+    @property
+    def ids_of_kept(self) -> Ids | None:
+        """`ids`, or None if none is missing, so that the ids are the new ordinals."""
+        return self.ids if len(self.missing) else None
+
 
 def align(
     keys: npt.NDArray[np.uint64],
@@ -100,17 +105,26 @@ def _count_earlier(values: Ids) -> Ids:
 
 def apply_alignment(samples: Samples, alignment: Alignment) -> Samples:
     """Return the samples of a data set that are in a cache, in the order of the cache."""
-    ids = alignment.ids if len(alignment.missing) else None
-    positions, names, privacy = alignment.positions, samples.sample_names, samples.privacy
-    images = select_images(samples.images, positions)
-    kept = groups_among(samples.groups, positions, len(samples), f"{samples.name}/{samples.split}")
+    kept = groups_among(samples.groups, alignment.positions, len(samples), f"{samples.name}/{samples.split}")
+    chosen = select_samples(samples, alignment.positions, alignment.ids_of_kept)
+    return replace(chosen, notes=samples.notes + kept.notes, groups=kept.groups)
+
+
+def select_samples(samples: Samples, positions: Ids, ids: Ids | None) -> Samples:
+    """Return the samples at some positions, in that order, without groups.
+
+    Args:
+        samples: a data set.
+        positions: [n] int64.
+        ids: [n] int64, ids of these samples in a cache; None if they are their new ordinals.
+    """
+    names, privacy = samples.sample_names, samples.privacy
     return replace(
         samples,
-        images=images,
+        images=select_images(samples.images, positions),
         labels=samples.labels[positions],
         ids=ids,
-        notes=samples.notes + kept.notes,
-        groups=kept.groups,
+        groups=None,
         sample_names=None if names is None else names[positions],
         privacy=None if privacy is None else privacy[positions],
     )
@@ -176,11 +190,8 @@ def match_samples(cache: Cache, samples: Samples, progress: Progress) -> Matched
             "use a cache that was made from this data set (`kdcache info CACHE` names the cache's data set)",
         )
     in_order = np.array_equal(alignment.positions, np.arange(len(samples)))
-    matched = (
-        samples
-        if in_order and not len(alignment.missing)
-        else apply_alignment(replace(samples, groups=None), alignment)
-    )
+    is_whole = in_order and not len(alignment.missing)
+    matched = samples if is_whole else select_samples(samples, alignment.positions, alignment.ids_of_kept)
     check_matches_cache(cache, matched, None, progress)
     replay(cache, matched, SPOT_CHECK_IMAGES)
     note = describe_alignment(samples, alignment) if len(alignment.missing) or len(alignment.extra) else ""

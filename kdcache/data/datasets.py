@@ -59,7 +59,7 @@ def _lacking(spec: DatasetSpec) -> list[Split]:
     if is_user_code(spec.name):
         if is_graph(whole := load_user_split(spec, "train")):
             return _unmasked(graph_of(whole))
-        return [split for split in SPLITS if load_user_split(spec, split) is None]
+        return [split for split in SPLITS if split != "train" and load_user_split(spec, split) is None]
     if spec.name in ("imagenet", "image-folder"):
         return [split for split, folder in _folders(spec).items() if folder is None]
     own: dict[str, tuple[Split, ...]] = {"digits": SPLITS, "cifar10": ("train", "test"), "cifar100": ("train", "test")}

@@ -221,7 +221,7 @@ def _prepare(job: DumpJob, ranks: Ranks) -> tuple[Prepared, _FirstRank]:
     if (digest := weights_digest(job.model)) != (of_first := writer.plan.teacher.weights_digest):
         raise MismatchError(f"this rank's teacher has the weights {digest}, that of the first rank {of_first}", _SAME)
     noise = None
-    if writer.plan.noise is not None or job.spec.noise is not None:  # else the keys need not be read
+    if writer.plan.noise is not None:  # else the keys need not be read
         keys = zarr_store.read_samples(job.out, writer.plan)[1]
         noise = noise_of_cache(job.out, writer.plan, job.spec, job.samples, keys)
     run_probes = partial(replace(job, noise=noise).run_probes, first.probes.keys)

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
 from kdcache.losses.adjustments import NoAdjustment
 from kdcache.losses.controllers import ControllerOptions, InstanceTemperatureOptions, TGeoOptions
 from kdcache.losses.custom import CustomDivergence
 from kdcache.losses.divergences import KL
 from kdcache.losses.gate import GateOptions
-from kdcache.losses.options import AdjustmentOptions, DivergenceOptions, NotNegative, Options, TemperatureOptions
+from kdcache.losses.options import (
+    AdjustmentOptions,
+    DivergenceOptions,
+    LossSection,
+    NotNegative,
+    Options,
+    TemperatureOptions,
+)
 from kdcache.losses.outputs import OutputLoss
 from kdcache.losses.presets import is_custom, settings_of_name
 from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, NORMALIZATIONS, TEMPERATURES
@@ -32,13 +39,11 @@ else:
     Divergence = Annotated[Union[(*DIVERGENCES.values(), CustomDivergence)], Field(discriminator="kind")]
 
 
-class Loss(BaseModel):
+class Loss(LossSection):
     """A whole loss; `losses/distillation.py` has the sum that it describes.
 
     `plain_kd_weight` is the beta of the DTKD authors' code, which adds ordinary KD at `tau` to its own term.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     name: str = "kd"
     """`ce`, or parts joined by `+`, one per axis: `zscore`; `ka`, `lsr`, `truncated`, `noisy`; `kd`, `dtkd`, `dtd`,

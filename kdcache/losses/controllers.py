@@ -6,14 +6,15 @@ the student does to the loss on the validation split (`train/controller.py`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache.losses.options import NotNegative, Positive
+from kdcache.losses.options import LossSection, NotNegative, Positive
 
 
 class Control(NamedTuple):
@@ -32,15 +33,13 @@ class Control(NamedTuple):
         return Control(*(None if value is None else value.detach() for value in self))
 
 
-class ControllerOptions(BaseModel):
+class ControllerOptions(LossSection, ABC):
     """Options of a controller: base class of those below.
 
     Attributes:
         acts_on_label: whether it needs the one true class of each sample.
         sets_temperature: whether it sets the temperatures.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     acts_on_label: ClassVar[bool] = False
     sets_temperature: ClassVar[bool] = False
@@ -58,6 +57,7 @@ class ControllerOptions(BaseModel):
         """Whether it is trained at all."""
         return True
 
+    @abstractmethod
     def make(self, num_classes: int, class_means: Tensor) -> Controller:
         """Return the network.
 
@@ -65,7 +65,6 @@ class ControllerOptions(BaseModel):
             num_classes: C.
             class_means: [C, C], mean probabilities of the teacher over the training samples of each class.
         """
-        raise NotImplementedError
 
 
 class TGeoOptions(ControllerOptions):
@@ -109,9 +108,10 @@ class InstanceTemperatureOptions(ControllerOptions):
         return TemperatureController(self.low, self.high)
 
 
-class Controller(nn.Module):
+class Controller(nn.Module, ABC):
     """A network from the logits and labels of a batch to its `Control`; no gradient flows back to the student."""
 
+    @abstractmethod
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Control:
         """Return what is set for each sample.
 
@@ -120,7 +120,6 @@ class Controller(nn.Module):
             teacher_logits: [B, C].
             labels: [B] int64, -1 where not known.
         """
-        raise NotImplementedError
 
 
 def _layers(inputs: int) -> nn.Sequential:

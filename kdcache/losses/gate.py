@@ -6,17 +6,15 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kdcache.losses.batch import BatchSum, of_these
-from kdcache.losses.options import NotNegative
+from kdcache.losses.options import LossSection, NotNegative
 
 
-class GateOptions(BaseModel):
+class GateOptions(LossSection):
     """Options of a gate over the teachers of several caches."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     choose: Literal["top", "mean"] = "top"
     """`top`: the mean distillation loss of the most probable teachers; `mean`: the loss of the mean logits, weighted by

@@ -23,7 +23,13 @@ AT_1: dict[str, Any] = {"kind": "constant", "tau": 1.0}
 """The temperature axis without a temperature, for presets."""
 
 
-class Options(BaseModel):
+class LossSection(BaseModel):
+    """A part of the `loss` section of a pipeline file: unknown keys and values of other types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Options(LossSection):
     """The options of one function of one axis.
 
     Attributes:
@@ -34,8 +40,6 @@ class Options(BaseModel):
         uses_batch_max: whether it needs the maximum over the batch too; the function then takes `batch_max`.
         uses_edges: whether it compares samples that an edge of a graph joins; the function then takes `edges`.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     compute: ClassVar[Callable[..., Any]]
     presets: ClassVar[Presets] = {}

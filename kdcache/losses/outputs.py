@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdcache.losses import scores, vectors
 from kdcache.losses.batch import BatchTotals
-from kdcache.losses.options import NotNegative, Positive
+from kdcache.losses.options import LossSection, NotNegative, Positive
 
 OutputKind = Literal["vector", "score", "classes"]
 
 
-class OutputLossOptions(BaseModel):
+class OutputLossOptions(LossSection):
     """The loss of one output: base class of those below.
 
     Attributes:
@@ -31,8 +31,6 @@ class OutputLossOptions(BaseModel):
         of_rows: whether it is a loss of the batch that takes `batch_rows`.
         of_groups: whether it compares several scores: those of a sample, or the single scores of a group of samples.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
     compute: ClassVar[Callable[..., Tensor]]
     kinds: ClassVar[tuple[OutputKind, ...]] = ("vector",)

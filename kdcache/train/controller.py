@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from kdcache.cache.teacher import Teacher, TeacherWithOutputs
+from kdcache.cache.teacher import Teacher, class_logits_of
 from kdcache.config.schema import TrainSpec
 from kdcache.data.loader import cut_range
 from kdcache.data.views import View
@@ -56,13 +56,13 @@ class ControllerTraining:
 
     def control(self, student_logits: Tensor, batch: MicroBatch) -> Control:
         """Return what is set for a batch of the student with logits [B, C], without a gradient."""
+        with torch.no_grad():
+            return self._control(student_logits, batch)
+
+    def _control(self, student_logits: Tensor, batch: MicroBatch) -> Control:
         if batch.teacher_logits is None:
             raise TypeError("a controller needs the teacher's logits")
-        with torch.no_grad():
-            return self._control(student_logits, batch.teacher_logits, batch.labels)
-
-    def _control(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Control:
-        control: Control = self.controller(student_logits, teacher_logits, labels)
+        control: Control = self.controller(student_logits, batch.teacher_logits, batch.labels)
         return control
 
     def prepare(self, model: nn.Module, batch: MicroBatch, loss: Loss, epoch: int, lr: float, smoothing: float) -> None:
@@ -86,9 +86,7 @@ class ControllerTraining:
         buffers = {name: value.clone() for name, value in model.named_buffers()}
         weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
         logits = functional_call(model, (weights, buffers), (batch.images,))
-        if batch.teacher_logits is None:
-            raise TypeError("a controller needs the teacher's logits")
-        control = self._control(logits, batch.teacher_logits, batch.labels)
+        control = self._control(logits, batch)
         total = distillation_loss(
             logits, batch.teacher_logits, batch.labels, loss, epoch, label_smoothing=smoothing, control=control
         ).total
@@ -183,9 +181,7 @@ def make_controller(
 
 def _class_means(train: View, teacher: Teacher) -> Tensor:
     """Return the mean probabilities of the teacher over the training samples of each class, [C, C], in view 0."""
-    logits = teacher.logits if isinstance(teacher, TeacherWithOutputs) else teacher
-    if logits is None:
-        raise TypeError("a controller needs the teacher's logits")
+    logits = class_logits_of(teacher)
     means = ClassMeans(train.samples.num_classes)
     cuts = [torch.arange(cut.start, cut.stop) for cut in cut_range(range(len(train)), _ROWS_AT_ONCE)]
     logits.prefetch(cuts, 0)

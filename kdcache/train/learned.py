@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.teacher import Teacher, TeacherWithOutputs
+from kdcache.cache.teacher import Teacher, class_logits_of
 from kdcache.losses import Loss
 from kdcache.losses.gate import Gate
 from kdcache.models.checkpoints import save_weights
@@ -35,6 +35,11 @@ class LearnedParts(NamedTuple):
     outputs: StudentOutputs | None = None
     gate: Gate | None = None
     controller: ControllerTraining | None = None
+
+    @property
+    def by_name(self) -> dict[str, nn.Module | ControllerTraining]:
+        """Those that are there, by the names that they have in a state."""
+        return {name: part for name, part in self._asdict().items() if part is not None}
 
     def save(self, folder: Path) -> None:
         """Write what was learned into the run folder, beside the student."""
@@ -72,8 +77,5 @@ def make_gate(loss: Loss, teacher: Teacher | None, num_classes: int, device: tor
     """Return the gate of a loss, with the random weights that the present seed gives; None without one."""
     if loss.gate is None or teacher is None:
         return None
-    logits = teacher.logits if isinstance(teacher, TeacherWithOutputs) else teacher
-    if logits is None:
-        raise TypeError("a gate needs the logits of its teachers")
-    n_teachers = logits(torch.arange(1)).shape[1]
+    n_teachers = class_logits_of(teacher)(torch.arange(1)).shape[1]
     return Gate(num_classes, n_teachers).to(device)

@@ -25,7 +25,6 @@ from kdcache.losses.batch import OVER_ALL_RANKS, BatchTotals, labeled_shares
 from kdcache.losses.distillation import NO_CONTROL
 from kdcache.train.accelerator import join_processes
 from kdcache.train.batches import check_groups, cut_batches, epoch_order
-from kdcache.train.controller import ControllerTraining
 from kdcache.train.edges import BatchEdges
 from kdcache.train.gradients import GradientMonitor
 from kdcache.train.learned import CHANCES, NO_PARTS, LearnedParts, WholeNetwork
@@ -84,7 +83,8 @@ class Trainer:
         group_size: int = 1,
     ) -> None:
         self.model, self.spec, self.loss = model, spec, loss
-        self.outputs, self.gate, self.controller = outputs, gate, _ = learned
+        self.learned = learned
+        outputs, gate, self.controller = learned
         self.accelerator = join_processes(device, spec.precision, uses_all=loss.uses_logits)
         self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
         cuts = cut_batches(torch.arange(count).reshape(-1, group_size), spec, self.ranks)
@@ -121,12 +121,6 @@ class Trainer:
         if self.accelerator.process_index:
             # Each process draws other numbers in the network; the first draws those of a single process.
             torch.manual_seed(spec.seed + 1_000_003 * self.accelerator.process_index)
-
-    @property
-    def _parts(self) -> dict[str, nn.Module | ControllerTraining]:
-        """What is trained beside the network, by the name that it has in the state."""
-        parts = {"outputs": self.outputs, "gate": self.gate, "controller": self.controller}
-        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def selected_network(self) -> nn.Module:
@@ -255,9 +249,9 @@ class Trainer:
             parts = self._distillation_loss(said[LOGITS], teacher_logits, labels, self.loss, *of_step)
         else:
             parts = LossParts(*(torch.zeros((), device=self.device) for _ in LossParts._fields))
-        if self.outputs is None:
+        if self.learned.outputs is None:
             return parts
-        of_outputs = self.outputs.loss(said, targets, context.totals)
+        of_outputs = self.learned.outputs.loss(said, targets, context.totals)
         return parts._replace(total=parts.total + of_outputs, distillation=parts.distillation + of_outputs.detach())
 
     def _synchronized_at_last(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Any]]:
@@ -313,7 +307,7 @@ class Trainer:
         """Return all that the next step depends on, as tensors and plain values."""
         return {
             "model": self.model.state_dict(),
-            **{name: part.state_dict() for name, part in self._parts.items()},
+            **{name: part.state_dict() for name, part in self.learned.by_name.items()},
             "theta": None if self.theta is None else self.theta.detach(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -325,7 +319,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
-        for name, part in self._parts.items():
+        for name, part in self.learned.by_name.items():
             part.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -7,21 +7,20 @@ import json
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from helpers.paths import ROOT
 from helpers.processes import command_line, exit_code, in_a_process, kill_at
 from helpers.ranks import run_with_torchrun
+from helpers.students import command, contents
 from helpers.trainers import meeting_place, together
 from PIL import Image
 from safetensors.torch import load_file
 
 from kdcache import load_pipeline, open_cache, train_student
-from kdcache.cli import main
 
 EPOCHS = 4
 
@@ -87,10 +86,6 @@ def home_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, arguments), "--device", "cpu"])
-
-
 def arguments(home: Path, out: Path, *more: object) -> list[object]:
     return ["train-student", home / "tiny.yaml", "--cache", home / "tiny.kdcache", "-o", out, *more]
 
@@ -106,14 +101,6 @@ def whole(home_of_all: Path) -> Path:
     assert done.exit_code == 0, done.output
     assert json.loads((home_of_all / "whole" / "metrics.json").read_text())["epochs"] == EPOCHS
     return home_of_all / "whole"
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """Every file of a run folder, but for how long it took."""
-    held: dict[str, Any] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    metrics = json.loads(held["metrics.json"])
-    assert metrics.pop("seconds") > 0
-    return {**held, "metrics.json": metrics}
 
 
 def unfinished(out: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from kdcache.curate.foreign.ml_dr import open_ml_dr
 from kdcache.curate.foreign.sparse_labels import OpenedSource, SoftLabelSource, as_rows, logits_of
 from kdcache.curate.foreign.tinyvit import open_tinyvit
 from kdcache.curate.recode import complete
-from kdcache.data.alignment import select_images
+from kdcache.data.alignment import select_samples
 from kdcache.data.loader import cut_range
 from kdcache.data.recorded_crop import split_recorded
 from kdcache.data.replay import fingerprints_of
@@ -189,15 +188,7 @@ def _fingerprinted(plan: Plan, samples: Samples, shard: int) -> Samples:
     """Return the samples of a shard whose fingerprints are stored; their ids are their positions in the shard."""
     ids = plan.shard_ids(shard)
     marked = np.arange(ids.start, ids.stop, plan.shape.fingerprint_stride)
-    return replace(
-        samples,
-        images=select_images(samples.images, marked),
-        labels=samples.labels[marked],
-        ids=marked - ids.start,
-        groups=None,
-        sample_names=None,
-        privacy=None,
-    )
+    return select_samples(samples, marked, marked - ids.start)
 
 
 def _write_shard(
