@@ -408,7 +408,7 @@ class SparseRows:
         self._shape = dense.shape
 
 
-def planetoid_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def planetoid_files(folder: Path) -> Path:
     """Write a graph of 60 nodes and 3 classes as planetoid's files have it: test nodes are last, in another order."""
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
@@ -419,22 +419,23 @@ def planetoid_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     module = ModuleType("scipy.sparse.csr")
     rows_of = type("csr_matrix", (SparseRows,), {"__module__": module.__name__})
     module.csr_matrix = rows_of  # type: ignore[attr-defined]  # under the name that the files have
-    monkeypatch.setitem(sys.modules, module.__name__, module)
     neighbors = {node: [other for other in range(60) if (node - other) % 6 == 3][:4] for node in range(60)}
     parts = {
         "x": rows_of(stored[:6]), "tx": rows_of(stored[50:]), "allx": rows_of(stored[:50]),
         "y": onehot[:6], "ty": onehot[50:], "ally": onehot[:50], "graph": defaultdict(list, neighbors),
     }  # fmt: skip
-    for name, part in parts.items():
-        (folder / f"ind.cora.{name}").write_bytes(pickle.dumps(part, protocol=2))
+    with pytest.MonkeyPatch.context() as loaded:  # pickle imports the module that it names; scipy need not be installed
+        for name in ("scipy", "scipy.sparse"):
+            loaded.setitem(sys.modules, name, ModuleType(name))
+        loaded.setitem(sys.modules, module.__name__, module)
+        for name, part in parts.items():
+            (folder / f"ind.cora.{name}").write_bytes(pickle.dumps(part, protocol=2))
     (folder / "ind.cora.test.index").write_text("\n".join(map(str, order)))
     return folder
 
 
-def test_students_of_a_graph_network_learn_the_same_from_its_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = planetoid_files(tmp_path, monkeypatch)
+def test_students_of_a_graph_network_learn_the_same_from_its_cache(tmp_path: Path) -> None:
+    folder = planetoid_files(tmp_path)
     text = printed("real_teachers.py", "--quick", "--only", "cora", "--seeds", "2", "--planetoid", str(folder))
     assert text.startswith("Cora: 60 nodes")
     rows = {row["network"]: row for row in cells(text, "network")}
@@ -447,8 +448,8 @@ def test_students_of_a_graph_network_learn_the_same_from_its_cache(
     assert float(rows["GCN, the teacher"]["as the teacher"]) == 1
 
 
-def test_a_file_that_is_not_of_planetoid_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, trace = planetoid_files(tmp_path, monkeypatch), tmp_path / "trace"
+def test_a_file_that_is_not_of_planetoid_is_not_run(tmp_path: Path) -> None:
+    folder, trace = planetoid_files(tmp_path), tmp_path / "trace"
 
     class Evil:
         def __reduce__(self) -> Any:
