@@ -10,7 +10,7 @@ import click
 
 from kdcache.cli import output
 from kdcache.cli.options import PathType, choose_device, device_option, json_option
-from kdcache.cli.sweep import accuracy_table
+from kdcache.cli.sweep import results_table
 
 if TYPE_CHECKING:
     from kdcache.demo import Demo
@@ -50,7 +50,7 @@ def _print(results: Demo, out: Path) -> None:
     """Print the accuracies of the teacher and the students, and what they were trained from."""
     teacher = ["teacher", f"{results.teacher_accuracy:.1%}", "", "", f"{results.teacher_training_seconds:.1f}"]
     seeds = len(results.students[0].accuracies)
-    columns, rows = accuracy_table(results.students)
+    columns, rows = results_table(results.students)
     # Without the validation accuracy: nothing is selected by it here.
     output.table(
         f"Test accuracy on digits, {'one seed' if seeds == 1 else f'mean of {seeds} seeds'}",

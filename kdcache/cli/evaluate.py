@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kdcache.cache import Cache
     from kdcache.evaluation.exposure import Exposures
     from kdcache.evaluation.networks import Network, NetworkRef
+    from kdcache.evaluation.output_scores import OutputScore
     from kdcache.evaluation.scorecard import NetworkScore, Scorecard
 
 _CHECKPOINTS = {".bin", ".ckpt", ".pt", ".pt2", ".pth", ".safetensors", ".tar"}
@@ -67,7 +68,8 @@ def evaluate(
     """Print the accuracy, calibration and cost of trained networks, and their agreement with a cached teacher.
 
     A RUN is a folder of train-student or train-teacher, or a whole sweep. A CHECKPOINT is a file with the weights of a
-    network of --pipeline, safetensors or torch. Nothing is written.
+    network of --pipeline, safetensors or torch. Vectors and scores of a RUN are compared with those of --cache, on the
+    samples that were held out from its training if there are any. Nothing is written.
 
     \b
     Example: kdcache evaluate runs/digits-teacher runs/digits-student --cache runs/digits.kdcache
@@ -77,22 +79,38 @@ def evaluate(
 
     from kdcache.cache import open_cache
     from kdcache.evaluation.exposure import measure_exposure
+    from kdcache.evaluation.output_scores import score_outputs
     from kdcache.evaluation.scorecard import score_networks
 
     selected = _select(networks, pipeline, network, overrides)
     named = read_canaries(canaries, references)
     chosen, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
-    card = score_networks(selected, split, cache=cache, rows=rows, device=chosen, progress=progress)
+    classifiers = selected if cache is None else [each for each in selected if each.has_class_logits]
+    of_classes = cache if cache is not None and cache.manifest.plan.class_encoding is not None else None
+    card = (
+        score_networks(classifiers, split, cache=of_classes, rows=rows, device=chosen, progress=progress)
+        if classifiers
+        else None
+    )
+    outputs = []
+    if cache is not None and (with_outputs := [each for each in selected if each.has_outputs]):
+        outputs = score_outputs(with_outputs, cache, rows=rows, device=chosen, progress=progress)
     exposures = measure_exposure(selected, named, cache, device=chosen, progress=progress) if named else None
     if as_json:
-        scores = [score.as_record() for score in card.scores]
+        scores = {**card._asdict(), "scores": [score.as_record() for score in card.scores]} if card else {}
         digest = cache.manifest.digest if cache else None
         machine = {"device": chosen, "threads": torch.get_num_threads(), "cache": digest}
         measured = {"exposures": exposures.as_record()} if exposures else {}
-        output.as_json({**card._asdict(), **machine, "scores": scores, **measured})
+        compared = {"outputs": [score._asdict() for score in outputs]} if outputs else {}
+        output.as_json({**scores, **machine, **compared, **measured})
     else:
-        _print(card, cache, chosen)
+        if card is not None:
+            _print(card, of_classes, chosen)
+        if card is not None and outputs:
+            output.result("")
+        if cache is not None and outputs:
+            _print_outputs(outputs, cache)
         if exposures is not None:
             _print_exposures(exposures)
 
@@ -162,6 +180,53 @@ def _print(card: Scorecard, cache: Cache | None, device: str) -> None:
             f"on {like.rows:,} of its {len(cache):,} images, view 0"
         )
         facts["TV"] = "mean total variation between the softmax of network and teacher, on the same images"
+    output.facts(facts)
+
+
+_OUTPUT_COLUMNS = {
+    "one_minus_cosine": ("1 - cosine", "mean of 1 - cosine of the student's vector and the teacher's"),
+    "relative_error": (
+        "error",
+        "squared error by the squared distance of the teacher's numbers from their mean: 0 is best, 1 as good as the "
+        "mean",
+    ),
+    "alignment": (
+        "CKA",
+        "linear CKA (Kornblith et al. 2019): 1 for vectors that are equal but for a rotation and a scale",
+    ),
+    "correlation": ("correlation", "Pearson's, of the scores of student and teacher"),
+    "same_order": ("same order", "share of the pairs of scores that are compared and that both order in the same way"),
+    "same_class": ("agreement", "share of samples with the same top class as the teacher"),
+    "total_variation": ("TV, T=1", "mean total variation between the softmax of student and teacher"),
+}
+"""Of each measure of `OutputScore`: the column, and what it means."""
+
+
+def _print_outputs(scores: list[OutputScore], cache: Cache) -> None:
+    """Print a table of the outputs beside class logits, and what its columns mean."""
+    records = [score._asdict() for score in scores]
+    shown = [name for name in _OUTPUT_COLUMNS if any(record[name] is not None for record in records)]
+    output.table(
+        f"Outputs, against the teacher of {cache.path}, view 0",
+        ["network", "output", "samples", *(_OUTPUT_COLUMNS[name][0] for name in shown), "parameters", "ms"],
+        [
+            [
+                score.network,
+                score.output,
+                f"{score.rows:,} {'held out' if score.held_out else 'trained on'}",
+                *("" if record[name] is None else f"{record[name]:.4g}" for name in shown),
+                f"{score.parameters:,}",
+                f"{score.milliseconds:.2f}",
+            ]
+            for score, record in zip(scores, records, strict=True)
+        ],
+    )
+    output.result("")
+    facts = dict(_OUTPUT_COLUMNS[name] for name in shown)
+    if not all(score.held_out for score in scores):
+        facts["trained on"] = (
+            "samples of the training; train with --set student.train.held_out_fraction=0.1 to hold some out"
+        )
     output.facts(facts)
 
 

@@ -135,7 +135,9 @@ def run_result(out: Path, trained: RunResult, json_wanted: bool) -> None:
             }
         )
         return
-    validation = "" if best.validation_accuracy is None else f", validation accuracy {best.validation_accuracy:.2%}"
+    validation = "" if best.validation_loss is None else f", held-out loss {best.validation_loss:.4g}"
+    if best.validation_accuracy is not None:
+        validation = f", validation accuracy {best.validation_accuracy:.2%}"
     facts(
         {
             "run": str(out),

@@ -125,8 +125,9 @@ def sweep(
     if as_json:
         output.as_json(as_record(summaries))
     else:
-        columns, rows = accuracy_table(summaries)
-        output.table(f"Accuracy, {'one seed' if seeds == 1 else f'mean of {seeds} seeds'}", columns, rows)
+        columns, rows = results_table(summaries)
+        measure = "Accuracy" if "test" in columns else "Loss on samples that were held out"
+        output.table(f"{measure}, {'one seed' if seeds == 1 else f'mean of {seeds} seeds'}", columns, rows)
         output.result("")
         shown = {"picture": str(picture)} if picture is not None else {}
         output.facts({"runs": str(out), "table": str(table), **shown})
@@ -140,8 +141,8 @@ def sweep(
         )
 
 
-def accuracy_table(summaries: Sequence[SweepSummary]) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of a table of accuracies, one row per combination."""
+def results_table(summaries: Sequence[SweepSummary]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of a table of accuracies or held-out losses, one row per combination."""
     rows = []
     for summary in summaries:
         spread = interval = ""
@@ -150,8 +151,13 @@ def accuracy_table(summaries: Sequence[SweepSummary]) -> tuple[list[str], list[l
             ends = [f"{accuracy:.1%}" for accuracy in (min(summary.accuracies), max(summary.accuracies))]
             interval = " to ".join(dict.fromkeys(ends))
         accuracies = [_percent(summary.validation), _percent(summary.mean)]
-        rows.append([summary.point, *accuracies, spread, interval, f"{summary.seconds:.1f}"])
-    return ["student", "validation", "test", "std, points", "range", "training, s"], rows
+        held_out = "" if summary.held_out is None else f"{summary.held_out:.4g}"
+        rows.append([summary.point, held_out, *accuracies, spread, interval, f"{summary.seconds:.1f}"])
+    columns = ["student", "held-out loss", "validation", "test", "std, points", "range", "training, s"]
+    has_losses = any(summary.held_out is not None for summary in summaries)
+    has_accuracies = not has_losses or any(row[2] or row[3] for row in rows)
+    shown = [0, *([1] if has_losses else []), *(range(2, 6) if has_accuracies else []), 6]
+    return [columns[index] for index in shown], [[row[index] for index in shown] for row in rows]
 
 
 def _percent(value: float | None) -> str:

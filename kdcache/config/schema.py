@@ -98,7 +98,11 @@ class TrainSpec(Section):
     ema_decay: Fraction | None = None
     """Validate and keep an exponential moving average of the weights with this decay per step."""
     early_stopping_patience: Count | None = None
-    """Stop after this many epochs without a better validation accuracy."""
+    """Stop after this many epochs without a better validation accuracy, or with `held_out_fraction` without a lower
+    loss of the samples that are held out."""
+    held_out_fraction: Fraction = 0.0
+    """Fraction of the training samples that are held out, for a student without class logits or without a validation
+    split: the epoch with the lowest loss on them is selected. Without it, the last epoch is."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of training: float32 or mixed precision. Validation and test are in float32."""
     channels_last: bool = False

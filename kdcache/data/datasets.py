@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -23,6 +22,7 @@ from kdcache.data.nodes import Graph, graph_of, is_graph, read_graph
 from kdcache.data.npz_files import array_transform, read_npz
 from kdcache.data.sample_groups import groups_among
 from kdcache.data.samples import HeldOut, Samples, Split
+from kdcache.data.seeding import in_hash_order
 from kdcache.data.user_dataset import load_user_split, user_samples
 from kdcache.errors import UsageError
 from kdcache.runtime.package_data import package_data
@@ -81,14 +81,14 @@ def _share(
     They are drawn in the order of the hashes of the ids, which is the same on every machine and with every version of
     every library, unlike the permutation of a random generator.
     """
-    order = sorted(range(count), key=lambda i: hashlib.blake2b(i.to_bytes(8, "little"), digest_size=8).digest())
+    order = in_hash_order(count)
     start = 0
     for name in _lacking(spec) if lacking is None else lacking:
         size = round(count * (spec.validation_fraction if name == "validation" else spec.test_fraction))
         if split == name:
-            return np.sort(np.array(order[start : start + size], np.int64))
+            return np.sort(order[start : start + size])
         start += size
-    return np.sort(np.array(order[start:], np.int64))
+    return np.sort(order[start:])
 
 
 def _digits(spec: DatasetSpec, split: Split) -> Samples:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -15,6 +16,12 @@ def seed_of(*parts: int) -> int:
     """Return the 64-bit seed that `parts`, each below 2**64, determine."""
     digest = hashlib.blake2b(b"".join(part.to_bytes(8, "little") for part in parts), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def in_hash_order(count: int) -> npt.NDArray[np.int64]:
+    """Return 0 to count - 1 in the order of their hashes, [count]: the same with every version of every library."""
+    order = sorted(range(count), key=lambda i: hashlib.blake2b(i.to_bytes(8, "little"), digest_size=8).digest())
+    return np.array(order, np.int64)
 
 
 def seed_generators(seed: int) -> None:

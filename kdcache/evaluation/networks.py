@@ -59,6 +59,11 @@ class NetworkRef:
         """Whether it was trained to return class logits."""
         return self.network == "teacher" or self.pipeline.loss.uses_logits
 
+    @property
+    def has_outputs(self) -> bool:
+        """Whether it was trained with other outputs than class logits, or besides them."""
+        return self.network == "student" and bool(self.pipeline.loss.outputs)
+
     def load(self, samples: Samples) -> tuple[nn.Module, View]:
         """Build the network with its weights, and a view of the samples with its evaluation transform.
 
@@ -67,19 +72,25 @@ class NetworkRef:
             KdcacheError: if the weights are missing or do not fit, or if the pipeline has no deterministic transform
                 for evaluation.
         """
-        if not self.has_class_logits:
-            outputs = self.pipeline.loss.outputs
-            raise UsageError(
-                f"{self.name} was trained without class logits (loss.logits is false), and these are what is measured",
-                f"compare its output with the teacher's in Python: cache.teacher({next(iter(outputs))!r})(ids); "
-                "`kdcache report` draws its losses",
-            )
+        self.check_class_logits()
         self.check_classes(samples)
         if self.network == "teacher":
             loaded = load_teacher(self.pipeline)
             return loaded.model, View(samples, self._transform(loaded.transform))
         view = View(samples, self._transform(samples.transform))
         return build_for(self.pipeline.section("student"), samples, view.shape(), trained=True), view
+
+    def check_class_logits(self) -> None:
+        """Check that it was trained with class logits.
+
+        Raises:
+            UsageError: if it was not.
+        """
+        if not self.has_class_logits:
+            raise UsageError(
+                f"{self.name} was trained without class logits (loss.logits is false), and these are what is measured",
+                f"compare its outputs with the teacher's: kdcache evaluate {self.name} --cache CACHE",
+            )
 
     def check_classes(self, samples: Samples) -> None:
         """Check that a data set has the classes that the network was trained with, in the same order.

@@ -122,11 +122,14 @@ def score_networks(
 
     Raises:
         MismatchError: if the networks, or the networks and the cache, have different data sets.
-        UsageError: if the data set has no such split, or none of its images has a label.
+        UsageError: if the data set has no such split, none of its images has a label, or a network was trained without
+            class logits.
         CorruptError: if a network returns NaN or infinite logits.
         KdcacheError: if the weights of a network do not fit.
     """
     progress = progress or Silent()
+    for network in networks:
+        network.check_class_logits()
     samples = same_split([network.pipeline.dataset for network in networks], split)
     labeled = torch.from_numpy(samples.labels >= 0).nonzero().squeeze(1).tolist()
     if not labeled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,11 @@ class LearnedParts(NamedTuple):
         """Those that are there, by the names that they have in a state."""
         return {name: part for name, part in self._asdict().items() if part is not None}
 
+    def load(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Load what `WholeNetwork.learned_state` returned."""
+        for name, state in states.items():
+            self.by_name[name].load_state_dict(state)  # type: ignore[arg-type]  # no controller is among them
+
     def save(self, folder: Path) -> None:
         """Write what was learned into the run folder, beside the student."""
         if self.outputs is not None:
@@ -63,6 +69,11 @@ class WholeNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.theta, self.outputs, self.gate = model, theta, outputs, gate
+
+    def learned_state(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights of what is learned beside the network and depends on its weights, by its name."""
+        parts = {"outputs": self.outputs, "gate": self.gate}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the logits [B, C] of images [B, channels, H, W], and other outputs [B, D], by name."""

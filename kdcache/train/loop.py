@@ -1,4 +1,4 @@
-"""The training loop: epochs of optimizer steps, with the weights of the best epoch on the validation split selected.
+"""The training loop: epochs of optimizer steps, with the weights of the best epoch on held-out samples selected.
 
 With several processes, only what is drawn in the network (dropout) and batch normalization, which is of one
 micro-batch, differ from a single process; see `step.py`.
@@ -23,17 +23,18 @@ from kdcache.data.views import View
 from kdcache.errors import CorruptError
 from kdcache.losses import Loss, LossParts
 from kdcache.runtime.progress import Progress, Silent
-from kdcache.train.learned import NO_PARTS, LearnedParts
+from kdcache.train.learned import NO_PARTS, LearnedParts, WholeNetwork
 from kdcache.train.passes import Clock, Work, run_alone
 from kdcache.train.random_states import as_plain_values, from_plain_values, random_state, set_random_state
-from kdcache.train.scoring import validation_work
+from kdcache.train.scoring import HeldOut, held_out_cuts, held_out_work, validation_work
 from kdcache.train.step import Trainer
 
 
 class Epoch(NamedTuple):
     """A line of metrics.csv: losses are means over the steps of the epoch, as `LossParts` defines them.
 
-    `lr` is that of the first step; temperatures are means over the samples, None without a teacher.
+    `lr` is that of the first step; temperatures are means over the samples, None without a teacher. Without a
+    validation split, `validation_loss` is the loss on samples that are held out, if there are any.
     """
 
     epoch: int
@@ -64,10 +65,11 @@ class Checkpointer(Protocol):
 
 @dataclass
 class _Best:
-    """The best epoch so far, and its weights."""
+    """The best epoch so far, its weights, and those of what is learned beside the network, by name."""
 
     epoch: Epoch
     weights: dict[str, Tensor]
+    learned: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,12 +80,11 @@ class TrainingState:
     best: _Best | None = None
     seconds: float = 0.0
 
-    def add(self, epoch: Epoch, network: nn.Module) -> None:
+    def add(self, epoch: Epoch, selected: WholeNetwork) -> None:
         """Add an epoch; it is the best one if all epochs before were worse."""
         self.rows.append(epoch)
-        before = self.best.epoch.validation_accuracy if self.best else None
-        if before is None or epoch.validation_accuracy is None or epoch.validation_accuracy > before:
-            self.best = _Best(epoch, copy.deepcopy(network.state_dict()))
+        if self.best is None or _is_better(epoch, self.best.epoch):
+            self.best = _Best(epoch, *copy.deepcopy((selected.model.state_dict(), selected.learned_state())))
 
     def is_over(self, spec: TrainSpec) -> bool:
         """Return whether all epochs are done, or early stopping applies."""
@@ -95,11 +96,21 @@ class TrainingState:
         )
 
 
+def _is_better(epoch: Epoch, best: Epoch) -> bool:
+    """Return whether an epoch is selected instead of the best before it; without any validation, it always is."""
+    if epoch.validation_accuracy is not None and best.validation_accuracy is not None:
+        return epoch.validation_accuracy > best.validation_accuracy
+    if epoch.validation_loss is not None and best.validation_loss is not None:
+        return epoch.validation_loss < best.validation_loss
+    return True
+
+
 class TrainingResult(NamedTuple):
     """The result of training; the network holds the weights of the best epoch.
 
     Attributes:
-        best: the first epoch of the best validation accuracy; the last one without a validation split.
+        best: the first epoch of the best validation accuracy, or else of the lowest loss on samples that are held out;
+            the last one without either.
         epochs: all epochs.
         seconds: duration of training, with validation, without interruptions.
         warnings: about gradients that were not finite or exploded.
@@ -161,13 +172,14 @@ def training_work(
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
     learned: LearnedParts = NO_PARTS,
+    held: HeldOut | None = None,
 ) -> Work[TrainingResult]:
-    """Train a network, and load the weights of its best epoch on the validation split into it.
+    """Train a network, and load the weights of its best epoch into it and into what is learned beside it.
 
     Args:
         model: network; moved to `device`.
         train: images and labels.
-        validation: split for the selection; None selects the last epoch.
+        validation: split for the selection; None selects by `held`.
         spec: optimizer, schedule, seed.
         loss: minimized.
         teacher: source of the teacher's logits.
@@ -178,6 +190,7 @@ def training_work(
         progress: progress reporter; silent if None.
         clock: returns seconds, for the duration of training.
         learned: what is trained beside the network.
+        held: samples for the selection; None selects the last epoch, if there is no validation split.
 
     Raises:
         Diverged: if the loss becomes NaN or infinite.
@@ -185,6 +198,8 @@ def training_work(
     """
     data, progress = train.samples, progress or Silent()
     trainer = Trainer(model, spec, loss, data.per_epoch, device, progress.say, learned, data.group_size)
+    if held is not None:
+        held_out_cuts(trainer, held.view)  # checks them before the first epoch
     state = TrainingState()
     if checkpointer and (saved := _load(trainer, checkpointer)) is not None:
         state = _resume(trainer, saved)
@@ -207,7 +222,9 @@ def training_work(
             if validation is not None:
                 score = yield from validation_work(trainer, validation, number, task)
                 epoch = epoch._replace(validation_accuracy=score.accuracy, validation_loss=score.loss)
-            state.add(epoch, trainer.selected_network)
+            elif held is not None:
+                epoch = epoch._replace(validation_loss=(yield from held_out_work(trainer, held, number, task)))
+            state.add(epoch, trainer.selected)
             state.seconds += clock() - began
             if on_epoch:
                 on_epoch(epoch)
@@ -216,9 +233,12 @@ def training_work(
             note = f"epoch {number} of {spec.epochs}, loss {epoch.loss:.3f}"
             if epoch.validation_accuracy is not None:
                 note += f", validation {epoch.validation_accuracy:.1%}"
+            elif epoch.validation_loss is not None:
+                note += f", held out {epoch.validation_loss:.3g}"
             task.advance(1, note)
     assert state.best is not None, "there is at least one epoch"  # noqa: S101  # for the type checker
     model.load_state_dict(state.best.weights)
+    learned.load(state.best.learned)
     warning = trainer.gradients.warning
     return TrainingResult(state.best.epoch, state.rows, state.seconds, [] if warning is None else [warning])
 
@@ -271,6 +291,7 @@ def _save(trainer: Trainer, state: TrainingState, checkpointer: Checkpointer) ->
             "rows": [list(row) for row in state.rows],
             "best": state.best.epoch.epoch,
             "weights": state.best.weights,
+            "learned": state.best.learned,
             "seconds": state.seconds,
             "generators": generators,
         }
@@ -284,4 +305,4 @@ def _resume(trainer: Trainer, state: dict[str, Any]) -> TrainingState:
         own = from_plain_values(state["generators"][trainer.accelerator.process_index])
         set_random_state(own, trainer.device)
     rows = [Epoch(*row) for row in state["rows"]]
-    return TrainingState(rows, _Best(rows[state["best"] - 1], state["weights"]), state["seconds"])
+    return TrainingState(rows, _Best(rows[state["best"] - 1], state["weights"], state["learned"]), state["seconds"])

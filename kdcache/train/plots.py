@@ -42,7 +42,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     line(losses, "loss", "training: total", "C0")
     line(losses, "cross_entropy", "training: labels", "C1")
     line(losses, "distillation", "training: teacher, before warm-up", "C2")
-    line(losses, "validation_loss", "validation: labels", "C3")
+    line(losses, "validation_loss", "validation: labels" if validated else "held-out samples", "C3")
     losses.set_ylabel("loss, nats")
     for axes in accuracy:
         line(axes, "validation_accuracy", "validation", "C3", 100)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import StudentSpec, TeacherSpec, TrainSpec
+from kdcache.config.transform import Transform
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
 from kdcache.errors import UsageError, counted
 from kdcache.losses import Loss
 from kdcache.runtime.launched import n_processes
 from kdcache.runtime.progress import Progress
+from kdcache.train.held_out import OPTION, describe
 from kdcache.train.inputs import TrainingInputs, labels_shown
+from kdcache.train.scoring import HeldOut
 from kdcache.train.shared_views import SharedViews
 from kdcache.train.student_transform import own_training_view
 
@@ -34,6 +37,42 @@ def training_view(
     if teacher is not None:
         progress.say("note: the student sees images through student.transform: the teacher did not see these pixels")
     return train, None if is_random(own) else 1, views.fixed(teacher) if teacher is not None else None
+
+
+def divided_inputs(
+    spec: TrainSpec, loss: Loss, inputs: TrainingInputs, views: SharedViews, progress: Progress
+) -> tuple[TrainingInputs, TrainingInputs | None]:
+    """Return what a network is trained on, and the samples that are held out to select its epoch; None for none.
+
+    Raises:
+        UsageError: if a validation split selects the epoch, or too few samples would be held out or left.
+    """
+    is_validated = loss.uses_logits and inputs.validation is not None
+    if spec.held_out_fraction and is_validated:
+        raise UsageError(
+            f"{OPTION} has no effect: the validation split of {inputs.samples.name} selects the epoch, by its accuracy",
+            f"remove {OPTION}, or train without a validation split (dataset.validation_fraction 0)",
+        )
+    if not spec.held_out_fraction:
+        if not loss.uses_logits:
+            progress.say(
+                "note: without class logits nothing is validated, and the last epoch is kept; to select an epoch, hold "
+                f"out samples of the cache, such as --set student.{OPTION}=0.1"
+            )
+        return inputs, None
+    trained, held = views.hold_out(inputs, spec.held_out_fraction)
+    progress.say(describe(trained, held))
+    return trained, held
+
+
+def held_out_view(
+    spec: TeacherSpec | StudentSpec, loss: Loss, held: TrainingInputs, eval_transform: Transform, views: SharedViews
+) -> HeldOut:
+    """Return the samples that are held out, as the teacher saw them in view 0, or by the transform of evaluation."""
+    teacher = held.teacher if loss.uses_cache else None
+    if teacher is None or (isinstance(spec, StudentSpec) and spec.transform is not None):
+        return HeldOut(views.view(held.samples, eval_transform), None if teacher is None else views.fixed(teacher))
+    return HeldOut(views.view(held.samples, held.transform, held.seed, crops=held.crops), teacher)
 
 
 def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress: Progress) -> None:

@@ -1,19 +1,23 @@
-"""The scores of a network on the validation split, shared by all processes, and on the test split."""
+"""The scores of a network on the validation split, on samples that are held out, and on the test split."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 
+from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
 from kdcache.data.loader import cut_range
 from kdcache.data.views import View
 from kdcache.models.checks import set_evaluation_mode
 from kdcache.models.evaluate import Scorer, SplitScore, Sums
 from kdcache.runtime.progress import Progress, Task
+from kdcache.train.batches import check_groups, cut_batches
 from kdcache.train.passes import TEST, VALIDATION, MicroBatches, Pass, Work
 from kdcache.train.step import Trainer
 
@@ -22,21 +26,78 @@ _EVALUATION_BATCH = 512
 
 def validation_work(trainer: Trainer, validation: View, epoch: int, task: Task) -> Work[SplitScore]:
     """Return the score of the network on the validation split, of which each process evaluates its share."""
-    network, count, evaluated = trainer.selected_network, len(validation), 0
+    network, count, evaluated = trainer.selected.model, len(validation), 0
 
     def on_batch(images: int) -> None:
         nonlocal evaluated
         evaluated += images * trainer.ranks
         task.advance(0, f"validating epoch {epoch}: {min(evaluated, count):,} of {count:,} images")
 
-    if trainer.ranks > 1:
-        for statistics in network.buffers():  # of batch normalization: those of the first process are selected
-            distributed.broadcast(statistics, 0)
+    _share_statistics(trainer)
     cuts = _evaluation_cuts(count)[trainer.accelerator.process_index :: trainer.ranks]
     wanted = Pass(validation, validation.view, cuts, 1, (epoch, VALIDATION), trainer.device, trainer.spec.num_workers)
     own = yield from _sums_work(network, wanted, on_batch)
     parts: list[Sums] = gather_object([own])
     return Sums(*map(sum, zip(*parts, strict=True))).score(validation.samples)
+
+
+def _share_statistics(trainer: Trainer) -> None:
+    """Give all processes the batch statistics of the first one, which are those that are selected."""
+    if trainer.ranks > 1:
+        for statistics in trainer.selected.model.buffers():
+            distributed.broadcast(statistics, 0)
+
+
+class HeldOut(NamedTuple):
+    """Samples that no step is taken on.
+
+    Attributes:
+        view: their images and labels.
+        teacher: of these samples; None for a loss without one.
+    """
+
+    view: View
+    teacher: Teacher | None
+
+
+def held_out_work(trainer: Trainer, held: HeldOut, epoch: int, task: Task) -> Work[float]:
+    """Return the mean loss of the network on samples that are held out, of which each process evaluates its share.
+
+    Batches are as large as those of training, since some losses compare the samples of a batch.
+
+    Raises:
+        UsageError: if they do not divide into the groups of the loss.
+    """
+    cuts = held_out_cuts(trainer, held.view)
+    own = cuts[trainer.accelerator.process_index :: trainer.ranks]
+    _share_statistics(trainer)
+    network = trainer.selected
+    was_training = network.model.training
+    set_evaluation_mode(network.model)
+    wanted = Pass(
+        held.view, held.view.view, own, 1, (epoch, VALIDATION), trainer.device, trainer.spec.num_workers, held.teacher
+    )
+    total = torch.zeros((), dtype=torch.float64)
+    for number, ids in enumerate(own, 1):
+        (batch,) = yield wanted
+        total += len(ids) * trainer.held_out_loss(ids, held.view, batch, epoch).cpu().double()
+        task.advance(0, f"validating epoch {epoch}: batch {number:,} of {len(own):,}")
+    if network.model.training != was_training:
+        network.model.train(was_training)
+    return math.fsum(gather_object([float(total)])) / sum(map(len, cuts))
+
+
+def held_out_cuts(trainer: Trainer, held: View) -> list[Tensor]:
+    """Return the ordinals [b] int64 of the batches of samples that are held out.
+
+    Raises:
+        UsageError: if they do not divide into the groups of the loss.
+    """
+    groups = held.samples.groups
+    order = torch.arange(len(held))[:, None] if groups is None else torch.from_numpy(groups)
+    cuts = cut_batches(order, trainer.spec.model_copy(update={"gradient_accumulation_steps": 1}), 1)
+    check_groups(cuts, 1, trainer.loss)
+    return [ids for (ids,) in cuts]
 
 
 def testing_work(

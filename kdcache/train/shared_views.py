@@ -13,7 +13,8 @@ from kdcache.cache.teacher import Teacher, TeacherWithOutputs
 from kdcache.config.transform import Transform
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
-from kdcache.train.inputs import FixedImagesTeacher
+from kdcache.train.held_out import hold_out
+from kdcache.train.inputs import FixedImagesTeacher, TrainingInputs
 
 
 class SharedViews:
@@ -22,7 +23,8 @@ class SharedViews:
     def __init__(self) -> None:
         self._views: dict[tuple[Any, ...], View] = {}
         self._fixed: dict[int, Teacher] = {}
-        self._held: list[Teacher] = []  # their addresses are keys
+        self._divided: dict[tuple[int, float], tuple[TrainingInputs, TrainingInputs]] = {}
+        self._held: list[Teacher | TrainingInputs] = []  # their addresses are keys
 
     def view(
         self,
@@ -50,3 +52,11 @@ class SharedViews:
             )
             self._held.append(teacher)
         return self._fixed[id(teacher)]
+
+    def hold_out(self, inputs: TrainingInputs, fraction: float) -> tuple[TrainingInputs, TrainingInputs]:
+        """Return the inputs of training, and those of the samples that are held out."""
+        key = id(inputs), fraction
+        if key not in self._divided:
+            self._divided[key] = hold_out(inputs, fraction)
+            self._held.append(inputs)
+        return self._divided[key]

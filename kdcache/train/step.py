@@ -100,6 +100,7 @@ class Trainer:
             *([] if outputs is None else outputs.named_parameters()),
             *([] if gate is None else gate.named_parameters("gate")),
         ]
+        self._whole = WholeNetwork(model, self.theta, outputs, gate)
         optimizer = make_optimizer(model, spec, [parameter for _, parameter in self._learned])
         self.schedule = make_schedule(optimizer, spec, self.steps)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -107,7 +108,7 @@ class Trainer:
         self._edges = BatchEdges(self.device)
         self.average: AveragedModel | None = None
         if spec.ema_decay is not None:
-            self.average = AveragedModel(model, multi_avg_fn=average_update(spec.ema_decay), use_buffers=True)
+            self.average = AveragedModel(self._whole, multi_avg_fn=average_update(spec.ema_decay), use_buffers=True)
         alone = self.ranks == 1  # sums over processes are not compiled
         self._distillation_loss = torch.compile(distillation_loss) if spec.compile and alone else distillation_loss
         if spec.compile:
@@ -117,15 +118,30 @@ class Trainer:
             spec.max_grad_norm,
             report if self.accelerator.is_main_process else None,
         )
-        self._network = self.accelerator.prepare_model(WholeNetwork(model, self.theta, outputs, gate))
+        self._network = self.accelerator.prepare_model(self._whole)
         if self.accelerator.process_index:
             # Each process draws other numbers in the network; the first draws those of a single process.
             torch.manual_seed(spec.seed + 1_000_003 * self.accelerator.process_index)
 
     @property
-    def selected_network(self) -> nn.Module:
-        """The network that is validated and saved: the average if there is one."""
-        return self.average.module if self.average is not None else self.model
+    def selected(self) -> WholeNetwork:
+        """The network that is validated and saved, and what is learned beside it: the average if there is one."""
+        return self._whole if self.average is None else self.average.module  # type: ignore[return-value]  # a copy of it
+
+    @torch.no_grad()
+    def held_out_loss(self, ids: Tensor, held: View, micro_batch: MicroBatch, epoch: int) -> Tensor:
+        """Return the loss [] of the selected network, in evaluation mode, on a batch that is not trained on.
+
+        Args:
+            ids: [B] ordinals in `held`.
+            held: samples that are held out.
+            micro_batch: the batch.
+            epoch: counted from 1.
+        """
+        labeled = int((held.labels[ids] >= 0).sum())
+        edges = self._edges.among([micro_batch], held.samples) if self.loss.uses_edges else None
+        context = StepContext([micro_batch], BatchTotals(len(ids), labeled, labeled)._replace(edges=edges), epoch)
+        return self._loss(self.selected(micro_batch.images), micro_batch, context).total
 
     def epoch(
         self,
@@ -233,7 +249,7 @@ class Trainer:
             self.schedule.step()
             self.gradients.add(parts.total, context.epoch)
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.update_parameters(self._whole)
         if self.controller is not None:
             self.controller.step()
         return parts

@@ -15,7 +15,7 @@ from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.losses import Loss
 from kdcache.losses.batch import BatchTotals
-from kdcache.models.checkpoints import save_weights
+from kdcache.models.checkpoints import load_weights, save_weights
 from kdcache.models.checks import refusing
 from kdcache.models.taps import Tap, Taps, check_taps
 
@@ -83,6 +83,20 @@ class StudentOutputs(nn.Module):
         ]
         return torch.stack(terms).sum()
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the outputs."""
+        return [*self._losses]
+
+    def load(self, folder: Path) -> None:
+        """Read the linear maps that `save` wrote, if there are any.
+
+        Raises:
+            KdcacheError: if the file is missing, or is not of these maps.
+        """
+        if len(self.projections):
+            load_weights(self.projections, folder / PROJECTIONS)
+
     def save(self, folder: Path) -> None:
         """Write the linear maps, if there are any, beside the student."""
         if len(self.projections):
@@ -115,11 +129,12 @@ def student_outputs(
         raise UsageError(
             "train.compile is true, and the outputs of the student are taken by hooks", "set train.compile to false"
         )
-    if spec.train.early_stopping_patience is not None and not loss.uses_logits:
+    if spec.train.early_stopping_patience is not None and not loss.uses_logits and not spec.train.held_out_fraction:
         raise UsageError(
             "train.early_stopping_patience has no effect: without class logits no validation accuracy is measured, and "
             "the last epoch is selected",
-            "remove train.early_stopping_patience, or train the class logits too (remove `logits: false`)",
+            "hold out samples of the cache (train.held_out_fraction), remove train.early_stopping_patience, or train "
+            "the class logits too (remove `logits: false`)",
         )
     named = {name: Tap(output.source, output.pool) for name, output in spec.outputs.items()}
     taps = {name: named.get(name, Tap()) for name in loss.outputs}

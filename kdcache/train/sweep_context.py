@@ -112,4 +112,6 @@ def read_result(job: Job) -> StudentResult:
     metrics = read_json(job.folder / "metrics.json")
     test = metrics["test"]["accuracy"] if metrics["test"] else None
     validation = metrics["best"]["validation_accuracy"]
-    return StudentResult(job.point.name, job.seed, str(job.folder), test, validation, metrics["seconds"])
+    held_out = metrics["best"]["validation_loss"] if validation is None else None
+    known = job.point.name, job.seed, str(job.folder)
+    return StudentResult(*known, test, validation, metrics["seconds"], held_out=held_out)

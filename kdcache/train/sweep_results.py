@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class StudentResult:
         validation: accuracy of the selected epoch; None without a validation split, or if it failed.
         seconds: duration of training.
         failed: the error, if it failed.
+        held_out: loss of the selected epoch on samples that were held out from training; None without any.
     """
 
     point: str
@@ -36,6 +37,7 @@ class StudentResult:
     validation: float | None
     seconds: float
     failed: str | None = None
+    held_out: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,22 @@ class SweepSummary:
     @property
     def validation(self) -> float | None:
         """Mean of the validation accuracies; None without any."""
-        known = [student.validation for student in self.students if student.validation is not None]
-        return statistics.mean(known) if known else None
+        return _mean(student.validation for student in self.students)
+
+    @property
+    def held_out(self) -> float | None:
+        """Mean of the losses on samples that were held out; None without any."""
+        return _mean(student.held_out for student in self.students)
 
     @property
     def seconds(self) -> float:
         """Mean of the training times."""
         return statistics.mean(student.seconds for student in self.students)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
 
 
 def as_record(summaries: Sequence[SweepSummary]) -> dict[str, Any]:
@@ -81,6 +92,7 @@ def as_record(summaries: Sequence[SweepSummary]) -> dict[str, Any]:
                 "test_mean": summary.mean,
                 "test_spread": summary.spread,
                 "validation_mean": summary.validation,
+                "held_out_mean": summary.held_out,
                 "seconds": summary.seconds,
                 "students": [asdict(student) for student in summary.students],
             }

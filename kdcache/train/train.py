@@ -34,7 +34,7 @@ from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_cache
 from kdcache.train.learned import LearnedParts, make_gate
 from kdcache.train.loop import training_work
 from kdcache.train.passes import Clock, Work, run_alone, run_together
-from kdcache.train.prepare import check_loss, smallest_micro_batch, training_view
+from kdcache.train.prepare import check_loss, divided_inputs, held_out_view, smallest_micro_batch, training_view
 from kdcache.train.run_folder import CHECKPOINT, check_run, check_trackers, complete_run, run_folder
 from kdcache.train.run_result import RunResult, result_of
 from kdcache.train.scoring import testing_work
@@ -221,8 +221,10 @@ def _train(
     ignored: dict[str, str],
 ) -> Work[RunResult]:
     """Check the inputs of a run, train, evaluate on the test split, and write the run folder."""
-    samples, loss = inputs.samples, load_function(loss)
+    loss = load_function(loss)
     check_run(out)
+    inputs, held_inputs = divided_inputs(spec.train, loss, inputs, views, progress)
+    samples = inputs.samples
     train, n_views, teacher = training_view(spec, loss, inputs, views, progress)
     check_loss(loss, train, inputs.level_known, spec.train.epochs, progress)
     check_edges(loss, samples, spec.train, progress)
@@ -231,14 +233,15 @@ def _train(
         progress.say(f"note: {described_settings(ignored)}")
     eval_transform = evaluation_transform(pipeline, spec, inputs.transform)
     validation, test = (
-        # Without class logits there is nothing that a split without a teacher can be scored by.
-        None if held is None or not loss.uses_logits else views.view(held, eval_transform)
-        for held in (inputs.validation, inputs.test)
+        # Without class logits there is nothing that a split without a teacher can be scored by: see held_out.py.
+        None if split is None or not loss.uses_logits else views.view(split, eval_transform)
+        for split in (inputs.validation, inputs.test)
     )
+    held = None if held_inputs is None else held_out_view(spec, loss, held_inputs, eval_transform, views)
     if isinstance(spec, StudentSpec) and spec.transform is not None and pipeline.eval_transform is None:
-        for held in (validation, test):
-            if held is not None:
-                check_evaluation_shape(spec.transform, train, held)
+        for view in (validation, test):
+            if view is not None:
+                check_evaluation_shape(spec.transform, train, view)
         if eval_transform != spec.transform:
             progress.say(f"note: without eval_transform, the student is evaluated with {json.dumps(eval_transform)}")
     used = pipeline.model_copy(update={"transform": inputs.transform, "eval_transform": eval_transform, "loss": loss})
@@ -293,6 +296,7 @@ def _train(
             progress=progress,
             clock=clock,
             learned=learned,
+            held=held,
         )
         if is_first():
             learned.save(run.folder)
@@ -310,6 +314,7 @@ def _train(
                 "epochs": len(trained.epochs),
                 "test": score._asdict() if score else None,
                 "labeled": int((train.labels >= 0).sum()),
+                "held_out": 0 if held is None else len(held.view),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "seconds": round(trained.seconds, 3),
                 "ignored_environment": ignored,

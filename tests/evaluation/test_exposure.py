@@ -171,7 +171,8 @@ def test_noise_lowers_the_exposure_of_a_cache(made: Made, tmp_path: Path) -> Non
     networks = [from_pipeline(load_pipeline(made.pipeline), "teacher", None)]
     teacher, noisy = measure_exposure(networks, NAMED, open_cache(tmp_path / "n.kdcache")).measured
     assert noisy.bits == pytest.approx(by_rows(tmp_path / "n.kdcache"))
-    assert noisy.mean < teacher.mean - 1
+    # The noise is of the folder's name, too: of 4 random ranks among 41, a mean above 4 bits is 3 cases in 10,000.
+    assert teacher.mean > 4 > noisy.mean
 
 
 def test_a_report_has_them(made: Made, tmp_path: Path) -> None:

@@ -103,6 +103,6 @@ def test_a_report_on_a_student_without_class_logits(with_cache: bool, runs: Runs
 
 def test_what_has_no_class_logits_is_not_measured_by_them(runs: Runs, tmp_path: Path) -> None:
     error = refused(2, "evaluate", runs.embedder)
-    assert "was trained without class logits" in error and "cache.teacher('features')(ids)" in error
+    assert "was trained without class logits" in error and f"kdcache evaluate {runs.embedder} --cache" in error
     error = refused(2, "report", runs.classifier, runs.embedder, "-o", tmp_path / "r.html")
     assert "was trained without class logits, and" in error and not (tmp_path / "r.html").exists()

@@ -362,11 +362,11 @@ def test_the_average_is_that_of_the_weights_and_of_running_statistics_and_intege
         for name, value in now.items():
             expected[name] = 0.9 * expected[name] + 0.1 * value if value.is_floating_point() else value
     assert len(steps) == 6
-    for name, value in trainer.selected_network.state_dict().items():
+    for name, value in trainer.selected.model.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
         if value.numel() > 1 and value.is_floating_point():
             assert not torch.allclose(value, steps[-1][name], rtol=1e-3), "the average is the last of them"
-    assert set(trainer.selected_network.state_dict()) == set(model.state_dict())
+    assert set(trainer.selected.model.state_dict()) == set(model.state_dict())
 
 
 def test_the_ema_weights_are_validated_and_saved() -> None:

@@ -114,7 +114,7 @@ def learning_curves(data: ReportData) -> Iterator[Part]:
         [
             draw(lines, {"loss": "-"}, "loss", "training loss, nats"),
             draw(lines, {"validation_accuracy": "-"}, "validation-accuracy", "validation accuracy, %", 100),
-            draw(lines, {"validation_loss": "-"}, "validation-loss", "validation NLL, nats"),
+            draw(lines, {"validation_loss": "-"}, "validation-loss", "validation loss"),
         ]
     )
 
