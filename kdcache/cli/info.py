@@ -89,7 +89,8 @@ def _size(manifest: Manifest) -> int:
 
 def describe(cache: Cache, as_json: bool, where: Path | None = None) -> None:
     """Print the manifest of an open cache, with its path as the user wrote it, if given."""
-    _describe(str(where or cache.path), cache.manifest, cache.bytes_on_disk, len(cache.views), as_json)
+    unlabeled = bool((cache.labels < 0).any())
+    _describe(str(where or cache.path), cache.manifest, cache.bytes_on_disk, len(cache.views), as_json, unlabeled)
 
 
 def _stored(encoding: Encoding) -> str:
@@ -99,10 +100,11 @@ def _stored(encoding: Encoding) -> str:
     return f"{stored}{rank}, {encoding.dtype} log-probabilities"
 
 
-def _of_logits(summary: Summary, teacher: TeacherRecord) -> dict[str, str]:
+def _of_logits(summary: Summary, teacher: TeacherRecord, unlabeled: bool) -> dict[str, str]:
     accuracy = summary.teacher_accuracy
+    which = "those of these samples that have a label" if unlabeled else "these samples"
     return {
-        "accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
+        "accuracy": "no labels" if accuracy is None else f"{accuracy:.2%} on {which}",
         "sharpness": f"{summary.mean_sharpness:.3f} (mean logsumexp)"
         if teacher.level is None
         else "unknown: the logits are known up to an additive constant per sample",
@@ -110,7 +112,7 @@ def _of_logits(summary: Summary, teacher: TeacherRecord) -> dict[str, str]:
     }
 
 
-def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bool) -> None:
+def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bool, unlabeled: bool = False) -> None:
     """Print a manifest.
 
     Args:
@@ -119,6 +121,7 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
         size: of all its files, in bytes.
         views: how many views are present.
         as_json: for programs.
+        unlabeled: whether some samples have no label, if that is known.
     """
     from kdcache.cache.inspect.noise import described_noise
     from kdcache.cache.inspect.outputs import described_outputs
@@ -152,7 +155,7 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
             **described_outputs(plan.outputs),
             **described_noise(plan.noise),
             "size": f"{size:,} bytes, {per_row:.1f} bytes per row, {counted(shards, 'shard')}",
-            **(_of_logits(summary, plan.teacher) if plan.class_encoding else {}),
+            **(_of_logits(summary, plan.teacher, unlabeled) if plan.class_encoding else {}),
             "versions": ", ".join(f"{name} {version}" for name, version in plan.versions.items()),
             **({"license": plan.licence} if plan.licence else {}),
             **({"notes": plan.notes} if plan.notes else {}),

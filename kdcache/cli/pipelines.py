@@ -38,7 +38,7 @@ def list_recipes(as_json: bool) -> None:
     for name, path in recipes().items():
         pipeline = load_pipeline(path)
         models = [section.model for section in (pipeline.section("teacher"), pipeline.section("student"))]
-        rows[name] = [pipeline.dataset.name, *models, pipeline.loss.name, str(pipeline.cache.views)]
+        rows[name] = [pipeline.dataset.name, *models, pipeline.loss.title, str(pipeline.cache.views)]
     columns = ["dataset", "teacher", "student", "loss", "views"]
     if as_json:
         output.as_json({name: dict(zip(columns, row, strict=True)) for name, row in rows.items()})

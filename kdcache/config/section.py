@@ -74,11 +74,18 @@ def places_of_keys(section: type[BaseModel], place: str = "") -> dict[str, list[
     for name, field in section.model_fields.items():
         at = f"{place}.{name}".lstrip(".")
         places.setdefault(name, []).append(at)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                for key, inside in places_of_keys(kind, at).items():
-                    places[key] = list(dict.fromkeys([*places.get(key, []), *inside]))
+        for kind in _sections_in(field.annotation):
+            for key, inside in places_of_keys(kind, at).items():
+                places[key] = list(dict.fromkeys([*places.get(key, []), *inside]))
     return places
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the sections that a field may have, one for each of its kinds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)
 
 
 def _refused(error: ValidationError, section: type[BaseModel], given: Any, what: str) -> UsageError:

@@ -124,13 +124,18 @@ _ALIKE = 0.75
 
 def _meant(loc: Place, known: Mapping[str, list[str]]) -> str:
     """Return a suggestion for an unknown key: a similar one of its section, or the same or a similar one elsewhere."""
-    *section, key = (step for step in loc if isinstance(step, str))
-    beside = [name for name, places in known.items() if ".".join([*section, name]) in places]
-    similar = similar_name(key, beside, _ALIKE) if key not in known else None
-    if similar is not None:
+    *steps, key = (step for step in loc if isinstance(step, str))
+    sections = {place.rpartition(".")[0] for places in known.values() for place in places}
+    # What pydantic puts into the path, such as the chosen kind, and names that the user gives are no sections.
+    paths = [".".join(steps[:end]) for end in range(len(steps), -1, -1)]
+    section = next((path for path in paths if path in sections), "")
+    of_section = [name for name, places in known.items() if f"{section}.{name}".lstrip(".") in places]
+    if key in of_section:
+        return f": {key} belongs to another kind"
+    if (similar := similar_name(key, of_section, _ALIKE)) is not None:
         return f", did you mean {similar}?"
     places = known.get(key) or known.get(similar_name(key, known, _ALIKE) or "", [])
-    inside = [place for place in places if section and place.startswith(f"{section[0]}.")]
+    inside = [place for place in places if steps and place.startswith(f"{steps[0]}.")]
     return f", did you mean {' or '.join(inside or places)}?" if places else ""
 
 

@@ -10,11 +10,13 @@ validation and test splits are the nodes of their masks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -192,11 +194,13 @@ def read_graph(path: str | Path) -> Graph:
     if missing or arrays["x"].dtype.kind not in "biuf" or arrays["y"].dtype.kind not in "iu":
         types = ", ".join(f"{name} {list(a.shape)} {a.dtype}" for name, a in sorted(arrays.items())) or "nothing"
         lacks = f", and lacks {' and '.join(missing)}" if missing else ""
-        raise UsageError(f"{path} holds {types}, not a graph{lacks}", f"write it with numpy.savez(path, {_CONTENT})")
+        what = f"{path} holds {types}, not a graph{lacks}"
+        raise UsageError(what, "; ".join([*_renamed(arrays), f"write it with numpy.savez(path, {_CONTENT})"]))
     if unknown := sorted(set(arrays).difference(_ARRAYS)):
+        fix = f"name masks {', '.join(MASKS)}, and leave out what is not among {', '.join(_ARRAYS)}"
         raise UsageError(
             f"{path} also holds {', '.join(unknown)}, which are not arrays of a graph",
-            f"name masks {', '.join(MASKS)}, and leave out what is not among {', '.join(_ARRAYS)}",
+            "; ".join([*_renamed(arrays), fix]),
         )
     if arrays["edges"].dtype.kind not in "iu":
         raise UsageError(f"{path} has edges of {arrays['edges'].dtype} numbers", "give integers [2, E]")
@@ -212,6 +216,23 @@ def read_graph(path: str | Path) -> Graph:
     edges, y = arrays["edges"].astype(np.int64), arrays["y"].astype(np.int64)
     names = tuple(map(str, arrays.get("class_names", ())))
     return Graph(torch.from_numpy(x), torch.from_numpy(edges), torch.from_numpy(y), masks, path.stem, names)
+
+
+_ALSO_CALLED = {
+    "edge_index": "edges", "features": "x", "labels": "y", "train_mask": "train", "val_mask": "validation",
+    "test_mask": "test",
+}  # fmt: skip
+"""Names of other libraries for the arrays of a graph."""
+
+
+def _renamed(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[str]:
+    """Yield what to change in arrays that are of a graph, under another name or in another form."""
+    for name in sorted(set(arrays) & set(_ALSO_CALLED)):
+        yield f"{name} is called {_ALSO_CALLED[name]} here"
+    if "y" in arrays and arrays["y"].ndim == 2:
+        yield "y is one integer per node: of one-hot rows it is y.argmax(axis=1)"
+    elif "y" in arrays and arrays["y"].dtype.kind == "f":
+        yield "y is one integer per node, -1 without a label: y.astype(int)"
 
 
 def is_graph(data: Any) -> bool:

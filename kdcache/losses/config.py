@@ -100,6 +100,16 @@ class Loss(LossSection):
         settings_of_name(name)
         return name
 
+    @field_validator("gate", "controller", mode="before")
+    @classmethod
+    def _has_keys(cls, given: Any, info: ValidationInfo) -> Any:
+        if given is None or isinstance(given, dict | BaseModel):
+            return given
+        example = "{}" if info.field_name == "gate" else "{kind: tgeo}"
+        if isinstance(given, str) and given in ("tgeo", "instance_temperature") and info.field_name == "controller":
+            example = f"{{kind: {given}}}"
+        raise ValueError(f"{given!r} is not a mapping, did you mean {example}?")
+
     @field_validator("adjustment", "temperature", "divergence", mode="before")
     @classmethod
     def _is_a_mapping(cls, given: Any, info: ValidationInfo) -> Any:
@@ -172,6 +182,12 @@ class Loss(LossSection):
             yield f"{controller.kind} sets the temperatures, and so does {temperature.kind}: take kind: constant"
         if divergence.ignores_shared_temperature or divergence.needs_constant_temperature:
             yield f"{controller.kind} sets temperatures, and {divergence.kind} has none of its own per sample: take kl"
+
+    @property
+    def title(self) -> str:
+        """The losses of class logits and other outputs, for a person."""
+        of_outputs = [f"{output}: {options.name}" for output, options in self.outputs.items()]
+        return " + ".join([*([self.name] if self.uses_logits else []), *of_outputs])
 
     @property
     def uses_teacher(self) -> bool:

@@ -32,6 +32,8 @@ def parse_range(text: str, option: str) -> range:
     )
     if not is_range:
         raise UsageError(f"{option} must be an index or a range, not {text!r}", f"write for example {option} 0-3")
+    if int(last or first) < int(first):
+        raise UsageError(f"{option} {text} ends before it begins", f"write {option} {last}-{first}")
     return range(int(first), int(last or first) + 1)
 
 

@@ -307,7 +307,7 @@ def _train(
             model,
             {
                 **made_from,
-                "loss": loss.name,
+                "loss": loss.title,
                 "seed": spec.train.seed,
                 "data_seed": spec.train.data_seed,
                 "best": trained.best._asdict(),

@@ -32,6 +32,7 @@ def test_a_graph_is_examined_dumped_and_learned(tmp_path: Path) -> None:
     assert "g: 30 train, 10 validation, 10 test images, 3 classes" in said
     assert "none: 5 features of each node" in said
     assert "g/train, 30 samples, 3 classes" in ok("dump-teacher", recipe, "-o", cache)
+    assert "on those of these samples that have a label" in ok("info", cache)
     assert "the same weights" in ok("verify", cache, recipe, "--teacher", "--replay")
     for loss in ("ff_g2m", "kd"):
         run = tmp_path / loss

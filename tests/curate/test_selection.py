@@ -41,11 +41,14 @@ def test_what_is_not_an_id_is_refused(cache: Cache, tmp_path: Path, text: str) -
 def test_ranges_include_both_ends(cache: Cache) -> None:
     assert [*parse_range("2-4", "--views")] == [2, 3, 4]
     assert [*parse_range("7", "--views")] == [7]
-    assert [*parse_range("4-2", "--views")] == []
+    assert [*parse_range("4-4", "--views")] == [4]
     assert parse_samples("2-4", cache, None).tolist() == [2, 3, 4]
     for text in ("", "-", "1-", "-1", "a-b", "1-2-3", "1 - 2", "²"):
         with pytest.raises(UsageError, match="--views must be an index or a range"):
             parse_range(text, "--views")
+    with pytest.raises(UsageError, match="--views 4-2 ends before it begins") as raised:
+        parse_range("4-2", "--views")
+    assert raised.value.fix == "write --views 2-4"
 
 
 def test_samples_of_classes_are_those_with_their_labels(cache: Cache) -> None:

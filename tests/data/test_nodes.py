@@ -1,5 +1,6 @@
 """Graphs: nodes as samples, splits by masks, edges of a batch, graphs of torch-geometric, wrong files."""
 
+import re
 import warnings
 from dataclasses import replace
 from importlib.util import find_spec
@@ -171,6 +172,27 @@ def test_a_file_without_an_array_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"not a graph, and lacks {name}") as error:
         read_graph(tmp_path / "g.npz")
     assert "numpy.savez(path, x=[N, F], edges=[2, E], y=[N], train=[N]" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("given", "replaced", "fix"),
+    [
+        ({"edge_index": graph_arrays()["edges"]}, "edges", "edge_index is called edges here"),
+        ({"labels": graph_arrays()["y"]}, "y", "labels is called y here"),
+        ({"features": graph_arrays()["x"]}, "x", "features is called x here"),
+        ({"val_mask": np.ones(N, bool)}, None, "val_mask is called validation here"),
+        ({"y": np.eye(3)[graph_arrays()["y"]]}, None, r"of one-hot rows it is y\.argmax\(axis=1\)"),
+        ({"y": graph_arrays()["y"].astype(float)}, None, r"y is one integer per node, -1 without a label: y\.astype"),
+    ],
+)
+def test_arrays_as_other_libraries_have_them(
+    given: dict[str, Any], replaced: str | None, fix: str, tmp_path: Path
+) -> None:
+    kept = {name: values for name, values in graph_arrays().items() if name != replaced}
+    np.savez(tmp_path / "g.npz", **{**kept, **given})
+    with pytest.raises(UsageError) as raised:
+        read_graph(tmp_path / "g.npz")
+    assert re.search(fix, raised.value.fix)
 
 
 @pytest.mark.parametrize("name", ["train_mask", "val", "edge_index", "edge_attr"])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from helpers.cli import ok, refused
+from helpers.cli import kdcache, ok, refused
 
 _CODE = """
 from torch import nn
@@ -99,6 +99,17 @@ def test_a_report_on_a_student_without_class_logits(with_cache: bool, runs: Runs
     assert told["notes"] == ["The runs have no class logits: sections of class predictions are left out."]
     assert "Learning curves" in page and "Calibration" not in page and "kdcache report RUN" not in page
     assert ("Other outputs of the teacher" in page) == with_cache
+
+
+def test_a_run_names_the_losses_of_all_outputs(runs: Runs, tmp_path: Path) -> None:
+    named = [json.loads((run / "metrics.json").read_text())["loss"] for run in (runs.classifier, runs.embedder)]
+    assert named == ["dtkd + features: rkd", "features: mse"]
+    told = kdcache(
+        "train-student", runs.folder / "p.yaml", "--cache", runs.cache, "--loss", "kd", "-o", tmp_path / "run"
+    )
+    assert told.exit_code == 0
+    assert "--loss kd replaces the losses of the pipeline, that of the output features too" in told.stderr
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["loss"] == "kd"
 
 
 def test_what_has_no_class_logits_is_not_measured_by_them(runs: Runs, tmp_path: Path) -> None:

@@ -201,7 +201,8 @@ class Plan(Record):
         if self.class_encoding is None:
             raise MismatchError(
                 f"this cache holds no class logits; it holds {', '.join(self.named_outputs)}",
-                "name one of these outputs, or dump the teacher again with its logits",
+                "name one of these outputs (to train on it alone: --set 'loss={logits: false, OUTPUT: {name: mse}}'), "
+                "or dump the teacher again with its logits",
             )
         return self.class_encoding
 

@@ -79,6 +79,7 @@ def card(cache: Cache, notes: str = "") -> str:
     plan, summary = cache.manifest.plan, cache.manifest.summary
     title = _plain(f"{plan.teacher.name} on {plan.dataset.name}/{plan.dataset.split}: {', '.join(plan.output_names)}")
     rows = plan.views.count * plan.dataset.samples
+    unlabeled = bool((cache.labels < 0).any())
     facts = {
         "teacher": f"`{_plain(plan.teacher.name)}`, {plan.teacher.parameters:,} parameters, "
         f"run in {_plain(plan.teacher.precision)}",
@@ -94,7 +95,7 @@ def card(cache: Cache, notes: str = "") -> str:
         **described_noise(plan.noise),
         "size": f"{counted(rows, 'row')}, {cache.bytes_on_disk:,} bytes, "
         f"{cache.bytes_on_disk / rows:.1f} bytes per row",
-        **(_of_logits(plan.teacher, summary) if plan.class_encoding is not None else {}),
+        **(_of_logits(plan.teacher, summary, unlabeled) if plan.class_encoding is not None else {}),
         "software": ", ".join(f"{_plain(name)} {_plain(version)}" for name, version in plan.versions.items()),
         **_lineage(plan),
         "root digest": f"`{cache.manifest.digest}`",
@@ -147,11 +148,12 @@ def _usage(plan: Plan) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _of_logits(teacher: TeacherRecord, summary: Summary) -> dict[str, str]:
-    """Return what is known of the class logits as a whole."""
+def _of_logits(teacher: TeacherRecord, summary: Summary, unlabeled: bool) -> dict[str, str]:
+    """Return what is known of the class logits as a whole; `unlabeled` if some of the samples are."""
     accuracy = summary.teacher_accuracy
+    which = "those of these samples that have a label" if unlabeled else "these samples"
     return {
-        "teacher accuracy": "unknown, no labels" if accuracy is None else f"{accuracy:.2%} on these samples",
+        "teacher accuracy": "unknown, no labels" if accuracy is None else f"{accuracy:.2%} on {which}",
         "sharpness": f"{summary.mean_sharpness:.3f}, mean logsumexp of the logits"
         if teacher.level is None
         else "unknown: the teacher gave probabilities, so logits are known up to an additive constant per row",

@@ -207,12 +207,18 @@ def cache_of_scores(
         progress: progress reporter; silent if None.
 
     Raises:
-        UsageError: if the samples have no names, or their transform is random.
+        UsageError: if the samples have no names, their transform is random, or `spec` names outputs.
         MismatchError: if the file has no score for a sample, or `out` was started with other settings.
         CorruptError: if the file is malformed; names the line.
     """
     source, out, spec, progress = Path(source), Path(out), spec or CacheSpec(), progress or Silent()
     refuse_noise(spec)
+    if spec.outputs:
+        raise UsageError(
+            f"the pipeline names the outputs {', '.join(spec.outputs)}, and a file of margin-mse has the scores of one "
+            f"teacher, which become the output {OUTPUT}",
+            "remove cache.outputs",
+        )
     transform = samples.transform if transform is None else transform
     check_place(out)
     out = out.absolute()

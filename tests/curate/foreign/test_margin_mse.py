@@ -195,6 +195,11 @@ loss: {{logits: false, scores: {{name: margin_mse}}}}
 """
     )
     run = CliRunner()
+    named = tmp_path / "named.yaml"
+    named.write_text((tmp_path / "pairs.yaml").read_text() + "cache: {outputs: {margin: {kind: score}}}\n")
+    scores = ["convert", str(tmp_path / "scores.tsv"), "--from", "margin-mse"]
+    refused = run.invoke(main, [*scores, "--pipeline", str(named), "-o", str(tmp_path / "n.kdcache")])
+    assert refused.exit_code == 2 and "names the outputs margin, and a file of margin-mse has" in refused.stderr
     pipeline = ["--pipeline", str(tmp_path / "pairs.yaml"), "-o", str(tmp_path / "c.kdcache"), "--json"]
     done = run.invoke(main, ["convert", str(tmp_path / "scores.tsv"), "--from", "margin-mse", *pipeline])
     assert done.exit_code == 0, done.output
