@@ -48,10 +48,10 @@ _MAX_BLOSC_BLOCK = 2**20
 _CONFIG: Any = {"write_empty_chunks": True}
 
 
-def _compressors(typesize: int | None) -> list[Any]:
+def _compressors(typesize: int | None, level: int) -> list[Any]:
     if typesize is None:
         return [ZstdCodec(level=3), Crc32cCodec()]
-    blosc = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=typesize, blocksize=_MAX_BLOSC_BLOCK)
+    blosc = BloscCodec(cname="zstd", clevel=level, shuffle="shuffle", typesize=typesize, blocksize=_MAX_BLOSC_BLOCK)
     return [blosc, Crc32cCodec()]
 
 
@@ -94,7 +94,7 @@ def _create_arrays(store: Any, plan: Plan) -> zarr.Group:
             dtype=array.dtype,
             chunks=array.chunks,
             shards=array.shards,
-            compressors=_compressors(array.typesize),
+            compressors=_compressors(array.typesize, array.level),
             fill_value=0,
             dimension_names=array.names,
             attributes={"columns": list(array.columns)} if array.columns else {},
@@ -110,7 +110,7 @@ def bytes_per_row(encoding: Encoding | VectorEncoding, rows: EncodedRows) -> flo
         part = row_parts(encoding)[name]
         shape = (1, len(rows), *part.width)
         array = group.create_array(
-            name, shape=shape, dtype=part.dtype, chunks=shape, compressors=_compressors(part.typesize)
+            name, shape=shape, dtype=part.dtype, chunks=shape, compressors=_compressors(part.typesize, part.level)
         )
         array[0] = tensor.cpu().numpy().astype(part.dtype, copy=False)
     return sum(len(value) for key, value in stored.items() if not key.endswith(".json")) / len(rows)
