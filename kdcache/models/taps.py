@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdcache.errors import MismatchError, UsageError, did_you_mean
+from kdcache.models.graph_teacher import GraphTeacher
 from kdcache.models.outputs import TakePart, find_part, listed_parts
 
 FEATURES = "features"
@@ -54,7 +55,9 @@ class Taps:
     def __init__(self, model: nn.Module, taps: Mapping[str, Tap], who: str) -> None:
         self._model, self._taps, self._who = model, dict(taps), who
         self._modules = {name: module for name, module in model.named_modules() if name}
+        self._runs_once = any(isinstance(module, GraphTeacher) for module in model.modules())
         self._seen: dict[str, list[Any]] = {}
+        self._whole = False
         self.returned: Any = None
 
     @contextmanager
@@ -62,12 +65,13 @@ class Taps:
         """Collect the outputs of the forward pass inside.
 
         Args:
-            whole: let the network return everything, even if it has no logits for `output:` to select.
+            whole: let the network return everything, even if it has no logits for `output:` to select; a tensor that
+                it returns is then the output, if there is only one.
 
         Raises:
             MismatchError: if the network cannot be hooked.
         """
-        self._seen, self.returned = {name: [] for name in self._taps}, None
+        self._seen, self.returned, self._whole = {name: [] for name in self._taps}, None, whole
         with ExitStack() as hooks:
             try:
                 if whole:
@@ -120,6 +124,12 @@ class Taps:
         """Return one output of the last pass."""
         source = name if tap.source is None else tap.source
         found = find_part(self.returned, source)
+        if found is None and self._runs_once and (source in self._modules or source == FEATURES):
+            raise MismatchError(
+                f"the output {name} is of a module ({source}) inside the network of a whole graph, which runs once for "
+                "all nodes",
+                f'let the network return it beside its logits, as {{"logits": ..., "{name}": ...}}',
+            )
         if found is None and len(self._seen[name]) > 1:
             raise MismatchError(
                 f"the module {source} of the {self._who} ran {len(self._seen[name])} times in one forward pass, so "
@@ -128,8 +138,8 @@ class Taps:
             )
         if found is None and self._seen[name]:
             found = self._seen[name][0]
-        elif found is None and tap.source is None and isinstance(self.returned, Tensor) and len(self._taps) == 1:
-            found = self.returned
+        elif found is None and tap.source is None and self._whole and len(self._taps) == 1:
+            found = self.returned if isinstance(self.returned, Tensor) else None
         if isinstance(found, np.ndarray):
             found = torch.from_numpy(found)
         if not isinstance(found, Tensor):

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.cli import ok, refused
-from helpers.graphs import F, N, graph_file
+from helpers.graphs import F, N, graph_arrays, graph_file
+
+from kdcache import open_cache
 
 
 def _recipe(folder: Path, **changed: Any) -> Path:
@@ -56,6 +59,31 @@ def test_a_wrong_graph_is_refused_before_the_teacher_runs(
 ) -> None:
     assert what in refused(code, "dump-teacher", _recipe(tmp_path, **changed), "-o", tmp_path / "g.kdcache")
     assert not (tmp_path / "g.kdcache").exists()
+
+
+_TWO = """
+
+class Two(GCN):
+    def forward(self, features, edges):
+        return {"logits": super().forward(features, edges), "hidden": features * 2}
+
+
+def two(num_classes):
+    return Two(num_classes)
+"""
+
+
+def test_a_graph_network_returns_its_other_outputs(tmp_path: Path) -> None:
+    recipe, cache = _recipe(tmp_path), tmp_path / "g.kdcache"
+    (tmp_path / "nets.py").write_text((tmp_path / "nets.py").read_text() + _TWO)
+    two = ["--set", f"teacher.model={tmp_path / 'nets.py'}:two"]
+    for output in ("features: {}", "other: {source: network.linear}"):
+        said = refused(4, "dump-teacher", recipe, *two, "--set", f"cache.outputs={{{output}}}", "-o", cache)
+        assert "inside the network of a whole graph, which runs once for all nodes" in said
+    hidden = "cache.outputs={hidden: {encoding: float32}}"
+    ok("dump-teacher", recipe, *two, "--set", hidden, "--set", "cache.batch_size=7", "-o", cache)
+    stored = open_cache(cache).teacher("hidden")(torch.arange(N))
+    np.testing.assert_array_equal(stored.numpy(), 2 * graph_arrays()["x"])
 
 
 def test_other_edges_are_another_teacher(tmp_path: Path) -> None:

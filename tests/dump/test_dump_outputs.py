@@ -388,6 +388,16 @@ REFUSED: list[tuple[dict[str, Any], type[KdcacheError], str]] = [
 ]
 
 
+def test_logits_that_are_kept_are_no_other_output_too(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    outputs: dict[str, Any] = {"hidden": {}}
+    with pytest.raises(MismatchError, match="does not give the output hidden: it has no part or module 'hidden'"):
+        dump_teacher(network, color_images(), tmp_path / "c.kdcache", outputs=outputs)
+    assert not (tmp_path / "c.kdcache").exists()
+    cache = dump_teacher(network, color_images(), tmp_path / "c.kdcache", outputs=outputs, logits=False)
+    assert cache.outputs["hidden"].channels == 10
+
+
 @pytest.mark.parametrize(("outputs", "error", "words"), REFUSED, ids=[str(case[0]) for case in REFUSED])
 def test_what_cannot_be_kept_is_refused(
     outputs: dict[str, Any], error: type[KdcacheError], words: str, tmp_path: Path

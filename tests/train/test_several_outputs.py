@@ -359,6 +359,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str, type[KdcacheError], str
         "'boddy', did you mean body",
     ),
     (MSE, {"outputs": {"others": {}}}, "network", UsageError, "student.outputs names others, which the loss does not"),
+    (
+        {"scores": {"name": "mse"}},
+        {},
+        "network",
+        MismatchError,
+        "the student does not give the output scores: it has no",
+    ),
     (MSE, BODY, "twice", MismatchError, "the module body of the student ran 2 times"),
     (SCORES, {"outputs": {"scores": {"source": "body"}}}, "network", MismatchError, "student has 16 numbers, that of"),
     (MSE, {"train": {"compile": True}}, "network", UsageError, "train.compile is true"),
