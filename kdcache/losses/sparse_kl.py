@@ -1,0 +1,114 @@
+"""The KL divergence of a student from targets that are sparse, without the teacher's [n, V].
+
+Each function returns a sum over the rows, as `closed_form.weighted_kl` does. With a constant temperature one buffer of
+the student's size holds the logits, then their softmax, then the gradient; a temperature that carries a gradient takes
+the plain formulas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.losses.closed_form import is_traced
+from kdcache.losses.token_targets import NEVER
+
+
+def ghost_kl(
+    student_logits: Tensor,
+    student_temperature: Tensor,
+    indices: Tensor,
+    head: Tensor,
+    tail: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    """Return sum_i w_i KL(p_i || q_i) over K + 1 classes, the last of them the tail, with q = softmax(v / T_stu).
+
+        KL = sum_head p_j (log p_j - log q_j) + m (log m - log Q)    Q = sum_tail q_j
+
+    Q is a sum over the tail, not 1 minus the head's, so that a student whose head has nearly all mass does not lead to
+    log 0. On the tail d KL / d v_j = (q_j / Q) (Q - m) / T.
+
+    Args:
+        student_logits: [n, V], v.
+        student_temperature: [n, 1].
+        indices: [n, K] int64; a column may repeat a class of the row if its probability is 0.
+        head: [n, K], log p of the classes, at least `NEVER`.
+        tail: [n, 1], log m, at least `NEVER`; with the head it adds up to 1.
+        weight: [n].
+
+    Source: the k + 1 classes of Megatron-LM's and TRL's top-k losses, whose m is that of T = 1 alone.
+    """
+    differentiated = (student_temperature, head, tail, weight)
+    if is_traced() or any(value.requires_grad for value in differentiated):
+        return (weight * _plain_ghost(student_logits / student_temperature, indices, head, tail)).sum()
+    total: Tensor = _GhostKL.apply(student_logits, student_temperature, indices, head, tail, weight)
+    return total
+
+
+def _plain_ghost(scaled: Tensor, indices: Tensor, head: Tensor, tail: Tensor) -> Tensor:
+    """Return the KL divergence of each row, [n]."""
+    total = scaled.logsumexp(dim=1, keepdim=True)
+    log_q = scaled.gather(1, indices) - total
+    log_rest = (scaled.scatter(1, indices, NEVER).logsumexp(dim=1, keepdim=True) - total).clamp_min(NEVER)
+    of_head = (head.exp() * (head - log_q)).sum(dim=1)
+    return of_head + (tail.exp() * (tail - log_rest)).squeeze(1)
+
+
+class _GhostKL(torch.autograd.Function):
+    """The sum of `ghost_kl` with respect to the student's logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, temperature: Tensor, indices: Tensor, head: Tensor, tail: Tensor, weight: Tensor
+    ) -> Tensor:
+        """Return the sum, and keep its gradient."""
+        x = v / temperature
+        total = x.logsumexp(dim=1, keepdim=True)
+        log_q = x.gather(1, indices) - total
+        x.scatter_(1, indices, NEVER)
+        rest = x.logsumexp(dim=1, keepdim=True)
+        log_rest = (rest - total).clamp_min(NEVER)
+        p = head.exp()
+        values = (p * (head - log_q)).sum(dim=1) + (tail.exp() * (tail - log_rest)).squeeze(1)
+        # On the tail (q / Q) (Q - m), in which a Q that underflows does no harm.
+        gradient = x.sub_(rest).exp_().mul_(log_rest.exp() - tail.exp())
+        gradient.scatter_(1, indices, log_q.exp()).scatter_add_(1, indices, -p)
+        ctx.save_for_backward(v, temperature, indices, head, tail, weight)
+        ctx.gradient = gradient
+        return weight.dot(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient with respect to the logits."""
+        v, temperature, indices, head, tail, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            again = (weight * _plain_ghost(v / temperature, indices, head, tail)).sum()
+            return *torch.autograd.grad(again, v, gradients[0], create_graph=True), *(None,) * 5
+        scale = (weight * gradients[0]).unsqueeze(1) / temperature
+        return ctx.gradient * scale, *(None,) * 5
+
+
+def draws_kl(
+    student_logits: Tensor, student_temperature: Tensor, draws: tuple[Tensor, Tensor], weight: Tensor
+) -> Tensor:
+    """Return sum_i w_i KL(c_i / N_i || q_i), with c the counts of classes that were drawn from the teacher.
+
+    The gradient with respect to the student is that of KL(p || q) in the mean over the draws. The value is not: it is
+    above that by what the draws lack in entropy, which no student changes.
+
+    Args:
+        student_logits: [n, V].
+        student_temperature: [n, 1].
+        draws: ids [n, m] int64 and counts [n, m].
+        weight: [n].
+
+    Source: Anshumann et al. 2025, Sparse Logit Sampling (2503.16870), with the proposal p itself.
+    """
+    ids, counts = draws
+    share = counts / counts.sum(dim=1, keepdim=True).clamp_min(1.0)
+    scaled = student_logits / student_temperature
+    log_q = scaled.gather(1, ids) - scaled.logsumexp(dim=1, keepdim=True)
+    return (weight * (share * (share.clamp_min(1e-30).log() - log_q)).sum(dim=1)).sum()
