@@ -168,7 +168,7 @@ def pretrained(kind: Any, folder: Path, config: Any, progress: Progress) -> nn.M
         kind: one of the library's classes that build networks, such as AutoModelForCausalLM.
         folder: with the weights.
         config: of the network.
-        progress: told of weights that the network does not use.
+        progress: progress reporter, for a note about weights that the network does not use.
 
     Raises:
         MismatchError: for weights that are missing, damaged or of other shapes.
