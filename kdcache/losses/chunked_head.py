@@ -29,6 +29,10 @@ CHUNK_ELEMENTS = 2**26
 """Logits of a chunk at most: 256 MiB in float32."""
 
 
+_BLOCK_ELEMENTS = 2**19
+"""Logits that go through a loss at once on a CPU at most: 2 MiB in float32, so that its caches hold them."""
+
+
 def chunk_size(vocabulary_size: int, elements: int = CHUNK_ELEMENTS) -> int:
     """Return the number of positions whose logits are at most `elements`; at least 1."""
     return max(1, elements // vocabulary_size)
@@ -112,19 +116,22 @@ class _Chunked(torch.autograd.Function):
         each = []
         for which in chunks:
             states = hidden[which]
-            product = fixed.product(states).requires_grad_()
-            learned = None if theta is None else theta.detach().requires_grad_(of_theta is not None)
-            with torch.enable_grad():
-                parts = of_chunk(fixed.logits_of(product), which, learned)
-            sources = [product] if of_theta is None or learned is None else [product, learned]
-            slope, *rest = torch.autograd.grad(parts.total, sources)
-            each.append(LossParts(*(part.detach() for part in parts)))
-            del parts, product
-            _add_products(slope.to(states.dtype), states, weight, which, of_hidden, of_weight)
+            slopes = fixed.product(states)
+            for block in _slices(len(states), _block_size(slopes)):
+                product = slopes[block].requires_grad_()
+                learned = None if theta is None else theta.detach().requires_grad_(of_theta is not None)
+                with torch.enable_grad():
+                    here = slice(which.start + block.start, which.start + block.stop)
+                    parts = of_chunk(fixed.logits_of(product), here, learned)
+                sources = [product] if of_theta is None or learned is None else [product, learned]
+                slope, *rest = torch.autograd.grad(parts.total, sources)
+                slopes[block] = slope
+                each.append(LossParts(*(part.detach() for part in parts)))
+                for found in rest:
+                    of_theta = found if of_theta is None else of_theta + found
             if of_bias is not None:
-                of_bias += slope.sum(dim=0)
-            for found in rest:
-                of_theta = found if of_theta is None else of_theta + found
+                of_bias += slopes.sum(dim=0)
+            _add_products(slopes.to(states.dtype), states, weight, which, of_hidden, of_weight)
         ctx.found = of_hidden, of_weight, of_bias, of_theta
         ctx.dtypes = [value.dtype if value is not None else kind for value in (hidden, weight, bias, theta)]
         parts = _sum_of(each, hidden)
@@ -157,6 +164,11 @@ def _add_products(
         of_weight.addmm_(slope.T, states)
     else:
         of_weight += slope.T @ states
+
+
+def _block_size(logits: Tensor) -> int:
+    """Return the number of rows of a chunk that go through a loss at once: on a CPU, as many as its caches hold."""
+    return max(1, _BLOCK_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
 
 
 def _slices(count: int, size: int) -> Iterator[slice]:

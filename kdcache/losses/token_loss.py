@@ -1,6 +1,6 @@
 """The losses of `distillation.py` for the positions of a language model, from targets instead of the teacher's logits.
 
-    forward KL with a tail of the student's shape    K + 1 classes, without the teacher's [n, V] (`sparse_kl.py`)
+    forward KL with a tail of the student's shape    K + 1 classes, without the teacher's [n, V] (`token_kl.py`)
     forward KL from draws                            the classes that were drawn
     all else                                         the decoded teacher, [n, V] of one chunk (`chunked_head.py`)
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.losses.batch import BatchTotals, batch_totals
-from kdcache.losses.closed_form import weighted_kl
+from kdcache.losses.closed_form import is_traced, weighted_kl
 from kdcache.losses.config import Loss
 from kdcache.losses.distillation import LossParts, WeightedSum, distillation_loss
 from kdcache.losses.registry import NORMALIZATIONS
-from kdcache.losses.sparse_kl import draws_kl, ghost_kl
 from kdcache.losses.temperatures import DTKD, Temperatures
+from kdcache.losses.token_kl import draws_kl, ghost_kl, shaped_kl
 from kdcache.losses.token_targets import (
     TokenTargets,
     check_temperature,
@@ -101,6 +101,9 @@ def _weighted_sum(targets: TokenTargets, labels: Tensor, loss: Loss) -> Weighted
     adjust, divergence = loss.adjustment.bind(), loss.divergence.bind()
 
     def of_decoded(student_logits: Tensor, t: Temperatures) -> Tensor:
+        constant = not any(value.requires_grad for value in t)
+        if is_plain_kl and constant and not is_traced():
+            return shaped_kl(student_logits, t.student, targets, t.teacher, t.weight)
         shape = (student_logits / t.student).detach() if as_student else None
         target = adjust(scaled_logits(targets, t.teacher, shape), labels)
         if loss.divergence.has_closed_form and not t.teacher.requires_grad:

@@ -31,7 +31,7 @@ NEVER = -1e4
 _LARGEST_LOG_MASS = -(2.0**-24)
 """Log of a tail's mass, at most: the largest negative float16, since a mass of 1 would leave the head none."""
 
-_CAP_ROUNDS = 3
+CAP_ROUNDS = 3
 """Rounds in which mass above the cap is distributed to the other classes of a tail."""
 
 
@@ -239,6 +239,17 @@ def head_and_tail(targets: TokenTargets, temperature: float | Tensor) -> tuple[T
     return both[:, :-1], both[:, -1:]
 
 
+def tail_shape(targets: TokenTargets) -> Tensor:
+    """Return the logits that the tail's coordinates stand for, [n, V], up to a constant per row.
+
+    Raises:
+        ValueError: for targets without coordinates.
+    """
+    if targets.coordinates is None or targets.basis is None or targets.mean is None:
+        raise ValueError("the targets have no coordinates")
+    return torch.addmm(targets.mean, targets.coordinates, targets.basis)
+
+
 def scaled_logits(targets: TokenTargets, temperature: float | Tensor, student_scaled: Tensor | None = None) -> Tensor:
     """Return the teacher's logits divided by a temperature, [n, V], whose tail has the mass that it has there.
 
@@ -260,15 +271,15 @@ def scaled_logits(targets: TokenTargets, temperature: float | Tensor, student_sc
     indices = targets.indices
     if student_scaled is not None:
         shape = student_scaled.detach()
-    elif targets.coordinates is not None and targets.basis is not None and targets.mean is not None:
-        shape = torch.addmm(targets.mean, targets.coordinates, targets.basis) * beta
+    elif targets.has_shape:
+        shape = tail_shape(targets) * beta
     else:
         shape = head.new_zeros(len(targets), targets.vocabulary_size)
     shape = shape.scatter(1, indices, NEVER)
     rows = shape + (tail - shape.logsumexp(dim=1, keepdim=True))
     if student_scaled is None:
         cap = last_of_head(targets) * beta
-        for _ in range(_CAP_ROUNDS if targets.has_shape else 0):
+        for _ in range(CAP_ROUNDS if targets.has_shape else 0):
             rows = rows.minimum(cap)
             rows = rows + (tail - rows.logsumexp(dim=1, keepdim=True))
         rows = rows.minimum(cap)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdcache.errors import UsageError
 from kdcache.losses import distillation_loss, learned_temperature
-from kdcache.losses.sparse_kl import ghost_kl
+from kdcache.losses.token_kl import ghost_kl
 from kdcache.losses.token_loss import check_token_loss, token_loss
 from kdcache.losses.token_targets import TokenTargets, head_and_tail, scaled_logits
 

@@ -1,8 +1,8 @@
-"""The KL divergence of a student from targets that are sparse, without the teacher's [n, V].
+"""The KL divergence of a student from targets of tokens, with gradients by hand.
 
-Each function returns a sum over the rows, as `closed_form.weighted_kl` does. With a constant temperature one buffer of
-the student's size holds the logits, then their softmax, then the gradient; a temperature that carries a gradient takes
-the plain formulas.
+Each function returns a sum over the rows, as `closed_form.weighted_kl` does. They take few passes over [n, V]: with a
+shape one exponential of the teacher and one of the student, for a ghost two of the student. A temperature that carries a
+gradient takes the plain formulas.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcache.losses.closed_form import is_traced
-from kdcache.losses.token_targets import NEVER
+from kdcache.losses.token_targets import CAP_ROUNDS, NEVER, TokenTargets, head_and_tail, tail_shape
 
 
 def ghost_kl(
@@ -89,6 +89,71 @@ class _GhostKL(torch.autograd.Function):
             return *torch.autograd.grad(again, v, gradients[0], create_graph=True), *(None,) * 5
         scale = (weight * gradients[0]).unsqueeze(1) / temperature
         return ctx.gradient * scale, *(None,) * 5
+
+
+def shaped_kl(
+    student_logits: Tensor, student_temperature: Tensor, targets: TokenTargets, temperature: Tensor, weight: Tensor
+) -> Tensor:
+    """Return sum_i w_i KL(p_i || q_i), with q = softmax(v / T_stu) and p the head and the shaped tail at T_tea.
+
+    The tail is that of `scaled_logits`, but for what its last step takes from classes above the head's last.
+
+    Args:
+        student_logits: [n, V], v.
+        student_temperature: [n, 1], without a gradient.
+        targets: with coordinates.
+        temperature: [n, 1], T_tea, without a gradient.
+        weight: [n], without a gradient.
+    """
+    head, tail = head_and_tail(targets, temperature)
+    last = head[:, [(targets.top_k or head.shape[1]) - 1]]
+    with torch.no_grad():
+        rest = _tail_probabilities(targets, temperature, tail.exp(), last.exp())
+    total: Tensor = _ShapedKL.apply(student_logits, student_temperature, targets.indices, head, rest, weight)
+    return total
+
+
+def _tail_probabilities(targets: TokenTargets, temperature: Tensor, mass: Tensor, cap: Tensor) -> Tensor:
+    """Return the probabilities of the tail, [n, V], 0 in the head, with a given mass [n, 1]."""
+    p = tail_shape(targets).div_(temperature).scatter_(1, targets.indices, NEVER)
+    p.sub_(p.amax(dim=1, keepdim=True)).exp_()
+    for capped in (False, *(True,) * CAP_ROUNDS):
+        if capped:
+            torch.minimum(p, cap, out=p)
+        p.mul_(mass / p.sum(dim=1, keepdim=True))
+    return p
+
+
+class _ShapedKL(torch.autograd.Function):
+    """The sum of `shaped_kl` with respect to the student's logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, v: Tensor, temperature: Tensor, indices: Tensor, head: Tensor, rest: Tensor, weight: Tensor
+    ) -> Tensor:
+        """Return the sum, and keep its gradient."""
+        x = v / temperature
+        p = head.exp()
+        of_teacher = (p * head).sum(dim=1) - torch.special.entr(rest).sum(dim=1)
+        of_both = (p * x.gather(1, indices)).sum(dim=1) + torch.linalg.vecdot(rest, x)
+        largest = x.amax(dim=1, keepdim=True)
+        q = x.sub_(largest).exp_()
+        norm = q.sum(dim=1, keepdim=True)
+        values = of_teacher - of_both + (norm.log() + largest).squeeze(1)
+        ctx.save_for_backward(v, temperature, indices, head, rest, weight)
+        ctx.gradient = q.div_(norm).sub_(rest).scatter_add_(1, indices, -p)
+        return weight.dot(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient with respect to the logits."""
+        v, temperature, indices, head, rest, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            p = rest.scatter_add(1, indices, head.exp())
+            log_q = (v / temperature).log_softmax(dim=1)
+            again = -(weight * (p * log_q).sum(dim=1)).sum()
+            return *torch.autograd.grad(again, v, gradients[0], create_graph=True), *(None,) * 5
+        return ctx.gradient * ((weight * gradients[0]).unsqueeze(1) / temperature), *(None,) * 5
 
 
 def draws_kl(
