@@ -1,8 +1,8 @@
 """The KL divergence of a student from targets of tokens, with gradients by hand.
 
 Each function returns a sum over the rows, as `closed_form.weighted_kl` does. They take few passes over [n, V]: with a
-shape one exponential of the teacher and one of the student, for a ghost two of the student. A temperature that carries a
-gradient takes the plain formulas.
+shape one exponential of the teacher and one of the student, for a ghost two of the student. If a temperature carries a
+gradient, the plain formulas are taken.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def ghost_kl(
         tail: [n, 1], log m, at least `NEVER`; with the head it adds up to 1.
         weight: [n].
 
-    Source: the k + 1 classes of Megatron-LM's and TRL's top-k losses, whose m is that of T = 1 alone.
+    Source: the tail bucket of TRL (`_add_tail_bucket`) and the ghost token of Megatron-LM. DistillKit has it as
+    SYMMETRIC_UNIFORM (`lossfuncs/kl.py` at 361c7ac), whose m is wrong at T > 1: see `token_targets.py`.
     """
     differentiated = (student_temperature, head, tail, weight)
     if is_traced() or any(value.requires_grad for value in differentiated):
