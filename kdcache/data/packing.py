@@ -78,7 +78,7 @@ def check_sequence(sequence: TokenSequence) -> None:
         )
 
 
-def make_batch(sequences: Sequence[TokenSequence], max_length: int | None = None, packed: bool = True) -> TokenBatch:
+def token_batch(sequences: Sequence[TokenSequence], max_length: int | None = None, packed: bool = True) -> TokenBatch:
     """Return a batch of sequences.
 
     Args:
@@ -123,7 +123,7 @@ def fill_batches(
         lengths: of the sequences, in the order of the epoch.
         batch_tokens: tokens per batch at most, with padding. A sequence that is longer is a batch of its own.
         max_length: of the prefixes that are taken; None for whole sequences.
-        packed: as for `make_batch`.
+        packed: as for `token_batch`.
     """
     batch: list[int] = []
     total = widest = 0

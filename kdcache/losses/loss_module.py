@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError, counted, indices_below
-from kdcache.losses.batch import BatchTotals, batch_totals
-from kdcache.losses.chunked_head import chunked_loss
+from kdcache.losses.batch import batch_totals, of_step
+from kdcache.losses.chunked_head import batch_statistics, chunked_loss
 from kdcache.losses.config import Loss
 from kdcache.losses.distillation import LossParts, distillation_loss, learned_temperature
 from kdcache.losses.lm_head import LMHead, check_positions
@@ -120,7 +120,7 @@ class DistillationLoss(nn.Module):
         labels: Tensor,
         targets: TokenTargets | None,
         epoch: float | None = None,
-        whole: BatchTotals | None = None,
+        count: Tensor | int | None = None,
         statistics: list[Tensor] | None = None,
     ) -> LossParts:
         """Return the loss of the taught positions of a language model, without its logits [n, V] at once.
@@ -133,9 +133,11 @@ class DistillationLoss(nn.Module):
             labels: [n] int64, the next token of each position, -1 where not known.
             targets: the teacher's, of the same positions; None for a loss that does not use a teacher.
             epoch: as for logits.
-            whole: totals of the optimizer step that these positions are part of, such as `of_step(count)`: the losses
-                of its parts then add up to that of the step. None if they are all of it.
-            statistics: sums over the step for dtd and cwsm, from `batch_statistics`; None to use these positions.
+            count: taught positions in all micro-batches and processes of the optimizer step, such as
+                `num_items_in_batch` of transformers: the losses of its parts then add up to that of the step. None if
+                these positions are all of it.
+            statistics: for dtd and cwsm, the sums over all parts of the step of what `statistics_of_tokens` returns for
+                each; None if these positions are all of it.
 
         Raises:
             UsageError: for a loss that is not defined for tokens, or needs what the targets do not have; for shapes
@@ -144,9 +146,18 @@ class DistillationLoss(nn.Module):
         _check_epoch(epoch)
         check_token_loss(self.options, targets)
         check_positions(hidden, head, labels, targets)
+        whole = None if count is None else of_step(count)
         return chunked_loss(
             hidden, head, labels, targets, self.options, epoch, self.theta, whole, statistics=statistics
         )
+
+    def statistics_of_tokens(self, hidden: Tensor, head: LMHead, targets: TokenTargets) -> list[Tensor]:
+        """Return the sums over taught positions that dtd and cwsm need of a whole step; an empty list for the others.
+
+        Args: as for `of_tokens`.
+        """
+        check_token_loss(self.options, targets)
+        return batch_statistics(hidden, head, targets, self.options)
 
     def _checked_edges(self, edges: Tensor | None, count: int) -> Tensor:
         """Return the edges [2, E] of a batch of `count` samples, for a loss that compares their ends."""

@@ -31,6 +31,9 @@ NEVER = -1e4
 _LARGEST_LOG_MASS = -(2.0**-24)
 """Log of a tail's mass, at most: the largest negative float16, since a mass of 1 would leave the head none."""
 
+TEMPERATURES = (1.0, 4 / 3, 2.0, 4.0)
+"""Temperatures at which a row has the mass of its tail: the polynomial through them is right at all others."""
+
 CAP_ROUNDS = 3
 """Rounds in which mass above the cap is distributed to the other classes of a tail."""
 
@@ -96,6 +99,23 @@ class TokenTargets:
             pairs = name == "draws"
             columns[name] = tuple(map(torch.cat, zip(*values, strict=True))) if pairs else torch.cat(values)
         return replace(first, **columns)
+
+    @classmethod
+    def of_logits(cls, logits: Tensor, top_k: int = 16, temperatures: tuple[float, ...] = TEMPERATURES) -> TokenTargets:
+        """Return the head and the mass of the tail of logits that are at hand.
+
+        Args:
+            logits: [n, V], raw.
+            top_k: k, below V.
+            temperatures: at which the mass outside the head is kept.
+        """
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        largest, indices = logits.topk(top_k, dim=1)
+        level = logits.logsumexp(dim=1, keepdim=True)
+        rest = logits.scatter(1, indices, -math.inf)
+        masses = [(rest / t).logsumexp(dim=1) - (logits / t).logsumexp(dim=1) for t in temperatures]
+        mass = torch.stack(masses, dim=1)
+        return cls(indices, largest - level, mass, temperatures, logits.shape[1], logsumexp=level.squeeze(1))
 
     @property
     def has_shape(self) -> bool:

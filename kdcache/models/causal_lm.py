@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.data.packing import TokenBatch, TokenSequence, make_batch
+from kdcache.data.packing import TokenBatch, TokenSequence, token_batch
 from kdcache.errors import UsageError
 from kdcache.losses.lm_head import LMHead
 
@@ -119,8 +119,8 @@ def keeps_packed_sequences_apart(model: CausalLM) -> bool:
         sequences.append(TokenSequence(index, tokens, torch.arange(length + 1) < length))
     device = model.output.weight.device
     with torch.no_grad(), _evaluating(model.network):
-        together = model.hidden_states(make_batch(sequences).to(device)).float()
-        alone = [model.hidden_states(make_batch([each], packed=False).to(device)).float() for each in sequences]
+        together = model.hidden_states(token_batch(sequences).to(device)).float()
+        alone = [model.hidden_states(token_batch([each], packed=False).to(device)).float() for each in sequences]
     return float((together - torch.cat(alone)).abs().max()) <= _rounding(model.output, together)
 
 
@@ -143,7 +143,7 @@ def _pilot(network: nn.Module, vocabulary_size: int) -> TokenBatch:
     """Return two short sequences of random tokens, of which all positions but the last are compared."""
     tokens = torch.randint(vocabulary_size, (2, 9), generator=torch.Generator().manual_seed(0))
     taught = torch.arange(9) < 8
-    batch = make_batch([TokenSequence(index, row, taught) for index, row in enumerate(tokens)], packed=False)
+    batch = token_batch([TokenSequence(index, row, taught) for index, row in enumerate(tokens)], packed=False)
     return batch.to(next(network.parameters()).device)
 
 

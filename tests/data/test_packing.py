@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdcache
-from kdcache.data.packing import TokenSequence, fill_batches, make_batch
+from kdcache.data.packing import TokenSequence, fill_batches, token_batch
 from kdcache.errors import UsageError
-from kdcache.losses.batch import of_step
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=8)
 
@@ -25,7 +24,7 @@ def test_a_batch_has_the_taught_positions_of_each_prefix_in_order(
     lengths: list[int], max_length: int, packed: bool
 ) -> None:
     given_sequences = sequences(lengths)
-    batch = make_batch(given_sequences, max_length, packed)
+    batch = token_batch(given_sequences, max_length, packed)
     flat, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
     expected = [
         (int(sequence.tokens[at]), at, int(sequence.tokens[at + 1]))
@@ -66,11 +65,11 @@ def test_batches_are_filled_in_order_and_not_above_their_size(
 def test_sequences_that_cannot_be_trained_on_are_refused() -> None:
     tokens = torch.arange(4)
     with pytest.raises(UsageError, match="the last token of sequence 3 is taught"):
-        make_batch([TokenSequence(3, tokens, torch.ones(4, dtype=torch.bool))])
+        token_batch([TokenSequence(3, tokens, torch.ones(4, dtype=torch.bool))])
     with pytest.raises(UsageError, match=r"sequence 0 has tokens \[4\], taught torch.bool \[3\]"):
-        make_batch([TokenSequence(0, tokens, torch.zeros(3, dtype=torch.bool))])
+        token_batch([TokenSequence(0, tokens, torch.zeros(3, dtype=torch.bool))])
     with pytest.raises(UsageError, match="has no sequences"):
-        make_batch([])
+        token_batch([])
 
 
 STUDENT = tiny()
@@ -83,16 +82,16 @@ KD = kdcache.loss("kd", tau=2)
 def step(order: list[int], sizes: list[int], packed: bool) -> tuple[float, torch.Tensor]:
     """The loss of a step of all sequences and its gradient, in micro-batches of the given sizes."""
     STUDENT.network.zero_grad()
-    whole = of_step(sum(int(each.taught[:MAX_LENGTH].sum()) for each in SEQUENCES))
+    count = sum(int(each.taught[:MAX_LENGTH].sum()) for each in SEQUENCES)
     total, start = 0.0, 0
     for size in [*sizes, len(order)]:
         chosen = order[start : start + size]
         start += size
         if not chosen:
             break
-        batch = make_batch([SEQUENCES[number] for number in chosen], MAX_LENGTH, packed)
+        batch = token_batch([SEQUENCES[number] for number in chosen], MAX_LENGTH, packed)
         targets = rows_of(TARGETS, batch.rows)
-        parts = KD.of_tokens(STUDENT.hidden_states(batch), STUDENT.head, batch.labels, targets, whole=whole)
+        parts = KD.of_tokens(STUDENT.hidden_states(batch), STUDENT.head, batch.labels, targets, count=count)
         torch.autograd.backward(parts.total)
         total += float(parts.total.detach())
     return total, torch.cat([each.grad.flatten() for each in STUDENT.network.parameters() if each.grad is not None])

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import kdcache
+from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, learned_temperature
 from kdcache.losses.batch import BatchTotals
 from kdcache.losses.chunked_head import batch_statistics, chunk_size, chunked_loss
@@ -165,3 +167,31 @@ def test_a_head_in_bfloat16_has_logits_and_sums_in_float32() -> None:
 def test_a_chunk_has_at_most_as_many_logits_as_are_allowed() -> None:
     assert chunk_size(151_936) == 441
     assert chunk_size(2**27) == 1
+
+
+def test_the_module_checks_its_arguments_and_has_the_loss_of_the_chunks() -> None:
+    module = kdcache.loss("cwsm")
+    head = LMHead(WEIGHT, BIAS)
+    sums = module.statistics_of_tokens(HIDDEN, head, SHAPED)
+    parts = module.of_tokens(HIDDEN, head, LABELS, SHAPED, epoch=1, count=N, statistics=sums)
+    expected = chunked_loss(HIDDEN, head, LABELS, SHAPED, module.options)
+    torch.testing.assert_close(parts.distillation, expected.distillation)
+    assert kdcache.loss("kd").statistics_of_tokens(HIDDEN, head, SHAPED) == []
+    for arguments, reason in (
+        ((HIDDEN[None], head, LABELS, SHAPED), r"hidden states are \[1, 23, 9\]"),
+        ((HIDDEN, head, LABELS[:3], SHAPED), r"labels torch.int64 \[3\]"),
+        (
+            (HIDDEN, LMHead(WEIGHT[:, :4]), LABELS, SHAPED),
+            r"the head is \[137, 4\], and the hidden states have a width of 9",
+        ),
+        ((HIDDEN, head, LABELS, SHAPED[:4]), "there are 4 targets and 23 hidden states"),
+        ((HIDDEN, LMHead(WEIGHT[:90]), LABELS, SHAPED), "the student has 90 tokens, the teacher 130"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            module.of_tokens(*arguments)
+    with pytest.raises(UsageError, match="count epochs from 1"):
+        module.of_tokens(HIDDEN, head, LABELS, SHAPED, epoch=0)
+    with pytest.raises(UsageError, match="plackett_luce is refused for tokens"):
+        kdcache.loss("pld").of_tokens(HIDDEN, head, LABELS, SHAPED)
+    with pytest.raises(UsageError, match="tail is 'student', and logits have theirs"):
+        kdcache.loss("kd", tail="student")(TEACHER, TEACHER, LABELS)

@@ -128,3 +128,11 @@ def test_parts_of_targets_are_targets() -> None:
             value, other = getattr(targets, field.name), getattr(again, field.name)
             pairs = zip(value, other, strict=True) if field.name == "draws" and value else [(value, other)]
             assert all(one.equal(two) if isinstance(one, Tensor) else one == two for one, two in pairs)
+
+
+def test_targets_of_logits_at_hand_are_those_of_the_definition() -> None:
+    logits = language_logits(7, 90)
+    found, expected = TokenTargets.of_logits(logits, 5), targets_of(logits, 5)
+    for name in ("indices", "log_probs", "tail_log_mass", "logsumexp"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    assert found.temperatures == TEMPERATURES

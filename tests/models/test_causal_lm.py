@@ -11,7 +11,7 @@ import torch
 from helpers.language_models import TINY, VOCABULARY_SIZE, sequences, tiny, tiny_network
 from torch import nn
 
-from kdcache.data.packing import make_batch
+from kdcache.data.packing import token_batch
 from kdcache.errors import CorruptError, MismatchError, UsageError
 from kdcache.models.causal_lm import keeps_packed_sequences_apart, split_causal_lm
 from kdcache.models.from_transformers_lm import load_causal_lm, new_causal_lm
@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_body_and_head_have_the_logits_of_the_network(kind: str) -> None:
     model = tiny(kind, **KINDS[kind])
     for packed in (True, False):
-        batch = make_batch(sequences([9, 4, 1, 7]), packed=packed)
+        batch = token_batch(sequences([9, 4, 1, 7]), packed=packed)
         with torch.no_grad():
             inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
             logits = model.network(**inputs, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.taught]
