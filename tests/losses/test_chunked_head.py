@@ -164,6 +164,20 @@ def test_a_head_in_bfloat16_has_logits_and_sums_in_float32() -> None:
         assert (one.double() - other).norm() / other.norm() < 0.02
 
 
+def test_under_autocast_the_gradients_are_near_and_of_the_types_of_the_weights() -> None:
+    hidden, weight = HIDDEN.float().requires_grad_(), WEIGHT.float().requires_grad_()
+    targets = GHOST.to(dtype=torch.float32)
+    expected = gradients(chunked_loss(hidden, LMHead(weight), LABELS, targets, loss_of("kd")).total, [hidden, weight])
+    for states in (hidden, hidden.detach().bfloat16().requires_grad_()):
+        with torch.autocast("cpu", torch.bfloat16):
+            total = chunked_loss(states, LMHead(weight), LABELS, targets, loss_of("kd"), chunk=7).total
+        assert total.dtype == torch.float32
+        inputs = [states, weight]
+        for value, one, other in zip(inputs, gradients(total, inputs), expected, strict=True):
+            assert one.dtype == value.dtype
+            assert (one.float() - other).norm() / other.norm() < 0.02
+
+
 def test_a_chunk_has_at_most_as_many_logits_as_are_allowed() -> None:
     assert chunk_size(151_936) == 441
     assert chunk_size(2**27) == 1
