@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -42,6 +42,8 @@ class CausalLM:
         output: the linear layer behind them, whose weights may be those of the embedding.
         scale: factor of the logits.
         softcap: bound of the logits; None without.
+        packs: whether it keeps packed sequences apart. Networks that ignore the positions that they are given, such as
+            recurrent ones, do not.
     """
 
     network: nn.Module
@@ -49,6 +51,7 @@ class CausalLM:
     output: nn.Linear
     scale: float = 1.0
     softcap: float | None = None
+    packs: bool = True
 
     @property
     def head(self) -> LMHead:
@@ -56,7 +59,16 @@ class CausalLM:
         return LMHead(self.output.weight, self.output.bias, self.scale, self.softcap)
 
     def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """Return the last hidden states of the taught positions of a batch, [n, d]."""
+        """Return the last hidden states of the taught positions of a batch, [n, d].
+
+        Raises:
+            UsageError: for packed sequences that the network does not keep apart.
+        """
+        if not self.packs and batch.attention_mask is None and len(batch.rows) > 1:
+            raise UsageError(
+                f"{type(self.network).__name__} does not keep packed sequences apart: it ignores their positions",
+                "make batches with token_batch(sequences, packed=False)",
+            )
         found: Tensor = self.body(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -96,7 +108,7 @@ def split_causal_lm(network: nn.Module) -> CausalLM:
             if logits.shape == expected.shape:
                 errors.append(float((logits - expected).abs().max()))
                 if errors[-1] <= limit:
-                    return model
+                    return replace(model, packs=_keeps_packed_sequences_apart(model))
     apart = min(errors, default=float("nan"))
     raise UsageError(
         f"the logits of {type(inner).__name__} differ by {apart:.3g} from those of a linear head on its body",
@@ -105,12 +117,8 @@ def split_causal_lm(network: nn.Module) -> CausalLM:
     )
 
 
-def keeps_packed_sequences_apart(model: CausalLM) -> bool:
-    """Return whether hidden states of packed sequences are those of each sequence alone.
-
-    They are not in networks that ignore the positions that they are given, such as recurrent ones: use batches that are
-    not packed.
-    """
+def _keeps_packed_sequences_apart(model: CausalLM) -> bool:
+    """Return whether hidden states of packed sequences are those of each sequence alone."""
     vocabulary_size = len(model.output.weight)
     generator = torch.Generator().manual_seed(1)
     sequences = []

@@ -13,7 +13,7 @@ from torch import nn
 
 from kdcache.data.packing import token_batch
 from kdcache.errors import CorruptError, MismatchError, UsageError
-from kdcache.models.causal_lm import keeps_packed_sequences_apart, split_causal_lm
+from kdcache.models.causal_lm import split_causal_lm
 from kdcache.models.from_transformers_lm import load_causal_lm, new_causal_lm
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def test_body_and_head_have_the_logits_of_the_network(kind: str) -> None:
             inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
             logits = model.network(**inputs, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.taught]
             torch.testing.assert_close(model.head.logits(model.hidden_states(batch)), logits, rtol=1e-5, atol=1e-6)
-    assert keeps_packed_sequences_apart(model)
+    assert model.packs
 
 
 def test_the_scale_and_the_bound_are_those_of_the_configuration() -> None:
@@ -67,7 +67,33 @@ def test_the_network_stays_in_its_mode_and_is_not_changed() -> None:
 def test_networks_that_ignore_positions_are_not_to_be_packed(config: str, options: dict[str, Any]) -> None:
     of_all = {key: TINY[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
     network = tiny_network(config, **of_all, bos_token_id=1, eos_token_id=2, **options)
-    assert not keeps_packed_sequences_apart(split_causal_lm(network))
+    model = split_causal_lm(network)
+    assert not model.packs
+    two = sequences([3, 4])
+    with pytest.raises(UsageError, match="does not keep packed sequences apart"):
+        model.hidden_states(token_batch(two))
+    assert len(model.hidden_states(token_batch(two, packed=False))) == len(token_batch(two).labels)
+
+
+class Adapted(nn.Module):
+    """A network in a wrapper as peft's, with one adapter in its body."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.base_model = network
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.base_model(**inputs)
+
+
+def test_a_wrapper_as_of_peft_is_seen_through() -> None:
+    wrapper = Adapted(tiny().network)
+    model = split_causal_lm(wrapper)
+    assert model.network is wrapper
+    assert model.output is wrapper.base_model.lm_head
 
 
 class TwoLayers(nn.Linear):
