@@ -126,6 +126,18 @@ def test_a_ghost_without_and_with_the_teachers_matrix_is_the_same() -> None:
     torch.testing.assert_close(found, with_gradient(dense, STUDENT), rtol=1e-7, atol=1e-10)
 
 
+def test_dist_has_its_rows_alone() -> None:
+    rows = loss_of("dist", ce_weight=0.0, divergence={"kind": "dist", "gamma": 0.0})
+    found = with_gradient(lambda v: token_loss(v, LABELS, WHOLE, rows).total, STUDENT)
+
+    def pearson(v: Tensor) -> Tensor:
+        q, p = (z.softmax(dim=1) for z in (v, TEACHER))
+        both = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(q, p, strict=True)])
+        return (1 - both).mean()
+
+    torch.testing.assert_close(found, with_gradient(pearson, STUDENT), rtol=1e-5, atol=1e-8)
+
+
 @few
 @given(st.integers(0, 2**31), st.integers(1, 5), st.sampled_from([0.1, 1.0, 30.0, 300.0]))
 def test_ghost_kl_is_finite_and_has_the_gradient_of_its_formula(seed: int, top_k: int, spread: float) -> None:
