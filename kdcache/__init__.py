@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     from kdcache.data.cached_dataset import CachedDataset
     from kdcache.data.datasets import load_split
     from kdcache.data.nodes import Graph, edges_among, graph_of, read_graph
+    from kdcache.data.packing import TokenBatch, TokenSequence, token_batch
     from kdcache.data.samples import Samples, wrap
     from kdcache.dump.dump import dump_teacher
     from kdcache.errors import InterruptedRun, KdcacheError
     from kdcache.losses.distillation import LossParts
+    from kdcache.losses.lm_head import LMHead
     from kdcache.losses.loss_module import DistillationLoss
+    from kdcache.losses.token_targets import TokenTargets
     from kdcache.models.build import build_model
+    from kdcache.models.causal_lm import CausalLM, split_causal_lm
     from kdcache.models.evaluate import SplitScore, evaluate
     from kdcache.models.graph_teacher import GraphTeacher
     from kdcache.models.teacher import TeacherIdentity
@@ -44,11 +48,13 @@ _HOME = {
     "CachedDataset": "kdcache.data.cached_dataset",
     "CachedOutput": "kdcache.cache.teacher",
     "CachedTeacher": "kdcache.cache.teacher",
+    "CausalLM": "kdcache.models.causal_lm",
     "DistillationLoss": "kdcache.losses.loss_module",
     "Graph": "kdcache.data.nodes",
     "GraphTeacher": "kdcache.models.graph_teacher",
     "InterruptedRun": "kdcache.errors",
     "KdcacheError": "kdcache.errors",
+    "LMHead": "kdcache.losses.lm_head",
     "LossParts": "kdcache.losses.distillation",
     "MarginMSEScores": "kdcache.curate.foreign.margin_mse",
     "Pipeline": "kdcache.config.schema",
@@ -58,6 +64,9 @@ _HOME = {
     "Samples": "kdcache.data.samples",
     "SplitScore": "kdcache.models.evaluate",
     "TeacherIdentity": "kdcache.models.teacher",
+    "TokenBatch": "kdcache.data.packing",
+    "TokenSequence": "kdcache.data.packing",
+    "TokenTargets": "kdcache.losses.token_targets",
     "build_model": "kdcache.models.build",
     "dump_teacher": "kdcache.dump.dump",
     "edges_among": "kdcache.data.nodes",
@@ -71,6 +80,8 @@ _HOME = {
     "output_loss": "kdcache.config.loss",
     "read_graph": "kdcache.data.nodes",
     "read_margin_mse": "kdcache.curate.foreign.margin_mse",
+    "split_causal_lm": "kdcache.models.causal_lm",
+    "token_batch": "kdcache.data.packing",
     "train_student": "kdcache.train.train",
     "train_teacher": "kdcache.train.train",
     "wrap": "kdcache.data.samples",
@@ -82,11 +93,13 @@ __all__ = [
     "CachedDataset",
     "CachedOutput",
     "CachedTeacher",
+    "CausalLM",
     "DistillationLoss",
     "Graph",
     "GraphTeacher",
     "InterruptedRun",
     "KdcacheError",
+    "LMHead",
     "LossParts",
     "MarginMSEScores",
     "Pipeline",
@@ -96,6 +109,9 @@ __all__ = [
     "Samples",
     "SplitScore",
     "TeacherIdentity",
+    "TokenBatch",
+    "TokenSequence",
+    "TokenTargets",
     "build_model",
     "dump_teacher",
     "edges_among",
@@ -109,6 +125,8 @@ __all__ = [
     "output_loss",
     "read_graph",
     "read_margin_mse",
+    "split_causal_lm",
+    "token_batch",
     "train_student",
     "train_teacher",
     "wrap",

@@ -164,6 +164,7 @@ class Noise(AdjustmentOptions):
     compute = staticmethod(noise)
     presets: ClassVar[Presets] = {"noisy": {}}
     needs_level = True
+    needs_tail_shape = True
     commutes_with_scale = True
 
     kind: Literal["noise"] = "noise"

@@ -156,6 +156,16 @@ def batch_totals(labels: Tensor, mixed: MixedLabels | None = None, dtype: torch.
     return BatchTotals(len(labels), (labels >= 0).sum(), labeled_shares(labels, mixed, dtype).sum())
 
 
+def of_step(count: Tensor | int, over_all_ranks: bool = False) -> BatchTotals:
+    """Return the totals of an optimizer step of taught positions, all of which have a label.
+
+    Args:
+        count: of the positions in all micro-batches and processes, such as `num_items_in_batch` of transformers.
+        over_all_ranks: whether statistics of the step are summed over the processes of the default group.
+    """
+    return BatchTotals(count, count, count, *(OVER_ALL_RANKS if over_all_ranks else ()))
+
+
 class MixedLabels(NamedTuple):
     """The labels of a batch of mixed images, in addition to their own.
 

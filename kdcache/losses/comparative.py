@@ -55,6 +55,7 @@ class Comparative(DivergenceOptions):
     needs_logits = True
     ignores_shared_temperature = True
     needs_constant_temperature = True
+    refused_for_tokens = "it compares a position with all others of the step"
 
     kind: Literal["comparative"] = "comparative"
     group_size: Annotated[int, Field(ge=1)] = 1

@@ -72,6 +72,9 @@ class Loss(LossSection):
     `plackett_luce`, `ofa` (`eps`), `mse`, `cosine`, `brier` (`alpha`), `comparative` (`group_size`), `ff_g2m`
     (`edge_tau`) or `function` (`function`: `path/file.py:function`, `options`)."""
 
+    tail: Literal["stored", "student"] = Field(default="stored", exclude_if=lambda tail: tail == "stored")
+    """For a teacher of tokens: `stored`, the tail of its probabilities as the cache has it; or `student`, its mass
+    alone, in the student's own shape."""
     gate: GateOptions | None = Field(default=None, exclude_if=lambda gate: gate is None)
     """A learned choice among the teachers of several caches, for each sample: `choose`, `top`, `balance`."""
     controller: ControllerChoice | None = Field(default=None, exclude_if=lambda controller: controller is None)

@@ -52,9 +52,14 @@ def dist(
     q, p = student_scaled.softmax(dim=1), teacher_scaled.softmax(dim=1)
     if center:
         rows = angle(q - q.mean(dim=1, keepdim=True), p - p.mean(dim=1, keepdim=True), q, p, over_classes)
+    else:
+        rows = angle(q, p, q, p, over_classes)
+    if gamma == 0:
+        return beta * rows.squeeze(1)
+    if center:
         columns = angle(q - batch_mean(q, batch_sum), p - batch_mean(p, batch_sum), q, p, batch_sum)
     else:
-        rows, columns = angle(q, p, q, p, over_classes), angle(q, p, q, p, batch_sum)
+        columns = angle(q, p, q, p, batch_sum)
     return beta * rows.squeeze(1) + gamma * columns.mean()
 
 
@@ -90,6 +95,11 @@ class DIST(DivergenceOptions):
         """Yield an objection if both weights are 0."""
         if self.beta == self.gamma == 0:
             yield "beta and gamma of dist are both 0"
+
+    @property
+    def refused_for_tokens(self) -> str | None:  # type: ignore[override]  # a class variable of the others
+        """Why the columns are refused; None if their weight is 0."""
+        return "its columns are [tokens, V] of the whole step: set gamma to 0 for the rows" if self.gamma else None
 
 
 def cosine(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class CSWT(TemperatureOptions):
     presets: ClassVar[Presets] = {"cswt": {}}
     uses_batch = True
     uses_batch_max = True
+    refused_for_tokens = "its temperatures depend on the least and the most similar rows of the whole step"
 
     kind: Literal["cswt"] = "cswt"
     tau: Positive = 4.0

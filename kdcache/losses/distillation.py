@@ -21,6 +21,7 @@ probability shift the order makes no difference; a smoothed label that is soften
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,6 +38,9 @@ from kdcache.losses.gate import chosen_logits, imbalance
 from kdcache.losses.options import Options
 from kdcache.losses.registry import NORMALIZATIONS
 from kdcache.losses.temperatures import Temperatures
+
+WeightedSum = Callable[[Tensor, Temperatures], Tensor]
+"""(student's logits [B, C], temperatures) -> [], the sum of the weighted divergences of the samples."""
 
 NO_CONTROL = Control()
 """What is set for each sample without a controller: nothing."""
@@ -141,8 +145,9 @@ def _term_and_temperatures(
     theta: Tensor | None,
     whole: BatchTotals,
     control: Control = NO_CONTROL,
+    of_targets: WeightedSum | None = None,
 ) -> tuple[Tensor, Temperatures]:
-    """Return the distillation term and the temperatures of `kd_weight`'s part of it; see `distillation_term`."""
+    """Return the distillation term and the temperatures of `kd_weight`'s part of it; see `distillation_loss`."""
     if loss.learns_temperature and theta is None:
         raise ValueError(f"the loss {loss.name!r} learns its temperature: make theta with learned_temperature(loss)")
     normalize = NORMALIZATIONS[loss.normalization].compute
@@ -154,6 +159,8 @@ def _term_and_temperatures(
     divergence = loss.divergence.bind(**_over_batch(loss.divergence, whole))
 
     def weighted_sum(t: Temperatures) -> Tensor:
+        if of_targets is not None:
+            return of_targets(student_logits, t)
         if _has_closed_form(loss, teacher_logits, t):
             with torch.no_grad():
                 target = adjust(teacher_logits / t.teacher, labels)
@@ -218,6 +225,7 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     control: Control = NO_CONTROL,
     chances: Tensor | None = None,
+    of_targets: WeightedSum | None = None,
 ) -> LossParts:
     """Return the whole loss of a batch.
 
@@ -234,6 +242,8 @@ def distillation_loss(
         label_smoothing: of the cross-entropy.
         control: what a controller sets for each sample.
         chances: [B, K], the probabilities of a gate over K teachers.
+        of_targets: sums the divergences from targets that are not logits / T, such as those of tokens; the teacher's
+            logits then serve the temperatures alone.
 
     Raises:
         ValueError: if the loss uses the teacher and its logits are None, or it acts on the one true class of images
@@ -242,7 +252,9 @@ def distillation_loss(
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()
     whole = whole or batch_totals(labels, mixed, student_logits.dtype)
-    ce = cross_entropy(student_logits, labels, mixed, label_smoothing, whole)
+    # With weight 0 it is reported, and takes no part in the gradient.
+    of_labels = student_logits if loss.ce_weight or not loss.uses_teacher else student_logits.detach()
+    ce = cross_entropy(of_labels, labels, mixed, label_smoothing, whole)
     if not loss.uses_teacher:
         none = torch.zeros_like(ce)
         return LossParts(loss.ce_weight * ce, ce.detach(), none, none, none)
@@ -251,7 +263,7 @@ def distillation_loss(
     if mixed is not None and loss.acts_on_label:
         raise ValueError(f"{loss.acts_on_label} needs one label per image, and mixed images have two")
     teacher_logits = teacher_logits.to(student_logits.dtype)
-    of_step = (loss, epoch, theta, whole, control)
+    of_step = (loss, epoch, theta, whole, control, of_targets)
     if loss.gate is None:
         distilled, dynamic = _term_and_temperatures(student_logits, teacher_logits, labels, *of_step)
     else:

@@ -171,6 +171,7 @@ class PlackettLuce(DivergenceOptions):
     acts_on_label = True
     needs_order = True
     positive_between_equals = True
+    refused_for_tokens = "it sorts all V classes of each position"
 
     kind: Literal["plackett_luce"] = "plackett_luce"
 
@@ -230,5 +231,6 @@ class MSE(DivergenceOptions):
     needs_level = True
     needs_logits = True
     ignores_shared_temperature = True
+    needs_tail_shape = True
 
     kind: Literal["mse"] = "mse"

@@ -122,6 +122,7 @@ class FFG2M(DivergenceOptions):
     needs_level = True
     needs_logits = True
     needs_constant_temperature = True
+    refused_for_tokens = "it compares nodes of a graph"
 
     kind: Literal["ff_g2m"] = "ff_g2m"
     edge_tau: Positive = 1.5

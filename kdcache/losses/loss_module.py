@@ -6,9 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import UsageError, counted, indices_below
-from kdcache.losses.batch import batch_totals
+from kdcache.losses.batch import batch_totals, of_step
+from kdcache.losses.chunked_head import batch_statistics, chunked_loss
 from kdcache.losses.config import Loss
 from kdcache.losses.distillation import LossParts, distillation_loss, learned_temperature
+from kdcache.losses.lm_head import LMHead, check_positions
+from kdcache.losses.token_loss import check_token_loss
+from kdcache.losses.token_targets import TokenTargets
 
 
 class DistillationLoss(nn.Module):
@@ -87,8 +91,11 @@ class DistillationLoss(nn.Module):
             UsageError: if a shape, a type, a label or the epoch is not as described; nothing is broadcast.
         """
         _check_logits(student_logits, "student_logits")
-        if epoch is not None and not epoch > 0:
-            raise UsageError(f"the epoch is {epoch}", "count epochs from 1, or leave it out for the loss after warm-up")
+        if self.options.tail != "stored":
+            raise UsageError(
+                f"tail is {self.options.tail!r}, and logits have their tail", "remove it, or use of_tokens"
+            )
+        _check_epoch(epoch)
         _check_labels(labels, student_logits)
         if self.uses_teacher:
             if teacher_logits is None:
@@ -105,6 +112,52 @@ class DistillationLoss(nn.Module):
         if edges is not None or self.options.uses_edges:
             whole = batch_totals(labels)._replace(edges=self._checked_edges(edges, len(student_logits)))
         return distillation_loss(student_logits, teacher_logits, labels, self.options, epoch, None, self.theta, whole)
+
+    def of_tokens(
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        labels: Tensor,
+        targets: TokenTargets | None,
+        epoch: float | None = None,
+        count: Tensor | int | None = None,
+        statistics: list[Tensor] | None = None,
+    ) -> LossParts:
+        """Return the loss of the taught positions of a language model, without its logits [n, V] at once.
+
+        `total` may be differentiated once, with respect to the hidden states and the head.
+
+        Args:
+            hidden: [n, d], the student's last hidden states at the positions, packed and ordered as you like.
+            head: the student's last layer.
+            labels: [n] int64, the next token of each position, -1 where not known.
+            targets: the teacher's, of the same positions; None for a loss that does not use a teacher.
+            epoch: as for logits.
+            count: taught positions in all micro-batches and processes of the optimizer step, such as
+                `num_items_in_batch` of transformers: the losses of its parts then add up to that of the step. None if
+                these positions are all of it.
+            statistics: for dtd and cwsm, the sums over all parts of the step of what `statistics_of_tokens` returns for
+                each; None if these positions are all of it.
+
+        Raises:
+            UsageError: for a loss that is not defined for tokens, or needs what the targets do not have; for shapes
+                that are not as described.
+        """
+        _check_epoch(epoch)
+        check_token_loss(self.options, targets)
+        check_positions(hidden, head, labels, targets)
+        whole = None if count is None else of_step(count)
+        return chunked_loss(
+            hidden, head, labels, targets, self.options, epoch, self.theta, whole, statistics=statistics
+        )
+
+    def statistics_of_tokens(self, hidden: Tensor, head: LMHead, targets: TokenTargets) -> list[Tensor]:
+        """Return the sums over taught positions that dtd and cwsm need of a whole step; an empty list for the others.
+
+        Args: as for `of_tokens`.
+        """
+        check_token_loss(self.options, targets)
+        return batch_statistics(hidden, head, targets, self.options)
 
     def _checked_edges(self, edges: Tensor | None, count: int) -> Tensor:
         """Return the edges [2, E] of a batch of `count` samples, for a loss that compares their ends."""
@@ -127,6 +180,12 @@ class DistillationLoss(nn.Module):
                 "pass positions in the batch, not numbers of nodes: edges_among(edges, nodes, count)",
             )
         return edges
+
+
+def _check_epoch(epoch: float | None) -> None:
+    """Check that an epoch is counted from 1."""
+    if epoch is not None and not epoch > 0:
+        raise UsageError(f"the epoch is {epoch}", "count epochs from 1, or leave it out for the loss after warm-up")
 
 
 def _check_logits(logits: object, name: str) -> None:

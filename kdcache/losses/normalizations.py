@@ -23,11 +23,13 @@ class Normalization:
     Attributes:
         compute: the function.
         presets: loss names that choose it, each with what it sets beside it.
+        needs_tail_shape: whether it needs the logits of all classes, so that the mass outside a head is not enough.
         removes_level: whether a constant that is added to a row of logits no longer changes anything after it.
     """
 
     compute: Callable[[Tensor], Tensor]
     presets: Presets = field(default_factory=dict)
+    needs_tail_shape: bool = False
     removes_level: bool = False
 
 
@@ -61,5 +63,6 @@ def z_score(logits: Tensor) -> Tensor:
 Z_SCORE = Normalization(
     z_score,
     presets={"zscore": {"kd_weight": 9.0, "temperature": {"kind": "constant", "tau": 2.0}}},
+    needs_tail_shape=True,
     removes_level=True,
 )

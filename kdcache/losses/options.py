@@ -39,6 +39,9 @@ class Options(LossSection):
             `batch_sum`.
         uses_batch_max: whether it needs the maximum over the batch too; the function then takes `batch_max`.
         uses_edges: whether it compares samples that an edge of a graph joins; the function then takes `edges`.
+        needs_tail_shape: whether it compares logits of all classes, so that the mass outside the head of a teacher of
+            tokens is not enough.
+        refused_for_tokens: why it is refused for the positions of a language model; None if it is not.
     """
 
     compute: ClassVar[Callable[..., Any]]
@@ -46,6 +49,8 @@ class Options(LossSection):
     uses_batch: ClassVar[bool] = False
     uses_batch_max: ClassVar[bool] = False
     uses_edges: ClassVar[bool] = False
+    needs_tail_shape: ClassVar[bool] = False
+    refused_for_tokens: ClassVar[str | None] = None
 
     kind: str
 

@@ -156,6 +156,11 @@ class DTKD(TemperatureOptions):
         """Whether the loss is differentiated through the temperatures."""
         return not self.detach
 
+    @property
+    def needs_tail_shape(self) -> bool:  # type: ignore[override]  # a class variable of the other rules
+        """Whether the mean of a row enters the sharpness."""
+        return self.center
+
     @model_validator(mode="after")
     def _exact_needs_centered_logsumexps(self) -> DTKD:
         if self.equalize == "exact" and not (self.sharpness == "logsumexp" and self.center):
@@ -242,6 +247,7 @@ class DTDFocal(TemperatureOptions):
     compute = staticmethod(dtd_flsw)
     presets: ClassVar[Presets] = {"dtd": {}}
     uses_batch = True
+    needs_tail_shape = True
 
     kind: Literal["dtd_flsw"] = "dtd_flsw"
     tau: Positive = 4.0

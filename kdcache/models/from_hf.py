@@ -54,10 +54,10 @@ def build(
             "use a data set with the teacher's classes, map them with teacher.classes, or give a checkpoint that was "
             "trained on this data set (`weights:`)",
         )
-    kind = _transformers().AutoModelForImageClassification
-    with _quiet():
+    kind = library().AutoModelForImageClassification
+    with quiet():
         if source is not None:
-            model = _pretrained(kind, source, config, progress or Silent())
+            model = pretrained(kind, source, config, progress or Silent())
         else:
             model = construct(kind.from_config, spec.model_copy(update={"args": {}}), config=config)
     model.float()
@@ -107,23 +107,31 @@ def preset(folder: str) -> Transform:
             "set `transform` to that of the teacher's images",
         )
     try:
-        processor = _transformers().AutoImageProcessor.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        processor = library().AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         settings = processor.to_dict()
     except Exception as error:  # transformers raises errors of many types for files of other versions
         raise UsageError(
-            f"cannot read the image processor {path}: {_first_line(error)}",
+            f"cannot read the image processor {path}: {first_line(error)}",
             "set `transform` to that of the teacher's images",
         ) from error
     return transform_of(processor, settings, folder)
 
 
 def _config(folder: str) -> Any:
+    """Return the configuration of a folder with an image classifier; see `configuration`."""
+    return configuration(folder, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "an image classifier")
+
+
+def configuration(folder: str, mapping: str, what: str) -> Any:
     """Return the configuration of a folder.
 
+    Args:
+        folder: that `save_pretrained` wrote.
+        mapping: name of the mapping of transformers that lists the configurations of such networks.
+        what: what such a network is called.
+
     Raises:
-        UsageError: without transformers, or for a folder that does not hold one of its image classifiers.
+        UsageError: without transformers, or for a folder that does not hold such a network of it.
         CorruptError: if its configuration cannot be read.
     """
     path = expand(folder) / CONFIG
@@ -132,31 +140,39 @@ def _config(folder: str) -> Any:
             f"file not found: {path}",
             "give a folder that save_pretrained wrote; from the Hugging Face Hub: hf download NAME --local-dir FOLDER",
         )
-    library = _transformers()
+    transformers = library()
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         kind = stored["model_type"] if isinstance(stored, dict) else None
     except (ValueError, KeyError) as error:
         raise CorruptError(
-            f"cannot read {path}: it is not the configuration of a network of transformers ({_first_line(error)})",
+            f"cannot read {path}: it is not the configuration of a network of transformers ({first_line(error)})",
             "give a folder that save_pretrained of a transformers network wrote; a network of timm is timm:NAME",
         ) from None
     try:
-        config = library.AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # for unknown types, and for values that its classes refuse
         raise UsageError(
-            f"transformers cannot read {path}: {_first_line(error)}",
+            f"transformers cannot read {path}: {first_line(error)}",
             "use a network that does not need custom code, or a newer version of transformers",
         ) from error
-    if type(config) not in library.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise UsageError(
-            f"{folder} holds a {kind} network, which is not an image classifier", "give the folder of one that is"
-        )
+    if type(config) not in getattr(transformers, mapping):
+        raise UsageError(f"{folder} holds a {kind} network, which is not {what}", "give the folder of one that is")
     return config
 
 
-def _pretrained(kind: Any, folder: Path, config: Any, progress: Progress) -> nn.Module:
-    """Return the network with all weights of a folder."""
+def pretrained(kind: Any, folder: Path, config: Any, progress: Progress) -> nn.Module:
+    """Return the network with all weights of a folder.
+
+    Args:
+        kind: one of the library's classes that build networks, such as AutoModelForCausalLM.
+        folder: with the weights.
+        config: of the network.
+        progress: progress reporter, for a note about weights that the network does not use.
+
+    Raises:
+        MismatchError: for weights that are missing, damaged or of other shapes.
+    """
     try:
         model, report = kind.from_pretrained(
             folder,
@@ -168,7 +184,7 @@ def _pretrained(kind: Any, folder: Path, config: Any, progress: Progress) -> nn.
         )
     except Exception as error:  # for weights that are missing or damaged
         raise MismatchError(
-            f"the weights in {folder} cannot be loaded: {_first_line(error)}",
+            f"the weights in {folder} cannot be loaded: {first_line(error)}",
             "get the folder again, with config.json and all weights; for other weights set `weights:`",
         ) from error
     lacking = sorted(report.get("missing_keys", ()))
@@ -185,7 +201,7 @@ def _pretrained(kind: Any, folder: Path, config: Any, progress: Progress) -> nn.
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from drawing progress bars and tables."""
     logging = import_module("transformers.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -199,7 +215,12 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _transformers() -> Any:
+def library() -> Any:
+    """Return transformers.
+
+    Raises:
+        UsageError: if it is not installed.
+    """
     try:
         return import_module("transformers")
     except ImportError:
@@ -208,6 +229,7 @@ def _transformers() -> Any:
         ) from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

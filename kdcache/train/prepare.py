@@ -120,6 +120,11 @@ def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress
             f"note: without a label, {counted(unlabeled, 'image')} of the training split cannot contribute: the "
             f"divergence {loss.divergence.kind} needs labels"
         )
+    if loss.tail != "stored":
+        raise UsageError(
+            f"loss.tail is {loss.tail!r}: it is for a teacher of tokens, and the rows of images have their tail",
+            "remove it",
+        )
     if loss.needs_level and not level_known:
         raise UsageError(
             f"the logits of this teacher are known up to an additive constant per sample, because only its "

@@ -117,6 +117,7 @@ def pipeline(*overrides: str) -> Pipeline:
         ("truncation to the top 16 has no effect: .* has 10 classes", ["loss.name=truncated"]),
         ("no training image has a label, and the divergence dkd needs labels",
          ["loss.name=dkd", "student.train.labels_per_class=0"]),
+        ("loss.tail is 'student': it is for a teacher of tokens", ["loss.tail=student"]),
     ],
 )  # fmt: skip
 def test_a_loss_that_these_images_leave_nothing_to_is_refused(

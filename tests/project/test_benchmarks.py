@@ -74,6 +74,7 @@ def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
         "sources.py",
         "data.py",
         "together.py",
+        "token_losses.py",
         "real_teachers.py",
     ],
 )
@@ -125,6 +126,17 @@ def test_one_set_of_rows_can_be_measured_alone() -> None:
     alone = printed("peers.py", str(rows))
     assert alone.startswith("glyphs300.npz: 300 classes, 500 rows")
     assert alone in printed("peers.py", "--quick")
+
+
+def test_steps_from_targets_of_tokens_are_compared_with_cross_entropy() -> None:
+    (table,) = tables("token_losses.py")
+    assert table[""] == ["ms", "per cross-entropy", "bound"]
+    steps = {name: cells for name, cells in table.items() if name}
+    assert [name.split(",")[0] for name in steps] == ["cross-entropy", "KD", "KD", "KD"]
+    plain = float(steps["cross-entropy"][0])
+    for ms, ratio, *bound in steps.values():
+        assert float(ratio) == pytest.approx(float(ms) / plain, rel=0.05)
+        assert bound in (["1.10"], [])
 
 
 def test_ratios_of_the_codec_are_those_of_the_times_beside_them() -> None:

@@ -83,7 +83,8 @@ def test_examples_use_the_public_names_alone() -> None:
 
 def test_every_example_is_run() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*FILTERS, "read_with_tensorstore"}  # which test_format.py runs
+    # test_format.py runs one of them, and the last test below another.
+    assert scripts == {*FILTERS, "read_with_tensorstore", "with_hf_trainer_lm"}
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -104,3 +105,31 @@ def test_example(name: str, cache: Cache, tmp_path: Path) -> None:
     batches = -(-len(cache) // 64)
     assert json.loads(asked) == [[epoch % 2] for epoch in range(10) for _ in range(batches)]
     assert list(tmp_path.iterdir()) == []
+
+
+def distilled(script: str, steps: int, folder: Path) -> tuple[float, float]:
+    """Run the example of a language model, and return the student's divergence from the teacher before and after."""
+    (folder / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "script.py", str(steps)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"KL to the teacher: (\d+\.\d+) nats before, (\d+\.\d+) after", done.stdout)
+    assert found is not None, done.stdout
+    return float(found[1]), float(found[2])
+
+
+def test_a_language_model_learns_in_the_trainer_whatever_its_accumulation(tmp_path: Path) -> None:
+    script = (EXAMPLES / "with_hf_trainer_lm.py").read_text()
+    assert "python examples/with_hf_trainer_lm.py " in script.split('"""')[1]
+    before, after = distilled(script, 40, tmp_path)
+    assert after < before / 2
+    at_once = script.replace("batch_size=8", "batch_size=16").replace("accumulation_steps=2", "accumulation_steps=1")
+    assert at_once != script
+    assert distilled(at_once, 40, tmp_path)[1] == pytest.approx(after, abs=0.003)

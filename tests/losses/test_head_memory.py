@@ -1,0 +1,56 @@
+"""The memory of a chunked head in a process of its own: it does not grow with the number of positions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SCRIPT = """
+    import resource, sys, torch
+    from helpers.token_targets import TEMPERATURES
+    from kdcache.losses import Loss
+    from kdcache.losses.chunked_head import chunked_loss
+    from kdcache.losses.lm_head import LMHead
+    from kdcache.losses.token_targets import TokenTargets, scaled_logits
+    n, vocabulary, width, k = int(sys.argv[1]), 8_000, 16, 8
+    torch.manual_seed(0)
+    hidden = torch.randn(n, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    tail = torch.tensor([0.3, 0.5, 0.8, 0.95]).log().expand(n, -1)
+    targets = TokenTargets(
+        torch.arange(k).expand(n, -1), torch.full((n, k), 0.7 / k).log(), tail, TEMPERATURES, vocabulary,
+        coordinates=torch.randn(n, 4), basis=torch.randn(4, vocabulary), mean=torch.zeros(vocabulary),
+    )
+    loss = Loss.model_validate({"name": sys.argv[2]})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.argv[3] == "chunks":
+        parts = chunked_loss(hidden, LMHead(weight), torch.zeros(n, dtype=torch.int64), targets, loss, chunk=64)
+    else:
+        from kdcache.losses.token_loss import token_loss
+        parts = token_loss(hidden @ weight.T, torch.zeros(n, dtype=torch.int64), targets, loss)
+    parts.total.backward()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def peak(n: int, name: str, how: str) -> int:
+    """Return the growth in MiB of a process's memory in a forward and a backward pass."""
+    script = textwrap.dedent(SCRIPT)
+    command = [sys.executable, "-c", script, str(n), name, how]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+@pytest.mark.parametrize("name", ["kd", "rkl"])
+def test_memory_does_not_grow_with_the_number_of_positions(name: str) -> None:
+    of_logits = 4 * 8_000 * 4_000 / 2**20  # one float32 matrix [n, V]
+    few_rows, many = peak(500, name, "chunks"), peak(4_000, name, "chunks")
+    assert many - few_rows < 0.3 * of_logits
+    assert peak(4_000, name, "whole") > few_rows + 3 * of_logits
