@@ -136,7 +136,7 @@ def _token_row_parts(encoding: TokenEncoding) -> dict[str, Part]:
 
 
 def token_parts(plan: Plan) -> dict[str, Part]:
-    """Return the arrays that hold the tokens of sequences, by name; empty if the samples are none."""
+    """Return the arrays that hold the tokens of sequences, by name; empty without sequences."""
     if plan.sequences is None:
         return {}
     return {"tokens": Part((), index_type(plan.sequences.vocabulary.size)), "taught": Part((), "uint8")}

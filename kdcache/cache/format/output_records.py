@@ -123,6 +123,7 @@ class OutputRecord(Record):
 
     @model_validator(mode="after")
     def _agrees(self) -> OutputRecord:
+        """Check that the parts of an output belong together."""
         is_classes = self.kind == "classes"
         if self.places == "run" or isinstance(self.encoding, TokenEncoding):
             return self._agrees_as_run()

@@ -1,6 +1,6 @@
 """The axes that rows lie on: samples; and of sequences their taught positions, and their tokens.
 
-On the axis of samples a row is found by the id of its sample. On the other two every shard has the same room, so that a
+A row on the axis of samples is found by the id of its sample. On the other two every shard has the same room, so that a
 shard is one file, and the room behind its last row is empty (docs/FORMAT.md, section 12.2). Readers number the rows
 that there are, without the gaps.
 """
