@@ -91,6 +91,7 @@ class Origin(NamedTuple):
         dataset: name of the data set.
         split: of the data set.
         level_known: whether the logits are known, or up to a constant per row.
+        temperatures: at which the distributions are known.
         arguments: of the lineage.
     """
 
@@ -99,6 +100,7 @@ class Origin(NamedTuple):
     dataset: str
     split: str = "train"
     level_known: bool = True
+    temperatures: tuple[float, ...] = TOKEN_TEMPERATURES
     arguments: Mapping[str, Any] = {}
 
 
@@ -131,7 +133,7 @@ def cache_of_sequences(
     check_place(out)
     out = out.absolute()
     size = vocabulary if isinstance(vocabulary, int) else len(vocabulary)
-    encoding = _encoding(spec, size, origin.level_known)
+    encoding = _encoding(spec, size, origin)
     counted = count_sequences((source.tokens(index) for index in range(len(source))), size)
     labels = np.full(len(counted.keys), -1, np.int32)
     basis = _basis(source, counted, out, spec, encoding, progress)
@@ -197,7 +199,7 @@ def _chunk(per_shard: int) -> int:
     return next(size for size in range(min(per_shard, _LARGEST_CHUNK), 0, -1) if per_shard % size == 0)
 
 
-def _encoding(spec: TokenCacheSpec, size: int, level_known: bool) -> TokenEncoding:
+def _encoding(spec: TokenCacheSpec, size: int, origin: Origin) -> TokenEncoding:
     """Return the encoding of rows.
 
     Raises:
@@ -220,8 +222,8 @@ def _encoding(spec: TokenCacheSpec, size: int, level_known: bool) -> TokenEncodi
             "tail": spec.tail,
             "rank": rank,
             "dtype": spec.dtype,
-            "level": level_known,
-            "temperatures": TOKEN_TEMPERATURES,
+            "level": origin.level_known,
+            "temperatures": origin.temperatures,
         }
     )
 

@@ -88,5 +88,5 @@ def write_token_cache(
         CorruptError: if a logit is NaN or infinite; names the sequence.
     """
     source = _Arrays(sequences, logits, taught)
-    origin = Origin(teacher, "given", dataset, split, level_known, {"from": "arrays"})
+    origin = Origin(teacher, "given", dataset, split, level_known, arguments={"from": "arrays"})
     return cache_of_sequences(source, out, origin, vocabulary, special, spec, reporter(progress))

@@ -14,6 +14,7 @@ PROCESS = {
     "test_examples",
     "test_faults",
     "test_identity",
+    "test_killed_sequences",
     "test_lock",
     "test_parallel",
     "test_permissions",

@@ -47,7 +47,7 @@ def some_text(lengths: tuple[int, ...] = (5, 40, 9, 33, 2, 17, 80, 12, 60), size
 
 def write(text: Text, out: Path, **settings: Any) -> Cache:
     """Write a cache of a text with three shards, as a ghost of four tokens unless told otherwise."""
-    spec = TokenCacheSpec(**{"top_k": 4, "rank": 4, "pilot_rows": 100, "shard_sequences": 4, **settings})
+    spec = TokenCacheSpec(**{"top_k": 4, "rank": 6, "pilot_rows": 100, "shard_sequences": 4, **settings})
     return write_token_cache(
         text.sequences, text.logits, out, vocabulary=text.vocabulary, taught=text.taught, special={"eos": 1}, spec=spec
     )

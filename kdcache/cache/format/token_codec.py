@@ -141,9 +141,9 @@ class _Sums:
         self._centered = (logits - largest.unsqueeze(1)).scatter_(1, order, _FAR)
         fourth = (self._centered / 4).exp_()
         self._half = fourth * fourth
-        sums = {1.0: _dot(self._half, self._half)}
+        sums = {1.0: _dot(self._half, self._half), 2.0: self._half.sum(dim=1)}
         if len(temperatures) > 1:
-            sums |= {4 / 3: _dot(self._half, fourth), 2.0: self._half.sum(dim=1), 4.0: fourth.sum(dim=1)}
+            sums |= {4 / 3: _dot(self._half, fourth), 4.0: fourth.sum(dim=1)}
         self._tails = {t: total.double().log() + self._largest / t for t, total in sums.items()}
 
     def log_total(self, temperature: float) -> Tensor:
