@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache, open_cache
+    from kdcache.cache.sequences import CachedSequences, SequenceBatch
     from kdcache.cache.teacher import CachedOutput, CachedTeacher
     from kdcache.config.loader import load_pipeline
     from kdcache.config.loss import loss, output_loss
     from kdcache.config.schema import Pipeline
     from kdcache.curate.foreign.margin_mse import MarginMSEScores, read_margin_mse
+    from kdcache.curate.sequence_cache import TokenCacheSpec
+    from kdcache.curate.token_cache import write_token_cache
     from kdcache.data.cached_dataset import CachedDataset
     from kdcache.data.datasets import load_split
     from kdcache.data.nodes import Graph, edges_among, graph_of, read_graph
@@ -43,6 +46,7 @@ _HOME = {
     "CacheOptions": "kdcache.train.inputs",
     "CachedDataset": "kdcache.data.cached_dataset",
     "CachedOutput": "kdcache.cache.teacher",
+    "CachedSequences": "kdcache.cache.sequences",
     "CachedTeacher": "kdcache.cache.teacher",
     "DistillationLoss": "kdcache.losses.loss_module",
     "Graph": "kdcache.data.nodes",
@@ -56,8 +60,10 @@ _HOME = {
     "Ranks": "kdcache.runtime.distributed",
     "RunResult": "kdcache.train.run_result",
     "Samples": "kdcache.data.samples",
+    "SequenceBatch": "kdcache.cache.sequences",
     "SplitScore": "kdcache.models.evaluate",
     "TeacherIdentity": "kdcache.models.teacher",
+    "TokenCacheSpec": "kdcache.curate.sequence_cache",
     "build_model": "kdcache.models.build",
     "dump_teacher": "kdcache.dump.dump",
     "edges_among": "kdcache.data.nodes",
@@ -74,6 +80,7 @@ _HOME = {
     "train_student": "kdcache.train.train",
     "train_teacher": "kdcache.train.train",
     "wrap": "kdcache.data.samples",
+    "write_token_cache": "kdcache.curate.token_cache",
 }
 
 __all__ = [
@@ -81,6 +88,7 @@ __all__ = [
     "CacheOptions",
     "CachedDataset",
     "CachedOutput",
+    "CachedSequences",
     "CachedTeacher",
     "DistillationLoss",
     "Graph",
@@ -94,8 +102,10 @@ __all__ = [
     "Ranks",
     "RunResult",
     "Samples",
+    "SequenceBatch",
     "SplitScore",
     "TeacherIdentity",
+    "TokenCacheSpec",
     "build_model",
     "dump_teacher",
     "edges_among",
@@ -112,6 +122,7 @@ __all__ = [
     "train_student",
     "train_teacher",
     "wrap",
+    "write_token_cache",
 ]
 
 

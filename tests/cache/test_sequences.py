@@ -64,7 +64,7 @@ def test_any_prefixes_in_any_order_have_their_rows(
     which = data.draw(st.lists(st.integers(0, 8), min_size=1, max_size=6))
     lengths = [data.draw(st.integers(1, 90)) for _ in which]
     batch = teacher(which, lengths)
-    tokens, rows, positions = [], [], []
+    tokens, rows, positions = list[int](), list[torch.Tensor](), list[int]()
     for index, length in zip(which, lengths, strict=True):
         cut = text.sequences[index][:length]
         mask = text.taught[index][:length].copy()

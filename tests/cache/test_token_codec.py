@@ -57,7 +57,8 @@ def test_the_head_is_in_the_order_of_the_format_also_among_equal_logits(data: st
     top_k = data.draw(st.integers(1, size - 1))
     values = data.draw(st.lists(st.integers(-2, 2), min_size=size, max_size=size))
     logits = torch.tensor([values, values[::-1]], dtype=torch.float32)
-    expected = [sorted(range(size), key=lambda token, row=row: (-row[token], token)) for row in logits.tolist()]
+    ranked = [sorted((-value, token) for token, value in enumerate(row)) for row in logits.tolist()]
+    expected = [[token for _, token in row] for row in ranked]
     order, largest = largest_tokens(logits, top_k)
     assert order.tolist() == [row[:top_k] for row in expected]
     assert largest.tolist() == [logits[row, tokens[top_k]].item() for row, tokens in enumerate(expected)]

@@ -38,7 +38,7 @@ def fit_tails(logits: Tensor, weights: Tensor, order: Tensor, basis: TailBasis, 
     axes = basis.basis.float()
     weights = weights.add_(_FLOOR).scatter_(1, order, 0.0)
     ridge = _RIDGE * weights.sum(dim=1, keepdim=True)
-    residual = (weights * (logits - basis.mean)) @ axes.T
+    residual = (logits - basis.mean).mul_(weights) @ axes.T
     average = (axes * weights.mean(dim=0)) @ axes.T
     average.diagonal().add_(float(ridge.mean()) + _TINY)
     factor = torch.linalg.cholesky(average)
@@ -46,7 +46,7 @@ def fit_tails(logits: Tensor, weights: Tensor, order: Tensor, basis: TailBasis, 
     direction = solved = _solve(factor, residual)
     energy = (residual * solved).sum(dim=1, keepdim=True)
     for _ in range(steps):
-        image = (weights * (direction @ axes)) @ axes.T + ridge * direction
+        image = (direction @ axes).mul_(weights) @ axes.T + ridge * direction
         length = energy / (direction * image).sum(dim=1, keepdim=True).clamp_min(_TINY)
         coordinates = coordinates + length * direction
         residual = residual - length * image

@@ -38,7 +38,7 @@ _RANGE = 16.0
 """Nats below the largest log-probability of a row, beyond which all are the same."""
 
 _MOST_BELOW = 8.0
-"""Nats below `lowest`, at most, of the tokens there: their mass may be smaller than the rounding errors of all others."""
+"""Nats below `lowest`, at most, of the tokens there: their mass may be less than the rounding errors of all others."""
 
 _TINY = 1e-30
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_it_is_a_command(tmp_path: Path) -> None:
     assert "samples with one row each" in refused(2, "convert", out, "-o", tmp_path / "x.npz")
 
 
-DAMAGE = {
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another magic": (lambda data: b"_logit__" + data[8:], "is not a file of llama.cpp"),
     "empty": (lambda _: b"", "is not a file of llama.cpp"),
     "truncated": (lambda data: data[:-2], "its header states"),
