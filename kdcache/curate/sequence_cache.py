@@ -21,7 +21,14 @@ from kdcache.cache.format.schema import PLAN, DatasetRecord, Lineage, Plan, Shar
 from kdcache.cache.format.stored_sequences import arrays_of_vocabulary, sequence_key, vocabulary_record
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.token_codec import encode_tokens
-from kdcache.cache.format.token_encoding import TOKEN_TEMPERATURES, TokenEncoding, TokenRequest, TokenTail
+from kdcache.cache.format.token_draws import encode_draws
+from kdcache.cache.format.token_encoding import (
+    MOST_DRAWS,
+    TOKEN_TEMPERATURES,
+    TokenEncoding,
+    TokenRequest,
+    TokenTail,
+)
 from kdcache.cache.format.token_rows import SequenceTokens, TokenRows
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
@@ -61,9 +68,11 @@ class TokenCacheSpec:
 
     Attributes:
         top_k: k, tokens per row that are stored individually.
-        tail: "lowrank", or "ghost" for the mass alone.
+        tail: "lowrank", "ghost" for the mass alone, or "draws", which replace the head too.
         rank: R, coordinates of a `lowrank` tail.
         step: their quantization step in nats.
+        draws: tokens that are drawn per row, at most 255, for `draws`.
+        temperature: that they are drawn at; a student can be taught at this one only.
         dtype: of the log-probabilities, float16 or float32.
         pilot_rows: rows that the basis is fitted to.
         shard_sequences: sequences per shard; None to choose them by bytes.
@@ -75,6 +84,8 @@ class TokenCacheSpec:
     tail: TokenTail = "ghost"
     rank: int = 32
     step: float = 0.4
+    draws: int = 50
+    temperature: float = 1.0
     dtype: str = "float16"
     pilot_rows: int = 1024
     shard_sequences: int | None = None
@@ -139,7 +150,7 @@ def cache_of_sequences(
     basis = _basis(source, counted, out, spec, encoding, progress)
     per_shard = spec.shard_sequences or sequences_per_shard(counted, raw_bytes(encoding))
     request = TokenRequest(
-        top_k=spec.top_k,
+        top_k=encoding.top_k,
         tail=spec.tail,
         rank=encoding.rank or None,
         step=spec.step if encoding.rank else None,
@@ -206,7 +217,7 @@ def _encoding(spec: TokenCacheSpec, size: int, origin: Origin) -> TokenEncoding:
         UsageError: if it is impossible for a vocabulary of this size.
     """
     if spec.tail == "draws":
-        raise UsageError("draws need a teacher that is run", "use tail lowrank or ghost")
+        return _encoding_of_draws(spec, size, origin)
     rank = spec.rank if spec.tail == "lowrank" else 0
     if not 0 < spec.top_k < size or rank > size or (spec.tail == "lowrank" and rank < 1) or spec.step <= 0:
         raise UsageError(
@@ -225,6 +236,28 @@ def _encoding(spec: TokenCacheSpec, size: int, origin: Origin) -> TokenEncoding:
             "level": origin.level_known,
             "temperatures": origin.temperatures,
         }
+    )
+
+
+def _encoding_of_draws(spec: TokenCacheSpec, size: int, origin: Origin) -> TokenEncoding:
+    """Return the encoding of rows of draws; raises UsageError if it is impossible."""
+    if not 0 < spec.draws <= MOST_DRAWS or spec.temperature <= 0:
+        raise UsageError(
+            f"{spec.draws} draws at T = {spec.temperature}", f"use 1 to {MOST_DRAWS} draws, at a temperature above 0"
+        )
+    if len(origin.temperatures) == 1 and spec.temperature not in origin.temperatures:
+        raise UsageError(
+            f"draws at T = {spec.temperature} of distributions that are known at T = {origin.temperatures[0]:g} only",
+            "draw at that temperature",
+        )
+    return TokenEncoding(
+        num_classes=size,
+        top_k=0,
+        tail="draws",
+        draws=spec.draws,
+        dtype="float16",
+        level=False,
+        temperatures=(float(spec.temperature),),
     )
 
 
@@ -300,7 +333,10 @@ def _write_shard(
         positions = mask.nonzero().squeeze(1)
         logits = _logits_of(source, index, len(positions), encoding.num_classes)
         try:
-            parts.append(encode_tokens(logits, of_ids[positions + 1], encoding, basis))
+            if encoding.tail == "draws":
+                parts.append(encode_draws(logits, encoding, seed=int(keys[index]) >> 1))
+            else:
+                parts.append(encode_tokens(logits, of_ids[positions + 1], encoding, basis))
         except KdcacheError as error:
             raise type(error)(f"sequence {index}: {error.what}", error.fix) from None
         tokens.append(SequenceTokens(of_ids, mask.to(torch.uint8)))

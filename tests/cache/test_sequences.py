@@ -34,6 +34,42 @@ from kdcache.errors import CorruptError, MismatchError, UsageError
 TAILS = ("ghost", "lowrank")
 
 
+def test_draws_are_an_unbiased_estimate_at_their_temperature(tmp_path: Path) -> None:
+    """Of 4000 rows with one distribution: the error of the mean falls as one by the square root of all draws."""
+    live = 2 * torch.randn(60, generator=torch.Generator().manual_seed(5))
+    sequences = [np.arange(41) % 60 + shift for shift in range(10) for _ in range(10)]
+    sequences = [ids % 60 for ids in sequences]
+    spec = TokenCacheSpec(tail="draws", draws=50, temperature=2.0)
+    cache = write_token_cache(sequences, lambda _: live.expand(41, 60), tmp_path / "c", vocabulary=60, spec=spec)
+    assert audit(cache.path).failure is None
+    assert "50 draws at T = 2" in ok("info", cache.path)
+    fields = cache.sequences().fields(cache.sequences()(range(100)).rows)
+    tokens, counts = fields["draws"]
+    assert fields["temperatures"] == (2.0,)
+    assert counts.sum(dim=1).eq(50).all()
+    total = torch.zeros(60).index_add_(0, tokens.flatten(), counts.flatten()) / counts.sum()
+    # Sequences of one key are drawn alike: ten different ones of 40 rows with 50 draws.
+    assert (total - (live / 2).softmax(dim=0)).abs().sum() < 4 * (60 / (10 * 40 * 50)) ** 0.5
+    again = write_token_cache(sequences, lambda _: live.expand(41, 60), tmp_path / "d", vocabulary=60, spec=spec)
+    assert again.manifest.digest == cache.manifest.digest
+
+
+def test_draws_that_are_impossible_are_refused_and_found(text: Text, tmp_path: Path) -> None:
+    for settings_of, message in ((({"draws": 256}), "256 draws"), ({"temperature": 0.0}, "0.0")):
+        with pytest.raises(UsageError, match=message):
+            write(text, tmp_path / "c", tail="draws", **settings_of)
+    teacher = write(text, tmp_path / "c", tail="draws", draws=20).sequences()
+    batch = teacher([6])
+    for part, column, value, message in (
+        ("counts", 0, 0, "not as many as the encoding has"),
+        ("draws", 1, 0, "not in ascending order"),
+        ("draws", 19, 7, "a place without a draw is not 0"),
+    ):
+        row = int((batch.rows.part("counts") == 0)[:, 19].nonzero()[0])
+        found = _found(teacher, changed(batch.rows, part, row, column, value), batch.next_tokens)
+        assert any(message in problem and rows == [row] for problem, rows in found.items()), (message, found)
+
+
 @pytest.fixture(scope="module")
 def text() -> Text:
     return some_text()

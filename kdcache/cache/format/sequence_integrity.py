@@ -126,10 +126,9 @@ def _draw_checks(rows: TokenRows, encoding: TokenEncoding) -> Iterator[tuple[str
     counts, drawn = rows.part("counts").long(), rows.part("draws").long()
     yield "the draws are not as many as the encoding has", counts.sum(dim=1) != encoding.draws
     yield "a draw follows the last one", ((counts[:, :-1] == 0) & (counts[:, 1:] > 0)).any(dim=1)
-    # Unused places are made different from each other and from all tokens.
-    unused = encoding.num_classes + torch.arange(encoding.draws)
-    known = torch.where(counts > 0, drawn, unused).sort(dim=1).values
-    yield "a token is drawn under two counts", (known.diff(dim=1) == 0).any(dim=1)
+    # Unused places ascend from the number of all tokens.
+    known = torch.where(counts > 0, drawn, encoding.num_classes + torch.arange(encoding.draws))
+    yield "the tokens that were drawn are not in ascending order", (known.diff(dim=1) <= 0).any(dim=1)
     yield "a place without a draw is not 0", ((counts == 0) & (drawn != 0)).any(dim=1)
 
 
