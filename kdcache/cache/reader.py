@@ -78,9 +78,12 @@ class Cache:
     def __repr__(self) -> str:
         plan = self.manifest.plan
         outputs = f", outputs={plan.output_names}" if plan.outputs else ""
+        what = f"samples={len(self):,}, classes={self.num_classes:,}, views={len(self.views)}"
+        if plan.sequences is not None:
+            what = f"sequences={len(self):,}, vocabulary={plan.sequences.vocabulary.size:,}"
         return (
-            f"Cache({str(self.path)!r}, teacher={plan.teacher.name!r}, samples={len(self):,}, "
-            f"classes={self.num_classes:,}, views={len(self.views)}{outputs}, digest={self.manifest.digest!r})"
+            f"Cache({str(self.path)!r}, teacher={plan.teacher.name!r}, {what}{outputs}, "
+            f"digest={self.manifest.digest!r})"
         )
 
     def check_views(self, views: Collection[int] | None = None) -> None:

@@ -2,45 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-
-class _NamedTensors:
-    """Tensors by name, whose first dimension is the row; those that the encoding does not have are None."""
-
-    def arrays(self) -> dict[str, Tensor]:
-        """Return the tensors by name, without those that the encoding does not have."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in named.items() if value is not None}
-
-    def __len__(self) -> int:
-        return len(next(iter(self.arrays().values())))
-
-    def to(self, device: torch.device | str) -> Self:
-        """Return the rows on another device."""
-        return self.of({name: value.to(device) for name, value in self.arrays().items()})
-
-    def __getitem__(self, which: Tensor | slice) -> Self:
-        return self.of({name: value[which] for name, value in self.arrays().items()})
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, Tensor]) -> Self:
-        """Return the rows of a mapping as `arrays()` returns it."""
-        return cls(**arrays)
-
-    @classmethod
-    def concatenate(cls, parts: list[Self]) -> Self:
-        """Concatenate parts in order."""
-        return cls.of({name: torch.cat([part.arrays()[name] for part in parts]) for name in parts[0].arrays()})
+from kdcache.cache.format.named_tensors import NamedTensors
 
 
 @dataclass(frozen=True)
-class TokenRows(_NamedTensors):
+class TokenRows(NamedTensors):
     """Encoded distributions of the next token, of n taught positions.
 
     Attributes:
@@ -70,7 +40,7 @@ class TokenRows(_NamedTensors):
 
 
 @dataclass(frozen=True)
-class SequenceTokens(_NamedTensors):
+class SequenceTokens(NamedTensors):
     """Tokens of sequences, one after the other.
 
     Attributes:
