@@ -10,7 +10,7 @@ batch is gathered there, and decoded on the device.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
@@ -22,12 +22,12 @@ import torch
 from kdcache.cache.format import array_specs, store_files, stored_bases, zarr_store
 from kdcache.cache.format.array_specs import labels_of, output_encoding
 from kdcache.cache.format.encoding import Encoding
-from kdcache.cache.format.output_records import DEFAULT_OUTPUT, TOKENS, OutputRecord, VectorEncoding
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT, OutputRecord, VectorEncoding
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.recorded_views import Crops, recorded
 from kdcache.cache.format.schema import MANIFEST, PLAN, Manifest
 from kdcache.cache.format.stored_crops import StoredCrops
-from kdcache.cache.format.stored_sequences import read_counts, read_vocabulary
+from kdcache.cache.format.stored_sequences import check_same_tokens, read_vocabulary
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.vector_rows import VectorBasis
 from kdcache.cache.format.verified_files import AGAIN, VerifiedFiles, check_before_reading, check_when_read, raise_first
@@ -44,7 +44,7 @@ from kdcache.cache.remote.mirror import (
     views_here,
     wanted_views,
 )
-from kdcache.cache.sequences import CachedSequences, starts
+from kdcache.cache.sequences import CachedSequences, placed_sequences
 from kdcache.cache.teacher import CachedOutput, CachedTeacher
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError, did_you_mean
 from kdcache.runtime.progress import Progress
@@ -133,6 +133,24 @@ class Cache:
         """The token of each id, of a cache of sequences whose vocabulary is stored; else None."""
         return read_vocabulary(self.path, self.manifest.plan)
 
+    def check_vocabulary(self, tokens: Sequence[bytes], where: str = "the student's vocabulary") -> None:
+        """Check that a student's tokens, by id, are those of the teacher; more of them may follow.
+
+        Where the cache knows only the number of tokens, it compares that.
+
+        Args:
+            tokens: bytes of the token of each id.
+            where: what they are of, for the message.
+
+        Raises:
+            UsageError: if the samples are not sequences.
+            MismatchError: with the first id that differs, and both tokens.
+        """
+        plan = self.manifest.plan
+        if plan.sequences is None:
+            raise UsageError(f"the samples of {self.path} are not sequences", "check a cache of a language model")
+        check_same_tokens(self.path, plan, tokens, where)
+
     @property
     def outputs(self) -> dict[str, OutputRecord]:
         """Outputs of the teacher beside its class logits, by name."""
@@ -217,22 +235,7 @@ class Cache:
             raise UsageError("the cache has several outputs", f"name one of {', '.join(plan.output_names)}")
         name = plan.output_names[0] if output is None else output
         self._check_output(name)
-        placed = place_rows(self.path, self.manifest, device, placement, self.views, name)
-        tokens = place_rows(self.path, self.manifest, device, placement, self.views, TOKENS)
-        basis = stored_bases.read_output_basis(self.path, plan, name)
-        token_start, row_start = (starts(counts) for counts in read_counts(self.path, plan))
-        return CachedSequences(
-            name,
-            placed.source,
-            tokens.source,
-            placed.placement,
-            placed.why,
-            token_start,
-            row_start,
-            plan.named_outputs[name].token_encoding,
-            torch.device(device),
-            basis.to(device) if isinstance(basis, TailBasis) else None,
-        )
+        return placed_sequences(self.path, self.manifest, name, device, placement)
 
     def _check_output(self, name: str) -> None:
         """Raise UsageError if the cache has no output of a name."""

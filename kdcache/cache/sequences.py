@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdcache.cache.format import stored_bases
+from kdcache.cache.format.output_records import TOKENS
+from kdcache.cache.format.schema import Manifest
+from kdcache.cache.format.stored_sequences import read_counts
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.token_codec import mass_columns
 from kdcache.cache.format.token_encoding import TokenEncoding
 from kdcache.cache.format.token_rows import SequenceTokens, TokenRows
-from kdcache.cache.placement.choose import Placement
+from kdcache.cache.placement.choose import Placement, place_rows
 from kdcache.cache.placement.prefetch import RowSource
 from kdcache.errors import MismatchError, UsageError, indices_below
+
+_MIXED_ROWS, _BLOCK_ROWS = 2**19, 2**15
+"""Rows of a stream whose sequences are shuffled together, and of a block of neighbors: some 50 and 3 MB."""
 
 
 class SequenceBatch(NamedTuple):
@@ -43,7 +51,7 @@ class SequenceBatch(NamedTuple):
         return self.tokens[self.positions + 1]
 
 
-def starts(counts: npt.NDArray[np.integer[Any]]) -> Tensor:
+def _starts(counts: npt.NDArray[np.integer[Any]]) -> Tensor:
     """Return where each of some neighbors begins, and where the last ends, from their lengths: [N] -> [N + 1] int64."""
     return torch.from_numpy(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
 
@@ -137,6 +145,18 @@ class CachedSequences:
             row_start.to(self.device),
         )
 
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Return a random order of all sequences, [N] int64, in which they can be read fast: in blocks for a stream."""
+        if self.placement != "stream":
+            return torch.randperm(len(self), generator=generator)
+        _, sizes = torch.unique_consecutive(self.row_start[:-1] // _BLOCK_ROWS, return_counts=True)
+        blocks = torch.split(torch.arange(len(self)), sizes.tolist())
+        parts = []
+        for mixed in torch.split(torch.randperm(len(blocks), generator=generator), _MIXED_ROWS // _BLOCK_ROWS):
+            together = torch.cat([blocks[block] for block in mixed.tolist()])
+            parts.append(together[torch.randperm(len(together), generator=generator)])
+        return torch.cat(parts)
+
     def check_tokens(self, sequence: int, tokens: Tensor | npt.NDArray[Any]) -> None:
         """Check that a student's tokens are those of a sequence, or of a prefix.
 
@@ -190,3 +210,36 @@ class CachedSequences:
             raise UsageError(
                 f"the cache has no sequence {wrong[0]}", f"sequences are numbered {indices_below(len(self))}"
             )
+
+
+def placed_sequences(
+    cache: Path, manifest: Manifest, output: str, device: torch.device | str, placement: Placement | Literal["auto"]
+) -> CachedSequences:
+    """Load tokens and rows with the requested placement, and return the teacher of a cache of sequences.
+
+    Args:
+        cache: folder of the cache.
+        manifest: of the cache.
+        output: name of one of its outputs.
+        device: device of what the teacher returns.
+        placement: as for `place_rows`.
+
+    Raises:
+        As `place_rows`.
+    """
+    plan = manifest.plan
+    placed, tokens = (place_rows(cache, manifest, device, placement, (0,), name) for name in (output, TOKENS))
+    basis = stored_bases.read_output_basis(cache, plan, output)
+    token_start, row_start = (_starts(counts) for counts in read_counts(cache, plan))
+    return CachedSequences(
+        output,
+        placed.source,
+        tokens.source,
+        placed.placement,
+        placed.why,
+        token_start,
+        row_start,
+        plan.named_outputs[output].token_encoding,
+        torch.device(device),
+        basis.to(device) if isinstance(basis, TailBasis) else None,
+    )

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdcache import Cache, KdcacheError, open_cache
+from kdcache.cache import sequences
 from kdcache.cache.format.sequence_integrity import token_row_checks
-from kdcache.cache.format.stored_sequences import check_same_tokens, vocabulary_record
+from kdcache.cache.format.stored_sequences import vocabulary_record
 from kdcache.cache.format.token_rows import TokenRows
 from kdcache.cache.inspect.audit import audit
 from kdcache.cache.push_pull import pull, push
@@ -37,10 +38,9 @@ TAILS = ("ghost", "lowrank")
 def test_draws_are_an_unbiased_estimate_at_their_temperature(tmp_path: Path) -> None:
     """Of 4000 rows with one distribution: the error of the mean falls as one by the square root of all draws."""
     live = 2 * torch.randn(60, generator=torch.Generator().manual_seed(5))
-    sequences = [np.arange(41) % 60 + shift for shift in range(10) for _ in range(10)]
-    sequences = [ids % 60 for ids in sequences]
+    texts = [(np.arange(41) + shift) % 60 for shift in range(10) for _ in range(10)]
     spec = TokenCacheSpec(tail="draws", draws=50, temperature=2.0)
-    cache = write_token_cache(sequences, lambda _: live.expand(41, 60), tmp_path / "c", vocabulary=60, spec=spec)
+    cache = write_token_cache(texts, lambda _: live.expand(41, 60), tmp_path / "c", vocabulary=60, spec=spec)
     assert audit(cache.path).failure is None
     assert "50 draws at T = 2" in ok("info", cache.path)
     fields = cache.sequences().fields(cache.sequences()(range(100)).rows)
@@ -50,7 +50,7 @@ def test_draws_are_an_unbiased_estimate_at_their_temperature(tmp_path: Path) -> 
     total = torch.zeros(60).index_add_(0, tokens.flatten(), counts.flatten()) / counts.sum()
     # Sequences of one key are drawn alike: ten different ones of 40 rows with 50 draws.
     assert (total - (live / 2).softmax(dim=0)).abs().sum() < 4 * (60 / (10 * 40 * 50)) ** 0.5
-    again = write_token_cache(sequences, lambda _: live.expand(41, 60), tmp_path / "d", vocabulary=60, spec=spec)
+    again = write_token_cache(texts, lambda _: live.expand(41, 60), tmp_path / "d", vocabulary=60, spec=spec)
     assert again.manifest.digest == cache.manifest.digest
 
 
@@ -118,6 +118,19 @@ def test_any_prefixes_in_any_order_have_their_rows(
     fields = teacher.fields(batch.rows)
     assert fields["indices"].tolist() == expected.indices.tolist()
     torch.testing.assert_close(fields["log_probs"].double(), expected.values, rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize("placement", ["host", "stream"])
+def test_the_order_is_random_and_has_every_sequence_once(
+    placement: Literal["host", "stream"], cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequences, "_BLOCK_ROWS", 40)
+    monkeypatch.setattr(sequences, "_MIXED_ROWS", 80)
+    teacher = cache.sequences(placement=placement)
+    orders = {tuple(teacher.order(torch.Generator().manual_seed(seed)).tolist()) for seed in range(8)}
+    assert len(orders) > 4
+    assert all(sorted(order) == [*range(9)] for order in orders)
+    assert teacher.order(torch.Generator().manual_seed(3)).tolist() in [list(order) for order in orders]
 
 
 def test_the_tail_has_the_shape_of_the_teacher(cache: Cache, text: Text) -> None:
@@ -235,10 +248,10 @@ def test_bad_sequences_are_refused_and_leave_nothing(
     change: Callable[..., tuple[Any, Any]], message: str, text: Text, tmp_path: Path
 ) -> None:
     ids, mask = change(text.sequences[1], text.taught[1])
-    sequences, taught = list(text.sequences), list(text.taught)
-    sequences[1], taught[1] = ids, mask
+    every, taught = list(text.sequences), list(text.taught)
+    every[1], taught[1] = ids, mask
     with pytest.raises(UsageError, match=message):
-        write_token_cache(sequences, text.logits, tmp_path / "c.kdcache", vocabulary=300, taught=taught)
+        write_token_cache(every, text.logits, tmp_path / "c.kdcache", vocabulary=300, taught=taught)
     assert not [*tmp_path.iterdir()]
 
 
@@ -275,11 +288,19 @@ def test_another_batch_or_vocabulary_is_refused_with_the_first_difference(cache:
         teacher.check_tokens(3, other)
     with pytest.raises(MismatchError, match="33 tokens in the cache, and 34"):
         teacher.check_tokens(3, np.append(text.sequences[3], 1))
-    check_same_tokens(text.vocabulary, [*text.vocabulary, b"more"], "the student")
+    cache.check_vocabulary([*text.vocabulary, b"more"])
     with pytest.raises(MismatchError, match="token 4 is b'<4>' in the cache, and b'x' in the student"):
-        check_same_tokens(text.vocabulary, [*text.vocabulary[:4], b"x", *text.vocabulary[5:]], "the student")
+        cache.check_vocabulary([*text.vocabulary[:4], b"x", *text.vocabulary[5:]])
     with pytest.raises(MismatchError, match="has 299 tokens"):
-        check_same_tokens(text.vocabulary, text.vocabulary[:-1], "the student")
+        cache.check_vocabulary(text.vocabulary[:-1])
+
+
+def test_of_a_vocabulary_of_which_only_the_number_is_known_the_number_is_compared(text: Text, tmp_path: Path) -> None:
+    cache = write_token_cache(text.sequences, text.logits, tmp_path / "c", vocabulary=300)
+    assert cache.vocabulary is None
+    cache.check_vocabulary([b"x"] * 300)
+    with pytest.raises(MismatchError, match="has 299 tokens"):
+        cache.check_vocabulary([b"x"] * 299)
 
 
 @pytest.mark.parametrize("sequence", [-1, 9])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.sequences import tail_log_mass_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from kdcache.cache.format.codec import Rows, encode, stated_at
 from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.cache.format.token_codec import encode_tokens, largest_tokens, mass_columns, tail_log_mass_at
+from kdcache.cache.format.token_codec import encode_tokens, largest_tokens, mass_columns
 from kdcache.cache.format.token_encoding import TOKEN_TEMPERATURES, TokenEncoding, TokenTail
 from kdcache.cache.format.token_tails import fit_tails, tail_weights
 from kdcache.cache.token_basis import fit_token_basis

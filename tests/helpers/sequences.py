@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from kdcache import Cache
+from kdcache.cache.format.token_codec import mass_columns
+from kdcache.cache.format.token_encoding import TokenEncoding
+from kdcache.cache.format.token_rows import TokenRows
 from kdcache.curate.sequence_cache import TokenCacheSpec
 from kdcache.curate.token_cache import write_token_cache
 
@@ -51,3 +55,22 @@ def write(text: Text, out: Path, **settings: Any) -> Cache:
     return write_token_cache(
         text.sequences, text.logits, out, vocabulary=text.vocabulary, taught=text.taught, special={"eos": 1}, spec=spec
     )
+
+
+def tail_log_mass_at(rows: TokenRows, encoding: TokenEncoding, temperature: float) -> Tensor:
+    """Return the log of the mass outside the head at any T >= 1, [n] float64: section 12.4 of docs/FORMAT.md.
+
+    log of the sum of exp(beta a) over the tail is convex and smooth in beta = 1 / T. It is known at the stored
+    temperatures, relative to the head, and is log(V - k) at beta = 0: the polynomial through these points gives the
+    mass within 0.003 (docs/FORMAT.md, section 12.4).
+    """
+    head, statistics = rows.part("log_probs").double(), rows.part("statistics").double()
+    betas, points = [0.0], [torch.full_like(head[:, 0], math.log(encoding.num_classes - encoding.top_k))]
+    for t, name in mass_columns(encoding).items():
+        mass = statistics[:, encoding.statistics.index(name)].clamp_max(-(2.0**-24))
+        betas.append(1 / t)
+        points.append((head / t).logsumexp(dim=1) + mass - torch.log(-torch.expm1(mass)))
+    beta, tail = 1 / temperature, torch.zeros_like(points[0])
+    for i, point in enumerate(points):  # Lagrange's form: at a stored temperature exactly what is stored
+        tail += point * math.prod((beta - other) / (betas[i] - other) for other in betas if other != betas[i])
+    return tail - torch.logaddexp(tail, (head / temperature).logsumexp(dim=1))

@@ -117,25 +117,29 @@ def read_counts(cache: Path, plan: Plan) -> tuple[npt.NDArray[np.uint32], npt.ND
     return tokens, rows
 
 
-def check_same_tokens(ours: Sequence[bytes], other: Sequence[bytes], where: str) -> None:
+def check_same_tokens(cache: Path, plan: Plan, other: Sequence[bytes], where: str) -> None:
     """Check that a student's vocabulary begins with that of the teacher; more tokens may follow.
 
     Args:
-        ours: tokens of the cache.
+        cache: folder of the cache.
+        plan: of its sequences.
         other: tokens of the student.
         where: what the student's tokens are of.
 
     Raises:
         MismatchError: with the first id that differs, and both tokens.
     """
+    if plan.sequences is None:
+        raise TypeError("only sequences have a vocabulary")
+    ours, size = read_vocabulary(cache, plan) or [], plan.sequences.vocabulary.size
     for token, (first, second) in enumerate(zip(ours, other, strict=False)):
         if first != second:
             raise MismatchError(
                 f"token {token} is {first!r} in the cache, and {second!r} in {where}",
                 "train a student with the tokenizer of the teacher",
             )
-    if len(other) < len(ours):
+    if len(other) < size:
         raise MismatchError(
-            f"{where} has {len(other):,} tokens, the cache has {len(ours):,}, first {ours[len(other)]!r} is missing",
+            f"{where} has {len(other):,} tokens, and the vocabulary of the cache has {size:,}",
             "train a student with the tokenizer of the teacher",
         )

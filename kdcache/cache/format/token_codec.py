@@ -1,4 +1,4 @@
-"""Encode next-token distributions over V tokens as rows, and complete them at any T >= 1 (docs/FORMAT.md, section 12).
+"""Encode next-token distributions over V tokens as rows (docs/FORMAT.md, section 12.3).
 
 The head is the k most probable tokens. Of all others a row has their mass at T = 1, 4/3, 2 and 4, and with `lowrank`
 their shape. The four temperatures are powers of one exponential, e^(x / 4), so that a row is read a few times only:
@@ -7,8 +7,6 @@ their shape. The four temperatures are powers of one exponential, e^(x / 4), so 
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -30,9 +28,6 @@ _BYTES_AT_ONCE = 2**23
 """Bytes of logits that are encoded at once: what a core's cache holds is read several times from there."""
 
 _LOWEST = torch.finfo(torch.float16).min
-
-_ALL = -(2.0**-24)
-"""Log mass of a tail at most: the smallest float16 below 0, where it is all of the mass."""
 
 _FAR = -500.0
 """Logit of a token of the head among those of the tail, whose exponential is 0 in float32 also at T = 4."""
@@ -174,22 +169,3 @@ def _dot(first: Tensor, other: Tensor) -> Tensor:
     """Return the dot products of rows, [n, V] x [n, V] -> [n]."""
     dots: Tensor = torch.linalg.vecdot(first, other)
     return dots
-
-
-def tail_log_mass_at(rows: TokenRows, encoding: TokenEncoding, temperature: float) -> Tensor:
-    """Return the log of the mass outside the head at any T >= 1, [n] float64.
-
-    log of the sum of exp(beta a) over the tail is convex and smooth in beta = 1 / T. It is known at the stored
-    temperatures, relative to the head, and is log(V - k) at beta = 0: the polynomial through these points gives the
-    mass within 0.003 (docs/FORMAT.md, section 12.4).
-    """
-    head, statistics = rows.part("log_probs").double(), rows.part("statistics").double()
-    betas, points = [0.0], [torch.full_like(head[:, 0], math.log(encoding.num_classes - encoding.top_k))]
-    for t, name in mass_columns(encoding).items():
-        mass = statistics[:, encoding.statistics.index(name)].clamp_max(_ALL)
-        betas.append(1 / t)
-        points.append((head / t).logsumexp(dim=1) + mass - torch.log(-torch.expm1(mass)))
-    beta, tail = 1 / temperature, torch.zeros_like(points[0])
-    for i, point in enumerate(points):  # Lagrange's form: at a stored temperature exactly what is stored
-        tail += point * math.prod((beta - other) / (betas[i] - other) for other in betas if other != betas[i])
-    return tail - torch.logaddexp(tail, (head / temperature).logsumexp(dim=1))
