@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.format_text import Array, metadata, read_array, table, without_levels
-from helpers.paths import GOLDEN
+from helpers.paths import GOLDEN, ROOT
 from pydantic import BaseModel
 
 from kdcache import Cache, open_cache
@@ -193,6 +194,30 @@ def test_arrays_hold_the_samples_one_after_the_other(plan: dict[str, Any], sizes
         begin += length
     for numbers, counts in (("tokens", "token_count"), ("rows", "row_count")):
         assert np.add.reduceat(arrays[counts], [0, sizes["s"]]).tolist() == plan["sequences"][numbers]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, 4.0])
+def test_the_example_reads_what_the_teacher_said(temperature: float, frozen: dict[str, Array]) -> None:
+    """With four of six directions of the teacher, and the exact mass of the tail."""
+    path = ROOT / "examples" / "read_tokens_with_tensorstore.py"
+    read = runpy.run_path(str(path))["read"]
+    ends = np.cumsum(frozen["lengths"])
+    for sequence, (end, length) in enumerate(zip(ends.tolist(), frozen["lengths"].tolist(), strict=True)):
+        tokens, positions, log_probs = read(PATH, sequence, temperature)
+        assert tokens.tolist() == frozen["tokens"][end - length : end].tolist()
+        assert positions.tolist() == np.flatnonzero(frozen["taught"][end - length : end]).tolist()
+        live = frozen["live"][end - length : end][positions].astype(float) / temperature
+        exact = np.exp(live - np.logaddexp.reduce(live, axis=1, keepdims=True))
+        found = np.exp(log_probs)
+        np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-9)
+        order = np.argsort(-live, axis=1, kind="stable")
+        head = np.take_along_axis(found, order, axis=1)[:, :3]
+        np.testing.assert_allclose(head, np.take_along_axis(exact, order, axis=1)[:, :3], rtol=2e-2)
+        even = np.full_like(exact, np.nan)
+        np.put_along_axis(even, order[:, :3], 0, axis=1)
+        in_tail = np.isnan(even)
+        spread = np.where(in_tail, (1 - head.sum(axis=1, keepdims=True)) / 37, exact)
+        assert np.abs(found - exact)[in_tail].sum() < np.abs(spread - exact)[in_tail].sum()
 
 
 def test_golden_names_are_of_no_machine() -> None:

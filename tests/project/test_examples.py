@@ -83,7 +83,8 @@ def test_examples_use_the_public_names_alone() -> None:
 
 def test_every_example_is_run() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*FILTERS, "read_with_tensorstore"}  # which test_format.py runs
+    # test_format.py and test_token_format.py run those of TensorStore.
+    assert scripts == {*FILTERS, "read_with_tensorstore", "read_tokens_with_tensorstore"}
 
 
 @pytest.mark.parametrize("name", FILTERS)
