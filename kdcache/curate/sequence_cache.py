@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -216,6 +216,10 @@ def _encoding(spec: TokenCacheSpec, size: int, origin: Origin) -> TokenEncoding:
     Raises:
         UsageError: if it is impossible for a vocabulary of this size.
     """
+    if spec.tail not in get_args(TokenTail):
+        raise UsageError(f"unknown tail {spec.tail!r}", f"use one of {', '.join(get_args(TokenTail))}")
+    if spec.shard_sequences is not None and spec.shard_sequences < 1:
+        raise UsageError(f"shard_sequences is {spec.shard_sequences}", "use 1 or more, or None to choose it")
     if spec.tail == "draws":
         return _encoding_of_draws(spec, size, origin)
     rank = spec.rank if spec.tail == "lowrank" else 0

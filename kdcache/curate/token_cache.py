@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdcache.cache.reader import Cache
 from kdcache.curate.sequence_cache import Array, Origin, TokenCacheSpec, cache_of_sequences
+from kdcache.errors import MismatchError
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
 
@@ -87,6 +88,11 @@ def write_token_cache(
         MismatchError: if the logits are not those of the sequences, or `out` was started with other settings.
         CorruptError: if a logit is NaN or infinite; names the sequence.
     """
+    for name, given in (("logits", logits), ("taught", taught)):
+        if given is not None and not callable(given) and len(given) != len(sequences):
+            raise MismatchError(
+                f"{len(given)} {name} are given for {len(sequences)} sequences", f"pass the {name} of each sequence"
+            )
     source = _Arrays(sequences, logits, taught)
     origin = Origin(teacher, "given", dataset, split, level_known, arguments={"from": "arrays"})
     return cache_of_sequences(source, out, origin, vocabulary, special, spec, reporter(progress))

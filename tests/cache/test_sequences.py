@@ -269,6 +269,35 @@ def test_bad_logits_are_refused_and_leave_nothing(text: Text, tmp_path: Path) ->
         assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(
+    ("settings_of", "message"),
+    [
+        ({"tail": "uniform"}, "unknown tail 'uniform'"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"top_k": 300}, "top_k 300"),
+        ({"tail": "lowrank", "rank": 301}, "rank 301"),
+        ({"tail": "lowrank", "rank": 200}, "rank 200 needs as many rows, and there are 100"),
+        ({"tail": "lowrank", "step": 0.0}, r"step 0\.0"),
+        ({"dtype": "uint8"}, "cannot be uint8"),
+        ({"shard_sequences": 0}, "shard_sequences is 0"),
+    ],
+)
+def test_bad_settings_are_refused_and_leave_nothing(
+    settings_of: dict[str, Any], message: str, text: Text, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        write(text, tmp_path / "c.kdcache", **settings_of)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_logits_of_fewer_sequences_are_refused(text: Text, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="8 logits are given for 9 sequences"):
+        write_token_cache(text.sequences, text.logits[:8], tmp_path / "c", vocabulary=300)
+    with pytest.raises(MismatchError, match="8 taught are given for 9"):
+        write_token_cache(text.sequences, text.logits, tmp_path / "c", vocabulary=300, taught=text.taught[:8])
+    assert not [*tmp_path.iterdir()]
+
+
 def test_padding_of_the_head_is_cut(text: Text, tmp_path: Path) -> None:
     padded = [torch.cat([logits, torch.full((len(logits), 20), 50.0)], dim=1) for logits in text.logits]
     digests = [
