@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from kdcache.config.loss import loss, output_loss
     from kdcache.config.schema import Pipeline
     from kdcache.curate.foreign.margin_mse import MarginMSEScores, read_margin_mse
-    from kdcache.curate.sequence_cache import TokenCacheSpec
     from kdcache.curate.token_cache import write_token_cache
+    from kdcache.curate.token_spec import TokenCacheSpec
     from kdcache.data.cached_dataset import CachedDataset
     from kdcache.data.datasets import load_split
     from kdcache.data.nodes import Graph, edges_among, graph_of, read_graph
@@ -63,7 +63,7 @@ _HOME = {
     "SequenceBatch": "kdcache.cache.sequences",
     "SplitScore": "kdcache.models.evaluate",
     "TeacherIdentity": "kdcache.models.teacher",
-    "TokenCacheSpec": "kdcache.curate.sequence_cache",
+    "TokenCacheSpec": "kdcache.curate.token_spec",
     "build_model": "kdcache.models.build",
     "dump_teacher": "kdcache.dump.dump",
     "edges_among": "kdcache.data.nodes",

@@ -148,7 +148,7 @@ def _import_kld(
 ) -> None:
     """Make a cache of a file of llama.cpp, and describe it."""
     from kdcache.curate.foreign import cache_of_kld
-    from kdcache.curate.sequence_cache import TokenCacheSpec
+    from kdcache.curate.token_spec import TokenCacheSpec
 
     if pipeline is not None:
         raise UsageError("the file of llama.cpp holds its data set, the tokens", "remove --pipeline")

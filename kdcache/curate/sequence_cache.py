@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +22,9 @@ from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.token_codec import encode_tokens
 from kdcache.cache.format.token_draws import encode_draws
 from kdcache.cache.format.token_encoding import (
-    MOST_DRAWS,
     TOKEN_TEMPERATURES,
     TokenEncoding,
     TokenRequest,
-    TokenTail,
 )
 from kdcache.cache.format.token_rows import SequenceTokens, TokenRows
 from kdcache.cache.preconditions import check_place
@@ -36,6 +33,7 @@ from kdcache.cache.sequence_plan import CountedSequences, count_sequences, seque
 from kdcache.cache.token_basis import fit_token_basis
 from kdcache.cache.writer import CacheWriter
 from kdcache.curate.recode import finish
+from kdcache.curate.token_spec import TokenCacheSpec, encoding_of
 from kdcache.dump.plan import teacher_by_hearsay
 from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.runtime.progress import Progress
@@ -60,37 +58,6 @@ class SequenceSource(Protocol):
 
     def logits(self, index: int) -> Tensor:
         """Return the logits at the taught positions of a sequence, [n, V]; columns behind the vocabulary are cut."""
-
-
-@dataclass(frozen=True)
-class TokenCacheSpec:
-    """How rows of tokens are stored.
-
-    Attributes:
-        top_k: k, tokens per row that are stored individually.
-        tail: "lowrank", "ghost" for the mass alone, or "draws", which replace the head too.
-        rank: R, coordinates of a `lowrank` tail.
-        step: their quantization step in nats.
-        draws: tokens that are drawn per row, at most 255, for `draws`.
-        temperature: that they are drawn at; a student can be taught at this one only.
-        dtype: of the log-probabilities, float16 or float32.
-        pilot_rows: rows that the basis is fitted to.
-        shard_sequences: sequences per shard; None to choose them by bytes.
-        license: of the cache.
-        notes: anything.
-    """
-
-    top_k: int = 16
-    tail: TokenTail = "ghost"
-    rank: int = 32
-    step: float = 0.4
-    draws: int = 50
-    temperature: float = 1.0
-    dtype: str = "float16"
-    pilot_rows: int = 1024
-    shard_sequences: int | None = None
-    license: str = ""
-    notes: str = ""
 
 
 class Origin(NamedTuple):
@@ -144,7 +111,7 @@ def cache_of_sequences(
     check_place(out)
     out = out.absolute()
     size = vocabulary if isinstance(vocabulary, int) else len(vocabulary)
-    encoding = _encoding(spec, size, origin)
+    encoding = encoding_of(spec, size, origin.level_known, origin.temperatures)
     counted = count_sequences((source.tokens(index) for index in range(len(source))), size)
     labels = np.full(len(counted.keys), -1, np.int32)
     basis = _basis(source, counted, out, spec, encoding, progress)
@@ -208,61 +175,6 @@ def _teacher(origin: Origin) -> TeacherRecord:
 def _chunk(per_shard: int) -> int:
     """Return the largest number of sequences per chunk that a shard is a multiple of."""
     return next(size for size in range(min(per_shard, _LARGEST_CHUNK), 0, -1) if per_shard % size == 0)
-
-
-def _encoding(spec: TokenCacheSpec, size: int, origin: Origin) -> TokenEncoding:
-    """Return the encoding of rows.
-
-    Raises:
-        UsageError: if it is impossible for a vocabulary of this size.
-    """
-    if spec.tail not in get_args(TokenTail):
-        raise UsageError(f"unknown tail {spec.tail!r}", f"use one of {', '.join(get_args(TokenTail))}")
-    if spec.shard_sequences is not None and spec.shard_sequences < 1:
-        raise UsageError(f"shard_sequences is {spec.shard_sequences}", "use 1 or more, or None to choose it")
-    if spec.tail == "draws":
-        return _encoding_of_draws(spec, size, origin)
-    rank = spec.rank if spec.tail == "lowrank" else 0
-    if not 0 < spec.top_k < size or rank > size or (spec.tail == "lowrank" and rank < 1) or spec.step <= 0:
-        raise UsageError(
-            f"top_k {spec.top_k}, rank {spec.rank}, step {spec.step} are impossible for {size:,} tokens",
-            "use a top_k and a rank from 1 to fewer than these, and a step above 0",
-        )
-    if spec.dtype not in ("float16", "float32"):
-        raise UsageError(f"log-probabilities cannot be {spec.dtype}", "use float16 or float32")
-    return TokenEncoding.model_validate(
-        {
-            "num_classes": size,
-            "top_k": spec.top_k,
-            "tail": spec.tail,
-            "rank": rank,
-            "dtype": spec.dtype,
-            "level": origin.level_known,
-            "temperatures": origin.temperatures,
-        }
-    )
-
-
-def _encoding_of_draws(spec: TokenCacheSpec, size: int, origin: Origin) -> TokenEncoding:
-    """Return the encoding of rows of draws; raises UsageError if it is impossible."""
-    if not 0 < spec.draws <= MOST_DRAWS or spec.temperature <= 0:
-        raise UsageError(
-            f"{spec.draws} draws at T = {spec.temperature}", f"use 1 to {MOST_DRAWS} draws, at a temperature above 0"
-        )
-    if len(origin.temperatures) == 1 and spec.temperature not in origin.temperatures:
-        raise UsageError(
-            f"draws at T = {spec.temperature} of distributions that are known at T = {origin.temperatures[0]:g} only",
-            "draw at that temperature",
-        )
-    return TokenEncoding(
-        num_classes=size,
-        top_k=0,
-        tail="draws",
-        draws=spec.draws,
-        dtype="float16",
-        level=False,
-        temperatures=(float(spec.temperature),),
-    )
 
 
 def _basis(
