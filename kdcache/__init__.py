@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.cache.reader import Cache, open_cache
+    from kdcache.cache.sequences import CachedSequences, SequenceBatch
     from kdcache.cache.teacher import CachedOutput, CachedTeacher
     from kdcache.config.loader import load_pipeline
     from kdcache.config.loss import loss, output_loss
     from kdcache.config.schema import Pipeline
     from kdcache.curate.foreign.margin_mse import MarginMSEScores, read_margin_mse
+    from kdcache.curate.token_cache import write_token_cache
+    from kdcache.curate.token_spec import TokenCacheSpec
     from kdcache.data.cached_dataset import CachedDataset
     from kdcache.data.datasets import load_split
     from kdcache.data.nodes import Graph, edges_among, graph_of, read_graph
@@ -47,6 +50,7 @@ _HOME = {
     "CacheOptions": "kdcache.train.inputs",
     "CachedDataset": "kdcache.data.cached_dataset",
     "CachedOutput": "kdcache.cache.teacher",
+    "CachedSequences": "kdcache.cache.sequences",
     "CachedTeacher": "kdcache.cache.teacher",
     "CausalLM": "kdcache.models.causal_lm",
     "DistillationLoss": "kdcache.losses.loss_module",
@@ -62,9 +66,11 @@ _HOME = {
     "Ranks": "kdcache.runtime.distributed",
     "RunResult": "kdcache.train.run_result",
     "Samples": "kdcache.data.samples",
+    "SequenceBatch": "kdcache.cache.sequences",
     "SplitScore": "kdcache.models.evaluate",
     "TeacherIdentity": "kdcache.models.teacher",
     "TokenBatch": "kdcache.data.packing",
+    "TokenCacheSpec": "kdcache.curate.token_spec",
     "TokenSequence": "kdcache.data.packing",
     "TokenTargets": "kdcache.losses.token_targets",
     "build_model": "kdcache.models.build",
@@ -85,6 +91,7 @@ _HOME = {
     "train_student": "kdcache.train.train",
     "train_teacher": "kdcache.train.train",
     "wrap": "kdcache.data.samples",
+    "write_token_cache": "kdcache.curate.token_cache",
 }
 
 __all__ = [
@@ -92,6 +99,7 @@ __all__ = [
     "CacheOptions",
     "CachedDataset",
     "CachedOutput",
+    "CachedSequences",
     "CachedTeacher",
     "CausalLM",
     "DistillationLoss",
@@ -107,9 +115,11 @@ __all__ = [
     "Ranks",
     "RunResult",
     "Samples",
+    "SequenceBatch",
     "SplitScore",
     "TeacherIdentity",
     "TokenBatch",
+    "TokenCacheSpec",
     "TokenSequence",
     "TokenTargets",
     "build_model",
@@ -130,6 +140,7 @@ __all__ = [
     "train_student",
     "train_teacher",
     "wrap",
+    "write_token_cache",
 ]
 
 

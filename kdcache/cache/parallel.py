@@ -19,7 +19,7 @@ from dask.base import compute
 from dask.delayed import delayed
 from dask.system import CPU_COUNT
 
-from kdcache.cache.format.array_specs import raw_bytes_of_all_outputs
+from kdcache.cache.format.array_specs import raw_bytes_of_shard
 from kdcache.cache.format.schema import Plan
 from kdcache.errors import IncompleteError, KdcacheError, UsageError
 from kdcache.runtime.resources import free_memory
@@ -82,7 +82,7 @@ def _compute(parts: list[Any], scheduler: str, plan: Plan | None) -> list[Any]:
     if scheduler in ("threads", "processes"):
         n_workers = CPU_COUNT
         if plan is not None:
-            bytes_per_call = _COPIES * raw_bytes_of_all_outputs(plan) * plan.shape.shard_rows
+            bytes_per_call = _COPIES * raw_bytes_of_shard(plan)
             n_workers = max(min(n_workers, free_memory() // 2 // bytes_per_call), 1)
         if scheduler == "processes":
             return list(compute(*parts, scheduler=scheduler, num_workers=n_workers, traverse=False))  # type: ignore[no-untyped-call]

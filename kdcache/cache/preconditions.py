@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdcache.cache.format import array_specs
 from kdcache.cache.format.encoding import Record
-from kdcache.cache.format.schema import MANIFEST, PLAN
+from kdcache.cache.format.schema import MANIFEST, PLAN, Plan
 from kdcache.cache.lock import LOCK, check_not_held
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.atomic_write import temporary
@@ -51,6 +51,21 @@ def not_ours(path: Path) -> UsageError:
         f"{path} exists and was not made by kdcache, which needs this name for temporary data",
         "rename or delete it, or write to another folder",
     )
+
+
+def refuse_sequences(plan: Plan, what: str, fix: str) -> None:
+    """Refuse a cache whose samples are sequences of tokens.
+
+    Args:
+        plan: of the cache.
+        what: what needs samples with one row each.
+        fix: what to do instead.
+
+    Raises:
+        UsageError: if the samples are sequences.
+    """
+    if plan.sequences is not None:
+        raise UsageError(f"{what} needs samples with one row each; those of this cache are sequences of tokens", fix)
 
 
 def check_same_plan(path: Path, before: Record, now: Record, name: str = "", note: str = "") -> None:

@@ -10,7 +10,7 @@ batch is gathered there, and decoded on the device.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
@@ -21,15 +21,18 @@ import torch
 
 from kdcache.cache.format import array_specs, store_files, stored_bases, zarr_store
 from kdcache.cache.format.array_specs import labels_of, output_encoding
+from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT, OutputRecord, VectorEncoding
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.recorded_views import Crops, recorded
 from kdcache.cache.format.schema import MANIFEST, PLAN, Manifest
 from kdcache.cache.format.stored_crops import StoredCrops
+from kdcache.cache.format.stored_sequences import check_same_tokens, read_vocabulary
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.vector_rows import VectorBasis
 from kdcache.cache.format.verified_files import AGAIN, VerifiedFiles, check_before_reading, check_when_read, raise_first
 from kdcache.cache.placement.choose import Placement, place_rows
+from kdcache.cache.preconditions import refuse_sequences
 from kdcache.cache.remote.address import source
 from kdcache.cache.remote.mirror import (
     Views,
@@ -41,6 +44,7 @@ from kdcache.cache.remote.mirror import (
     views_here,
     wanted_views,
 )
+from kdcache.cache.sequences import CachedSequences, placed_sequences
 from kdcache.cache.teacher import CachedOutput, CachedTeacher
 from kdcache.errors import CorruptError, IncompleteError, KdcacheError, UsageError, did_you_mean
 from kdcache.runtime.progress import Progress
@@ -74,9 +78,12 @@ class Cache:
     def __repr__(self) -> str:
         plan = self.manifest.plan
         outputs = f", outputs={plan.output_names}" if plan.outputs else ""
+        what = f"samples={len(self):,}, classes={self.num_classes:,}, views={len(self.views)}"
+        if plan.sequences is not None:
+            what = f"sequences={len(self):,}, vocabulary={plan.sequences.vocabulary.size:,}"
         return (
-            f"Cache({str(self.path)!r}, teacher={plan.teacher.name!r}, samples={len(self):,}, "
-            f"classes={self.num_classes:,}, views={len(self.views)}{outputs}, digest={self.manifest.digest!r})"
+            f"Cache({str(self.path)!r}, teacher={plan.teacher.name!r}, {what}{outputs}, "
+            f"digest={self.manifest.digest!r})"
         )
 
     def check_views(self, views: Collection[int] | None = None) -> None:
@@ -122,6 +129,29 @@ class Cache:
         return self.manifest.plan.teacher.level is None
 
     @property
+    def vocabulary(self) -> list[bytes] | None:
+        """The token of each id, of a cache of sequences whose vocabulary is stored; else None."""
+        return read_vocabulary(self.path, self.manifest.plan)
+
+    def check_vocabulary(self, tokens: Sequence[bytes], where: str = "the student's vocabulary") -> None:
+        """Check that a student's tokens, by id, are those of the teacher; more of them may follow.
+
+        Where the cache knows only the number of tokens, it compares that.
+
+        Args:
+            tokens: bytes of the token of each id.
+            where: what they are of, for the message.
+
+        Raises:
+            UsageError: if the samples are not sequences.
+            MismatchError: with the first id that differs, and both tokens.
+        """
+        plan = self.manifest.plan
+        if plan.sequences is None:
+            raise UsageError(f"the samples of {self.path} are not sequences", "check a cache of a language model")
+        check_same_tokens(self.path, plan, tokens, where)
+
+    @property
     def outputs(self) -> dict[str, OutputRecord]:
         """Outputs of the teacher beside its class logits, by name."""
         return dict(self.manifest.plan.named_outputs)
@@ -157,18 +187,14 @@ class Cache:
             placement: where the rows are held; `auto` uses the first of device, host, mmap and stream that they fit.
 
         Raises:
-            UsageError: if the placement is unknown, or the cache has no such output.
+            UsageError: if the placement is unknown, the cache has no such output, or its samples are sequences.
             MismatchError: if the class logits are requested of a cache that holds other outputs only.
             IncompleteError: if the record files of the placement mmap do not fit on the disk.
         """
         plan, name = self.manifest.plan, DEFAULT_OUTPUT if output is None else str(output)
-        if output is not None and name not in plan.output_names:
-            is_device = name.split(":")[0] in ("cpu", "cuda", "mps")
-            raise UsageError(
-                f"the cache has no output {name!r}{did_you_mean(name, plan.output_names)}: it has "
-                f"{', '.join(plan.output_names)}",
-                f"name one of these{f', and pass device={name!r}' if is_device else ''}",
-            )
+        refuse_sequences(plan, "a teacher of samples", "use cache.sequences(), the teacher of sequences")
+        if output is not None:
+            self._check_output(name)
         encoding = output_encoding(plan, name)
         placed = place_rows(self.path, self.manifest, device, placement, self.views, name)
         basis = stored_bases.read_output_basis(self.path, plan, name)
@@ -178,9 +204,48 @@ class Cache:
             axes = basis if isinstance(basis, VectorBasis) else None
             where = torch.device(device)
             return CachedOutput(name, *placed, plan.views.count, len(self), where, encoding, axes, opened)
-        labels = torch.from_numpy(labels_of(plan, name, self.labels)).to(device)
+        if not isinstance(encoding, Encoding):
+            raise TypeError("rows of tokens belong to sequences")
         tails = basis if isinstance(basis, TailBasis) else None
+        labels = torch.from_numpy(labels_of(plan, name, self.labels)).to(device)
         return CachedTeacher(*placed, plan.views.count, labels, encoding, tails, opened)
+
+    def sequences(
+        self,
+        output: str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        placement: Placement | Literal["auto"] = "auto",
+    ) -> CachedSequences:
+        """Return the teacher of a cache of sequences: a callable from sequences, or prefixes of them, to their rows.
+
+        Args:
+            output: name of an output; None if there is only one.
+            device: device of what it returns.
+            placement: where tokens and rows are held, as for `teacher`.
+
+        Raises:
+            UsageError: if the samples are not sequences, or an output is not named.
+            IncompleteError: if the record files of the placement mmap do not fit on the disk.
+        """
+        plan = self.manifest.plan
+        if plan.sequences is None:
+            raise UsageError(f"the samples of {self.path} are not sequences", "use cache.teacher()")
+        if output is None and len(plan.output_names) > 1:
+            raise UsageError("the cache has several outputs", f"name one of {', '.join(plan.output_names)}")
+        name = plan.output_names[0] if output is None else output
+        self._check_output(name)
+        return placed_sequences(self.path, self.manifest, name, device, placement)
+
+    def _check_output(self, name: str) -> None:
+        """Raise UsageError if the cache has no output of a name."""
+        names = self.manifest.plan.output_names
+        if name not in names:
+            is_device = name.split(":", maxsplit=1)[0] in ("cpu", "cuda", "mps")
+            raise UsageError(
+                f"the cache has no output {name!r}{did_you_mean(name, names)}: it has {', '.join(names)}",
+                f"name one of these{f', and pass device={name!r}' if is_device else ''}",
+            )
 
 
 def open_cache(

@@ -43,6 +43,12 @@ from kdcache.cache.preconditions import check_place, check_same_plan, created_me
 from kdcache.errors import CorruptError, IncompleteError, counted
 from kdcache.runtime.atomic_write import flush, temporary, write_file
 
+Labels = npt.NDArray[np.int32]
+Keys = npt.NDArray[np.uint64]
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+"""Arrays by path in the store."""
+
 
 class CacheWriter:
     """A cache that is being written.
@@ -62,11 +68,12 @@ class CacheWriter:
         cls,
         path: Path,
         plan: Plan,
-        labels: npt.NDArray[np.int32],
-        keys: npt.NDArray[np.uint64],
+        labels: Labels,
+        keys: Keys,
         bases: Bases | None = None,
         fixed_images: Set[int] | None = None,
         probes: bytes | None = None,
+        arrays: Arrays | None = None,
     ) -> CacheWriter:
         """Create a cache, or resume an unsealed one, and lock it until it is sealed or `release` is called.
 
@@ -79,6 +86,7 @@ class CacheWriter:
             fixed_images: if the cache is resumed with some other images, the shards of these are dropped; the samples
                 with these ids must be the same, as all rows depend on them. None: no image may be another one.
             probes: contents of the file `PROBES` of a new cache; None for no such file.
+            arrays: what sequences have beside labels and keys: counts and vocabulary, by path in the store.
 
         Raises:
             UsageError: if `path` is something else, a sealed cache, or being written by another process.
@@ -87,11 +95,11 @@ class CacheWriter:
         if (path / MANIFEST).exists():
             raise sealed_meanwhile(path)
         check_place(path)
-        writer = cls(path, plan)
+        writer, others = cls(path, plan), {**arrays_of(bases or {}), **(arrays or {})}
         writer.created = not path.exists()
         try:
             if writer.created:
-                writer._create(labels, keys, bases or {}, probes)
+                writer._create(labels, keys, others, probes)
             else:
                 hold(path, path)
                 if (path / MANIFEST).exists():
@@ -100,7 +108,7 @@ class CacheWriter:
                 check_place(path)
                 note = writer._drop_changed_images(labels, keys, fixed_images)
                 check_same_plan(path, read_plan(path / PLAN), plan, note=note)
-                writer._repair(labels, keys, bases or {})
+                writer._repair(labels, keys, others)
         except BaseException:
             release(path)
             raise
@@ -111,13 +119,7 @@ class CacheWriter:
         """Return a writer of a cache that another process of the same run has created and locked."""
         return cls(path, read_plan(path / PLAN))
 
-    def _create(
-        self,
-        labels: npt.NDArray[np.int32],
-        keys: npt.NDArray[np.uint64],
-        bases: Bases,
-        probes: bytes | None,
-    ) -> None:
+    def _create(self, labels: Labels, keys: Keys, others: Arrays, probes: bytes | None) -> None:
         """Create the folder, with store and plan, under a temporary name, and rename it.
 
         A folder with the final name is therefore always a cache with its plan.
@@ -128,7 +130,7 @@ class CacheWriter:
         hold(self.path, folder)
         try:
             with _work_folder(folder):
-                self._create_store(folder, labels, keys, bases)
+                self._create_store(folder, labels, keys, others)
                 if probes is not None:
                     write_file(folder / PROBES, probes)
                 write_file(folder / PLAN, canonical(self.plan))
@@ -141,16 +143,12 @@ class CacheWriter:
             raise
         flush(self.path.parent)
 
-    def _create_store(
-        self, folder: Path, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], bases: Bases
-    ) -> None:
-        zarr_store.create_store(folder, self.plan, labels, keys, arrays_of(bases))
+    def _create_store(self, folder: Path, labels: Labels, keys: Keys, others: Arrays) -> None:
+        zarr_store.create_store(folder, self.plan, labels, keys, others)
         for path in folder.rglob("*"):
             flush(path)
 
-    def _drop_changed_images(
-        self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], fixed: Set[int] | None
-    ) -> str:
+    def _drop_changed_images(self, labels: Labels, keys: Keys, fixed: Set[int] | None) -> str:
         """Drop the finished shards whose images changed, and write the plan of the changed data set.
 
         Returns:
@@ -174,10 +172,10 @@ class CacheWriter:
         self.remade = len(dropped)
         return ""
 
-    def _repair(self, labels: npt.NDArray[np.int32], keys: npt.NDArray[np.uint64], bases: Bases) -> None:
+    def _repair(self, labels: Labels, keys: Keys, others: Arrays) -> None:
         """Write the common files again, and drop the commit markers of shards that were damaged since."""
         with _work_folder(temporary(self.path / array_specs.STORE)) as folder:
-            self._create_store(folder, labels, keys, bases)
+            self._create_store(folder, labels, keys, others)
             for name in store_files.common_files(self.plan):
                 _make_folder((self.path / name).parent)
                 (folder / name).replace(self.path / name)
@@ -214,7 +212,7 @@ class CacheWriter:
         view: int,
         shard: int,
         rows: EncodedRows | None,
-        inputs: Inputs,
+        inputs: Inputs | None,
         recorded: npt.NDArray[Any] | None = None,
         outputs: Mapping[str, EncodedRows] | None = None,
     ) -> None:
@@ -224,9 +222,9 @@ class CacheWriter:
             view: index of the view.
             shard: index of the shard.
             rows: all rows of the shard of the class logits; None if the plan has none.
-            inputs: fingerprints of some of its images.
+            inputs: fingerprints of some of its images; None of sequences.
             recorded: what the view was drawn from, if the plan has an array for it.
-            outputs: all rows of the shard of each other output, by name.
+            outputs: all rows of the shard of each other output, by name, and of sequences their `TOKENS`.
         """
         of_outputs = {**({} if rows is None else {DEFAULT_OUTPUT: rows}), **(outputs or {})}
         files = self._clear(view, shard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from kdcache.errors import UsageError, counted
 if TYPE_CHECKING:
     from kdcache.data.samples import Samples
 
-_SOURCES = click.Choice(["fkd", "ml-dr", "tinyvit", "margin-mse"])
+_SOURCES = click.Choice(["fkd", "ml-dr", "tinyvit", "margin-mse", "llama-cpp"])
 _TARGETS = click.Choice(["fkd", "ml-dr", "tinyvit"])
 
 
@@ -39,7 +40,13 @@ _TARGETS = click.Choice(["fkd", "ml-dr", "tinyvit"])
     help="Import with the data set, transform and cache settings of this file; with --to, the data set of the cache.",
 )
 @click.option("--name", help="Name of the teacher.  [default: that in the file]")
-@click.option("--top-k", type=click.IntRange(1), help="With --to: classes per row.  [default: those of the cache]")
+@click.option(
+    "--top-k",
+    type=click.IntRange(1),
+    help="With --to: classes per row.  [default: those of the cache]  With --from llama-cpp: tokens per row.",
+)
+@click.option("--rank", type=click.IntRange(1), help="With --from llama-cpp: coordinates of the tail.  [default: none]")
+@click.option("--bos", help="With --from llama-cpp: id of the token that begins each chunk, or none.")
 @set_option
 @scheduler_option
 @json_option
@@ -51,6 +58,8 @@ def convert(
     pipeline: Path | None,
     name: str | None,
     top_k: int | None,
+    rank: int | None,
+    bos: str | None,
     overrides: tuple[str, ...],
     scheduler: str,
     as_json: bool,
@@ -71,12 +80,17 @@ def convert(
     data set holds the pairs, whose `sample_names` say which they are; kdcache.read_margin_mse lists pairs and
     triples.
 
+    With --from llama-cpp, SOURCE is a file of `llama-perplexity --kl-divergence-base`. It becomes a cache of sequences
+    of tokens, for T = 1. If the model's tokenizer adds a token such as BOS, llama.cpp begins each chunk with it, but
+    does not write so into the file: name it with --bos.
+
     \b
     Example: kdcache convert runs/digits.kdcache -o logits.npz
     Example: kdcache convert logits.npz --pipeline digits -o runs/imported.kdcache
     Example: kdcache convert FKD_soft_label --from fkd --pipeline fkd.yaml -o runs/fkd.kdcache
     Example: kdcache convert runs/mine.kdcache --to ml-dr --pipeline mine.yaml -o reinforced --top-k 10
     Example: kdcache convert scores.tsv --from margin-mse --pipeline pairs.yaml -o runs/scores.kdcache
+    Example: kdcache convert base.kld --from llama-cpp --bos 1 -o runs/text.kdcache
     """
     from kdcache.curate.dense_logits import cache_of_logits
     from kdcache.curate.foreign import cache_of_files, cache_of_scores
@@ -84,6 +98,11 @@ def convert(
 
     if layout and target:
         raise UsageError("--from and --to exclude each other", "import first, and then export the cache")
+    if layout == "llama-cpp":
+        _import_kld(source, out, name, top_k, rank, bos, pipeline, as_json)
+        return
+    if rank is not None or bos is not None:
+        raise UsageError("--rank and --bos are only for --from llama-cpp", "remove them")
     if top_k is not None and target is None:
         raise UsageError("--top-k is only for --to: a cache keeps all that the files hold", "remove it, or use select")
     if target is not None:
@@ -115,6 +134,37 @@ def convert(
             progress=output.Terminal(),
         )
         describe(cache, as_json, out)
+
+
+def _import_kld(
+    source: Path,
+    out: Path,
+    name: str | None,
+    top_k: int | None,
+    rank: int | None,
+    bos: str | None,
+    pipeline: Path | None,
+    as_json: bool,
+) -> None:
+    """Make a cache of a file of llama.cpp, and describe it."""
+    from kdcache.curate.foreign import cache_of_kld
+    from kdcache.curate.token_spec import TokenCacheSpec
+
+    if pipeline is not None:
+        raise UsageError("the file of llama.cpp holds its data set, the tokens", "remove --pipeline")
+    if bos is None or not (bos == "none" or bos.isdecimal()):
+        raise UsageError(
+            "the file of llama.cpp does not say whether each chunk began with another token than it holds",
+            "pass --bos ID with the token's id if the tokenizer adds BOS (tokenizer.ggml.add_bos_token of the GGUF "
+            "file, tokenizer.ggml.bos_token_id), else --bos none",
+        )
+    spec = TokenCacheSpec(top_k=top_k or TokenCacheSpec.top_k)
+    if rank is not None:
+        spec = replace(spec, tail="lowrank", rank=rank)
+    cache = cache_of_kld(
+        source, out, bos=None if bos == "none" else int(bos), name=name, spec=spec, progress=output.Terminal()
+    )
+    describe(cache, as_json, out)
 
 
 def _decode(source: Path, out: Path, as_json: bool) -> None:

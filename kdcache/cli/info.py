@@ -123,11 +123,13 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
         as_json: for programs.
         unlabeled: whether some samples have no label, if that is known.
     """
+    from kdcache.cache.format.row_axes import axis_of
     from kdcache.cache.inspect.noise import described_noise
-    from kdcache.cache.inspect.outputs import described_outputs
+    from kdcache.cache.inspect.outputs import described_outputs, described_sequences
 
     plan = manifest.plan
-    per_row = size / (plan.views.count * plan.dataset.samples)
+    rows = axis_of(plan, plan.output_names[0]).rows
+    per_row = size / (plan.views.count * rows)
     if as_json:
         output.as_json(
             {
@@ -142,14 +144,21 @@ def _describe(where: str, manifest: Manifest, size: int, views: int, as_json: bo
     present = f", {views} of them present" if views < plan.views.count else ""
     transform = " > ".join(name for step in plan.views.transform for name in step) or "no transform"
     shards = plan.views.count * plan.shards
+    of_classes = f"{classes} classes" if classes else "no classes"
+    what = f"{plan.dataset.samples:,} samples, {of_classes}"
+    if plan.sequences is not None:
+        what = counted(plan.dataset.samples, "sequence")
     output.facts(
         {
             "cache": where,
             "digest": manifest.digest,
             "teacher": _teacher(plan.teacher),
-            "data set": f"{plan.dataset.name}/{plan.dataset.split}, {plan.dataset.samples:,} samples, "
-            f"{f'{classes} classes' if classes else 'no classes'}, {plan.dataset.digest[:19]}...",
-            "views": f"{plan.views.count}{present}, seed {plan.views.seed}, {transform}",
+            "data set": f"{plan.dataset.name}/{plan.dataset.split}, {what}, {plan.dataset.digest[:19]}...",
+            **(
+                {"views": f"{plan.views.count}{present}, seed {plan.views.seed}, {transform}"}
+                if plan.sequences is None
+                else described_sequences(plan.sequences)
+            ),
             **({"encoding": _stored(plan.class_encoding)} if plan.class_encoding else {}),
             **({"fidelity": _fidelity(plan.fidelity)} if plan.fidelity else {}),
             **described_outputs(plan.outputs),

@@ -14,7 +14,7 @@ import torch
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.output_codec import decode_output
 from kdcache.cache.format.vector_rows import EncodedRows
-from kdcache.cache.preconditions import check_outside
+from kdcache.cache.preconditions import check_outside, refuse_sequences
 from kdcache.cache.reader import Cache
 from kdcache.curate.logit_files import LOGITS, RESERVED
 from kdcache.curate.scratch import scratch_file
@@ -39,6 +39,7 @@ def logits_of_cache(cache: Cache, out: str | Path) -> dict[str, list[int]]:
         IncompleteError: if a view is not here.
     """
     out, plan = Path(out), cache.manifest.plan
+    refuse_sequences(plan, "decoding to a file", "read the rows with cache.sequences()")
     check_outside(out)
     cache.check_views()
     if out.suffix not in (".npz", ".npy"):

@@ -191,7 +191,7 @@ def planned(
             **others,
             "dataset": dataset,
             "views": plan.views.model_copy(update={"count": views}),
-            "request": encoded.request,
+            "class_request": encoded.request,
             "class_encoding": encoded.encoding,
             "fidelity": encoded.fidelity,
             "outputs": encoded.outputs,

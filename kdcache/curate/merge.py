@@ -13,7 +13,7 @@ from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import Lineage, NoiseRecord, Plan
 from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
-from kdcache.cache.preconditions import check_place, differences
+from kdcache.cache.preconditions import check_place, differences, refuse_sequences
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.curate.derive import Encoded, ParentSelection, derive, inputs_at, planned
@@ -50,6 +50,8 @@ def merge(
         MismatchError: if the caches are inconsistent with each other, or `out` was started with other settings.
     """
     out, first, reporter = Path(out), caches[0], progress or Silent()
+    for cache in caches:
+        refuse_sequences(cache.manifest.plan, "merge", "write all sequences with kdcache.write_token_cache")
     check_place(out)
     out = out.absolute()
     if len(caches) < 2:

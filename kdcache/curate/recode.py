@@ -260,12 +260,27 @@ def complete(writer: CacheWriter, function: Callable[..., None], calls: list[tup
         scheduler: backend; see `parallel.over`.
 
     Raises:
+        As `finish`.
+    """
+    out, plan = writer.path, writer.plan
+    return finish(writer, lambda: parallel.over(function, [(out, *call) for call in calls], scheduler, plan), scheduler)
+
+
+def finish(writer: CacheWriter, write_shards: Callable[[], object], scheduler: str = "threads") -> Cache:
+    """Write the pending shards of a cache, and seal it.
+
+    Args:
+        writer: of the cache.
+        write_shards: writes and commits them.
+        scheduler: backend of the summary; see `parallel.over`.
+
+    Raises:
         InterruptedRun: on Ctrl-C; finished shards stay, and the same command resumes.
-        KdcacheError: if a parent cannot be read; a cache that this run has created is deleted.
+        KdcacheError: if a source cannot be read; a cache that this run has created is deleted.
     """
     out, plan = writer.path, writer.plan
     try:
-        parallel.over(function, [(out, *call) for call in calls], scheduler, plan)
+        write_shards()
         writer.seal(summary.summarize(out, plan, scheduler))
         cache = open_cache(out)
     except KdcacheError:

@@ -16,7 +16,7 @@ from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
 from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
-from kdcache.cache.preconditions import check_place
+from kdcache.cache.preconditions import check_place, refuse_sequences
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.curate.derive import Encoded, Ids, ParentSelection, derive, inputs_at, planned
@@ -64,6 +64,7 @@ def select(
         MismatchError: if `out` was started with other settings, or `data` is another data set.
     """
     out, plan = Path(out), cache.manifest.plan
+    refuse_sequences(plan, "select", "write the sequences that you want with kdcache.write_token_cache")
     check_place(out)
     out = out.absolute()
     count = _count_of(views, plan)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.fingerprints import Inputs, inputs_of
 from kdcache.cache.planner import pilot_ids
+from kdcache.cache.preconditions import refuse_sequences
 from kdcache.cache.reader import Cache
 from kdcache.config.transform import Transform
 from kdcache.data.loader import batches, cut_range
@@ -38,6 +39,7 @@ def check_matches_cache(cache: Cache, samples: Samples, transform: Transform | N
         MismatchError: if they differ; the message says in what, and names the first such sample.
     """
     plan = cache.manifest.plan
+    refuse_sequences(plan, f"{samples.name}/{samples.split}", "train a language model on its rows, cache.sequences()")
     if cache.num_classes != samples.num_classes:
         raise MismatchError(
             f"the cache {cache.path} has {cache.num_classes} classes, {samples.name} has {samples.num_classes}",

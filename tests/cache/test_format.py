@@ -142,7 +142,8 @@ def record(name: str, kept: Kept) -> tuple[dict[str, Any], type[BaseModel]]:
         return written, type(read_commit(kept.path / "commits/0/0.json"))
     if name == "file":
         return kept.manifest["files"][file], type(manifest.files[file])
-    parts = {**dict([*manifest.plan, *manifest]), "encoding": manifest.plan.encoding}
+    of_logits = {"encoding": manifest.plan.encoding, "request": manifest.plan.request}
+    parts = {**dict([*manifest.plan, *manifest]), **of_logits}
     part = manifest if name == "manifest" else parts[name]
     written = kept.manifest if name == "manifest" else (kept.plan | kept.manifest)[name]
     return written, type(part)
@@ -160,7 +161,8 @@ def test_records_have_the_keys_of_the_tables_in_their_order(name: str, caches: d
     written, model = record(name, caches["lowrank-v1"])
     keys = [key for key, _, _ in table(name)]
     assert keys == [field.alias or key for key, field in model.model_fields.items()]
-    not_there = ("lineage", "level", "weights", "outputs", "noise")  # its teacher has run, and only its logits are kept
+    # Its teacher has run on images, and only its logits are kept.
+    not_there = ("lineage", "level", "weights", "outputs", "noise", "sequences")
     assert [key for key in keys if key not in not_there] == list(written)
 
 

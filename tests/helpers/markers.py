@@ -15,6 +15,7 @@ PROCESS = {
     "test_faults",
     "test_head_memory",
     "test_identity",
+    "test_killed_sequences",
     "test_lock",
     "test_parallel",
     "test_permissions",
@@ -42,6 +43,7 @@ SLOW_FILES = {
     "test_ranks",
     "test_ranks_claims",
     "test_report",
+    "test_killed_sequences",
     "test_resume",
     "test_sweep_cluster",
     "test_wheel",
@@ -303,6 +305,9 @@ SLOW_TESTS = {
     "test_level": {
         "test_losses_that_need_the_level_are_refused_and_centered_ones_train",
     },
+    "test_llama_cpp": {
+        "test_rows_are_those_that_llama_cpp_wrote",
+    },
     "test_lock": {
         "test_a_cache_that_is_being_derived_is_not_begun_by_another_command",
         "test_a_killed_run_that_had_not_yet_made_the_folder_is_in_nobodys_way",
@@ -502,6 +507,15 @@ SLOW_TESTS = {
         "test_an_npy_file_needs_no_scratch_name",
         "test_convert_takes_over_what_kdcache_has_left",
     },
+    "test_sequences": {
+        "test_a_cache_is_whole_and_says_what_it_is",
+        "test_any_prefixes_in_any_order_have_their_rows",
+        "test_bad_logits_are_refused_and_leave_nothing",
+        "test_draws_are_an_unbiased_estimate_at_their_temperature",
+        "test_it_is_pushed_and_pulled",
+        "test_padding_of_the_head_is_cut",
+        "test_what_is_of_samples_refuses_sequences",
+    },
     "test_signatures": {
         "test_a_signature_that_is_no_small_file_is_not_taken",
         "test_it_is_pushed_and_pulled_with_the_cache",
@@ -561,6 +575,12 @@ SLOW_TESTS = {
         "test_memory_is_that_of_one_batch",
         "test_micro_batches_and_batches_of_other_formats_are_shared",
         "test_students_of_one_pass_are_those_of_separate_runs_and_each_batch_is_loaded_once",
+    },
+    "test_token_codec": {
+        "test_the_head_is_in_the_order_of_the_format_also_among_equal_logits",
+    },
+    "test_token_format": {
+        "test_the_golden_cache_gives_what_it_gave",
     },
     "test_train": {
         "test_a_student_can_start_from_a_checkpoint",

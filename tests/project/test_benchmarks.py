@@ -76,6 +76,7 @@ def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
         "together.py",
         "token_losses.py",
         "real_teachers.py",
+        "token_codec.py",
     ],
 )
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:

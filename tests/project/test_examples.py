@@ -83,8 +83,9 @@ def test_examples_use_the_public_names_alone() -> None:
 
 def test_every_example_is_run() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    # test_format.py runs one of them, and the last test below another.
-    assert scripts == {*FILTERS, "read_with_tensorstore", "with_hf_trainer_lm"}
+    # test_format.py and test_token_format.py run those of TensorStore, and the last test below another.
+    read = {"read_with_tensorstore", "read_tokens_with_tensorstore"}
+    assert scripts == {*FILTERS, *read, "with_hf_trainer_lm"}
 
 
 @pytest.mark.parametrize("name", FILTERS)

@@ -7,6 +7,7 @@ An array is named by its path in the store: those of the class logits are at its
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +15,11 @@ import numpy.typing as npt
 
 from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import SKETCH_PARTS
-from kdcache.cache.format.output_records import DEFAULT_OUTPUT, VectorEncoding
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT, TOKENS, VectorEncoding
 from kdcache.cache.format.recorded_views import BOX, recorded
+from kdcache.cache.format.row_axes import Axis, axis_of, sample_axis
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.format.token_encoding import TokenEncoding
 
 STORE = "data.zarr"
 """Folder of the Zarr store in a cache (docs/FORMAT.md, section 1)."""
@@ -69,9 +72,21 @@ class Part(NamedTuple):
         return size if size > 1 or row > _MAX_TYPESIZE else row
 
 
-def output_encoding(plan: Plan, output: str) -> Encoding | VectorEncoding:
+AnyEncoding = Encoding | VectorEncoding | TokenEncoding
+"""How an output becomes rows."""
+
+
+def output_encoding(plan: Plan, output: str) -> AnyEncoding:
     """Return the encoding of an output; raises MismatchError for class logits that the cache does not have."""
     return plan.encoding if output == DEFAULT_OUTPUT else plan.named_outputs[output].encoding
+
+
+def classes_of(plan: Plan, output: str) -> int:
+    """Return the number that classes of an output, or tokens, are below; 0 of vectors."""
+    if output == TOKENS and plan.sequences is not None:
+        return plan.sequences.vocabulary.size
+    encoding = output_encoding(plan, output)
+    return 0 if isinstance(encoding, VectorEncoding) else encoding.num_classes
 
 
 def labels_of(plan: Plan, output: str, labels: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
@@ -81,17 +96,23 @@ def labels_of(plan: Plan, output: str, labels: npt.NDArray[np.integer[Any]]) -> 
     return np.full(len(labels), -1, np.int64)
 
 
-def row_parts(encoding: Encoding | VectorEncoding) -> dict[str, Part]:
+def index_type(num_classes: int) -> str:
+    """Return the smallest unsigned type for indices of classes, or ids of tokens."""
+    return "uint8" if num_classes <= 2**8 else "uint16" if num_classes <= 2**16 else "uint32"
+
+
+def row_parts(encoding: AnyEncoding) -> dict[str, Part]:
     """Return the arrays that hold rows, by name."""
     if isinstance(encoding, VectorEncoding):
         # In rounded coordinates zstd finds matches that cost more than they save: up to 4% of the bytes.
         level = _LEVEL_WITHOUT_MATCHES if encoding.codec == "klt" and encoding.dtype == "int8" else _LEVEL
         values = {"values": Part((encoding.width,), encoding.dtype, level)}
         return values | ({"scale": Part((), "float32")} if encoding.codec == "int8" else {})
-    index_type = "uint8" if encoding.num_classes <= 2**8 else "uint16" if encoding.num_classes <= 2**16 else "uint32"
+    if isinstance(encoding, TokenEncoding):
+        return _token_row_parts(encoding)
     parts = {
         "log_probs": Part((encoding.top_k,), encoding.dtype),
-        "indices": Part((encoding.top_k,), index_type),
+        "indices": Part((encoding.top_k,), index_type(encoding.num_classes)),
         "logsumexp": Part((), "float32"),
         "statistics": Part((len(encoding.statistics),), "float16"),
         "tail": Part((encoding.rank,), "int8"),
@@ -103,48 +124,97 @@ def row_parts(encoding: Encoding | VectorEncoding) -> dict[str, Part]:
     return parts
 
 
-def raw_bytes(encoding: Encoding | VectorEncoding) -> int:
+def _token_row_parts(encoding: TokenEncoding) -> dict[str, Part]:
+    """Return the arrays that hold rows of tokens, by name."""
+    of_ids = index_type(encoding.num_classes)
+    if encoding.tail == "draws":
+        return {"draws": Part((encoding.draws,), of_ids), "counts": Part((encoding.draws,), "uint8")}
+    parts = {
+        "log_probs": Part((encoding.top_k,), encoding.dtype),
+        "indices": Part((encoding.top_k,), of_ids),
+        "logsumexp": Part((), "float32"),
+        "statistics": Part((len(encoding.statistics),), "float16"),
+        "tail": Part((encoding.rank,), "int8"),
+    }
+    if not encoding.level:
+        del parts["logsumexp"]
+    if not encoding.rank:
+        del parts["tail"]
+    return parts
+
+
+def token_parts(plan: Plan) -> dict[str, Part]:
+    """Return the arrays that hold the tokens of sequences, by name; empty without sequences."""
+    if plan.sequences is None:
+        return {}
+    return {"tokens": Part((), index_type(plan.sequences.vocabulary.size)), "taught": Part((), "uint8")}
+
+
+def raw_bytes(encoding: AnyEncoding) -> int:
     """Return bytes per row before compression."""
-    return sum(math.prod(part.width) * np.dtype(part.dtype).itemsize for part in row_parts(encoding).values())
+    return _bytes_of(row_parts(encoding))
+
+
+def _bytes_of(parts: Mapping[str, Part]) -> int:
+    return sum(math.prod(part.width) * np.dtype(part.dtype).itemsize for part in parts.values())
 
 
 def raw_bytes_of_all_outputs(plan: Plan) -> int:
-    """Return bytes per view and sample of all outputs before compression."""
+    """Return bytes per view and row of all outputs before compression."""
     return sum(raw_bytes(output_encoding(plan, output)) for output in plan.output_names)
+
+
+def raw_bytes_of_shard(plan: Plan) -> int:
+    """Return the bytes of the rows of all outputs, and the tokens, of the largest shard of a view, uncompressed."""
+    per_row, of = raw_bytes_of_all_outputs(plan), plan.sequences
+    if of is None:
+        return per_row * plan.shape.shard_rows
+    return per_row * of.row_capacity + _bytes_of(token_parts(plan)) * of.token_capacity
 
 
 def path_in_store(output: str, part: str) -> str:
     """Return the path of an array of an output."""
-    return part if output == DEFAULT_OUTPUT else f"outputs/{output}/{part}"
+    return part if output in (DEFAULT_OUTPUT, TOKENS) else f"outputs/{output}/{part}"
 
 
 def row_arrays(plan: Plan, output: str) -> dict[str, Array]:
-    """Return the layout of the arrays that hold the rows of an output, [V, N, ...], by part of a row."""
+    """Return the layout of the arrays that hold the rows of an output, [V, N, ...], by part of a row.
+
+    The tokens of sequences are read and written as the output `TOKENS`.
+    """
+    axis = axis_of(plan, output)
+    if output == TOKENS:
+        return {name: _of_rows(plan, axis, part) for name, part in token_parts(plan).items()}
     encoding = output_encoding(plan, output)
-    statistics = encoding.statistics if isinstance(encoding, Encoding) else None
+    statistics = None if isinstance(encoding, VectorEncoding) else encoding.statistics
     return {
-        name: _of_rows(plan, part, statistics if name == "statistics" else None)
+        name: _of_rows(plan, axis, part, statistics if name == "statistics" else None)
         for name, part in row_parts(encoding).items()
     }
 
 
+def row_names(plan: Plan) -> list[str]:
+    """Return the names under which rows are stored: those of the outputs, and `TOKENS` of sequences."""
+    return [*plan.output_names, *([TOKENS] if plan.sequences is not None else [])]
+
+
 def arrays_of_all_outputs(plan: Plan) -> dict[str, Array]:
-    """Return the layout of the arrays that hold rows of any output, by path in the store."""
+    """Return the layout of the arrays that hold rows of any output, and tokens, by path in the store."""
     return {
         path_in_store(output, part): array
-        for output in plan.output_names
+        for output in row_names(plan)
         for part, array in row_arrays(plan, output).items()
     }
 
 
-def _of_rows(plan: Plan, part: Part, columns: tuple[str, ...] | None = None) -> Array:
-    """Return the layout of an array with one entry per view and sample, [V, N, ...]."""
+def _of_rows(plan: Plan, axis: Axis, part: Part, columns: tuple[str, ...] | None = None) -> Array:
+    """Return the layout of an array with one entry per view and place of an axis, [V, N, ...]."""
     return Array(
-        shape=(plan.views.count, plan.dataset.samples, *part.width),
-        chunks=(1, plan.shape.chunk_rows, *part.width),
-        shards=(1, plan.shape.shard_rows, *part.width),
+        shape=(plan.views.count, axis.extent, *part.width),
+        chunks=(1, axis.chunk, *part.width),
+        shards=(1, axis.shard, *part.width),
         dtype=part.dtype,
-        names=("view", "sample", *("column" for _ in part.width)),
+        names=("view", axis.name, *("column" for _ in part.width)),
         typesize=part.typesize,
         columns=columns,
         level=part.level,
@@ -154,11 +224,17 @@ def _of_rows(plan: Plan, part: Part, columns: tuple[str, ...] | None = None) -> 
 def recorded_arrays(plan: Plan) -> dict[str, Array]:
     """Return the array of recorded boxes or seeds, for views that do not follow from (seed, sample, view)."""
     parts = {"crops": Part((BOX,), "float32"), "seeds": Part((), "int32")}
-    return {name: _of_rows(plan, part) for name, part in parts.items() if name == recorded(plan.views.transform)}
+    axis, kept = sample_axis(plan), recorded(plan.views.transform)
+    return {name: _of_rows(plan, axis, part) for name, part in parts.items() if name == kept}
 
 
 def input_arrays(plan: Plan) -> dict[str, Array]:
-    """Return the layout of the arrays of fingerprints, [V, M, ...]: one chunk per shard of rows."""
+    """Return the layout of the arrays of fingerprints, [V, M, ...]: one chunk per shard of rows.
+
+    Sequences have none: their tokens are stored.
+    """
+    if plan.sequences is not None:
+        return {}
     stride = plan.shape.fingerprint_stride
     count, per_shard = -(-plan.dataset.samples // stride), plan.shape.shard_rows // stride
     return {
@@ -213,6 +289,7 @@ def bases_of_all_outputs(plan: Plan) -> dict[str, Array]:
 
 def sample_arrays(plan: Plan) -> dict[str, Array]:
     """Return the layout of the arrays with one value per sample, [N]."""
+    counts = () if plan.sequences is None else (("token_count", "uint32"), ("row_count", "uint32"))
     return {
         name: Array(
             shape=(plan.dataset.samples,),
@@ -221,13 +298,32 @@ def sample_arrays(plan: Plan) -> dict[str, Array]:
             dtype=dtype,
             names=("sample",),
         )
-        for name, dtype in (("labels", "int32"), ("sample_keys", "uint64"))
+        for name, dtype in (("labels", "int32"), ("sample_keys", "uint64"), *counts)
     }
+
+
+def vocabulary_arrays(plan: Plan) -> dict[str, Array]:
+    """Return the layout of the arrays of the tokens of a vocabulary, one chunk each; empty if they are not known."""
+    if plan.sequences is None or plan.sequences.vocabulary.digest is None:
+        return {}
+    of = plan.sequences.vocabulary
+    return {
+        name: Array(shape=shape, chunks=shape, shards=shape, dtype=dtype, names=names)
+        for name, shape, dtype, names in (
+            ("vocabulary", (of.bytes,), "uint8", ("byte",)),
+            ("vocabulary_length", (of.size,), "uint32", ("token",)),
+        )
+    }
+
+
+def whole_arrays(plan: Plan) -> dict[str, Array]:
+    """Return the layout of the arrays that are one chunk: bases and the vocabulary, by path in the store."""
+    return bases_of_all_outputs(plan) | vocabulary_arrays(plan)
 
 
 def common_arrays(plan: Plan) -> dict[str, Array]:
     """Return the layout of the arrays that are written when the store is created."""
-    return sample_arrays(plan) | bases_of_all_outputs(plan)
+    return sample_arrays(plan) | whole_arrays(plan)
 
 
 def chunk_bytes(array: Array) -> int:

@@ -13,13 +13,13 @@ teacher (`tail_basis.py`). Decoding does not use the masses at T > 1, so that th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kdcache.cache.format.encoding import TAIL_TEMPERATURES, Encoding
+from kdcache.cache.format.named_tensors import NamedTensors
 from kdcache.cache.format.row_reductions import finite_rows, largest_classes, logsumexp_in_place, standard_deviation
 from kdcache.cache.format.tail_basis import TailBasis, fit_coordinates, round_coordinates
 from kdcache.errors import CorruptError
@@ -63,7 +63,7 @@ def index_dtype(num_classes: int) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(NamedTensors):
     """Encoded logits of B samples.
 
     Attributes:
@@ -80,33 +80,6 @@ class Rows:
     logsumexp: Tensor
     statistics: Tensor
     tail: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.logsumexp)
-
-    def arrays(self) -> dict[str, Tensor]:
-        """Return the tensors by name, without those that the encoding does not have."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in named.items() if value is not None}
-
-    def to(self, device: torch.device | str) -> Rows:
-        """Return the rows on another device."""
-        return Rows.of({name: value.to(device) for name, value in self.arrays().items()})
-
-    def __getitem__(self, which: Tensor | slice) -> Rows:
-        return Rows.of({name: value[which] for name, value in self.arrays().items()})
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, Tensor]) -> Rows:
-        """Return the rows of a mapping as `arrays()` returns it."""
-        return cls(
-            arrays["log_probs"], arrays.get("indices"), arrays["logsumexp"], arrays["statistics"], arrays.get("tail")
-        )
-
-    @classmethod
-    def concatenate(cls, parts: list[Rows]) -> Rows:
-        """Concatenate parts in order."""
-        return cls.of({name: torch.cat([part.arrays()[name] for part in parts]) for name in parts[0].arrays()})
 
 
 def not_finite(logits: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ RANGE_STATISTICS = ("log_prob_max", "log_prob_range")
 
 Size = Annotated[int, Field(ge=0, le=2**62)]
 
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+
 
 class Record(BaseModel):
     """A part of a plan or a manifest: exact types, no unknown keys."""

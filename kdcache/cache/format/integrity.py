@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.format import stored_bases, zarr_store
-from kdcache.cache.format.array_specs import STORE, labels_of, output_encoding
+from kdcache.cache.format.array_specs import STORE, AnyEncoding, labels_of, output_encoding
 from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.output_codec import Basis, decode_output
-from kdcache.cache.format.output_records import DEFAULT_OUTPUT, VectorEncoding
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.recorded_views import recorded
 from kdcache.cache.format.schema import FileRecord, Plan
+from kdcache.cache.format.sequence_integrity import check_shard_of_sequences
 from kdcache.cache.format.vector_rows import VectorRows
 from kdcache.cache.format.verified_files import Problem, damaged_files, raise_first
 from kdcache.errors import CorruptError
@@ -71,6 +72,8 @@ def check_shard_rows(
     ids, of_logits = plan.shard_ids(shard), None
     problems = []
     try:
+        if plan.sequences is not None:
+            return check_shard_of_sequences(cache, plan, view, shard), None
         if recorded(plan.views.transform):
             zarr_store.read_recorded(cache, plan, view, ids)
         for output in plan.output_names:
@@ -87,13 +90,13 @@ def check_shard_rows(
     return problems, of_logits
 
 
-def _defects(rows: Any, labels: Tensor, encoding: Encoding | VectorEncoding, basis: Basis) -> dict[str, list[int]]:
+def _defects(rows: Any, labels: Tensor, encoding: AnyEncoding, basis: Basis) -> dict[str, list[int]]:
     """Return each defect of some rows, with the indices of the rows that have it; in blocks, so in little memory."""
     found: dict[str, list[int]] = {}
     for start in range(0, len(rows), _BLOCK_ROWS):
         block = rows[start : start + _BLOCK_ROWS]
         truth = labels[start : start + _BLOCK_ROWS]
-        checks = _vector_checks(block) if isinstance(encoding, VectorEncoding) else _row_checks(block, truth, encoding)
+        checks = _row_checks(block, truth, encoding) if isinstance(encoding, Encoding) else _vector_checks(block)
         decoded = decode_output(block, truth, encoding, basis)
         not_finite = ("does not decode to finite numbers", ~decoded.isfinite().all(dim=1))
         for what, wrong in (*checks, not_finite):
@@ -153,7 +156,9 @@ def _row_checks(rows: Rows, labels: Tensor, encoding: Encoding) -> Iterator[tupl
 
 def check_inputs(cache: Path, plan: Plan, views: Iterable[int]) -> list[Problem]:
     """Return the problems in the fingerprints of the teacher's input in some views."""
-    problems = []
+    problems: list[Problem] = []
+    if plan.sequences is not None:
+        return problems
     for view in views:
         try:
             sketches = zarr_store.read_inputs(cache, plan, view).sketches

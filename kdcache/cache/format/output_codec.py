@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kdcache.cache.format.array_specs import AnyEncoding
 from kdcache.cache.format.codec import Rows, decode, encode_finite
 from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.output_records import VectorEncoding
@@ -15,7 +16,7 @@ Basis = TailBasis | VectorBasis | None
 """Basis of an output; None if its encoding has none."""
 
 
-def encode_output(values: Tensor, labels: Tensor, encoding: Encoding | VectorEncoding, basis: Basis) -> EncodedRows:
+def encode_output(values: Tensor, labels: Tensor, encoding: AnyEncoding, basis: Basis) -> EncodedRows:
     """Return the rows of an output.
 
     Args:
@@ -26,10 +27,12 @@ def encode_output(values: Tensor, labels: Tensor, encoding: Encoding | VectorEnc
     """
     if isinstance(encoding, VectorEncoding):
         return encode_vectors(values, encoding, basis if isinstance(basis, VectorBasis) else None)
+    if not isinstance(encoding, Encoding):
+        raise TypeError("rows of tokens are encoded by `token_codec`")
     return encode_finite(values, labels, encoding, basis if isinstance(basis, TailBasis) else None)
 
 
-def decode_output(rows: EncodedRows, labels: Tensor, encoding: Encoding | VectorEncoding, basis: Basis) -> Tensor:
+def decode_output(rows: EncodedRows, labels: Tensor, encoding: AnyEncoding, basis: Basis) -> Tensor:
     """Return an output [B, D] float32 from its rows; `labels` [B] int64 are those that it was encoded with."""
     if isinstance(rows, VectorRows) and isinstance(encoding, VectorEncoding):
         return decode_vectors(rows, encoding, basis if isinstance(basis, VectorBasis) else None)

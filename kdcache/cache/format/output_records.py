@@ -10,9 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kdcache.cache.format.encoding import Encoding, Fidelity, Record, Request, Size
+from kdcache.cache.format.token_encoding import TokenEncoding, TokenRequest
 
 DEFAULT_OUTPUT = "logits"
 """Name of the output whose encoding is that of the plan, and whose arrays are at the root of the store."""
+
+TOKENS = "tokens"
+"""Name by which the tokens of sequences are read as outputs are; their arrays are at the root of the store."""
 
 MOST_SCORES = 64
 """Largest number of values of an output of kind `score`."""
@@ -89,7 +93,8 @@ class OutputRecord(Record):
     Attributes:
         kind: "classes" (C numbers, compared after a softmax), "vector" (D numbers) or "score" (at most 64 plain
             numbers).
-        places: of what the output has a row: "one", the whole view of a sample.
+        places: of what the output has a row: "one", the whole view of a sample; "run", each taught position of a
+            sequence.
         source: what the output was in the teacher: part of what it returned, or name of a module.
         pool: how places of the module's output became one row: "none", "mean", or "first".
         labels: whether the labels of the samples are classes of this output: "sample" or "none".
@@ -101,13 +106,13 @@ class OutputRecord(Record):
     """
 
     kind: Literal["classes", "vector", "score"]
-    places: Literal["one"] = "one"
+    places: Literal["one", "run"] = "one"
     source: str | int | None
     pool: Literal["none", "mean", "first"] = "none"
     labels: Literal["sample", "none"] = "none"
     class_names: Annotated[tuple[str, ...] | None, Field(exclude_if=lambda names: names is None)] = None
-    request: Request | VectorRequest
-    encoding: Encoding | VectorEncoding
+    request: Request | VectorRequest | TokenRequest
+    encoding: Encoding | VectorEncoding | TokenEncoding
     fidelity: Fidelity | VectorFidelity | None
     level: Annotated[Literal["unknown"] | None, Field(exclude_if=lambda level: level is None)] = None
 
@@ -118,7 +123,10 @@ class OutputRecord(Record):
 
     @model_validator(mode="after")
     def _agrees(self) -> OutputRecord:
+        """Check that the parts of an output belong together."""
         is_classes = self.kind == "classes"
+        if self.places == "run" or isinstance(self.encoding, TokenEncoding):
+            return self._agrees_as_run()
         for part, of_classes in ((self.request, Request), (self.encoding, Encoding)):
             if isinstance(part, of_classes) != is_classes:
                 raise ValueError(f"an output of kind {self.kind} has no {type(part).__name__}")
@@ -132,14 +140,33 @@ class OutputRecord(Record):
             raise ValueError("the number of class names must be the number of classes")
         return self
 
+    def _agrees_as_run(self) -> OutputRecord:
+        """Check an output with rows at the positions of a sequence: distributions of the next token."""
+        if not isinstance(self.encoding, TokenEncoding) or not isinstance(self.request, TokenRequest):
+            raise ValueError("rows of places `run` have the encoding and the request of tokens, and only they")
+        if self.kind != "classes" or self.places != "run" or self.fidelity is not None:
+            raise ValueError("rows of tokens are of kind `classes` at places `run`, without a fidelity")
+        if self.labels != "none" or self.class_names is not None or self.pool != "none":
+            raise ValueError("the labels and names of tokens are those of the sequences")
+        if self.encoding.tail != "draws" and self.encoding.level != (self.level is None):
+            raise ValueError("the level of rows is stored exactly where it is known")
+        return self
+
     @property
     def channels(self) -> int:
-        """Numbers per row after decoding: C, D or K."""
-        return self.encoding.num_classes if isinstance(self.encoding, Encoding) else self.encoding.length
+        """Numbers per row after decoding: C, V, D or K."""
+        return self.encoding.length if isinstance(self.encoding, VectorEncoding) else self.encoding.num_classes
 
     @property
     def vector_encoding(self) -> VectorEncoding:
         """The encoding of a vector or of scores."""
-        if isinstance(self.encoding, Encoding):
+        if not isinstance(self.encoding, VectorEncoding):
             raise TypeError("an output of kind classes has no vector encoding")
+        return self.encoding
+
+    @property
+    def token_encoding(self) -> TokenEncoding:
+        """The encoding of rows of tokens."""
+        if not isinstance(self.encoding, TokenEncoding):
+            raise TypeError("an output with one row per sample has no encoding of tokens")
         return self.encoding

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from kdcache.cache.format.encoding import Encoding, Fidelity, Record, Request, Size
+from kdcache.cache.format.encoding import Digest, Encoding, Fidelity, Record, Request, Size
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT, OutputName, OutputRecord
+from kdcache.cache.format.sequence_records import SequencesRecord, check_places
 from kdcache.errors import MismatchError
 
 FORMAT_VERSION: Literal[1] = 1
@@ -30,8 +31,6 @@ NO_WEIGHTS = f"sha256:{hashlib.sha256(b'').hexdigest()}"
 
 LARGEST_CHUNK = 16_384
 """Rows per chunk at most (docs/FORMAT.md, section 2.1)."""
-
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
 class TeacherRecord(Record):
@@ -153,7 +152,8 @@ class Plan(Record):
     teacher: TeacherRecord
     dataset: DatasetRecord
     views: ViewsRecord
-    request: Request
+    class_request: Request | None = Field(default=None, alias="request", exclude_if=lambda request: request is None)
+    """Of the class logits; None in a cache of sequences."""
     class_encoding: Encoding | None = Field(
         default=None, alias="encoding", exclude_if=lambda encoding: encoding is None
     )
@@ -169,6 +169,8 @@ class Plan(Record):
     outputs: Annotated[dict[OutputName, OutputRecord] | None, Field(exclude_if=lambda outputs: outputs is None)] = None
     """Further outputs of the teacher, by name, in the order of the names; None for a cache of class logits alone."""
     noise: Annotated[NoiseRecord | None, Field(exclude_if=lambda noise: noise is None)] = None
+    sequences: Annotated[SequencesRecord | None, Field(exclude_if=lambda sequences: sequences is None)] = None
+    """Of a cache whose samples are sequences of tokens; None for any other."""
 
     @model_validator(mode="after")
     def _classes_agree(self) -> Plan:
@@ -190,6 +192,36 @@ class Plan(Record):
         if self.outputs is not None and (not self.outputs or list(self.outputs) != sorted(self.outputs)):
             raise ValueError("the outputs are not in the order of their names")
         return self
+
+    @model_validator(mode="after")
+    def _sequences_agree(self) -> Plan:
+        """Check that a cache is of samples with one row each, or of sequences with rows at their positions."""
+        if (self.sequences is None) == (self.class_request is None):
+            raise ValueError("a plan has a request of class logits, or sequences")
+        check_places(self.sequences, self.named_outputs)
+        if self.sequences is None:
+            return self
+        if self.class_encoding is not None or self.dataset.class_names:
+            raise ValueError("sequences have no class logits and no classes of samples")
+        if self.views.count != 1 or self.views.transform:
+            raise ValueError("sequences have one view, without a transform")
+        if len(self.sequences.rows) != self.shards:
+            raise ValueError("the numbers of rows are not those of the shards")
+        return self
+
+    @property
+    def request(self) -> Request:
+        """Request that the encoding of the class logits was planned from.
+
+        Raises:
+            MismatchError: if the samples are sequences.
+        """
+        if self.class_request is None:
+            raise MismatchError(
+                "the samples of this cache are sequences of tokens, without class logits",
+                f"name one of its outputs: {', '.join(self.named_outputs)}",
+            )
+        return self.class_request
 
     @property
     def encoding(self) -> Encoding:

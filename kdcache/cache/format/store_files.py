@@ -15,16 +15,19 @@ from pathlib import Path
 from kdcache.cache.format.array_specs import (
     STORE,
     Array,
-    arrays_of_all_outputs,
-    bases_of_all_outputs,
     chunk_bytes,
     common_arrays,
     input_arrays,
+    path_in_store,
     recorded_arrays,
+    row_arrays,
+    row_names,
     sample_arrays,
     shard_arrays,
+    whole_arrays,
 )
 from kdcache.cache.format.chunk_headers import codecs_of, stated_size
+from kdcache.cache.format.row_axes import Axis, axis_of, sample_axis
 from kdcache.cache.format.schema import Plan, commit_file
 from kdcache.cache.format.verified_files import AGAIN, check_before_reading
 from kdcache.errors import CorruptError
@@ -44,8 +47,6 @@ _MAX_JSON_BYTES = 2**20
 _NO_CHUNK = 2**64 - 1
 """Offset and size that mark a chunk as missing in a shard's index (docs/FORMAT.md, section 10.1)."""
 
-_INPUT_ARRAYS = ("fingerprints", "sketches")
-
 
 def shard_file(name: str, array: Array, view: int, shard: int) -> str:
     """Return the file of one array of a shard, relative to the cache."""
@@ -58,13 +59,13 @@ def shard_files(plan: Plan, view: int, shard: int) -> list[str]:
 
 
 def common_files(plan: Plan) -> Iterator[str]:
-    """Yield the files that belong to no shard of rows, relative to the cache: metadata, sample and basis arrays."""
+    """Yield the files of no shard of rows, relative to the cache: metadata, arrays of samples, and whole arrays."""
     for group in _groups(plan):
         yield f"{STORE}/{group}zarr.json"
     for name in shard_arrays(plan) | common_arrays(plan):
         yield f"{STORE}/{name}/zarr.json"
-    for name, array in bases_of_all_outputs(plan).items():
-        yield _basis_file(name, array)
+    for name, array in whole_arrays(plan).items():
+        yield _only_file(name, array)
     for name in sample_arrays(plan):
         for shard in range(plan.shards):
             yield f"{STORE}/{name}/c/{shard}"
@@ -102,7 +103,7 @@ def _all_files(plan: Plan) -> Iterator[tuple[str, int, int]]:
     """Yield every file of a complete cache but its manifest, with its minimum and maximum size in bytes."""
     arrays = shard_arrays(plan) | common_arrays(plan)
     largest = {name: _max_shard_bytes(array) for name, array in arrays.items()}
-    smallest = _INDEX_ENTRY.size * (plan.shape.shard_rows // plan.shape.chunk_rows)
+    smallest = {name: _INDEX_ENTRY.size * _chunks(array) for name, array in arrays.items()}
     for name in common_files(plan):
         if name.endswith(".json"):
             yield name, 0, _MAX_JSON_BYTES
@@ -113,7 +114,7 @@ def _all_files(plan: Plan) -> Iterator[tuple[str, int, int]]:
             yield commit_file(view, shard), 0, _MAX_JSON_BYTES
             for name in shard_files(plan, view, shard):
                 array_name = _array_of(name)
-                yield name, _INDEX_ENTRY.size if array_name in _INPUT_ARRAYS else smallest, largest[array_name]
+                yield name, smallest[array_name], largest[array_name]
 
 
 def _array_of(file: str) -> str:
@@ -123,8 +124,12 @@ def _array_of(file: str) -> str:
 
 def _max_shard_bytes(array: Array) -> int:
     """Return the maximum size of a shard file in bytes; compressors hardly enlarge incompressible data."""
-    chunks = math.prod(array.shards) // math.prod(array.chunks)
-    return chunks * (2 * chunk_bytes(array) + _COMPRESSOR_OVERHEAD)
+    return _chunks(array) * (2 * chunk_bytes(array) + _COMPRESSOR_OVERHEAD)
+
+
+def _chunks(array: Array) -> int:
+    """Return the number of chunks per shard."""
+    return math.prod(array.shards) // math.prod(array.chunks)
 
 
 def check_codecs(cache: Path, arrays: Mapping[str, Array]) -> None:
@@ -150,7 +155,7 @@ def check_chunks(path: Path, array: Array, needed: int) -> None:
     Raises:
         CorruptError: with the file and the chunk.
     """
-    index = _INDEX_ENTRY.size * (math.prod(array.shards) // math.prod(array.chunks)) + _CHECKSUM_BYTES
+    index = _INDEX_ENTRY.size * _chunks(array) + _CHECKSUM_BYTES
     if not path.is_file() or path.stat().st_size < index:
         raise CorruptError(f"{path} is missing, or too small for a shard", AGAIN)
     room = data = path.stat().st_size - index
@@ -175,29 +180,33 @@ def check_shard(cache: Path, plan: Plan, view: int, shard: int) -> None:
         CorruptError: with the first missing chunk, or the first file that differs.
     """
     check_before_reading(cache, shard_files(plan, view, shard))
-    for name, array in (arrays_of_all_outputs(plan) | recorded_arrays(plan)).items():
-        check_chunks(cache / shard_file(name, array, view, shard), array, _used_chunks(plan, shard))
+    for output in row_names(plan):
+        used = _used_chunks(axis_of(plan, output), shard)
+        for part, array in row_arrays(plan, output).items():
+            check_chunks(cache / shard_file(path_in_store(output, part), array, view, shard), array, used)
+    for name, array in recorded_arrays(plan).items():
+        check_chunks(cache / shard_file(name, array, view, shard), array, _used_chunks(sample_axis(plan), shard))
     for name, array in input_arrays(plan).items():
         check_chunks(cache / shard_file(name, array, view, shard), array, 1)
 
 
 def check_common(cache: Path, plan: Plan) -> None:
-    """Check that every chunk of labels, sample keys and basis exists.
+    """Check that every chunk of labels, sample keys, bases and vocabulary exists.
 
     Raises:
         CorruptError: with the first missing chunk.
     """
-    for name, array in bases_of_all_outputs(plan).items():
-        check_chunks(cache / _basis_file(name, array), array, 1)
+    for name, array in whole_arrays(plan).items():
+        check_chunks(cache / _only_file(name, array), array, 1)
     for name, array in sample_arrays(plan).items():
         for shard in range(plan.shards):
-            check_chunks(cache / f"{STORE}/{name}/c/{shard}", array, _used_chunks(plan, shard))
+            check_chunks(cache / f"{STORE}/{name}/c/{shard}", array, _used_chunks(sample_axis(plan), shard))
 
 
-def _used_chunks(plan: Plan, shard: int) -> int:
-    """Return the number of chunks of a shard that hold samples."""
-    return -(-len(plan.shard_ids(shard)) // plan.shape.chunk_rows)
+def _used_chunks(axis: Axis, shard: int) -> int:
+    """Return the number of chunks of a shard that hold rows."""
+    return -(-axis.rows_of(shard) // axis.chunk)
 
 
-def _basis_file(name: str, array: Array) -> str:
+def _only_file(name: str, array: Array) -> str:
     return f"{STORE}/{name}/c" + "/0" * len(array.shape)

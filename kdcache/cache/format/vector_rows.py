@@ -9,6 +9,8 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from kdcache.cache.format.named_tensors import NamedTensors
+
 
 class EncodedRows(Protocol):
     """Encoded rows of any kind: named tensors whose first dimension is the sample."""
@@ -36,7 +38,7 @@ R = TypeVar("R", bound=EncodedRows)
 
 
 @dataclass(frozen=True)
-class VectorRows:
+class VectorRows(NamedTensors):
     """Encoded vectors [D], or scores [K], of B samples.
 
     Attributes:
@@ -46,30 +48,6 @@ class VectorRows:
 
     values: Tensor
     scale: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def arrays(self) -> dict[str, Tensor]:
-        """Return the tensors by name, without those that the encoding does not have."""
-        return {"values": self.values} | ({} if self.scale is None else {"scale": self.scale})
-
-    def to(self, device: torch.device | str) -> VectorRows:
-        """Return the rows on another device."""
-        return VectorRows.of({name: value.to(device) for name, value in self.arrays().items()})
-
-    def __getitem__(self, which: Tensor | slice) -> VectorRows:
-        return VectorRows.of({name: value[which] for name, value in self.arrays().items()})
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, Tensor]) -> VectorRows:
-        """Return the rows of a mapping as `arrays()` returns it."""
-        return cls(arrays["values"], arrays.get("scale"))
-
-    @classmethod
-    def concatenate(cls, parts: list[VectorRows]) -> VectorRows:
-        """Concatenate parts in order."""
-        return cls.of({name: torch.cat([part.arrays()[name] for part in parts]) for name in parts[0].arrays()})
 
 
 @dataclass(frozen=True)

@@ -20,24 +20,29 @@ from zarr.core.buffer import Buffer
 
 from kdcache.cache.format.array_specs import (
     STORE,
+    AnyEncoding,
     Array,
+    classes_of,
     common_arrays,
     input_arrays,
     output_encoding,
     path_in_store,
     recorded_arrays,
     row_arrays,
+    row_names,
     row_parts,
     sample_arrays,
     shard_arrays,
 )
 from kdcache.cache.format.codec import Rows, index_dtype
-from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import Inputs
-from kdcache.cache.format.output_records import DEFAULT_OUTPUT, VectorEncoding
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT, TOKENS, VectorEncoding
 from kdcache.cache.format.recorded_views import unit_of, wrong_boxes
+from kdcache.cache.format.row_axes import axis_of, contiguous, sample_axis
 from kdcache.cache.format.schema import FileRecord, Plan
 from kdcache.cache.format.store_files import check_codecs, check_common, check_shard
+from kdcache.cache.format.token_encoding import TokenEncoding
+from kdcache.cache.format.token_rows import IDS, SequenceTokens, TokenRows
 from kdcache.cache.format.vector_rows import EncodedRows, R, VectorRows
 from kdcache.cache.format.verified_files import AGAIN
 from kdcache.errors import CorruptError
@@ -60,19 +65,19 @@ def create_store(
     plan: Plan,
     labels: npt.NDArray[np.int32],
     keys: npt.NDArray[np.uint64],
-    bases: Mapping[str, npt.NDArray[Any]],
+    others: Mapping[str, npt.NDArray[Any]],
 ) -> None:
-    """Create the store of a new cache: empty arrays of rows, and complete labels, sample keys and bases.
+    """Create the store of a new cache: empty arrays of rows, and complete common arrays.
 
     Args:
         cache: folder of the cache.
         plan: its plan.
         labels: [N] int32.
         keys: [N] uint64.
-        bases: arrays of the bases of all outputs, by path in the store (`stored_bases.py`).
+        others: bases of all outputs (`stored_bases.py`), and what sequences have, by path in the store.
     """
     group = _create_arrays(cache / STORE, plan)
-    values: dict[str, npt.NDArray[Any]] = {"labels": labels, "sample_keys": keys, **bases}
+    values: dict[str, Any] = {"labels": labels, "sample_keys": keys, **others}
     for name, expected in common_arrays(plan).items():
         _array(group, name, expected).with_config(_CONFIG)[...] = values[name]
 
@@ -102,7 +107,7 @@ def _create_arrays(store: Any, plan: Plan) -> zarr.Group:
     return group
 
 
-def bytes_per_row(encoding: Encoding | VectorEncoding, rows: EncodedRows) -> float:
+def bytes_per_row(encoding: AnyEncoding, rows: EncodedRows) -> float:
     """Return the compressed bytes per row in a store, measured on these rows."""
     stored: dict[str, Any] = {}
     group = zarr.create_group(zarr.storage.MemoryStore(stored), zarr_format=3)
@@ -122,33 +127,36 @@ def write_shard(
     view: int,
     shard: int,
     rows: Mapping[str, EncodedRows],
-    inputs: Inputs,
+    inputs: Inputs | None,
     recorded: npt.NDArray[Any] | None = None,
 ) -> dict[str, FileRecord]:
     """Write all arrays of one shard, and return its files with the size and sha256 of what was written.
 
-    Files that an interrupted run left there must have been deleted. `rows` are those of each output, by name.
+    Files that an interrupted run left there must have been deleted. `rows` are by name of the output, or `TOKENS`.
     """
-    if sorted(rows) != sorted(plan.output_names):
-        raise ValueError(f"the plan has the outputs {plan.output_names}, and rows of {sorted(rows)} were passed")
+    if sorted(rows) != sorted(row_names(plan)):
+        raise ValueError(f"the plan has the outputs {row_names(plan)}, and rows of {sorted(rows)} were passed")
     if (recorded is None) == bool(recorded_arrays(plan)):
         raise ValueError("recorded boxes or seeds must be passed exactly if the plan has an array for them")
-    ids = plan.shard_ids(shard)
     store = _HashingStore(cache / STORE)
     group = zarr.open_group(store, mode="r+", zarr_format=3)
     expected = shard_arrays(plan)
-    of_rows = {
-        path_in_store(output, part): tensor.cpu().contiguous().numpy()
-        for output in plan.output_names
-        for part, tensor in rows[output].arrays().items()
-    }
-    for name, values in (of_rows | dict.fromkeys(recorded_arrays(plan), recorded)).items():
+
+    def write(name: str, values: npt.NDArray[Any], start: int) -> None:
         array = _array(group, name, expected[name]).with_config(_CONFIG)
-        array[view, ids.start : ids.stop] = np.asarray(values).astype(array.dtype, copy=False)
-    start = ids.start // plan.shape.fingerprint_stride
-    for name, values in inputs._asdict().items():
-        array = _array(group, name, expected[name]).with_config(_CONFIG)
-        array[view, start : start + len(values)] = values
+        array[view, start : start + len(values)] = values.astype(array.dtype, copy=False)
+
+    for output in row_names(plan):
+        axis = axis_of(plan, output)
+        if len(rows[output]) != axis.rows_of(shard):
+            raise ValueError(f"shard {shard} has {axis.rows_of(shard)} rows of {output}, not {len(rows[output])}")
+        for part, tensor in rows[output].arrays().items():
+            write(path_in_store(output, part), tensor.cpu().contiguous().numpy(), shard * axis.shard)
+    for name in recorded_arrays(plan):
+        write(name, np.asarray(recorded), shard * sample_axis(plan).shard)
+    if inputs is not None:
+        for name, values in inputs._asdict().items():
+            write(name, values, plan.shard_ids(shard).start // plan.shape.fingerprint_stride)
     return {f"{STORE}/{key}": record for key, record in store.records.items()}
 
 
@@ -171,7 +179,7 @@ class _HashingStore(zarr.storage.LocalStore):
 
 
 class RowReader(Generic[R]):
-    """A reader of the rows of one output that opens the arrays once; `row_reader` and `output_reader` make one.
+    """A reader of the rows of one output, or of tokens, that opens the arrays once; `output_reader` makes one.
 
     Args:
         cache: folder of the cache.
@@ -185,25 +193,34 @@ class RowReader(Generic[R]):
 
     def __init__(self, cache: Path, plan: Plan, output: str, kind: type[R]) -> None:
         self._cache, self._plan, self._kind = cache, plan, kind
-        self._encoding = output_encoding(plan, output)
+        self._axis, self._classes = axis_of(plan, output), classes_of(plan, output)
         arrays = {path_in_store(output, part): array for part, array in row_arrays(plan, output).items()}
         group = _open(cache, arrays)
         self._arrays = {name.rpartition("/")[2]: _array(group, name, expected) for name, expected in arrays.items()}
 
     def read(self, view: int, ids: range) -> R:
-        """Read the rows of consecutive sample ids in one view; aligning them with chunks or shards is fastest."""
-        rows = self._plan.shape.shard_rows
-        for shard in range(ids.start // rows, -(-ids.stop // rows)):
+        """Read consecutive rows of a view, by ids of samples, or numbers of rows or tokens of sequences.
+
+        Aligning them with chunks or shards is fastest.
+        """
+        pieces = [*self._axis.pieces(ids)]
+        for shard, _ in pieces:
             check_shard(self._cache, self._plan, view, shard)
+        runs = contiguous(where for _, where in pieces)
+        parts = [self._read(view, run) for run in runs or [range(0)]]
+        return parts[0] if len(parts) == 1 else self._kind.concatenate(parts)
+
+    def _read(self, view: int, where: range) -> R:
+        """Read a part of the axis without gaps."""
         parts: dict[str, torch.Tensor] = {}
         for name, array in self._arrays.items():
-            values = _values(array, (view, slice(ids.start, ids.stop)))
-            if name == "indices" and isinstance(self._encoding, Encoding):
-                out_of_range = (values >= self._encoding.num_classes).any(axis=1)
+            values = _values(array, (view, slice(where.start, where.stop)))
+            if name in IDS:
+                out_of_range = (values >= self._classes).any(axis=tuple(range(1, values.ndim)))
                 if out_of_range.any():
-                    where = f"view {view}, sample {ids.start + int(out_of_range.argmax())}"
-                    raise CorruptError(f"{self._cache} holds a class index of {values.max()}: {where}", AGAIN)
-                values = values.astype(torch.empty(0, dtype=index_dtype(self._encoding.num_classes)).numpy().dtype)
+                    at = f"view {view}, {self._axis.name} {where.start + int(out_of_range.argmax())}"
+                    raise CorruptError(f"{self._cache} holds a class index of {values.max()}: {at}", AGAIN)
+                values = values.astype(torch.empty(0, dtype=index_dtype(self._classes)).numpy().dtype)
             parts[name] = torch.from_numpy(np.ascontiguousarray(values))
         return self._kind.of(parts)
 
@@ -214,8 +231,9 @@ def row_reader(cache: Path, plan: Plan) -> RowReader[Rows]:
 
 
 def output_reader(cache: Path, plan: Plan, output: str) -> RowReader[Any]:
-    """Return a reader of any output."""
-    kind: type[Any] = VectorRows if isinstance(output_encoding(plan, output), VectorEncoding) else Rows
+    """Return a reader of any output, or of `TOKENS`."""
+    kinds: dict[type[Any], type[Any]] = {VectorEncoding: VectorRows, TokenEncoding: TokenRows}
+    kind = SequenceTokens if output == TOKENS else kinds.get(type(output_encoding(plan, output)), Rows)
     return RowReader(cache, plan, output, kind)
 
 
@@ -255,7 +273,8 @@ def read_inputs(cache: Path, plan: Plan, view: int) -> Inputs:
 def read_samples(cache: Path, plan: Plan) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
     """Read (labels [N] int32, sample keys [N] uint64)."""
     check_common(cache, plan)
-    labels, keys = read_arrays(cache, sample_arrays(plan)).values()
+    expected = {name: sample_arrays(plan)[name] for name in ("labels", "sample_keys")}
+    labels, keys = read_arrays(cache, expected).values()
     wrong = (labels < -1) | (labels >= len(plan.dataset.class_names))
     if wrong.any():
         raise CorruptError(f"{cache} has the label {labels[wrong.argmax()]} for sample {wrong.argmax()}", AGAIN)

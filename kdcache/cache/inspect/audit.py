@@ -11,6 +11,7 @@ import torch
 from kdcache.cache.format import store_files, zarr_store
 from kdcache.cache.format.integrity import NOT_LISTED, check_inputs, check_samples, check_shard_rows, unlisted_files
 from kdcache.cache.format.read_records import read_commit, read_manifest, read_plan
+from kdcache.cache.format.row_axes import axis_of
 from kdcache.cache.format.schema import MANIFEST, PLAN, FileRecord, Plan, commit_file
 from kdcache.cache.format.verified_files import AGAIN, Problem, damaged_files
 from kdcache.cache.inspect.stated_figures import check_fidelity, check_summary
@@ -124,7 +125,8 @@ def _check_contents(
     if not names.isdisjoint(store_files.common_files(plan)):
         return [], 0, []
     intact = [(view, shard) for view, shard in shards if names.isdisjoint(store_files.shard_files(plan, view, shard))]
-    count = sum(len(plan.shard_ids(shard)) for _, shard in intact)
+    axis = axis_of(plan, plan.output_names[0])
+    count = sum(axis.rows_of(shard) for _, shard in intact)
     if problems := check_samples(path, plan):
         return problems, count, []
     labels = torch.from_numpy(zarr_store.read_samples(path, plan)[0].astype(np.int64))

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import yaml
 
+from kdcache.cache.format.row_axes import axis_of
 from kdcache.cache.format.schema import Plan, Summary, TeacherRecord
 from kdcache.cache.inspect.card_plot import draw_census
 from kdcache.cache.inspect.noise import described_noise
-from kdcache.cache.inspect.outputs import described_outputs
+from kdcache.cache.inspect.outputs import described_outputs, described_sequences
 from kdcache.cache.inspect.summary import take_census
 from kdcache.cache.reader import Cache
 from kdcache.errors import counted
@@ -78,18 +79,25 @@ def card(cache: Cache, notes: str = "") -> str:
     """
     plan, summary = cache.manifest.plan, cache.manifest.summary
     title = _plain(f"{plan.teacher.name} on {plan.dataset.name}/{plan.dataset.split}: {', '.join(plan.output_names)}")
-    rows = plan.views.count * plan.dataset.samples
+    rows = plan.views.count * axis_of(plan, plan.output_names[0]).rows
+    of_sequences = None if plan.sequences is None else described_sequences(plan.sequences)
     unlabeled = bool((cache.labels < 0).any())
     facts = {
         "teacher": f"`{_plain(plan.teacher.name)}`, {plan.teacher.parameters:,} parameters, "
         f"run in {_plain(plan.teacher.precision)}",
         "weights": _weights(plan.teacher),
         "dataset": f"{_plain(plan.dataset.name)}, {_plain(plan.dataset.split)}: "
-        f"{counted(plan.dataset.samples, 'sample')}, "
-        f"{len(plan.dataset.class_names):,} classes",
+        + (
+            f"{counted(plan.dataset.samples, 'sample')}, {len(plan.dataset.class_names):,} classes"
+            if of_sequences is None
+            else counted(plan.dataset.samples, "sequence")
+        ),
         "dataset digest": f"`{plan.dataset.digest}`",
-        "views": f"{plan.views.count} per sample, seed {plan.views.seed}",
-        "transform": _transform(plan),
+        **(
+            {"views": f"{plan.views.count} per sample, seed {plan.views.seed}", "transform": _transform(plan)}
+            if of_sequences is None
+            else of_sequences
+        ),
         **({"stored per row": _encoding(plan)} if plan.class_encoding is not None else {}),
         **{name: _plain(text) for name, text in described_outputs(plan.outputs).items()},
         **described_noise(plan.noise),
@@ -106,17 +114,19 @@ def card(cache: Cache, notes: str = "") -> str:
         f"{'Logits' if plan.outputs is None else 'Outputs'} "
         "of a teacher network for every sample of a dataset, as soft labels for knowledge distillation: "
         "students are trained from this cache without running the teacher. It was written by "
-        "[kdcache](https://pypi.org/project/kdcache/), is stored in Zarr v3, and contains no images.",
+        "[kdcache](https://pypi.org/project/kdcache/), is stored in Zarr v3, and contains "
+        + ("no images." if plan.sequences is None else "the tokens of the dataset."),
         *([f"![Sharpness and confidence of the teacher]({PICTURE})"] if plan.class_encoding is not None else []),
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]),
         "## Use",
         _usage(plan),
-        "Or on the command line: `kdcache train-student PIPELINE --cache CACHE`. Opening the cache checks every file "
-        "except this card, its picture and the signature against the root digest.",
+        ("" if plan.sequences else "Or on the command line: `kdcache train-student PIPELINE --cache CACHE`. ")
+        + "Opening the cache checks every file except this card, its picture and the signature against the root "
+        "digest.",
         "## Fidelity",
         _fidelity(plan),
         "## Limitations",
-        _LIMITS if plan.noise is None else f"{_LIMITS}\n{_LIMITS_OF_NOISE}",
+        _limits(plan),
         "## License",
         _plain(plan.licence) or "No license was given: ask the publisher before you use this cache.",
         *(["## Notes of the publisher", _plain(plan.notes)] if plan.notes else []),
@@ -137,6 +147,19 @@ _LIMITS_OF_NOISE = """\
   training sample changes the logits; and the noise of several views of a sample averages out."""
 
 
+_LIMITS_OF_SEQUENCES = """\
+- Students also learn the teacher's errors and biases.
+- The cache contains the tokens of its dataset: share it only as you would share the text.
+- A row is valid for a student that sees the same tokens before it: the same tokenizer, the same sequence."""
+
+
+def _limits(plan: Plan) -> str:
+    """Return what a user of the cache must know."""
+    if plan.sequences is not None:
+        return _LIMITS_OF_SEQUENCES
+    return _LIMITS if plan.noise is None else f"{_LIMITS}\n{_LIMITS_OF_NOISE}"
+
+
 def _usage(plan: Plan) -> str:
     """Return an example that reads the outputs."""
     lines = ["from kdcache import open_cache", "", 'cache = open_cache("CACHE")  # path of this folder, or its URL']
@@ -144,6 +167,9 @@ def _usage(plan: Plan) -> str:
         size = plan.class_encoding.num_classes
         lines += ["teacher = cache.teacher()", f"logits = teacher(ids, view=0)  # ids [B] int64 -> [B, {size}] float32"]
     for name, record in plan.named_outputs.items():
+        if plan.sequences is not None:
+            lines += [f'{name} = cache.sequences("{name}")', f"batch = {name}([0, 1])  # tokens and rows of sequences"]
+            continue
         lines.append(f'{name} = cache.teacher("{name}")(ids, view=0)  # [B, {record.channels}] float32')
     return "\n".join(["```python", *lines, "```"])
 
@@ -170,7 +196,7 @@ def _header(plan: Plan, title: str) -> str:
         **({"license_name": _plain(licence)} if licence and not known else {}),
         "pretty_name": title,
         "size_categories": [_size(plan.dataset.samples)],
-        "task_categories": ["image-classification"],
+        "task_categories": ["image-classification" if plan.sequences is None else "text-generation"],
         "tags": ["knowledge-distillation", "logits", "kdcache", "zarr"],
     }
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
@@ -221,6 +247,9 @@ def _lineage(plan: Plan) -> dict[str, str]:
 
 
 def _fidelity(plan: Plan) -> str:
+    """Return what was measured of the difference between decoded rows and the teacher, in Markdown."""
+    if plan.sequences is not None:
+        return "Not measured."
     if plan.class_encoding is None:
         return "Measured on held-out rows; see the outputs in the table above."
     measured, encoding = plan.fidelity, plan.class_encoding

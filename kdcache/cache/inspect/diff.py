@@ -17,7 +17,7 @@ from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import decode
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.inspect.output_statistics import OutputDifference, output_differences
-from kdcache.cache.preconditions import differences
+from kdcache.cache.preconditions import differences, refuse_sequences
 from kdcache.cache.reader import Cache
 
 TEMPERATURES = (1, 4)
@@ -102,6 +102,8 @@ def compare(first: Cache, second: Cache, worst: int = 10, scheduler: str = "thre
         worst: number of rows to list.
         scheduler: as for `parallel.over`.
     """
+    for cache in (first, second):
+        refuse_sequences(cache.manifest.plan, "diff", "compare the manifests (`kdcache info --json`)")
     before, after = (
         {**manifest.plan.model_dump(), "summary": manifest.summary.model_dump(), "digest": manifest.digest}
         for manifest in (first.manifest, second.manifest)

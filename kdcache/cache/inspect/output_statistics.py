@@ -16,6 +16,7 @@ from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.array_specs import labels_of, output_encoding
 from kdcache.cache.format.output_codec import decode_output
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.preconditions import refuse_sequences
 from kdcache.cache.reader import Cache
 
 _BLOCK_ROWS = 4096
@@ -74,6 +75,7 @@ def output_statistics(cache: Cache, scheduler: str = "threads") -> list[OutputSt
         scheduler: as for `parallel.over`.
     """
     plan, statistics = cache.manifest.plan, []
+    refuse_sequences(plan, "summarize", "see `kdcache info`, or read the rows with cache.sequences()")
     labels = torch.from_numpy(cache.labels.astype(np.int64))
     for name, record in plan.named_outputs.items():
         calls = [

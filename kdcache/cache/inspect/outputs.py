@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from kdcache.cache.format.array_specs import raw_bytes
+from kdcache.cache.format.array_specs import AnyEncoding, raw_bytes
 from kdcache.cache.format.encoding import Encoding, Fidelity
-from kdcache.cache.format.output_records import OutputRecord, VectorEncoding, VectorFidelity
+from kdcache.cache.format.output_records import OutputRecord, VectorFidelity
+from kdcache.cache.format.sequence_records import SequencesRecord
+from kdcache.cache.format.token_encoding import TokenEncoding
 
 
 def described_outputs(
@@ -22,25 +24,47 @@ def described_outputs(
     return {f"output {name}": described_output(record, sizes.get(name)) for name, record in (outputs or {}).items()}
 
 
+def described_sequences(sequences: SequencesRecord) -> dict[str, str]:
+    """Return what the sequences of a cache are, in words."""
+    tokens, rows, of = sum(sequences.tokens), sum(sequences.rows), sequences.vocabulary
+    known = "tokens not stored" if of.digest is None else f"{of.digest[:19]}..."
+    return {
+        "tokens": f"{tokens:,}, {rows:,} of their positions with a row ({rows / tokens:.1%})",
+        "vocabulary": f"{of.size:,} tokens, {known}",
+    }
+
+
 def described_output(record: OutputRecord, bytes_per_row: float | None = None) -> str:
     """Return what an output is, how it is stored, and its measured fidelity, in one line."""
     nouns = {"vector": "vectors of {}", "score": "{} scores", "classes": "logits of {} classes"}
-    what = nouns[record.kind].format(f"{record.channels:,}").replace("1 scores", "one score")
+    noun = "distributions of the next of {} tokens" if record.places == "run" else nouns[record.kind]
+    what = noun.format(f"{record.channels:,}").replace("1 scores", "one score")
     taken = f" from {record.source}" if record.source is not None else ""
     pooled = {"none": "", "mean": ", mean over its places", "first": ", its first place"}[record.pool]
     return f"{what}{taken}{pooled}; {_stored(record.encoding, bytes_per_row)}{_measured(record.fidelity)}"
 
 
-def _stored(encoding: Encoding | VectorEncoding, bytes_per_row: float | None) -> str:
+def _stored(encoding: AnyEncoding, bytes_per_row: float | None) -> str:
     size = f"{raw_bytes(encoding)} bytes per row before compression"
     if bytes_per_row is not None:
         size = f"{bytes_per_row:.1f} bytes per row"
+    if isinstance(encoding, TokenEncoding):
+        return f"{_stored_tokens(encoding)}, {size}"
     if isinstance(encoding, Encoding):
         stored = "every class" if encoding.dense else f"top {encoding.top_k}, {encoding.tail} tail"
         return f"{stored}, {encoding.dtype}, {size}"
     if encoding.step is not None:
         return f"{encoding.components} principal coordinates in steps of {encoding.step:.3g}, {encoding.dtype}, {size}"
     return f"{encoding.dtype}, {size}"
+
+
+def _stored_tokens(encoding: TokenEncoding) -> str:
+    """Return how a distribution of the next token is stored, in words."""
+    at = ", ".join(f"{t:.4g}" for t in encoding.temperatures)
+    if encoding.tail == "draws":
+        return f"{encoding.draws} draws at T = {at}"
+    shape = f", tail of rank {encoding.rank}" if encoding.rank else ""
+    return f"top {encoding.top_k}{shape}, mass of the tail at T = {at}, {encoding.dtype}"
 
 
 def _measured(fidelity: Fidelity | VectorFidelity | None) -> str:

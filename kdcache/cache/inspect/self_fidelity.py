@@ -15,6 +15,7 @@ from kdcache.cache.format.encoding import TAIL_TEMPERATURES
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.parallel import over
+from kdcache.cache.preconditions import refuse_sequences
 from kdcache.cache.reader import Cache
 
 _ROWS_AT_ONCE = 4096
@@ -47,6 +48,7 @@ def measure_itself(cache: Cache) -> list[SelfFidelity]:
         One result per opened view and temperature; empty if every class is stored, so that there is no tail.
     """
     path, plan = cache.path.absolute(), cache.manifest.plan
+    refuse_sequences(plan, "the fidelity of a cache", "compare rows with the teacher's logits in Python")
     if plan.encoding.dense:
         return []
     labels = torch.from_numpy(cache.labels.astype(np.int64))

@@ -16,7 +16,8 @@ import torch
 
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
-from kdcache.cache.format.schema import Manifest, Plan
+from kdcache.cache.format.row_axes import Axis, axis_of
+from kdcache.cache.format.schema import Manifest
 from kdcache.cache.format.vector_rows import EncodedRows
 from kdcache.cache.format.verified_files import check_before_reading
 from kdcache.cache.placement.mmap import MappedRows, Records, record_files
@@ -65,6 +66,8 @@ def place_rows(
 ) -> PlacedRows:
     """Load the rows of an output in some views with the requested placement; `auto` uses the first one that they fit.
 
+    The tokens of sequences are loaded as the output `TOKENS`.
+
     Raises:
         UsageError: if the placement is unknown.
         IncompleteError: if the record files of the placement mmap do not fit on the disk.
@@ -74,19 +77,20 @@ def place_rows(
     reader = zarr_store.output_reader(cache, plan, output)
     records = Records(reader.read(views[0], range(1)))
     folder = _records_of(manifest, output)
-    size = records.width * plan.dataset.samples * len(views)
+    axis = axis_of(plan, output)
+    size = records.width * axis.rows * len(views)
     placement, why = (requested, "as requested") if requested != "auto" else _best(size, folder, device)
     if placement not in PLACEMENTS:
         raise UsageError(f"unknown placement {placement!r}", f"use one of auto, {', '.join(PLACEMENTS)}")
     if placement == "stream":
-        block = plan.shape.chunk_rows * max(_BLOCK_BYTES // (records.width * plan.shape.chunk_rows), 1)
+        block = axis.chunk * max(_BLOCK_BYTES // (records.width * axis.chunk), 1)
         return PlacedRows(
             StreamedRows(cache, plan, block, max(_MIXED_BYTES // (records.width * block), 1), output), placement, why
         )
     if placement == "mmap":
-        return PlacedRows(_mapped(cache, plan, reader, records, folder, views), placement, why)
+        return PlacedRows(_mapped(cache, axis, reader, records, folder, views), placement, why)
     check_before_reading(cache)  # in parallel, which reading is not
-    all_ids = range(plan.dataset.samples)
+    all_ids = range(axis.rows)
     target = device if placement == "device" else "cpu"
     return PlacedRows(RowsInMemory({view: reader.read(view, all_ids).to(target) for view in views}), placement, why)
 
@@ -117,19 +121,18 @@ def _records_of(manifest: Manifest, output: str) -> Path:
 
 def _mapped(
     cache: Path,
-    plan: Plan,
+    axis: Axis,
     reader: zarr_store.RowReader[Any],
     records: Records[Any],
     folder: Path,
     views: Sequence[int],
 ) -> MappedRows[Any]:
     """Return rows in record files, which are written if they are not there."""
-    rows = plan.shape.chunk_rows * max(_READ_BYTES // (records.width * plan.shape.chunk_rows), 1)
+    rows = axis.chunk * max(_READ_BYTES // (records.width * axis.chunk), 1)
 
     def read(view: int) -> Iterator[EncodedRows]:
         check_before_reading(cache)  # in parallel, which reading is not
-        for start in range(0, plan.dataset.samples, rows):
-            yield reader.read(view, range(start, min(start + rows, plan.dataset.samples)))
+        for start in range(0, axis.rows, rows):
+            yield reader.read(view, range(start, min(start + rows, axis.rows)))
 
-    size = records.width * plan.dataset.samples
-    return MappedRows(record_files(folder, views, size, read), records, plan.dataset.samples)
+    return MappedRows(record_files(folder, views, records.width * axis.rows, read), records, axis.rows)

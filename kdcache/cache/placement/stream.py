@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
+from kdcache.cache.format.row_axes import axis_of
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.vector_rows import R
 from kdcache.cache.format.verified_files import check_when_read, files_when_read
@@ -47,7 +48,8 @@ class StreamedRows(Generic[R]):
         """Open the store, with an empty table of blocks."""
         self._process = os.getpid()
         self._reader: zarr_store.RowReader[R] = zarr_store.output_reader(self._cache, self._plan, self._output)
-        self._count = -(-self._plan.dataset.samples // self._size)
+        self._rows = axis_of(self._plan, self._output).rows
+        self._count = -(-self._rows // self._size)
         self._max_blocks = min(2 * self._mixed, self._count * self._plan.views.count)
         # Blocks are held in slots of one table: a batch is gathered from all of them at once.
         none = self._reader.read(0, range(0))
@@ -88,7 +90,7 @@ class StreamedRows(Generic[R]):
         return torch.cat(parts)
 
     def _ids(self, block: int) -> range:
-        return range(block * self._size, min((block + 1) * self._size, self._plan.dataset.samples))
+        return range(block * self._size, min((block + 1) * self._size, self._rows))
 
     def _fetch(self, ids: Tensor, view: int) -> R:
         if self._process != os.getpid():

@@ -1,7 +1,11 @@
-"""Import and export of the files of other projects: soft labels of FKD, ml-dr and TinyViT, scores of Margin-MSE."""
+"""Import and export of the files of other projects.
+
+Soft labels of FKD, ml-dr and TinyViT, scores of Margin-MSE, and log-probabilities of llama.cpp.
+"""
 
 from kdcache.curate.foreign.exporter import TARGETS, files_of_cache
 from kdcache.curate.foreign.importer import SOURCES, cache_of_files
+from kdcache.curate.foreign.llama_cpp import cache_of_kld
 from kdcache.curate.foreign.margin_mse import cache_of_scores
 
-__all__ = ["SOURCES", "TARGETS", "cache_of_files", "cache_of_scores", "files_of_cache"]
+__all__ = ["SOURCES", "TARGETS", "cache_of_files", "cache_of_kld", "cache_of_scores", "files_of_cache"]

@@ -19,7 +19,7 @@ import torch
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.codec import decode
 from kdcache.cache.format.recorded_views import BOX, CROP, recorded
-from kdcache.cache.preconditions import check_outside
+from kdcache.cache.preconditions import check_outside, refuse_sequences
 from kdcache.cache.reader import Cache
 from kdcache.config.transform import Transform
 from kdcache.curate.foreign import fkd, ml_dr, tinyvit
@@ -69,6 +69,7 @@ def files_of_cache(
         MismatchError: if `samples` are not the cache's.
     """
     out, plan, reporter = Path(out), cache.manifest.plan, progress or Silent()
+    refuse_sequences(plan, f"the export to {target}", "read the rows with cache.sequences()")
     check_outside(out)
     if os.path.lexists(out):
         raise UsageError(f"{out} exists already", "give another name with -o")
