@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from kdcache.cache.format.token_rows import SequenceTokens, TokenRows
 from kdcache.cache.placement.choose import Placement, place_rows
 from kdcache.cache.placement.prefetch import RowSource
 from kdcache.errors import MismatchError, UsageError, indices_below
+from kdcache.losses.token_targets import TokenTargets
 
 _MIXED_ROWS, _BLOCK_ROWS = 2**19, 2**15
 """Rows of a stream whose sequences are shuffled together, and of a block of neighbors: some 50 and 3 MB."""
@@ -178,32 +179,27 @@ class CachedSequences:
                 "cut the batch to the sequence, or dump the teacher with longer sequences",
             )
 
-    def fields(self, rows: TokenRows) -> dict[str, Any]:
-        """Return encoded rows as plain tensors, by the names of `losses.token_targets.TokenTargets`.
-
-        Log-probabilities are natural, at T = 1; `tail_log_mass` [n, P] is that of all tokens outside the head at
-        each of `temperatures`; the tail's logits are `mean + coordinates @ basis`, up to a constant per row.
-        """
+    def targets(self, rows: TokenRows) -> TokenTargets:
+        """Return encoded rows as what the losses of tokens compare a student with, on the device of the rows."""
         encoding = self.encoding
-        known: dict[str, Any] = {"temperatures": encoding.temperatures, "vocabulary_size": encoding.num_classes}
         if rows.draws is not None:
-            count = len(rows)
-            none = torch.empty(count, 0, device=rows.draws.device)
-            drawn = (rows.draws.long(), rows.part("counts").float())
-            return {**known, "indices": none.long(), "log_probs": none, "tail_log_mass": none, "draws": drawn}
+            none = torch.empty(len(rows), 0, device=rows.draws.device)
+            drawn = rows.draws.long(), rows.part("counts").float()
+            return TokenTargets(none.long(), none, none, encoding.temperatures, encoding.num_classes, draws=drawn)
         statistics = rows.part("statistics")
         masses = [statistics[:, encoding.statistics.index(name)] for name in mass_columns(encoding).values()]
-        known |= {
-            "indices": rows.part("indices").long(),
-            "log_probs": rows.part("log_probs").float(),
-            "tail_log_mass": torch.stack(masses, dim=1).float(),
-            "logsumexp": rows.logsumexp,
-        }
-        if rows.tail is not None and self.basis is not None:
-            basis = self.basis
-            shape = {"coordinates": rows.tail.float() * basis.scale, "basis": basis.basis.float(), "mean": basis.mean}
-            return known | shape
-        return known
+        targets = TokenTargets(
+            rows.part("indices").long(),
+            rows.part("log_probs").float(),
+            torch.stack(masses, dim=1).float(),
+            encoding.temperatures,
+            encoding.num_classes,
+            logsumexp=rows.logsumexp,
+        )
+        if rows.tail is None or self.basis is None:
+            return targets
+        coordinates = rows.tail.float() * self.basis.scale
+        return replace(targets, coordinates=coordinates, basis=self.basis.basis.float(), mean=self.basis.mean)
 
     def _check(self, sequences: Sequence[int]) -> None:
         if wrong := [index for index in sequences if not 0 <= index < len(self)]:

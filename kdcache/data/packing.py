@@ -83,8 +83,8 @@ def token_batch(sequences: Sequence[TokenSequence], max_length: int | None = Non
 
     Args:
         sequences: in the order of their rows.
-        max_length: longer sequences are cut to a prefix of as many tokens; the last of it may be taught, since its next
-            token is known. None for whole sequences.
+        max_length: longer sequences are cut to a prefix of as many tokens, whose last is not taught, as the token after
+            it is not in the prefix. None for whole sequences.
         packed: end to end in one row; or else one sequence per row, padded at the end.
 
     Raises:
@@ -106,7 +106,7 @@ def token_batch(sequences: Sequence[TokenSequence], max_length: int | None = Non
         offset = start if packed else row * width
         for whole, values in ((ids, tokens[:length]), (positions, torch.arange(length)), (mask, torch.ones(length))):
             whole.view(-1)[offset : offset + length] = values
-        here = sequence.taught[:length].nonzero().squeeze(1)
+        here = sequence.taught[: length - 1].nonzero().squeeze(1)
         taught.append(here + offset)
         labels.append(tokens[here + 1])
         rows.append((sequence.number, len(here)))

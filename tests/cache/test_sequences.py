@@ -43,9 +43,10 @@ def test_draws_are_an_unbiased_estimate_at_their_temperature(tmp_path: Path) -> 
     cache = write_token_cache(texts, lambda _: live.expand(41, 60), tmp_path / "c", vocabulary=60, spec=spec)
     assert audit(cache.path).failure is None
     assert "50 draws at T = 2" in ok("info", cache.path)
-    fields = cache.sequences().fields(cache.sequences()(range(100)).rows)
-    tokens, counts = fields["draws"]
-    assert fields["temperatures"] == (2.0,)
+    targets = cache.sequences().targets(cache.sequences()(range(100)).rows)
+    assert targets.draws is not None
+    tokens, counts = targets.draws
+    assert targets.temperatures == (2.0,)
     assert counts.sum(dim=1).eq(50).all()
     total = torch.zeros(60).index_add_(0, tokens.flatten(), counts.flatten()) / counts.sum()
     # Sequences of one key are drawn alike: ten different ones of 40 rows with 50 draws.
@@ -115,9 +116,9 @@ def test_any_prefixes_in_any_order_have_their_rows(
     ]
     assert batch.row_start.diff().tolist() == [len(part) for part in rows]
     expected = torch.cat(rows).double().log_softmax(dim=1).topk(4, dim=1)
-    fields = teacher.fields(batch.rows)
-    assert fields["indices"].tolist() == expected.indices.tolist()
-    torch.testing.assert_close(fields["log_probs"].double(), expected.values, rtol=2**-10, atol=1e-6)
+    targets = teacher.targets(batch.rows)
+    assert targets.indices.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(targets.log_probs.double(), expected.values, rtol=2**-10, atol=1e-6)
 
 
 @pytest.mark.parametrize("placement", ["host", "stream"])
@@ -135,13 +136,14 @@ def test_the_order_is_random_and_has_every_sequence_once(
 
 def test_the_tail_has_the_shape_of_the_teacher(cache: Cache, text: Text) -> None:
     teacher = cache.sequences()
-    fields = teacher.fields(teacher([1]).rows)
+    targets = teacher.targets(teacher([1]).rows)
     if teacher.encoding.tail == "ghost":
-        assert "coordinates" not in fields
+        assert targets.coordinates is None
         return
-    tails = fields["mean"] + fields["coordinates"] @ fields["basis"]
+    assert targets.mean is not None and targets.coordinates is not None and targets.basis is not None
+    tails = targets.mean + targets.coordinates @ targets.basis
     live = text.of_rows(1).float()
-    in_head = torch.zeros_like(live, dtype=torch.bool).scatter_(1, fields["indices"], True)
+    in_head = torch.zeros_like(live, dtype=torch.bool).scatter_(1, targets.indices, True)
     left = (live - tails)[~in_head].square().mean()
     assert left < 0.02 * live[~in_head].var()  # the noise, whose variance is 0.09
 

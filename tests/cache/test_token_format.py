@@ -74,9 +74,9 @@ def test_the_golden_cache_gives_what_it_gave(cache: Cache, frozen: dict[str, Arr
     assert batch.tokens.tolist() == frozen["tokens"].tolist()
     assert batch.token_start.diff().tolist() == frozen["lengths"].tolist()
     assert batch.positions.tolist() == np.flatnonzero(frozen["taught"]).tolist()
-    fields = teacher.fields(batch.rows)
+    targets = teacher.targets(batch.rows)
     for name in ("indices", "log_probs", "tail_log_mass", "logsumexp", "coordinates", "basis", "mean"):
-        np.testing.assert_allclose(fields[name].numpy(), frozen[name], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(getattr(targets, name).numpy(), frozen[name], rtol=0, atol=1e-6)
     assert b"\n".join(cache.vocabulary or []) == frozen["vocabulary"].tobytes()
     assert audit(PATH).failure is None
 

@@ -29,12 +29,12 @@ def test_a_batch_has_the_taught_positions_of_each_prefix_in_order(
     expected = [
         (int(sequence.tokens[at]), at, int(sequence.tokens[at + 1]))
         for sequence in given_sequences
-        for at in range(min(max_length, len(sequence.tokens)))
+        for at in range(min(max_length, len(sequence.tokens)) - 1)
         if sequence.taught[at]
     ]
     found = zip(flat[batch.taught].tolist(), positions[batch.taught].tolist(), batch.labels.tolist(), strict=True)
     assert list(found) == expected
-    assert batch.rows == [(each.number, int(each.taught[:max_length].sum())) for each in given_sequences]
+    assert batch.rows == [(each.number, int(each.taught[: max_length - 1].sum())) for each in given_sequences]
     if packed:
         assert batch.attention_mask is None
         assert (positions == 0).nonzero().flatten().tolist() == [
@@ -82,7 +82,7 @@ KD = kdcache.loss("kd", tau=2)
 def step(order: list[int], sizes: list[int], packed: bool) -> tuple[float, torch.Tensor]:
     """The loss of a step of all sequences and its gradient, in micro-batches of the given sizes."""
     STUDENT.network.zero_grad()
-    count = sum(int(each.taught[:MAX_LENGTH].sum()) for each in SEQUENCES)
+    count = sum(int(each.taught[: MAX_LENGTH - 1].sum()) for each in SEQUENCES)
     total, start = 0.0, 0
     for size in [*sizes, len(order)]:
         chosen = order[start : start + size]

@@ -59,11 +59,11 @@ def test_rows_are_those_that_llama_cpp_wrote(size: int, spread: float, tmp_path:
     assert batch.tokens.reshape(CHUNKS, CONTEXT).tolist() == tokens.tolist()
     assert batch.positions[:5].tolist() == [*range(FIRST, CONTEXT - 1)]
     exact = logits.double().log_softmax(dim=2).flatten(0, 1)
-    fields = teacher.fields(batch.rows)
+    targets = teacher.targets(batch.rows)
     top = exact.topk(4, dim=1)
-    torch.testing.assert_close(fields["log_probs"].double(), top.values, rtol=2**-10, atol=5e-4)
+    torch.testing.assert_close(targets.log_probs.double(), top.values, rtol=2**-10, atol=5e-4)
     rest = 1 - top.values.exp().sum(dim=1)
-    torch.testing.assert_close(fields["tail_log_mass"][:, 0].double().exp(), rest, rtol=1e-2, atol=2e-4)
+    torch.testing.assert_close(targets.tail_log_mass[:, 0].double().exp(), rest, rtol=1e-2, atol=2e-4)
 
 
 def test_bos_takes_the_place_of_the_first_token_of_each_chunk(tmp_path: Path) -> None:
@@ -84,9 +84,9 @@ def test_the_floor_of_a_row_is_not_taken_for_a_probability(tmp_path: Path) -> No
     with (tmp_path / "base.kld").open("wb") as file:
         file.write(b"_logits_" + struct.pack("<iii", 4, 300, 1) + np.zeros(4, "<i4").tobytes() + row(logits))
     cache = cache_of_kld(tmp_path / "base.kld", tmp_path / "c.kdcache", bos=None, spec=TokenCacheSpec(top_k=2))
-    fields = cache.sequences().fields(cache.sequences()([0]).rows)
-    assert fields["indices"].tolist() == [[5, 9]]
-    assert fields["tail_log_mass"].exp().item() < 1e-6  # of `lowest` for each: 3e-5
+    targets = cache.sequences().targets(cache.sequences()([0]).rows)
+    assert targets.indices.tolist() == [[5, 9]]
+    assert targets.tail_log_mass.exp().item() < 1e-6  # of `lowest` for each: 3e-5
 
 
 def test_it_is_a_command(tmp_path: Path) -> None:
