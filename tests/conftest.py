@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from helpers.markers import SLOW_FILES, markers_of
+from helpers.pictures import drawn
 from helpers.processes import FORKS
 from helpers.tiny import TinyTeacher, tiny_samples
 
@@ -42,6 +43,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDCACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_pictures() -> Iterator[None]:
+    """Draw small pictures in place of those of caches and runs, of which there are thousands that nobody looks at."""
+    with drawn(small=True):
+        yield
+
+
+@pytest.fixture
+def real_pictures() -> Iterator[None]:
+    """Draw the pictures that users get, in this process and in those that it forks."""
+    with drawn(small=False):
+        yield
 
 
 _FIRST = (
@@ -98,10 +113,15 @@ FORKS.set_forkserver_preload(
         "zarr",
         "accelerate",
         "torch.distributed",
+        "torch.distributed.run",
         "kdcache.cache.parallel",
         "kdcache.cli",
         "kdcache.cli.dump_teacher",
         "kdcache.dump.dump",
+        "distributed.cli.dask_scheduler",
+        "distributed.cli.dask_worker",
+        "helpers.dask_processes",
+        "helpers.pictures",
         "kdcache.train.plots",
         "kdcache.train.sweep",
         "kdcache.train.train",

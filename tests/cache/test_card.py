@@ -39,6 +39,7 @@ def header(text: str) -> dict[str, Any]:
     return read
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_a_dump_leaves_a_card_that_says_what_the_manifest_says(tmp_path: Path) -> None:
     cache = dump(tmp_path / "c.kdcache", views=2, seed=7, license="CC-BY-4.0", notes="of a test")
     text, manifest = (cache.path / "README.md").read_text(), cache.manifest

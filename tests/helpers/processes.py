@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import pictures
+
 TEACHER = """
 import os, signal, time, torch
 
@@ -60,12 +62,13 @@ FORKS = multiprocessing.get_context("forkserver")
 
 
 def in_a_process(target: Callable[..., None], *args: object) -> BaseProcess:
-    process = FORKS.Process(target=_as_usual, args=(target, *args))
+    process = FORKS.Process(target=_as_usual, args=(pictures.are_small(), target, *args))
     process.start()
     return process
 
 
-def _as_usual(target: Callable[..., None], *args: object) -> None:
+def _as_usual(small_pictures: bool, target: Callable[..., None], *args: object) -> None:
+    pictures.set_small(small_pictures)
     multiprocessing.set_start_method("fork", force=True)  # another fork server would take seconds to start
     torch.set_num_threads(1)  # as torchrun has it
     target(*args)

@@ -136,6 +136,7 @@ def test_all_students_share_one_cache_and_data_set(
     assert sum(len(summary.accuracies) for summary in found) == 4
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_a_sweep_resumes_with_the_students_that_are_missing(cache: kdcache.Cache, tmp_path: Path) -> None:
     assert command(cache, tmp_path, "--over", "loss=kd", "--seeds", 1).exit_code == 0
     first = (tmp_path / "loss=kd" / "seed0" / "model.safetensors").stat()
