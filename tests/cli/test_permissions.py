@@ -28,7 +28,7 @@ def obey_permissions() -> None:
     if os.geteuid() == 0:
         library = ctypes.CDLL(None, use_errno=True)
         header = struct.pack("Ii", _CAPABILITY_VERSION, 0)
-        sets = ctypes.create_string_buffer(24)  # effective, permitted and inheritable ones: the lower 32, then the upper
+        sets = ctypes.create_string_buffer(24)  # 32 effective, permitted and inheritable ones, then the others
         if library.capget(header, sets) != 0:
             raise OSError(ctypes.get_errno(), "cannot read the capabilities")
         held = struct.unpack("6I", sets)

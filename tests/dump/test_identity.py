@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path

@@ -9,15 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from dask import config
 from distributed import Client
 
-from helpers.forked import PythonFork
+from helpers.forked import fork_pythons
 from helpers.processes import PATIENCE, in_a_process, until
-from kdcache.train import trainer_process
 
 
 class DaskFork:
@@ -54,8 +51,7 @@ def dask(log: Path, environment: Mapping[str, str], words: Sequence[str]) -> Non
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(output, number)
-    patched: Any = trainer_process
-    patched.subprocess = SimpleNamespace(Popen=PythonFork, DEVNULL=subprocess.DEVNULL)
+    fork_pythons()
     config.set({"distributed.worker.multiprocessing-method": "fork"})
     sys.argv = ["dask", *words]
     cli.run_cli()

@@ -1,4 +1,4 @@
-"""Commands, scripts and whole launchers in forks of the server of `helpers.processes`, where new interpreters would import.
+"""Commands, scripts and launchers in forks of the server of `helpers.processes`, where new interpreters would import.
 
 A new interpreter takes seconds to import torch, a fork has it already. The processes are real: each has its own process
 id, environment, current folder and output, and can be killed. Each launcher has a test that starts new interpreters.
@@ -10,14 +10,19 @@ import os
 import runpy
 import subprocess
 import sys
-import time
+import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
-from helpers.processes import exit_code, in_a_process
+import pytest
+
+from helpers.processes import FORKS, exit_code, in_a_process
+from kdcache.train import sweep_local
 
 
 def captured(
@@ -40,7 +45,7 @@ def captured(
         process = in_a_process(_captured, out, err, cwd or Path.cwd(), variables, target, args)
         code = exit_code(process)
         read = (path.read_text(errors="surrogateescape") if path.exists() else "" for path in (out, err))
-        return subprocess.CompletedProcess(target.__name__, code, *read)
+        return subprocess.CompletedProcess(str(target), code, *read)
 
 
 def _captured(
@@ -61,107 +66,151 @@ def command(*arguments: object) -> None:
     main([str(argument) for argument in arguments])
 
 
-def script(path: Path, *arguments: object) -> None:
-    """Run a script for which warnings are errors, as the target of `captured`."""
+def script(path: Path, *arguments: object, but: str = "") -> None:
+    """Run a script for which warnings are errors, as the target of `captured`; the Pythons that it starts are forks.
+
+    Args:
+        path: of the script.
+        arguments: of its command.
+        but: see `fork_pythons`.
+    """
     warnings.simplefilter("error")
+    fork_pythons(but)
     sys.argv = [str(path), *map(str, arguments)]
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")
 
 
 def torchrun(*arguments: object) -> None:
-    """Run torchrun, as the target of `captured`; it forks its processes."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-
-    subprocess_handler.Popen = PythonFork  # type: ignore[attr-defined,misc]  # imported there
-    run.main(["--standalone", *map(str, arguments)])
+    """Run torchrun, as the target of `captured`; the processes that it starts are forks."""
+    fork_pythons()
+    _interpret(["-m", "torch.distributed.run", "--standalone", *map(str, arguments)])
 
 
-class PythonFork:
-    """What `subprocess.Popen` is, as far as launchers need it, for a new interpreter that runs a module: a fork instead.
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """Let the workers of sweeps be forks, of the server or of a fork of it, until the block ends."""
+    context = FORKS if parent_process() is None else get_context("fork")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_local, "get_context", lambda _: context)
+        yield
+
+
+def fork_pythons(but: str = "") -> None:
+    """Let this process fork where it would start a new Python interpreter.
 
     Args:
-        args: of the new interpreter.
-        env: environment of the process.
-        cwd: its current folder; None for that of this one.
-        stdin: ignored, as are `stdout` and `stderr`: they are those of this process.
-        pass_fds: descriptors that it keeps; all others but input and output are closed.
-        start_new_session: whether it leads a session.
+        but: an argument of the commands of which new interpreters are started all the same.
     """
+    PythonFork.new = but
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    def __init__(
+    # Of two threads, or more, of which one forks, the new process has that one alone.
+    warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+    for module in (subprocess, subprocess_handler):
+        module.Popen = PythonFork  # type: ignore[attr-defined,misc]  # it is imported into the second
+
+
+class PythonFork(subprocess.Popen[Any]):
+    """A process that would be a new Python interpreter and is a fork; any other command is run as usual."""
+
+    new: ClassVar[str] = ""
+    """See `fork_pythons`."""
+
+    def _execute_child(
         self,
-        args: Sequence[str],
-        *,
-        env: Mapping[str, str],
-        cwd: str | None = None,
-        stdin: Any = None,
-        stdout: Any = None,
-        stderr: Any = None,
-        pass_fds: Sequence[int] = (),
-        start_new_session: bool = False,
+        args: Any,
+        executable: Any,
+        preexec_fn: Any,
+        close_fds: bool,
+        pass_fds: Sequence[int],
+        cwd: Any,
+        env: Mapping[str, str] | None,
+        *rest: Any,
     ) -> None:
-        assert args[0] == sys.executable, args
-        assert stdout is stderr is None
-        self.returncode: int | None = None
-        sys.stdout.flush()
-        sys.stderr.flush()
+        """Start the process, where `subprocess.Popen` does so, with the same arguments."""
+        if isinstance(args, (str, bytes)) or args[0] != sys.executable or self.new in args:
+            super()._execute_child(  # type: ignore[misc]  # a private method: there is no other place to fork
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest
+            )
+            return
+        pipes, start_new_session = rest[3:9], rest[14]
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            self._run(args[args.index("-m") + 1 :], env, cwd, pass_fds, start_new_session)
+            kept = {descriptor: number for number, descriptor in enumerate((pipes[0], pipes[3], pipes[5]))}
+            _be_interpreter([*map(str, args[1:])], kept, pass_fds, cwd, env, start_new_session)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]  # as the method does that this replaces
 
-    @staticmethod
-    def _run(
-        words: Sequence[str], env: Mapping[str, str], cwd: str | None, pass_fds: Sequence[int], start_new_session: bool
-    ) -> None:
-        code = 1
-        try:
-            if start_new_session:
-                os.setsid()
-            for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
-                if descriptor > 2 and descriptor not in pass_fds:
-                    _close(descriptor)
+
+def _be_interpreter(
+    words: list[str],
+    streams: Mapping[int, int],
+    pass_fds: Sequence[int],
+    cwd: Any,
+    env: Mapping[str, str] | None,
+    start_new_session: bool,
+) -> None:
+    """Be the interpreter of a command in a process that was just forked, and end it.
+
+    Args:
+        words: the command after the path of the interpreter.
+        streams: descriptor, or -1 -> 0, 1 or 2, which it is to be; those that are missing are left.
+        pass_fds: descriptors that are left; all others are closed.
+        cwd: current folder, if it is not None.
+        env: environment, if it is not None.
+        start_new_session: whether the process leads a session.
+    """
+    code: object = 1
+    try:
+        if start_new_session:
+            os.setsid()
+        for descriptor, number in streams.items():
+            if descriptor != -1:
+                os.dup2(descriptor, number)
+        for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
+            if descriptor > 2 and descriptor not in pass_fds:
+                with suppress(OSError):  # that of the folder which was listed
+                    os.close(descriptor)
+        if env is not None:
             os.environ.clear()
             os.environ.update(env)
-            os.chdir(cwd or Path.cwd())
-            sys.argv = list(words)
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        except BaseException:  # noqa: BLE001  # whatever it is, the process ends with it
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is an exception
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if deadline is not None and time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("a fork", timeout or 0)
-            time.sleep(0.005)
-        return code
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(9)
+        if cwd is not None:
+            os.chdir(cwd)
+        _interpret(words)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:  # noqa: BLE001  # whatever it is, the process ends with it
+        traceback.print_exc()
+    finally:
+        if isinstance(code, str):
+            print(code, file=sys.stderr)  # noqa: T201  # as the interpreter does
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code if isinstance(code, int) else code is not None)
 
 
-def _close(descriptor: int) -> None:
-    try:
-        os.close(descriptor)
-    except OSError:  # that of the folder which was listed
-        pass
+def _interpret(words: list[str]) -> None:
+    """Do what the interpreter does with the words of a command: `-m MODULE`, `-c CODE` or a script, with options."""
+    for path in reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        if path and path not in sys.path:
+            sys.path.insert(0, path)
+    while words[0] not in ("-m", "-c") and words[0].startswith("-"):
+        option = words.pop(0)
+        assert option in ("-P", "-u", "-W"), option
+        if option == "-W":
+            warnings.simplefilter(words.pop(0))  # type: ignore[arg-type]  # an action
+    sys.argv = words[1:] if words[0] in ("-m", "-c") else [*words]
+    if words[0] == "-m":
+        if not hasattr(sys.modules.get(words[1]), "__path__"):
+            sys.modules.pop(words[1], None)  # a new interpreter has not imported it
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv[0] = "-c"
+        exec(words[1], {"__name__": "__main__"})  # noqa: S102  # of a test
+    else:
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")

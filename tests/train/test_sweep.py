@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from helpers.forked import forked_workers
 from helpers.paths import ROOT
 from safetensors.torch import load_file
 
@@ -223,7 +224,8 @@ def test_mapped_images_are_equal(tmp_path: Path) -> None:
 
 
 def test_processes_share_a_mapped_cache(cache: kdcache.Cache, tmp_path: Path) -> None:
-    done = command(cache, tmp_path, "--over", "loss=kd", "--seeds", 2, "-j", 2)
+    with forked_workers():
+        done = command(cache, tmp_path, "--over", "loss=kd", "--seeds", 2, "-j", 2)
     assert done.exit_code == 0, done.output
     assert "placement of the cache: mmap" in done.stderr
 

@@ -241,7 +241,10 @@ def test_a_sweep_ends_with_the_scheduler_and_is_resumed_by_another_one(
     client, more, pids = waiting_students(place, tmp_path, cluster_of_commands)
     cluster_of_commands.scheduler.kill()
     assert exit_code(client) == 3
-    assert f"the dask scheduler at {cluster_of_commands.address} does not answer any more" in (tmp_path / "log").read_text()
+    assert (
+        f"the dask scheduler at {cluster_of_commands.address} does not answer any more"
+        in (tmp_path / "log").read_text()
+    )
     until(lambda: not any(psutil.pid_exists(int(path.name)) for path in pids.iterdir()))
     happens.write_text("pass")
     resumed = command(*place.on_cluster(tmp_path / "there", *more))
@@ -327,8 +330,9 @@ def test_a_worker_that_comes_later_and_cannot_train_is_named(
     ],
 )
 def test_an_address_without_a_scheduler_is_refused(
-    place: Place, tmp_path: Path, address: str, options: list[object], words: str
+    place: Place, tmp_path: Path, address: str, options: list[object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kdcache.cache.parallel._CONNECT_TIMEOUT", 1)
     done = command(*place.sweep(tmp_path / "out", "--scheduler", address, *options))
     assert done.exit_code == 2
     assert words in done.stderr
