@@ -104,26 +104,4 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One fork server serves all tests of a process; only the last list that it is given is used.
-FORKS.set_forkserver_preload(
-    [
-        "pytest",
-        "hypothesis",
-        "click.testing",
-        "aiohttp",
-        "zarr",
-        "accelerate",
-        "torch.distributed",
-        "torch.distributed.run",
-        "kdcache.cache.parallel",
-        "kdcache.cli",
-        "kdcache.cli.dump_teacher",
-        "kdcache.dump.dump",
-        "distributed.cli.dask_scheduler",
-        "distributed.cli.dask_worker",
-        "helpers.dask_processes",
-        "helpers.pictures",
-        "kdcache.train.plots",
-        "kdcache.train.sweep",
-        "kdcache.train.train",
-    ]
-)
+FORKS.set_forkserver_preload(["pytest", "hypothesis", "helpers.preloaded"])

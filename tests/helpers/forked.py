@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,8 +22,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from helpers import pictures
 from helpers.processes import FORKS, exit_code, in_a_process
 from kdcache.train import sweep_local
+from kdcache.train.sweep_worker import enter_worker
 
 
 def captured(
@@ -93,7 +96,13 @@ def forked_workers() -> Iterator[None]:
     context = FORKS if parent_process() is None else get_context("fork")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep_local, "get_context", lambda _: context)
+        patch.setattr(sweep_local, "enter_worker", partial(_enter_worker, pictures.are_small()))
         yield
+
+
+def _enter_worker(small_pictures: bool, *args: Any) -> None:
+    pictures.set_small(small_pictures)
+    enter_worker(*args)
 
 
 def fork_pythons(but: str = "") -> None:

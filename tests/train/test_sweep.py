@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from helpers.forked import forked_workers
 from helpers.paths import ROOT
+from helpers.processes import FORKS
 from safetensors.torch import load_file
 
 import kdcache
@@ -236,7 +237,7 @@ def _how_it_works() -> tuple[str, int, int]:
 
 def test_a_worker_starts_processes_as_its_parent_does_and_takes_its_share_of_the_cores() -> None:
     given = (None, ProgressQueue(), 2, "fork")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), enter_worker, given) as pool:
+    with ProcessPoolExecutor(1, FORKS, enter_worker, given) as pool:
         method, threads, cores = pool.submit(_how_it_works).result()
     assert method == "fork"
     assert threads >= 1
