@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from helpers.markers import SLOW_FILES, markers_of
 from helpers.pictures import drawn
-from helpers.processes import FORKS
 from helpers.tiny import TinyTeacher, tiny_samples
 
 from kdcache.data.samples import Samples
@@ -102,6 +101,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell sets this for processes in the background, and processes that tests start and interrupt would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# One fork server serves all tests of a process; only the last list that it is given is used.
-FORKS.set_forkserver_preload(["pytest", "hypothesis", "helpers.preloaded"])

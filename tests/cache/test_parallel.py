@@ -17,7 +17,7 @@ import distributed
 import numpy as np
 import pytest
 import torch
-from helpers.processes import exit_code, in_a_process, until
+from helpers.processes import exit_code, in_a_process, start_server, until
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from torch import Tensor
 
@@ -451,7 +451,7 @@ def test_processes_count_as_threads_do(of_all: Whole) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two workers in processes of their own, which are forks of the server of the other tests."""
-    assert in_a_process(int).join() is None  # the server runs, with all that is imported there
+    start_server()  # before dask says what it is to import
     with (
         dask.config.set(
             {"distributed.comm.timeouts.connect": "10s", "distributed.worker.multiprocessing-method": "forkserver"}

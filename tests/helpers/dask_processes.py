@@ -54,7 +54,7 @@ def dask(log: Path, environment: Mapping[str, str], words: Sequence[str]) -> Non
     fork_pythons()
     config.set({"distributed.worker.multiprocessing-method": "fork"})
     sys.argv = ["dask", *words]
-    cli.run_cli()
+    cli.run_cli()  # type: ignore[no-untyped-call]
 
 
 class DaskProcesses:
@@ -62,12 +62,12 @@ class DaskProcesses:
 
     Args:
         folder: for the output of the processes, and for files of dask.
+        environment: added to that of the processes.
         forked: whether they, the workers that they start, and the processes in which these train are forks; otherwise
             each of them is a new interpreter.
-        environment: added to that of the processes.
     """
 
-    def __init__(self, folder: Path, forked: bool = True, **environment: str) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str], forked: bool = True) -> None:
         self.folder, self.forked, self.environment = folder, forked, environment
         self.processes: list[DaskProcess] = []
         told = folder / "scheduler.json"

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import get_ident
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from helpers import pictures
+from helpers.paths import TESTS
 
 TEACHER = """
 import os, signal, time, torch
@@ -59,6 +61,29 @@ PATIENCE = 900
 """Seconds after which a test gives up on a condition. Only a hang takes so long, also on a machine that is busy."""
 
 FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["helpers.preloaded"])
+"""One fork server serves all tests of a process."""
+
+_connect = forkserver.connect_to_new_process
+
+
+def start_server() -> None:
+    """Start the fork server if it does not run, which is otherwise done by the first process that is asked for.
+
+    Before Python 3.13 it has the path of modules from the environment alone, and does not say what it cannot import.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        forkserver.ensure_running()
+
+
+def _new_process(descriptors: Any) -> Any:
+    start_server()
+    return _connect(descriptors)
+
+
+forkserver.connect_to_new_process = _new_process
 
 
 def in_a_process(target: Callable[..., None], *args: object) -> BaseProcess:

@@ -124,9 +124,9 @@ def test_every_block_runs_in_order_and_prints_what_is_shown(name: str, checkout:
     for number, block in enumerate(blocks("python", text)):
         if block.partition("\n")[2] in files.values():
             continue
-        path = checkout / f"block{number}.py"
-        path.write_text(block)
-        done = captured(script, path, cwd=checkout)
+        program = checkout / f"block{number}.py"
+        program.write_text(block)
+        done = captured(script, program, cwd=checkout)
         assert done.returncode == 0, done.stdout + done.stderr
     for block in blocks("text", text):
         assert set(names_of_lines(block)) <= set(names_of_lines(printed))

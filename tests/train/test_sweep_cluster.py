@@ -71,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("cluster")
     happens = folder / "happens.py"
     happens.write_text("pass")
-    running = DaskProcesses(folder, HAPPENS=f"exec(open({str(happens)!r}).read())")
+    running = DaskProcesses(folder, {"HAPPENS": f"exec(open({str(happens)!r}).read())"})
     try:
         for _ in range(2):
             running.add_worker()
@@ -221,7 +221,7 @@ def test_the_students_of_an_interrupted_or_killed_sweep_end_and_are_resumed(
 def own_cluster(place: Place, tmp_path: Path) -> Iterator[DaskProcesses]:
     """A cluster without workers."""
     (tmp_path / "own").mkdir()
-    running = DaskProcesses(tmp_path / "own", **place.cluster.environment)
+    running = DaskProcesses(tmp_path / "own", place.cluster.environment)
     yield running
     running.end()
 
@@ -230,7 +230,7 @@ def own_cluster(place: Place, tmp_path: Path) -> Iterator[DaskProcesses]:
 def cluster_of_commands(place: Place, tmp_path: Path) -> Iterator[DaskProcesses]:
     """A cluster without workers, whose processes are started as users start them: each is a new interpreter."""
     (tmp_path / "own").mkdir()
-    running = DaskProcesses(tmp_path / "own", forked=False, **place.cluster.environment)
+    running = DaskProcesses(tmp_path / "own", place.cluster.environment, forked=False)
     yield running
     running.end()
 
