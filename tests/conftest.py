@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.markers import SLOW_FILES, markers_of
+from helpers.markers import markers_of
 from helpers.pictures import drawn
 from helpers.tiny import TinyTeacher, tiny_samples
 
@@ -59,14 +59,28 @@ def real_pictures() -> Iterator[None]:
 
 
 _FIRST = (
-    *sorted(SLOW_FILES),
+    "test_benchmarks",
+    "test_docs",
+    "test_ranks",
+    "test_sweep_cluster",
     "test_faults",
-    "test_same_rows",
-    "test_records",
-    "test_parallel",
+    "test_recipes",
     "test_remote",
+    "test_resume",
+    "test_parallel",
     "test_sweep",
+    "test_identity",
+    "test_dense_logits",
+    "test_dump_outputs",
+    "test_together",
+    "test_examples",
+    "test_same_rows",
+    "test_boxes",
+    "test_planner",
+    "test_report",
     "test_dump_options",
+    "test_records",
+    "test_wheel",
 )
 """Files that take longest, in the order in which they begin, so that no process is left with one of them at the end."""
 

@@ -117,7 +117,7 @@ def fork_pythons(but: str = "") -> None:
     # Of two threads, or more, of which one forks, the new process has that one alone.
     warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
     for module in (subprocess, subprocess_handler):
-        module.Popen = PythonFork  # type: ignore[attr-defined,misc]  # it is imported into the second
+        module.Popen = PythonFork  # type: ignore[attr-defined]  # it is imported into the second
 
 
 class PythonFork(subprocess.Popen[Any]):

@@ -13,6 +13,7 @@ PROCESS = {
     "test_dump_outputs",
     "test_examples",
     "test_faults",
+    "test_forks",
     "test_identity",
     "test_lock",
     "test_parallel",

@@ -83,7 +83,7 @@ def _new_process(descriptors: Any) -> Any:
     return _connect(descriptors)
 
 
-forkserver.connect_to_new_process = _new_process
+forkserver.connect_to_new_process = _new_process  # type: ignore[assignment]  # typeshed has a method of a class there
 
 
 def in_a_process(target: Callable[..., None], *args: object) -> BaseProcess:
