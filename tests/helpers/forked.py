@@ -179,7 +179,7 @@ def _be_interpreter(
         for descriptor, number in streams.items():
             if descriptor != -1:
                 os.dup2(descriptor, number)
-        for descriptor in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
+        for descriptor in map(int, os.listdir("/dev/fd")):  # noqa: PTH208
             if descriptor > 2 and descriptor not in pass_fds:
                 with suppress(OSError):  # that of the folder which was listed
                     os.close(descriptor)
