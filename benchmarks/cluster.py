@@ -146,7 +146,7 @@ def main() -> None:
     )
     asked = arguments.parse_args()
     most = 2 if asked.quick else 8
-    rows = 12 * _SHARD if asked.quick else asked.rows
+    rows = 6 * _SHARD if asked.quick else asked.rows
     cases = [
         *(Case(2**power) for power in range(most.bit_length())),
         Case(most, slow=True),
@@ -222,6 +222,7 @@ def _work(folder: Path, rows: int, wait: float, *options: str) -> None:
             ranks=dataclasses.replace(ranks, store=None) if "fixed" in options else ranks,
             progress=PassBegins(teacher) if ranks.is_first else None,
             top_k=8,
+            pilot_rows=256,  # planning is not measured
             shard_rows=_SHARD,
             batch_size=_BATCH,
             num_workers=0,

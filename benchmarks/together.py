@@ -144,7 +144,7 @@ def _row(case: Case, timed: Timed) -> list[str]:
     share = statistics.median(one / other for one, other in zip(timed.loading, pass_of_one, strict=True))
     return [
         case.name,
-        *(f"{statistics.median(values):.2f}" for values in (timed.together, timed.apart)),
+        *(f"{statistics.median(values):.3f}" for values in (timed.together, timed.apart)),
         f"{ratio:.2f}",
         f"{min(share, 1.0):.2f}",
         f"{1 - min(share, 1.0) * (1 - 1 / case.students):.2f}",
@@ -153,7 +153,7 @@ def _row(case: Case, timed: Timed) -> list[str]:
 
 
 def _cases(folder: Path, quick: bool, device: str) -> Sequence[Case]:
-    n_files, n_large, n_small = (24, 8, 96) if quick else (128, 64, 2048)
+    n_files, n_large, n_small = (8, 4, 64) if quick else (128, 64, 2048)
     save(made_up(n_files, 376, 504), folder / "files")
     save(made_up(n_large, 1200, 1600), folder / "large")
     pixels = made_up(n_small, 32, 32)
@@ -162,7 +162,7 @@ def _cases(folder: Path, quick: bool, device: str) -> Sequence[Case]:
         FileImages(sorted(map(str, (folder / name).glob("*/*.jpg")))) for name in ("files", "large", "32")
     )
     mobile_net, small_cnn = partial(mobilenet_v3_small, num_classes=_CLASSES), partial(SmallCNN, _CLASSES, 3, 8)
-    batch_224, batch_32 = (8, 32) if quick else (32, 128)
+    batch_224, batch_32 = (4, 32) if quick else (32, 128)
     bound = 0.8 if device == "cpu" else 0.4
     return [
         Case("4 MobileNets, 376 x 504 JPEG", 4, mobile_net, files, 224, batch_224, True, 0.5),

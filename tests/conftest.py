@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.markers import SLOW_FILES, markers_of
-from helpers.processes import FORKS
+from helpers.markers import markers_of
+from helpers.pictures import drawn
 from helpers.tiny import TinyTeacher, tiny_samples
 
 from kdcache.data.samples import Samples
@@ -44,15 +44,43 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def small_pictures() -> Iterator[None]:
+    """Draw small pictures in place of those of caches and runs, of which there are thousands that nobody looks at."""
+    with drawn(small=True):
+        yield
+
+
+@pytest.fixture
+def real_pictures() -> Iterator[None]:
+    """Draw the pictures that users get, in this process and in those that it forks."""
+    with drawn(small=False):
+        yield
+
+
 _FIRST = (
-    *sorted(SLOW_FILES),
+    "test_benchmarks",
+    "test_docs",
+    "test_ranks",
+    "test_sweep_cluster",
     "test_faults",
-    "test_same_rows",
-    "test_records",
-    "test_parallel",
+    "test_recipes",
     "test_remote",
+    "test_resume",
+    "test_parallel",
     "test_sweep",
+    "test_identity",
+    "test_dense_logits",
+    "test_dump_outputs",
+    "test_together",
+    "test_examples",
+    "test_same_rows",
+    "test_boxes",
+    "test_planner",
+    "test_report",
     "test_dump_options",
+    "test_records",
+    "test_wheel",
 )
 """Files that take longest, in the order in which they begin, so that no process is left with one of them at the end."""
 
@@ -87,23 +115,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell sets this for processes in the background, and processes that tests start and interrupt would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# One fork server serves all tests of a process; only the last list that it is given is used.
-FORKS.set_forkserver_preload(
-    [
-        "pytest",
-        "hypothesis",
-        "click.testing",
-        "aiohttp",
-        "zarr",
-        "accelerate",
-        "torch.distributed",
-        "kdcache.cache.parallel",
-        "kdcache.cli",
-        "kdcache.cli.dump_teacher",
-        "kdcache.dump.dump",
-        "kdcache.train.plots",
-        "kdcache.train.sweep",
-        "kdcache.train.train",
-    ]
-)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +13,13 @@ _LIBRARIES = ("kdcache", "torch", "torchvision", "numpy", "zarr", "numcodecs")
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that results depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+    return {"python": platform.python_version(), **{name: _installed(name) for name in _LIBRARIES}}
+
+
+@cache
+def _installed(name: str) -> str:
+    """Return the version of a library, which is searched for once: that takes a tenth of the time of a small cache."""
+    return version(name)
 
 
 def commits() -> dict[str, str]:

@@ -39,6 +39,7 @@ def header(text: str) -> dict[str, Any]:
     return read
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_a_dump_leaves_a_card_that_says_what_the_manifest_says(tmp_path: Path) -> None:
     cache = dump(tmp_path / "c.kdcache", views=2, seed=7, license="CC-BY-4.0", notes="of a test")
     text, manifest = (cache.path / "README.md").read_text(), cache.manifest
@@ -117,6 +118,7 @@ def test_notes_of_the_user_are_kept_and_the_rest_is_made_anew(tmp_path: Path) ->
     assert write_card(cache)[0].read_text() == noted
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_card_and_picture_are_covered_by_nothing_and_no_check_minds_them(tmp_path: Path) -> None:
     cache = dump(tmp_path / "c.kdcache", views=2)
     card_path, picture = write_card(cache)

@@ -17,7 +17,7 @@ import distributed
 import numpy as np
 import pytest
 import torch
-from helpers.processes import exit_code, in_a_process, until
+from helpers.processes import exit_code, in_a_process, start_server, until
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from torch import Tensor
 
@@ -450,9 +450,12 @@ def test_processes_count_as_threads_do(of_all: Whole) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two workers in processes of their own."""
+    """Two workers in processes of their own, which are forks of the server of the other tests."""
+    start_server()  # before dask says what it is to import
     with (
-        dask.config.set({"distributed.comm.timeouts.connect": "10s"}),
+        dask.config.set(
+            {"distributed.comm.timeouts.connect": "10s", "distributed.worker.multiprocessing-method": "forkserver"}
+        ),
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as running,  # type: ignore[no-untyped-call]
     ):
         yield running

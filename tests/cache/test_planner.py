@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,7 @@ def asked(**settings: Any) -> Request:
     return Request.model_validate(usual | settings)
 
 
+@functools.cache
 def planned(**settings: Any) -> Choice:
     return plan_encoding(TEACHER[~HELD], LABELS[~HELD], asked(**settings))
 

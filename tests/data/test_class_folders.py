@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.forked import captured, command
 from PIL import Image
 from torchvision import datasets as tv
 
@@ -162,13 +161,6 @@ def test_a_class_without_images_is_named_with_what_it_has(content: tuple[str, ..
     assert all(Path(name).suffix in caught.value.what + caught.value.fix for name in content)
 
 
-COMMANDS = """
-import os, sys
-from kdcache.cli import main
-main([os.fsdecode(bytes.fromhex(word)) for word in sys.argv[1:]])
-"""
-
-
 def test_names_that_are_not_utf_8_are_dumped_verified_trained_and_evaluated(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9j\xe0"))
     for label, name in enumerate((b"caf\xe9", b"zo\xff")):
@@ -186,15 +178,10 @@ def test_names_that_are_not_utf_8_are_dumped_verified_trained_and_evaluated(tmp_
     out = os.fsencode(folder)
 
     def run(*words: bytes) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", COMMANDS, *(word.hex() for word in words)],
-            env={**os.environb, b"FLOWERS": out},
-            cwd=tmp_path,
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr.decode(errors="replace")
-        return done.stdout.decode()
+        environment = {"FLOWERS": os.fsdecode(out)}
+        done = captured(command, *map(os.fsdecode, words), cwd=tmp_path, environment=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     cpu = (b"--device", b"cpu")
     run(b"dump-teacher", b"p.yaml", b"-o", out + b"/c.kdcache", *cpu)

@@ -312,6 +312,8 @@ FILL_THE_DISK = """
 import errno, pathlib, subprocess, sys
 sys.path.insert(0, sys.argv[1])
 from helpers.corruption import contents, dump
+from helpers.pictures import set_small
+set_small(True)
 disk, whole = pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
 dump(disk / "once.kdcache")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from helpers.cli import kdcache, ok, refused
 from helpers.interrupts import StopsAfter
 from helpers.processes import command_line, exit_code, in_a_process
+from helpers.ranks import torchrun
 from helpers.tiny import FLIP
 from torch import Tensor, nn
 
@@ -276,10 +275,7 @@ def test_a_killed_dump_is_not_completed_by_another_teacher(tmp_path: Path, monke
 @pytest.mark.parametrize("skew", [0, 1])
 def test_ranks_must_have_the_same_teacher(skew: int, tmp_path: Path) -> None:
     recipe, out = pipeline(tmp_path, skew), tmp_path / "c.kdcache"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kdcache"]
-    done = subprocess.run(
-        [*command, "dump-teacher", recipe, "-o", out, "--device", "cpu"], capture_output=True, text=True, check=False
-    )
+    done = torchrun(2, recipe, out)
     if not skew:
         assert done.returncode == 0, done.stderr
         return

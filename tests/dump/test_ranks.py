@@ -6,13 +6,15 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from click.testing import CliRunner
 from helpers.processes import command_line, exit_code, in_a_process, recipe, until
-from helpers.ranks import as_rank, contents, ranks, torchrun
+from helpers.ranks import as_rank, contents, ranks, real_torchrun, torchrun
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
 
 from kdcache import Cache, open_cache
@@ -226,11 +228,14 @@ def test_ctrl_c_ends_all_of_them(pipeline: Path, whole: Cache, tmp_path: Path) -
     check_goes_on(out, pipeline, whole, 1)
 
 
-# The real torchrun.
+# torchrun.
 
 
-def test_three_processes_of_torchrun_make_the_same_cache(pipeline: Path, whole: Cache, tmp_path: Path) -> None:
-    done = torchrun(3, pipeline, tmp_path / "c.kdcache")
+@pytest.mark.parametrize(("run", "count"), [(torchrun, 3), (real_torchrun, 2)])
+def test_processes_of_torchrun_make_the_same_cache(
+    run: Callable[..., CompletedProcess[str]], count: int, pipeline: Path, whole: Cache, tmp_path: Path
+) -> None:
+    done = run(count, pipeline, tmp_path / "c.kdcache")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(whole.manifest.digest) == 1, "the first one alone prints the result"
     assert contents(tmp_path / "c.kdcache") == contents(whole.path)

@@ -13,6 +13,7 @@ PROCESS = {
     "test_dump_outputs",
     "test_examples",
     "test_faults",
+    "test_forks",
     "test_head_memory",
     "test_identity",
     "test_killed_sequences",

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import get_ident
@@ -16,6 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from helpers import pictures
+from helpers.paths import TESTS
 
 TEACHER = """
 import os, signal, time, torch
@@ -57,15 +61,39 @@ PATIENCE = 900
 """Seconds after which a test gives up on a condition. Only a hang takes so long, also on a machine that is busy."""
 
 FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["helpers.preloaded"])
+"""One fork server serves all tests of a process."""
+
+_connect = forkserver.connect_to_new_process
+
+
+def start_server() -> None:
+    """Start the fork server if it does not run, which is otherwise done by the first process that is asked for.
+
+    Before Python 3.13 it has the path of modules from the environment alone, and does not say what it cannot import.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        forkserver.ensure_running()
+
+
+def _new_process(descriptors: Any) -> Any:
+    start_server()
+    return _connect(descriptors)
+
+
+forkserver.connect_to_new_process = _new_process  # type: ignore[assignment]  # typeshed has a method of a class there
 
 
 def in_a_process(target: Callable[..., None], *args: object) -> BaseProcess:
-    process = FORKS.Process(target=_as_usual, args=(target, *args))
+    process = FORKS.Process(target=_as_usual, args=(pictures.are_small(), target, *args))
     process.start()
     return process
 
 
-def _as_usual(target: Callable[..., None], *args: object) -> None:
+def _as_usual(small_pictures: bool, target: Callable[..., None], *args: object) -> None:
+    pictures.set_small(small_pictures)
     multiprocessing.set_start_method("fork", force=True)  # another fork server would take seconds to start
     torch.set_num_threads(1)  # as torchrun has it
     target(*args)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -13,6 +11,8 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
 
+from helpers import forked
+from helpers.forked import captured
 from helpers.processes import PATIENCE, command_line, in_a_process, kill_at
 
 
@@ -61,18 +61,23 @@ def ranks(
 def torchrun(
     count: int, pipeline: Path, out: Path, *options: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Dump with the real torchrun."""
+    """Dump with torchrun, forked."""
     return run_with_torchrun(count, ["dump-teacher", pipeline, "-o", out, "--device", "cpu"], *options, **environment)
 
 
 def run_with_torchrun(
     count: int, command: Sequence[object], *options: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command of kdcache with the real torchrun."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *options]
+    """Run a command of kdcache with torchrun: its agent, and the processes that it starts, are forks."""
+    launch = [f"--nproc-per-node={count}", *options, "-m", "kdcache", *command]
+    return captured(forked.torchrun, *launch, environment=environment)
+
+
+def real_torchrun(count: int, pipeline: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Dump with torchrun, all in new interpreters."""
+    command = ["-m", "kdcache", "dump-teacher", pipeline, "-o", out, "--device", "cpu"]
     return subprocess.run(
-        [*launch, "-m", "kdcache", *map(str, command)],
-        env={**os.environ, **environment},
+        ["torchrun", "--standalone", f"--nproc-per-node={count}", *map(str, command)],
         timeout=PATIENCE,
         capture_output=True,
         text=True,

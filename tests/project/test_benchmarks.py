@@ -8,7 +8,6 @@ import importlib.util
 import math
 import pickle
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.forked import captured, script
 from helpers.paths import ROOT
-from helpers.processes import PATIENCE
 
 BENCHMARKS = ROOT / "benchmarks"
 COLUMNS = re.compile(r"\s{2,}")
@@ -27,13 +26,8 @@ COLUMNS = re.compile(r"\s{2,}")
 
 @functools.cache
 def printed(name: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(BENCHMARKS / name), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
+    run = functools.partial(script, but="-c") if name == "train.py" else script  # it measures how Python starts
+    done = captured(run, BENCHMARKS / name, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -248,8 +242,7 @@ def test_a_gpu_benchmark_runs_every_part_and_says_what_is_measured() -> None:
 def test_a_gpu_benchmark_without_a_gpu_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    command = [sys.executable, str(BENCHMARKS / "gpu.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    done = captured(script, BENCHMARKS / "gpu.py")
     assert done.returncode == 1
     assert "torch finds no GPU" in done.stderr
 
@@ -382,6 +375,12 @@ def test_scores_are_those_of_the_packages_own_loop(monkeypatch: pytest.MonkeyPat
     assert scores.max() > 0.9
 
 
+def script_without(package: str, *arguments: Any) -> None:
+    """Run a script as where a package is not installed."""
+    sys.modules[package] = None  # type: ignore[assignment]  # as import has it
+    script(*arguments)
+
+
 @pytest.mark.parametrize(
     ("section", "package", "install"),
     [
@@ -394,19 +393,7 @@ def test_scores_are_those_of_the_packages_own_loop(monkeypatch: pytest.MonkeyPat
 def test_a_real_teacher_whose_package_is_missing_is_skipped_with_the_reason(
     section: str, package: str, install: str
 ) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['', '--only', {section!r}];"
-            f"sys.path.insert(0, {str(BENCHMARKS)!r}); runpy.run_path({str(BENCHMARKS / 'real_teachers.py')!r}, "
-            "run_name='__main__')",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
+    done = captured(script_without, package, BENCHMARKS / "real_teachers.py", "--only", section)
     assert done.returncode == 0, done.stderr
     assert f"{section}: skipped: {package} is not installed: {install}" in done.stderr
 
@@ -469,13 +456,7 @@ def test_a_file_that_is_not_of_planetoid_is_not_run(tmp_path: Path) -> None:
             return open, (str(trace), "w")
 
     (folder / "ind.cora.y").write_bytes(pickle.dumps(Evil()))
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "real_teachers.py"), "--only", "cora", "--planetoid", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
+    done = captured(script, BENCHMARKS / "real_teachers.py", "--only", "cora", "--planetoid", folder)
     assert done.returncode == 1
     assert "io.open does not belong into a file of planetoid" in done.stderr
     assert not trace.exists()

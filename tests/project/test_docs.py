@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers.forked import captured, command, script
 from helpers.paths import ROOT
-from helpers.processes import PATIENCE, command_line, exit_code, in_a_process
+from helpers.processes import PATIENCE
 
+from kdcache import demo
 from kdcache.cli import main
 from kdcache.config.loader import load_pipeline
 from kdcache.config.schema import EnsembleSpec
@@ -50,8 +52,15 @@ def checkout(tmp_path: Path) -> Path:
     """A folder that looks like a clone to a document's commands, with `pip` and `pytest` already run."""
     folder = tmp_path / "clone"
     folder.mkdir()
-    for name in ("pipelines", "data", "benchmarks", "tests", "examples", "docs"):
+    for name in ("data", "benchmarks", "tests", "examples", "docs"):
         (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "pipelines", folder / "pipelines")
+    digits = folder / "pipelines" / "digits.yaml"
+    text = digits.read_text()
+    for epochs in ("epochs: 30,", "epochs: 60,"):
+        assert text.count(epochs) == 1
+        text = text.replace(epochs, "epochs: 6,")  # no document states how good such a network is
+    digits.write_text(text)
     tools = folder / ".tools"
     tools.mkdir()
     for name in ("pip", "pytest"):
@@ -60,45 +69,42 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def run(command: list[str], folder: Path) -> str:
-    path = os.pathsep.join([str(folder / ".tools"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    return done.stdout
+def run(line: str, folder: Path) -> str:
+    """Run a command of a block: those of kdcache and of Python in forks, which need not import."""
+    name, *arguments = shlex.split(line)
+    if name == "kdcache":
+        done = captured(without_benchmarks, folder, arguments, cwd=folder)
+    elif name == "python":
+        done = captured(script, folder / arguments[0], *arguments[1:], cwd=folder)
+    else:
+        path = os.pathsep.join([str(folder / ".tools"), os.environ["PATH"]])
+        done = subprocess.run(
+            ["bash", "-euc", line],
+            cwd=folder,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE,
+        )
+    assert done.returncode == 0, (line, done.stdout + done.stderr)
+    assert "Warning" not in done.stderr, (line, done.stderr)
+    if "-o" in arguments and "--dry-run" not in arguments:
+        assert (folder / arguments[arguments.index("-o") + 1]).exists(), line
+    return done.stdout + done.stderr
 
 
-def run_in_forks(block: str, folder: Path) -> str:
-    """Run a block of `kdcache` commands, each in its own process, forked so that it need not import."""
-    printed = ""
-    for line in block.replace("\\\n", "").replace("$PWD", str(folder)).splitlines():
-        name, *arguments = shlex.split(line)
-        assert name == "kdcache"
-        output = folder / ".tools" / "output"
-        process = in_a_process(without_benchmarks, output, folder, arguments)
-        assert exit_code(process) == 0, (line, output.read_text())
-        assert "Warning" not in output.read_text(), (line, output.read_text())
-        printed += output.read_text()
-        output.unlink()
-        if "-o" in arguments and "--dry-run" not in arguments:
-            assert (folder / arguments[arguments.index("-o") + 1]).exists(), line
-    return printed
+def run_block(block: str, folder: Path) -> str:
+    lines = block.replace("\\\n", "").replace("$PWD", str(folder)).splitlines()
+    return "".join(run(command, folder) for line in lines for command in line.split(" && "))
 
 
-def without_benchmarks(output: Path, folder: Path, arguments: list[str]) -> None:
-    """Run a command as if typed in that folder; no test here looks at how fast a network is."""
-    os.chdir(folder)
+def without_benchmarks(folder: Path, arguments: list[str]) -> None:
+    """Run a command; no test here looks at how fast a network is, or how good those of the demo are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scorecard, "score_networks", partial(scorecard.score_networks, min_run_time=0.0))
-        command_line(output, {}, *arguments)
+        patch.setattr(demo, "package_data", folder.joinpath)
+        command(*arguments)
 
 
 def names_of_lines(text: str) -> list[str]:
@@ -114,14 +120,14 @@ def test_every_block_runs_in_order_and_prints_what_is_shown(name: str, checkout:
         if "/" not in path:
             (checkout / path).write_text(content)
     for block in blocks("bash", text):
-        ours = block.startswith("kdcache ")
-        printed += run_in_forks(block, checkout) if ours else run(["bash", "-euc", block], checkout)
+        printed += run_block(block, checkout)
     for number, block in enumerate(blocks("python", text)):
         if block.partition("\n")[2] in files.values():
             continue
-        script = checkout / f"block{number}.py"
-        script.write_text(block)
-        run([sys.executable, "-W", "error", str(script)], checkout)
+        program = checkout / f"block{number}.py"
+        program.write_text(block)
+        done = captured(script, program, cwd=checkout)
+        assert done.returncode == 0, done.stdout + done.stderr
     for block in blocks("text", text):
         assert set(names_of_lines(block)) <= set(names_of_lines(printed))
     if name == "README.md":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.forked import forked_workers
 from helpers.paths import ROOT
 from helpers.processes import command_line, exit_code, in_a_process, until
 
@@ -27,6 +28,11 @@ SHORT = ["--set", "student.train.epochs=1", "--device", "cpu"]
 def start(log: Path, *arguments: object) -> BaseProcess:
     log.touch()
     return in_a_process(command_line, log, {"OMP_NUM_THREADS": "1"}, *arguments)
+
+
+def with_forked_workers(log: Path, *arguments: object) -> None:
+    with forked_workers():
+        command_line(log, {}, *arguments)
 
 
 def output_of(log: Path, *arguments: object) -> tuple[int, str]:
@@ -95,7 +101,7 @@ def test_workers_of_a_sweep_end_when_their_parent_is_killed(started: Register, t
     assert alive == []
     before = {path: path.stat().st_mtime_ns for path in out.rglob("state.pt")}
     # The folders are free at once: students that are begun with the same command are resumed.
-    again = start(tmp_path / "again", *arguments, "--set", "student.train.epochs=3000")
+    again = in_a_process(with_forked_workers, tmp_path / "again", *arguments, "--set", "student.train.epochs=3000")
     started(again)
     until(lambda: all(path.stat().st_mtime_ns > before[path] for path in before))
     for seed in range(2):

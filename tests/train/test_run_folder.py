@@ -148,6 +148,7 @@ def test_curves_are_drawn_of_one_epoch_and_of_many_validated_or_not(tmp_path: Pa
     assert edges["validated"] > 250 > edges["plain"]
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_a_run_without_validation_has_curves_and_no_accuracies(tmp_path: Path) -> None:
     np.savez(tmp_path / "few.npz", images=np.random.default_rng(0).integers(0, 9, (40, 4, 4), np.uint8),
              labels=np.arange(40) % 4)  # fmt: skip

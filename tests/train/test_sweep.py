@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from helpers.forked import forked_workers
 from helpers.paths import ROOT
+from helpers.processes import FORKS
 from safetensors.torch import load_file
 
 import kdcache
@@ -136,6 +138,7 @@ def test_all_students_share_one_cache_and_data_set(
     assert sum(len(summary.accuracies) for summary in found) == 4
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_a_sweep_resumes_with_the_students_that_are_missing(cache: kdcache.Cache, tmp_path: Path) -> None:
     assert command(cache, tmp_path, "--over", "loss=kd", "--seeds", 1).exit_code == 0
     first = (tmp_path / "loss=kd" / "seed0" / "model.safetensors").stat()
@@ -222,7 +225,8 @@ def test_mapped_images_are_equal(tmp_path: Path) -> None:
 
 
 def test_processes_share_a_mapped_cache(cache: kdcache.Cache, tmp_path: Path) -> None:
-    done = command(cache, tmp_path, "--over", "loss=kd", "--seeds", 2, "-j", 2)
+    with forked_workers():
+        done = command(cache, tmp_path, "--over", "loss=kd", "--seeds", 2, "-j", 2)
     assert done.exit_code == 0, done.output
     assert "placement of the cache: mmap" in done.stderr
 
@@ -233,7 +237,7 @@ def _how_it_works() -> tuple[str, int, int]:
 
 def test_a_worker_starts_processes_as_its_parent_does_and_takes_its_share_of_the_cores() -> None:
     given = (None, ProgressQueue(), 2, "fork")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), enter_worker, given) as pool:
+    with ProcessPoolExecutor(1, FORKS, enter_worker, given) as pool:
         method, threads, cores = pool.submit(_how_it_works).result()
     assert method == "fork"
     assert threads >= 1

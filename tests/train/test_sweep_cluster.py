@@ -71,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("cluster")
     happens = folder / "happens.py"
     happens.write_text("pass")
-    running = DaskProcesses(folder, HAPPENS=f"exec(open({str(happens)!r}).read())")
+    running = DaskProcesses(folder, {"HAPPENS": f"exec(open({str(happens)!r}).read())"})
     try:
         for _ in range(2):
             running.add_worker()
@@ -221,24 +221,42 @@ def test_the_students_of_an_interrupted_or_killed_sweep_end_and_are_resumed(
 def own_cluster(place: Place, tmp_path: Path) -> Iterator[DaskProcesses]:
     """A cluster without workers."""
     (tmp_path / "own").mkdir()
-    running = DaskProcesses(tmp_path / "own", **place.cluster.environment)
+    running = DaskProcesses(tmp_path / "own", place.cluster.environment)
+    yield running
+    running.end()
+
+
+@pytest.fixture
+def cluster_of_commands(place: Place, tmp_path: Path) -> Iterator[DaskProcesses]:
+    """A cluster without workers, whose processes are started as users start them: each is a new interpreter."""
+    (tmp_path / "own").mkdir()
+    running = DaskProcesses(tmp_path / "own", place.cluster.environment, forked=False)
     yield running
     running.end()
 
 
 def test_a_sweep_ends_with_the_scheduler_and_is_resumed_by_another_one(
-    place: Place, tmp_path: Path, happens: Path, own_cluster: DaskProcesses
+    place: Place, tmp_path: Path, happens: Path, cluster_of_commands: DaskProcesses
 ) -> None:
-    client, more, pids = waiting_students(place, tmp_path, own_cluster)
-    own_cluster.scheduler.kill()
+    client, more, pids = waiting_students(place, tmp_path, cluster_of_commands)
+    cluster_of_commands.scheduler.kill()
     assert exit_code(client) == 3
-    assert f"the dask scheduler at {own_cluster.address} does not answer any more" in (tmp_path / "log").read_text()
+    assert (
+        f"the dask scheduler at {cluster_of_commands.address} does not answer any more"
+        in (tmp_path / "log").read_text()
+    )
     until(lambda: not any(psutil.pid_exists(int(path.name)) for path in pids.iterdir()))
     happens.write_text("pass")
     resumed = command(*place.on_cluster(tmp_path / "there", *more))
     assert "resuming after epoch 1 of 3" in resumed.stderr
     assert_same(resumed, tmp_path / "there", place, tmp_path / "here", *more)
 
+
+FORGET = """
+for name in [name for name in sys.modules if name.partition(".")[0] == "kdcache"]:
+    del sys.modules[name]
+"""
+"""The worker is a fork of a process that has imported kdcache."""
 
 WITHOUT_KDCACHE = """
 import sys
@@ -249,7 +267,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 """
 OTHER_VERSION = """
-import importlib.metadata as metadata
+import importlib.metadata as metadata, sys
 metadata.version = lambda name, original=metadata.version: "0.0.9" if name == {name!r} else original(name)
 """
 WITHOUT_FOLDER = """
@@ -262,8 +280,8 @@ sys.addaudithook(hook)
 
 
 UNFIT = {
-    "kdcache": (WITHOUT_KDCACHE, "cannot run kdcache .*No module named .*kdcache"),
-    "version": (OTHER_VERSION.format(name="kdcache"), "has kdcache 0.0.9, and this process has "),
+    "kdcache": (WITHOUT_KDCACHE + FORGET, "cannot run kdcache .*No module named .*kdcache"),
+    "version": (OTHER_VERSION.format(name="kdcache") + FORGET, "has kdcache 0.0.9, and this process has "),
     "folder": (WITHOUT_FOLDER, "the worker .* on .* does not see {folder}: No such file or directory"),
 }
 """What a worker runs before it begins, and the words of the error."""
@@ -312,8 +330,9 @@ def test_a_worker_that_comes_later_and_cannot_train_is_named(
     ],
 )
 def test_an_address_without_a_scheduler_is_refused(
-    place: Place, tmp_path: Path, address: str, options: list[object], words: str
+    place: Place, tmp_path: Path, address: str, options: list[object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kdcache.cache.parallel._CONNECT_TIMEOUT", 1)
     done = command(*place.sweep(tmp_path / "out", "--scheduler", address, *options))
     assert done.exit_code == 2
     assert words in done.stderr

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.forked import forked_workers
 from helpers.processes import command_line, exit_code, in_a_process, kill_at
 from helpers.students import EPOCHS, STEPS, command, contents, write_home
 
@@ -195,7 +196,8 @@ def test_a_sweep_that_is_killed_resumes_to_the_same_students(processes: int, hom
         assert held
         states = sorted(path.parent.parent.name for path in out.rglob("state.pt"))
         assert 0 < len(states) < 12
-    done = command(*arguments)
+    with forked_workers():
+        done = command(*arguments)
     assert done.exit_code == 0, done.output
     assert "training 12 students together in 1 group (12)" in done.stderr
     if processes == 1:

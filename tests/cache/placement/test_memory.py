@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.forked import captured, script
 from helpers.paths import ROOT
 from helpers.placement import (
     FROM_DISK,
@@ -109,8 +108,8 @@ def test_memory_does_not_grow_with_the_rows(placed: Placement, large: list[Path]
 
 
 def test_the_benchmark_runs() -> None:
-    command = [sys.executable, "-W", "error", "benchmarks/larger_than_memory.py", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    done = captured(script, ROOT / "benchmarks" / "larger_than_memory.py", "--quick", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     paces = [line for line in lines if line[0] in PLACEMENTS and line[1] in ("yes", "no")]
     assert [line[0] for line in paces] == ["host", *["mmap"] * 4, *["stream"] * 2]

@@ -48,7 +48,7 @@ def as_it_is(batch: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # from Python 3.12 on, of any thread
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_are_given_the_same(method: str, lowrank: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers = [lowrank.cache.teacher(placement=placed) for placed in ("host", *FROM_DISK)]
     read, reading = zarr_store.RowReader.read, threading.Event()
