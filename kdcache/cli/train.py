@@ -118,7 +118,7 @@ def train_student(
     resolved = read_pipeline(pipeline, overrides, loss, student__train__seed=seed)
     progress = output.Terminal() if is_first() else None
     if loss is not None and progress is not None:
-        dropped = set(read_pipeline(pipeline, overrides).loss.outputs).difference(resolved.loss.outputs)
+        dropped = set(read_pipeline(pipeline, ()).loss.outputs).difference(resolved.loss.outputs)
         for name in sorted(dropped):
             progress.say(f"note: --loss {loss} replaces the losses of the pipeline, that of the output {name} too")
     result = train(

@@ -126,7 +126,7 @@ def _meant(loc: Place, known: Mapping[str, list[str]]) -> str:
     """Return a suggestion for an unknown key: a similar one of its section, or the same or a similar one elsewhere."""
     *steps, key = (step for step in loc if isinstance(step, str))
     sections = {place.rpartition(".")[0] for places in known.values() for place in places}
-    # What pydantic puts into the path, such as the chosen kind, and names that the user gives are no sections.
+    # What pydantic puts into the path, such as the chosen kind, and names that the user gives are not sections.
     paths = [".".join(steps[:end]) for end in range(len(steps), -1, -1)]
     section = next((path for path in paths if path in sections), "")
     of_section = [name for name, places in known.items() if f"{section}.{name}".lstrip(".") in places]

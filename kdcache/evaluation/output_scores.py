@@ -1,4 +1,4 @@
-"""How near the outputs of students beside class logits, or instead of them, are to those of the teacher of a cache."""
+"""Measures of the outputs of students beside class logits, or instead of them, against the teacher of a cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BATCH = 256
 
 
 class OutputScore(NamedTuple):
-    """How near an output of a student is to that of the teacher, in view 0; None where a measure is not of its kind.
+    """Measures of an output of a student against that of the teacher, in view 0; None where one is not of its kind.
 
     Attributes:
         network: name of the student.
@@ -113,6 +113,7 @@ def _scores(
     min_run_time: float,
     progress: Progress,
 ) -> Iterator[OutputScore]:
+    """Yield the scores of a network; see `score_outputs`."""
     pipeline, spec = network.pipeline, network.pipeline.section("student")
     by_content = not np.array_equal(load_split(pipeline.dataset, "train").keys(progress), cache.sample_keys)
     options = CacheOptions(placement="stream", allow_missing=by_content)
@@ -217,7 +218,7 @@ class _Measures(NamedTuple):
 
 
 def measures_of(kind: str, student: Tensor, teacher: Tensor, group: int = 1) -> _Measures:
-    """Return how near outputs are to those of the teacher.
+    """Return the measures of outputs against those of the teacher.
 
     Args:
         kind: vector, score or classes.
