@@ -13,13 +13,13 @@ the batch. `train/temperature_agent.py` trains it.
 ERRATA of the published code (Zhengbo-Zhang/ITKD@0183c6c, utils/trainer.py, utils/rl), beside that of `confidences`:
 
 - Its temperatures are in (0, 10), so that T^2 KL can vanish. Here `low` is a bound, 1 by default.
-- It takes the density of x for that of T, with a mean in (-1, 1) and T in (0, 10): all temperatures are then far above
-  their mean, and every good one raises it. Here it is the density of x.
+- It takes the density of x at T, with a mean in (-1, 1) and T in (0, 10). Nearly all temperatures are then above the
+  mean, and a positive advantage raises the mean whatever the temperature was. Here it is the density at x.
 - Its mean, tanh(MLP(s)), keeps T within 27 % and 73 % of the range, apart from the noise. Here these are 2 % and 98 %.
 - Its reward is the accuracy on the batch less that on the batch before, both measured before the step that it is meant
   to judge. Here it is the accuracy on the next batch less that on this one.
 - The reward belongs to the last sample of a batch and is discounted towards the first one. Then the advantages are
-  normalized over the batch, so that they add up to 0: the reward says nothing about what is good for all samples, and
+  normalized over the batch, so that they add up to 0. Beside the terms of V, only the sign of the reward remains, and
   the position in the batch decides the sign of a sample's advantage. The redistributed reward is computed and not used,
   since the second `finish_path` has an empty range. Here it is used, and a sample's advantage depends on its own part
   only: the state of the next sample does not follow from its action.
@@ -30,6 +30,10 @@ ERRATA of the published code (Zhengbo-Zhang/ITKD@0183c6c, utils/trainer.py, util
 - The detector of critical states multiplies the states, and the term that should train it is a cross-entropy over one
   class, which is 0: the other term drives all states to 0. It is left out.
 - The factor on the reward that is meant to encourage exploration cancels out of normalized advantages. It is left out.
+
+Other differences: accuracy is the mean over samples, not over classes. Rewards are standardized over 64 batches. The
+agent acts and learns from the first step on, not from epoch 20 and in every 20th epoch (`start_epoch`, `every`). The
+exploration strategy, which mixes training images between epochs, is not there.
 """
 
 from __future__ import annotations
