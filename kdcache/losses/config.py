@@ -23,7 +23,10 @@ from kdcache.losses.options import (
 from kdcache.losses.outputs import OutputLoss
 from kdcache.losses.presets import is_custom, settings_of_name
 from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, NORMALIZATIONS, TEMPERATURES
+from kdcache.losses.temperature_agent import ITKDOptions
 from kdcache.losses.temperatures import ConstantTemperature
+
+_CONTROLLERS = (TGeoOptions, InstanceTemperatureOptions, ITKDOptions)
 
 if TYPE_CHECKING:
     Normalization = str
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     Divergence = DivergenceOptions
     ControllerChoice = ControllerOptions
 else:
-    ControllerChoice = Annotated[TGeoOptions | InstanceTemperatureOptions, Field(discriminator="kind")]
+    ControllerChoice = Annotated[Union[_CONTROLLERS], Field(discriminator="kind")]  # noqa: UP007
     Normalization = Literal[tuple(NORMALIZATIONS)]
     Adjustment = Annotated[Union[tuple(ADJUSTMENTS.values())], Field(discriminator="kind")]  # noqa: UP007
     Temperature = Annotated[Union[tuple(TEMPERATURES.values())], Field(discriminator="kind")]  # noqa: UP007
@@ -78,8 +81,9 @@ class Loss(LossSection):
     gate: GateOptions | None = Field(default=None, exclude_if=lambda gate: gate is None)
     """A learned choice among the teachers of several caches, for each sample: `choose`, `top`, `balance`."""
     controller: ControllerChoice | None = Field(default=None, exclude_if=lambda controller: controller is None)
-    """A network that sets the share or the temperature of each sample, trained for the loss on the validation split:
-    `kind: tgeo` (`published`) or `instance_temperature` (`low`, `high`), with `lr`, `weight_decay` and `every`."""
+    """A network that sets the share or the temperature of each sample, with `lr`, `weight_decay` and `every`. Trained
+    for the loss on the validation split: `kind: tgeo` (`published`), `instance_temperature` (`low`, `high`). Trained by
+    a reward: `itkd` (`low`, `high`, `reward`, `critic_lr`, `clip`, `updates`, `start_epoch`)."""
     outputs: dict[str, OutputLoss] = Field(default={}, exclude_if=lambda outputs: not outputs)
     """Losses of other outputs of the teacher, by name of the output, each with its `name`, `weight` and options."""
 
@@ -109,7 +113,8 @@ class Loss(LossSection):
         if given is None or isinstance(given, dict | BaseModel):
             return given
         example = "{}" if info.field_name == "gate" else "{kind: tgeo}"
-        if isinstance(given, str) and given in ("tgeo", "instance_temperature") and info.field_name == "controller":
+        kinds = [options.model_fields["kind"].default for options in _CONTROLLERS]
+        if given in kinds and info.field_name == "controller":
             example = f"{{kind: {given}}}"
         raise ValueError(f"{given!r} is not a mapping, did you mean {example}?")
 

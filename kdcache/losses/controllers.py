@@ -1,7 +1,8 @@
 """Controllers: small networks that set the weight or the temperature of each sample.
 
-A controller gets no gradient from the training loss, which it would only make small. It is trained for what a step of
-the student does to the loss on the validation split (`train/controller.py`).
+A controller gets no gradient from the training loss, which it would only make small. Those below are trained for what
+a step of the student does to the loss on the validation split (`train/controller.py`); `temperature_agent.py` has one
+that learns from a reward.
 """
 
 from __future__ import annotations
@@ -37,11 +38,9 @@ class ControllerOptions(LossSection, ABC):
     """Options of a controller: base class of those below.
 
     Attributes:
-        acts_on_label: whether it needs the one true class of each sample.
         sets_temperature: whether it sets the temperatures.
     """
 
-    acts_on_label: ClassVar[bool] = False
     sets_temperature: ClassVar[bool] = False
 
     kind: str
@@ -50,7 +49,16 @@ class ControllerOptions(LossSection, ABC):
     weight_decay: NotNegative = 0.0
     """Weight decay of its optimizer."""
     every: Annotated[int, Field(ge=1)] = 1
-    """Steps of the student per step of the controller, which costs about four of the student's."""
+    """Steps of the student per step of the controller."""
+
+    @property
+    def acts_on_label(self) -> bool:
+        """Whether it needs the one true class of each sample."""
+        return False
+
+
+class HypergradientOptions(ControllerOptions, ABC):
+    """Options of a controller that is trained by a gradient through a step of the student: about four such steps."""
 
     @property
     def is_trained(self) -> bool:
@@ -67,14 +75,17 @@ class ControllerOptions(LossSection, ABC):
         """
 
 
-class TGeoOptions(ControllerOptions):
+class TGeoOptions(HypergradientOptions):
     """`tgeo`: the share of distillation, from the geometry of student, teacher and label."""
-
-    acts_on_label = True
 
     kind: Literal["tgeo"] = "tgeo"
     published: bool = False
     """Leave the controller as it is initialized, as the published code does by mistake."""
+
+    @property
+    def acts_on_label(self) -> bool:
+        """Whether it needs the one true class of each sample."""
+        return True
 
     @property
     def is_trained(self) -> bool:
@@ -86,22 +97,27 @@ class TGeoOptions(ControllerOptions):
         return ShareController(num_classes, class_means)
 
 
-class InstanceTemperatureOptions(ControllerOptions):
-    """`instance_temperature`: the temperature, from the confidence of student and teacher."""
+class TemperatureRange(ControllerOptions, ABC):
+    """Options of a controller that sets temperatures between two bounds."""
 
     sets_temperature = True
 
-    kind: Literal["instance_temperature"] = "instance_temperature"
     low: Positive = 1.0
     """Lowest temperature."""
     high: Positive = 10.0
     """Highest temperature."""
 
     @model_validator(mode="after")
-    def _is_a_range(self) -> InstanceTemperatureOptions:
+    def _is_a_range(self) -> TemperatureRange:
         if self.low >= self.high:
             raise ValueError(f"low is {self.low:g} and high {self.high:g}: there is nothing between them")
         return self
+
+
+class InstanceTemperatureOptions(HypergradientOptions, TemperatureRange):
+    """`instance_temperature`: the temperature, from the confidence of student and teacher."""
+
+    kind: Literal["instance_temperature"] = "instance_temperature"
 
     def make(self, num_classes: int, class_means: Tensor) -> Controller:
         """Return a `TemperatureController`."""
@@ -120,6 +136,28 @@ class Controller(nn.Module, ABC):
             teacher_logits: [B, C].
             labels: [B] int64, -1 where not known.
         """
+
+
+def confidences(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return the state of each sample that ITKD's agent acts on, [max q, max p, q_1 - q_2], [B, 3], without a gradient.
+
+    ERRATUM. The published code takes `kthvalue(q, 2)` for q_2, the second largest probability of the student; that is
+    the second smallest, so that q_1 - q_2 is nearly q_1.
+
+    Source: Zhengbo-Zhang/ITKD@0183c6c, utils/trainer.py, get_observations.
+
+    Args:
+        student_logits: [B, C].
+        teacher_logits: [B, C].
+    """
+    first, second = student_logits.detach().softmax(dim=1).topk(2, dim=1).values.T
+    largest = teacher_logits.detach().softmax(dim=1).amax(dim=1)
+    return torch.stack([first, largest, first - second], dim=1)
+
+
+def between(low: float, high: float, place: Tensor) -> Tensor:
+    """Return low + (high - low) sigmoid(place), [B], of temperatures."""
+    return low + (high - low) * place.sigmoid()
 
 
 def _layers(inputs: int) -> nn.Sequential:
@@ -168,12 +206,12 @@ class TemperatureController(Controller):
 
     with q_1 and q_2 the two largest probabilities of the student. What it is given, and that it is judged by the
     student's later performance, is ITKD's; that it is trained by a gradient is not: there an agent learns from a reward
-    (PPO, with a network that redistributes the reward of a batch over its samples), which is not implemented here.
+    (`temperature_agent.py`).
 
-    ERRATA. The published code takes `kthvalue(q, 2)` for the second largest probability, which is the second smallest.
-    Its temperatures, in (0, 10), have no lower bound, so that T^2 KL can vanish; here `low` is one.
+    ERRATUM. The temperatures of the published code, in (0, 10), have no lower bound, so that T^2 KL can vanish; here
+    `low` is one. `confidences` names another.
 
-    Source: Zhengbo-Zhang/ITKD@0183c6c, utils/trainer.py, get_observations.
+    Source: Zhengbo-Zhang/ITKD@0183c6c, utils/trainer.py.
     """
 
     def __init__(self, low: float, high: float) -> None:
@@ -183,10 +221,8 @@ class TemperatureController(Controller):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Control:
         """Return the temperature of each sample; see `Controller.forward`."""
-        first, second = student_logits.detach().softmax(dim=1).topk(2, dim=1).values.T
-        largest = teacher_logits.detach().softmax(dim=1).amax(dim=1)
-        place = self.layers(torch.stack([first, largest, first - second], dim=1)).sigmoid()
-        return Control(temperature=self.low + (self.high - self.low) * place)
+        place: Tensor = self.layers(confidences(student_logits, teacher_logits))
+        return Control(temperature=between(self.low, self.high, place))
 
 
 class ClassMeans:

@@ -1,4 +1,4 @@
-"""The order of the samples of an epoch, its batches, and the micro-batches of all processes."""
+"""The order of the samples of an epoch, its batches, the micro-batches of all processes, and batches of validation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
 from kdcache.data.samples import Samples
+from kdcache.data.views import Batch, View
 from kdcache.errors import UsageError
 from kdcache.losses import Loss
 
@@ -83,3 +84,26 @@ def check_groups(cuts: Sequence[Sequence[Tensor]], ranks: int, loss: Loss) -> No
                     "choose a train.batch_size that gives whole groups, in the last batch of an epoch too, or smaller "
                     "groups: loss.divergence.group_size 1 is always possible",
                 )
+
+
+class LabeledBatches:
+    """Batches of the labeled images of a view: random orders of all, one after the other.
+
+    Args:
+        view: the images; one at least has a label.
+        batch_size: images per batch; all, if there are fewer.
+        seed: of the orders.
+    """
+
+    def __init__(self, view: View, batch_size: int, seed: int) -> None:
+        self._view, self._seed = view, seed
+        self._ids = (view.labels >= 0).nonzero().flatten()
+        self._size = min(batch_size, len(self._ids))
+
+    def batch(self, index: int, device: torch.device | str) -> Batch:
+        """Return a batch [B], on a device; the images that do not fill a batch are left out of an order."""
+        number, index = divmod(index, len(self._ids) // self._size)
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        order = self._ids[torch.randperm(len(self._ids), generator=generator)]
+        batch = self._view.__getitems__(order[index * self._size :][: self._size].tolist())
+        return batch._replace(images=batch.images.to(device), labels=batch.labels.to(device))

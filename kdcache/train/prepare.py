@@ -96,8 +96,8 @@ def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress
     if train.mixes and loss.acts_on_label:
         raise UsageError(
             f"{loss.acts_on_label} acts on the one true class of an image, and {train.transform[-1]} mixes two images",
-            "use a loss without ka, lsr, dkd, pld, ofa and the alpha of brier, such as kd or dtkd, or a cache of views "
-            "that are not mixed",
+            "use a loss without ka, lsr, dkd, pld, ofa, the alpha of brier, tgeo and the training reward of itkd, such "
+            "as kd or dtkd, or a cache of views that are not mixed",
         )
     if loss.uses_teacher and loss.warmup_epochs > epochs:
         progress.say(

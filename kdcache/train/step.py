@@ -25,6 +25,7 @@ from kdcache.losses.batch import OVER_ALL_RANKS, BatchTotals, labeled_shares
 from kdcache.losses.distillation import NO_CONTROL
 from kdcache.train.accelerator import join_processes
 from kdcache.train.batches import check_groups, cut_batches, epoch_order
+from kdcache.train.controller import ComingStep
 from kdcache.train.edges import BatchEdges
 from kdcache.train.gradients import GradientMonitor
 from kdcache.train.learned import CHANCES, NO_PARTS, LearnedParts, WholeNetwork
@@ -225,9 +226,9 @@ class Trainer:
         """Take an optimizer step, and return this process's part of its loss."""
         self.optimizer.zero_grad()
         if self.controller is not None:
-            (whole,) = context.micro_batches
-            lr = float(self.schedule.get_last_lr()[0])
-            self.controller.prepare(self.model, whole, self.loss, context.epoch, lr, self.spec.label_smoothing)
+            lr, smoothing = float(self.schedule.get_last_lr()[0]), self.spec.label_smoothing
+            coming = ComingStep(context.micro_batches, self.loss, context.epoch, lr, smoothing)
+            self.controller.prepare(self.model, coming)
         if len(context.micro_batches) > 1 and self.loss.is_of_the_batch:
             parts = self._backward_in_two_passes(context)
         else:
@@ -251,7 +252,7 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self._whole)
         if self.controller is not None:
-            self.controller.step()
+            self.controller.step(self.model)
         return parts
 
     def _loss(self, said: Mapping[str, Tensor], micro_batch: MicroBatch, context: StepContext) -> LossParts:

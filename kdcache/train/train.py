@@ -28,10 +28,9 @@ from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import digests_of
 from kdcache.train.accelerator import described_settings, hidden_settings, ignored_settings
-from kdcache.train.controller import make_controller
 from kdcache.train.edges import check_edges
 from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
-from kdcache.train.learned import LearnedParts, make_gate
+from kdcache.train.learned import LearnedParts, make_controller, make_gate
 from kdcache.train.loop import training_work
 from kdcache.train.passes import Clock, Work, run_alone, run_together
 from kdcache.train.prepare import check_loss, divided_inputs, held_out_view, smallest_micro_batch, training_view

@@ -135,7 +135,7 @@ def test_no_gradient_flows_back_to_the_student(options: Any) -> None:
             {"name": "kd", "controller": {"kind": "instance_temperature", "low": 5.0, "high": 5.0}},
             "nothing between them",
         ),
-        ({"name": "kd", "controller": {"kind": "itkd"}}, "'tgeo', 'instance_temperature'"),
+        ({"name": "kd", "controller": {"kind": "ppo"}}, "'tgeo', 'instance_temperature', 'itkd'"),
         ({"name": "kd", "controller": {"kind": "tgeo", "low": 1.0}}, "Extra inputs"),
     ],
 )

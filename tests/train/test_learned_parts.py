@@ -24,13 +24,14 @@ from kdcache.config.schema import Pipeline, TrainSpec
 from kdcache.data.views import View
 from kdcache.errors import KdcacheError, UsageError
 from kdcache.losses import Loss
-from kdcache.losses.controllers import Controller, InstanceTemperatureOptions
+from kdcache.losses.controllers import Controller, HypergradientOptions, InstanceTemperatureOptions
 from kdcache.losses.gate import Gate
 from kdcache.models import build_model
 from kdcache.runtime.progress import Silent
-from kdcache.train.controller import ControllerTraining, make_controller
+from kdcache.train.batches import LabeledBatches
+from kdcache.train.controller import ComingStep, ControllerTraining
 from kdcache.train.inputs import CacheOptions
-from kdcache.train.learned import LearnedParts
+from kdcache.train.learned import LearnedParts, make_controller
 from kdcache.train.passes import MicroBatch
 from kdcache.train.run_result import RunResult
 from kdcache.train.step import Trainer
@@ -153,7 +154,7 @@ def controlled(name: str, **more: Any) -> Loss:
 
 
 def controller_of(loss: Loss) -> Controller:
-    assert loss.controller is not None
+    assert isinstance(loss.controller, HypergradientOptions)
     torch.manual_seed(7)
     return loss.controller.make(C, torch.full((C, C), 1 / C)).double()
 
@@ -163,8 +164,8 @@ def one(ids: Tensor) -> Tensor:
 
 
 def in_training(loss: Loss) -> ControllerTraining:
-    assert loss.controller is not None
-    return ControllerTraining(controller_of(loss), loss.controller, view(3), BATCH, 0)
+    assert isinstance(loss.controller, HypergradientOptions)
+    return ControllerTraining(controller_of(loss), loss.controller, LabeledBatches(view(3), BATCH, 0))
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)
@@ -174,7 +175,7 @@ def test_the_gradient_is_that_of_the_validation_loss_after_a_step(name: str) -> 
     training = in_training(loss)
     batch = view().__getitems__(list(range(BATCH)))
     micro_batch = MicroBatch(batch.images, batch.labels, None, one(torch.arange(BATCH)))
-    training.prepare(model, micro_batch, loss, 1, 0.1, 0.0)
+    training.prepare(model, ComingStep([micro_batch], loss, 1, 0.1))
     found = torch.cat(
         [parameter.grad.flatten() for parameter in training.controller.parameters() if parameter.grad is not None]
     )
@@ -213,13 +214,12 @@ def test_nothing_of_the_student_changes_while_the_gradient_is_computed() -> None
     loss = controlled("tgeo")
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.3), nn.Flatten(), nn.Linear(12, C))
     before = copy.deepcopy(model.state_dict())
-    assert loss.controller is not None
+    assert isinstance(loss.controller, HypergradientOptions)
     controller = controller_of(loss).float()
-    training = ControllerTraining(controller, loss.controller, view(3), BATCH, 0)
+    training = ControllerTraining(controller, loss.controller, LabeledBatches(view(3), BATCH, 0))
     batch = view().__getitems__(list(range(BATCH)))
-    training.prepare(
-        model, MicroBatch(batch.images, batch.labels, None, one(torch.arange(BATCH)).float()), loss, 1, 0.1, 0.1
-    )
+    micro_batch = MicroBatch(batch.images, batch.labels, None, one(torch.arange(BATCH)).float())
+    training.prepare(model, ComingStep([micro_batch], loss, 1, 0.1, 0.1))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert sum(float(p.grad.abs().sum()) for p in controller.parameters() if p.grad is not None) > 0
@@ -240,7 +240,8 @@ def test_the_student_gets_no_gradient_through_its_controller(name: str) -> None:
         for ids in torch.split(order, BATCH):
             batch = train.__getitems__(ids.tolist())
             u = one(ids)
-            again.prepare(by_hand, MicroBatch(batch.images, batch.labels, None, u), loss, number, SPEC.lr, 0.0)
+            micro_batch = MicroBatch(batch.images, batch.labels, None, u)
+            again.prepare(by_hand, ComingStep([micro_batch], loss, number, SPEC.lr))
             v = by_hand(batch.images)
             with torch.no_grad():
                 control = again.controller(v, u, batch.labels)
@@ -254,7 +255,7 @@ def test_the_student_gets_no_gradient_through_its_controller(name: str) -> None:
             optimizer.zero_grad()
             torch.autograd.backward(((ce + kl) if a is None else ((1 - a) * ce + a * kl)).mean())
             optimizer.step()
-            again.step()
+            again.step(by_hand)
     for pair in ((model, by_hand), (training.controller, again.controller)):
         here, there = ([*network.parameters()] for network in pair)
         torch.testing.assert_close(here, there, rtol=1e-7, atol=1e-9)
@@ -279,8 +280,8 @@ def test_a_controller_may_be_trained_at_every_other_step() -> None:
     moved = []
     for _ in range(4):
         before = copy.deepcopy(training.controller.state_dict())
-        training.prepare(Double(), micro_batch, loss, 1, 0.1, 0.0)
-        training.step()
+        training.prepare(Double(), ComingStep([micro_batch], loss, 1, 0.1))
+        training.step(Double())
         moved.append(not all(torch.equal(v, before[k]) for k, v in training.controller.state_dict().items()))
     assert moved == [False, True, False, True]
 
@@ -321,6 +322,12 @@ KINDS: dict[str, tuple[dict[str, Any], str, int]] = {
     "gate of means": ({"name": "dtkd", "gate": {"choose": "mean"}}, "gate.safetensors", 2),
     "tgeo": ({"name": "kd", "controller": {"kind": "tgeo"}}, "controller.safetensors", 1),
     "temperature": ({"name": "kd", "controller": {"kind": "instance_temperature"}}, "controller.safetensors", 1),
+    "agent": ({"name": "kd", "controller": {"kind": "itkd"}}, "controller.safetensors", 1),
+    "agent on validation": (
+        {"name": "kd", "controller": {"kind": "itkd", "reward": "validation", "every": 2}},
+        "controller.safetensors",
+        1,
+    ),
 }
 
 
@@ -392,6 +399,7 @@ def test_students_that_are_trained_together_are_what_each_is_alone(runs: Runs, t
         {"name": "kd", "gate": {"top": 1}},
         {"name": "kd"},
         {"name": "kd", "controller": {"kind": "tgeo"}},
+        {"name": "kd", "controller": {"kind": "itkd"}},
     ]
     pipelines = [runs.pipeline(loss, train={"epochs": 2}) for loss in losses]
     outcomes: dict[int, Any] = {}

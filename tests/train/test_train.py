@@ -302,6 +302,7 @@ def test_options_that_mixed_images_do_not_allow_are_refused(mixed_cache: kdcache
 
     refused("the adjustment probability_shift acts on the one true class .* mixes two images", "loss.name=ka+dtd")
     refused("the adjustment label_smoothing", "loss.adjustment.kind=label_smoothing")
+    refused("the controller itkd acts on the one true class", "loss.controller={kind: itkd}")
     refused("eval_transform mixes images", f"eval_{CROP_AND_MIX}")
     refused("CutMix can only be the last step", f"eval_transform=[{{CutMix: {{}}}}, {FLOAT}]")
     refused("MixUp can only be the last step", f"transform=[{{MixUp: {{}}}}, {FLOAT}]", "loss.name=ce", cache=None)
