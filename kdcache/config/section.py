@@ -69,23 +69,26 @@ def validated(section: type[S], given: Any, what: str) -> S:
 
 
 def places_of_keys(section: type[BaseModel], place: str = "") -> dict[str, list[str]]:
-    """Return the places of every key of a section and of the sections inside it, such as `student.train.lr` of `lr`."""
+    """Return the places of every key of a section and of the sections inside it, such as `student.train.lr` of `lr`.
+
+    `*` stands for a kind or for a name that the user gives, as in `loss.controller.*.low`.
+    """
     places: dict[str, list[str]] = {}
     for name, field in section.model_fields.items():
         at = f"{place}.{name}".lstrip(".")
         places.setdefault(name, []).append(at)
-        for kind in _sections_in(field.annotation):
-            for key, inside in places_of_keys(kind, at).items():
-                places[key] = list(dict.fromkeys([*places.get(key, []), *inside]))
+        for kind, inside in _sections_in(field.annotation):
+            for key, of_key in places_of_keys(kind, f"{at}.*" if inside else at).items():
+                places[key] = list(dict.fromkeys([*places.get(key, []), *of_key]))
     return places
 
 
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the sections that a field may have, one for each of its kinds."""
+def _sections_in(annotation: Any, depth: int = 0) -> Iterator[tuple[type[BaseModel], bool]]:
+    """Yield the sections that a field may have, and whether they are inside of another type, such as an optional one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
+        yield annotation, depth > 1
     for part in get_args(annotation):
-        yield from _sections_in(part)
+        yield from _sections_in(part, depth + 1)
 
 
 def _refused(error: ValidationError, section: type[BaseModel], given: Any, what: str) -> UsageError:

@@ -127,14 +127,15 @@ def _meant(loc: Place, known: Mapping[str, list[str]]) -> str:
     *steps, key = (step for step in loc if isinstance(step, str))
     sections = {place.rpartition(".")[0] for places in known.values() for place in places}
     # What pydantic puts into the path, such as the chosen kind, and names that the user gives are not sections.
-    paths = [".".join(steps[:end]) for end in range(len(steps), -1, -1)]
-    section = next((path for path in paths if path in sections), "")
+    paths = (path for end in range(len(steps), 0, -1) for path in (steps[:end], [*steps[: end - 1], "*"]))
+    section = next((path for path in map(".".join, paths) if path in sections), "")
     of_section = [name for name, places in known.items() if f"{section}.{name}".lstrip(".") in places]
     if key in of_section:
         return f": {key} belongs to another kind"
     if (similar := similar_name(key, of_section, _ALIKE)) is not None:
         return f", did you mean {similar}?"
-    places = known.get(key) or known.get(similar_name(key, known, _ALIKE) or "", [])
+    found = known.get(key) or known.get(similar_name(key, known, _ALIKE) or "", [])
+    places = [place for place in found if "*" not in place]
     inside = [place for place in places if steps and place.startswith(f"{steps[0]}.")]
     return f", did you mean {' or '.join(inside or places)}?" if places else ""
 

@@ -636,7 +636,7 @@ def test_the_teacher_goes_on_while_shards_are_written_but_not_for_ever(
 
 
 CLASSES = 4000
-M_ARENA_MAX = -8
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
 
 
 class Made(OneByOne):
@@ -653,7 +653,9 @@ class Made(OneByOne):
 
 
 def dump_many(out: Path, count: int, views: int, told: Connection) -> None:
-    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # threads would keep memory of their own, more with time
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_ARENA_MAX, 1)  # threads would keep memory of their own, more with time
+    mallopt(M_MMAP_THRESHOLD, 2**16)  # and freed blocks above a threshold that grows would be kept
     names = tuple(map(str, range(CLASSES)))
     samples = Samples("made", "train", Made(count), np.zeros(count, np.int32), names, [])
     spec = CacheSpec(top_k="all", dtype="float32", views=views, shard_rows=64, batch_size=32)

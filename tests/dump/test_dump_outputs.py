@@ -379,7 +379,7 @@ REFUSED: list[tuple[dict[str, Any], type[KdcacheError], str]] = [
     (
         {"f": {"sorce": "body"}},
         UsageError,
-        r"outputs.f.sorce: unknown key, did you mean outputs.f.source|outputs.source",
+        r"outputs.f.sorce: unknown key, did you mean source\?",
     ),
     ({"f": {"kind": "score", "fidelity": 0.1}}, UsageError, "scores are stored exactly"),
     ({"f": {"kind": "score", "encoding": "int8"}}, UsageError, "belongs to an output of kind vector"),

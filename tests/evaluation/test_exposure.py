@@ -251,7 +251,7 @@ def test_ids_on_the_command_line(made: Made, tmp_path: Path) -> None:
         (("--canaries", "1"), "--canaries needs --references"),
         (("--references", "1-3"), "--references needs --canaries"),
         (("--canaries", "x", "--references", "1-3"), "--canaries must be an index or a range"),
-        (("--canaries", "1", "--references", "3-1"), "no references"),
+        (("--canaries", "1", "--references", "3-1"), "--references 3-1 ends before it begins"),
         (("--canaries", "2", "--references", "1-3"), "sample 2 is named twice"),
         (("--canaries", "0", "--references", tmp_path / "wrong"), "'two', which is not a sample id"),
     ):

@@ -342,11 +342,12 @@ def test_torchrun_starts_the_processes_again_which_resume_to_the_same_result(
 ) -> None:
     out = tmp_path / "run"
     first = f"(os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('{victim}', '0')"
-    once = f"{first} and os.kill(os.getpid(), signal.SIGKILL)"
+    killed = tmp_path / "killed"
+    once = f"{first} and (open({str(killed)!r}, 'w').close(), os.kill(os.getpid(), signal.SIGKILL))"
     command = [*arguments(home_of_all, out), "--device", "cpu"]
     done = run_with_torchrun(2, command, "--max-restarts=1", STEP=str(step), HAPPENS=once)
     assert done.returncode == 0, done.stderr
-    assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
+    assert killed.exists()  # torchrun may report another process first, which lost its connection to this one
     resumed = "resuming after epoch 2 of 4" in done.stderr
     assert resumed == (step > STEPS)
     assert contents(out) == contents(whole_of_two)

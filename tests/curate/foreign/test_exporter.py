@@ -135,7 +135,7 @@ def test_files_are_written_on_the_command_line_and_read_again(images: Images, du
         "convert", dumped.path, "--to", "fkd", "--pipeline", pipeline, "-o", tmp_path / "labels", "--top-k", 4
     ).stdout  # fmt: skip
     assert list(_TARGETS.choices) == list(SOURCES) == list(TARGETS)
-    assert list(_SOURCES.choices) == [*SOURCES, "margin-mse"]
+    assert list(_SOURCES.choices) == [*SOURCES, "margin-mse", "llama-cpp"]
 
 
 def still(samples: Samples, out: Path, transform: Transform, views: int = 1) -> Cache:
