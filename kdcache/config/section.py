@@ -84,7 +84,7 @@ def places_of_keys(section: type[BaseModel], place: str = "") -> dict[str, list[
 
 
 def _sections_in(annotation: Any, depth: int = 0) -> Iterator[tuple[type[BaseModel], bool]]:
-    """Yield the sections that a field may have, and whether they are inside of another type, such as an optional one."""
+    """Yield the sections that a field may have, and whether they are inside another type, such as an optional one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, depth > 1
     for part in get_args(annotation):
