@@ -191,6 +191,10 @@ SLOW_TESTS = {
         "test_other_settings_are_refused_with_both_values",
         "test_two_ranks_one_of_which_is_killed_make_the_same_cache",
     },
+    "test_engine_answers": {
+        "test_a_single_answer_of_any_size",
+        "test_parquet_has_the_same_answers_in_maps_structs_or_strings",
+    },
     "test_evaluate": {
         "test_every_student_of_a_sweep_is_evaluated",
         "test_a_run_is_not_evaluated_on_classes_of_other_names_or_another_order",
