@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from kdcache.cache.reader import Cache
     from kdcache.data.samples import Samples
 
-_SOURCES = click.Choice(["fkd", "ml-dr", "tinyvit", "margin-mse", "llama-cpp", "vllm"])
-_TOKEN_OPTIONS = {"llama-cpp": {"top_k", "rank", "bos"}, "vllm": {"top_k", "vocabulary_size"}}
+_SOURCES = click.Choice(["fkd", "ml-dr", "tinyvit", "margin-mse", "llama-cpp", "vllm", "distillkit"])
+_TOKEN_OPTIONS = {
+    "llama-cpp": {"top_k", "rank", "bos"},
+    "vllm": {"top_k", "vocabulary_size"},
+    "distillkit": {"top_k", "vocabulary_size", "codec"},
+}
 """Layouts of rows of tokens, and the options that each has."""
 
 _TARGETS = click.Choice(["fkd", "ml-dr", "tinyvit"])
@@ -47,11 +51,20 @@ _TARGETS = click.Choice(["fkd", "ml-dr", "tinyvit"])
 @click.option(
     "--top-k",
     type=click.IntRange(1),
-    help="With --to: classes per row.  [default: those of the cache]  With --from llama-cpp or vllm: tokens per row.",
+    help="With --to: classes per row.  [default: those of the cache]  With --from: tokens per row of its files.",
 )
 @click.option("--rank", type=click.IntRange(1), help="With --from llama-cpp: coordinates of the tail.  [default: none]")
 @click.option("--bos", help="With --from llama-cpp: id of the token that begins each chunk, or none.")
-@click.option("--vocabulary-size", type=click.IntRange(2), help="With --from vllm: number of tokens of the tokenizer.")
+@click.option(
+    "--vocabulary-size",
+    type=click.IntRange(2),
+    help="With --from vllm or distillkit: number of tokens of the tokenizer.  [default of distillkit: d of the codec]",
+)
+@click.option(
+    "--codec",
+    type=PathType(),
+    help="With --from distillkit: YAML file with logprob_compressor.  [default: compression_config.yaml with SOURCE]",
+)
 @set_option
 @scheduler_option
 @json_option
@@ -66,6 +79,7 @@ def convert(
     rank: int | None,
     bos: str | None,
     vocabulary_size: int | None,
+    codec: Path | None,
     overrides: tuple[str, ...],
     scheduler: str,
     as_json: bool,
@@ -91,7 +105,8 @@ def convert(
     does not write so into the file: name it with --bos.
 
     With --from vllm, SOURCE is a file of answers of vLLM or SGLang with the log-probabilities of their prompts, in JSON
-    lines or parquet, or a folder of them. They become a cache of sequences of tokens, for T = 1.
+    lines or parquet, or a folder of them. They become a cache of sequences of tokens, for T = 1. With --from
+    distillkit, SOURCE is a parquet file of DistillKit with compressed_logprobs, or a folder of them.
 
     \b
     Example: kdcache convert runs/digits.kdcache -o logits.npz
@@ -101,6 +116,7 @@ def convert(
     Example: kdcache convert scores.tsv --from margin-mse --pipeline pairs.yaml -o runs/scores.kdcache
     Example: kdcache convert base.kld --from llama-cpp --bos 1 -o runs/text.kdcache
     Example: kdcache convert answers.jsonl --from vllm --vocabulary-size 49152 -o runs/text.kdcache
+    Example: kdcache convert logits/ --from distillkit --codec distill.yaml --top-k 32 -o runs/text.kdcache
     """
     from kdcache.curate.dense_logits import cache_of_logits
     from kdcache.curate.foreign import cache_of_files, cache_of_scores
@@ -108,7 +124,7 @@ def convert(
 
     if layout and target:
         raise UsageError("--from and --to exclude each other", "import first, and then export the cache")
-    of_tokens = {"top_k": top_k, "rank": rank, "bos": bos, "vocabulary_size": vocabulary_size}
+    of_tokens = {"top_k": top_k, "rank": rank, "bos": bos, "vocabulary_size": vocabulary_size, "codec": codec}
     given = {option for option, value in of_tokens.items() if value is not None}
     if layout in _TOKEN_OPTIONS:
         _check_token_options(layout, given, pipeline)
@@ -169,24 +185,22 @@ def _import_tokens(
     source: Path, out: Path, layout: str, name: str | None, options: dict[str, Any], as_json: bool
 ) -> None:
     """Make a cache of files with rows of tokens, and describe it."""
-    from kdcache.curate.foreign import cache_of_answers
+    from kdcache.curate.foreign import cache_of_answers, cache_of_distillkit
 
+    of_top_k = {"top_k": options["top_k"], "name": name, "progress": output.Terminal()}
     if layout == "llama-cpp":
         cache = _cache_of_kld(source, out, name, options["top_k"], options["rank"], options["bos"])
+    elif layout == "distillkit":
+        cache = cache_of_distillkit(
+            source, out, codec=options["codec"], vocabulary_size=options["vocabulary_size"], **of_top_k
+        )
     elif options["vocabulary_size"] is None:
         raise UsageError(
             "answers of an engine do not say how many tokens the vocabulary has",
             "pass --vocabulary-size, the number of tokens of the tokenizer: len(tokenizer) in transformers",
         )
     else:
-        cache = cache_of_answers(
-            source,
-            out,
-            vocabulary_size=options["vocabulary_size"],
-            top_k=options["top_k"],
-            name=name,
-            progress=output.Terminal(),
-        )
+        cache = cache_of_answers(source, out, vocabulary_size=options["vocabulary_size"], **of_top_k)
     describe(cache, as_json, out)
 
 

@@ -28,7 +28,7 @@ class TopK(NamedTuple):
     """The most probable tokens of n rows.
 
     Attributes:
-        indices: [n, k] int64, distinct tokens, in any order.
+        indices: [n, k] int64, distinct tokens, in any order; equally probable ones stay in this order.
         log_probs: [n, k] floating point, their log-probabilities at T = 1.
         label_log_probs: [n], that of the next token, whatever its rank.
     """
@@ -101,10 +101,9 @@ def encode_top_k(rows: TopK, next_tokens: Tensor, encoding: TokenEncoding) -> To
         next_tokens: [n] int64, the token that follows each.
         encoding: `ghost`, of T = 1, without the level.
     """
-    by_token = rows.indices.argsort(dim=1)
-    values = rows.log_probs.gather(1, by_token).sort(dim=1, descending=True, stable=True)
-    order = by_token.gather(1, values.indices)[:, : encoding.top_k]
-    head, tokens = values.values[:, : encoding.top_k].float(), rows.indices.gather(1, order)
+    values = rows.log_probs.sort(dim=1, descending=True, stable=True)
+    head = values.values[:, : encoding.top_k].float()
+    tokens = rows.indices.gather(1, values.indices[:, : encoding.top_k])
     others = math.log(encoding.num_classes - encoding.top_k)
     rest = (1 - head.double().exp().sum(dim=1)).clamp_min(_LEAST_REST).log()
     # Rounding errors of the head may leave more than the tokens outside of it can have.

@@ -1,8 +1,10 @@
 """Import and export of the files of other projects.
 
-Soft labels of FKD, ml-dr and TinyViT, scores of Margin-MSE, and log-probabilities of llama.cpp, vLLM and SGLang.
+Soft labels of FKD, ml-dr and TinyViT, scores of Margin-MSE, and log-probabilities of llama.cpp, vLLM,
+SGLang and DistillKit.
 """
 
+from kdcache.curate.foreign.distillkit import cache_of_distillkit
 from kdcache.curate.foreign.engine_answers import cache_of_answers
 from kdcache.curate.foreign.exporter import TARGETS, files_of_cache
 from kdcache.curate.foreign.importer import SOURCES, cache_of_files
@@ -13,6 +15,7 @@ __all__ = [
     "SOURCES",
     "TARGETS",
     "cache_of_answers",
+    "cache_of_distillkit",
     "cache_of_files",
     "cache_of_kld",
     "cache_of_scores",

@@ -42,6 +42,9 @@ def library() -> Any:
 class ParquetRows:
     """The rows of parquet files, in order. Rows that follow one another are read fast.
 
+    Attributes:
+        names: of the columns of the first file.
+
     Args:
         paths: the files.
         columns: that are read, where a file has them; None for all.
@@ -56,6 +59,7 @@ class ParquetRows:
         self._groups: list[tuple[int, int]] = []
         self._first = [0]
         self._columns = columns
+        self.names: list[str] = self._open(paths[0]).schema_arrow.names
         for number, path in enumerate(paths):
             metadata = self._open(path).metadata
             for group in range(metadata.num_row_groups):
@@ -104,13 +108,14 @@ class ParquetRows:
             CorruptError: if it is not a list of numbers, or of lists of as many numbers each.
         """
         values, shape = row[column].values, list[int]()
-        while values is not None and self._pyarrow.types.is_list(values.type):
+        types = self._pyarrow.types
+        while values is not None and (types.is_list(values.type) or types.is_large_list(values.type)):
             lengths = values.value_lengths().drop_null()
             width = lengths[0].as_py() if len(lengths) else 0
             if len(lengths) != len(values) or (lengths.to_numpy() != width).any():
                 raise CorruptError(f"{self.name(index)}: {column} has lists of different lengths", _WRITE_AGAIN)
             shape, values = [*shape, len(values)], values.flatten()
-        if values is None or values.null_count or not self._pyarrow.types.is_primitive(values.type):
+        if values is None or values.null_count or not types.is_primitive(values.type):
             raise CorruptError(f"{self.name(index)}: {column} does not hold numbers", _WRITE_AGAIN)
         found: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
         return found.reshape(*shape, -1) if shape and shape[0] else found
