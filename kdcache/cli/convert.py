@@ -34,14 +34,20 @@ _TOKEN_OPTIONS = {
 }
 """Layouts of rows of tokens, and the options that each has."""
 
-_TARGETS = click.Choice(["fkd", "ml-dr", "tinyvit"])
+_COLUMN_FILES = ("jsonl", "parquet")
+_TARGETS = click.Choice(["fkd", "ml-dr", "tinyvit", *_COLUMN_FILES])
 
 
 @click.command("convert")
 @click.argument("source", type=PathType())
 @out_option
 @click.option("--from", "layout", type=_SOURCES, help="Import SOURCE, the files of this project.")
-@click.option("--to", "target", type=_TARGETS, help="Export the cache SOURCE to a folder of this project.")
+@click.option(
+    "--to",
+    "target",
+    type=_TARGETS,
+    help="Export the cache SOURCE to a folder of this project, or to a file of columns.",
+)
 @click.option(
     "--pipeline",
     type=PathType(),
@@ -51,7 +57,7 @@ _TARGETS = click.Choice(["fkd", "ml-dr", "tinyvit"])
 @click.option(
     "--top-k",
     type=click.IntRange(1),
-    help="With --to: classes per row.  [default: those of the cache]  With --from: tokens per row of its files.",
+    help="With --to: classes per row.  [default: those of the cache]  Of sequences, and with --from: tokens per row.",
 )
 @click.option("--rank", type=click.IntRange(1), help="With --from llama-cpp: coordinates of the tail.  [default: none]")
 @click.option("--bos", help="With --from llama-cpp: id of the token that begins each chunk, or none.")
@@ -108,6 +114,9 @@ def convert(
     lines or parquet, or a folder of them. They become a cache of sequences of tokens, for T = 1. With --from
     distillkit, SOURCE is a parquet file of DistillKit with compressed_logprobs, or a folder of them.
 
+    With --to jsonl or parquet, SOURCE is a cache of sequences of tokens, and -o a file with the columns input_ids,
+    taught, top_ids, top_logprobs, temperatures and tail_log_mass.
+
     \b
     Example: kdcache convert runs/digits.kdcache -o logits.npz
     Example: kdcache convert logits.npz --pipeline digits -o runs/imported.kdcache
@@ -117,6 +126,7 @@ def convert(
     Example: kdcache convert base.kld --from llama-cpp --bos 1 -o runs/text.kdcache
     Example: kdcache convert answers.jsonl --from vllm --vocabulary-size 49152 -o runs/text.kdcache
     Example: kdcache convert logits/ --from distillkit --codec distill.yaml --top-k 32 -o runs/text.kdcache
+    Example: kdcache convert runs/text.kdcache --to jsonl -o text.jsonl
     """
     from kdcache.curate.dense_logits import cache_of_logits
     from kdcache.curate.foreign import cache_of_files, cache_of_scores
@@ -138,7 +148,11 @@ def convert(
         )
     if top_k is not None and target is None:
         raise UsageError("--top-k is only for --to: a cache keeps all that the files hold", "remove it, or use select")
-    if target is not None:
+    if target in _COLUMN_FILES:
+        if pipeline is not None:
+            raise UsageError("a cache of sequences holds its data set, the tokens", "remove --pipeline")
+        _export_columns(source, target, out, top_k, as_json)
+    elif target is not None:
         samples = read_samples(pipeline, overrides)
         _export(source, target, out, samples, top_k, as_json)
     elif pipeline is None:
@@ -242,6 +256,21 @@ def _decode(source: Path, out: Path, as_json: bool) -> None:
         others = {"outputs": ", ".join(f"{name} {shape}" for name, shape in shapes.items())} if shapes else {}
         name = "file" if logits is None else "logits"
         output.facts({name: str(out), **described, **others, "size": f"{size:,} bytes, float32"})
+
+
+def _export_columns(source: Path, kind: str, out: Path, top_k: int | None, as_json: bool) -> None:
+    """Write the rows of a cache of sequences to a file, and print what was written."""
+    from kdcache.cache import open_cache
+    from kdcache.curate.foreign import columns_of_cache
+
+    cache = open_cache(source, progress=output.Terminal())
+    cache.check_files(output.Terminal())
+    found = columns_of_cache(cache, kind, out, top_k=top_k, progress=output.Terminal())
+    if as_json:
+        output.as_json({"path": str(out), "layout": kind, **found._asdict()})
+    else:
+        contents = f"{counted(found.rows, 'row')} of {counted(found.sequences, 'sequence')}"
+        output.facts({kind: str(out), "contents": f"{contents}, {counted(found.top_k, 'token')} per row"})
 
 
 def _export(source: Path, target: str, out: Path, samples: Samples | None, top_k: int | None, as_json: bool) -> None:

@@ -1,11 +1,11 @@
-"""Rows of parquet files, read one at a time by their number, with pyarrow, which is loaded if it is installed."""
+"""Parquet files, read one row at a time by its number, and written: with pyarrow, which is loaded if installed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -137,3 +137,34 @@ class ParquetRows:
 
     def _group_of(self, index: int) -> int:
         return int(np.searchsorted(self._first, index, side="right")) - 1
+
+
+class ParquetColumns:
+    """Writes records to a parquet file.
+
+    Args:
+        file: open for writing.
+        types: column -> name of the type of its numbers, and how deep they are in lists.
+
+    Raises:
+        UsageError: without pyarrow.
+    """
+
+    def __init__(self, file: IO[bytes], types: Mapping[str, tuple[str, int]]) -> None:
+        self._pyarrow = library()
+        fields = []
+        for name, (of_numbers, depth) in types.items():
+            kind = getattr(self._pyarrow, of_numbers)()
+            for _ in range(depth):
+                kind = self._pyarrow.list_(kind)
+            fields.append((name, kind))
+        self._schema = self._pyarrow.schema(fields)
+        self._writer = self._pyarrow.parquet.ParquetWriter(file, self._schema, compression="zstd")
+
+    def __call__(self, records: list[dict[str, Any]]) -> None:
+        """Write records as a row group."""
+        self._writer.write_table(self._pyarrow.Table.from_pylist(records, schema=self._schema))
+
+    def close(self) -> None:
+        """Write the index at the end of the file."""
+        self._writer.close()
