@@ -1,10 +1,10 @@
 """Answers of vLLM and SGLang, written from dense log-probabilities as their source writes them.
 
-vllm-project/vllm@055e47c: `Sampler.gather_logprobs` puts the prompt's own token before the top k, and its rank is the
+vllm-project/vllm@578b601: `Sampler.gather_logprobs` puts the prompt's own token before the top k, and its rank is the
 number of tokens that are at least as probable; `append_logprobs_for_next_position` makes a dictionary of them, or
 appends them to `FlatLogprobs`. A server sends dictionaries as JSON, whose keys are strings.
 
-sgl-project/sglang@c60799d: `detokenize_logprob_tokens` makes [log-probability, id, text], None before the first.
+sgl-project/sglang@001067f: `detokenize_logprob_tokens` makes [log-probability, id, text], None before the first.
 """
 
 from __future__ import annotations
@@ -59,6 +59,18 @@ def vllm_dicts(ids: list[int], log_probs: Tensor, k: int = K) -> list[dict[int, 
                 for token, value, place in zip(tokens, values, ranks, strict=True)
             }
         )
+    return entries
+
+
+def vllm_early_v1(ids: list[int], log_probs: Tensor, k: int = K) -> list[dict[int, dict[str, Any]] | None]:
+    """The same of vllm-project/vllm@016e747, `_make_pos_logprob_dict`: behind the top k, the rank is k + 1 whatever."""
+    entries: list[dict[int, dict[str, Any]] | None] = [None]
+    for (own, *tokens), (value, *values), _ in gathered(ids, log_probs, k):
+        entry = {
+            token: {"logprob": one, "rank": place}
+            for place, (token, one) in enumerate(zip(tokens, values, strict=True), 1)
+        }
+        entries.append(entry if own in entry else {**entry, own: {"logprob": value, "rank": k + 1}})
     return entries
 
 

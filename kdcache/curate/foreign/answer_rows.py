@@ -71,21 +71,33 @@ def _sorted(entries: Entries) -> _Sorted:
     )
 
 
-def _sure(found: _Sorted, has_labels: bool) -> Array:
-    """Return how many of the tokens of each row are surely its most probable ones, [n].
+def _possible(found: _Sorted, has_labels: bool) -> Array:
+    """Return how many of the tokens of each row may be its most probable ones, [n].
 
-    All are, but for the prompt's own token if it is the last one, which is listed whatever its rank. Without ranks it
-    can be known from the other rows: an engine lists as many for each.
+    All may be, but for the prompt's own token if it is the last one, and its rank is beyond their number.
     """
     if has_labels:
         return found.counts
     last = found.place == found.counts[found.row] - 1
+    is_beyond = found.is_label[last] & (found.ranks[last] > found.counts)
+    counts: Array = np.where(is_beyond, found.counts - 1, found.counts)
+    return counts
+
+
+def _sure(found: _Sorted, has_labels: bool) -> Array:
+    """Return how many of the tokens of each row are surely its most probable ones, [n].
+
+    The prompt's own token is listed whatever its rank, and the rank of one that is the last need not be its own: older
+    versions of vLLM give it the next one. It can be known from the other rows, as an engine lists as many for each.
+    """
+    counts = _possible(found, has_labels)
+    if has_labels:
+        return counts
+    last = found.place == found.counts[found.row] - 1
     ends_with_label = found.is_label[last]
-    ranks = found.ranks[last]
     listed = int(found.counts[~ends_with_label].max(initial=0))
-    by_rank = np.where(ranks == found.counts, found.counts, found.counts - 1)
-    by_others = found.counts - 1 if not listed else np.minimum(found.counts, listed)
-    sure: Array = np.where(ends_with_label, np.where(ranks > 0, by_rank, by_others), found.counts)
+    by_others = np.minimum(counts, listed or found.counts - 1)
+    sure: Array = np.where(ends_with_label, by_others, counts)
     return sure
 
 
@@ -127,8 +139,7 @@ def rows_of(entries: Entries, top_k: int) -> TopK:
         labels = log_probs[found.is_label]
     else:
         labels = np.minimum(entries.labels, np.where(entries.labels > _ROUNDING, np.inf, 0.0))
-    # Without ranks, a last token that may be the prompt's own and nothing more is trusted to be one of the top k.
-    listed = np.where(found.ranks.any(), _sure(found, entries.labels is not None), found.counts)
+    listed = _possible(found, entries.labels is not None)
     if (short := listed < top_k).any():
         least = int(listed.min())
         raise ImpossibleRow(

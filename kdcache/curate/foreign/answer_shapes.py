@@ -7,14 +7,14 @@ and of the top k. JSON makes strings of the ids. With `flat_logprobs=True` it is
 `prompt_token_ids`. A server has both in the answer, or in its one choice.
 
 SGLang, `meta_info`: `input_token_logprobs`, a list of [log-probability, id, text] per token of the prompt from
-`logprob_start_len` on, with None for the first log-probability, and `input_top_logprobs`, a list of the top k in that
-form per token, None for the first.
+`logprob_start_len` on, with None for the first log-probability or entry, and `input_top_logprobs`, a list of the top k
+in that form per token, None for the first.
 
 So entry i is of token i, given all before it: the row of position i - 1.
 
-Source: vllm-project/vllm@055e47c, `logprobs.py` (`Logprob`, `FlatLogprobs`, `append_logprobs_for_next_position`);
-sgl-project/sglang@c60799d, `srt/managers/tokenizer_manager.py` (`detokenize_top_logprobs_tokens`) and
-`scheduler_output_processor_mixin.py` (`_process_input_token_logprobs`).
+Source: vllm-project/vllm@578b601, `vllm/logprobs.py` (`Logprob`, `FlatLogprobs`, `append_logprobs_for_next_position`);
+sgl-project/sglang, `srt/managers/tokenizer_manager.py`@001067f (`detokenize_top_logprobs_tokens`) and
+`scheduler_output_processor_mixin.py`@004ec01 (`_process_input_token_logprobs`).
 """
 
 from __future__ import annotations
@@ -74,14 +74,15 @@ def entries_of(record: Any) -> Entries:
     """
     if not isinstance(record, Mapping):
         raise ShapeError("it is not a dictionary")
-    _check_temperature(record)
-    answer = _answer(record)
-    ids = next((_plain(found[name]) for found in (answer, record) for name in IDS if found.get(name) is not None), None)
     try:
+        _check_temperature(record)
+        answer = _answer(record)
+        given = (part.get(name) for part in (answer, record) for name in IDS)
+        ids = next((_plain(value) for value in given if value is not None), None)
         if answer.get("prompt_logprobs") is not None:
             return _of_vllm(_plain(answer["prompt_logprobs"]), ids)
         return _of_sglang(_plain(answer["input_token_logprobs"]), _plain(answer.get("input_top_logprobs")), ids)
-    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise ShapeError(
             f"it does not have the shape of an engine's answer ({type(error).__name__}: {error})"
         ) from None
@@ -160,10 +161,12 @@ def _of_sglang(own: Any, top: Any, ids: Any) -> Entries:
     """Return the entries of SGLang, whose ranks are the places in the list."""
     if top is None:
         raise ShapeError("it has no input_top_logprobs: request them with top_logprobs_num")
+    own = [[None, None] if entry is None else entry for entry in own]
     own_ids = [entry[1] for entry in own]
     if ids is None:
         ids = own_ids
-    if len(own_ids) > len(ids) or list(ids[len(ids) - len(own_ids) :]) != own_ids:
+    end = list(ids[len(ids) - len(own_ids) :]) if len(own_ids) <= len(ids) else []
+    if [None if own_id is None else token for own_id, token in zip(own_ids, end, strict=False)] != own_ids:
         raise ShapeError("its input_token_logprobs are of other tokens than its ids")
     missing = len(ids) - len(own_ids)
     lists = [None] * missing + [entry or None for entry in top]

@@ -85,9 +85,13 @@ class DistillKitFiles:
         self._rows = ParquetRows(files, (_TOKENS, _LOG_PROBS, _INDICES))
         self._last: _Decoded | None = None
         if missing := [name for name in (_TOKENS, _LOG_PROBS, _INDICES) if name not in self._rows.names]:
+            is_legacy = "packed_indices" in self._rows.names
             raise UsageError(
                 f"{files[0]} lacks the columns {', '.join(missing)}, and has {', '.join(self._rows.names)}",
-                "pass files of DistillKit's sample_logits_vllm.py",
+                "sample the teacher again: legacy_logit_compression stores logits less their mean, of which the "
+                "probabilities are not known"
+                if is_legacy
+                else "pass files of DistillKit's sample_logits_vllm.py",
             )
         self._sequences, self.left_out = _texts(files)
         if not len(self._sequences):

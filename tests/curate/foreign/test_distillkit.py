@@ -213,6 +213,13 @@ def test_it_is_a_command(tmp_path: Path) -> None:
     ok("verify", out)
 
 
+def test_the_legacy_codec_is_refused_with_the_reason(tmp_path: Path) -> None:
+    config = {**README["budget"], "d": SIZE}
+    write(tmp_path / "a.parquet", config, [{"input_ids": [1, 2], "packed_indices": [b"1"], "exact_values": [b"1"]}])
+    with pytest.raises(UsageError, match="logits less their mean"):
+        cache_of_distillkit(tmp_path, tmp_path / "c.kdcache")
+
+
 def test_files_of_another_codec_or_other_columns_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     config, out = {**README["Qwen3-235B-Logits-Packed-8192"], "d": SIZE}, tmp_path / "c.kdcache"
     (row, other), _ = sampled((6, 3), config)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cli import ok, refused
-from helpers.engines import SIZE, K, prompts, sglang, vllm_dicts, vllm_flat, vllm_numbers, write_lines
+from helpers.engines import SIZE, K, prompts, sglang, vllm_dicts, vllm_early_v1, vllm_flat, vllm_numbers, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from kdcache import KdcacheError, open_cache
 from kdcache.cache.inspect.audit import audit
 from kdcache.curate.foreign import cache_of_answers
+from kdcache.curate.foreign.engine_answers import EngineAnswers
 from kdcache.curate.foreign.json_lines import JsonLines
 from kdcache.curate.token_spec import TokenCacheSpec
 from kdcache.errors import UsageError
@@ -29,6 +31,7 @@ Shape = Callable[[list[int], Tensor], dict[str, Any]]
 
 SHAPES: dict[str, Shape] = {
     "vllm": lambda ids, lp: {"prompt_token_ids": ids, "prompt_logprobs": vllm_dicts(ids, lp)},
+    "vllm, early v1": lambda ids, lp: {"prompt_token_ids": ids, "prompt_logprobs": vllm_early_v1(ids, lp)},
     "vllm numbers": lambda ids, lp: {"prompt_token_ids": ids, "prompt_logprobs": vllm_numbers(ids, lp)},
     "vllm flat": lambda ids, lp: {"prompt_token_ids": ids, "prompt_logprobs": vllm_flat(ids, lp)},
     "vllm server": lambda ids, lp: {
@@ -41,6 +44,10 @@ SHAPES: dict[str, Shape] = {
         "prompt_token_ids": ids,
     },
     "sglang": lambda ids, lp: {"text": "x", "meta_info": sglang(ids, lp)},
+    "sglang, nothing for the first": lambda ids, lp: {
+        "input_ids": ids,
+        "meta_info": {**(found := sglang(ids, lp)), "input_token_logprobs": [None, *found["input_token_logprobs"][1:]]},
+    },
     "sglang with ids": lambda ids, lp: {"input_ids": ids, "meta_info": sglang(ids, lp)},
     "with its request": lambda ids, lp: {
         "request": {"sampling_params": {"temperature": 1.0, "prompt_logprobs": K}},
@@ -99,7 +106,7 @@ def test_a_single_answer_of_any_size(
     folder = tmp_path_factory.mktemp("any")
     [(ids, log_probs)] = prompts((length,), size, seed)
     exact = log_probs[:-1].double().sort(dim=1, descending=True).indices
-    for shape in (vllm_dicts, vllm_numbers, vllm_flat):
+    for shape in (vllm_dicts, vllm_early_v1, vllm_numbers, vllm_flat):
         record = {"prompt_token_ids": ids, "prompt_logprobs": shape(ids, log_probs, k)}
         write_lines(folder / "a.jsonl", [record])
         try:
@@ -109,7 +116,7 @@ def test_a_single_answer_of_any_size(
             continue
         rows = cache.sequences()([0]).rows
         listed = rows.part("indices").shape[1]
-        assert listed >= k - (shape is vllm_numbers)
+        assert listed >= k - 1
         assert rows.part("indices").tolist() == exact[:, :listed].tolist()
 
 
@@ -283,6 +290,32 @@ def test_an_impossible_answer_is_refused_and_leaves_nothing(what: str, tmp_path:
         cache_of_answers(tmp_path / "a.jsonl", tmp_path / "c.kdcache", vocabulary_size=SIZE)
     assert "line 2" in str(found.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+JUNK = [None, True, 0, -1, 2**63, 2**70, 1e308, math.nan, -math.inf, "", "[1]", "[[[", [], {}, [[1, 2]], {"rank": 3}]
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """All containers in a record, with each of their keys."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, part in inside for found in ((value, key), *places(part))]
+
+
+@given(shape=st.sampled_from(sorted(SHAPES)), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_whatever_is_in_an_answer_the_error_is_one_that_says_so(
+    shape: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "junk.jsonl"
+    record = json.loads(json.dumps(SHAPES[shape](*prompts((5,))[0])))
+    for _ in range(data.draw(st.integers(1, 2))):
+        part, key = data.draw(st.sampled_from(places(record) or [({}, "")]))
+        part[key] = deepcopy(data.draw(st.sampled_from(JUNK)))
+    write_lines(path, [record])
+    try:
+        EngineAnswers(JsonLines([path]), SIZE, None).top_k(0)
+    except KdcacheError as error:
+        assert "junk.jsonl" in str(error)
 
 
 def test_truncated_lines_and_files_without_answers_are_refused(tmp_path: Path) -> None:
