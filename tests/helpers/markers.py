@@ -587,6 +587,9 @@ SLOW_TESTS = {
     "test_token_format": {
         "test_the_golden_cache_gives_what_it_gave",
     },
+    "test_token_top_k": {
+        "test_a_row_of_the_top_k_is_that_of_the_whole_distribution",
+    },
     "test_train": {
         "test_a_student_can_start_from_a_checkpoint",
         "test_a_student_of_mixed_views_is_trained_and_its_pixels_are_checked",

@@ -125,7 +125,11 @@ class DistillKitFiles:
         rows = TopK(tokens, log_probs, self._labels(tokens, log_probs, next_tokens))
         if (defect := defect_of(rows, next_tokens, self._size, _TOLERANCE)) is not None:
             position = found.begin + defect.row
-            raise CorruptError(f"{self._rows.name(found.row)}, position {position}: {defect.what}", _HOW)
+            exact = f"use --top-k {self._codec.sure}, whose log-probabilities are exact"
+            raise CorruptError(
+                f"{self._rows.name(found.row)}, position {position}: {defect.what}",
+                exact if self._k > self._codec.sure else _HOW,
+            )
         return rows
 
     def _labels(self, tokens: torch.Tensor, log_probs: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:

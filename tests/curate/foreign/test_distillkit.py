@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,17 @@ def test_texts_that_were_packed_are_sequences_of_their_own(tmp_path: Path) -> No
     assert batch.positions.tolist() == [0, 1, 2, 3, 5, *range(7, 15)]
     all_rows = torch.cat(exact).topk(8, dim=1).indices.tolist()
     assert batch.rows.part("indices").tolist() == [*all_rows[:4], all_rows[6], *all_rows[:8]]
+
+
+def test_a_polynomial_of_a_bad_fit_is_refused_with_the_number_that_is_exact(tmp_path: Path) -> None:
+    config = {**README["recommended"], "d": SIZE}
+    rows, _ = sampled((4,), config)
+    wrong = struct.pack("<6f", -60, 0, 0, 0, 0, 0)  # behind the exact values, in bfloat16
+    rows[0]["compressed_logprobs"] = [one[: 2 * config["exact_k"]] + wrong for one in rows[0]["compressed_logprobs"]]
+    write(tmp_path / "a.parquet", config, rows)
+    with pytest.raises(KdcacheError, match="use --top-k 16"):
+        cache_of_distillkit(tmp_path, tmp_path / "c.kdcache", top_k=20)
+    assert audit(cache_of_distillkit(tmp_path, tmp_path / "c.kdcache").path).failure is None
 
 
 def test_it_is_a_command(tmp_path: Path) -> None:
