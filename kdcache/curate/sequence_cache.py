@@ -1,10 +1,10 @@
-"""Write a cache of sequences of tokens from a source of them, one sequence at a time, and of a teacher's logits."""
+"""Write a cache of sequences of tokens from a source of them, one sequence at a time, and of a teacher's rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from kdcache.cache.format.token_encoding import (
     TokenRequest,
 )
 from kdcache.cache.format.token_rows import SequenceTokens, TokenRows
+from kdcache.cache.format.token_top_k import TopK, encode_top_k
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
 from kdcache.cache.sequence_plan import CountedSequences, count_sequences, sequences_per_shard, sequences_record
@@ -48,13 +49,25 @@ _LARGEST_CHUNK = 16_384
 Array = npt.NDArray[Any]
 
 
-class SequenceSource(Protocol):
-    """Sequences of tokens, and a teacher's logits at their taught positions."""
+class Sequences(Protocol):
+    """Sequences of tokens, some of whose positions are taught."""
 
     def __len__(self) -> int: ...
 
     def tokens(self, index: int) -> tuple[Array, Array]:
         """Return the tokens of a sequence, [L] integers, and which of its positions are taught, [L] bool."""
+
+
+@runtime_checkable
+class TopKSource(Sequences, Protocol):
+    """Sequences of tokens, and the most probable tokens at their taught positions."""
+
+    def top_k(self, index: int) -> TopK:
+        """Return the rows at the taught positions of a sequence, without defects, of k tokens or more."""
+
+
+class LogitSource(Sequences, Protocol):
+    """Sequences of tokens, and a teacher's logits at their taught positions."""
 
     def logits(self, index: int) -> Tensor:
         """Return the logits at the taught positions of a sequence, [n, V]; columns behind the vocabulary are cut."""
@@ -83,7 +96,7 @@ class Origin(NamedTuple):
 
 
 def cache_of_sequences(
-    source: SequenceSource,
+    source: LogitSource | TopKSource,
     out: str | Path,
     origin: Origin,
     vocabulary: Sequence[bytes] | int,
@@ -178,7 +191,7 @@ def _chunk(per_shard: int) -> int:
 
 
 def _basis(
-    source: SequenceSource,
+    source: LogitSource | TopKSource,
     counted: CountedSequences,
     out: Path,
     spec: TokenCacheSpec,
@@ -186,6 +199,10 @@ def _basis(
     progress: Progress,
 ) -> TailBasis | None:
     """Return the basis of the tails: that of the cache that is resumed, or one that is fitted to a pilot."""
+    if isinstance(source, TopKSource):
+        if encoding.tail != "ghost":
+            raise UsageError(f"rows of which the top k is known cannot be stored as {encoding.tail}", "use ghost")
+        return None
     if not encoding.rank:
         return None
     if (out / PLAN).exists():
@@ -218,7 +235,7 @@ def _spread(count: int) -> Iterator[int]:
         yield from range(first, count, step)
 
 
-def _logits_of(source: SequenceSource, index: int, rows: int, size: int) -> Tensor:
+def _logits_of(source: LogitSource, index: int, rows: int, size: int) -> Tensor:
     """Return the logits of a sequence, [n, V].
 
     Raises:
@@ -235,7 +252,11 @@ def _logits_of(source: SequenceSource, index: int, rows: int, size: int) -> Tens
 
 
 def _write_shard(
-    writer: CacheWriter, shard: int, source: SequenceSource, keys: npt.NDArray[np.uint64], basis: TailBasis | None
+    writer: CacheWriter,
+    shard: int,
+    source: LogitSource | TopKSource,
+    keys: npt.NDArray[np.uint64],
+    basis: TailBasis | None,
 ) -> None:
     """Encode and write one shard."""
     encoding = writer.plan.named_outputs[OUTPUT].token_encoding
@@ -247,14 +268,24 @@ def _write_shard(
             raise MismatchError(f"sequence {index} changed while it was read", "run the command again")
         of_ids, mask = torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(taught.astype(bool))
         positions = mask.nonzero().squeeze(1)
-        logits = _logits_of(source, index, len(positions), encoding.num_classes)
-        try:
-            if encoding.tail == "draws":
-                parts.append(encode_draws(logits, encoding, seed=int(keys[index]) >> 1))
-            else:
-                parts.append(encode_tokens(logits, of_ids[positions + 1], encoding, basis))
-        except KdcacheError as error:
-            raise type(error)(f"sequence {index}: {error.what}", error.fix) from None
+        next_tokens = of_ids[positions + 1]
+        if isinstance(source, TopKSource):
+            parts.append(encode_top_k(source.top_k(index), next_tokens, encoding))
+        else:
+            logits = _logits_of(source, index, len(positions), encoding.num_classes)
+            parts.append(_encoded(logits, index, next_tokens, encoding, basis, seed=int(keys[index]) >> 1))
         tokens.append(SequenceTokens(of_ids, mask.to(torch.uint8)))
     rows = {OUTPUT: TokenRows.concatenate(parts), TOKENS: SequenceTokens.concatenate(tokens)}
     writer.write(0, shard, None, None, outputs=rows)
+
+
+def _encoded(
+    logits: Tensor, index: int, next_tokens: Tensor, encoding: TokenEncoding, basis: TailBasis | None, seed: int
+) -> TokenRows:
+    """Return the rows of the logits of a sequence; an error names it."""
+    try:
+        if encoding.tail == "draws":
+            return encode_draws(logits, encoding, seed=seed)
+        return encode_tokens(logits, next_tokens, encoding, basis)
+    except KdcacheError as error:
+        raise type(error)(f"sequence {index}: {error.what}", error.fix) from None

@@ -192,6 +192,11 @@ SLOW_TESTS = {
         "test_other_settings_are_refused_with_both_values",
         "test_two_ranks_one_of_which_is_killed_make_the_same_cache",
     },
+    "test_engine_answers": {
+        "test_a_single_answer_of_any_size",
+        "test_parquet_has_the_same_answers_in_maps_structs_or_strings",
+        "test_whatever_is_in_an_answer_the_error_is_one_that_says_so",
+    },
     "test_evaluate": {
         "test_every_student_of_a_sweep_is_evaluated",
         "test_a_run_is_not_evaluated_on_classes_of_other_names_or_another_order",
@@ -582,6 +587,9 @@ SLOW_TESTS = {
     },
     "test_token_format": {
         "test_the_golden_cache_gives_what_it_gave",
+    },
+    "test_token_top_k": {
+        "test_a_row_of_the_top_k_is_that_of_the_whole_distribution",
     },
     "test_train": {
         "test_a_student_can_start_from_a_checkpoint",
