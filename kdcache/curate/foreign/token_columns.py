@@ -122,8 +122,8 @@ def _records(teacher: CachedSequences, top_k: int) -> Iterator[list[dict[str, An
         limit = int(teacher.row_start[begin]) + _ROWS_AT_ONCE
         end = max(int(torch.searchsorted(teacher.row_start, limit, right=True)) - 1, begin + 1)
         batch = teacher(range(begin, end))
-        fields = teacher.fields(batch.rows)
-        head, masses = fields["log_probs"], fields["tail_log_mass"]
+        targets = teacher.targets(batch.rows)
+        head, masses = targets.log_probs, targets.tail_log_mass
         masses = _with_the_rest(head, masses, teacher.encoding.temperatures, top_k)
         is_taught = torch.zeros(len(batch.tokens), dtype=torch.bool)
         is_taught[batch.positions] = True
@@ -134,7 +134,7 @@ def _records(teacher: CachedSequences, top_k: int) -> Iterator[list[dict[str, An
                 {
                     "input_ids": batch.tokens[tokens].tolist(),
                     "taught": is_taught[tokens].tolist(),
-                    "top_ids": fields["indices"][rows, :top_k].tolist(),
+                    "top_ids": targets.indices[rows, :top_k].tolist(),
                     "top_logprobs": head[rows, :top_k].tolist(),
                     "temperatures": list(teacher.encoding.temperatures),
                     "tail_log_mass": masses[rows].tolist(),

@@ -164,12 +164,12 @@ def test_a_cache_has_the_rows_of_the_sampler(name: str, tmp_path: Path) -> None:
     assert (teacher.encoding.temperatures, teacher.encoding.top_k) == ((1.0,), k)
     batch = teacher(range(3))
     assert batch.tokens.tolist() == [token for row in rows for token in row["input_ids"]]
-    fields, top = teacher.fields(batch.rows), torch.cat(exact).topk(k, dim=1)
-    assert fields["indices"].tolist() == top.indices.tolist()
-    assert (fields["log_probs"] - top.values).abs().max() < TOLERANCE[name]
+    targets, top = teacher.targets(batch.rows), torch.cat(exact).topk(k, dim=1)
+    assert targets.indices.tolist() == top.indices.tolist()
+    assert (targets.log_probs - top.values).abs().max() < TOLERANCE[name]
     rest = 1 - top.values.exp().sum(dim=1)
-    assert (fields["tail_log_mass"][:, 0].double().exp() - rest).abs().max() < 0.03
-    is_first = fields["indices"][:, 0] == batch.next_tokens
+    assert (targets.tail_log_mass[:, 0].double().exp() - rest).abs().max() < 0.03
+    is_first = targets.indices[:, 0] == batch.next_tokens
     assert is_first.sum() >= 7
     label = torch.cat(exact).gather(1, batch.next_tokens.unsqueeze(1)).squeeze(1)
     stated = batch.rows.part("statistics")[:, 0].double()

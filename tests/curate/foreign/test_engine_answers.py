@@ -76,11 +76,11 @@ def test_rows_are_those_of_the_engine(shape: str, tmp_path: Path) -> None:
     batch = teacher(range(len(made)))
     assert batch.tokens.tolist() == [token for ids, _ in made for token in ids]
     exact = torch.cat([log_probs[:-1] for _, log_probs in made]).double()
-    top, fields = exact.topk(K, dim=1), teacher.fields(batch.rows)
-    assert fields["indices"].tolist() == top.indices.tolist()
-    torch.testing.assert_close(fields["log_probs"].double(), top.values, rtol=1e-6, atol=1e-6)
+    top, targets = exact.topk(K, dim=1), teacher.targets(batch.rows)
+    assert targets.indices.tolist() == top.indices.tolist()
+    torch.testing.assert_close(targets.log_probs.double(), top.values, rtol=1e-6, atol=1e-6)
     rest = (1 - top.values.exp().sum(dim=1)).log()
-    torch.testing.assert_close(fields["tail_log_mass"][:, 0].double(), rest, rtol=2**-10, atol=1e-4)
+    torch.testing.assert_close(targets.tail_log_mass[:, 0].double(), rest, rtol=2**-10, atol=1e-4)
     label = exact.gather(1, batch.next_tokens.unsqueeze(1)).squeeze(1)
     stated = batch.rows.part("statistics")[:, 0].double()
     torch.testing.assert_close(stated, label, rtol=2**-10, atol=1e-6)
@@ -91,10 +91,10 @@ def test_fewer_tokens_than_the_engine_listed(tmp_path: Path) -> None:
     cache = cache_of_answers(tmp_path / "a.jsonl", tmp_path / "c.kdcache", vocabulary_size=SIZE, top_k=2)
     assert audit(cache.path).failure is None
     exact = torch.cat([log_probs[:-1] for _, log_probs in made]).double().topk(2, dim=1)
-    fields = cache.sequences().fields(cache.sequences()(range(len(made))).rows)
-    assert fields["indices"].tolist() == exact.indices.tolist()
+    targets = cache.sequences().targets(cache.sequences()(range(len(made))).rows)
+    assert targets.indices.tolist() == exact.indices.tolist()
     rest = (1 - exact.values.exp().sum(dim=1)).log()
-    torch.testing.assert_close(fields["tail_log_mass"][:, 0].double(), rest, rtol=2**-9, atol=1e-3)
+    torch.testing.assert_close(targets.tail_log_mass[:, 0].double(), rest, rtol=2**-9, atol=1e-3)
 
 
 @given(length=st.integers(2, 6), size=st.integers(6, 30), k=st.integers(1, 5), seed=st.integers(0, 99))
