@@ -95,8 +95,10 @@ def run(line: str, folder: Path) -> str:
 
 
 def run_block(block: str, folder: Path) -> str:
-    lines = block.replace("\\\n", "").replace("$PWD", str(folder)).splitlines()
-    return "".join(run(command, folder) for line in lines for command in line.split(" && "))
+    text = block.replace("\\\n", "").replace("$PWD", str(folder))
+    if "<<" in text:  # a here-document is of several lines
+        return run(text, folder)
+    return "".join(run(command, folder) for line in text.splitlines() for command in line.split(" && "))
 
 
 def without_benchmarks(folder: Path, arguments: list[str]) -> None:
