@@ -134,8 +134,9 @@ def test_files_are_written_on_the_command_line_and_read_again(images: Images, du
     assert "4 classes per row" in kdcache(
         "convert", dumped.path, "--to", "fkd", "--pipeline", pipeline, "-o", tmp_path / "labels", "--top-k", 4
     ).stdout  # fmt: skip
-    assert list(_TARGETS.choices) == list(SOURCES) == list(TARGETS)
-    assert list(_SOURCES.choices) == [*SOURCES, "margin-mse", "llama-cpp"]
+    assert list(SOURCES) == list(TARGETS)
+    assert list(_TARGETS.choices) == [*TARGETS, "jsonl", "parquet"]
+    assert {*_SOURCES.choices} == {*SOURCES, "margin-mse", "llama-cpp", "vllm", "distillkit"}
 
 
 def still(samples: Samples, out: Path, transform: Transform, views: int = 1) -> Cache:
