@@ -143,7 +143,9 @@ def run_result(out: Path, trained: RunResult, json_wanted: bool) -> None:
             "run": str(out),
             "weights": str(trained.checkpoint),
             "selected": f"epoch {best.epoch}{validation}",
-            "test": f"accuracy {test.accuracy:.2%}, loss {test.loss:.4f}" if test else "no test split",
+            "test": f"accuracy {test.accuracy:.2%}, loss {test.loss:.4f}"
+            if test
+            else "not measured: no test split, or no class logits",
             "time": f"{trained.seconds:.1f} s",
         }
     )

@@ -122,7 +122,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     ok("dump-teacher", made.folder / "p.yaml", *weights, "-o", made.cache)
     for name, run in {"p": "student", "whole": "whole", "classes": "classes"}.items():
         known = ["--allow-missing"] if name == "classes" else []
-        ok("train-student", made.folder / f"{name}.yaml", "--cache", made.cache, *known, "-o", made.folder / run)
+        said = ok("train-student", made.folder / f"{name}.yaml", "--cache", made.cache, *known, "-o", made.folder / run)
+        assert ("held-out loss" in said) == (run == "student")
+        assert ("not measured: no test split, or no class logits" in said) == (run != "classes")
     return made
 
 
