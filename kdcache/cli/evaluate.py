@@ -87,7 +87,7 @@ def evaluate(
     chosen, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
     classifiers = selected if cache is None else [each for each in selected if each.has_class_logits]
-    of_classes = cache if cache is not None and cache.manifest.plan.class_encoding is not None else None
+    of_classes = _with_class_logits(cache, selected)
     card = (
         score_networks(classifiers, split, cache=of_classes, rows=rows, device=chosen, progress=progress)
         if classifiers
@@ -142,6 +142,21 @@ def _select(
     resolved = read_pipeline(pipeline, overrides)
     named = [from_run(path) if path.is_dir() else from_pipeline(resolved, network, path) for path in found]
     return named if any(not path.is_dir() for path in found) else [from_pipeline(resolved, network, None), *named]
+
+
+def _with_class_logits(cache: Cache | None, networks: list[NetworkRef]) -> Cache | None:
+    """Return the cache that class logits are compared with; None without one.
+
+    Raises:
+        MismatchError: if the cache has none, and no network has other outputs to compare.
+    """
+    if cache is None or cache.manifest.plan.class_encoding is not None:
+        return cache
+    if not any(network.has_outputs for network in networks):
+        cache.manifest.plan.encoding  # noqa: B018  # raises, and names what the cache has
+    if any(network.has_class_logits for network in networks):
+        output.say(f"note: {cache.path} holds no class logits, so those of the networks are not compared")
+    return None
 
 
 def _described(file: Path) -> str:

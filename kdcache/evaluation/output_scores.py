@@ -117,7 +117,10 @@ def _scores(
     pipeline, spec = network.pipeline, network.pipeline.section("student")
     by_content = not np.array_equal(load_split(pipeline.dataset, "train").keys(progress), cache.sample_keys)
     options = CacheOptions(placement="stream", allow_missing=by_content)
-    inputs = inputs_from_caches(pipeline, [cache], options, device=device, progress=progress)
+    # The class logits of the cache, if it has any, are not needed.
+    of_outputs = pipeline.loss.model_copy(update={"ce_weight": 0.0, "kd_weight": 0.0, "plain_kd_weight": 0.0})
+    without_logits = pipeline.model_copy(update={"loss": of_outputs})
+    inputs = inputs_from_caches(without_logits, [cache], options, device=device, progress=progress)
     if fraction := spec.train.held_out_fraction:
         inputs = hold_out(inputs, fraction)[1]
     samples, teacher = inputs.samples, inputs.teacher

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from helpers.cli import ok, refused
+from helpers.cli import kdcache, ok, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -191,6 +191,17 @@ def test_students_with_class_logits_have_both_tables(runs: Runs) -> None:
     assert str(runs.student) in of_outputs and str(runs.folder / "classes") in of_outputs
     assert "12 held out" in of_outputs and "12 trained on" in of_outputs
     assert "was trained without class logits" in refused(2, "evaluate", *runs_of_both)
+
+
+def test_a_cache_without_class_logits_has_nothing_to_compare_a_classifier_with(runs: Runs, tmp_path: Path) -> None:
+    only = tmp_path / "only.kdcache"
+    ok("select", runs.cache, "--output", "body", "-o", only)
+    plain = tmp_path / "plain"
+    ok("train-student", runs.folder / "classes.yaml", "--set", "loss={name: ce}", "-o", plain)
+    assert "holds no class logits" in refused(4, "evaluate", plain, "--cache", only)
+    told = kdcache("evaluate", runs.folder / "classes", "--cache", only)
+    assert told.exit_code == 0, told.stderr
+    assert "are not compared" in told.stderr and "CKA" in told.stdout
 
 
 def test_an_output_of_another_length_without_a_map_is_measured_by_its_alignment() -> None:
