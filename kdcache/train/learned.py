@@ -33,6 +33,9 @@ GATE, CONTROLLER = "gate.safetensors", "controller.safetensors"
 CHANCES = "chances"
 """Key of the probabilities of a gate among the outputs of a forward pass."""
 
+TrainedController = ControllerTraining | AgentTraining
+"""A controller with what trains it: by a gradient, or by a reward."""
+
 
 class LearnedParts(NamedTuple):
     """What is trained beside the student; None for what the loss does not have.
@@ -45,10 +48,10 @@ class LearnedParts(NamedTuple):
 
     outputs: StudentOutputs | None = None
     gate: Gate | None = None
-    controller: ControllerTraining | AgentTraining | None = None
+    controller: TrainedController | None = None
 
     @property
-    def by_name(self) -> dict[str, nn.Module | ControllerTraining | AgentTraining]:
+    def by_name(self) -> dict[str, nn.Module | TrainedController]:
         """Those that are there, by the names that they have in a state."""
         return {name: part for name, part in self._asdict().items() if part is not None}
 
@@ -110,7 +113,7 @@ def make_controller(
     teacher: Teacher | None,
     processes: int,
     device: torch.device | str,
-) -> ControllerTraining | AgentTraining | None:
+) -> TrainedController | None:
     """Return the controller of a loss, with the random weights that the present seed gives; None without one.
 
     Args:

@@ -28,7 +28,7 @@ from kdcache.train.batches import check_groups, cut_batches, epoch_order
 from kdcache.train.controller import ComingStep
 from kdcache.train.edges import BatchEdges
 from kdcache.train.gradients import GradientMonitor
-from kdcache.train.learned import CHANCES, NO_PARTS, LearnedParts, WholeNetwork
+from kdcache.train.learned import CHANCES, NO_PARTS, LearnedParts, TrainedController, WholeNetwork
 from kdcache.train.optim import average_update, make_optimizer, make_schedule
 from kdcache.train.passes import TRAINING, Loaders, MicroBatch, MicroBatches, Pass, Work, run_alone
 from kdcache.train.student_outputs import LOGITS
@@ -131,18 +131,12 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_loss(self, ids: Tensor, held: View, micro_batch: MicroBatch, epoch: int) -> Tensor:
-        """Return the loss [] of the selected network, in evaluation mode, on a batch that is not trained on.
-
-        Args:
-            ids: [B] ordinals in `held`.
-            held: samples that are held out.
-            micro_batch: the batch.
-            epoch: counted from 1.
-        """
+        """Return the loss [] of the selected network on a batch of the samples `ids` [B] that are held out."""
         labeled = int((held.labels[ids] >= 0).sum())
         edges = self._edges.among([micro_batch], held.samples) if self.loss.uses_edges else None
         context = StepContext([micro_batch], BatchTotals(len(ids), labeled, labeled)._replace(edges=edges), epoch)
-        return self._loss(self.selected(micro_batch.images), micro_batch, context).total
+        # A controller sets something for steps that are taken, and learns from them.
+        return self._loss(self.selected(micro_batch.images), micro_batch, context, None).total
 
     def epoch(
         self,
@@ -235,7 +229,7 @@ class Trainer:
             each = []
             for micro_batch, synchronization in self._synchronized_at_last(context.micro_batches):
                 with synchronization:
-                    loss = self._loss(self._network(micro_batch.images), micro_batch, context)
+                    loss = self._loss(self._network(micro_batch.images), micro_batch, context, self.controller)
                     self._backward(loss.total)
                 each.append(loss)
             parts = LossParts(
@@ -255,12 +249,17 @@ class Trainer:
             self.controller.step(self.model)
         return parts
 
-    def _loss(self, said: Mapping[str, Tensor], micro_batch: MicroBatch, context: StepContext) -> LossParts:
+    def _loss(
+        self,
+        said: Mapping[str, Tensor],
+        micro_batch: MicroBatch,
+        context: StepContext,
+        controller: TrainedController | None,
+    ) -> LossParts:
+        """Return the part of a micro-batch in the loss of its batch, with what a controller sets for it."""
         _, labels, mixed, teacher_logits, targets = micro_batch
         if LOGITS in said:
-            control = NO_CONTROL
-            if self.controller is not None:
-                control = self.controller.control(said[LOGITS], micro_batch)
+            control = NO_CONTROL if controller is None else controller.control(said[LOGITS], micro_batch)
             smoothing, chances = self.spec.label_smoothing, said.get(CHANCES)
             of_step = (context.epoch, mixed, self.theta, context.totals, smoothing, control, chances)
             parts = self._distillation_loss(said[LOGITS], teacher_logits, labels, self.loss, *of_step)
@@ -298,7 +297,7 @@ class Trainer:
             value.copy_(buffers[name])
         for values in said.values():
             values.requires_grad_()
-        parts = self._loss(said, MicroBatch.joined(micro_batches), context)
+        parts = self._loss(said, MicroBatch.joined(micro_batches), context, self.controller)
         learned = [] if self.theta is None else [self.theta]
         found = torch.autograd.grad(parts.total, [*said.values(), *learned])
         theta_gradient = found[len(said) :]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.teachers import FunctionTeacher
 from helpers.tiny import tiny_samples
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
@@ -25,6 +28,7 @@ from kdcache.losses.temperature_agent import ITKDOptions, Rollout, TemperatureAg
 from kdcache.models import build_model
 from kdcache.train.batches import LabeledBatches
 from kdcache.train.controller import ComingStep
+from kdcache.train.held_out import held_out_ids
 from kdcache.train.learned import LearnedParts, make_controller
 from kdcache.train.passes import MicroBatch
 from kdcache.train.step import Trainer
@@ -379,3 +383,34 @@ def test_a_run_in_bfloat16_with_micro_batches(tmp_path: Path) -> None:
     first, second = (float(line[header.index("student_temperature")]) for line in lines)
     assert first == pytest.approx(4, abs=1e-5) and 2 < second < 3
     assert (tmp_path / "run/controller.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_samples_that_are_held_out_are_no_steps_of_the_agent(tmp_path: Path) -> None:
+    """Their loss is that of the constant temperature, in plain torch."""
+    x = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "x.npz", x=x.numpy(), y=x[:, :3].argmax(dim=1).numpy())
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef net(num_classes):\n    return nn.Linear(6, num_classes)\n"
+    )
+    given: dict[str, Any] = {
+        "dataset": {"name": "npz", "root": str(tmp_path / "x.npz"), "validation_fraction": 0.0, "test_fraction": 0.0},
+        "student": {
+            "model": f"{tmp_path}/net.py:net",
+            "train": {"epochs": 2, "batch_size": 15, "held_out_fraction": 1 / 3},
+        },
+        "loss": {"name": "kd", "controller": {"kind": "itkd"}},
+    }
+    pipeline = Pipeline.model_validate(given)
+    samples, teacher = load_split(pipeline.dataset, "train"), nn.Linear(6, 3)
+    cache = dump_teacher(teacher, samples, tmp_path / "t.kdcache", top_k="all", dtype="float32")
+    train_student(pipeline, cache, tmp_path / "run")
+    best = json.loads((tmp_path / "run/metrics.json").read_text())["best"]
+    held, weights = held_out_ids(samples, 1 / 3), load_file(tmp_path / "run/model.safetensors")
+    with torch.no_grad():
+        student, said = F.linear(x[held], weights["weight"], weights["bias"]), teacher(x[held])
+    labels = torch.from_numpy(samples.labels[held]).long()
+    ce_weight, kd_weight = (Loss.model_validate({"name": "kd"}).model_dump()[key] for key in ("ce_weight", "kd_weight"))
+    kl = F.kl_div((student / 4).log_softmax(1), (said / 4).log_softmax(1), log_target=True, reduction="batchmean")
+    wanted = ce_weight * F.cross_entropy(student, labels) + kd_weight * 16 * kl
+    assert best["validation_loss"] == pytest.approx(float(wanted), rel=1e-4)
