@@ -94,6 +94,29 @@ class Origin(NamedTuple):
     temperatures: tuple[float, ...] = TOKEN_TEMPERATURES
     arguments: Mapping[str, Any] = {}
 
+    @classmethod
+    def of_files(
+        cls, source: Path, layout: str, sha256: str, name: str | None, precision: str, **arguments: Any
+    ) -> Origin:
+        """Return the origin of log-probabilities at T = 1 in files of another project.
+
+        Args:
+            source: the file, or the folder of them.
+            layout: of the files, as `convert --from` names it.
+            sha256: of the files.
+            name: of the teacher; None for that of the file or folder.
+            precision: of the log-probabilities.
+            arguments: further ones of the lineage.
+        """
+        return cls(
+            teacher=name or source.stem,
+            precision=precision,
+            dataset=source.stem,
+            level_known=False,
+            temperatures=(1.0,),
+            arguments={"from": layout, "file": source.name, "sha256": sha256, **arguments},
+        )
+
 
 def cache_of_sequences(
     source: LogitSource | TopKSource,

@@ -251,19 +251,14 @@ def cache_of_distillkit(
     texts = DistillKitFiles(files, codec, size, k)
     if texts.left_out:
         progress.say(f"left out: texts of one token, which no token follows ({texts.left_out})")
-    origin = Origin(
-        teacher=name or source.stem,
-        precision="by DistillKit's codec, log-probabilities of the top k",
-        dataset=source.stem,
-        level_known=False,
-        temperatures=(1.0,),
-        arguments={
-            "from": "distillkit",
-            "file": source.name,
-            "sha256": digest_of_files(files),
-            "codec": codec.model_dump(mode="json"),
-            "label_log_prob": "an even share of the mass of the tail, where the next token is there",
-        },
+    origin = Origin.of_files(
+        source,
+        "distillkit",
+        digest_of_files(files),
+        name,
+        "by DistillKit's codec, log-probabilities of the top k",
+        codec=codec.model_dump(mode="json"),
+        label_log_prob="an even share of the mass of the tail, where the next token is there",
     )
     spec = replace(spec or TokenCacheSpec(), top_k=k)
     return cache_of_sequences(texts, out, origin, size, {}, spec, progress)

@@ -157,13 +157,7 @@ def cache_of_answers(
     answers = EngineAnswers(
         JsonLines(files) if files[0].suffix == _JSON else ParquetRows(files), vocabulary_size, top_k
     )
-    origin = Origin(
-        teacher=name or source.stem,
-        precision="by vLLM or SGLang, log-probabilities of the top k",
-        dataset=source.stem,
-        level_known=False,
-        temperatures=(1.0,),
-        arguments={"from": "vllm", "file": source.name, "sha256": digest_of_files(files)},
-    )
+    precision = "by vLLM or SGLang, log-probabilities of the top k"
+    origin = Origin.of_files(source, "vllm", digest_of_files(files), name, precision)
     spec = replace(spec or TokenCacheSpec(), top_k=answers.k)
     return cache_of_sequences(answers, out, origin, vocabulary_size, {}, spec, progress or Silent())

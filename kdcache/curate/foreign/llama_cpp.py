@@ -156,14 +156,7 @@ def cache_of_kld(
     """
     source = Path(source)
     file = KldFile(source, bos)
-    arguments = {"from": "llama-cpp", "file": source.name, "sha256": record_of(source).sha256, "bos": bos}
-    origin = Origin(
-        teacher=name or source.stem,
-        precision="by llama.cpp, log-probabilities in steps of 16 nats / 65535",
-        dataset=source.stem,
-        level_known=False,
-        temperatures=(1.0,),
-        arguments=arguments,
-    )
+    precision = "by llama.cpp, log-probabilities in steps of 16 nats / 65535"
+    origin = Origin.of_files(source, "llama-cpp", record_of(source).sha256, name, precision, bos=bos)
     special = {} if bos is None else {"bos": bos}
     return cache_of_sequences(file, out, origin, file.size, special, spec, progress or Silent())
