@@ -198,8 +198,7 @@ def training_work(
     """
     data, progress = train.samples, progress or Silent()
     trainer = Trainer(model, spec, loss, data.per_epoch, device, progress.say, learned, data.group_size)
-    if held is not None:
-        held_out_cuts(trainer, held.view)  # checks them before the first epoch
+    held_cuts = [] if held is None else held_out_cuts(trainer, held.view)
     state = TrainingState()
     if checkpointer and (saved := _load(trainer, checkpointer)) is not None:
         state = _resume(trainer, saved)
@@ -223,7 +222,9 @@ def training_work(
                 score = yield from validation_work(trainer, validation, number, task)
                 epoch = epoch._replace(validation_accuracy=score.accuracy, validation_loss=score.loss)
             elif held is not None:
-                epoch = epoch._replace(validation_loss=(yield from held_out_work(trainer, held, number, task)))
+                epoch = epoch._replace(
+                    validation_loss=(yield from held_out_work(trainer, held, held_cuts, number, task))
+                )
             state.add(epoch, trainer.selected)
             state.seconds += clock() - began
             if on_epoch:

@@ -60,15 +60,16 @@ class HeldOut(NamedTuple):
     teacher: Teacher | None
 
 
-def held_out_work(trainer: Trainer, held: HeldOut, epoch: int, task: Task) -> Work[float]:
+def held_out_work(trainer: Trainer, held: HeldOut, cuts: list[Tensor], epoch: int, task: Task) -> Work[float]:
     """Return the mean loss of the network on samples that are held out, of which each process evaluates its share.
 
-    Batches are as large as those of training, since some losses compare the samples of a batch.
-
-    Raises:
-        UsageError: if they do not divide into the groups of the loss.
+    Args:
+        trainer: of the network.
+        held: the samples.
+        cuts: their batches, from `held_out_cuts`.
+        epoch: counted from 1.
+        task: is advanced by each batch.
     """
-    cuts = held_out_cuts(trainer, held.view)
     own = cuts[trainer.accelerator.process_index :: trainer.ranks]
     _share_statistics(trainer)
     network = trainer.selected
@@ -89,6 +90,8 @@ def held_out_work(trainer: Trainer, held: HeldOut, epoch: int, task: Task) -> Wo
 
 def held_out_cuts(trainer: Trainer, held: View) -> list[Tensor]:
     """Return the ordinals [b] int64 of the batches of samples that are held out.
+
+    They are as large as those of training, since some losses compare the samples of a batch.
 
     Raises:
         UsageError: if they do not divide into the groups of the loss.
