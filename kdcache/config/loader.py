@@ -9,13 +9,28 @@ from pydantic import ValidationError
 
 from kdcache.config.schema import Pipeline
 from kdcache.config.section import places_of_keys
+from kdcache.config.text import TEXT, TextPipeline
 from kdcache.config.yaml_lines import Place, override, read_yaml, refusal
 from kdcache.errors import UsageError
 from kdcache.runtime.paths import expand
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | None = None) -> Pipeline:
-    """Read a pipeline file, apply `KEY=VALUE` overrides, and check all of it.
+    """Read a pipeline file, apply `KEY=VALUE` overrides, and check all of it; see `load_any_pipeline`.
+
+    Raises:
+        UsageError: also for a pipeline of language models.
+    """
+    pipeline = load_any_pipeline(path, overrides, loss)
+    if isinstance(pipeline, TextPipeline):
+        raise UsageError(f"{path} is a pipeline of text, and this is for images", "give a pipeline of images")
+    return pipeline
+
+
+def load_any_pipeline(
+    path: str | Path, overrides: Sequence[str] = (), loss: str | None = None
+) -> Pipeline | TextPipeline:
+    """Read a pipeline file of images or of text, apply `KEY=VALUE` overrides, and check all of it.
 
     Args:
         path: the YAML file.
@@ -41,7 +56,9 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | N
         places["loss",] = places["loss", "name"] = f"--loss {loss}"
     for given in overrides:
         override(data, given, places)
+    dataset = data.get("dataset")
+    kind = TextPipeline if isinstance(dataset, dict) and dataset.get("name") == TEXT else Pipeline
     try:
-        return Pipeline.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise refusal(error, places, str(path), places_of_keys(Pipeline)) from None
+        raise refusal(error, places, str(path), places_of_keys(kind)) from None

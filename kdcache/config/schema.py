@@ -12,16 +12,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kdcache.config.cache import CacheSpec, OutputName
+from kdcache.config.optimizer import Fraction, OptimizerSpec
 from kdcache.config.section import Count, NotNegativeInt, Section, Seed
 from kdcache.config.transform import Transform, step_names
 from kdcache.config.yaml_lines import write_yaml
 from kdcache.errors import UsageError, did_you_mean
 from kdcache.losses.config import Loss
-from kdcache.losses.options import NotNegative, Positive
+from kdcache.losses.options import Positive
 from kdcache.runtime.user_code import is_user_code, trust
 
 Output = NotNegativeInt
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz", "graph")
 
@@ -64,51 +64,21 @@ class DatasetSpec(Section):
             )
 
 
-class TrainSpec(Section):
-    """How a network is trained, teacher or student (`train/loop.py`)."""
+class TrainSpec(OptimizerSpec):
+    """How a network of images is trained, teacher or student (`train/loop.py`)."""
 
-    epochs: Count = 30
-    """Passes over the training images."""
     batch_size: Count = 64
     """Images per step, over all processes."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches that each process splits its part of a step into, if the whole does not fit its memory."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """The optimizer."""
-    lr: Positive = 0.05
-    """Highest learning rate."""
-    momentum: Fraction = 0.9
-    """Momentum of sgd."""
-    nesterov: bool = True
-    """Nesterov momentum, for sgd."""
-    weight_decay: NotNegative = 5e-4
-    """Weight decay of every parameter."""
-    schedule: Literal["constant", "cosine", "multistep", "onecycle"] = "cosine"
-    """Learning rate schedule after the warm-up (`train/optim.py`)."""
-    warmup_epochs: NotNegative = 0.0
-    """Epochs over which the learning rate grows from 0; for onecycle, to its highest (0: three tenths of all)."""
-    milestones: list[Count] = Field(default=[])
-    """Epochs after which a multistep schedule multiplies the learning rate by `gamma`."""
-    gamma: Positive = 0.1
-    """Factor of a multistep schedule."""
-    label_smoothing: Fraction = 0.0
-    """Label smoothing of the cross-entropy."""
-    max_grad_norm: Positive | None = None
-    """Gradient clipping: largest norm of the gradient of all parameters."""
-    ema_decay: Fraction | None = None
-    """Validate and keep an exponential moving average of the weights with this decay per step."""
     early_stopping_patience: Count | None = None
     """Stop after this many epochs without a better validation accuracy, or with `held_out_fraction` without a lower
     loss of the samples that are held out."""
     held_out_fraction: Fraction = 0.0
     """Fraction of the training samples that are held out, for a student without class logits or without a validation
     split: the epoch with the lowest loss on them is selected. Without it, the last epoch is."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of training: float32 or mixed precision. Validation and test are in float32."""
     channels_last: bool = False
     """Channels-last memory format of images and weights, which makes convolutions on a GPU faster."""
-    compile: bool = False
-    """Compile the network and the loss with torch.compile."""
     view_order: Literal["cycle", "random"] = "cycle"
     """Which view of a cache an epoch sees: one after the other, or one drawn with `data_seed`."""
     labels_per_class: NotNegativeInt | None = None
@@ -121,21 +91,9 @@ class TrainSpec(Section):
     num_workers: NotNegativeInt | Literal["auto"] = "auto"
     """Data-loading processes; auto: as many as there are cores, at most 8, and none for images in memory whose batches
     are transformed at once, nor for data sets of your own."""
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]] = (
-        Field(default=[])
-    )
-    """Trackers that get the metrics of each epoch, through accelerate; metrics.csv has them in any case."""
-
-    @property
-    def seed_of_data(self) -> int:
-        """`data_seed`, or else `seed`."""
-        return self.seed if self.data_seed is None else self.data_seed
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        if (self.schedule == "multistep") != bool(self.milestones):
-            yield ("milestones", "schedule"), "belong to schedule: multistep, which needs at least one"
-        if self.warmup_epochs >= self.epochs:
-            yield ("warmup_epochs", "epochs"), f"{self.warmup_epochs} leave nothing of {self.epochs} epochs"
+        yield from super()._combinations()
         if self.gradient_accumulation_steps > self.batch_size:
             message = f"{self.batch_size} images cannot be split into {self.gradient_accumulation_steps} micro-batches"
             yield ("gradient_accumulation_steps", "batch_size"), message
