@@ -231,10 +231,8 @@ class Trainer:
                 with synchronization:
                     loss = self._loss(self._network(micro_batch.images), micro_batch, context, self.controller)
                     self._backward(loss.total)
-                each.append(loss)
-            parts = LossParts(
-                *(torch.stack([value.detach() for value in values]).sum() for values in zip(*each, strict=True))
-            )
+                each.append([value.detach() for value in loss])
+            parts = LossParts(*(torch.stack(values).sum() for values in zip(*each, strict=True)))
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         self.gradients.measure()
