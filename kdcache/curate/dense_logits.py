@@ -33,7 +33,8 @@ from kdcache.config.transform import Transform
 from kdcache.curate.logit_files import LOGITS, RESERVED, LogitFile, content_of, open_logits
 from kdcache.curate.recode import build
 from kdcache.data.replay import fingerprints_of
-from kdcache.data.samples import Samples, check_same_samples
+from kdcache.data.same_samples import check_same_samples
+from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
 from kdcache.dump.noise import refuse_noise
