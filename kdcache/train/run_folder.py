@@ -41,7 +41,8 @@ from kdcache.runtime.launched import is_first
 from kdcache.runtime.paths import check_writable
 from kdcache.runtime.versions import commits, versions
 from kdcache.train.accelerator import start_trackers
-from kdcache.train.loop import Diverged, Epoch
+from kdcache.train.epochs import Diverged
+from kdcache.train.loop import Epoch
 from kdcache.train.plots import draw_curves
 
 CHECKPOINT = "model.safetensors"
