@@ -202,7 +202,8 @@ def batch_statistics(
     head = head.cut(targets.vocabulary_size)
     normalize = NORMALIZATIONS[loss.normalization].compute
     totals: list[Tensor] = []
-    for which in _slices(len(hidden), chunk or chunk_size(len(head.weight))):
+    # Of no positions, which a process may have of a step, there are sums too.
+    for which in [*_slices(len(hidden), chunk or chunk_size(len(head.weight)))] or [slice(0, 0)]:
         found: list[Tensor] = []
         rule = loss.temperature.bind(batch_sum=_recording(found))
         rule(normalize(head.logits(hidden[which])), normalize(teacher_for_temperatures(targets[which], loss)))
