@@ -179,7 +179,8 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 def _sum_of(each: list[LossParts], like: Tensor) -> LossParts:
     """Return the sum of the parts of chunks; zeros of none."""
     if not each:
-        return LossParts(*(like.new_zeros((), dtype=torch.float32) for _ in LossParts._fields))
+        kind = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return LossParts(*(like.new_zeros((), dtype=kind) for _ in LossParts._fields))
     return LossParts(*(torch.stack(values).sum() for values in zip(*each, strict=True)))
 
 
