@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,13 +21,39 @@ from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.token_codec import mass_columns
 from kdcache.cache.format.token_encoding import TokenEncoding
 from kdcache.cache.format.token_rows import SequenceTokens, TokenRows
+from kdcache.cache.format.vector_rows import R
 from kdcache.cache.placement.choose import Placement, place_rows
-from kdcache.cache.placement.prefetch import RowSource
+from kdcache.cache.placement.prefetch import RowSource, gather
 from kdcache.errors import MismatchError, UsageError, indices_below
 from kdcache.losses.token_targets import TokenTargets
 
 _MIXED_ROWS, _BLOCK_ROWS = 2**19, 2**15
 """Rows of a stream whose sequences are shuffled together, and of a block of neighbors: some 50 and 3 MB."""
+
+
+class SequenceText(NamedTuple):
+    """The tokens of sequences, or of prefixes of them, one after the other, and which positions have a row.
+
+    Attributes:
+        tokens: [m] int64, their tokens.
+        token_start: [B + 1] int64, where each begins in `tokens`; the last is m.
+        positions: [n] int64, where in `tokens` each row is: it is of the token after that.
+        row_start: [B + 1] int64, where each sequence begins among the rows; the last is n.
+    """
+
+    tokens: Tensor
+    token_start: Tensor
+    positions: Tensor
+    row_start: Tensor
+
+    @property
+    def next_tokens(self) -> Tensor:
+        """The token that follows each row's position, [n] int64."""
+        return self.tokens[self.positions + 1]
+
+    def to(self, device: torch.device | str) -> SequenceText:
+        """Return the text on another device."""
+        return SequenceText(*(part.to(device) for part in self))
 
 
 class SequenceBatch(NamedTuple):
@@ -55,6 +82,14 @@ class SequenceBatch(NamedTuple):
 def _starts(counts: npt.NDArray[np.integer[Any]]) -> Tensor:
     """Return where each of some neighbors begins, and where the last ends, from their lengths: [N] -> [N + 1] int64."""
     return torch.from_numpy(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+
+
+def _spans(starts: Tensor, which: Sequence[int], sizes: Sequence[int] | None = None) -> Tensor:
+    """Return the indices of all that belongs to some sequences, or of the first so many of each."""
+    begins, ends = starts[which].tolist(), starts[[index + 1 for index in which]].tolist()
+    if sizes is not None:
+        ends = [begin + size for begin, size in zip(begins, sizes, strict=True)]
+    return torch.cat([torch.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,33 +153,58 @@ class CachedSequences:
         Raises:
             UsageError: if an index is out of range, or a prefix has no tokens.
         """
+        text = self.text(sequences, lengths)
+        tokens, token_start, positions, row_start = text.to(self.device)
+        return SequenceBatch(tokens, token_start, positions, self.rows_of(sequences, text), row_start)
+
+    def text(self, sequences: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor | None = None) -> SequenceText:
+        """Return the tokens of sequences, or of prefixes of them, on the CPU.
+
+        Args: as for the call.
+
+        Raises:
+            UsageError: as the call.
+        """
         which = [int(index) for index in sequences]
         self._check(which)
         cut = [None] * len(which) if lengths is None else [int(length) for length in lengths]
         if len(cut) != len(which) or any(length is not None and length < 1 for length in cut):
             raise UsageError(f"{len(cut)} lengths for {len(which)} sequences", "pass a length above 0 for each")
-        begins, ends = self.token_start[which].tolist(), self.token_start[[index + 1 for index in which]].tolist()
-        sizes = [
-            end - begin if length is None else min(length, end - begin)
-            for begin, end, length in zip(begins, ends, cut, strict=True)
-        ]
-        spans = [torch.arange(begin, begin + size) for begin, size in zip(begins, sizes, strict=True)]
-        found = self.token_source.rows(torch.cat(spans), 0)
+        whole = (self.token_start[[index + 1 for index in which]] - self.token_start[which]).tolist()
+        sizes = [size if length is None else min(length, size) for size, length in zip(whole, cut, strict=True)]
+        found = self._read(self.token_source, self.token_start, which, sizes)
         token_start = torch.tensor([0, *np.cumsum(sizes).tolist()])
         taught = found.taught.cpu().bool()
         taught[token_start[1:] - 1] = False
         positions = taught.nonzero().squeeze(1)
-        row_start = torch.searchsorted(positions, token_start)
-        numbers = row_start.diff().tolist()
-        first = self.row_start[which].tolist()
-        rows = torch.cat([torch.arange(begin, begin + size) for begin, size in zip(first, numbers, strict=True)])
-        return SequenceBatch(
-            found.tokens.to(self.device).long(),
-            token_start.to(self.device),
-            positions.to(self.device),
-            self.source.rows(rows, 0).to(self.device),
-            row_start.to(self.device),
+        return SequenceText(
+            found.tokens.cpu().long(), token_start, positions, torch.searchsorted(positions, token_start)
         )
+
+    def rows_of(self, sequences: Sequence[int] | Tensor, text: SequenceText) -> TokenRows:
+        """Return the encoded rows of what `text` returned for the same sequences, [n], on the teacher's device."""
+        which = [int(index) for index in sequences]
+        return self._read(self.source, self.row_start, which, text.row_start.diff().tolist()).to(self.device)
+
+    def prefetch(self, batches: Iterable[Sequence[int]]) -> None:
+        """Announce the batches of sequences that will be asked for, tokens and rows, in this order."""
+        if self.placement != "stream":
+            return
+        announced, again = itertools.tee(batches)
+        self.token_source.prefetch((_spans(self.token_start, which) for which in announced), 0)
+        self.source.prefetch((_spans(self.row_start, which) for which in again), 0)
+
+    def _read(self, source: RowSource[R], starts: Tensor, which: list[int], sizes: list[int]) -> R:
+        """Return the first so many rows of each of some sequences, of a source in which they begin at `starts`."""
+        if self.placement != "stream":
+            return source.rows(_spans(starts, which, sizes), 0)
+        # As they were announced: whole, of which a part may be taken.
+        found, whole = source.rows(_spans(starts, which), 0), starts.diff()[which].tolist()
+        if whole == sizes:
+            return found
+        begins = [0, *np.cumsum(whole).tolist()]
+        kept = [torch.arange(begin, begin + size) for begin, size in zip(begins, sizes, strict=False)]
+        return gather(found, torch.cat(kept))
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Return a random order of all sequences, [N] int64, in which they can be read fast: in blocks for a stream."""

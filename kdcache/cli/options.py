@@ -15,6 +15,7 @@ from kdcache.runtime.paths import expand
 if TYPE_CHECKING:
     from kdcache.cache import Cache
     from kdcache.config.schema import Pipeline
+    from kdcache.config.text import TextPipeline
     from kdcache.data.samples import Samples
     from kdcache.evaluation.exposure import Canaries
     from kdcache.runtime.progress import Progress
@@ -103,7 +104,18 @@ json_option = click.option(
 
 
 def read_pipeline(path: Path, overrides: tuple[str, ...], loss: str | None = None, **shortcuts: object) -> Pipeline:
-    """Load a pipeline file or recipe.
+    """Load a pipeline file or recipe of images; see `read_any_pipeline`.
+
+    Raises:
+        UsageError: also for a pipeline of language models.
+    """
+    return pipeline_of_images(read_any_pipeline(path, overrides, loss, **shortcuts), path)
+
+
+def read_any_pipeline(
+    path: Path, overrides: tuple[str, ...], loss: str | None = None, **shortcuts: object
+) -> Pipeline | TextPipeline:
+    """Load a pipeline file or recipe, of images or of text.
 
     Args:
         path: of the file, or name of a recipe.
@@ -111,10 +123,21 @@ def read_pipeline(path: Path, overrides: tuple[str, ...], loss: str | None = Non
         loss: name from `--loss`; None to keep that of the file.
         shortcuts: options that set one key each, written with `__` for a dot; None if not given.
     """
-    from kdcache.config.loader import load_pipeline
+    from kdcache.config.loader import load_any_pipeline
 
     short = [f"{key.replace('__', '.')}={value}" for key, value in shortcuts.items() if value is not None]
-    return load_pipeline(file_or_recipe(path), [*overrides, *short], loss)
+    return load_any_pipeline(file_or_recipe(path), [*overrides, *short], loss)
+
+
+def pipeline_of_images(pipeline: Pipeline | TextPipeline, path: Path) -> Pipeline:
+    """Return a pipeline that is not of text.
+
+    Raises:
+        UsageError: for one of text.
+    """
+    from kdcache.config.loader import of_images
+
+    return of_images(pipeline, path)
 
 
 def read_canaries(canaries: str | None, references: str | None) -> Canaries | None:
@@ -142,8 +165,12 @@ def read_samples(pipeline: Path | None, overrides: tuple[str, ...] = ()) -> Samp
     return None if pipeline is None else load_split(read_pipeline(pipeline, overrides).dataset, "train")
 
 
-def views_used(pipeline: Pipeline) -> int | None:
+def views_used(pipeline: Pipeline | TextPipeline) -> int | None:
     """Return how many views, from the first, a student will use; None for all."""
+    from kdcache.config.text import TextPipeline
+
+    if isinstance(pipeline, TextPipeline):
+        return 1
     train = pipeline.section("student").train
     return train.epochs if train.view_order == "cycle" else None
 

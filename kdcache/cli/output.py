@@ -21,6 +21,7 @@ from kdcache.runtime.terminal import SECONDS_BETWEEN_LINES, Terminal, messages, 
 
 if TYPE_CHECKING:
     from kdcache.train.run_result import RunResult
+    from kdcache.train.tokens.train import LanguageRunResult
 
 __all__ = [
     "Terminal",
@@ -29,6 +30,7 @@ __all__ = [
     "error_as_json",
     "expect_json",
     "facts",
+    "language_run_result",
     "result",
     "run_result",
     "say",
@@ -146,6 +148,29 @@ def run_result(out: Path, trained: RunResult, json_wanted: bool) -> None:
             "test": f"accuracy {test.accuracy:.2%}, loss {test.loss:.4f}"
             if test
             else "not measured: no test split, or no class logits",
+            "time": f"{trained.seconds:.1f} s",
+        }
+    )
+
+
+def language_run_result(out: Path, trained: LanguageRunResult, json_wanted: bool) -> None:
+    """Print the result of the training run of a language model."""
+    best = trained.best
+    if json_wanted:
+        as_json({"run": str(out), "best": best._asdict(), "seconds": round(trained.seconds, 3)})
+        return
+    selected, held_out = f"epoch {best.epoch}", "not measured: set student.train.held_out_fraction"
+    if best.held_out_loss is not None and best.perplexity is not None:
+        selected += f", held-out loss {best.held_out_loss:.4g}"
+        held_out = f"perplexity {best.perplexity:.4g}"
+        if best.kl is not None and best.agreement is not None:
+            held_out += f", KL to the teacher {best.kl:.4g} nats, top-1 agreement {best.agreement:.2%}"
+    facts(
+        {
+            "run": str(out),
+            "model": str(trained.folder),
+            "selected": selected,
+            "held out": held_out,
             "time": f"{trained.seconds:.1f} s",
         }
     )

@@ -16,6 +16,7 @@ from kdcache.cli.options import (
     json_option,
     open_caches,
     pipeline_argument,
+    read_any_pipeline,
     read_pipeline,
     set_option,
     views_used,
@@ -106,17 +107,29 @@ def train_student(
     """Train the student of a PIPELINE from a cache, and write it to the folder -o; the teacher is not loaded.
 
     If the command is interrupted or killed, the same command resumes after the last complete epoch. With torchrun or
-    `accelerate launch`, each batch is divided among the processes.
+    `accelerate launch`, each batch is divided among the processes. The student of a pipeline of text is a language
+    model, which is trained on the sequences in the cache.
 
     \b
     Example: kdcache train-student digits --cache runs/digits.kdcache --loss dtkd -o runs/digits-student
     """
+    from kdcache.config.text import TextPipeline
     from kdcache.runtime.launched import is_first
     from kdcache.train.inputs import CacheOptions
+    from kdcache.train.tokens.train import train_language_student
     from kdcache.train.train import train_student as train
 
-    resolved = read_pipeline(pipeline, overrides, loss, student__train__seed=seed)
+    resolved = read_any_pipeline(pipeline, overrides, loss, student__train__seed=seed)
     progress = output.Terminal() if is_first() else None
+    options = CacheOptions(placement, other_pixels, align, allow_missing)
+    if isinstance(resolved, TextPipeline):
+        caches = open_caches(cache_names, digest, None, progress)
+        trained = train_language_student(
+            resolved, caches, out, options, device=choose_device(device), progress=progress
+        )
+        if is_first():
+            output.language_run_result(out, trained, as_json)
+        return
     if loss is not None and progress is not None:
         dropped = set(read_pipeline(pipeline, ()).loss.outputs).difference(resolved.loss.outputs)
         for name in sorted(dropped):
@@ -125,7 +138,7 @@ def train_student(
         resolved,
         open_caches(cache_names, digest, views_used(resolved), progress),
         out,
-        CacheOptions(placement, other_pixels, align, allow_missing),
+        options,
         device=choose_device(device),
         progress=progress,
     )

@@ -21,7 +21,15 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | N
     Raises:
         UsageError: also for a pipeline of language models.
     """
-    pipeline = load_any_pipeline(path, overrides, loss)
+    return of_images(load_any_pipeline(path, overrides, loss), path)
+
+
+def of_images(pipeline: Pipeline | TextPipeline, path: str | Path) -> Pipeline:
+    """Return a pipeline that is not of text.
+
+    Raises:
+        UsageError: for one of text.
+    """
     if isinstance(pipeline, TextPipeline):
         raise UsageError(f"{path} is a pipeline of text, and this is for images", "give a pipeline of images")
     return pipeline

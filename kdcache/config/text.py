@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from kdcache.config.optimizer import OptimizerSpec
 from kdcache.config.section import Count, Section
@@ -17,10 +17,15 @@ from kdcache.config.yaml_lines import write_yaml
 from kdcache.errors import UsageError
 from kdcache.losses.config import Loss
 from kdcache.losses.options import NotNegative, Positive
+from kdcache.losses.presets import settings_of_name
+from kdcache.losses.registry import TEMPERATURES
 from kdcache.runtime.user_code import is_user_code
 
 TEXT = "text"
 """Name of the data sets of texts."""
+
+_SHORTEST = 2
+"""Tokens of a sequence with a position to teach, at least."""
 
 
 class TextSpec(Section):
@@ -125,12 +130,43 @@ class TokenTrainSpec(OptimizerSpec):
     """Whether sequences are packed end to end; or else padded to the longest. Networks that do not keep packed
     sequences apart are refused."""
 
+    def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        yield from super()._combinations()
+        if self.early_stopping_patience is not None and not self.held_out_fraction:
+            message = "stopping early needs sequences that are held out: set held_out_fraction, such as 0.05"
+            yield ("early_stopping_patience", "held_out_fraction"), message
+        if self.max_length is not None and self.max_length < _SHORTEST:
+            yield ("max_length",), "a prefix of one token has no token to predict: set 2 or more"
+
 
 class LanguageStudentSpec(LanguageModelSpec):
     """The student and its training."""
 
     train: TokenTrainSpec = TokenTrainSpec()
     """How `train-student` trains it."""
+
+
+def at_temperature_1(given: Any) -> Any:
+    """Return the section of a loss with `tau: 1` where neither it nor the name of the loss sets another.
+
+    Language models are distilled at T = 1. The defaults of the losses are those of image classification.
+    """
+    if not isinstance(given, dict) or not isinstance(given.get("name", "kd"), str):
+        return given
+    try:
+        base = settings_of_name(given.get("name", "kd"))
+    except ValueError:
+        return given
+    own = given.get("temperature", {})
+    if not isinstance(own, dict) or not any(
+        given.get(key, base.get(key, 0)) for key in ("kd_weight", "plain_kd_weight")
+    ):
+        return given
+    temperature = own if "kind" in own else {**base["temperature"], **own}
+    kind = temperature.get("kind")
+    if "tau" in temperature or kind not in TEMPERATURES or "tau" not in TEMPERATURES[kind].model_fields:
+        return given
+    return {**given, "temperature": {**temperature, "tau": 1.0}}
 
 
 class TextPipeline(Section):
@@ -140,9 +176,8 @@ class TextPipeline(Section):
     teacher: LanguageTeacherSpec | None = None
     cache: TokenCacheSection = TokenCacheSection()
     student: LanguageStudentSpec | None = None
-    loss: Loss = Field(
-        default_factory=lambda: Loss.model_validate({"name": "kd", "temperature": {"kind": "constant", "tau": 1.0}})
-    )
+    loss: Annotated[Loss, BeforeValidator(at_temperature_1)] = Field(default={}, validate_default=True)
+    """As for images, with `tau` 1 in place of 4 where none is given."""
 
     def section(self, name: Literal["teacher", "student"]) -> Any:
         """Return the section of a network.

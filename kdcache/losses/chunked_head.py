@@ -179,7 +179,8 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 def _sum_of(each: list[LossParts], like: Tensor) -> LossParts:
     """Return the sum of the parts of chunks; zeros of none."""
     if not each:
-        return LossParts(*(like.new_zeros((), dtype=torch.float32) for _ in LossParts._fields))
+        kind = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return LossParts(*(like.new_zeros((), dtype=kind) for _ in LossParts._fields))
     return LossParts(*(torch.stack(values).sum() for values in zip(*each, strict=True)))
 
 
@@ -202,7 +203,8 @@ def batch_statistics(
     head = head.cut(targets.vocabulary_size)
     normalize = NORMALIZATIONS[loss.normalization].compute
     totals: list[Tensor] = []
-    for which in _slices(len(hidden), chunk or chunk_size(len(head.weight))):
+    # Of no positions, which a process may have of a step, there are sums too.
+    for which in [*_slices(len(hidden), chunk or chunk_size(len(head.weight)))] or [slice(0, 0)]:
         found: list[Tensor] = []
         rule = loss.temperature.bind(batch_sum=_recording(found))
         rule(normalize(head.logits(hidden[which])), normalize(teacher_for_temperatures(targets[which], loss)))

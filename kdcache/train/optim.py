@@ -12,13 +12,13 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from kdcache.config.schema import TrainSpec
+from kdcache.config.optimizer import OptimizerSpec
 
 _ONECYCLE_RISE = 0.3
 _ONECYCLE_START, _ONECYCLE_END = 1 / 25, 1 / (25 * 1e4)
 
 
-def rate(done: int, steps: int, spec: TrainSpec) -> float:
+def rate(done: int, steps: float, spec: OptimizerSpec) -> float:
     """Return the learning rate of the step after `done` steps, as a factor of `spec.lr`, with `steps` steps per epoch.
 
     constant    1
@@ -48,12 +48,12 @@ def _along_cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
-def make_schedule(optimizer: Optimizer, spec: TrainSpec, steps: int) -> LambdaLR:
+def make_schedule(optimizer: Optimizer, spec: OptimizerSpec, steps: float) -> LambdaLR:
     """Return the schedule of an optimizer with `steps` steps per epoch; to be stepped after each of them."""
     return LambdaLR(optimizer, partial(rate, steps=steps, spec=spec))
 
 
-def make_optimizer(model: nn.Module, spec: TrainSpec, learned: Sequence[nn.Parameter] = ()) -> Optimizer:
+def make_optimizer(model: nn.Module, spec: OptimizerSpec, learned: Sequence[nn.Parameter] = ()) -> Optimizer:
     """Return the optimizer of a pipeline, for the model and what is learned beside it."""
     parameters = [*model.parameters(), *learned]
     if spec.optimizer == "adamw":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     validated = any(row["validation_accuracy"] is not None for row in rows)
     losses, *accuracy = figure.subplots(1, 1 + validated, squeeze=False)[0]
-    epochs = [row["epoch"] for row in rows]
-    dots = "o-" if len(rows) < _DOTS_BELOW else "-"
-
-    def line(axes: Axes, key: str, label: str, color: str, factor: float = 1.0) -> None:
-        values = [math.nan if row[key] is None else factor * row[key] for row in rows]
-        if not all(math.isnan(value) for value in values):
-            axes.plot(epochs, values, dots, markersize=3, color=color, label=label)
-
+    line = partial(_line, rows)
     line(losses, "loss", "training: total", "C0")
     line(losses, "cross_entropy", "training: labels", "C1")
     line(losses, "distillation", "training: teacher, before warm-up", "C2")
@@ -47,7 +41,44 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in accuracy:
         line(axes, "validation_accuracy", "validation", "C3", 100)
         axes.set_ylabel("accuracy, %")
-    for axes in (losses, *accuracy):
+    _finish(figure, [losses, *accuracy], path)
+
+
+def draw_token_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG of the lines of metrics.csv of a language model: losses on the left, perplexity on the right.
+
+    Args:
+        rows: `tokens.loop.TokenEpoch` as a dict, one per epoch.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    held_out = any(row["perplexity"] is not None for row in rows)
+    losses, *perplexity = figure.subplots(1, 1 + held_out, squeeze=False)[0]
+    line = partial(_line, rows)
+    line(losses, "loss", "training: total", "C0")
+    line(losses, "cross_entropy", "training: next tokens", "C1")
+    line(losses, "distillation", "training: teacher, before warm-up", "C2")
+    line(losses, "held_out_loss", "held-out sequences: total", "C3")
+    line(losses, "kl", "held-out sequences: KL to the teacher", "C4")
+    losses.set_ylabel("loss, nats")
+    for axes in perplexity:
+        line(axes, "perplexity", "held-out sequences", "C3")
+        axes.set_ylabel("perplexity")
+    _finish(figure, [losses, *perplexity], path)
+
+
+def _line(rows: Sequence[Mapping[str, Any]], axes: Axes, key: str, label: str, color: str, factor: float = 1.0) -> None:
+    """Draw a column of metrics.csv over the epochs, unless it is empty."""
+    dots = "o-" if len(rows) < _DOTS_BELOW else "-"
+    values = [math.nan if row[key] is None else factor * row[key] for row in rows]
+    if not all(math.isnan(value) for value in values):
+        axes.plot([row["epoch"] for row in rows], values, dots, markersize=3, color=color, label=label)
+
+
+def _finish(figure: Figure, drawn: Sequence[Axes], path: Path) -> None:
+    """Add legends and the label of the epochs, and write the picture."""
+    for axes in drawn:
         axes.set_xlabel("epoch")
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,6 @@
 """The folder of a training run: what was configured, and the results.
 
-model.safetensors   the selected weights
+model.safetensors   the selected weights; of a language model a folder `model/` of transformers
 resolved.yaml       the pipeline with all defaults
 metrics.csv         one line per epoch
 metrics.json        the selected epoch, the test score, class names, cost
@@ -20,29 +20,26 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.tracking import get_available_trackers
-from torch import nn
 
 from kdcache.cache.preconditions import check_outside, differences, not_ours
 from kdcache.config.schema import Pipeline
+from kdcache.config.text import TextPipeline
 from kdcache.config.yaml_lines import read_yaml
 from kdcache.errors import CorruptError, InterruptedRun, MismatchError, UsageError
-from kdcache.models import save_weights
-from kdcache.models.graph_teacher import GraphTeacher
 from kdcache.runtime.atomic_write import move_into_place, temporary, write_file
 from kdcache.runtime.folder_lock import locked
 from kdcache.runtime.launched import is_first
 from kdcache.runtime.paths import check_writable
 from kdcache.runtime.versions import commits, versions
 from kdcache.train.accelerator import start_trackers
-from kdcache.train.loop import Diverged, Epoch
-from kdcache.train.plots import draw_curves
+from kdcache.train.epochs import Diverged
 
 CHECKPOINT = "model.safetensors"
 _PIPELINE, _METRICS = "resolved.yaml", "metrics.json"
@@ -63,11 +60,11 @@ class Run:
 
     def __init__(self, folder: Path, trackers: Sequence[str] = (), state: dict[str, Any] | None = None) -> None:
         self.folder, self._names, self._state = folder, [*trackers], state
-        self._rows: list[Epoch] = []
+        self._rows: list[dict[str, Any]] = []
         self._trackers: list[Any] | None = None
 
-    def epoch(self, row: Epoch) -> None:
-        """Append a line to metrics.csv, and log it to the trackers."""
+    def epoch(self, row: Any) -> None:
+        """Append a line to metrics.csv, a NamedTuple, and log it to the trackers."""
         if not is_first():
             return
         with (self.folder / "metrics.csv").open("a" if self._rows else "w", newline="", encoding="utf-8") as opened:
@@ -75,7 +72,7 @@ class Run:
             if not self._rows:
                 writer.writeheader()
             writer.writerow(row._asdict())
-        self._rows.append(row)
+        self._rows.append(row._asdict())
         if self._names and self._trackers is None:
             # After a resume, all lines are logged again.
             shutil.rmtree(self.folder / "logs", ignore_errors=True)
@@ -94,14 +91,25 @@ class Run:
         torch.save(state, serialized)
         write_file(self.folder / _STATE, serialized.getbuffer())
 
-    def finish(self, model: nn.Module, metrics: Mapping[str, Any]) -> None:
-        """Write the selected weights, the metrics and the plot."""
+    def finish(
+        self,
+        save: Callable[[Path], None],
+        draw: Callable[[Sequence[Mapping[str, Any]], Path], None],
+        metrics: Mapping[str, Any],
+    ) -> None:
+        """Write the selected weights, the metrics and the plot.
+
+        Args:
+            save: writes the weights into the folder.
+            draw: writes a PNG of the lines of metrics.csv.
+            metrics: of the run.
+        """
         if not is_first():
             return
         for tracker in self._trackers or ():
             tracker.finish()
-        save_weights(model.network if isinstance(model, GraphTeacher) else model, self.folder / CHECKPOINT)
-        draw_curves([row._asdict() for row in self._rows], self.folder / "curves.png")
+        save(self.folder)
+        draw(self._rows, self.folder / "curves.png")
         write_json(self.folder / _METRICS, metrics)
 
 
@@ -117,13 +125,17 @@ def check_free(out: Path) -> None:
     check_writable(out)
 
 
-def check_run(out: Path) -> None:
+def check_run(out: Path, weights: str = CHECKPOINT) -> None:
     """Check that a run can be written to `out`, or is complete there.
+
+    Args:
+        out: its folder.
+        weights: path of its weights in there.
 
     Raises:
         UsageError: if it is something else, or inside a cache.
     """
-    if missing := [name for name in (CHECKPOINT, _PIPELINE, _METRICS) if not (out / name).is_file()]:
+    if missing := [name for name in (weights, _PIPELINE, _METRICS) if not (out / name).is_file()]:
         if out.exists():
             raise UsageError(
                 f"{out} exists and is not a complete run: it has no {' and no '.join(missing)}",
@@ -133,7 +145,7 @@ def check_run(out: Path) -> None:
         check_writable(out)
 
 
-def complete_run(out: Path, pipeline: Pipeline, made_from: Mapping[str, Any]) -> dict[str, Any]:
+def complete_run(out: Path, pipeline: Pipeline | TextPipeline, made_from: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics of a complete run, after checking that it has these settings.
 
     Args:
@@ -156,7 +168,7 @@ def complete_run(out: Path, pipeline: Pipeline, made_from: Mapping[str, Any]) ->
     return metrics
 
 
-def _as_dict(pipeline: Pipeline) -> Any:
+def _as_dict(pipeline: Pipeline | TextPipeline) -> Any:
     return read_yaml(pipeline.to_yaml(), "")[0]
 
 
@@ -181,7 +193,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def run_folder(
-    out: Path, pipeline: Pipeline, begun_with: Mapping[str, Any], trackers: Sequence[str] = ()
+    out: Path, pipeline: Pipeline | TextPipeline, begun_with: Mapping[str, Any], trackers: Sequence[str] = ()
 ) -> Iterator[Run]:
     """Create the folder of a run, or reopen that of an interrupted one, and rename it to `out` when it is complete.
 
@@ -237,7 +249,7 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _begin(folder: Path, pipeline: Pipeline, begun_with: Mapping[str, Any]) -> dict[str, Any] | None:
+def _begin(folder: Path, pipeline: Pipeline | TextPipeline, begun_with: Mapping[str, Any]) -> dict[str, Any] | None:
     """Create the folder of a new run, or return the state of the interrupted run in it.
 
     Raises:

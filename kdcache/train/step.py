@@ -7,15 +7,13 @@ gradients, add up to those of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
@@ -27,9 +25,8 @@ from kdcache.train.accelerator import join_processes
 from kdcache.train.batches import check_groups, cut_batches, epoch_order
 from kdcache.train.controller import ComingStep
 from kdcache.train.edges import BatchEdges
-from kdcache.train.gradients import GradientMonitor
 from kdcache.train.learned import CHANCES, NO_PARTS, LearnedParts, TrainedController, WholeNetwork
-from kdcache.train.optim import average_update, make_optimizer, make_schedule
+from kdcache.train.network_trainer import NetworkTrainer, sum_of_parts
 from kdcache.train.passes import TRAINING, Loaders, MicroBatch, MicroBatches, Pass, Work, run_alone
 from kdcache.train.student_outputs import LOGITS
 
@@ -49,7 +46,7 @@ class StepContext:
     epoch: int
 
 
-class Trainer:
+class Trainer(NetworkTrainer):
     """A network with its optimizer, schedule, average of the weights, and the learned parameter of the loss.
 
     Args:
@@ -83,51 +80,34 @@ class Trainer:
         learned: LearnedParts = NO_PARTS,
         group_size: int = 1,
     ) -> None:
-        self.model, self.spec, self.loss = model, spec, loss
+        self.spec, self.loss = spec, loss
         self.learned = learned
         outputs, gate, self.controller = learned
-        self.accelerator = join_processes(device, spec.precision, uses_all=loss.uses_logits)
-        self.device, self.ranks = self.accelerator.device, self.accelerator.num_processes
-        cuts = cut_batches(torch.arange(count).reshape(-1, group_size), spec, self.ranks)
-        check_groups(cuts, self.ranks, loss)
+        accelerator = join_processes(device, spec.precision, uses_all=loss.uses_logits)
+        cuts = cut_batches(torch.arange(count).reshape(-1, group_size), spec, accelerator.num_processes)
+        check_groups(cuts, accelerator.num_processes, loss)
         self.steps = len(cuts)
         self._memory_format = torch.channels_last if spec.channels_last else torch.preserve_format
-        model.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]  # torch lists it for tensors
-        self.theta = learned_temperature(loss, self.device)
+        model.to(accelerator.device, memory_format=self._memory_format)  # type: ignore[call-overload]  # torch lists it for tensors
+        self.theta = learned_temperature(loss, accelerator.device)
         if outputs is not None:
-            outputs.to(self.device)
-        self._learned = [
+            outputs.to(accelerator.device)
+        beside = [
             *([] if self.theta is None else [("the temperature", self.theta)]),
             *([] if outputs is None else outputs.named_parameters()),
             *([] if gate is None else gate.named_parameters("gate")),
         ]
-        self._whole = WholeNetwork(model, self.theta, outputs, gate)
-        optimizer = make_optimizer(model, spec, [parameter for _, parameter in self._learned])
-        self.schedule = make_schedule(optimizer, spec, self.steps)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self._loaders: Loaders = {}
-        self._edges = BatchEdges(self.device)
-        self.average: AveragedModel | None = None
-        if spec.ema_decay is not None:
-            self.average = AveragedModel(self._whole, multi_avg_fn=average_update(spec.ema_decay), use_buffers=True)
-        alone = self.ranks == 1  # sums over processes are not compiled
+        self._edges = BatchEdges(accelerator.device)
+        alone = accelerator.num_processes == 1  # sums over processes are not compiled
         self._distillation_loss = torch.compile(distillation_loss) if spec.compile and alone else distillation_loss
-        if spec.compile:
-            model.compile()
-        self.gradients = GradientMonitor(
-            [*model.named_parameters(), *self._learned],
-            spec.max_grad_norm,
-            report if self.accelerator.is_main_process else None,
-        )
-        self._network = self.accelerator.prepare_model(self._whole)
-        if self.accelerator.process_index:
-            # Each process draws other numbers in the network; the first draws those of a single process.
-            torch.manual_seed(spec.seed + 1_000_003 * self.accelerator.process_index)
+        whole = WholeNetwork(model, self.theta, outputs, gate)
+        super().__init__(whole, model, spec, accelerator, self.steps, beside, report=report)
 
     @property
     def selected(self) -> WholeNetwork:
         """The network that is validated and saved, and what is learned beside it: the average if there is one."""
-        return self._whole if self.average is None else self.average.module  # type: ignore[return-value]  # a copy of it
+        return super().selected  # type: ignore[no-any-return]  # the network that it was given, or a copy of it
 
     @torch.no_grad()
     def held_out_loss(self, ids: Tensor, held: View, micro_batch: MicroBatch, epoch: int) -> Tensor:
@@ -200,7 +180,7 @@ class Trainer:
             if on_step and len(parts) < len(cuts):
                 on_step()
         self.gradients.check()
-        return self._reduced(parts)
+        return self.reduced(parts)
 
     def _step_of(self, micro_batches: MicroBatches, ids: Tensor, train: View, epoch: int) -> LossParts:
         return self._step(StepContext(micro_batches, self._totals(ids, train, micro_batches), epoch))
@@ -227,22 +207,14 @@ class Trainer:
             parts = self._backward_in_two_passes(context)
         else:
             each = []
-            for micro_batch, synchronization in self._synchronized_at_last(context.micro_batches):
+            for micro_batch, synchronization in self.synchronized_at_last(context.micro_batches):
                 with synchronization:
                     loss = self._loss(self._network(micro_batch.images), micro_batch, context, self.controller)
-                    self._backward(loss.total)
-                each.append([value.detach() for value in loss])
-            parts = LossParts(*(torch.stack(values).sum() for values in zip(*each, strict=True)))
-        if self.accelerator.scaler is not None:
-            self.accelerator.unscale_gradients()
-        self.gradients.measure()
-        self.optimizer.step()
-        # Of fp16, a step whose scaled gradient is not finite is skipped as a matter of course.
-        if not self.accelerator.optimizer_step_was_skipped:
-            self.schedule.step()
-            self.gradients.add(parts.total, context.epoch)
-        if self.average is not None:
-            self.average.update_parameters(self._whole)
+                    self.backward(loss.total)
+                # Without its graph, which would keep the logits of every micro-batch.
+                each.append(LossParts(*(value.detach() for value in loss)))
+            parts = sum_of_parts(each)
+        self.update(parts.total, context.epoch)
         if self.controller is not None:
             self.controller.step(self.model)
         return parts
@@ -268,16 +240,6 @@ class Trainer:
         of_outputs = self.learned.outputs.loss(said, targets, context.totals)
         return parts._replace(total=parts.total + of_outputs, distillation=parts.distillation + of_outputs.detach())
 
-    def _synchronized_at_last(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[MicroBatch, Any]]:
-        """Yield each micro-batch with a context: in the last one, gradients are summed over the processes."""
-        for number, micro_batch in enumerate(micro_batches, 1):
-            last = number == len(micro_batches)
-            yield micro_batch, nullcontext() if last else self.accelerator.no_sync(self._network)
-
-    def _backward(self, total: Tensor) -> None:
-        # Gradients are averaged over the processes, and the losses of the processes add up to the batch's.
-        self.accelerator.backward(total * self.ranks if self.ranks > 1 else total)
-
     def _backward_in_two_passes(self, context: StepContext) -> LossParts:
         """Backpropagate a loss that needs the logits of the whole batch at once, in the memory of one micro-batch.
 
@@ -301,46 +263,27 @@ class Trainer:
         theta_gradient = found[len(said) :]
         sizes = [len(micro_batch.labels) for micro_batch in micro_batches]
         gradients = zip(*(torch.split(gradient, sizes) for gradient in found[: len(said)]), strict=True)
-        for micro_batch, synchronization in self._synchronized_at_last(micro_batches):
+        for micro_batch, synchronization in self.synchronized_at_last(micro_batches):
             with synchronization:
                 again = self._network(micro_batch.images).values()
                 product = sum((part * of.to(part.dtype)).sum() for part, of in zip(again, next(gradients), strict=True))
                 if micro_batch is micro_batches[-1] and self.theta is not None:
                     product = product + (self.theta * theta_gradient[0]).sum()
-                self._backward(product)
+                self.backward(product)
         return LossParts(*(value.detach() for value in parts))
-
-    def _reduced(self, parts: Sequence[LossParts]) -> list[LossParts]:
-        """Sum the losses of each step over the processes."""
-        values = torch.stack([torch.stack(list(step)) for step in parts])
-        if self.ranks > 1:
-            values = self.accelerator.reduce(values, "sum")
-        return [LossParts(*step) for step in values]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on, as tensors and plain values."""
         return {
-            "model": self.model.state_dict(),
+            **super().state_dict(),
             **{name: part.state_dict() for name, part in self.learned.by_name.items()},
             "theta": None if self.theta is None else self.theta.detach(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "gradients": self.gradients.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.model.load_state_dict(state["model"])
+        super().load_state_dict(state)
         for name, part in self.learned.by_name.items():
             part.load_state_dict(state[name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         if self.theta is not None:
             self.theta.data.copy_(state["theta"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.gradients.load_state_dict(state["gradients"])

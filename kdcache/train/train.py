@@ -19,8 +19,9 @@ from kdcache.data.seeding import seeded
 from kdcache.data.views import View
 from kdcache.errors import InterruptedRun, UsageError
 from kdcache.losses import Loss
-from kdcache.models import build_for
+from kdcache.models import build_for, save_weights
 from kdcache.models.checks import try_network, try_training
+from kdcache.models.graph_teacher import GraphTeacher
 from kdcache.runtime.devices import check_device
 from kdcache.runtime.launched import is_first, n_processes
 from kdcache.runtime.paths import expand
@@ -33,6 +34,7 @@ from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_cache
 from kdcache.train.learned import LearnedParts, make_controller, make_gate
 from kdcache.train.loop import training_work
 from kdcache.train.passes import Clock, Work, run_alone, run_together
+from kdcache.train.plots import draw_curves
 from kdcache.train.prepare import check_loss, divided_inputs, held_out_view, smallest_micro_batch, training_view
 from kdcache.train.run_folder import CHECKPOINT, check_run, check_trackers, complete_run, run_folder
 from kdcache.train.run_result import RunResult, result_of
@@ -303,7 +305,8 @@ def _train(
         if test is not None and is_first():
             score = yield from testing_work(model, test, spec.train, len(trained.epochs), device, progress)
         run.finish(
-            model,
+            lambda folder: _save(model, folder),
+            draw_curves,
             {
                 **made_from,
                 "loss": loss.title,
@@ -322,6 +325,11 @@ def _train(
             },
         )
     return RunResult(model, trained.best, score, trained.seconds, out / CHECKPOINT)
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    """Write the weights of a network into the folder of its run."""
+    save_weights(model.network if isinstance(model, GraphTeacher) else model, folder / CHECKPOINT)
 
 
 def _outputs_of_student(

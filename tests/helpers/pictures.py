@@ -18,11 +18,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from kdcache.cache.inspect import card
 from kdcache.runtime.atomic_write import open_atomic
-from kdcache.train import run_folder, sweep_results
+from kdcache.train import sweep_results, train
 
 DRAWN: list[tuple[ModuleType, str, Callable[..., None]]] = [
     (module, name, getattr(module, name))
-    for module, name in ((card, "draw_census"), (run_folder, "draw_curves"), (sweep_results, "draw_accuracies"))
+    for module, name in ((card, "draw_census"), (train, "draw_curves"), (sweep_results, "draw_accuracies"))
 ]
 """Where the package draws pictures beside its results: module, name of the function there, and the function."""
 

@@ -19,8 +19,9 @@ from kdcache.losses import Loss
 from kdcache.losses.presets import PARTS
 from kdcache.models.small import SmallMLP
 from kdcache.runtime.progress import Silent
+from kdcache.train.epochs import Diverged
 from kdcache.train.gradients import GradientMonitor
-from kdcache.train.loop import Diverged, fit
+from kdcache.train.loop import fit
 
 
 class Messages(Silent):

@@ -1,0 +1,138 @@
+"""Build the language model of a pipeline of text, and write it as a folder that transformers loads.
+
+hf:FOLDER                 with the weights in the folder
+transformers:TYPE         new; `args:` are keys of its configuration
+path/file.py:function     function(vocab_size=V, **args) -> a causal language model of transformers, also in a wrapper
+                          of peft; `vocab_size` is passed only if the function takes it
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdcache.config.text import LanguageModelSpec
+from kdcache.errors import UsageError
+from kdcache.models.causal_lm import CausalLM, split_causal_lm
+from kdcache.models.from_hf import quiet
+from kdcache.models.from_transformers_lm import load_causal_lm, new_causal_lm
+from kdcache.runtime import user_code
+from kdcache.runtime.paths import expand
+from kdcache.runtime.progress import Progress
+
+_SIGNATURE = "function(vocab_size=V, **args) -> a causal language model of transformers"
+
+_SIZE = "vocab_size"
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Files of a folder of transformers that are of its tokenizer."""
+
+ADAPTER = "adapter"
+"""Folder of the weights that peft trained, beside that of the whole network."""
+
+
+def build_language_model(spec: LanguageModelSpec, vocabulary_size: int, progress: Progress | None = None) -> CausalLM:
+    """Return a language model on the CPU, with the random weights that the present seed gives if it is a new one.
+
+    Args:
+        spec: the section of a pipeline.
+        vocabulary_size: V, the number of tokens of a new network; `args: {vocab_size: ...}` replaces it.
+        progress: progress reporter; silent if None.
+
+    Raises:
+        KdcacheError: without transformers, for a folder, type, option or function that is not a language model with a
+            linear head.
+    """
+    kind, _, name = spec.model.partition(":")
+    if user_code.is_user_code(spec.model):
+        return _of_user(spec, vocabulary_size)
+    if kind == "hf":
+        return load_causal_lm(name, torch.float32, progress=progress)
+    return new_causal_lm(name, {_SIZE: vocabulary_size, **spec.args})
+
+
+def _of_user(spec: LanguageModelSpec, vocabulary_size: int) -> CausalLM:
+    """Return the network of a function of the user.
+
+    Raises:
+        UsageError: if it cannot be called, or does not return a network.
+    """
+    code = user_code.load(spec.model, "model", _SIGNATURE)
+    try:
+        parameters = inspect.signature(code.target).parameters.values()
+    except (TypeError, ValueError):
+        parameters = {}.values()
+    takes_it = any(one.kind is one.VAR_KEYWORD or one.name == _SIZE for one in parameters)
+    given = {_SIZE: vocabulary_size} if takes_it else {}
+    with quiet():
+        network = code(**{**given, **spec.args})
+    if not isinstance(network, nn.Module):
+        raise code.mistake(f"returned a {type(network).__name__}, not a network")
+    return split_causal_lm(network)
+
+
+def tokenizer_folder(spec: LanguageModelSpec) -> Path | None:
+    """Return the folder that has the tokenizer of a model beside its weights; None if it has none."""
+    kind, _, name = spec.model.partition(":")
+    folder = expand(name) if kind == "hf" else None
+    return folder if folder is not None and any((folder / file).is_file() for file in _TOKENIZER) else None
+
+
+def context_length(network: nn.Module) -> int | None:
+    """Return the number of tokens that a network takes at most; None if its configuration does not bound it."""
+    config: Any = getattr(network, "config", None)
+    text = getattr(config, "text_config", None) or config
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def save_language_model(network: nn.Module, folder: Path, tokenizer: Path | None) -> None:
+    """Write a network as a folder that transformers loads, with configuration and weights.
+
+    Of a network in a wrapper of peft, the folder has all weights with those of the adapter merged into them, and the
+    folder `adapter` beside it the adapter alone.
+
+    Args:
+        network: of transformers.
+        folder: is created.
+        tokenizer: folder whose tokenizer is copied; None without one.
+    """
+    whole: Any = network
+    with quiet():
+        if hasattr(network, "merge_and_unload"):
+            whole.save_pretrained(folder.with_name(ADAPTER))
+            whole = copy.deepcopy(whole).merge_and_unload()
+        whole.save_pretrained(folder)
+    if tokenizer is not None:
+        for name in _TOKENIZER:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, folder / name)
+
+
+def check_vocabulary_size(model: CausalLM, vocabulary_size: int, name: str) -> None:
+    """Check that a network has as many tokens as its teacher; more are allowed, and get probability 0.
+
+    Raises:
+        UsageError: if it has fewer.
+    """
+    own = len(model.output.weight)
+    if own < vocabulary_size:
+        raise UsageError(
+            f"{name} has {own:,} tokens, and the vocabulary of the cache has {vocabulary_size:,}",
+            "use a student with the tokenizer of the teacher; for a new network leave vocab_size out of `args:`",
+        )
