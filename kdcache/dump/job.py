@@ -33,7 +33,7 @@ from kdcache.dump.estimate import check_room
 from kdcache.dump.extend import check_extends
 from kdcache.dump.noise import plan_noise
 from kdcache.dump.outputs import PlannedOutputs, check_same_outputs
-from kdcache.dump.plan import Chosen, Pilot, choose, plan_cache, request_of, run_pilot, views_of
+from kdcache.dump.plan import Chosen, Pilot, choose, pilot_rows, plan_cache, request_of, run_pilot, views_of
 from kdcache.dump.probes import Probes, check_first_batch, check_probes, probe_ids, read_probes, run_probes
 from kdcache.dump.teacher_pass import Shard
 from kdcache.errors import CorruptError, UsageError, counted
@@ -255,7 +255,7 @@ def _fixed_images(job: DumpJob) -> frozenset[int] | None:
     needs_pilot = (
         bool(job.spec.outputs) or encoding_without_pilot(job.samples.num_classes, request_of(job.spec)) is None
     )
-    return frozenset(pilot_ids(len(job.samples), job.spec.pilot_rows) if needs_pilot else ())
+    return frozenset(pilot_ids(len(job.samples), pilot_rows(job.spec)) if needs_pilot else ())
 
 
 def pending_shards(writer: CacheWriter) -> list[Shard]:
