@@ -19,9 +19,6 @@ from kdcache.losses.config import Loss
 from kdcache.losses.options import NotNegative, Positive
 from kdcache.runtime.user_code import is_user_code
 
-TEXT = "text"
-"""Name of the data sets of texts."""
-
 
 class TextSpec(Section):
     """Texts, and how they become sequences of tokens (`data/text.py`)."""
@@ -42,6 +39,9 @@ class TextSpec(Section):
     taught: Literal["auto", "all", "completion"] = "auto"
     """Positions with a row of the teacher: all, or those whose next token the completion or an assistant says; `auto`:
     `completion` for conversations and for prompts with completions, all for texts."""
+    append_eos: bool | None = None
+    """Whether the token that ends a text (eos) is appended where the tokenizer itself does not; None: to completions
+    only."""
 
 
 class LanguageModelSpec(Section):

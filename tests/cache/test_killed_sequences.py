@@ -13,7 +13,7 @@ from helpers.sequences import some_text, write
 
 from kdcache.cache.inspect.audit import audit
 from kdcache.curate.token_cache import write_token_cache
-from kdcache.curate.token_spec import TokenCacheSpec
+from kdcache.cache.token_spec import TokenCacheSpec
 
 
 def write_until(out: Path, sequence: int) -> None:

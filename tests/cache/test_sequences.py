@@ -29,7 +29,7 @@ from kdcache.cache.push_pull import pull, push
 from kdcache.cache.sequence_plan import CountedSequences, sequences_per_shard, sequences_record
 from kdcache.cache.sequences import CachedSequences
 from kdcache.curate.token_cache import write_token_cache
-from kdcache.curate.token_spec import TokenCacheSpec
+from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.errors import CorruptError, MismatchError, UsageError
 
 TAILS = ("ghost", "lowrank")

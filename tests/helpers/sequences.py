@@ -16,7 +16,7 @@ from kdcache.cache.format.token_codec import mass_columns
 from kdcache.cache.format.token_encoding import TokenEncoding
 from kdcache.cache.format.token_rows import TokenRows
 from kdcache.curate.token_cache import write_token_cache
-from kdcache.curate.token_spec import TokenCacheSpec
+from kdcache.cache.token_spec import TokenCacheSpec
 
 Array = npt.NDArray[Any]
 
