@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from kdcache.runtime.paths import expand
 if TYPE_CHECKING:
     from kdcache.cache import Cache
     from kdcache.config.schema import Pipeline
+    from kdcache.config.text import TextPipeline
     from kdcache.data.samples import Samples
     from kdcache.evaluation.exposure import Canaries
     from kdcache.runtime.progress import Progress
@@ -113,8 +114,19 @@ def read_pipeline(path: Path, overrides: tuple[str, ...], loss: str | None = Non
     """
     from kdcache.config.loader import load_pipeline
 
-    short = [f"{key.replace('__', '.')}={value}" for key, value in shortcuts.items() if value is not None]
-    return load_pipeline(file_or_recipe(path), [*overrides, *short], loss)
+    return load_pipeline(file_or_recipe(path), [*overrides, *_settings(shortcuts)], loss)
+
+
+def read_any_pipeline(path: Path, overrides: tuple[str, ...], **shortcuts: object) -> Pipeline | TextPipeline:
+    """Load a pipeline file or recipe, of images or of text; the arguments are those of `read_pipeline`."""
+    from kdcache.config.loader import load_any_pipeline
+
+    return load_any_pipeline(file_or_recipe(path), [*overrides, *_settings(shortcuts)])
+
+
+def _settings(shortcuts: Mapping[str, object]) -> list[str]:
+    """Return options that set one key each as `KEY=VALUE`."""
+    return [f"{key.replace('__', '.')}={value}" for key, value in shortcuts.items() if value is not None]
 
 
 def read_canaries(canaries: str | None, references: str | None) -> Canaries | None:
