@@ -180,6 +180,7 @@ def plan_of_sequences(
     vocabulary: VocabularyRecord,
     batch_tokens: int = 1,
     lineage: Lineage | None = None,
+    shard_sequences: int | None = None,
 ) -> Plan:
     """Return the plan of a cache of sequences.
 
@@ -192,8 +193,9 @@ def plan_of_sequences(
         vocabulary: of the tokens.
         batch_tokens: tokens per batch of a teacher that kdcache runs.
         lineage: of a cache that is made of other files.
+        shard_sequences: sequences per shard; None: those of `spec`, or chosen by bytes.
     """
-    per_shard = spec.shard_sequences or sequences_per_shard(counted, raw_bytes(encoding))
+    per_shard = shard_sequences or spec.shard_sequences or sequences_per_shard(counted, raw_bytes(encoding))
     name, split = data
     request = TokenRequest(
         top_k=encoding.top_k,

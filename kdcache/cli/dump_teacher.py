@@ -33,7 +33,8 @@ from kdcache.cli.options import (
 )
 @click.option(
     "--tail",
-    help="Encoding of the others: lowrank or uniform, for texts lowrank, ghost or draws.  [same as --set cache.tail=...]",
+    help="Encoding of the others: lowrank or uniform; of tokens lowrank, ghost or draws.  "
+    "[same as --set cache.tail=...]",
 )
 @click.option("--precision", help="Of the teacher: fp32, bf16 or fp16.  [same as --set cache.precision=...]")
 @click.option(

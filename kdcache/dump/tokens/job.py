@@ -20,7 +20,14 @@ from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.token_encoding import TOKEN_TEMPERATURES, TokenEncoding
 from kdcache.cache.preconditions import check_place, check_same_plan, check_sealed_plan, remove_leftovers
 from kdcache.cache.reader import Cache, open_cache
-from kdcache.cache.sequence_plan import OUTPUT, CountedSequences, Sequences, count_sequences, plan_of_sequences
+from kdcache.cache.sequence_plan import (
+    OUTPUT,
+    CountedSequences,
+    Sequences,
+    count_sequences,
+    plan_of_sequences,
+    sequences_per_shard,
+)
 from kdcache.cache.token_spec import TokenCacheSpec, encoding_of
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.text import TokenCacheSection
@@ -37,6 +44,12 @@ from kdcache.models.teacher import TeacherIdentity
 from kdcache.runtime.progress import Progress
 
 _SHORTER = "set dataset.max_length to that, or cut the sequences"
+
+_CPU_OPERATIONS, _GPU_OPERATIONS = 1e13, 1e16
+"""Operations per shard at most, about: some minutes of a processor's core, or of a slow GPU."""
+
+_OPERATIONS_PER_COORDINATE = 400
+"""Operations of encoding a row, per token of the vocabulary and coordinate of the tail: their fit reads it 20 times."""
 
 _TOKEN_BYTES = 3
 """Bytes per token of a sequence before compression, about: its id, and whether it is taught."""
@@ -117,7 +130,26 @@ class LanguageModelJob:
             self.data,
             record_of_vocabulary(self.vocabulary),
             self.section.batch_tokens,
+            shard_sequences=self._shard_sequences(counted),
         )
+
+    def _shard_sequences(self, counted: CountedSequences) -> int:
+        """Return the number of sequences per shard: that of the cache that exists, or one by bytes and by time.
+
+        A killed run loses the shards in flight at most, so none should take longer than some minutes.
+        """
+        if self.section.shard_sequences is not None:
+            return self.section.shard_sequences
+        for name, read in ((PLAN, read_plan), (MANIFEST, lambda path: read_manifest(path).plan)):
+            if (self.out / name).is_file():
+                return read(self.out / name).shape.shard_rows
+        encoding = self.encoding
+        parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
+        per_row = _OPERATIONS_PER_COORDINATE * self.vocabulary_size * max(encoding.rank, 4)
+        operations = 2 * parameters * float(counted.tokens.sum()) + per_row * float(counted.rows.sum())
+        most = _CPU_OPERATIONS if torch.device(self.device).type == "cpu" else _GPU_OPERATIONS
+        by_time = int(most / operations * len(counted.keys))
+        return max(min(sequences_per_shard(counted, raw_bytes(encoding)), by_time), 1)
 
 
 def record_of_vocabulary(vocabulary: Vocabulary | int) -> VocabularyRecord:

@@ -67,7 +67,7 @@ class Encoder:
         next_tokens = torch.cat([next_tokens_of(sequence) for sequence in sequences]).to(hidden.device)
         try:
             if self._encoding.tail != "draws":
-                rows = self._encoded(hidden, next_tokens)
+                rows = self.rows(hidden, next_tokens)
                 ends = np.cumsum(counts).tolist()
                 return [rows[end - count : end] for end, count in zip(ends, counts, strict=True)]
             return [
@@ -78,7 +78,16 @@ class Encoder:
             which = ", ".join(str(sequence.number) for sequence in sequences[:_NAMED])
             raise CorruptError(f"in the batch of sequences {which}, ...: {error.what}", _CHECK) from None
 
-    def _encoded(self, hidden: Tensor, next_tokens: Tensor) -> TokenRows:
+    @torch.no_grad()
+    def rows(self, hidden: Tensor, next_tokens: Tensor) -> TokenRows:
+        """Return the rows of some positions, on the CPU; all draws have one seed.
+
+        Args:
+            hidden: [n, d], on the teacher's device.
+            next_tokens: [n] int64, on the teacher's device.
+        """
+        if self._encoding.tail == "draws":
+            return self._drawn(hidden, 0)
         parts = []
         for start in range(0, len(hidden), self._teacher.rows_at_once):
             rows = slice(start, start + self._teacher.rows_at_once)
