@@ -23,6 +23,9 @@ from kdcache.runtime.user_code import is_user_code, trust
 
 Output = NotNegativeInt
 
+TEXT = "text"
+"""Name of the data set of texts, whose pipelines have a schema of their own (`config/text.py`)."""
+
 DATASETS = (
     "digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz", "graph",
     "segmentation-folder", "voc", "cityscapes", "sbd",
@@ -57,9 +60,9 @@ class DatasetSpec(Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in DATASETS and not is_user_code(name):
+            known = (*DATASETS, TEXT)
             raise ValueError(
-                f"Input should be {', '.join(map(repr, DATASETS))} or path/file.py:function"
-                f"{did_you_mean(name, DATASETS)}"
+                f"Input should be {', '.join(map(repr, known))} or path/file.py:function{did_you_mean(name, known)}"
             )
         return name
 

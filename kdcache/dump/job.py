@@ -17,9 +17,8 @@ from kdcache.cache.changed_images import differs_in_images_alone
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.schema import MANIFEST, PLAN, PROBES, Plan
-from kdcache.cache.lock import LOCK
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids
-from kdcache.cache.preconditions import check_place, differences
+from kdcache.cache.preconditions import check_place, check_sealed_plan, remove_leftovers
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.cache import CacheSpec
@@ -213,19 +212,11 @@ def _try_and_check_images(job: DumpJob) -> Literal["unknown"] | None:
 
 def _complete(job: DumpJob, sealed: Plan, plan: Plan) -> Cache:
     """Return the sealed cache at `job.out`, if its plan is that of the job and every byte is as it was written."""
-    if changes := differences(sealed.model_dump(), plan.model_dump()):
-        lines = [f"{key}: {old}, {new}" for key, old, new in changes]
-        raise UsageError(
-            "\n  ".join(
-                [f"{job.out} is already a sealed cache, with other settings (in the cache, in this run):", *lines]
-            ),
-            _OTHER_NAME,
-        )
+    check_sealed_plan(job.out, sealed, plan)
     cache = open_cache(job.out)
     if plan.teacher.weights == "none":
         job.check_sealed(cache)
-    for leftover in (PROBES, PLAN, LOCK):  # of a run that was killed after it had sealed the cache
-        (job.out / leftover).unlink(missing_ok=True)
+    remove_leftovers(job.out)
     job.progress.say(f"{job.out} is complete: nothing to do")
     return cache
 

@@ -30,9 +30,12 @@ def described_sequences(sequences: SequencesRecord) -> dict[str, str]:
     """Return what the sequences of a cache are, in words."""
     tokens, rows, of = sum(sequences.tokens), sum(sequences.rows), sequences.vocabulary
     known = "tokens not stored" if of.digest is None else f"{of.digest[:19]}..."
+    special = ", ".join(f"{name} {token}" for name, token in of.special.items())
+    template = "" if of.chat_template is None else f", chat template {of.chat_template[:19]}..."
     return {
         "tokens": f"{tokens:,}, {rows:,} of their positions with a row ({rows / tokens:.1%})",
-        "vocabulary": f"{of.size:,} tokens, {known}",
+        "vocabulary": f"{of.size:,} tokens, {known}{f'; {special}' if special else ''}",
+        **({"tokenizer": f"{of.tokenizer[:19]}...{template}"} if of.tokenizer is not None else {}),
     }
 
 
@@ -55,7 +58,7 @@ def _stored(encoding: AnyEncoding, bytes_per_row: float | None) -> str:
     if isinstance(encoding, GridEncoding):
         return _stored_maps(encoding, raw_bytes(encoding) if bytes_per_row is None else bytes_per_row, size)
     if isinstance(encoding, TokenEncoding):
-        return f"{_stored_tokens(encoding)}, {size}"
+        return f"{described_tokens(encoding)}, {size}"
     if isinstance(encoding, Encoding):
         stored = "every class" if encoding.dense else f"top {encoding.top_k}, {encoding.tail} tail"
         return f"{stored}, {encoding.dtype}, {size}"
@@ -74,7 +77,7 @@ def _stored_maps(encoding: GridEncoding, row: float, size: str) -> str:
     return f"{stored}, {size}, {row / encoding.places:.1f} per place"
 
 
-def _stored_tokens(encoding: TokenEncoding) -> str:
+def described_tokens(encoding: TokenEncoding) -> str:
     """Return how a distribution of the next token is stored, in words."""
     at = ", ".join(f"{t:.4g}" for t in encoding.temperatures)
     if encoding.tail == "draws":
