@@ -12,7 +12,7 @@ from kdcache.cache.format.output_records import OutputRecord
 from kdcache.cache.joined_teacher import JoinedTeacher, StackedTeacher
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
-from kdcache.cache.teacher import CachedTeacher, Teacher, TeacherWithOutputs
+from kdcache.cache.teacher import CachedOutput, CachedTeacher, Teacher, TeacherWithOutputs
 from kdcache.config.schema import JoinSpec, Pipeline
 from kdcache.data.alignment import AlignedTeacher
 from kdcache.data.samples import Samples
@@ -20,6 +20,7 @@ from kdcache.errors import MismatchError, UsageError, counted, did_you_mean
 from kdcache.losses import Loss
 from kdcache.losses.outputs import OutputLossOptions
 from kdcache.runtime.progress import Progress
+from kdcache.train.dense import map_of_classes
 
 
 def load_teacher(
@@ -47,7 +48,12 @@ def load_teacher(
     loss = pipeline.loss
     placements: list[Placement] = []
     logits: Teacher | None = None
-    if loss.uses_teacher:
+    if loss.uses_teacher and samples.maps is not None:
+        maps = _teacher_of_maps(caches, samples, placement, device)
+        progress.say(f"placement of the cache: {maps.placement} ({maps.why})")
+        placements.append(maps.placement)
+        logits = _of_samples(maps, samples, caches[0])
+    elif loss.uses_teacher:
         cached = [cache.teacher(device=device, placement=placement) for cache in caches]
         for each in cached:
             progress.say(f"placement of the cache: {each.placement} ({each.why})")
@@ -87,6 +93,25 @@ def _joined(cached: Sequence[CachedTeacher], pipeline: Pipeline) -> Teacher:
     if join != JoinSpec():
         raise UsageError("loss.gate chooses among the teachers, and `join` joins them", "remove one of the two")
     return StackedTeacher(cached)
+
+
+def _teacher_of_maps(
+    caches: Sequence[Cache], samples: Samples, placement: Placement | Literal["auto"], device: torch.device | str
+) -> CachedOutput:
+    """Return the teacher's logits of every place.
+
+    Raises:
+        UsageError: if the cache has none, or there are several caches.
+    """
+    if len(caches) > 1:
+        raise UsageError(
+            f"{len(caches)} caches are given, and {samples.name} has a class per pixel: maps of several teachers are "
+            "not joined",
+            "give one cache",
+        )
+    found = caches[0].teacher(map_of_classes(caches[0], samples), device=device, placement=placement)
+    assert isinstance(found, CachedOutput), "it is a map"  # noqa: S101  # for the type checker
+    return found
 
 
 def _of_samples(teacher: Teacher, samples: Samples, cache: Cache) -> Teacher:
