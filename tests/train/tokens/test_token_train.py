@@ -166,7 +166,11 @@ def test_an_adapter_of_peft_is_trained_and_merged(home: Home, tmp_path: Path) ->
         "        num_attention_heads=2, max_position_embeddings=64)\n"
         "    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, task_type='CAUSAL_LM'))\n"
     )
-    pipeline = {"model": f"{tmp_path / 'lora.py'}:student", "args": {}, "train": {"held_out_fraction": 0.2, "lr": 0.1}}
+    pipeline: dict[str, Any] = {
+        "model": f"{tmp_path / 'lora.py'}:student",
+        "args": {},
+        "train": {"held_out_fraction": 0.2, "lr": 0.1},
+    }
     result = home.train(tmp_path / "run", **pipeline)
     network: Any = result.model.network
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
