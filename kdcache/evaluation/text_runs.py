@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from kdcache.config.loader import load_any_pipeline
 from kdcache.config.text import TextPipeline
 from kdcache.errors import CorruptError, UsageError
+from kdcache.evaluation.runs import IGNORED, Row, flattened, named_caches, read_epochs
 from kdcache.train.run_folder import read_json
 from kdcache.train.tokens.loop import TokenEpoch
 from kdcache.train.tokens.train import MODEL, WEIGHTS
@@ -29,6 +30,7 @@ class TextRun(NamedTuple):
         seconds: training time.
         caches: digests of the caches that it was trained from.
         held_out: number of sequences that were held out.
+        rows: rows of metrics.csv, one per epoch.
     """
 
     name: str
@@ -40,6 +42,18 @@ class TextRun(NamedTuple):
     seconds: float = 0.0
     caches: tuple[str, ...] = ()
     held_out: int = 0
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """All that the run depends on except its seed, as one flat dictionary."""
+        if self.pipeline is None or self.pipeline.student is None:
+            return {"network": "student", "model": self.name, "loss": ""}
+        student, loss = self.pipeline.student.model_dump(mode="json"), self.pipeline.loss.model_dump(mode="json")
+        flat = {key: value for key, value in flattened(student) if key not in IGNORED}
+        flat |= {f"loss.{key}": value for key, value in flattened(loss) if key != "name"}
+        flat["cache"] = named_caches(self.caches)
+        return {**flat, "network": "student", "model": self.pipeline.student.model, "loss": self.pipeline.loss.name}
 
 
 def is_text_run(folder: Path) -> bool:
@@ -96,8 +110,9 @@ def read_text_run(folder: Path) -> TextRun:
             float(metrics["seconds"]),
             tuple(metrics["caches"]),
             int(metrics["held_out"]),
+            tuple(read_epochs(folder)),
         )
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CorruptError(
             f"cannot read the metrics of {folder}: {type(error).__name__}: {error}", "train it again, or leave it out"
         ) from None
