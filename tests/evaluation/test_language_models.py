@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cli import ok, refused
+from helpers.forked import forked_workers
 from helpers.language_training import Taught, cache_of, taught, text_pipeline
 from torch.nn import functional as F
 
@@ -152,7 +153,8 @@ def test_a_sweep_trains_what_train_student_does(home: Home, tmp_path: Path) -> N
 
 def test_processes_train_the_same_students(home: Home, tmp_path: Path) -> None:
     arguments = ("--cache", home.cache, "--over", "loss=kd,ce", "--seeds", "1", "-j", "2", "--device", "cpu")
-    ok("sweep", home.pipeline, *arguments, "-o", tmp_path / "sweep")
+    with forked_workers():
+        ok("sweep", home.pipeline, *arguments, "-o", tmp_path / "sweep")
     for loss in ("kd", "ce"):
         name = Path(f"loss={loss}") / "seed5" / "model" / "model.safetensors"
         assert (tmp_path / "sweep" / name).read_bytes() == (home.sweep / name).read_bytes()
