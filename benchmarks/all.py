@@ -69,8 +69,12 @@ _MEASURES = [
     Measure("peers", "gradient error at T = 4", "ml-dr, top 10", "T=4", ""),
     Measure("students", "accuracy, difference to live", "default cache", "to live", ""),
     Measure("together", "students in one pass, per separate passes", "", "ratio", "<="),
+    Measure("token_codec", "encoding of a distribution of tokens, ms", "ghost", "ms per row", "<="),
+    Measure("token_codec", "encoding of a distribution of tokens, ms", "lowrank", "ms per row", "<="),
+    Measure("token_codec", "bytes of a distribution of tokens", "lowrank", "bytes per row", "<= 105"),
+    Measure("token_losses", "step of a language model, per cross-entropy", "KD, top", "per cross-entropy", "<="),
 ]
-_WITH_DEVICE = ("dump", "train", "codec", "together")
+_WITH_DEVICE = ("dump", "train", "codec", "together", "token_losses")
 """Benchmarks that take a --device."""
 
 

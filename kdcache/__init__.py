@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from kdcache.cache.reader import Cache, open_cache
     from kdcache.cache.sequences import CachedSequences, SequenceBatch
     from kdcache.cache.teacher import CachedOutput, CachedTeacher
+    from kdcache.cache.token_spec import TokenCacheSpec
     from kdcache.config.loader import load_pipeline
     from kdcache.config.loss import loss, output_loss
     from kdcache.config.schema import Pipeline
     from kdcache.curate.foreign.margin_mse import MarginMSEScores, read_margin_mse
     from kdcache.curate.token_cache import write_token_cache
-    from kdcache.curate.token_spec import TokenCacheSpec
     from kdcache.data.cached_dataset import CachedDataset
     from kdcache.data.datasets import load_split
     from kdcache.data.nodes import Graph, edges_among, graph_of, read_graph
@@ -70,7 +70,7 @@ _HOME = {
     "SplitScore": "kdcache.models.evaluate",
     "TeacherIdentity": "kdcache.models.teacher",
     "TokenBatch": "kdcache.data.packing",
-    "TokenCacheSpec": "kdcache.curate.token_spec",
+    "TokenCacheSpec": "kdcache.cache.token_spec",
     "TokenSequence": "kdcache.data.packing",
     "TokenTargets": "kdcache.losses.token_targets",
     "build_model": "kdcache.models.build",

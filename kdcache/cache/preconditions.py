@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdcache.cache.format import array_specs
 from kdcache.cache.format.encoding import Record
-from kdcache.cache.format.schema import MANIFEST, PLAN, Plan
+from kdcache.cache.format.schema import MANIFEST, PLAN, PROBES, Plan
 from kdcache.cache.lock import LOCK, check_not_held
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.atomic_write import temporary
@@ -90,6 +90,28 @@ def check_same_plan(path: Path, before: Record, now: Record, name: str = "", not
             if (path / MANIFEST).exists()
             else "use the same settings to resume, or delete the folder to start again",
         )
+
+
+def check_sealed_plan(path: Path, sealed: Plan, now: Plan) -> None:
+    """Check that a sealed cache has the plan of this run.
+
+    Raises:
+        UsageError: with every setting that differs, and both values.
+    """
+    if changes := differences(sealed.model_dump(), now.model_dump()):
+        lines = [f"{key}: {old}, {new}" for key, old, new in changes]
+        raise UsageError(
+            "\n  ".join(
+                [f"{path} is already a sealed cache, with other settings (in the cache, in this run):", *lines]
+            ),
+            "write to another folder, or delete it first",
+        )
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a run that was killed after it had sealed a cache left in it."""
+    for leftover in (PROBES, PLAN, LOCK):
+        (path / leftover).unlink(missing_ok=True)
 
 
 def differences(before: object, now: object, name: str = "") -> list[tuple[str, object, object]]:

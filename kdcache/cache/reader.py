@@ -22,6 +22,7 @@ import torch
 from kdcache.cache.format import array_specs, store_files, stored_bases, zarr_store
 from kdcache.cache.format.array_specs import labels_of, output_encoding
 from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.grid_encoding import GridEncoding
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT, OutputRecord, VectorEncoding
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.recorded_views import Crops, recorded
@@ -179,7 +180,9 @@ class Cache:
         device: torch.device | str = "cpu",
         placement: Placement | Literal["auto"] = "auto",
     ) -> CachedTeacher | CachedOutput:
-        """Return the teacher: a callable `(ids [B], view) -> logits [B, C]` on `device`, or vectors or scores [B, D].
+        """Return the teacher: a callable `(ids [B], view) -> logits [B, C]` on `device`.
+
+        Another output is [B, D], and maps are [B, C, h, w].
 
         Args:
             output: name of one of its outputs; None for the class logits.
@@ -200,7 +203,7 @@ class Cache:
         basis = stored_bases.read_output_basis(self.path, plan, name)
         basis = basis.to(device) if basis is not None else None
         opened = self.views if len(self.views) < plan.views.count else None
-        if isinstance(encoding, VectorEncoding):
+        if isinstance(encoding, VectorEncoding | GridEncoding):
             axes = basis if isinstance(basis, VectorBasis) else None
             where = torch.device(device)
             return CachedOutput(name, *placed, plan.views.count, len(self), where, encoding, axes, opened)

@@ -241,31 +241,41 @@ class CachedSequences:
 
     def targets(self, rows: TokenRows) -> TokenTargets:
         """Return encoded rows as what the losses of tokens compare a student with, on the device of the rows."""
-        encoding = self.encoding
-        if rows.draws is not None:
-            none = torch.empty(len(rows), 0, device=rows.draws.device)
-            drawn = rows.draws.long(), rows.part("counts").float()
-            return TokenTargets(none.long(), none, none, encoding.temperatures, encoding.num_classes, draws=drawn)
-        statistics = rows.part("statistics")
-        masses = [statistics[:, encoding.statistics.index(name)] for name in mass_columns(encoding).values()]
-        targets = TokenTargets(
-            rows.part("indices").long(),
-            rows.part("log_probs").float(),
-            torch.stack(masses, dim=1).float(),
-            encoding.temperatures,
-            encoding.num_classes,
-            logsumexp=rows.logsumexp,
-        )
-        if rows.tail is None or self.basis is None:
-            return targets
-        coordinates = rows.tail.float() * self.basis.scale
-        return replace(targets, coordinates=coordinates, basis=self.basis.basis.float(), mean=self.basis.mean)
+        return targets_of(rows, self.encoding, self.basis)
 
     def _check(self, sequences: Sequence[int]) -> None:
         if wrong := [index for index in sequences if not 0 <= index < len(self)]:
             raise UsageError(
                 f"the cache has no sequence {wrong[0]}", f"sequences are numbered {indices_below(len(self))}"
             )
+
+
+def targets_of(rows: TokenRows, encoding: TokenEncoding, basis: TailBasis | None) -> TokenTargets:
+    """Return encoded rows as what the losses of tokens compare a student with, on the device of the rows.
+
+    Args:
+        rows: n of them.
+        encoding: of the rows.
+        basis: of their tails, on the same device; None if the encoding has no basis.
+    """
+    if rows.draws is not None:
+        none = torch.empty(len(rows), 0, device=rows.draws.device)
+        drawn = rows.draws.long(), rows.part("counts").float()
+        return TokenTargets(none.long(), none, none, encoding.temperatures, encoding.num_classes, draws=drawn)
+    statistics = rows.part("statistics")
+    masses = [statistics[:, encoding.statistics.index(name)] for name in mass_columns(encoding).values()]
+    targets = TokenTargets(
+        rows.part("indices").long(),
+        rows.part("log_probs").float(),
+        torch.stack(masses, dim=1).float(),
+        encoding.temperatures,
+        encoding.num_classes,
+        logsumexp=rows.logsumexp,
+    )
+    if rows.tail is None or basis is None:
+        return targets
+    coordinates = rows.tail.float() * basis.scale
+    return replace(targets, coordinates=coordinates, basis=basis.basis.float(), mean=basis.mean)
 
 
 def placed_sequences(

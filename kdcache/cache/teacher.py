@@ -12,9 +12,11 @@ from torch import Tensor
 
 from kdcache.cache.format.codec import Rows, decode
 from kdcache.cache.format.encoding import Encoding
+from kdcache.cache.format.grid_codec import GridRows
+from kdcache.cache.format.grid_encoding import GridEncoding
+from kdcache.cache.format.output_codec import decode_output
 from kdcache.cache.format.output_records import VectorEncoding
 from kdcache.cache.format.tail_basis import TailBasis
-from kdcache.cache.format.vector_codec import decode_vectors
 from kdcache.cache.format.vector_rows import R, VectorBasis, VectorRows
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.placement.prefetch import RowSource
@@ -117,8 +119,8 @@ class _CachedRows(ABC, Generic[R]):
 
     @property
     @abstractmethod
-    def _width(self) -> int:
-        """Numbers per decoded row."""
+    def _shape(self) -> tuple[int, ...]:
+        """Shape of a decoded row."""
 
     @property
     @abstractmethod
@@ -127,13 +129,13 @@ class _CachedRows(ABC, Generic[R]):
 
     @abstractmethod
     def _decode(self, rows: R, ids: Tensor) -> Tensor:
-        """Return the decoded rows [B, width] float32 of samples `ids` [B] int64."""
+        """Return the decoded rows [B, ...] float32 of samples `ids` [B] int64."""
 
     def __call__(self, ids: Tensor, view: int | Tensor = 0) -> Tensor:
         """Return what the teacher said of samples `ids` [B] int64 in a view: [B, C] float32, on the teacher's device.
 
-        C is the number of classes, or the length of a vector. `view` may also be a tensor [B], with the view of each
-        sample, as a batch of a `CachedDataset` has it.
+        C is the number of classes, or the length of a vector; maps are [B, C, h, w]. `view` may
+        also be a tensor [B], with the view of each sample, as a batch of a `CachedDataset` has it.
 
         Raises:
             UsageError: if an id or a view is out of range, or `ids` is not an integer tensor [B], such as a mask.
@@ -155,7 +157,7 @@ class _CachedRows(ABC, Generic[R]):
         return self._decode(self.source.rows(ids, view).to(self._device), ids)
 
     def _of_views(self, ids: Tensor, views: Tensor) -> Tensor:
-        """Return the decoded rows [B, width] of samples `ids` [B], each in its own view of `views` [B]."""
+        """Return the decoded rows [B, ...] of samples `ids` [B], each in its own view of `views` [B]."""
         if views.shape != ids.shape or views.dtype not in (torch.int64, torch.int32):
             raise UsageError(
                 f"views are {views.dtype} {list(views.shape)} for {len(ids)} ids",
@@ -164,7 +166,7 @@ class _CachedRows(ABC, Generic[R]):
         distinct = sorted(set(views.tolist()))
         if len(distinct) <= 1:
             return self(ids, *distinct)
-        decoded = torch.empty(len(ids), self._width, device=self._device)
+        decoded = torch.empty(len(ids), *self._shape, device=self._device)
         for view in distinct:
             in_view = views == view
             decoded[in_view.to(decoded.device)] = self(ids[in_view.to(ids.device)], view)
@@ -226,8 +228,8 @@ class CachedTeacher(_CachedRows[Rows]):
         return len(self.labels)
 
     @property
-    def _width(self) -> int:
-        return self.encoding.num_classes
+    def _shape(self) -> tuple[int, ...]:
+        return (self.encoding.num_classes,)
 
     @property
     def _device(self) -> torch.device:
@@ -238,8 +240,8 @@ class CachedTeacher(_CachedRows[Rows]):
 
 
 @dataclass(frozen=True, repr=False)
-class CachedOutput(_CachedRows[VectorRows]):
-    """An output of the teacher of a cache: a callable from sample ids to vectors or scores [B, D] float32.
+class CachedOutput(_CachedRows[VectorRows | GridRows]):
+    """An output of the teacher of a cache: from sample ids to vectors or scores [B, D], or maps [B, C, h, w].
 
     It may be used in workers of a DataLoader, forked or spawned.
 
@@ -250,26 +252,27 @@ class CachedOutput(_CachedRows[VectorRows]):
         why: the reason for that placement, in a few words.
         views: number of views of the cache.
         samples: N.
-        device: of the vectors.
+        device: of the vectors or maps.
         encoding: of the rows.
         basis: of the codec klt, on the device; else None.
         opened_views: indices of the views that are in this copy of the cache; None for all.
     """
 
     name: str
-    source: RowSource[VectorRows]
+    source: RowSource[VectorRows | GridRows]
     placement: Placement
     why: str
     views: int
     samples: int
     device: torch.device
-    encoding: VectorEncoding
+    encoding: VectorEncoding | GridEncoding
     basis: VectorBasis | None = None
     opened_views: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
+        size = f"length={self._shape[0]:,}" if len(self._shape) == 1 else f"shape={list(self._shape)}"
         return (
-            f"CachedOutput({self.name!r}, samples={self.samples:,}, length={self.encoding.length:,}, "
+            f"CachedOutput({self.name!r}, samples={self.samples:,}, {size}, "
             f"views={self.views}, placement={self.placement!r}, device={str(self.device)!r})"
         )
 
@@ -278,12 +281,12 @@ class CachedOutput(_CachedRows[VectorRows]):
         return self.samples
 
     @property
-    def _width(self) -> int:
-        return self.encoding.length
+    def _shape(self) -> tuple[int, ...]:
+        return self.encoding.shape
 
     @property
     def _device(self) -> torch.device:
         return self.device
 
-    def _decode(self, rows: VectorRows, ids: Tensor) -> Tensor:
-        return decode_vectors(rows, self.encoding, self.basis)
+    def _decode(self, rows: VectorRows | GridRows, ids: Tensor) -> Tensor:
+        return decode_output(rows, ids, self.encoding, self.basis)

@@ -222,8 +222,8 @@ def _cache_of_kld(
     source: Path, out: Path, name: str | None, top_k: int | None, rank: int | None, bos: str | None
 ) -> Cache:
     """Make a cache of a file of llama.cpp."""
+    from kdcache.cache.token_spec import TokenCacheSpec
     from kdcache.curate.foreign import cache_of_kld
-    from kdcache.curate.token_spec import TokenCacheSpec
 
     if bos is None or not (bos == "none" or bos.isdecimal()):
         raise UsageError(

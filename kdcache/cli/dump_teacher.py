@@ -14,7 +14,7 @@ from kdcache.cli.options import (
     device_option,
     json_option,
     pipeline_argument,
-    read_pipeline,
+    read_any_pipeline,
     set_option,
 )
 
@@ -28,8 +28,14 @@ from kdcache.cli.options import (
     type=PathType(),
     help="Folder of the cache, NAME.kdcache; an unsealed cache is resumed.",
 )
-@click.option("--top-k", help="Classes per row to store exactly, or all.  [same as --set cache.top_k=...]")
-@click.option("--tail", help="Encoding of the other classes: lowrank or uniform.  [same as --set cache.tail=...]")
+@click.option(
+    "--top-k", help="Classes, or tokens of a text, per row to store exactly, or all.  [same as --set cache.top_k=...]"
+)
+@click.option(
+    "--tail",
+    help="Encoding of the others: lowrank or uniform; of tokens lowrank, ghost or draws.  "
+    "[same as --set cache.tail=...]",
+)
 @click.option("--precision", help="Of the teacher: fp32, bf16 or fp16.  [same as --set cache.precision=...]")
 @click.option(
     "--extend",
@@ -54,7 +60,7 @@ def dump_teacher(
     device: str,
     as_json: bool,
 ) -> None:
-    """Run the teacher of a PIPELINE once over every view of its training images, and write its logits to a cache.
+    """Run the teacher of a PIPELINE once over every view of its training images, or over its texts, into a cache.
 
     If the command is interrupted or killed, the same command resumes at the first shard that is missing.
 
@@ -63,16 +69,24 @@ def dump_teacher(
     On several GPUs: torchrun --nproc-per-node N -m kdcache dump-teacher digits -o runs/digits.kdcache
     """
     from kdcache.cache import open_cache
-    from kdcache.cli import plan
+    from kdcache.cli import language_models, plan
     from kdcache.cli.info import describe
+    from kdcache.config.text import TextPipeline
     from kdcache.dump.dump import dump_teacher as dump
     from kdcache.dump.estimate import estimate_new_cache
+    from kdcache.errors import UsageError
     from kdcache.models.teacher import load_teacher
     from kdcache.runtime.distributed import join_ranks
 
     shortcuts = {"cache__top_k": top_k, "cache__tail": tail, "cache__precision": precision}
-    resolved = read_pipeline(pipeline, overrides, **shortcuts)
+    resolved = read_any_pipeline(pipeline, overrides, **shortcuts)
     progress = output.Terminal()
+    if isinstance(resolved, TextPipeline):
+        if extend is not None or decode_images:
+            given = "--decode-images" if decode_images else "--extend"
+            raise UsageError(f"{given} is for images, and {pipeline} is a pipeline of text", "leave it out")
+        language_models.dump(resolved, out, dry_run, choose_device(device), as_json)
+        return
     loaded = load_teacher(resolved, progress)
     if dry_run:
         estimated = estimate_new_cache(loaded, resolved.cache, out, choose_device(device), progress, decode_images)

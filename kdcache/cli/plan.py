@@ -103,26 +103,28 @@ def describe(planned: Estimate, as_json: bool) -> None:
     what = "logits" if planned.outputs is None else "outputs"
     if planned.bytes_per_row is not None:
         facts["size"] = (
-            f"{planned.bytes_per_row:.1f} bytes per row, {_size(planned.bytes)} for {counted(planned.rows, 'row')}, "
+            f"{planned.bytes_per_row:.1f} bytes per row, {size(planned.bytes)} for {counted(planned.rows, 'row')}, "
             f"of {what} alone"
         )
         if planned.besides_rows:
             facts["size"] = (
-                f"{_size(planned.bytes)} for {counted(planned.rows, 'row')}, "
+                f"{size(planned.bytes)} for {counted(planned.rows, 'row')}, "
                 f"{planned.bytes / planned.rows:.1f} bytes per row: {planned.bytes_per_row:.1f} of {what}, the rest of "
                 "keys, labels, checksums and metadata"
             )
     if planned.rows_per_second is not None:
         seconds = planned.rows / planned.rows_per_second
-        facts["time"] = f"about {_duration(seconds)}, {planned.rows_per_second:,.0f} rows/s on this device"
+        facts["time"] = f"about {duration(seconds)}, {planned.rows_per_second:,.0f} rows/s on this device"
     output.facts(facts)
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Return a number of bytes with its unit."""
     return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time with its unit."""
     return (
         f"{seconds:.0f} s"
         if seconds < 120

@@ -15,7 +15,7 @@ from kdcache.cli.options import (
     device_option,
     digest_option,
     json_option,
-    read_pipeline,
+    read_any_pipeline,
     set_option,
 )
 from kdcache.errors import CorruptError, UsageError, counted
@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     type=PathType(),
     help="Require a signature by one of the allowed signers in this file, in the format of ssh-keygen.",
 )
-@click.option("--replay", is_flag=True, help="Replay the views of PIPELINE's data set and compare their pixels.")
+@click.option(
+    "--replay",
+    is_flag=True,
+    help="Replay the views of PIPELINE's data set and compare their pixels, or its texts and their tokens.",
+)
 @click.option("--teacher", is_flag=True, help="Run PIPELINE's teacher on some of the rows and compare its logits.")
 @click.option(
     "--rows", type=click.IntRange(1), default=512, show_default=True, help="Rows per view that --teacher runs on."
@@ -65,11 +69,13 @@ def verify(
     from kdcache.cache.remote.address import source
     from kdcache.cache.remote.mirror import check_pinned, mirror
     from kdcache.cache.remote.signatures import check_signature
+    from kdcache.cli import language_models
+    from kdcache.config.text import TextPipeline
 
     if pipeline is None and (replay or teacher or overrides):
         raise UsageError("--replay, --teacher and --set need a pipeline", f"use: kdcache verify {cache} PIPELINE ...")
     # First, so that an error in the pipeline is reported before all files of the cache are read.
-    resolved = read_pipeline(pipeline, overrides) if pipeline is not None else None
+    resolved = read_any_pipeline(pipeline, overrides) if pipeline is not None else None
     named = source(cache, digest)
     path = mirror(named, None, None, output.Terminal()).folder if named.is_remote else Path(named.where)
     results: dict[str, Any] = {"signed_by": check_signature(path, signed_by)} if signed_by is not None else {}
@@ -86,6 +92,10 @@ def verify(
         from kdcache.models.teacher import load_teacher
 
         opened, progress = open_cache(path), output.Terminal()
+        if isinstance(resolved, TextPipeline):
+            results |= language_models.verify(opened, resolved, replay, teacher, rows, choose_device(device))
+            _finish(checked, results, as_json)
+            return
         if teacher and not opened.teacher_seen:
             raise UsageError(
                 f"the teacher of {path} was not run by kdcache: {opened.manifest.plan.teacher.precision}",
@@ -111,16 +121,23 @@ def verify(
                 "weights": opened.manifest.plan.teacher.weights or "the same",
                 "relative_difference": None if found is None else found.relative,
             }
+    _finish(checked, results, as_json)
+
+
+def _finish(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
+    """Print what was checked, and raise what is wrong with the cache."""
     _report(checked, results, as_json)
     if (failure := checked.failure) is not None:
         if as_json or not checked.problems:
             raise failure
         listed = f"{counted(len(checked.problems), 'problem')}, listed in the report"
-        raise CorruptError(f"{path} is damaged: {listed}", failure.fix)
+        raise CorruptError(f"{checked.path} is damaged: {listed}", failure.fix)
 
 
 def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
     """Print what was checked, every problem, and the results of the checks against a pipeline."""
+    from kdcache.cli import language_models
+
     problems = checked.problems
     if as_json:
         output.as_json(
@@ -148,7 +165,9 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
                 else {}
             ),
             **({"replay": _replayed(**results["replay"])} if "replay" in results else {}),
+            **({"tokens": _replayed_text(**results["replayed_text"])} if "replayed_text" in results else {}),
             **({"teacher": _recognized(**results["identity"])} if "identity" in results else {}),
+            **({"teacher": "the same weights and configuration"} if "language_model" in results else {}),
         }
     )
     if checked.system_files:
@@ -159,6 +178,9 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
     if "teacher" in results:
         output.result("")
         _compared(results["teacher"])
+    if "language_model" in results:
+        output.result("")
+        language_models.compared(results["language_model"])
     if "outputs" in results:
         output.result("")
         _compared_outputs(results["outputs"])
@@ -175,6 +197,10 @@ def _replayed(checked: int, rounded: int, teacher_seen: bool) -> str:
     by = "the teacher saw" if teacher_seen else "the cache was imported with (its teacher's images are unknown)"
     same = f"{checked:,} images are those that {by}"
     return f"{same}, {rounded:,} of them up to rounding" if rounded else f"{same}, bit for bit"
+
+
+def _replayed_text(sequences: int, tokens: int) -> str:
+    return f"{tokens:,} of {counted(sequences, 'sequence')} are those that the data set gives now"
 
 
 def _compared(agreements: list[dict[str, Any]]) -> None:

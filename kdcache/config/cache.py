@@ -12,7 +12,7 @@ from kdcache.config.section import Count, NotNegativeInt, Section, Seed
 OutputName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
 _OF_CLASSES = ("top_k", "tail", "rank", "dtype", "labels")
-"""Keys that only an output of kind `classes` has."""
+"""Keys that only an output of kind `classes` at one place has."""
 
 
 class OutputSpec(Section):
@@ -21,17 +21,25 @@ class OutputSpec(Section):
     kind: Literal["vector", "score", "classes"] = "vector"
     """`vector` (embeddings, features), `score` (at most 64 numbers, such as a regression) or `classes` (logits of
     another head)."""
+    places: Literal["one", "grid"] = "one"
+    """`one` (of the whole image), or `grid`: maps [B, C, h, w], the same h and w for all images, such as the logits of
+    a segmentation network before it enlarges them."""
     source: NotNegativeInt | str | None = None
     """What it is in the teacher: an index or a name in the returned tuple, dictionary or record (a nested part is
     written with dots), or the name of a module, such as `layer4`. None: its own name; for `features`, if neither a part
     nor a module has that name, the input of the last linear layer."""
     pool: Literal["none", "mean", "first"] = "none"
     """How [B, D, H, W] or [B, L, D] becomes [B, D]: the mean over all places, or the first of L; `none` refuses it."""
-    encoding: Literal["auto", "klt", "int8", "float16", "float32"] = "auto"
-    """How vectors are stored: `auto` is the smallest within `fidelity`. Scores are float32."""
+    encoding: Literal["auto", "klt", "steps", "int8", "float16", "float32"] = "auto"
+    """How vectors and maps are stored: `auto` is the smallest within `fidelity`; `steps` is for maps, `int8` for
+    vectors of images. Scores are float32, unless a map of them names another."""
     fidelity: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Largest error on held-out rows of the pilot. Of vectors it bounds the mean of 1 - cosine, and half of the
-    relative squared error; the default is 0.001. Of classes it is that of the logits."""
+    relative squared error; the default is 0.001. Of classes it is that of the logits; of maps of classes it bounds the
+    mean total variation per place at T = 1, and the default is 0.005."""
+    over_places: bool = False
+    """Of maps: whether a loss compares distributions over places, such as `cwd`. Logits are then stored with the level
+    of each place, and `fidelity` bounds the total variation over places too."""
     top_k: Count | Literal["all", "auto"] = "auto"
     """Of classes: as that of the logits."""
     tail: Literal["lowrank", "uniform"] = "lowrank"
@@ -44,14 +52,33 @@ class OutputSpec(Section):
     """Of classes: whether they are the classes of the data set, so that its labels are labels of this output too."""
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        if self.kind != "classes":
-            for key in _OF_CLASSES:
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    yield (key, "kind"), f"belongs to an output of kind classes, and this one is a {self.kind}"
+        is_map = self.places == "grid"
+        for key in _OF_CLASSES:
+            if getattr(self, key) == type(self).model_fields[key].default:
+                continue
+            if self.kind != "classes":
+                yield (key, "kind"), f"belongs to an output of kind classes, and this one is a {self.kind}"
+            elif is_map:
+                yield (key, "places"), "belongs to an output with one row per image, and this one has a map"
+        if is_map:
+            yield from self._combinations_of_map()
+            return
+        if self.over_places:
+            yield ("over_places", "places"), "belongs to maps: set `places: grid`"
         if self.kind != "vector" and self.encoding != "auto":
             yield ("encoding", "kind"), f"belongs to an output of kind vector, and this one is of kind {self.kind}"
+        elif self.encoding == "steps":
+            yield ("encoding", "places"), "steps is an encoding of maps: take int8 or klt, or set `places: grid`"
         if self.kind == "score" and self.fidelity is not None:
             yield ("fidelity", "kind"), "scores are stored exactly, in float32"
+
+    def _combinations_of_map(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.pool != "none":
+            yield ("pool", "places"), "makes one row of all places, and a map keeps them: remove one of the two"
+        if self.encoding == "int8":
+            yield ("encoding", "places"), "int8 is an encoding of vectors of images: take steps or klt for maps"
+        if self.kind == "score" and self.fidelity is not None and self.encoding not in ("steps", "klt"):
+            yield ("fidelity", "kind"), "scores are stored exactly, in float32, unless `encoding` is steps or klt"
 
 
 class NoiseSpec(Section):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from kdcache.config.schema import Pipeline
+from kdcache.config.schema import TEXT, Pipeline
 from kdcache.config.section import places_of_keys
-from kdcache.config.text import TEXT, TextPipeline
+from kdcache.config.text import TextPipeline
 from kdcache.config.yaml_lines import Place, override, read_yaml, refusal
 from kdcache.errors import UsageError
 from kdcache.runtime.paths import expand

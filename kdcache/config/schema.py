@@ -23,18 +23,34 @@ from kdcache.runtime.user_code import is_user_code, trust
 
 Output = NotNegativeInt
 
-DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz", "graph")
+TEXT = "text"
+"""Name of the data set of texts, whose pipelines have a schema of their own (`config/text.py`)."""
+
+DATASETS = (
+    "digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz", "graph",
+    "segmentation-folder", "voc", "cityscapes", "sbd",
+)  # fmt: skip
 
 
 class DatasetSpec(Section):
     """The data set (`data/datasets.py`)."""
 
     name: str
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph` or `path/file.py:function`."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph`, `segmentation-folder`, `voc`,
+    `cityscapes`, `sbd` or `path/file.py:function`."""
     root: str | None = None
     """Folder of the data set, or for `npz` and `graph` the file; relative to the current folder."""
     args: dict[str, Any] = Field(default={})
     """Keyword arguments of the function, if `name` is `path/file.py:function`."""
+    classes: list[str] | str | None = None
+    """Of `segmentation-folder`: names of the classes, or a text file with a line per class; None: `classes.txt` in
+    `root`."""
+    first_class: NotNegativeInt = 0
+    """Of `segmentation-folder`: value of the first class in the masks, such as 1 where 0 is ignored."""
+    ignore: NotNegativeInt | None = 255
+    """Of `segmentation-folder`: value of the pixels of a mask that have no class; None: all have one."""
+    palettes: bool = False
+    """Of `segmentation-folder`: whether the indices of palette images are classes, as in Pascal VOC."""
     validation_fraction: Fraction = 0.1
     """Fraction of the training images held out for model selection, if the set has no validation split of its own."""
     test_fraction: Fraction = 0.1
@@ -44,16 +60,19 @@ class DatasetSpec(Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in DATASETS and not is_user_code(name):
+            known = (*DATASETS, TEXT)
             raise ValueError(
-                f"Input should be {', '.join(map(repr, DATASETS))} or path/file.py:function"
-                f"{did_you_mean(name, DATASETS)}"
+                f"Input should be {', '.join(map(repr, known))} or path/file.py:function{did_you_mean(name, known)}"
             )
         return name
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.args and not is_user_code(self.name):
             yield ("args", "name"), f"are for path/file.py:function, and {self.name} takes none"
-        if self.name in ("image-folder", "npz", "graph") and self.root is None:
+        for key in ("classes", "first_class", "ignore", "palettes"):
+            if self.name != "segmentation-folder" and getattr(self, key) != type(self).model_fields[key].default:
+                yield (key, "name"), f"belongs to segmentation-folder, and this data set is {self.name}"
+        if self.name in ("image-folder", "npz", "graph", "segmentation-folder") and self.root is None:
             yield ("root", "name"), f"is needed for {self.name}"
         if self.name == "digits" and self.root is not None:
             yield ("root", "name"), "digits comes with kdcache and has no root"

@@ -21,9 +21,6 @@ from kdcache.losses.presets import settings_of_name
 from kdcache.losses.registry import TEMPERATURES
 from kdcache.runtime.user_code import is_user_code
 
-TEXT = "text"
-"""Name of the data sets of texts."""
-
 _SHORTEST = 2
 """Tokens of a sequence with a position to teach, at least."""
 
@@ -47,6 +44,9 @@ class TextSpec(Section):
     taught: Literal["auto", "all", "completion"] = "auto"
     """Positions with a row of the teacher: all, or those whose next token the completion or an assistant says; `auto`:
     `completion` for conversations and for prompts with completions, all for texts."""
+    append_eos: bool | None = None
+    """Whether the token that ends a text (eos) is appended where the tokenizer itself does not; None: to completions
+    only."""
 
 
 class LanguageModelSpec(Section):

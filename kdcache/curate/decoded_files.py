@@ -26,7 +26,7 @@ _ROWS_AT_ONCE = 2048
 
 
 def logits_of_cache(cache: Cache, out: str | Path) -> dict[str, list[int]]:
-    """Write the decoded outputs of a cache, float32 [N, D] or [V, N, D] for several views, as npz or npy.
+    """Write the decoded outputs of a cache, float32 [N, ...] or [V, N, ...] for several views, as npz or npy.
 
     An npz file has the class logits as `logits`, and each other output under its name.
 
@@ -78,11 +78,11 @@ def _write_npz(cache: Cache, file: IO[bytes]) -> None:
 
 
 def _shape(cache: Cache, output: str) -> list[int]:
-    """Return the shape of a decoded output, [N, D] or [V, N, D]."""
+    """Return the shape of a decoded output, [N, ...] or [V, N, ...]."""
     plan = cache.manifest.plan
-    width = cache.num_classes if output == LOGITS else plan.named_outputs[output].channels
+    row = (cache.num_classes,) if output == LOGITS else plan.named_outputs[output].shape
     views = plan.views.count
-    return [*([views] if views > 1 else []), len(cache), width]
+    return [*([views] if views > 1 else []), len(cache), *row]
 
 
 def _write_output(cache: Cache, output: str, file: IO[bytes]) -> None:

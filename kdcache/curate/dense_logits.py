@@ -21,7 +21,7 @@ from kdcache.cache.format.fingerprints import Inputs, digest_of
 from kdcache.cache.format.output_codec import encode_output
 from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan, TeacherRecord
-from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
+from kdcache.cache.format.sharding import sharding_of
 from kdcache.cache.format.vector_rows import EncodedRows
 from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.planner import pilot_ids
@@ -33,7 +33,8 @@ from kdcache.config.transform import Transform
 from kdcache.curate.logit_files import LOGITS, RESERVED, LogitFile, content_of, open_logits
 from kdcache.curate.recode import build
 from kdcache.data.replay import fingerprints_of
-from kdcache.data.samples import Samples, check_same_samples
+from kdcache.data.same_samples import check_same_samples
+from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_random
 from kdcache.data.views import View
 from kdcache.dump.noise import refuse_noise
@@ -162,6 +163,11 @@ def _checked_names(source: Path, spec: CacheSpec) -> list[str]:
             f"{source} holds one array, and cache.outputs names {', '.join(spec.outputs)} beside the logits",
             "store them in one npz file, each under its name",
         )
+    if maps := [name for name, output in spec.outputs.items() if output.places == "grid"]:
+        raise UsageError(
+            f"cache.outputs.{maps[0]} is a map (places: grid), and files of rows [N, D] are imported",
+            "keep maps by running the teacher (kdcache dump-teacher), or remove the output",
+        )
     if taken := RESERVED.intersection(spec.outputs):
         raise UsageError(
             f"an array {min(taken)} of {source} is not an output", f"give the output {min(taken)} another name"
@@ -208,9 +214,7 @@ def _begin(
         request=request_of(spec),
         encoding=chosen.encoding,
         fidelity=chosen.fidelity,
-        shape=choose_sharding(
-            len(samples), bytes_per_shard_row(chosen.encoding, chosen.outputs.records), spec.shard_rows
-        ),
+        shape=sharding_of(len(samples), chosen.encoding, chosen.outputs.records, spec.shard_rows),
         batch_size=spec.batch_size,
         versions=versions(),
         licence=spec.license,

@@ -12,7 +12,7 @@ from kdcache.cache.format import stored_bases
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import Lineage, NoiseRecord, Plan
-from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
+from kdcache.cache.format.sharding import sharding_of
 from kdcache.cache.preconditions import check_place, differences, refuse_sequences
 from kdcache.cache.reader import Cache
 from kdcache.cache.writer import CacheWriter
@@ -105,7 +105,7 @@ def merge(
         plan.outputs,
         {name: basis for name, basis in output_bases.items() if name != DEFAULT_OUTPUT},
     )
-    shape = choose_sharding(len(keys), bytes_per_shard_row(plan.class_encoding, plan.outputs))
+    shape = sharding_of(len(keys), plan.class_encoding, plan.outputs)
     shape, inputs = inputs_at(selections, shape, plan.views.count, data, reporter)
     licence = _joined([cache.manifest.plan.licence for cache in caches], " AND ")
     notes = _joined([cache.manifest.plan.notes for cache in caches], "\n")
@@ -166,7 +166,9 @@ def _kind_of(plan: Plan, name: str) -> str:
     if name == DEFAULT_OUTPUT:
         return "class logits"
     record = plan.named_outputs[name]
-    return f"{record.kind} of {record.channels} from {record.source}, pool {record.pool}, labels {record.labels}"
+    size = " x ".join(map(str, record.shape))
+    level = f", level {'unknown' if record.level else 'known'}" if record.places == "grid" else ""
+    return f"{record.kind} of {size} from {record.source}, pool {record.pool}, labels {record.labels}{level}"
 
 
 def _same_outputs(first: Cache, other: Cache) -> bool:

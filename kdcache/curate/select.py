@@ -14,7 +14,7 @@ from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.read_records import read_plan
 from kdcache.cache.format.schema import PLAN, Lineage, Plan
-from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
+from kdcache.cache.format.sharding import sharding_of
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.preconditions import check_place, refuse_sequences
 from kdcache.cache.reader import Cache
@@ -108,7 +108,7 @@ def select(
         shape, stored = plan.shape, slice(-(-len(ids) // plan.shape.fingerprint_stride))
         inputs = [zarr_store.read_inputs(cache.path, plan, view).at(stored) for view in range(count)]
     else:
-        shape = choose_sharding(len(ids), bytes_per_shard_row(encoded.encoding, encoded.outputs))
+        shape = sharding_of(len(ids), encoded.encoding, encoded.outputs)
         shape, inputs = inputs_at(selections, shape, count, data, progress or Silent())
     selected_plan = planned(plan, dataset, count, encoded, shape, lineage)
     writer = CacheWriter.begin(out, selected_plan, stored_labels, keys, encoded.bases)

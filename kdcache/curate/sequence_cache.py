@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.format import stored_bases
-from kdcache.cache.format.array_specs import raw_bytes
-from kdcache.cache.format.fingerprints import digest_of
-from kdcache.cache.format.output_records import TOKENS, OutputRecord
+from kdcache.cache.format.output_records import TOKENS
 from kdcache.cache.format.read_records import read_plan
-from kdcache.cache.format.schema import PLAN, DatasetRecord, Lineage, Plan, Sharding, TeacherRecord, ViewsRecord
+from kdcache.cache.format.schema import PLAN, Lineage, TeacherRecord
 from kdcache.cache.format.stored_sequences import arrays_of_vocabulary, sequence_key, vocabulary_record
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.token_codec import encode_tokens
@@ -24,38 +22,29 @@ from kdcache.cache.format.token_draws import encode_draws
 from kdcache.cache.format.token_encoding import (
     TOKEN_TEMPERATURES,
     TokenEncoding,
-    TokenRequest,
 )
 from kdcache.cache.format.token_rows import SequenceTokens, TokenRows
 from kdcache.cache.format.token_top_k import TopK, encode_top_k
 from kdcache.cache.preconditions import check_place
 from kdcache.cache.reader import Cache
-from kdcache.cache.sequence_plan import CountedSequences, count_sequences, sequences_per_shard, sequences_record
+from kdcache.cache.sequence_plan import (
+    OUTPUT,
+    CountedSequences,
+    Sequences,
+    check_rank,
+    count_sequences,
+    pilot_rows,
+    plan_of_sequences,
+)
 from kdcache.cache.token_basis import fit_token_basis
+from kdcache.cache.token_spec import TokenCacheSpec, encoding_of
 from kdcache.cache.writer import CacheWriter
 from kdcache.curate.recode import finish
-from kdcache.curate.token_spec import TokenCacheSpec, encoding_of
 from kdcache.dump.plan import teacher_by_hearsay
 from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.runtime.progress import Progress
-from kdcache.runtime.versions import versions
-
-OUTPUT = "next_token"
-"""Name of the output in the cache."""
-
-_LARGEST_CHUNK = 16_384
-"""Sequences per chunk at most."""
 
 Array = npt.NDArray[Any]
-
-
-class Sequences(Protocol):
-    """Sequences of tokens, some of whose positions are taught."""
-
-    def __len__(self) -> int: ...
-
-    def tokens(self, index: int) -> tuple[Array, Array]:
-        """Return the tokens of a sequence, [L] integers, and which of its positions are taught, [L] bool."""
 
 
 @runtime_checkable
@@ -149,49 +138,13 @@ def cache_of_sequences(
     size = vocabulary if isinstance(vocabulary, int) else len(vocabulary)
     encoding = encoding_of(spec, size, origin.level_known, origin.temperatures)
     counted = count_sequences((source.tokens(index) for index in range(len(source))), size)
-    labels = np.full(len(counted.keys), -1, np.int32)
     basis = _basis(source, counted, out, spec, encoding, progress)
-    per_shard = spec.shard_sequences or sequences_per_shard(counted, raw_bytes(encoding))
-    request = TokenRequest(
-        top_k=encoding.top_k,
-        tail=spec.tail,
-        rank=encoding.rank or None,
-        step=spec.step if encoding.rank else None,
-        pilot_rows=spec.pilot_rows if encoding.rank else 0,
-    )
-    plan = Plan(
-        teacher=_teacher(origin),
-        dataset=DatasetRecord(
-            name=origin.dataset,
-            split=origin.split,
-            samples=len(counted.keys),
-            class_names=(),
-            digest=digest_of(counted.keys, labels),
-        ),
-        views=ViewsRecord(count=1, seed=0, transform=[]),
-        fidelity=None,
-        shape=Sharding(shard_rows=per_shard, chunk_rows=_chunk(per_shard), fingerprint_stride=per_shard),
-        batch_size=1,
-        versions=versions(),
-        licence=spec.license,
-        notes=spec.notes,
-        lineage=Lineage(operation="convert", arguments=dict(origin.arguments), parents=[]),
-        outputs={
-            OUTPUT: OutputRecord(
-                kind="classes",
-                places="run",
-                source=None,
-                request=request,
-                encoding=encoding,
-                fidelity=None,
-                level=None if origin.level_known else "unknown",
-            )
-        },
-        sequences=sequences_record(counted, per_shard, raw_bytes(encoding), vocabulary_record(vocabulary, special)),
-    )
+    lineage = Lineage(operation="convert", arguments=dict(origin.arguments), parents=[])
+    data, of_tokens = (origin.dataset, origin.split), vocabulary_record(vocabulary, special)
+    plan = plan_of_sequences(counted, encoding, spec, _teacher(origin), data, of_tokens, lineage=lineage)
     arrays = counted.arrays() | arrays_of_vocabulary(vocabulary)
     bases = {} if basis is None else {OUTPUT: basis}
-    writer = CacheWriter.begin(out, plan, labels, counted.keys, bases, arrays=arrays)
+    writer = CacheWriter.begin(out, plan, counted.labels, counted.keys, bases, arrays=arrays)
 
     def write() -> None:
         with progress.task(f"writing {out.name}", plan.shards, "shards") as task:
@@ -206,11 +159,6 @@ def cache_of_sequences(
 
 def _teacher(origin: Origin) -> TeacherRecord:
     return teacher_by_hearsay(origin.teacher, origin.precision, level=None if origin.level_known else "unknown")
-
-
-def _chunk(per_shard: int) -> int:
-    """Return the largest number of sequences per chunk that a shard is a multiple of."""
-    return next(size for size in range(min(per_shard, _LARGEST_CHUNK), 0, -1) if per_shard % size == 0)
 
 
 def _basis(
@@ -233,29 +181,16 @@ def _basis(
         kept = stored_bases.read_output_basis(out, started, OUTPUT) if OUTPUT in started.named_outputs else None
         if isinstance(kept, TailBasis) and kept.basis.shape == (encoding.rank, encoding.num_classes):
             return kept
-    parts, wanted = list[Tensor](), min(spec.pilot_rows, int(counted.rows.sum()))
-    if wanted < encoding.rank:
-        raise UsageError(
-            f"a basis of rank {encoding.rank} needs as many rows, and there are {wanted}", "use a lower rank, or ghost"
-        )
+    chosen = pilot_rows(counted, spec.pilot_rows)
+    wanted = sum(len(each.numbers) for each in chosen)
+    check_rank(encoding.rank, wanted)
+    parts = list[Tensor]()
     with progress.task("reading the pilot", wanted, "rows") as task:
-        for index in _spread(len(source)):
-            found = _logits_of(source, index, int(counted.rows[index]), encoding.num_classes).float()
-            # Of a long sequence some rows, so that several sequences are in the pilot.
-            stride = max(len(found) * min(len(source), 8) // wanted, 1)
-            parts.append(found[::stride][: wanted - sum(map(len, parts))].clone())
-            task.advance(len(parts[-1]))
-            if sum(map(len, parts)) >= wanted:
-                break
-    pilot = torch.cat(parts)
-    return fit_token_basis(pilot, spec.top_k, encoding.rank, spec.step)
-
-
-def _spread(count: int) -> Iterator[int]:
-    """Yield all indices, the first of them spread over all."""
-    step = max(count // 64, 1)
-    for first in range(step):
-        yield from range(first, count, step)
+        for index, numbers in chosen:
+            found = _logits_of(source, index, int(counted.rows[index]), encoding.num_classes)
+            parts.append(found[torch.from_numpy(numbers)].float())
+            task.advance(len(numbers))
+    return fit_token_basis(torch.cat(parts), spec.top_k, encoding.rank, spec.step)
 
 
 def _logits_of(source: LogitSource, index: int, rows: int, size: int) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.reader import Cache
+from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.curate.sequence_cache import Array, Origin, cache_of_sequences
-from kdcache.curate.token_spec import TokenCacheSpec
 from kdcache.errors import MismatchError
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter

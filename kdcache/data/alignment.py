@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 from kdcache.cache.reader import Cache
 from kdcache.cache.teacher import Teacher, TeacherWrapper
 from kdcache.data.images import ArrayImages, FileImages, Images, ItemImages
+from kdcache.data.label_maps import ChosenMaps
 from kdcache.data.repeatable import check_repeatable
 from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay, teacher_view
 from kdcache.data.sample_groups import groups_among
@@ -127,6 +128,7 @@ def select_samples(samples: Samples, positions: Ids, ids: Ids | None) -> Samples
         groups=None,
         sample_names=None if names is None else names[positions],
         privacy=None if privacy is None else privacy[positions],
+        maps=None if samples.maps is None else ChosenMaps(samples.maps, positions),
     )
 
 

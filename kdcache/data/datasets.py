@@ -18,11 +18,13 @@ from kdcache.config.section import validated
 from kdcache.config.transform import Transform
 from kdcache.data.class_folders import list_images
 from kdcache.data.images import ArrayImages, FileImages
+from kdcache.data.label_maps import ChosenMaps
 from kdcache.data.nodes import Graph, graph_of, is_graph, read_graph
 from kdcache.data.npz_files import array_transform, read_npz
 from kdcache.data.sample_groups import groups_among
 from kdcache.data.samples import HeldOut, Samples, Split
 from kdcache.data.seeding import in_hash_order
+from kdcache.data.segmentation_sets import SEGMENTATION_SETS, read_masked
 from kdcache.data.user_dataset import load_user_split, user_samples
 from kdcache.errors import UsageError
 from kdcache.runtime.package_data import package_data
@@ -62,6 +64,8 @@ def _lacking(spec: DatasetSpec) -> list[Split]:
         return [split for split in SPLITS if split != "train" and load_user_split(spec, split) is None]
     if spec.name in ("imagenet", "image-folder"):
         return [split for split, folder in _folders(spec).items() if folder is None]
+    if spec.name in SEGMENTATION_SETS:
+        return [split for split in SPLITS if read_masked(spec, _root(spec), split) is None]
     own: dict[str, tuple[Split, ...]] = {"digits": SPLITS, "cifar10": ("train", "test"), "cifar100": ("train", "test")}
     return [split for split in SPLITS if split not in own.get(spec.name, ("train",))]
 
@@ -184,6 +188,25 @@ def _folder(spec: DatasetSpec, split: Split) -> Samples:
     )
 
 
+def _segmentation(spec: DatasetSpec, split: Split) -> Samples:
+    """Return a split of a data set with label maps."""
+    own = read_masked(spec, _root(spec), split)
+    found = own or read_masked(spec, _root(spec), "train")
+    assert found is not None, "it has a training split"  # noqa: S101  # for the types
+    count = len(found.images)
+    ids = np.arange(count) if own is not None and split != "train" else _share(count, split, spec)
+    return Samples(
+        spec.name,
+        split,
+        FileImages([found.images.paths[index] for index in ids]),
+        np.full(len(ids), -1, np.int32),
+        found.class_names,
+        found.transform,
+        held_out=None if own is not None and split != "train" else _held_out(count, spec),
+        maps=ChosenMaps(found.maps, ids),
+    )
+
+
 def _npz(spec: DatasetSpec, split: Split) -> Samples:
     """Return a split of an npz file of images, or of tensors of any shape."""
     path = _root(spec)
@@ -251,6 +274,7 @@ _READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {
     "image-folder": _folder,
     "npz": _npz,
     "graph": _graph,
+    **dict.fromkeys(SEGMENTATION_SETS, _segmentation),
 }
 
 
@@ -266,8 +290,9 @@ def load_split(
     """Return one split of a named data set, such as `kdcache.load_split("digits", "train")`.
 
     Args:
-        dataset: `digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph` or
-            `path/file.py:function`; or a mapping with the keys of the `dataset` section of a pipeline file.
+        dataset: `digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph`, `segmentation-folder`,
+            `voc`, `cityscapes`, `sbd` or `path/file.py:function`; or a mapping with the keys of the `dataset` section
+            of a pipeline file.
         split: "train", "validation" or "test".
         root: folder of the data set, or for `npz` and `graph` the file; `data/NAME` if not given.
         validation_fraction: fraction of the training images held out if the set has no validation split; 0.1 if not

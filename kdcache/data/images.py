@@ -144,6 +144,10 @@ class ItemImages:
         """Return item `index`, without its label."""
         return self._picture(split_item(self.dataset[index])[0], index)
 
+    def of_item(self, item: Any, index: int) -> Picture:
+        """Return the image of an item that was read already, without its label."""
+        return self._picture(split_item(item)[0], index)
+
     def read(self, index: int) -> tuple[bytes, int]:
         """Return the content of an image and its label, of one reading of the item."""
         image, label = split_item(self.dataset[index])

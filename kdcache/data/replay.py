@@ -16,7 +16,8 @@ from kdcache.cache.reader import Cache
 from kdcache.config.transform import Transform
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.repeatable import check_repeatable
-from kdcache.data.samples import Samples, check_same_samples
+from kdcache.data.same_samples import check_same_samples
+from kdcache.data.samples import Samples
 from kdcache.data.transform_limits import MAX_BATCH_VALUES, MAX_IMAGE_VALUES
 from kdcache.data.views import View
 from kdcache.errors import MismatchError

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
 from kdcache.config.transform import Transform, step_names
 from kdcache.data.content_keys import load_keys, save_keys
-from kdcache.data.images import Images, ItemImages, name_of, split_item
+from kdcache.data.images import FileImages, Images, ItemImages, Picture, split_item
+from kdcache.data.label_maps import DEFAULT_IGNORED, ItemMaps, LabelMaps, MaskValues, hash_of_content, mask_of
 from kdcache.data.sample_attributes import Privacy, attributes_of_dataset, checked_privacy
 from kdcache.data.sample_groups import Groups, check_names, checked_groups
 from kdcache.errors import MismatchError, UsageError
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from kdcache.data.nodes import Graph
 
 Split = Literal["train", "validation", "test"]
-
-_BY_CONTENT = "train on the samples that match: --align, or --allow-missing if the data set lacks some of the cache"
 
 
 class HeldOut(NamedTuple):
@@ -67,6 +67,7 @@ class Samples:
         sample_names: [N] str, by which files of other projects refer to the samples; None if they have no names.
         graph: whose nodes the samples are (`nodes.py`); None for other samples.
         privacy: [N] float64 from 0 to 1, weights of the noise that a dump may add; None if all are 1.
+        maps: the class of each pixel of each image, for segmentation; None without. Content keys cover them.
     """
 
     name: str
@@ -82,12 +83,18 @@ class Samples:
     sample_names: npt.NDArray[np.str_] | None = None
     graph: Graph | None = None
     privacy: Privacy | None = None
+    maps: LabelMaps | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) != len(self.images):
             raise MismatchError(
                 f"{self.name}/{self.split} has {len(self.images)} images and {len(self.labels)} labels",
                 "give one label per image; -1 marks an unknown label",
+            )
+        if self.maps is not None and len(self.maps) != len(self.images):
+            raise MismatchError(
+                f"{self.name}/{self.split} has {len(self.images)} images and {len(self.maps)} label maps",
+                "give one label map per image",
             )
         if len(self.labels) == 0:
             raise UsageError(f"{self.name}/{self.split} holds no image", "check dataset.root and the split fractions")
@@ -123,7 +130,7 @@ class Samples:
 
         Image files are read once per machine: their keys are stored in kdcache's own folder until a file changes.
         """
-        stamp = self.images.stamp()
+        stamp = self._stamp()
         if stamp is not None and (stored := load_keys(stamp, len(self))) is not None:
             return stored
         keys = self._compute_keys(reporter(progress))
@@ -131,10 +138,31 @@ class Samples:
             save_keys(stamp, keys)
         return keys
 
+    def with_map(self, index: int) -> tuple[Picture, Tensor]:
+        """Return an image and its label map, [H, W] int64; an item of a Dataset that holds both is read once."""
+        images, maps = self.images, self.maps
+        if isinstance(maps, ItemMaps) and isinstance(images, ItemImages) and images.dataset is maps.dataset:
+            item = maps.dataset[index]
+            return images.of_item(item, index), maps.of_item(item, index)
+        if maps is None:
+            raise ValueError(f"{self.name}/{self.split} has no label maps")
+        return images.picture(index), maps.label_map(index)
+
+    def _stamp(self) -> str | None:
+        """Return a digest that changes if an image file or a mask file changes; None if some are not in files."""
+        if self.maps is None:
+            return self.images.stamp()
+        files = self.maps.files()
+        if not files or not isinstance(self.images, FileImages):
+            return None
+        return FileImages([*self.images.paths, *files]).stamp()
+
     def _compute_keys(self, progress: Progress) -> npt.NDArray[np.uint64]:
         with (
             delayed_task(progress, f"content keys of {self.name}/{self.split}", len(self), "images") as task,
-            ThreadPoolExecutor(max_workers=None if self.images.parallel else 1) as pool,
+            ThreadPoolExecutor(
+                max_workers=None if self.images.parallel and (self.maps is None or self.maps.parallel) else 1
+            ) as pool,
         ):
             blocks = [range(start, min(start + 256, len(self))) for start in range(0, len(self), 256)]
             keys = np.empty(len(self), np.uint64)
@@ -143,8 +171,13 @@ class Samples:
                 task.advance(len(block))
         return keys
 
+    def _content(self, index: int) -> bytes:
+        """Return the bytes that the content key of a sample is computed from."""
+        image = self.images.content(index)
+        return image if self.maps is None else hash_of_content(image, self.maps.content(index))
+
     def _keys_of(self, ids: range) -> npt.NDArray[np.uint64]:
-        digests = (hashlib.blake2b(self.images.content(index), digest_size=8).digest() for index in ids)
+        digests = (hashlib.blake2b(self._content(index), digest_size=8).digest() for index in ids)
         return np.frombuffer(b"".join(digests), "<u8")
 
 
@@ -173,13 +206,16 @@ def wrap(
 ) -> Samples:
     """Return a map-style `torch.utils.data.Dataset` of (image, label) pairs, or of tensors of any shape, as `Samples`.
 
+    For segmentation, items are (image, mask) pairs.
+
     Args:
         dataset: with `__len__` and `__getitem__`; images are tensors [channels, H, W], numpy arrays [H, W] or
             [H, W, channels], or PIL images; labels are integers. Other samples are tensors of one shape, such as
             features [F] or token ids [L]; integers reach the network as int64. An item without a label is a sample
             alone, or (sample, None). An attribute `groups` [M, K] lists the samples that are trained on together,
             `sample_names` [N] what files of other projects call them, and `privacy` [N], from 0 to 1, is the weight of
-            the noise that a dump may add.
+            the noise that a dump may add. A mask is [H, W] integers, or a PIL image of one channel; pixels of the value
+            `ignore_index`, an attribute of the data set, 255 without one, have no class.
         num_classes: labels run from 0 to `num_classes - 1`; -1 marks an unknown label.
         name: name of the data set in the manifest.
         split: name of the split.
@@ -193,7 +229,8 @@ def wrap(
     names = tuple(str(c) for c in (range(num_classes) if class_names is None else class_names))
     if len(names) != num_classes:
         raise MismatchError(f"{len(names)} class names for {num_classes} classes", "give one name per class")
-    labels = labels_of(dataset)
+    maps = maps_of(dataset, num_classes)
+    labels = labels_of(dataset) if maps is None else np.full(len(maps), -1)
     where = f"{name}/{split}"
     check_labels(labels, num_classes, where)
     trust(step_names(transform))
@@ -205,7 +242,20 @@ def wrap(
         names,
         transform or [],
         **attributes_of_dataset(dataset, len(labels), where)._asdict(),
+        maps=maps,
     )
+
+
+def maps_of(dataset: Dataset[Any], num_classes: int) -> ItemMaps | None:
+    """Return the label maps of a map-style data set of (image, mask) pairs; None of another one."""
+    count = length_of(dataset)
+    if not count or mask_of(dataset[0]) is None:
+        return None
+    base: Any = dataset
+    while isinstance(base, Subset):
+        base = base.dataset
+    ignored = getattr(base, "ignore_index", DEFAULT_IGNORED)
+    return ItemMaps(dataset, count, MaskValues(num_classes, ignored=() if ignored is None else (int(ignored),)))
 
 
 def as_samples(data: Samples | Dataset[Any]) -> Samples:
@@ -238,6 +288,11 @@ def class_names(dataset: Dataset[Any], where: str) -> Sequence[str]:
                 f"the attribute `classes` of {where} is a {type(names).__name__}", "make it a list of names"
             )
         return [str(name) for name in names]
+    if length_of(dataset) and mask_of(dataset[0]) is not None:
+        raise UsageError(
+            f"{where} has masks, and does not say which classes they have",
+            "give the data set an attribute `classes` with the name of each class",
+        )
     labels = labels_of(dataset)
     largest = int(labels.max()) if len(labels) else -1
     if largest >= max(len(labels), 2):
@@ -254,11 +309,19 @@ def labels_of(dataset: Dataset[Any]) -> npt.NDArray[np.integer[Any]]:
     Raises:
         UsageError: if it has no length, or an item is not such a pair.
     """
+    return np.array([_label(dataset[index], index) for index in range(length_of(dataset))])
+
+
+def length_of(dataset: Dataset[Any]) -> int:
+    """Return the number of items of a data set.
+
+    Raises:
+        UsageError: if it has no length.
+    """
     try:
-        length = len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
+        return len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ to the subclass
     except TypeError:
         raise UsageError(f"{type(dataset).__name__} has no length", "give a map-style data set") from None
-    return np.array([_label(dataset[index], index) for index in range(length)])
 
 
 def _label(item: Any, index: int) -> int:
@@ -269,74 +332,3 @@ def _label(item: Any, index: int) -> int:
             f"item {index} of the data set is not a pair of an image and an integer label",
             "return (image, label), or without labels the image or tensor alone",
         ) from None
-
-
-def explain_fractions(
-    samples: Samples, keys: npt.NDArray[np.uint64], cached_keys: npt.NDArray[np.uint64]
-) -> tuple[str, str]:
-    """Return whether a cache was made with other fractions of images held out, and what to set.
-
-    Args:
-        samples: the data set.
-        keys: [M] uint64, its content keys.
-        cached_keys: [N] uint64, those of the cache.
-
-    Returns:
-        (what is likely, as the end of a sentence; the fix); empty if the numbers have another cause.
-    """
-    held_out = samples.held_out
-    if held_out is None or len(cached_keys) > held_out.total:
-        return "", ""
-    # The images are held out in one order: those of the larger fraction include those of the smaller one.
-    fewer, more = sorted((keys, cached_keys), key=len)
-    if len(fewer) == len(more) or not np.isin(fewer, more).all():
-        return "", ""
-    options = " and ".join(f"{name} {value:g}" for name, value in held_out.fractions.items())
-    then = 1 - len(cached_keys) / held_out.total
-    total = " + ".join(held_out.fractions)
-    return (
-        f": of {held_out.total} images, about {then:.3g} were held out when it was made, here {options}",
-        f"set the fractions of the dump, so that {total} is {then:.3g}: --set dataset.{next(iter(held_out.fractions))}="
-        "...",
-    )
-
-
-def check_same_samples(
-    samples: Samples,
-    keys: npt.NDArray[np.uint64],
-    cached_keys: npt.NDArray[np.uint64],
-    cached_labels: npt.NDArray[np.int32],
-) -> None:
-    """Check that row i of a cache belongs to sample i of a data set.
-
-    Raises:
-        MismatchError: if samples, order or labels differ; the message names the first such sample.
-    """
-    name = f"{samples.name}/{samples.split}"
-    if len(keys) != len(cached_keys):
-        cause, remedy = explain_fractions(samples, keys, cached_keys)
-        raise MismatchError(
-            f"the cache holds {len(cached_keys)} samples, {name} has {len(keys)}{cause}",
-            remedy
-            or "use the data set and the split that the cache was made from (`kdcache info CACHE` names them), or "
-            f"{_BY_CONTENT}",
-        )
-    differ = np.flatnonzero(keys != cached_keys)
-    if len(differ):
-        if np.array_equal(np.sort(keys), np.sort(cached_keys)):
-            raise MismatchError(
-                f"{name} holds the cache's samples in another order, first at sample {differ[0]}",
-                "do not shuffle the data set; let the sampler of the DataLoader shuffle; or use --align",
-            )
-        raise MismatchError(
-            f"{len(differ)} of {len(keys)} samples of {name} are not those of the cache, first "
-            f"{name_of(samples.images, int(differ[0]))}",
-            f"use the data set that the cache was made from, or dump the teacher on this one, or {_BY_CONTENT}",
-        )
-    differ = np.flatnonzero(samples.labels != cached_labels)
-    if len(differ):
-        raise MismatchError(
-            f"{name_of(samples.images, int(differ[0]))} of {name} has label {samples.labels[differ[0]]}, in the cache "
-            f"{cached_labels[differ[0]]} ({len(differ)} labels differ)",
-            "use the labels that the cache was made with, or dump the teacher again",
-        )

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.tv_tensors import Mask
 
 from kdcache.cache.format.recorded_views import CROP, ELSEWHERE, recorded
 from kdcache.config.transform import EXIF_TRANSPOSE, Transform, step_names
@@ -105,8 +106,13 @@ class ExifTranspose(v2.Transform):  # type: ignore[misc]  # torchvision is untyp
         return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
 
 
-def build_transform(transform: Transform) -> Callable[..., Any]:
+def build_transform(transform: Transform, fill_of_maps: int | None = None) -> Callable[..., Any]:
     """Return the transform that a list of steps describes, a callable.
+
+    Args:
+        transform: the steps.
+        fill_of_maps: what steps put into label maps where the image has no pixels, if it is also called as
+            transform(image, label map); None if it is called with images alone.
 
     Raises:
         UsageError: for a name that is not in `torchvision.transforms.v2`, for wrong arguments, or for more than
@@ -115,12 +121,12 @@ def build_transform(transform: Transform) -> Callable[..., Any]:
     check_steps(step_names(transform))
     if EXIF_TRANSPOSE in [*step_names(transform)][1:]:
         raise UsageError(f"{EXIF_TRANSPOSE} can only be the first step of a transform", "put it at the beginning, once")
-    steps = [_step(step) for step in transform]
+    steps = [_step(step, fill_of_maps) for step in transform]
     return v2.Compose(steps) if steps else v2.Identity()  # type: ignore[no-any-return]  # torchvision is untyped
 
 
-def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
-    """Return one step of a transform, a callable."""
+def _step(step: dict[str, dict[str, Any]], fill_of_maps: int | None = None) -> Callable[..., Any]:
+    """Return one step of a transform, a callable; see `build_transform`."""
     if not (isinstance(step, dict) and len(step) == 1 and all(isinstance(given, dict) for given in step.values())):
         raise UsageError(
             f"the step {step!r} of a transform is not one name with its arguments", "write it as - NAME: {KEY: VALUE}"
@@ -137,7 +143,10 @@ def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
             "use a name from torchvision's list of v2 transforms, or path/file.py:function",
         )
     try:
-        built: Callable[..., Any] = kind(**{key: _argument(key, value) for key, value in arguments.items()})
+        given = {key: _argument(key, value, fill_of_maps) for key, value in arguments.items()}
+        if fill_of_maps is not None and "fill" in inspect.signature(kind).parameters:
+            given["fill"] = {Mask: fill_of_maps, "others": given.get("fill", 0)}
+        built: Callable[..., Any] = kind(**given)
     except (TypeError, ValueError, AttributeError) as error:
         fix = f"see the arguments of torchvision.transforms.v2.{name}"
         if name in MIXINGS:
@@ -146,7 +155,7 @@ def _step(step: dict[str, dict[str, Any]]) -> Callable[..., Any]:
     return built if name in MIXINGS else SizeLimitedStep(built, name, arguments)
 
 
-def _argument(key: str, value: Any) -> Any:
+def _argument(key: str, value: Any, fill_of_maps: int | None = None) -> Any:
     """Return an argument that YAML cannot express: a torch type, a member of an enumeration, or inner transforms."""
     if key == "dtype" and isinstance(value, str):
         dtype = vars(torch).get(value)
@@ -158,7 +167,7 @@ def _argument(key: str, value: Any) -> Any:
     if key == "policy" and isinstance(value, str):
         return v2.AutoAugmentPolicy(value)
     if key == "transforms" and isinstance(value, list):
-        return [_step(step) for step in value]
+        return [_step(step, fill_of_maps) for step in value]
     return value
 
 
@@ -198,15 +207,17 @@ class UserStep:
         else:
             self.code.check_arguments(None, **arguments)
 
-    def __call__(self, image: Any) -> Any:
+    def __call__(self, image: Any, *label_map: Any) -> Any:
         """Return the image that the step makes of an image: a tensor [channels, H, W] or a PIL image.
 
-        Of a tensor of another number of dimensions it makes one of as many.
+        Of a tensor of another number of dimensions it makes one of as many; of an image and its label map, both.
         """
         if self._built is None:
-            result = self.code(image, **self.arguments)
+            result = self.code(image, *label_map, **self.arguments)
         else:
-            result = replace(self.code, target=self._built)(image)
+            result = replace(self.code, target=self._built)(image, *label_map)
+        if label_map:
+            return self._pair(result)
         ndim = image.ndim if isinstance(image, Tensor) else 3
         if isinstance(result, Image.Image) or (isinstance(result, Tensor) and result.ndim == ndim):
             return result
@@ -216,6 +227,14 @@ class UserStep:
         raise self.code.mistake(
             f"returned a {type(result).__name__}{shape}, not a tensor [channels, H, W] or PIL image"
         )
+
+    def _pair(self, result: Any) -> Any:
+        """Return an image and its label map, if these are what the step returned."""
+        if isinstance(result, tuple) and len(result) == 2:
+            image, moved = result
+            if isinstance(image, Image.Image | Tensor) and isinstance(moved, Tensor) and moved.ndim == 2:
+                return image, Mask(moved)
+        raise self.code.mistake(f"returned a {type(result).__name__}, not an image and its label map [H, W]")
 
     def __reduce__(self) -> Any:
         return _in_worker, (self.reference, self.arguments)

@@ -20,18 +20,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from kdcache.cache.format.recorded_views import CROP, Crops
 from kdcache.config.transform import Transform, step_names
 from kdcache.data.batched_steps import batched_transform
-from kdcache.data.images import ArrayImages, FileImages
+from kdcache.data.images import ArrayImages, FileImages, name_of
 from kdcache.data.mixing import Mixing, split_mixing
+from kdcache.data.moved_maps import MapTransform
 from kdcache.data.recorded_crop import split_recorded
 from kdcache.data.samples import Samples
 from kdcache.data.seeding import kept_generators, kept_torch_generator, seed_generators, seed_of
+from kdcache.data.stacking import as_input, check_sizes, fix_of_channels, stack
 from kdcache.data.transform_limits import check_batch
 from kdcache.data.transforms import build_transform, is_random, runs_user_code
 from kdcache.errors import CorruptError, UsageError
@@ -47,12 +48,14 @@ class Batch(NamedTuple):
         labels: [B] int64, of the samples themselves, -1 where unknown.
         ids: [B] int64.
         mixed: labels and shares of the partners; None if the images are not mixed.
+        maps: [B, H, W] int64, the class of each pixel, -1 where it is ignored; None without label maps.
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
     mixed: MixedLabels | None
+    maps: Tensor | None = None
 
 
 @contextmanager
@@ -121,6 +124,8 @@ class View(Dataset[Batch]):
         # Only torchvision's steps are known to draw from torch's generator alone, and to seed it is far cheaper.
         self._torch_alone = isinstance(samples.images, ArrayImages | FileImages) and not runs_user_code(transform)
         whole = self._crop is None and mixing is None
+        self._moves = None if samples.maps is None else MapTransform(transform)
+        whole = whole and self._moves is None
         self._batched = batched_transform(steps, getattr(self._transform, "transforms", [])) if whole else None
 
     def __len__(self) -> int:
@@ -178,13 +183,17 @@ class View(Dataset[Batch]):
             return Batch(images, labels, indices, None)
         count = len(ids)
         with _one_thread(), self._generators_kept():
+            if self._moves is not None:
+                pairs = (self._with_map(int(index), view, count, self._moves) for index in ids)
+                pixels, maps = zip(*pairs, strict=True)
+                return Batch(stack(pixels), labels, indices, None, torch.stack(maps))
             if self._mixing is None:
                 each = [self._image(int(index), view, count) for index in ids]
-                return Batch(_stack(each), labels, indices, None)
+                return Batch(stack(each), labels, indices, None)
             mixtures = (self._mixed(int(index), view, self._mixing, count) for index in ids)
             mixed_images, shares, partners = zip(*mixtures, strict=True)
             mixed = MixedLabels(self.labels[list(partners)], torch.tensor(shares))
-            return Batch(_stack(mixed_images), labels, indices, mixed)
+            return Batch(stack(mixed_images), labels, indices, mixed)
 
     def _at_once(self, ids: Sequence[int], view: int) -> Tensor | None:
         """Return images of one size, [B, channels, H, W] float32, transformed together; None if they cannot be."""
@@ -193,10 +202,10 @@ class View(Dataset[Batch]):
             return None
         self._check_steps(pixels[0])
         if not self._random:
-            return _as_input(self._apply(partial(self._batched, pixels, None), int(ids[0]), pixels.ndim == 4))
+            return as_input(self._apply(partial(self._batched, pixels, None), int(ids[0]), pixels.ndim == 4))
         seeds = [self._seed_of(int(index), view) for index in ids]
         with kept_torch_generator():
-            return _as_input(self._apply(partial(self._batched, pixels, seeds), int(ids[0])))
+            return as_input(self._apply(partial(self._batched, pixels, seeds), int(ids[0])))
 
     def _mixed(self, index: int, view: int, mixing: Mixing, count: int) -> tuple[Tensor, float, int]:
         """Return an image mixed with its partner, the share of its own label, and the index of the partner."""
@@ -205,7 +214,7 @@ class View(Dataset[Batch]):
         partner = int(torch.randint(len(self), ()))
         with self._generators_kept():
             partner_image = self._image(partner, view, count)
-        _check_sizes([own, partner_image])
+        check_sizes([own, partner_image])
         image, _, share = mixing(own, partner_image, 1.0)
         return image, share, partner
 
@@ -214,6 +223,23 @@ class View(Dataset[Batch]):
         if self._random:
             self._seed(index, view)
         return self._transformed(index, view, count)
+
+    def _with_map(self, index: int, view: int, count: int, moves: MapTransform) -> tuple[Tensor, Tensor]:
+        """Return an image and its label map after the transform, by the draws of the image alone."""
+        if self._random:
+            self._seed(index, view)
+        picture, label_map = self.samples.with_map(index)
+        moved = label_map
+        where = name_of(self.samples.images, index)
+
+        def transform() -> Any:
+            nonlocal moved
+            image, moved = moves(picture.clone() if isinstance(picture, Tensor) else picture, label_map, where)
+            return image
+
+        pixels = self._apply(transform, index)
+        check_batch(pixels.numel(), count)
+        return pixels, moved
 
     def _id(self, index: int) -> int:
         return index if self.samples.ids is None else int(self.samples.ids[index])
@@ -272,7 +298,7 @@ class View(Dataset[Batch]):
             raise UsageError(
                 f"the transform cannot be applied to sample {first} of {self.samples.name}/{self.samples.split}: "
                 f"{error}",
-                f"correct `transform` or `eval_transform` of the pipeline{_on_channels(self.samples, first)}",
+                f"correct `transform` or `eval_transform` of the pipeline{fix_of_channels(self.samples, first)}",
             ) from None
         if isinstance(pixels, Tensor) and not is_image and not pixels.is_complex():
             return pixels.as_subclass(Tensor)
@@ -283,49 +309,3 @@ class View(Dataset[Batch]):
                 "images, such as those of image folders, as they are",
             )
         return pixels.as_subclass(Tensor)
-
-
-SAME_CHANNELS = (
-    "begin the transform with - RGB: {} to make all of them color, or with - Grayscale: {num_output_channels: 1} to "
-    "make them gray"
-)
-"""The fix for gray images among color ones."""
-
-
-def _on_channels(samples: Samples, index: int) -> str:
-    """Return the fix for an image with another number of channels than the first; empty if it has the same."""
-    picture = samples.images.picture(index)
-    if isinstance(picture, Tensor) and picture.ndim != 3:
-        return ""
-    channels = len(picture.getbands()) if isinstance(picture, Image.Image) else picture.shape[-3]
-    first = samples.images.shape()[0]
-    return f"; this image has {channels} channels, the first {first}: {SAME_CHANNELS}" if channels != first else ""
-
-
-def _check_sizes(images: Sequence[Tensor]) -> None:
-    if any(pixels.shape != images[0].shape for pixels in images):
-        what = " and ".join(sorted({str(list(pixels.shape)) for pixels in images})[:2])
-        if any(pixels.ndim != 3 for pixels in images):
-            raise UsageError(
-                f"the samples are tensors of different shapes: {what}",
-                "pad or cut them to one shape, in the data set or in a step of your own, path/file.py:function",
-            )
-        if len({len(pixels) for pixels in images}) > 1:
-            raise UsageError(f"the transform returns images of different numbers of channels: {what}", SAME_CHANNELS)
-        raise UsageError(
-            f"the transform returns images of different sizes: {what}",
-            "resize them to one size, for instance with - Resize: {size: [224, 224]}",
-        )
-
-
-def _as_input(values: Tensor) -> Tensor:
-    """Return what a network gets: float32, or int64 of integers, such as token ids."""
-    return values.float() if values.is_floating_point() else values.long()
-
-
-def _stack(images: Sequence[Tensor]) -> Tensor:
-    """Stack images of one size into [B, channels, H, W] float32, or tensors of another shape into [B, ...]."""
-    _check_sizes(images)
-    # In a worker process, it stacks into shared memory, from where the images need no other copy.
-    stacked: Tensor = default_collate([_as_input(pixels) for pixels in images])
-    return stacked

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from kdcache.cache.fidelity import TEMPERATURES, divergence, gradient_error, tot
 from kdcache.cache.format import stored_bases
 from kdcache.cache.format.codec import decode, encode
 from kdcache.cache.format.output_codec import decode_output
+from kdcache.cache.format.output_records import OutputRecord
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
@@ -33,6 +35,10 @@ _MAX_TOTAL_VARIATION = 0.05
 
 _MAX_RELATIVE_ERROR = 0.05
 """Relative squared error of an output above which the teacher is another one, or runs in another way."""
+
+
+_MOST_NUMBERS, _LEAST_MAPS = 2**25, 4
+"""Numbers of an output that are compared in a view at most, but at least of four maps."""
 
 
 class TeacherAgreement(NamedTuple):
@@ -106,11 +112,14 @@ def check_identity(
 def with_outputs_of(cache: Cache, spec: CacheSpec | None) -> CacheSpec:
     """Return settings with which a teacher gives the outputs of a cache, wherever its pipeline takes them from now."""
     plan, spec = cache.manifest.plan, spec or CacheSpec()
-    outputs = {
-        name: spec.outputs.get(name, OutputSpec(kind=record.kind, source=record.source, pool=record.pool))
-        for name, record in plan.named_outputs.items()
-    }
+    outputs = {name: spec.outputs.get(name, _spec_of(record)) for name, record in plan.named_outputs.items()}
     return spec.model_copy(update={"outputs": outputs, "logits": plan.class_encoding is not None})
+
+
+def _spec_of(record: OutputRecord) -> OutputSpec:
+    """Return where an output was taken, and its kind and places."""
+    places: Literal["one", "grid"] = "grid" if record.places == "grid" else "one"
+    return OutputSpec(kind=record.kind, places=places, source=record.source, pool=record.pool)
 
 
 class OutputAgreement(NamedTuple):
@@ -120,7 +129,8 @@ class OutputAgreement(NamedTuple):
         view: index of the view.
         output: name of the output.
         rows: number of rows.
-        measure: "1 - cosine" and "relative squared error" of vectors and scores, "total variation at T = 1" of classes.
+        measure: "1 - cosine" and "relative squared error" of vectors and scores, "total variation at T = 1" of classes;
+            of maps the same of their places.
         value: mean over the rows.
     """
 
@@ -152,7 +162,7 @@ def compare_outputs(
     if not plan.outputs:
         return []
     running = InferenceModel(model, len(plan.dataset.class_names), spec, device)
-    cuts = _cuts(samples, rows, plan)
+    cuts = _cuts(samples, _rows_of_outputs(rows, plan), plan)
     teachers = {name: cache.teacher(name, device=device) for name in plan.outputs}
     bases = {name: basis.to(device) for name, basis in stored_bases.read_bases(cache.path, plan).items()}
     agreements = []
@@ -173,6 +183,12 @@ def compare_outputs(
     return agreements
 
 
+def _rows_of_outputs(rows: int, plan: Plan) -> int:
+    """Return the number of rows of outputs that are compared: fewer of maps, which are compared place by place."""
+    largest = max(math.prod(record.shape) for record in plan.named_outputs.values())
+    return min(rows, max(_MOST_NUMBERS // largest, _LEAST_MAPS))
+
+
 def _cuts(samples: Samples, rows: int, plan: Plan) -> list[list[int]]:
     """Return batches of ids of so many rows, spread over the data set."""
     ids = pilot_ids(len(samples), rows)
@@ -187,11 +203,13 @@ def _output_agreement(
     Raises:
         MismatchError: if the encoded live values are not those of the cache.
     """
+    count = len(live)
+    live, again, cached = (values.movedim(1, -1).flatten(0, -2) for values in (live, again, cached))
     apart = vector_fidelity(again, cached)
     if apart.relative_error > _MAX_RELATIVE_ERROR:
         raise MismatchError(
             f"in view {view} the output {name} of the teacher is not that of the cache: relative squared error "
-            f"{apart.relative_error:.2g}, 1 - cosine {apart.one_minus_cosine:.2g} of {len(live)} rows",
+            f"{apart.relative_error:.2g}, 1 - cosine {apart.one_minus_cosine:.2g} of {count} rows",
             "use the code, precision and library versions that the cache was made with (`kdcache info CACHE`)",
         )
     if kind == "classes":
@@ -199,7 +217,7 @@ def _output_agreement(
     else:
         found = vector_fidelity(live, cached)
         measures = {"1 - cosine": found.one_minus_cosine, "relative squared error": found.relative_error}
-    return [OutputAgreement(view, name, len(live), measure, value) for measure, value in measures.items()]
+    return [OutputAgreement(view, name, count, measure, value) for measure, value in measures.items()]
 
 
 def compare_with_teacher(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,25 +31,21 @@ from kdcache.data.samples import Samples, as_samples
 from kdcache.dump.job import DumpJob, Prepared, pending_shards, prepare
 from kdcache.dump.noise import noise_of_cache
 from kdcache.dump.probes import Probes, check_probes
+from kdcache.dump.shared_pass import SAME, OwnShare, keeping_finished_shards, wait_for_files
 from kdcache.dump.teacher_pass import MadeShard, PhaseTimer, Shard, run_pass
-from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError
+from kdcache.errors import InterruptedRun, KdcacheError, MismatchError
 from kdcache.models import weights_digest
 from kdcache.models.checks import samples_for
 from kdcache.models.teacher import TeacherIdentity, as_network
 from kdcache.runtime.devices import check_device
 from kdcache.runtime.distributed import Ranks
 from kdcache.runtime.paths import expand
-from kdcache.runtime.progress import Progress, Silent, Task
+from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
 
 _CHANCE = 1.5
 """A teacher whose accuracy is below this multiple of guessing gets a note."""
-
-_FILE_SYSTEM_DELAY = 120
-"""Seconds within which files of other machines must appear on a shared file system."""
-
-_SAME = "start every rank with the same command, the same files and the same versions"
 
 
 class _FirstRank(NamedTuple):
@@ -175,7 +170,7 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
         of_all_ranks = ranks.gather(statistics)
     if ranks.is_first:
         with timer.phase("sealing"):
-            _wait_for_files(writer, ranks)
+            wait_for_files(writer, ranks)
             if isinstance(job.samples.images, ItemImages):
                 check_repeatable(job.samples, zarr_store.read_samples(job.out, writer.plan)[1])
             known = {shard: of_shard for of_rank in of_all_ranks for shard, of_shard in of_rank.items()}
@@ -187,20 +182,6 @@ def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
         if ranks.is_first:
             write_card(cache, summary.histograms(collected))
     return cache
-
-
-class _OwnShare:
-    """Progress of the rows of this rank's share; rows that it makes for slower ranks are not reported."""
-
-    def __init__(self, task: Task, total: int) -> None:
-        self._task, self._left = task, total
-
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        """Report rows, up to the total."""
-        reported = min(amount, self._left)
-        if reported:
-            self._left -= reported
-            self._task.advance(reported, note)
 
 
 def _prepare(job: DumpJob, ranks: Ranks) -> tuple[Prepared, _FirstRank]:
@@ -219,7 +200,7 @@ def _prepare(job: DumpJob, ranks: Ranks) -> tuple[Prepared, _FirstRank]:
         return Prepared(None, None, None), first
     writer = CacheWriter.join(job.out)
     if (digest := weights_digest(job.model)) != (of_first := writer.plan.teacher.weights_digest):
-        raise MismatchError(f"this rank's teacher has the weights {digest}, that of the first rank {of_first}", _SAME)
+        raise MismatchError(f"this rank's teacher has the weights {digest}, that of the first rank {of_first}", SAME)
     noise = None
     if writer.plan.noise is not None:  # else the keys need not be read
         keys = zarr_store.read_samples(job.out, writer.plan)[1]
@@ -228,7 +209,7 @@ def _prepare(job: DumpJob, ranks: Ranks) -> tuple[Prepared, _FirstRank]:
     try:
         check_probes(first.probes, run_probes(), run_probes, job.spec, "the first rank has")
     except MismatchError as error:
-        raise MismatchError(error.what, _SAME) from None
+        raise MismatchError(error.what, SAME) from None
     return Prepared(writer, None, first.probes, noise), first
 
 
@@ -245,20 +226,12 @@ def _run_pass(
     share = [len(plan.shard_ids(shard.shard)) for shard in ranks.share(first.pending)]
     num_workers = workers_for(images, job.spec.num_workers, sum(-(-rows // plan.batch_size) for rows in share))
     shards = ranks.claim(first.pending, first.name)
-    try:
-        with job.progress.task("teacher" + ranks.named(), sum(share), "rows") as task:
-            own = _OwnShare(task, sum(share))
-            run_pass(model, images, plan, bases, shards, num_workers, write, own, timer)
-    except IncompleteError:
-        raise
-    except KdcacheError as error:
-        if writer.has_finished_shards:
-            raise type(error)(
-                error.what, f"{error.fix}; {job.out} keeps its finished shards, and the same command resumes"
-            ) from error
-        if ranks.count == 1:
-            writer.discard()
-        raise
+    with (
+        keeping_finished_shards(writer, ranks),
+        job.progress.task("teacher" + ranks.named(), sum(share), "rows") as task,
+    ):
+        own = OwnShare(task, sum(share))
+        run_pass(model, images, plan, bases, shards, num_workers, write, own, timer)
     return statistics
 
 
@@ -276,10 +249,3 @@ def _write(
     of_shard = labels[ids.start : ids.stop]
     if made.rows is not None:
         statistics[view, shard] = summary.shard_statistics(made.rows, of_shard, writer.plan.encoding)
-
-
-def _wait_for_files(writer: CacheWriter, ranks: Ranks) -> None:
-    """Wait until the commit markers of the other ranks are visible: a network file system may delay them."""
-    deadline = time.monotonic() + (_FILE_SYSTEM_DELAY if ranks.count > 1 else 0)
-    while pending_shards(writer) and time.monotonic() < deadline:
-        time.sleep(1)

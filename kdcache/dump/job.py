@@ -17,9 +17,8 @@ from kdcache.cache.changed_images import differs_in_images_alone
 from kdcache.cache.format.fingerprints import digest_of
 from kdcache.cache.format.read_records import read_manifest, read_plan
 from kdcache.cache.format.schema import MANIFEST, PLAN, PROBES, Plan
-from kdcache.cache.lock import LOCK
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids
-from kdcache.cache.preconditions import check_place, differences
+from kdcache.cache.preconditions import check_place, check_sealed_plan, remove_leftovers
 from kdcache.cache.reader import Cache, open_cache
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.cache import CacheSpec
@@ -33,7 +32,7 @@ from kdcache.dump.estimate import check_room
 from kdcache.dump.extend import check_extends
 from kdcache.dump.noise import plan_noise
 from kdcache.dump.outputs import PlannedOutputs, check_same_outputs
-from kdcache.dump.plan import Chosen, Pilot, choose, plan_cache, request_of, run_pilot, views_of
+from kdcache.dump.plan import Chosen, Pilot, choose, pilot_rows, plan_cache, request_of, run_pilot, views_of
 from kdcache.dump.probes import Probes, check_first_batch, check_probes, probe_ids, read_probes, run_probes
 from kdcache.dump.teacher_pass import Shard
 from kdcache.errors import CorruptError, UsageError, counted
@@ -213,19 +212,11 @@ def _try_and_check_images(job: DumpJob) -> Literal["unknown"] | None:
 
 def _complete(job: DumpJob, sealed: Plan, plan: Plan) -> Cache:
     """Return the sealed cache at `job.out`, if its plan is that of the job and every byte is as it was written."""
-    if changes := differences(sealed.model_dump(), plan.model_dump()):
-        lines = [f"{key}: {old}, {new}" for key, old, new in changes]
-        raise UsageError(
-            "\n  ".join(
-                [f"{job.out} is already a sealed cache, with other settings (in the cache, in this run):", *lines]
-            ),
-            _OTHER_NAME,
-        )
+    check_sealed_plan(job.out, sealed, plan)
     cache = open_cache(job.out)
     if plan.teacher.weights == "none":
         job.check_sealed(cache)
-    for leftover in (PROBES, PLAN, LOCK):  # of a run that was killed after it had sealed the cache
-        (job.out / leftover).unlink(missing_ok=True)
+    remove_leftovers(job.out)
     job.progress.say(f"{job.out} is complete: nothing to do")
     return cache
 
@@ -255,7 +246,7 @@ def _fixed_images(job: DumpJob) -> frozenset[int] | None:
     needs_pilot = (
         bool(job.spec.outputs) or encoding_without_pilot(job.samples.num_classes, request_of(job.spec)) is None
     )
-    return frozenset(pilot_ids(len(job.samples), job.spec.pilot_rows) if needs_pilot else ())
+    return frozenset(pilot_ids(len(job.samples), pilot_rows(job.spec)) if needs_pilot else ())
 
 
 def pending_shards(writer: CacheWriter) -> list[Shard]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kdcache.cache.format import zarr_store
 from kdcache.cache.format.codec import encode_finite
 from kdcache.cache.format.encoding import Request
+from kdcache.cache.format.grid_encoding import GridRequest
 from kdcache.cache.format.output_codec import encode_output
 from kdcache.cache.format.output_records import MOST_SCORES, OutputRecord, VectorRequest
 from kdcache.cache.format.schema import Plan
@@ -20,6 +21,7 @@ from kdcache.cache.format.stored_bases import Bases
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.format.vector_codec import encode_vectors
 from kdcache.cache.format.vector_rows import EncodedRows, VectorBasis
+from kdcache.cache.grid_planner import plan_grids
 from kdcache.cache.planner import encoding_without_pilot, plan_encoding
 from kdcache.cache.preconditions import check_same_plan
 from kdcache.cache.vector_planner import PlannedVectors, plan_vectors, scores_encoding
@@ -58,7 +60,7 @@ def plan_outputs(
 
     Args:
         spec: what the cache is to keep.
-        pilot: [P, D] float32 of each output, by name.
+        pilot: [P, D] float32 of each output, by name; of maps [P', C, h, w], of some of these rows.
         labels: [P] int64, of the pilot.
         num_classes: C, of the data set.
         n_rows: rows of the cache.
@@ -80,11 +82,13 @@ def plan_outputs(
                 f"remove `labels: true` from cache.outputs.{name}",
             )
         try:
-            record, basis, bytes_per_row = (
-                _planned_classes(output, spec.pilot_rows, values, labels)
-                if output.kind == "classes"
-                else _planned_vectors(output, values, n_rows)
-            )
+            basis: TailBasis | VectorBasis | None
+            if output.places == "grid":
+                record, basis, bytes_per_row = _planned_maps(output, values, n_rows, name not in unknown_levels)
+            elif output.kind == "classes":
+                record, basis, bytes_per_row = _planned_classes(output, spec.pilot_rows, values, labels)
+            else:
+                record, basis, bytes_per_row = _planned_vectors(output, values, n_rows)
         except UsageError as error:
             raise UsageError(f"output {name}: {error.what}", error.fix) from None
         records[name] = record.model_copy(update={"level": "unknown"}) if name in unknown_levels else record
@@ -121,13 +125,40 @@ def _planned_classes(
     return record, basis, bytes_per_row
 
 
-def _planned_vectors(output: OutputSpec, values: Tensor, n_rows: int) -> tuple[OutputRecord, VectorBasis | None, float]:
-    """Plan an output of vectors, or of scores, which are stored as they are."""
+def _planned_maps(
+    output: OutputSpec, values: Tensor, n_rows: int, level_known: bool
+) -> tuple[OutputRecord, VectorBasis | None, float]:
+    """Plan an output at places `grid`, of any kind."""
+    _check_scores(output, values)
+    request = _request_of(output, 0)
+    if not isinstance(request, GridRequest):
+        raise TypeError("an output of maps has the request of maps")
+    planned = plan_grids(values, output.kind, request, n_rows, level_known=level_known)
+    record = OutputRecord(
+        kind=output.kind,
+        places="grid",
+        source=output.source,
+        request=request,
+        encoding=planned.encoding,
+        fidelity=planned.fidelity,
+        level=None if planned.encoding.level else "unknown",
+    )
+    return record, planned.basis, planned.bytes_per_row
+
+
+def _check_scores(output: OutputSpec, values: Tensor) -> None:
+    """Raise UsageError if an output of kind `score` has more numbers than scores can have."""
     if output.kind == "score" and values.shape[1] > MOST_SCORES:
+        per = "place" if output.places == "grid" else "sample"
         raise UsageError(
-            f"there are {values.shape[1]} numbers per sample, and scores are at most {MOST_SCORES}",
+            f"there are {values.shape[1]} numbers per {per}, and scores are at most {MOST_SCORES}",
             "keep it as `kind: vector`",
         )
+
+
+def _planned_vectors(output: OutputSpec, values: Tensor, n_rows: int) -> tuple[OutputRecord, VectorBasis | None, float]:
+    """Plan an output of vectors, or of scores, which are stored as they are."""
+    _check_scores(output, values)
     request = _request_of(output, 0)
     if not isinstance(request, VectorRequest):
         raise TypeError("an output of vectors has no request of class logits")
@@ -148,14 +179,17 @@ def _planned_vectors(output: OutputSpec, values: Tensor, n_rows: int) -> tuple[O
     return record, planned.basis, planned.bytes_per_row
 
 
-def _request_of(output: OutputSpec, pilot_rows: int) -> Request | VectorRequest:
+def _request_of(output: OutputSpec, pilot_rows: int) -> Request | VectorRequest | GridRequest:
     """Return the part of an output's settings that determines its encoding."""
+    if output.places == "grid":
+        of_map = {"encoding": output.encoding, "fidelity": output.fidelity, "over_places": output.over_places}
+        return GridRequest.model_validate(of_map)
     if output.kind == "classes":
         keys = ("top_k", "tail", "rank", "fidelity", "dtype")
         return Request(**{key: getattr(output, key) for key in keys}, pilot_rows=pilot_rows)
     if output.kind == "score":
         return VectorRequest(encoding="float32", fidelity=None)
-    return VectorRequest(encoding=output.encoding, fidelity=output.fidelity)
+    return VectorRequest.model_validate({"encoding": output.encoding, "fidelity": output.fidelity})
 
 
 def check_same_outputs(path: Path, begun: Plan, spec: CacheSpec) -> None:
@@ -173,11 +207,11 @@ def check_same_outputs(path: Path, begun: Plan, spec: CacheSpec) -> None:
     for name, output in spec.outputs.items():
         record = begun.named_outputs[name]
         check_same_plan(path, record.request, _request_of(output, spec.pilot_rows), f"outputs.{name}.request")
-        now_is = (output.kind, output.source, output.pool, output.labels)
-        was = (record.kind, record.source, record.pool, record.labels == "sample")
+        now_is = (output.kind, output.source, output.pool, output.labels, output.places)
+        was = (record.kind, record.source, record.pool, record.labels == "sample", record.places)
         if now_is != was:
             raise MismatchError(
-                f"the output {name} of {path} has kind, source, pool and labels {was}, these settings {now_is}",
+                f"the output {name} of {path} has kind, source, pool, labels and places {was}, these settings {now_is}",
                 "use the settings that it was begun with, or write to another folder",
             )
 
@@ -191,17 +225,24 @@ def encode_outputs(values: Mapping[str, Tensor], labels: Tensor, plan: Plan, bas
     """Return the rows of the outputs of a batch.
 
     Args:
-        values: [B, D] float32 of each output, finite, by name.
+        values: [B, D] float32 of each output, or maps [B, C, h, w], finite, by name.
         labels: [B] int64, of the samples, on the same device.
         plan: of the cache.
         bases: of the outputs, on the same device.
 
     Raises:
-        MismatchError: if an output has another length than that of the cache.
+        MismatchError: if an output has another length, or its maps another size, than that of the cache.
     """
     encoded: dict[str, EncodedRows] = {}
     for name, record in plan.named_outputs.items():
-        if values[name].shape[1] != record.channels:
+        if values[name].shape[1:] != record.shape and record.places == "grid":
+            raise MismatchError(
+                f"the output {name} of the teacher is {list(values[name].shape)}, and was "
+                f"[B, {', '.join(map(str, record.shape))}] when the cache was planned: a map has the same grid for all "
+                "images and views",
+                "bring all images to one size (`transform`: Resize with both sides, or a crop)",
+            )
+        if values[name].shape[1:] != record.shape:
             raise MismatchError(
                 f"the output {name} of the teacher has {values[name].shape[1]} numbers per image, and "
                 f"{record.channels} when the cache was planned",

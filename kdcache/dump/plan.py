@@ -25,9 +25,10 @@ from kdcache.cache.format.schema import (
     TeacherRecord,
     ViewsRecord,
 )
-from kdcache.cache.format.sharding import bytes_per_shard_row, choose_sharding
+from kdcache.cache.format.sharding import sharding_of
 from kdcache.cache.format.stored_bases import Bases, basis_of_logits
 from kdcache.cache.format.tail_basis import TailBasis
+from kdcache.cache.grid_planner import PILOT_MAPS, pilot_stride
 from kdcache.cache.planner import encoding_without_pilot, pilot_ids, plan_encoding
 from kdcache.cache.preconditions import check_same_plan
 from kdcache.config.cache import CacheSpec
@@ -80,7 +81,7 @@ class Pilot(NamedTuple):
         logits: [P, C] float32, on the teacher's device; None if the class logits are not kept.
         labels: [P] int64, on the same device.
         rows_per_second: throughput, including the loading of images.
-        outputs: [P, D] float32 of each other output, by name.
+        outputs: [P, D] float32 of each other output, by name; of maps [P', C, h, w], those of some of the rows.
         unknown_levels: names of those that are logarithms of probabilities.
     """
 
@@ -113,7 +114,7 @@ def run_pilot(
         MismatchError: if the teacher returns anything but [B, C].
         CorruptError: if it returns NaN or infinities; names the sample.
     """
-    ids = pilot_ids(len(view), rows or spec.pilot_rows)
+    ids = pilot_ids(len(view), rows or pilot_rows(spec))
     cuts = [ids[cut.start : cut.stop] for cut in cut_range(range(len(ids)), spec.batch_size)]
     said: list[TeacherOutput] = []
     labels: list[Tensor] = []
@@ -122,6 +123,7 @@ def run_pilot(
         for batch in batches(view, cuts, spec.num_workers, teacher.device):
             said.append(teacher.run(batch.images, batch.ids, view.view))
             refuse_not_finite(said[-1].finite().cpu(), batch.ids, said[-1].names)
+            said[-1] = _with_some_maps(said[-1], len(labels) * spec.batch_size, len(ids))
             labels.append(batch.labels.to(teacher.device))
             task.advance(len(batch.ids))
     logits = [part.logits for part in said if part.logits is not None]
@@ -129,6 +131,28 @@ def run_pilot(
     seconds = time.perf_counter() - start
     all_logits = torch.cat(logits) if logits else None
     return Pilot(all_logits, torch.cat(labels), len(ids) / seconds, outputs, teacher.unknown_levels)
+
+
+def pilot_rows(spec: CacheSpec) -> int:
+    """Return the number of rows of the pilot: of maps alone a few are enough, which have many places each."""
+    of_maps = not spec.logits and all(output.places == "grid" for output in spec.outputs.values())
+    return min(spec.pilot_rows, PILOT_MAPS) if of_maps else spec.pilot_rows
+
+
+def _with_some_maps(said: TeacherOutput, first: int, rows: int) -> TeacherOutput:
+    """Return what a teacher says of a batch with some of its maps, on the CPU, as all would not fit into memory.
+
+    Args:
+        said: of the batch.
+        first: position in the pilot of its first row.
+        rows: number of rows of the pilot.
+    """
+    outputs = dict(said.outputs)
+    for name, values in said.outputs.items():
+        if values.ndim == 4:
+            stride = pilot_stride(rows, values.shape[1:].numel())
+            outputs[name] = values[-first % stride :: stride].cpu().clone()
+    return TeacherOutput(said.logits, outputs)
 
 
 def choose(
@@ -208,7 +232,6 @@ def plan_cache(
     Raises:
         UsageError: if the settings are inconsistent with the data set or with each other.
     """
-    row_bytes = bytes_per_shard_row(choice.encoding, choice.outputs.records)
     try:
         return Plan(
             teacher=TeacherRecord(
@@ -224,7 +247,7 @@ def plan_cache(
             request=request_of(spec),
             encoding=choice.encoding,
             fidelity=choice.fidelity,
-            shape=shape or choose_sharding(len(samples), row_bytes, spec.shard_rows),
+            shape=shape or sharding_of(len(samples), choice.encoding, choice.outputs.records, spec.shard_rows),
             batch_size=spec.batch_size,
             versions=versions(),
             licence=spec.license,

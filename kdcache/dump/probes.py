@@ -37,6 +37,9 @@ from kdcache.models.noise import Noise
 
 _PROBE_ROWS = 8
 
+_PROBED_NUMBERS = 4096
+"""Numbers of a map that are kept of each probe, about."""
+
 _TOLERANCE = {"fp32": 0.01, "fp16": 0.01, "bf16": 0.08}
 """Largest RMS difference between the logits of one teacher, relative to their RMS, by the precision that it runs in.
 
@@ -55,7 +58,8 @@ class Probes(NamedTuple):
     Attributes:
         ids: [P] int64, the samples.
         keys: [P] uint64, their content keys.
-        logits: [P, C] float32, followed by the other outputs, [P, C + D + ...], in the order of their names.
+        logits: [P, C] float32, followed by the other outputs, [P, C + D + ...], in the order of their names; of maps
+            some of their numbers.
         widths: C, D, ..., as far as they were kept.
     """
 
@@ -145,7 +149,7 @@ def run_probes(
     # One by one, so that no row depends on an image that is replaced later, or cannot be read.
     running.take_as_logits()
     rows = [
-        None if (images := _image(view, sample)) is None else _parts(running.run(images, torch.tensor([sample])))
+        None if (images := _image(view, sample)) is None else _probed(running.run(images, torch.tensor([sample])))
         for sample in ids
     ]
     widths = next(([part.shape[1] for part in row] for row in rows if row is not None), [view.samples.num_classes])
@@ -155,8 +159,18 @@ def run_probes(
 
 
 def _parts(said: TeacherOutput) -> list[Tensor]:
-    """Return the logits and all other outputs of a batch, on the CPU."""
-    return [part.cpu() for part in said.parts.values()]
+    """Return the logits and all other outputs of a batch, [B, D] each, on the CPU."""
+    return [part.flatten(1).cpu() for part in said.parts.values()]
+
+
+def _probed(said: TeacherOutput) -> list[Tensor]:
+    """Return the outputs of one sample that are kept, [1, D] each: of a map numbers that are spread over it."""
+    is_map = [part.ndim > 2 for part in said.parts.values()]
+    # An odd distance meets all channels and lines.
+    return [
+        part[:, :: (part.shape[1] // _PROBED_NUMBERS) | 1] if spread else part
+        for part, spread in zip(_parts(said), is_map, strict=True)
+    ]
 
 
 def _image(view: View, sample: int) -> Tensor | None:
@@ -267,7 +281,7 @@ def _from_stored(
         stored = zarr_store.output_reader(cache, plan, name).read(view, batch)
         record, basis = plan.named_outputs[name], bases.get(name)
         truth = labels_of_output(record, labels)
-        kept, again = (decode_output(rows, truth, record.encoding, basis) for rows in (stored, live))
+        kept, again = (decode_output(rows, truth, record.encoding, basis).flatten(1) for rows in (stored, live))
         columns = torch.arange(kept.shape[1]).expand(len(kept), -1)
         differences.append(_difference(kept, again, batch, columns)._replace(output=name))
     return differences

@@ -34,6 +34,7 @@ from kdcache.losses.batch import BatchTotals, MixedLabels, at_least_one, batch_t
 from kdcache.losses.closed_form import is_traced, weighted_kl
 from kdcache.losses.config import Loss
 from kdcache.losses.controllers import Control
+from kdcache.losses.fused_loss import fused_loss, is_fused, weights_of
 from kdcache.losses.gate import chosen_logits, imbalance
 from kdcache.losses.options import Options
 from kdcache.losses.registry import NORMALIZATIONS
@@ -252,17 +253,22 @@ def distillation_loss(
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()
     whole = whole or batch_totals(labels, mixed, student_logits.dtype)
-    # With weight 0 it is reported, and takes no part in the gradient.
-    of_labels = student_logits if loss.ce_weight or not loss.uses_teacher else student_logits.detach()
-    ce = cross_entropy(of_labels, labels, mixed, label_smoothing, whole)
     if not loss.uses_teacher:
+        ce = cross_entropy(student_logits, labels, mixed, label_smoothing, whole)
         none = torch.zeros_like(ce)
-        return LossParts(loss.ce_weight * ce, ce.detach(), none, none, none)
+        return LossParts(ce if loss.ce_weight == 1 else loss.ce_weight * ce, ce.detach(), none, none, none)
     if teacher_logits is None:
         raise ValueError(f"the loss {loss.name!r} needs the teacher's logits")
     if mixed is not None and loss.acts_on_label:
         raise ValueError(f"{loss.acts_on_label} needs one label per image, and mixed images have two")
     teacher_logits = teacher_logits.to(student_logits.dtype)
+    is_plain = mixed is None and control is NO_CONTROL and loss.gate is None and of_targets is None
+    is_plain = is_plain and not label_smoothing and is_fused(loss, student_logits, teacher_logits)
+    if is_plain and isinstance(whole.rows, int):
+        return _fused(student_logits, teacher_logits, labels, loss, epoch, whole, whole.rows)
+    # With weight 0 it is reported, and takes no part in the gradient.
+    of_labels = student_logits if loss.ce_weight else student_logits.detach()
+    ce = cross_entropy(of_labels, labels, mixed, label_smoothing, whole)
     of_step = (loss, epoch, theta, whole, control, of_targets)
     if loss.gate is None:
         distilled, dynamic = _term_and_temperatures(student_logits, teacher_logits, labels, *of_step)
@@ -281,3 +287,30 @@ def distillation_loss(
     shared = dynamic.teacher is dynamic.student
     teacher = student if shared else dynamic.teacher.detach().sum() / whole.rows
     return LossParts(total, ce.detach(), distilled.detach(), student, teacher)
+
+
+def _fused(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    epoch: float | None,
+    whole: BatchTotals,
+    rows: int,
+) -> LossParts:
+    """Return the loss with its gradient by hand; see `distillation_loss`."""
+
+    def plain_total() -> Tensor:
+        ce = cross_entropy(student_logits, labels, whole=whole)
+        term = distillation_term(student_logits, teacher_logits, labels, loss, epoch, None, whole)
+        return loss.ce_weight * ce + factor * term
+
+    factor = warmup(epoch, loss.warmup_epochs)
+    all_labeled = isinstance(whole.labeled, int) and whole.labeled == rows
+    weights = weights_of(loss, rows, whole.labeled, factor, student_logits.dtype)
+    total, ce, distilled, student, teacher = fused_loss(
+        student_logits, teacher_logits, labels, loss, weights, all_labeled, plain_total
+    )
+    student = student / rows
+    teacher = student if loss.temperature.is_shared else teacher / rows
+    return LossParts(total, ce / at_least_one(whole.labeled), distilled, student, teacher)

@@ -6,9 +6,6 @@ Nothing is downloaded, and no code in the folder is run: the configuration names
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, constru
 from kdcache.models.hf_processors import transform_of
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress, Silent
+from kdcache.runtime.transformers_library import first_line, library, quiet
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 
@@ -198,38 +196,3 @@ def pretrained(kind: Any, folder: Path, config: Any, progress: Progress) -> nn.M
     if unused := sorted(report.get("unexpected_keys", ())):
         progress.say(f"note: weights in {folder} that the network does not use: {', '.join(unused[:3])}")
     return model  # type: ignore[no-any-return]  # transformers is loaded by name
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers from drawing progress bars and tables."""
-    logging = import_module("transformers.utils.logging")
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def library() -> Any:
-    """Return transformers.
-
-    Raises:
-        UsageError: if it is not installed.
-    """
-    try:
-        return import_module("transformers")
-    except ImportError:
-        raise UsageError(
-            "`hf:` networks need the library transformers", "pip install 'kdcache[transformers]'"
-        ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the type of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

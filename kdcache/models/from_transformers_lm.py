@@ -12,9 +12,10 @@ import torch
 
 from kdcache.errors import UsageError, did_you_mean
 from kdcache.models.causal_lm import CausalLM, split_causal_lm
-from kdcache.models.from_hf import configuration, first_line, library, pretrained, quiet
+from kdcache.models.from_hf import configuration, pretrained
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress, Silent
+from kdcache.runtime.transformers_library import first_line, library, quiet
 
 
 def load_causal_lm(

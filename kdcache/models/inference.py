@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT, MOST_SCORES
 from kdcache.cache.format.row_reductions import finite_rows
 from kdcache.cache.planner import MIN_CLASSES
-from kdcache.config.cache import CacheSpec
+from kdcache.config.cache import CacheSpec, OutputSpec
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, MismatchError, counted
 from kdcache.models.checks import (
@@ -38,7 +38,7 @@ class TeacherOutput(NamedTuple):
 
     Attributes:
         logits: [B, C]; None if the class logits are not kept.
-        outputs: other outputs [B, D], by name.
+        outputs: other outputs, [B, D] or maps [B, C, h, w], by name.
     """
 
     logits: Tensor | None
@@ -62,7 +62,7 @@ class TeacherOutput(NamedTuple):
 
     def finite(self) -> Tensor:
         """Return whether all numbers of an output of a sample are finite, [B, K] bool, in the order of `parts`."""
-        return torch.stack([finite_rows(values) for values in self.parts.values()], dim=1)
+        return torch.stack([finite_rows(values.flatten(1)) for values in self.parts.values()], dim=1)
 
 
 class InferenceModel:
@@ -104,13 +104,13 @@ class InferenceModel:
         self._keeps_logits = spec.logits
         self._taps: Taps | None = None
         if spec.outputs:
-            taps = {name: Tap(output.source, output.pool) for name, output in spec.outputs.items()}
+            taps = {name: tap_of(output) for name, output in spec.outputs.items()}
             check_taps(taps, model, "teacher")
             # Of chosen classes the outputs are columns of the logits; other outputs are those of the network itself.
             self._inner = model.network if isinstance(model, ChosenOutputs) else model
             self._taps = Taps(self._inner, taps, "teacher")
             self._kinds = {name: output.kind for name, output in spec.outputs.items()}
-            self._widths: dict[str, int] = {}
+            self._shapes: dict[str, torch.Size] = {}
 
     @property
     def level(self) -> Literal["unknown"] | None:
@@ -171,10 +171,18 @@ class InferenceModel:
         """Check the shape of an output.
 
         Raises:
-            MismatchError: if it is not [B, D] with the D of the first batch, or has more scores than can be kept.
+            MismatchError: if it has another shape than in the first batch, or more scores than can be kept.
         """
-        length = self._widths.setdefault(name, values.shape[1])
-        if values.shape != (batch, length):
+        shape = self._shapes.setdefault(name, values.shape[1:])
+        length = shape[0]
+        if values.shape != (batch, *shape) and values.ndim == 4:
+            raise MismatchError(
+                f"the output {name} of the teacher is {list(values.shape)} for {batch} images, and was "
+                f"[B, {', '.join(map(str, shape))}] before: a map has the same grid for all images and views",
+                "bring all images to one size (`transform`: Resize with both sides, or a crop), and take an output "
+                "whose grid follows from it",
+            )
+        if values.shape != (batch, *shape):
             raise MismatchError(
                 f"the output {name} of the teacher is {list(values.shape)} for {batch} images, and was [B, {length}] "
                 "before",
@@ -192,8 +200,9 @@ class InferenceModel:
             )
 
     def _logits_of_output(self, name: str, values: Tensor) -> Tensor:
-        """Return an output of kind `classes` as logits [B, C]: the logarithms of probabilities."""
-        scale = self.scales.setdefault(name, output_scale(values))
+        """Return an output of kind `classes` as logits, [B, C] or [B, C, h, w]: the logarithms of probabilities."""
+        rows = values.movedim(1, -1).flatten(0, -2)
+        scale = self.scales.setdefault(name, output_scale(rows))
         if scale != "probabilities":
             return values
         refuse_underflow(values, f"as the output {name} ")
@@ -216,6 +225,11 @@ class InferenceModel:
             if self.scale == "probabilities":
                 refuse_underflow(outputs)
         return log_probabilities(outputs) if self.scale == "probabilities" else outputs.float()
+
+
+def tap_of(output: OutputSpec) -> Tap:
+    """Return where an output is taken."""
+    return Tap(output.source, output.pool, output.places, output.places == "grid" and output.kind == "score")
 
 
 def try_teacher(model: nn.Module, view: View, spec: CacheSpec, device: torch.device | str) -> Literal["unknown"] | None:

@@ -20,11 +20,11 @@ from torch import nn
 from kdcache.config.text import LanguageModelSpec
 from kdcache.errors import UsageError
 from kdcache.models.causal_lm import CausalLM, split_causal_lm
-from kdcache.models.from_hf import quiet
 from kdcache.models.from_transformers_lm import load_causal_lm, new_causal_lm
 from kdcache.runtime import user_code
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
+from kdcache.runtime.transformers_library import quiet
 
 _SIGNATURE = "function(vocab_size=V, **args) -> a causal language model of transformers"
 

@@ -27,10 +27,14 @@ class Tap:
     Attributes:
         source: index or name of a part of what the network returns, or name of a module; None: the name of the output.
         pool: how [B, D, H, W] or [B, L, D] becomes [B, D]: "mean" over the places, "first" of L, or "none".
+        places: "one", or "grid" for an output that is a map, [B, C, h, w].
+        of_one_number: whether a map may also be [B, h, w], of one number per place.
     """
 
     source: str | int | None = None
     pool: Literal["none", "mean", "first"] = "none"
+    places: Literal["one", "grid"] = "one"
+    of_one_number: bool = False
 
 
 class Taps:
@@ -96,14 +100,14 @@ class Taps:
         if source in self._modules:
 
             def keep_output(module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
-                self._seen[name].append(_unshared(_first_tensor(returned), tap.pool))
+                self._seen[name].append(_unshared(_first_tensor(returned), tap))
 
             module: nn.Module = self._modules[str(source)]
             return module.register_forward_hook(keep_output)
         if source == FEATURES and (last := self._last_linear()) is not None:
 
             def keep_input(module: nn.Module, given: tuple[Any, ...]) -> None:
-                self._seen[name].append(_unshared(given[0], tap.pool))
+                self._seen[name].append(_unshared(given[0], tap))
 
             return last.register_forward_pre_hook(keep_input)
         return None
@@ -113,10 +117,10 @@ class Taps:
         return linear[-1] if linear else None
 
     def outputs(self) -> dict[str, Tensor]:
-        """Return the outputs [B, D] of the last pass, by name, in the type in which the network computed them.
+        """Return the outputs [B, D] of the last pass, or maps [B, C, h, w], by name, as the network computed them.
 
         Raises:
-            MismatchError: if there is no such output, a module ran more than once, or an output is not [B, D].
+            MismatchError: if there is no such output, a module ran more than once, or an output has another shape.
         """
         return {name: self._output(name, tap) for name, tap in self._taps.items()}
 
@@ -144,7 +148,7 @@ class Taps:
             found = torch.from_numpy(found)
         if not isinstance(found, Tensor):
             raise self._missing(name, source, found)
-        return _pooled(found, tap.pool, f"the output {name} of the {self._who}")
+        return _shaped(found, tap, f"the output {name} of the {self._who}")
 
     def _missing(self, name: str, source: str | int, found: Any) -> MismatchError:
         """Return the error for an output that is not there, or that is not a tensor."""
@@ -199,14 +203,14 @@ def _first_tensor(returned: Any) -> Any:
     return getattr(returned, "last_hidden_state", returned)
 
 
-def _unshared(value: Any, pool: str) -> Any:
+def _unshared(value: Any, tap: Tap) -> Any:
     """Return an output of a module, pooled or copied: a layer that works in place, as many ReLUs do, may change it."""
     if not isinstance(value, Tensor):
         return value
-    vectors = _vectors(value, pool)
-    if vectors is None:
+    taken = _maps(value, tap) if tap.places == "grid" else _vectors(value, tap.pool)
+    if taken is None:
         return value  # which is refused, with its shape
-    return vectors if pool == "mean" and value.ndim > 2 else vectors.clone()
+    return taken if tap.pool == "mean" and value.ndim > 2 else taken.clone()
 
 
 def _vectors(values: Tensor, pool: str) -> Tensor | None:
@@ -220,19 +224,37 @@ def _vectors(values: Tensor, pool: str) -> Tensor | None:
     return values[:, 0] if values.ndim == 3 and pool == "first" else None
 
 
-def _pooled(values: Tensor, pool: str, what: str) -> Tensor:
-    """Return an output as [B, D].
+def _maps(values: Tensor, tap: Tap) -> Tensor | None:
+    """Return an output as maps [B, C, h, w]; None if it is something else."""
+    if values.ndim == 3 and tap.of_one_number:
+        return values.unsqueeze(1)
+    return values if values.ndim == 4 and values.shape[1:].numel() else None
+
+
+def _shaped(values: Tensor, tap: Tap, what: str) -> Tensor:
+    """Return an output as [B, D], or maps [B, C, h, w].
 
     Raises:
-        MismatchError: if it has places and no pooling, or fewer dimensions, or is not floating point.
+        MismatchError: if it has places and no pooling, or another number of dimensions, or is not floating point.
     """
-    shape = list(values.shape)
+    shape, pool = list(values.shape), tap.pool
     if not values.is_floating_point():
         raise MismatchError(f"{what} is {values.dtype} {shape}", "take an output of floating point numbers")
+    if tap.places == "grid":
+        if (maps := _maps(values, tap)) is not None:
+            return maps
+        raise MismatchError(
+            f"{what} is {shape}, and places is grid: a map per sample is [B, C, h, w]",
+            "take an output of this shape; patches [B, h * w, D] of a transformer become one in the network's code by "
+            "patches.transpose(1, 2).unflatten(2, (h, w)), without the class token",
+        )
     vectors = _vectors(values, pool)
     if vectors is not None:
         return vectors
-    fix = {3: "set `pool` to mean, or to first for a class token", 4: "set `pool` to mean: the mean over all pixels"}
+    fix = {
+        3: "set `pool` to mean, or to first for a class token",
+        4: "set `pool` to mean, the mean over all pixels, or `places: grid` to keep a map",
+    }
     raise MismatchError(
         f"{what} is {shape}, and pool is {pool}: a vector per sample is [B, D]",
         fix.get(values.ndim, "take an output [B, D], [B, L, D] or [B, D, H, W]"),

@@ -20,7 +20,8 @@ from kdcache.data.check_images import check_images
 from kdcache.data.datasets import load_held_out, load_split
 from kdcache.data.repeatable import check_repeatable, find_random_item
 from kdcache.data.replay import SPOT_CHECK_IMAGES, check_matches_cache, replay
-from kdcache.data.samples import Samples, explain_fractions
+from kdcache.data.same_samples import explain_fractions
+from kdcache.data.samples import Samples
 from kdcache.data.transforms import is_random
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.progress import Progress, Silent

@@ -211,7 +211,8 @@ class Trainer(NetworkTrainer):
                 with synchronization:
                     loss = self._loss(self._network(micro_batch.images), micro_batch, context, self.controller)
                     self.backward(loss.total)
-                each.append(loss)
+                # Without its graph, which would keep the logits of every micro-batch.
+                each.append(LossParts(*(value.detach() for value in loss)))
             parts = sum_of_parts(each)
         self.update(parts.total, context.epoch)
         if self.controller is not None:

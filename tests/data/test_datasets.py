@@ -32,7 +32,8 @@ from kdcache.config.schema import DatasetSpec
 from kdcache.config.transform import Transform
 from kdcache.data.datasets import SPLITS, load_held_out, load_split
 from kdcache.data.images import ArrayImages, FileImages
-from kdcache.data.samples import Samples, Split, check_same_samples, wrap
+from kdcache.data.same_samples import check_same_samples
+from kdcache.data.samples import Samples, Split, wrap
 from kdcache.data.views import View
 from kdcache.errors import CorruptError, KdcacheError, MismatchError, UsageError
 from kdcache.runtime.package_data import package_data
@@ -601,7 +602,7 @@ def test_a_torch_data_set_of_any_images_shows_the_same_pixels(images: Sequence[A
     assert (samples.name, samples.split, samples.class_names) == ("mine", "test", ("a", "b", "c"))
     assert samples.labels.tolist() == FOUR
     assert samples.images.shape() == (3, 5, 6)
-    pixels, labels, ids, _ = View(samples, samples.transform).__getitems__([3, 0])
+    pixels, labels, ids, *_ = View(samples, samples.transform).__getitems__([3, 0])
     assert torch.allclose(pixels, torch.from_numpy(COLOUR[[3, 0]]).permute(0, 3, 1, 2) / 255, atol=1e-7)
     assert (labels.tolist(), ids.tolist()) == ([2, 0], [3, 0])
     keys = samples.keys()

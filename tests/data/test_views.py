@@ -82,13 +82,13 @@ def sha256(images: Tensor) -> str:
 )
 def test_an_image_of_a_view_depends_on_nothing_but_seed_sample_and_view(ids: list[int], seed: int, view: int) -> None:
     asked = View(samples_of(), AUGMENT, seed, view)
-    images, labels, which, mixed = asked.__getitems__(ids)
+    images, labels, which, mixed, _ = asked.__getitems__(ids)
     assert mixed is None
     assert which.tolist() == ids
     assert labels.tolist() == [i % 5 for i in ids]
     for position, index in enumerate(ids):
         torch.manual_seed(position)  # whatever the caller's generators say
-        alone, label, one, _ = View(samples_of(), AUGMENT, seed, view)[index]
+        alone, label, one, *_ = View(samples_of(), AUGMENT, seed, view)[index]
         assert torch.equal(alone[0], images[position])
         assert (label.tolist(), one.tolist()) == ([index % 5], [index])
 

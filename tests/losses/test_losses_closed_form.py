@@ -13,8 +13,10 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from kdcache.losses import Loss, distillation_loss, distillation_term, learned_temperature
 from kdcache.losses.adjustments import probability_shift
+from kdcache.losses.batch import BatchTotals
 from kdcache.losses.closed_form import equalizing_temperatures, weighted_kl
 from kdcache.losses.divergences import kl
+from kdcache.losses.fused_loss import is_fused
 from kdcache.losses.temperatures import constant, dtkd
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -146,6 +148,83 @@ def test_gradients_of_tied_maxima_are_shared_out() -> None:
         torch.autograd.grad(formula(v, u, labels, loss), v) for formula in (distillation_term, as_written)
     )
     assert_all_agree((ours,), (plain,), tolerance=1e-12)
+
+
+WHOLE = {name: LOSSES[name] for name in ("kd", "ka", "lsr", "truncated", "dtkd", "dtkd+ka", "dtkd, detached")} | {
+    "dtkd, cold": {"name": "dtkd", "temperature": {"tau": 0.5, "sharpness_floor": 2.0}, "kd_weight": 0.3},
+    "dtkd alone": {"name": "dtkd", "plain_kd_weight": 0.0, "ce_weight": 0.0},
+    "kd alone": {"ce_weight": 0.0, "name": "kd"},
+}
+
+
+def whole_loss(v: Tensor, u: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+    """The total as the docstring of `distillation.py` has it, by autograd alone, in epoch 5."""
+    known = labels >= 0
+    ce = -v.log_softmax(1)[known, labels[known]].sum() / max(int(known.sum()), 1)
+    return loss.ce_weight * ce + min(5 / (loss.warmup_epochs or 5), 1.0) * as_written(v, u, labels, loss)
+
+
+def whole_options(name: str) -> Loss:
+    return Loss.model_validate({"name": name} | WHOLE[name])
+
+
+def agrees_as_a_whole(name: str, batch: Batch, tolerance: float) -> None:
+    student, teacher, labels = batch
+    loss, v = whole_options(name), student.clone().requires_grad_()
+    assert is_fused(loss, v, teacher)
+    parts = distillation_loss(v, teacher, labels, loss, 5)
+    plain = whole_loss(v, teacher, labels, loss)
+    assert parts.total.grad_fn is not None and "Fused" in parts.total.grad_fn.name()
+    assert not any(part.requires_grad for part in parts[1:])
+    found, expected = ((value.detach(), *torch.autograd.grad(value, v)) for value in (parts.total, plain))
+    assert_all_agree(found, expected, tolerance)
+    with torch.no_grad():  # which takes the path of the parts
+        assert_all_agree(parts, distillation_loss(student, teacher, labels, loss, 5), tolerance)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@few
+@given(batch=batches())
+def test_a_loss_in_one_function_is_that_of_the_formula(name: str, batch: Batch) -> None:
+    agrees_as_a_whole(name, batch, 1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(WHOLE.keys() - {"dtkd, detached"}))
+def test_a_loss_in_one_function_has_second_derivatives(name: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    v, u = (torch.randn(3, 5, generator=generator, dtype=torch.float64) + 2 for _ in range(2))
+    labels, loss = torch.tensor([1, -1, 4]), whole_options(name)
+
+    def total(v: Tensor) -> Tensor:
+        return distillation_loss(v * 1.5, u, labels, loss, 5).total
+
+    assert gradcheck(total, v.requires_grad_())
+    assert gradgradcheck(total, v)
+
+
+def test_equal_maxima_and_batches_without_labels_in_one_function() -> None:
+    v = torch.tensor([[3.0, 3.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    u = torch.tensor([[2.0, 0.0, 2.0], [1.0, 1.0, -1.0]], dtype=torch.float64)
+    for labels in (torch.tensor([0, 2]), torch.tensor([-1, -1])):
+        agrees_as_a_whole("dtkd", (v, u, labels), 1e-12)
+        agrees_as_a_whole("kd", (v, u, labels), 1e-12)
+
+
+def test_parts_of_a_batch_add_up_in_one_function() -> None:
+    generator = torch.Generator().manual_seed(7)
+    v, u = (3 * torch.randn(7, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = torch.tensor([0, 3, -1, 6, 8, 8, -1])
+    for name in WHOLE:
+        loss, leaf = whole_options(name), v.clone().requires_grad_()
+        for whole in (BatchTotals(7, 5, 5), BatchTotals(7, torch.tensor(5), torch.tensor(5))):
+            cuts = [
+                distillation_loss(leaf[cut], u[cut], labels[cut], loss, 5, whole=whole)
+                for cut in (slice(0, 2), slice(2, 3), slice(3, 7))
+            ]
+            sums = [torch.stack(parts).sum() for parts in zip(*cuts, strict=True)]
+            (found,) = torch.autograd.grad(sums[0], leaf)
+            plain = whole_loss(leaf, u, labels, loss)
+            assert_all_agree((sums[0], found), (plain, *torch.autograd.grad(plain, leaf)), 1e-12)
 
 
 @pytest.mark.parametrize("name", ["kd", "dtkd", "ka+dtd"])

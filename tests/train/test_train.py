@@ -259,7 +259,7 @@ def test_an_epoch_of_mixed_views_is_an_epoch_with_the_live_teacher_and_mixed_lab
     expected = []
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(1))
     for ids in torch.split(order, 50):
-        images, own, _, mixed = train.__getitems__(ids.tolist())
+        images, own, _, mixed, _ = train.__getitems__(ids.tolist())
         assert mixed is not None
         told = torch.zeros(50, 11)
         told[range(50), own] += mixed.share

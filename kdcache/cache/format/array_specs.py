@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import SKETCH_PARTS
+from kdcache.cache.format.grid_encoding import GridEncoding
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT, TOKENS, VectorEncoding
 from kdcache.cache.format.recorded_views import BOX, recorded
 from kdcache.cache.format.row_axes import Axis, axis_of, sample_axis
@@ -29,6 +30,10 @@ _LEVEL, _LEVEL_WITHOUT_MATCHES = 5, 1
 
 _MAX_TYPESIZE = 255
 """Bytes per element that blosc can shuffle, at most (docs/FORMAT.md, section 3)."""
+
+
+_OF_MAPS = ("channel", "y", "x")
+"""Names of the dimensions of a map."""
 
 
 class Array(NamedTuple):
@@ -56,11 +61,12 @@ class Array(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one array holds of a row: shape `width` and data type; and the level of its compression."""
+    """What one array holds of a row: shape `width` and data type; the level of its compression, names of dimensions."""
 
     width: tuple[int, ...]
     dtype: str
     level: int = _LEVEL
+    names: tuple[str, ...] = ("column",)
 
     @property
     def typesize(self) -> int:
@@ -72,7 +78,7 @@ class Part(NamedTuple):
         return size if size > 1 or row > _MAX_TYPESIZE else row
 
 
-AnyEncoding = Encoding | VectorEncoding | TokenEncoding
+AnyEncoding = Encoding | VectorEncoding | TokenEncoding | GridEncoding
 """How an output becomes rows."""
 
 
@@ -86,7 +92,7 @@ def classes_of(plan: Plan, output: str) -> int:
     if output == TOKENS and plan.sequences is not None:
         return plan.sequences.vocabulary.size
     encoding = output_encoding(plan, output)
-    return 0 if isinstance(encoding, VectorEncoding) else encoding.num_classes
+    return 0 if isinstance(encoding, VectorEncoding | GridEncoding) else encoding.num_classes
 
 
 def labels_of(plan: Plan, output: str, labels: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
@@ -108,6 +114,9 @@ def row_parts(encoding: AnyEncoding) -> dict[str, Part]:
         level = _LEVEL_WITHOUT_MATCHES if encoding.codec == "klt" and encoding.dtype == "int8" else _LEVEL
         values = {"values": Part((encoding.width,), encoding.dtype, level)}
         return values | ({"scale": Part((), "float32")} if encoding.codec == "int8" else {})
+    if isinstance(encoding, GridEncoding):
+        level = _LEVEL if encoding.step is None else _LEVEL_WITHOUT_MATCHES
+        return {"values": Part((encoding.planes, *encoding.shape[1:]), encoding.dtype, level, _OF_MAPS)}
     if isinstance(encoding, TokenEncoding):
         return _token_row_parts(encoding)
     parts = {
@@ -186,7 +195,7 @@ def row_arrays(plan: Plan, output: str) -> dict[str, Array]:
     if output == TOKENS:
         return {name: _of_rows(plan, axis, part) for name, part in token_parts(plan).items()}
     encoding = output_encoding(plan, output)
-    statistics = None if isinstance(encoding, VectorEncoding) else encoding.statistics
+    statistics = None if isinstance(encoding, VectorEncoding | GridEncoding) else encoding.statistics
     return {
         name: _of_rows(plan, axis, part, statistics if name == "statistics" else None)
         for name, part in row_parts(encoding).items()
@@ -214,7 +223,7 @@ def _of_rows(plan: Plan, axis: Axis, part: Part, columns: tuple[str, ...] | None
         chunks=(1, axis.chunk, *part.width),
         shards=(1, axis.shard, *part.width),
         dtype=part.dtype,
-        names=("view", axis.name, *("column" for _ in part.width)),
+        names=("view", axis.name, *part.names[: len(part.width)]),
         typesize=part.typesize,
         columns=columns,
         level=part.level,
@@ -258,8 +267,9 @@ def basis_arrays(plan: Plan, output: str) -> dict[str, Array]:
     """Return the layout of the arrays of the basis of an output, one chunk each, by part; empty without a basis."""
     encoding = output_encoding(plan, output)
     shapes: dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]] = {}
-    if isinstance(encoding, VectorEncoding):
-        rank, length = encoding.components, encoding.length
+    if isinstance(encoding, VectorEncoding | GridEncoding):
+        rank = encoding.components
+        length = encoding.length if isinstance(encoding, VectorEncoding) else encoding.channels
         shapes = {
             "axes": ((rank, length), "float32", ("component", "column")),
             "mean": ((length,), "float32", ("column",)),

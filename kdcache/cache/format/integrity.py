@@ -16,6 +16,8 @@ from kdcache.cache.format.array_specs import STORE, AnyEncoding, labels_of, outp
 from kdcache.cache.format.codec import Rows
 from kdcache.cache.format.encoding import Encoding
 from kdcache.cache.format.fingerprints import digest_of
+from kdcache.cache.format.grid_codec import GridRows, sums_of
+from kdcache.cache.format.grid_encoding import GridEncoding
 from kdcache.cache.format.output_codec import Basis, decode_output
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.recorded_views import recorded
@@ -29,6 +31,9 @@ from kdcache.runtime.system_files import is_system_file
 NOT_LISTED = "is not in the manifest"
 _BLOCK_ROWS = 4096
 """Rows that are decoded at once."""
+
+_BLOCK_NUMBERS = 2**24
+"""Numbers of maps that are decoded at once."""
 
 
 def check_files(cache: Path, expected: dict[str, FileRecord]) -> None:
@@ -93,23 +98,32 @@ def check_shard_rows(
 def _defects(rows: Any, labels: Tensor, encoding: AnyEncoding, basis: Basis) -> dict[str, list[int]]:
     """Return each defect of some rows, with the indices of the rows that have it; in blocks, so in little memory."""
     found: dict[str, list[int]] = {}
-    for start in range(0, len(rows), _BLOCK_ROWS):
-        block = rows[start : start + _BLOCK_ROWS]
-        truth = labels[start : start + _BLOCK_ROWS]
-        checks = _row_checks(block, truth, encoding) if isinstance(encoding, Encoding) else _vector_checks(block)
+    size = _BLOCK_ROWS
+    if isinstance(encoding, GridEncoding):
+        size = max(_BLOCK_NUMBERS // math.prod(encoding.shape), 1)
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        truth = labels[start : start + size]
+        checks = _row_checks(block, truth, encoding) if isinstance(encoding, Encoding) else _number_checks(block)
         decoded = decode_output(block, truth, encoding, basis)
-        not_finite = ("does not decode to finite numbers", ~decoded.isfinite().all(dim=1))
+        not_finite = ("does not decode to finite numbers", ~decoded.isfinite().flatten(1).all(dim=1))
         for what, wrong in (*checks, not_finite):
             if wrong.any():
                 found.setdefault(what, []).extend((wrong.nonzero().squeeze(1) + start).tolist())
     return found
 
 
-def _vector_checks(rows: VectorRows) -> Iterator[tuple[str, Tensor]]:
-    """Yield each possible defect of encoded vectors with a mask of the rows that have it, [B] bool."""
+def _number_checks(rows: VectorRows | GridRows) -> Iterator[tuple[str, Tensor]]:
+    """Yield each possible defect of encoded vectors or maps with a mask of the rows that have it, [B] bool."""
     if rows.values.is_floating_point():
-        yield "a number is NaN or infinite", ~rows.values.isfinite().all(dim=1)
-    if rows.scale is not None:
+        yield "a number is NaN or infinite", ~rows.values.isfinite().flatten(1).all(dim=1)
+    elif isinstance(rows, GridRows):
+        least = torch.iinfo(rows.values.dtype).min
+        yield (
+            f"a rounded number is {least}, which none is rounded to",
+            (sums_of(rows.values) == least).flatten(1).any(1),
+        )
+    if isinstance(rows, VectorRows) and rows.scale is not None:
         yield "the scale is NaN, infinite or not positive", ~(rows.scale.isfinite() & (rows.scale > 0))
 
 

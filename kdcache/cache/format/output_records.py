@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kdcache.cache.format.encoding import Encoding, Fidelity, Record, Request, Size
+from kdcache.cache.format.grid_encoding import GridEncoding, GridFidelity, GridRequest
 from kdcache.cache.format.token_encoding import TokenEncoding, TokenRequest
 
 DEFAULT_OUTPUT = "logits"
@@ -56,6 +57,11 @@ class VectorEncoding(Record):
         return self
 
     @property
+    def shape(self) -> tuple[int]:
+        """Shape of the decoded vector, [D] or [K]."""
+        return (self.length,)
+
+    @property
     def width(self) -> int:
         """Number of stored numbers per row."""
         return self.components or self.length
@@ -93,8 +99,8 @@ class OutputRecord(Record):
     Attributes:
         kind: "classes" (C numbers, compared after a softmax), "vector" (D numbers) or "score" (at most 64 plain
             numbers).
-        places: of what the output has a row: "one", the whole view of a sample; "run", each taught position of a
-            sequence.
+        places: of what the output has a row: "one", the whole view of a sample; "grid", a map of it, with numbers at
+            every place; "run", each taught position of a sequence.
         source: what the output was in the teacher: part of what it returned, or name of a module.
         pool: how places of the module's output became one row: "none", "mean", or "first".
         labels: whether the labels of the samples are classes of this output: "sample" or "none".
@@ -106,14 +112,14 @@ class OutputRecord(Record):
     """
 
     kind: Literal["classes", "vector", "score"]
-    places: Literal["one", "run"] = "one"
+    places: Literal["one", "grid", "run"] = "one"
     source: str | int | None
     pool: Literal["none", "mean", "first"] = "none"
     labels: Literal["sample", "none"] = "none"
     class_names: Annotated[tuple[str, ...] | None, Field(exclude_if=lambda names: names is None)] = None
-    request: Request | VectorRequest | TokenRequest
-    encoding: Encoding | VectorEncoding | TokenEncoding
-    fidelity: Fidelity | VectorFidelity | None
+    request: Request | VectorRequest | TokenRequest | GridRequest
+    encoding: Encoding | VectorEncoding | TokenEncoding | GridEncoding
+    fidelity: Fidelity | VectorFidelity | GridFidelity | None
     level: Annotated[Literal["unknown"] | None, Field(exclude_if=lambda level: level is None)] = None
 
     @field_validator("class_names", mode="before")
@@ -127,6 +133,8 @@ class OutputRecord(Record):
         is_classes = self.kind == "classes"
         if self.places == "run" or isinstance(self.encoding, TokenEncoding):
             return self._agrees_as_run()
+        if self.places == "grid" or isinstance(self.encoding, GridEncoding):
+            return self._agrees_as_grid()
         for part, of_classes in ((self.request, Request), (self.encoding, Encoding)):
             if isinstance(part, of_classes) != is_classes:
                 raise ValueError(f"an output of kind {self.kind} has no {type(part).__name__}")
@@ -152,10 +160,33 @@ class OutputRecord(Record):
             raise ValueError("the level of rows is stored exactly where it is known")
         return self
 
+    def _agrees_as_grid(self) -> OutputRecord:
+        """Check an output with a map per sample."""
+        if not isinstance(self.encoding, GridEncoding) or not isinstance(self.request, GridRequest):
+            raise ValueError("rows of places `grid` have the encoding and the request of maps, and only they")
+        if self.places != "grid" or not isinstance(self.fidelity, GridFidelity | None):
+            raise ValueError("maps are rows of places `grid`, with a fidelity of their own")
+        if self.labels != "none" or self.class_names is not None or self.pool != "none":
+            raise ValueError("labels of samples, class names and pooling do not belong to maps")
+        if self.encoding.level != (self.level is None) or (self.kind != "classes" and self.level is not None):
+            raise ValueError("the level of maps is stored exactly where it is known, and unknown of classes alone")
+        if self.encoding.normalized and self.kind != "vector":
+            raise ValueError("only vectors are normalized")
+        if self.kind == "score" and self.channels > MOST_SCORES:
+            raise ValueError(f"scores are at most {MOST_SCORES} numbers")
+        return self
+
     @property
     def channels(self) -> int:
-        """Numbers per row after decoding: C, V, D or K."""
-        return self.encoding.length if isinstance(self.encoding, VectorEncoding) else self.encoding.num_classes
+        """Numbers per row, or place of a map, after decoding: C, V, D or K."""
+        return self.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a decoded row: [C], [V], [D] or [K]; of a map [C, h, w]."""
+        if isinstance(self.encoding, GridEncoding | VectorEncoding):
+            return self.encoding.shape
+        return (self.encoding.num_classes,)
 
     @property
     def vector_encoding(self) -> VectorEncoding:

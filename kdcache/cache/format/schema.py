@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from kdcache.cache.format.encoding import Digest, Encoding, Fidelity, Record, Request, Size
+from kdcache.cache.format.grid_encoding import check_chunks
 from kdcache.cache.format.output_records import DEFAULT_OUTPUT, OutputName, OutputRecord
 from kdcache.cache.format.sequence_records import SequencesRecord, check_places
 from kdcache.errors import MismatchError
@@ -191,6 +192,7 @@ class Plan(Record):
             raise ValueError("noise is on class logits, and belongs to a cache of these alone")
         if self.outputs is not None and (not self.outputs or list(self.outputs) != sorted(self.outputs)):
             raise ValueError("the outputs are not in the order of their names")
+        check_chunks(self.shape.chunk_rows, (output.encoding for output in self.named_outputs.values()))
         return self
 
     @model_validator(mode="after")

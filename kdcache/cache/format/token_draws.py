@@ -17,13 +17,14 @@ from kdcache.errors import CorruptError
 _ROWS_AT_ONCE = 64
 
 
-def encode_draws(logits: Tensor, encoding: TokenEncoding, seed: int) -> TokenRows:
+def encode_draws(logits: Tensor, encoding: TokenEncoding, seed: int | torch.Generator) -> TokenRows:
     """Return rows of draws: the different tokens in ascending order, and how often each was drawn.
 
     Args:
         logits: [n, V] of any floating type.
         encoding: of draws; V is that of the logits.
-        seed: the same seed and logits give the same draws.
+        seed: the same seed and logits give the same draws; or a generator on the device of the logits, which continues
+            those of a sequence.
 
     Raises:
         CorruptError: if a logit is NaN or infinite.
@@ -31,7 +32,7 @@ def encode_draws(logits: Tensor, encoding: TokenEncoding, seed: int) -> TokenRow
     if len(bad := not_finite(logits)):
         raise CorruptError(f"row {int(bad[0])} holds NaN or infinite logits", "check the teacher")
     (temperature,) = encoding.temperatures
-    generator = torch.Generator(logits.device).manual_seed(seed)
+    generator = torch.Generator(logits.device).manual_seed(seed) if isinstance(seed, int) else seed
     parts = []
     for start in range(0, len(logits), _ROWS_AT_ONCE):
         probabilities = (logits[start : start + _ROWS_AT_ONCE].float() / temperature).softmax(dim=1)

@@ -36,14 +36,14 @@ from kdcache.cache.format.array_specs import (
 )
 from kdcache.cache.format.codec import Rows, index_dtype
 from kdcache.cache.format.fingerprints import Inputs
-from kdcache.cache.format.output_records import DEFAULT_OUTPUT, TOKENS, VectorEncoding
+from kdcache.cache.format.output_codec import kind_of_rows
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT, TOKENS
 from kdcache.cache.format.recorded_views import unit_of, wrong_boxes
 from kdcache.cache.format.row_axes import axis_of, contiguous, sample_axis
 from kdcache.cache.format.schema import FileRecord, Plan
 from kdcache.cache.format.store_files import check_codecs, check_common, check_shard
-from kdcache.cache.format.token_encoding import TokenEncoding
-from kdcache.cache.format.token_rows import IDS, SequenceTokens, TokenRows
-from kdcache.cache.format.vector_rows import EncodedRows, R, VectorRows
+from kdcache.cache.format.token_rows import IDS, SequenceTokens
+from kdcache.cache.format.vector_rows import EncodedRows, R
 from kdcache.cache.format.verified_files import AGAIN
 from kdcache.errors import CorruptError
 
@@ -232,8 +232,7 @@ def row_reader(cache: Path, plan: Plan) -> RowReader[Rows]:
 
 def output_reader(cache: Path, plan: Plan, output: str) -> RowReader[Any]:
     """Return a reader of any output, or of `TOKENS`."""
-    kinds: dict[type[Any], type[Any]] = {VectorEncoding: VectorRows, TokenEncoding: TokenRows}
-    kind = SequenceTokens if output == TOKENS else kinds.get(type(output_encoding(plan, output)), Rows)
+    kind = SequenceTokens if output == TOKENS else kind_of_rows(output_encoding(plan, output))
     return RowReader(cache, plan, output, kind)
 
 

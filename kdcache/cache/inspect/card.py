@@ -170,7 +170,8 @@ def _usage(plan: Plan) -> str:
         if plan.sequences is not None:
             lines += [f'{name} = cache.sequences("{name}")', f"batch = {name}([0, 1])  # tokens and rows of sequences"]
             continue
-        lines.append(f'{name} = cache.teacher("{name}")(ids, view=0)  # [B, {record.channels}] float32')
+        shape = ", ".join(map(str, record.shape))
+        lines.append(f'{name} = cache.teacher("{name}")(ids, view=0)  # [B, {shape}] float32')
     return "\n".join(["```python", *lines, "```"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,16 @@ from kdcache.cache import parallel
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.format.array_specs import labels_of, output_encoding
 from kdcache.cache.format.output_codec import decode_output
+from kdcache.cache.format.output_records import DEFAULT_OUTPUT
 from kdcache.cache.format.schema import Plan
 from kdcache.cache.preconditions import refuse_sequences
 from kdcache.cache.reader import Cache
 
 _BLOCK_ROWS = 4096
 """Rows that are decoded at once."""
+
+_BLOCK_NUMBERS = 2**22
+"""Numbers of maps that are decoded at once."""
 
 
 class OutputStatistics(NamedTuple):
@@ -30,7 +35,7 @@ class OutputStatistics(NamedTuple):
         output: its name.
         kind: vector, score or classes.
         rows: number of rows.
-        length: numbers per row.
+        length: numbers per row; of maps numbers per place, and what follows is of places.
         smallest: smallest number.
         largest: largest number.
         mean_norm: mean Euclidean length of a row.
@@ -85,8 +90,9 @@ def output_statistics(cache: Cache, scheduler: str = "threads") -> list[OutputSt
         ]
         parts = parallel.over(_shard_sums, calls, scheduler, plan)
         rows = len(cache.views) * len(cache)
-        mean = torch.stack([part.total for part in parts]).sum(dim=0) / rows
-        squares = math.fsum(part.squares for part in parts) / rows - float(mean.square().sum())
+        places = rows * math.prod(record.shape[1:])
+        mean = torch.stack([part.total for part in parts]).sum(dim=0) / places
+        squares = math.fsum(part.squares for part in parts) / places - float(mean.square().sum())
         statistics.append(
             OutputStatistics(
                 name,
@@ -95,7 +101,7 @@ def output_statistics(cache: Cache, scheduler: str = "threads") -> list[OutputSt
                 record.channels,
                 min(part.smallest for part in parts),
                 max(part.largest for part in parts),
-                math.fsum(part.norms for part in parts) / rows,
+                math.fsum(part.norms for part in parts) / places,
                 max(squares, 0.0) ** 0.5,
             )
         )
@@ -127,11 +133,12 @@ def output_differences(first: Cache, second: Cache, scheduler: str = "threads") 
         ]
         parts = parallel.over(_shard_differences, calls, scheduler, plans[0])
         rows = len(views) * len(first)
-        mean = torch.stack([part.of_first.total for part in parts]).sum(dim=0) / rows
-        spread = math.fsum(part.of_first.squares for part in parts) - rows * float(mean.square().sum())
+        places = rows * math.prod(first.outputs[name].shape[1:])
+        mean = torch.stack([part.of_first.total for part in parts]).sum(dim=0) / places
+        spread = math.fsum(part.of_first.squares for part in parts) - places * float(mean.square().sum())
         apart = math.fsum(part.squares for part in parts)
         relative = apart / spread if spread > 0 else float(apart > 0)
-        cosines = math.fsum(part.cosines for part in parts) / rows
+        cosines = math.fsum(part.cosines for part in parts) / places
         found.append(OutputDifference(name, rows, cosines, relative, max(part.largest for part in parts)))
     return found
 
@@ -141,7 +148,7 @@ def _why_not(name: str, first: Cache, second: Cache) -> str | None:
     for record, cache in zip(records, (first, second), strict=True):
         if record is None:
             return f"{cache.path} does not have it"
-    kinds = [f"{record.kind} of {record.channels}" for record in records if record is not None]
+    kinds = [f"{record.kind} of {' x '.join(map(str, record.shape))}" for record in records if record is not None]
     return None if kinds[0] == kinds[1] else f"it is a {kinds[0]} in one, and a {kinds[1]} in the other"
 
 
@@ -160,13 +167,26 @@ class _Differences(NamedTuple):
     largest: float
 
 
-def _decoded(cache: Path, plan: Plan, output: str, view: int, ids: range, labels: Tensor) -> Tensor:
-    """Return an output of some samples, [B, D] float64; `labels` [B] int64 are those of the samples."""
+def _decoded(cache: Path, plan: Plan, output: str, view: int, ids: range, labels: Tensor) -> Iterator[Tensor]:
+    """Yield an output of some samples, or the places of its maps, in blocks [B, D] float64; `labels` are [N] int64."""
     rows = zarr_store.output_reader(cache, plan, output).read(view, ids)
     basis, encoding = stored_bases.read_output_basis(cache, plan, output), output_encoding(plan, output)
     truth = torch.from_numpy(labels_of(plan, output, labels.numpy()))
-    blocks = [slice(start, start + _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
-    return torch.cat([decode_output(rows[block], truth[block], encoding, basis) for block in blocks]).double()
+    shape = (1,) if output == DEFAULT_OUTPUT else plan.named_outputs[output].shape
+    size = _BLOCK_ROWS if len(shape) == 1 else max(_BLOCK_NUMBERS // math.prod(shape), 1)
+    for block in (slice(start, start + size) for start in range(0, len(rows), size)):
+        decoded = decode_output(rows[block], truth[block], encoding, basis)
+        yield decoded.movedim(1, -1).flatten(0, -2).double()
+
+
+def _added(parts: Sequence[_Sums]) -> _Sums:
+    return _Sums(
+        torch.stack([part.total for part in parts]).sum(dim=0),
+        math.fsum(part.squares for part in parts),
+        math.fsum(part.norms for part in parts),
+        min(part.smallest for part in parts),
+        max(part.largest for part in parts),
+    )
 
 
 def _sums(values: Tensor) -> _Sums:
@@ -176,7 +196,7 @@ def _sums(values: Tensor) -> _Sums:
 
 
 def _shard_sums(cache: Path, plan: Plan, output: str, view: int, shard: int, labels: Tensor) -> _Sums:
-    return _sums(_decoded(cache, plan, output, view, plan.shard_ids(shard), labels))
+    return _added([*map(_sums, _decoded(cache, plan, output, view, plan.shard_ids(shard), labels))])
 
 
 def _shard_differences(
@@ -184,9 +204,19 @@ def _shard_differences(
 ) -> _Differences:
     """Compare the rows of a shard of the first cache with the same rows of the second, in whatever shards."""
     ids = plans[0].shard_ids(shard)
-    ours, other = (
+    blocks = [
         _decoded(path, plan, output, view, ids, known) for path, plan, known in zip(paths, plans, labels, strict=True)
+    ]
+    parts = [_compared(ours, other) for ours, other in zip(*blocks, strict=True)]
+    return _Differences(
+        _added([part.of_first for part in parts]),
+        math.fsum(part.squares for part in parts),
+        math.fsum(part.cosines for part in parts),
+        max(part.largest for part in parts),
     )
+
+
+def _compared(ours: Tensor, other: Tensor) -> _Differences:
     apart = ours - other
     cosines = torch.where((apart == 0).all(dim=1), 1.0, functional.cosine_similarity(ours, other, dim=1))
     return _Differences(_sums(ours), float(apart.square().sum()), float((1 - cosines).sum()), float(apart.abs().max()))

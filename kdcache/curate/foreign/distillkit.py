@@ -25,11 +25,11 @@ import torch
 
 from kdcache.cache.format.token_top_k import TopK, defect_of
 from kdcache.cache.reader import Cache
+from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.curate.foreign.distillkit_codec import DistillKitCodec, read_codec
-from kdcache.curate.foreign.parquet_rows import ParquetRows
 from kdcache.curate.foreign.source_files import digest_of_files, files_of
 from kdcache.curate.sequence_cache import Array, Origin, cache_of_sequences
-from kdcache.curate.token_spec import TokenCacheSpec
+from kdcache.data.parquet_rows import ParquetRows
 from kdcache.errors import CorruptError, UsageError
 from kdcache.runtime.progress import Progress, Silent
 

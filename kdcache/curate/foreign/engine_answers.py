@@ -11,13 +11,13 @@ import torch
 
 from kdcache.cache.format.token_top_k import TopK, defect_of
 from kdcache.cache.reader import Cache
+from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.curate.foreign.answer_rows import ImpossibleRow, listed_tokens, rows_of
 from kdcache.curate.foreign.answer_shapes import Entries, ShapeError, entries_of
-from kdcache.curate.foreign.json_lines import JsonLines
-from kdcache.curate.foreign.parquet_rows import ParquetRows
 from kdcache.curate.foreign.source_files import digest_of_files, files_of
 from kdcache.curate.sequence_cache import Array, Origin, cache_of_sequences
-from kdcache.curate.token_spec import TokenCacheSpec
+from kdcache.data.json_lines import JsonLines
+from kdcache.data.parquet_rows import ParquetRows
 from kdcache.errors import CorruptError, UsageError
 from kdcache.runtime.progress import Progress, Silent
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from kdcache.cache.format.verified_files import record_of
 from kdcache.cache.reader import Cache
+from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.curate.sequence_cache import Array, Origin, cache_of_sequences
-from kdcache.curate.token_spec import TokenCacheSpec
 from kdcache.errors import CorruptError, UsageError
 from kdcache.runtime.progress import Progress, Silent
 

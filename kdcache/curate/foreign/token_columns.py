@@ -26,7 +26,7 @@ from torch import Tensor
 from kdcache.cache.preconditions import check_outside
 from kdcache.cache.reader import Cache
 from kdcache.cache.sequences import CachedSequences
-from kdcache.curate.foreign.parquet_rows import ParquetColumns
+from kdcache.data.parquet_rows import ParquetColumns
 from kdcache.errors import UsageError
 from kdcache.runtime.atomic_write import open_atomic
 from kdcache.runtime.progress import Progress, Silent

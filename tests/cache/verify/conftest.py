@@ -20,7 +20,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Two views of twelve samples: a shard of two chunks, and one whose second chunk holds nothing."""
     with pytest.MonkeyPatch.context() as patch:
         shape = Sharding(shard_rows=8, chunk_rows=4, fingerprint_stride=1)
-        patch.setattr("kdcache.dump.plan.choose_sharding", lambda *_: shape)
+        patch.setattr("kdcache.dump.plan.sharding_of", lambda *_: shape)
         out = tmp_path_factory.mktemp("whole") / "whole.kdcache"
         return dump_teacher(TinyTeacher(), tiny_samples(12, labels=LABELS), out, transform=FLIP, spec=SPEC)
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from kdcache import KdcacheError, open_cache
 from kdcache.cache.inspect.audit import audit
+from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.curate.foreign import cache_of_answers
 from kdcache.curate.foreign.engine_answers import EngineAnswers
-from kdcache.curate.foreign.json_lines import JsonLines
-from kdcache.curate.token_spec import TokenCacheSpec
+from kdcache.data.json_lines import JsonLines
 from kdcache.errors import UsageError
 
 Shape = Callable[[list[int], Tensor], dict[str, Any]]
@@ -341,7 +341,7 @@ def test_truncated_lines_and_files_without_answers_are_refused(tmp_path: Path) -
 
 
 def test_lines_longer_than_what_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcache.curate.foreign.json_lines._BYTES_AT_ONCE", 5)
+    monkeypatch.setattr("kdcache.data.json_lines._BYTES_AT_ONCE", 5)
     for number, text in enumerate(("", "\n", " \n\n1\n", '"abcdefghijk"\n\n      \n[1, 2]', "1\n2\n3\n", "     \n 7")):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(text)

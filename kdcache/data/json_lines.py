@@ -50,6 +50,23 @@ class JsonLines:
         with self._paths[file].open("rb") as lines:
             lines.seek(begin)
             line = lines.readline()
+        return self._parsed(line, index)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the records in order, which is faster than one at a time.
+
+        Raises:
+            CorruptError: if one is not JSON; names the line.
+        """
+        index = 0
+        for path, begins in zip(self._paths, self._begins, strict=True):
+            with path.open("rb") as lines:
+                for begin in begins.tolist():
+                    lines.seek(begin)
+                    yield self._parsed(lines.readline(), index)
+                    index += 1
+
+    def _parsed(self, line: bytes, index: int) -> Any:
         try:
             return json.loads(line)
         except (ValueError, RecursionError) as error:
