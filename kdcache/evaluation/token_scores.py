@@ -11,12 +11,14 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.sequences import CachedSequences
 from kdcache.config.text import TokenTrainSpec
 from kdcache.data.packing import fill_batches
+from kdcache.data.tokenizer import has_tokenizer
 from kdcache.errors import UsageError
 from kdcache.evaluation.metrics import Reliability, reliability
 from kdcache.evaluation.text_runs import TextRun
 from kdcache.models.causal_lm import CausalLM
 from kdcache.models.from_transformers_lm import load_causal_lm
-from kdcache.models.language_models import check_vocabulary_size, context_length
+from kdcache.models.language_models import check_tokenizer, check_vocabulary_size
+from kdcache.models.language_teacher import context_of
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.tokens.batches import as_token_batch, sequence_lengths
 from kdcache.train.tokens.inputs import held_out_sequences
@@ -83,6 +85,7 @@ def score_language_models(
         which = _compared([run for run in runs if digest in run.caches], len(lengths))[:rows]
         for run in runs:
             seen = "others" if digest not in run.caches else "held out" if run.held_out else "trained on"
+            check_tokenizer(run.folder if has_tokenizer(run.folder) else None, cache.path, cache.manifest.plan)
             found.append(_score(run, teacher, which, seen, lengths, torch.device(device)))
             task.advance(1, run.name)
     return found
@@ -115,7 +118,7 @@ def _score(
     causal.network.to(device).eval()
     spec = TokenTrainSpec() if run.pipeline is None or run.pipeline.student is None else run.pipeline.student.train
     packed = spec.packed and causal.packs
-    longest = min(limit for limit in (spec.max_length, context_length(causal.network), 2**62) if limit)
+    longest = min(limit for limit in (spec.max_length, context_of(causal), 2**62) if limit)
     sums, diagram = TokenSums(device), None
     cuts = fill_batches(
         (lengths[index] for index in which), spec.micro_batch_tokens or spec.batch_tokens, longest, packed

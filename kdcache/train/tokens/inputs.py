@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from kdcache.cache.format.schema import Plan
 from kdcache.cache.reader import Cache
 from kdcache.cache.sequences import CachedSequences
 from kdcache.config.text import LanguageStudentSpec, TextPipeline, TokenTrainSpec
@@ -16,7 +18,8 @@ from kdcache.errors import UsageError, counted
 from kdcache.losses import Loss
 from kdcache.losses.token_loss import check_token_loss
 from kdcache.models.causal_lm import CausalLM
-from kdcache.models.language_models import check_vocabulary_size, context_length
+from kdcache.models.language_models import check_tokenizer, check_vocabulary_size, tokenizer_folder
+from kdcache.models.language_teacher import context_of
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.held_out import OPTION
 from kdcache.train.inputs import CacheOptions
@@ -33,11 +36,15 @@ class TokenInputs:
     Attributes:
         sequences: tokens and rows of the teacher.
         lengths: tokens of each sequence.
+        cache: folder of the cache.
+        plan: of the cache.
         record: facts about cache and placement, for the metrics of a run.
     """
 
     sequences: CachedSequences
     lengths: list[int]
+    cache: Path
+    plan: Plan
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,6 +76,8 @@ def inputs_of_sequences(
     return TokenInputs(
         sequences,
         sequence_lengths(sequences.token_start),
+        cache.path,
+        cache.manifest.plan,
         {"caches": [cache.manifest.digest], "placement": [sequences.placement]},
     )
 
@@ -135,9 +144,11 @@ def check_student(
     """Check that a student takes the sequences of a cache as they are cut and packed.
 
     Raises:
+        MismatchError: if the tokenizer in its folder has other tokens than the teacher's.
         UsageError: if it has fewer tokens than the vocabulary, a shorter context, nothing to train, or mixes packed
             sequences.
     """
+    check_tokenizer(tokenizer_folder(spec), inputs.cache, inputs.plan)
     check_vocabulary_size(causal, inputs.sequences.encoding.num_classes, spec.model)
     _check_context(causal, spec.train, inputs, spec.model)
     if spec.train.packed and not causal.packs:
@@ -156,7 +167,7 @@ def check_student(
 
 def _check_context(causal: CausalLM, train: TokenTrainSpec, inputs: TokenInputs, name: str) -> None:
     """Check that no sequence is longer than the context of a student."""
-    context = context_length(causal.network)
+    context = context_of(causal)
     longest = min(max(inputs.lengths), train.max_length or max(inputs.lengths))
     if context is not None and longest > context:
         at = inputs.lengths.index(max(inputs.lengths))
