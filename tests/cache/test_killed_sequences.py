@@ -12,8 +12,8 @@ from helpers.processes import exit_code, in_a_process, kill_at
 from helpers.sequences import some_text, write
 
 from kdcache.cache.inspect.audit import audit
-from kdcache.curate.token_cache import write_token_cache
 from kdcache.cache.token_spec import TokenCacheSpec
+from kdcache.curate.token_cache import write_token_cache
 
 
 def write_until(out: Path, sequence: int) -> None:

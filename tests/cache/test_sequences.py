@@ -28,8 +28,8 @@ from kdcache.cache.inspect.audit import audit
 from kdcache.cache.push_pull import pull, push
 from kdcache.cache.sequence_plan import CountedSequences, sequences_per_shard, sequences_record
 from kdcache.cache.sequences import CachedSequences
-from kdcache.curate.token_cache import write_token_cache
 from kdcache.cache.token_spec import TokenCacheSpec
+from kdcache.curate.token_cache import write_token_cache
 from kdcache.errors import CorruptError, MismatchError, UsageError
 
 TAILS = ("ghost", "lowrank")

@@ -15,8 +15,8 @@ from kdcache import Cache
 from kdcache.cache.format.token_codec import mass_columns
 from kdcache.cache.format.token_encoding import TokenEncoding
 from kdcache.cache.format.token_rows import TokenRows
-from kdcache.curate.token_cache import write_token_cache
 from kdcache.cache.token_spec import TokenCacheSpec
+from kdcache.curate.token_cache import write_token_cache
 
 Array = npt.NDArray[Any]
 

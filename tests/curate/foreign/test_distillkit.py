@@ -15,9 +15,9 @@ from helpers.distillkit import README, position, tokens_of
 
 from kdcache import KdcacheError, open_cache
 from kdcache.cache.inspect.audit import audit
+from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.curate.foreign import cache_of_distillkit
 from kdcache.curate.foreign.distillkit_codec import DistillKitCodec, read_codec
-from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.errors import UsageError
 
 SIZE = 2000

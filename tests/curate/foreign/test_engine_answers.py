@@ -21,10 +21,10 @@ from torch import Tensor
 
 from kdcache import KdcacheError, open_cache
 from kdcache.cache.inspect.audit import audit
+from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.curate.foreign import cache_of_answers
 from kdcache.curate.foreign.engine_answers import EngineAnswers
 from kdcache.data.json_lines import JsonLines
-from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.errors import UsageError
 
 Shape = Callable[[list[int], Tensor], dict[str, Any]]

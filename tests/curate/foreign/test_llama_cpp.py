@@ -16,8 +16,8 @@ from helpers.cli import ok, refused
 
 from kdcache import KdcacheError, open_cache
 from kdcache.cache.inspect.audit import audit
-from kdcache.curate.foreign import cache_of_kld
 from kdcache.cache.token_spec import TokenCacheSpec
+from kdcache.curate.foreign import cache_of_kld
 
 CONTEXT, CHUNKS = 12, 3
 FIRST = CONTEXT // 2
