@@ -29,6 +29,7 @@ PROCESS = {
     "test_resume",
     "test_sweep",
     "test_sweep_cluster",
+    "test_text_ranks",
     "test_together",
     "test_wheel",
 }
@@ -47,6 +48,7 @@ SLOW_FILES = {
     "test_killed_sequences",
     "test_resume",
     "test_sweep_cluster",
+    "test_text_ranks",
     "test_wheel",
 }
 """Files of which most tests take over two seconds, or wait for a fixture that does."""
@@ -335,6 +337,12 @@ SLOW_TESTS = {
     },
     "test_losses_closed_form": {
         "test_a_compiled_loss_is_one_graph_of_the_plain_formulas",
+    },
+    "test_language_model": {
+        "test_an_interrupted_dump_resumes_to_the_same_digest",
+        "test_heads_with_scale_bound_or_bias",
+        "test_logits_of_a_batch_never_exist",
+        "test_rows_are_those_of_the_dense_logits",
     },
     "test_losses_training": {
         "test_students_are_trained_with_products_of_the_axes",
