@@ -17,8 +17,8 @@ from kdcache.evaluation.metrics import Reliability, reliability
 from kdcache.evaluation.text_runs import TextRun
 from kdcache.models.causal_lm import CausalLM
 from kdcache.models.from_transformers_lm import load_causal_lm
-from kdcache.models.language_models import check_tokenizer, check_vocabulary_size
-from kdcache.models.language_teacher import context_of
+from kdcache.models.language_models import check_tokenizer
+from kdcache.models.language_teacher import check_vocabulary_size, context_of
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.tokens.batches import as_token_batch, sequence_lengths
 from kdcache.train.tokens.inputs import held_out_sequences
@@ -73,7 +73,8 @@ def score_language_models(
         progress: progress reporter; silent if None.
 
     Raises:
-        UsageError: if the samples of the cache are not sequences, or a network has fewer tokens.
+        UsageError: if the samples of the cache are not sequences.
+        MismatchError: if a network has fewer tokens, or its folder another tokenizer.
         KdcacheError: if a network cannot be loaded.
     """
     progress = progress or Silent()
@@ -114,7 +115,7 @@ def _score(
 ) -> LanguageScore:
     """Load and measure one network."""
     causal = load_causal_lm(str(run.folder))
-    check_vocabulary_size(causal, teacher.encoding.num_classes, run.name)
+    check_vocabulary_size(causal, teacher.encoding.num_classes, "the vocabulary of the cache")
     causal.network.to(device).eval()
     spec = TokenTrainSpec() if run.pipeline is None or run.pipeline.student is None else run.pipeline.student.train
     packed = spec.packed and causal.packs

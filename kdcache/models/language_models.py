@@ -21,7 +21,6 @@ from kdcache.cache.format.schema import Plan
 from kdcache.cache.format.stored_sequences import check_same_tokens, digest_of_tokens
 from kdcache.config.text import LanguageModelSpec
 from kdcache.data.tokenizer import has_tokenizer, load_tokenizer
-from kdcache.errors import UsageError
 from kdcache.models.causal_lm import CausalLM, split_causal_lm
 from kdcache.models.from_transformers_lm import load_causal_lm, new_causal_lm
 from kdcache.runtime import user_code
@@ -37,6 +36,8 @@ _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -136,17 +137,3 @@ def save_language_model(network: nn.Module, folder: Path, tokenizer: Path | None
         for name in _TOKENIZER:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, folder / name)
-
-
-def check_vocabulary_size(model: CausalLM, vocabulary_size: int, name: str) -> None:
-    """Check that a network has as many tokens as its teacher; more are allowed, and get probability 0.
-
-    Raises:
-        UsageError: if it has fewer.
-    """
-    own = len(model.output.weight)
-    if own < vocabulary_size:
-        raise UsageError(
-            f"{name} has {own:,} tokens, and the vocabulary of the cache has {vocabulary_size:,}",
-            "use a student with the tokenizer of the teacher; for a new network leave vocab_size out of `args:`",
-        )

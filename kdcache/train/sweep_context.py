@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdcache.cache.reader import Cache
-from kdcache.config.schema import Pipeline
-from kdcache.config.text import TEXT, TextPipeline
+from kdcache.config.schema import TEXT, Pipeline
+from kdcache.config.text import TextPipeline
 from kdcache.errors import KdcacheError, MismatchError
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher

@@ -5,18 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.cli import refused
 from helpers.language_training import Taught, cache_of, taught, text_pipeline
 from helpers.students import command
+from helpers.texts import write_tokenizer
 from torch.nn import functional as F
 
-from kdcache import Cache
-from kdcache.errors import KdcacheError, UsageError
+from kdcache import Cache, write_token_cache
+from kdcache.data.tokenizer import load_tokenizer
+from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.train.inputs import CacheOptions
 from kdcache.train.tokens.train import LanguageRunResult, train_language_student
 
@@ -141,12 +146,10 @@ def test_every_loss_of_positions_trains(loss: str, tmp_path: Path, home: Home) -
     assert math.isfinite(result.best.loss)
 
 
-def test_students_from_folders_and_functions_keep_their_weights_and_tokenizer(home: Home, tmp_path: Path) -> None:
+def test_students_from_folders_and_functions_keep_their_weights(home: Home, tmp_path: Path) -> None:
     first = home.train(tmp_path / "first")
-    (first.folder / "tokenizer_config.json").write_text("{}")
     second = home.train(tmp_path / "second", model=f"hf:{first.folder}", args={}, train={"lr": 1e-12, "epochs": 1})
     torch.testing.assert_close(second.model.output.weight, first.model.output.weight, rtol=0, atol=1e-8)
-    assert (second.folder / "tokenizer_config.json").is_file()
     code = (
         f"from transformers import AutoModelForCausalLM as A\ndef f(): return A.from_pretrained({str(first.folder)!r})"
     )
@@ -191,13 +194,13 @@ def test_an_adapter_of_peft_is_trained_and_merged(home: Home, tmp_path: Path) ->
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "context": (
         {"args": {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 20}},
-        r"sequence 7 has 30 tokens, and the context of transformers:llama is 20",
+        "sequences have up to 30 tokens, and LlamaForCausalLM takes 20",
         "student.train.max_length to 20",
     ),
     "vocabulary": (
         {"args": {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 100}},
-        "transformers:llama has 100 tokens, and the vocabulary of the cache has 120",
-        "vocab_size",
+        "the vocabulary of the cache has 120 tokens, and the head of LlamaForCausalLM 100",
+        "tokenizer",
     ),
     "packing": (
         {
@@ -256,3 +259,53 @@ def test_the_temperature_is_1_where_none_is_given() -> None:
     assert text_pipeline(loss={"name": "kd", "temperature": {"tau": 3.0}}).loss.tau == 3.0
     assert text_pipeline().loss.tau == 1.0
     assert text_pipeline(loss={"name": "ce"}).loss.name == "ce"
+
+
+# The tokenizer
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Cache]:
+    """A folder with a tokenizer and a network, and a cache of its vocabulary."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    size = 300
+    write_tokenizer(folder / "student", size=size)
+    transformers = import_module("transformers")
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=320, **small))
+    network.save_pretrained(folder / "student")
+    tokens = load_tokenizer(folder / "student").vocabulary.tokens
+    sequences = [torch.randint(size, (9,), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    logits = [torch.randn(9, size, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    cache = write_token_cache([each.numpy() for each in sequences], logits, folder / "t.kdcache", vocabulary=tokens)
+    return folder / "student", cache
+
+
+def test_a_student_with_the_tokenizer_of_the_teacher_and_padding_behind_it_is_trained(
+    worded: tuple[Path, Cache], tmp_path: Path
+) -> None:
+    student, cache = worded
+    result = train_language_student(text_pipeline(f"hf:{student}", {}), cache, tmp_path / "run")
+    assert result.model.output.weight.shape == (320, 16)
+    assert (result.folder / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
+
+
+def test_another_tokenizer_is_refused_with_the_first_token_that_differs(
+    worded: tuple[Path, Cache], tmp_path: Path
+) -> None:
+    student, cache = worded
+    other = shutil.copytree(student, tmp_path / "other")
+    described = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    first, second = (token for token, index in sorted(vocabulary.items(), key=lambda pair: pair[1])[40:42])
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(described))
+    index = vocabulary[second]
+    tokens = cache.vocabulary
+    assert tokens is not None
+    words = f"token {index} is {tokens[index]!r} in the cache, and {tokens[index + 1]!r} in the tokenizer in {other}"
+    with pytest.raises(MismatchError, match=re.escape(words)):
+        train_language_student(text_pipeline(f"hf:{other}", {}), cache, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    said = refused(4, "evaluate", other, "--cache", cache.path)
+    assert words in " ".join(said.split())
