@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.cli import ok, refused
-from helpers.forked import forked_workers
 from helpers.language_training import Taught, cache_of, taught, text_pipeline
 from torch.nn import functional as F
 
@@ -149,15 +148,6 @@ def test_a_sweep_trains_what_train_student_does(home: Home, tmp_path: Path) -> N
     ok("train-student", home.pipeline, *arguments)
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (tmp_path / "run", home.run("kd", 6))]
     assert weights[0] == weights[1]
-
-
-def test_processes_train_the_same_students(home: Home, tmp_path: Path) -> None:
-    arguments = ("--cache", home.cache, "--over", "loss=kd,ce", "--seeds", "1", "-j", "2", "--device", "cpu")
-    with forked_workers():
-        ok("sweep", home.pipeline, *arguments, "-o", tmp_path / "sweep")
-    for loss in ("kd", "ce"):
-        name = Path(f"loss={loss}") / "seed5" / "model" / "model.safetensors"
-        assert (tmp_path / "sweep" / name).read_bytes() == (home.sweep / name).read_bytes()
 
 
 def test_a_sweep_names_what_is_refused_before_the_first_student(home: Home, tmp_path: Path) -> None:

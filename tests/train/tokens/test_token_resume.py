@@ -10,7 +10,6 @@ import pytest
 from click.testing import Result
 from helpers.language_training import cache_of, taught, text_pipeline
 from helpers.processes import exit_code, in_a_process
-from helpers.ranks import run_with_torchrun
 from helpers.resuming import epochs_kept, train_alone, unfinished
 from helpers.students import command, contents
 
@@ -108,12 +107,3 @@ def test_ctrl_c_in_the_first_epoch_leaves_nothing(
     assert stopped.exit_code == 130, stopped.output
     assert "no partial file was kept" in stopped.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_processes_of_torchrun_write_one_run(home_of_all: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    done = run_with_torchrun(2, [*arguments(home_of_all, out), "--device", "cpu", "--json"])
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["best"]["epoch"] >= 1
-    assert json.loads((out / "metrics.json").read_text())["epochs"] == EPOCHS
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
