@@ -18,9 +18,16 @@ from pathlib import Path
 import pytest
 from helpers.markers import markers_of
 from helpers.pictures import drawn
+from helpers.texts import write_teacher
 from helpers.tiny import TinyTeacher, tiny_samples
 
 from kdcache.data.samples import Samples
+
+
+@pytest.fixture(scope="session")
+def text_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny language model and its tokenizer."""
+    return write_teacher(tmp_path_factory.mktemp("language_model") / "teacher")
 
 
 @pytest.fixture

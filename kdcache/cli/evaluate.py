@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from kdcache.cli import output
+from kdcache.cli.evaluate_text import evaluate_language_models
 from kdcache.cli.options import (
     CacheName,
     PathType,
@@ -36,7 +37,11 @@ _CHECKPOINTS = {".bin", ".ckpt", ".pt", ".pt2", ".pth", ".safetensors", ".tar"}
 @click.argument("networks", nargs=-1, type=PathType(), metavar="[RUN]... [CHECKPOINT]...")
 @click.option("--cache", "cache_name", type=CacheName(), help="Measure agreement with the teacher of this cache.")
 @click.option(
-    "--rows", type=click.IntRange(1), default=4096, show_default=True, help="Number of cached images to compare on."
+    "--rows",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Number of cached images or sequences to compare on.",
 )
 @click.option(
     "--split", type=click.Choice(["test", "validation"]), default="test", show_default=True, help="Split to evaluate."
@@ -71,6 +76,10 @@ def evaluate(
     network of --pipeline, safetensors or torch. Vectors and scores of a RUN are compared with those of --cache, on the
     samples that were held out from its training if there are any. Nothing is written.
 
+    The RUN of a language model, or a folder of transformers, is measured on the sequences of --cache: perplexity,
+    calibration, KL divergence and agreement with the teacher, on those that were held out from its training if it was
+    trained from this cache.
+
     \b
     Example: kdcache evaluate runs/digits-teacher runs/digits-student --cache runs/digits.kdcache
     Example: kdcache evaluate --pipeline digits --network student runs/digits-student/model.safetensors
@@ -78,11 +87,18 @@ def evaluate(
     import torch
 
     from kdcache.cache import open_cache
+    from kdcache.evaluation.text_runs import divided_by_kind
+
+    found = _found(networks)
+    if text := divided_by_kind(found)[0]:
+        _refuse_for_text(split, pipeline, network, canaries or references, overrides)
+        evaluate_language_models(text, cache_name, rows, choose_device(device), as_json)
+        return
     from kdcache.evaluation.exposure import measure_exposure
     from kdcache.evaluation.output_scores import score_outputs
     from kdcache.evaluation.scorecard import score_networks
 
-    selected = _select(networks, pipeline, network, overrides)
+    selected = _select(found, pipeline, network, overrides)
     named = read_canaries(canaries, references)
     chosen, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
@@ -115,20 +131,49 @@ def evaluate(
             _print_exposures(exposures)
 
 
-def _select(
-    paths: tuple[Path, ...], pipeline: Path | None, network: Network | None, overrides: tuple[str, ...]
-) -> list[NetworkRef]:
-    """Return the networks that the arguments name, in their order.
-
-    Raises:
-        UsageError: if a checkpoint has no pipeline, or an option is missing.
-    """
-    from kdcache.evaluation.networks import from_pipeline, from_run
+def _found(paths: tuple[Path, ...]) -> list[Path]:
+    """Return the run folders among the arguments, also those inside of sweeps, and all other paths."""
     from kdcache.evaluation.runs import find_runs
 
     found, unfinished = find_runs(paths)
     for run in unfinished:
         output.say(f"note: {run} is not finished and is left out")
+    return found
+
+
+def _refuse_for_text(
+    split: str, pipeline: Path | None, network: str | None, canaries: str | None, overrides: tuple[str, ...]
+) -> None:
+    """Refuse options that are for networks of images.
+
+    Raises:
+        UsageError: if one is given.
+    """
+    given = {
+        "--split": split != "test",
+        "--pipeline": pipeline is not None,
+        "--network": network is not None,
+        "--canaries": canaries is not None,
+        "--set": bool(overrides),
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise UsageError(
+                f"{option} is for networks of images, and a language model is measured on the sequences of --cache",
+                f"leave out {option}",
+            )
+
+
+def _select(
+    found: list[Path], pipeline: Path | None, network: Network | None, overrides: tuple[str, ...]
+) -> list[NetworkRef]:
+    """Return the networks of paths, in their order.
+
+    Raises:
+        UsageError: if a checkpoint has no pipeline, or an option is missing.
+    """
+    from kdcache.evaluation.networks import from_pipeline, from_run
+
     if pipeline is None or network is None:
         files = [path for path in found if path.is_file()]
         if files or not found or pipeline or network or overrides:

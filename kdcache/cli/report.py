@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +19,12 @@ from kdcache.cli.options import (
     read_canaries,
     references_option,
 )
+from kdcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kdcache.cache import Cache
 
 
 @click.command("report")
@@ -59,7 +66,8 @@ def report(
 
     The page has a table over seeds, learning curves, temperatures, accuracy by class and calibration; with the cache of
     the teacher also sharpness, the effect of KA, disagreements of student and teacher, the hardest samples, and the
-    teacher passes saved. It loads nothing from the network.
+    teacher passes saved. Of language models it has tables over seeds and on the sequences of the cache, and learning
+    curves. It loads nothing from the network.
 
     \b
     Example: kdcache report runs/sweep runs/digits-student --cache runs/digits.kdcache -o runs/report.html
@@ -71,11 +79,18 @@ def report(
     from kdcache.evaluation.report.collect import collect
     from kdcache.evaluation.report.files import check_files, pictures_folder, write_files
     from kdcache.evaluation.report.sections import write_report
+    from kdcache.evaluation.runs import find_runs
+    from kdcache.evaluation.text_runs import divided_by_kind
 
     check_files(out, png)
     named = read_canaries(canaries, references)
     chosen, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
+    folders, unfinished = find_runs(runs)
+    if text := divided_by_kind(folders)[0]:
+        _refuse_for_text(canaries or references, results)
+        _report_text(text, unfinished, cache, out, rows, png, chosen, as_json)
+        return
     data = collect(runs, cache, rows=rows, device=chosen, progress=progress)
     if named is not None:
         networks = [run.network_ref for run in data.runs]
@@ -96,5 +111,51 @@ def report(
             "runs": f"{len(data.runs)} in {counted(len(data.groups), 'group')}",
             **({"pictures": pictures} if pictures is not None else {}),
             **({"results": f"{results}: {', '.join(filled[1])}"} if filled is not None else {}),
+        }
+    )
+
+
+def _refuse_for_text(canaries: str | None, results: Path | None) -> None:
+    """Refuse options that are for networks of images.
+
+    Raises:
+        UsageError: if one is given.
+    """
+    for option, given in {"--canaries": canaries, "--results": results}.items():
+        if given is not None:
+            raise UsageError(
+                f"{option} is for networks of images, and these are language models", f"leave out {option}"
+            )
+
+
+def _report_text(
+    folders: Sequence[Path],
+    unfinished: Sequence[Path],
+    cache: Cache | None,
+    out: Path,
+    rows: int,
+    png: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Write the page of language models, and print where it is."""
+    from kdcache.errors import counted
+    from kdcache.evaluation.report.files import pictures_folder, write_files
+    from kdcache.evaluation.report.text import collect_text, write_text_report
+
+    data = collect_text(folders, cache, rows=rows, device=device, progress=output.Terminal())
+    data = replace(data, notes=[*(f"{folder} is not finished and is left out." for folder in unfinished), *data.notes])
+    write_files(write_text_report(data), out, png)
+    pictures = str(pictures_folder(out)) if png else None
+    if as_json:
+        output.as_json({"report": str(out), "pictures": pictures, **data.as_record()})
+        return
+    for note in data.notes:
+        output.say(f"note: {note}")
+    output.facts(
+        {
+            "report": f"{out}, {out.stat().st_size:,} bytes",
+            "runs": f"{len(data.runs)} in {counted(len(data.groups), 'group')}",
+            **({"pictures": pictures} if pictures is not None else {}),
         }
     )

@@ -87,6 +87,8 @@ def sweep(
     The cache and the data set are loaded once. Students that exist are not trained again: the same command resumes an
     interrupted sweep, and adds seeds or values. Select by the validation accuracy, not by the test accuracy.
 
+    Language models are compared on the sequences that are held out (student.train.held_out_fraction).
+
     \b
     Example: kdcache sweep digits --cache runs/digits.kdcache --over loss=kd,dtkd --seeds 3 -o runs/sweep
 
@@ -125,8 +127,11 @@ def sweep(
     if as_json:
         output.as_json(as_record(summaries))
     else:
-        columns, rows = results_table(summaries)
-        measure = "Accuracy" if "test" in columns else "Loss on samples that were held out"
+        of_text = summaries[0].is_of_text
+        columns, rows = text_table(summaries) if of_text else results_table(summaries)
+        measure = (
+            "Accuracy" if "test" in columns else f"Loss on {'sequences' if of_text else 'samples'} that were held out"
+        )
         output.table(f"{measure}, {'one seed' if seeds == 1 else f'mean of {seeds} seeds'}", columns, rows)
         output.result("")
         shown = {"picture": str(picture)} if picture is not None else {}
@@ -157,6 +162,22 @@ def results_table(summaries: Sequence[SweepSummary]) -> tuple[list[str], list[li
     has_losses = any(summary.held_out is not None for summary in summaries)
     has_accuracies = not has_losses or any(row[2] or row[3] for row in rows)
     shown = [0, *([1] if has_losses else []), *(range(2, 6) if has_accuracies else []), 6]
+    return [columns[index] for index in shown], [[row[index] for index in shown] for row in rows]
+
+
+def text_table(summaries: Sequence[SweepSummary]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of a table of language models, one row per combination."""
+    formats = {"held_out": ".4g", "perplexity": ".4g", "kl": ".4f", "agreement": ".2%"}
+    rows = []
+    for summary in summaries:
+        cells = []
+        for name, form in formats.items():
+            mean = summary.mean_of(name)
+            spread = f" ± {mean.spread:{form}}" if mean is not None and len(summary.students) > 1 else ""
+            cells.append("" if mean is None else f"{mean.mean:{form}}{spread}")
+        rows.append([summary.point, *cells, f"{summary.seconds:.1f}"])
+    columns = ["student", "held-out loss", "perplexity", "KL", "agreement", "training, s"]
+    shown = [0, *(index for index in range(1, 5) if any(row[index] for row in rows)), 5]
     return [columns[index] for index in shown], [[row[index] for index in shown] for row in rows]
 
 

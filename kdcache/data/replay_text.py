@@ -79,24 +79,23 @@ def _compare(cache: Cache, text: TokenizedText, ids: range) -> int:
 def _check_sequence(cache: Cache, index: int, ours: tuple[Array, Array], now: tuple[Array, Array]) -> None:
     """Compare a sequence of a cache with that of the data set."""
     common = min(len(ours[0]), len(now[0]))
-    for which, (first, second) in enumerate(zip(ours, now, strict=True)):
-        if not len(differ := np.flatnonzero(first[:common] != second[:common])):
-            continue
+    if len(differ := np.flatnonzero(ours[0][:common] != now[0][:common])):
         at = int(differ[0])
-        if which:
-            raise MismatchError(
-                f"token {at} of sequence {index} is {'' if first[at] else 'not '}taught in the cache, and "
-                f"{'' if second[at] else 'not '}in the data set now",
-                _SAME,
-            )
         raise MismatchError(
-            f"token {at} of sequence {index} is {_named(cache, int(first[at]))} in the cache, and "
-            f"{_named(cache, int(second[at]))} in the data set now",
+            f"token {at} of sequence {index} is {_named(cache, int(ours[0][at]))} in the cache, and "
+            f"{_named(cache, int(now[0][at]))} in the data set now",
             _SAME,
         )
     if len(ours[0]) != len(now[0]):
         raise MismatchError(
             f"sequence {index} has {len(ours[0]):,} tokens in the cache, and {len(now[0]):,} in the data set now", _SAME
+        )
+    if len(differ := np.flatnonzero(ours[1] != now[1])):
+        at = int(differ[0])
+        raise MismatchError(
+            f"token {at} of sequence {index} is {'' if ours[1][at] else 'not '}taught in the cache, and "
+            f"{'' if now[1][at] else 'not '}in the data set now",
+            _SAME,
         )
 
 

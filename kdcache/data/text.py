@@ -168,7 +168,7 @@ def load_text(
             task.advance(len(some))
     if not len(found):
         raise UsageError(
-            f"no position of {root} is taught: {counted(counts['records'], 'record')} are empty, or their answers are "
+            f"no position of {root} is taught, in {counted(counts['records'], 'record')}: texts are empty, or answers "
             f"behind max_length {max_length}",
             "correct the records, or set dataset.max_length higher, or dataset.taught to all",
         )

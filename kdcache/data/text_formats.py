@@ -298,7 +298,7 @@ def _check_nested(begin: str, whole: str, messages: int) -> None:
     at = next((i for i, (one, other) in enumerate(zip(begin, whole, strict=False)) if one != other), len(whole))
     raise UsageError(
         f"the chat template changes what it wrote of the first messages when others follow: of {messages} it is "
-        f"{excerpt(begin[at:])} from character {at}, of the whole conversation {excerpt(whole[at:])}; so it is not "
+        f"{excerpt(begin[at:])} from character {at}, with more of them {excerpt(whole[at:])}; so it is not "
         "known which tokens the assistant said",
         "mark them in the chat template with {% generation %} and {% endgeneration %}, or set dataset.taught to all",
     )

@@ -18,7 +18,7 @@ from kdcache.evaluation.networks import NetworkRef, from_run
 
 _POINT, _METRICS, _EPOCHS, _TABLE = "point.json", "metrics.json", "metrics.csv", "sweep.json"
 
-_IGNORED = {"train.seed", "train.num_workers", "train.trackers"}
+IGNORED = {"train.seed", "train.num_workers", "train.trackers"}
 """Keys in which two runs of one experiment may differ."""
 
 _DATASET_LOCATION = {"name", "root"}
@@ -165,12 +165,7 @@ def read_run(folder: Path) -> RunRecord:
     try:
         metrics = json.loads((folder / _METRICS).read_text(encoding="utf-8"))
         test = metrics["test"] or {"accuracy": None, "loss": None}
-        with (folder / _EPOCHS).open(newline="", encoding="utf-8") as file:
-            rows = [
-                {key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)
-            ]
-        if not rows:
-            raise ValueError(f"{_EPOCHS} has no rows")
+        rows = read_epochs(folder)
         return RunRecord(
             network_ref,
             pipeline,
@@ -190,6 +185,19 @@ def read_run(folder: Path) -> RunRecord:
         ) from None
 
 
+def read_epochs(folder: Path) -> list[Row]:
+    """Return the lines of metrics.csv of a run folder.
+
+    Raises:
+        ValueError: if there are none, or a value is not a number.
+    """
+    with (folder / _EPOCHS).open(newline="", encoding="utf-8") as file:
+        rows = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
+    if not rows:
+        raise ValueError(f"{_EPOCHS} has no rows")
+    return rows
+
+
 def without_copies(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[tuple[RunRecord, RunRecord]]]:
     """Return the runs without copies of them in other folders, and (copy, original) for each that is left out.
 
@@ -206,7 +214,11 @@ def without_copies(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], list[tup
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """Group runs with identical settings and caches; groups are in the order of their first runs."""
-    settings = [_settings(run) for run in runs]
+    return group_settings([_settings(run) for run in runs])
+
+
+def group_settings(settings: Sequence[dict[str, str]]) -> list[Group]:
+    """Group runs by their settings, of which each run has `network`, `model` and `loss`; see `group_runs`."""
     members: dict[str, list[int]] = {}
     for run_index, of_run in enumerate(settings):
         members.setdefault(json.dumps(of_run, sort_keys=True), []).append(run_index)
@@ -242,22 +254,28 @@ def _settings(run: RunRecord) -> dict[str, str]:
     """Return everything that a run depends on except its seed, as one flat dictionary."""
     network = run.network_ref.network
     pipeline = run.pipeline.model_dump(mode="json")
-    flat = {key: value for key, value in _flat(pipeline[network]) if key not in _IGNORED}
+    flat = {key: value for key, value in flattened(pipeline[network]) if key not in IGNORED}
     student = network == "student"
     shared = ("transform", "eval_transform", *(("join",) if student else ()))
-    settings = {**flat, **{key: value for name in shared for key, value in _flat({name: pipeline[name]})}}
+    settings = {**flat, **{key: value for name in shared for key, value in flattened({name: pipeline[name]})}}
     dataset = {key: value for key, value in pipeline["dataset"].items() if key not in _DATASET_LOCATION}
-    settings |= {f"dataset.{key}": value for key, value in _flat(dataset)}
+    settings |= {f"dataset.{key}": value for key, value in flattened(dataset)}
     if student:
-        settings |= {f"loss.{key}": value for key, value in _flat(pipeline["loss"]) if key != "name"}
-        settings["cache"] = " ".join(digest.removeprefix("sha256:")[:8] for digest in run.caches)
+        settings |= {f"loss.{key}": value for key, value in flattened(pipeline["loss"]) if key != "name"}
+        settings["cache"] = named_caches(run.caches)
     return {**settings, "network": network, "model": flat["model"], "loss": run.pipeline.loss.name if student else ""}
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+def named_caches(digests: Sequence[str]) -> str:
+    """Return the beginnings of the digests of caches."""
+    return " ".join(digest.removeprefix("sha256:")[:8] for digest in digests)
+
+
+def flattened(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Yield the values of a nested section by their dotted keys."""
     for key, inner in value.items():
         if isinstance(inner, dict) and inner:
-            yield from _flat(inner, f"{prefix}{key}.")
+            yield from flattened(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", inner if isinstance(inner, str) else json.dumps(inner)
 

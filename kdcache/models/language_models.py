@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdcache.cache.format.schema import Plan
+from kdcache.cache.format.stored_sequences import check_same_tokens, digest_of_tokens
 from kdcache.config.text import LanguageModelSpec
-from kdcache.errors import UsageError
+from kdcache.data.tokenizer import has_tokenizer, load_tokenizer
 from kdcache.models.causal_lm import CausalLM, split_causal_lm
 from kdcache.models.from_transformers_lm import load_causal_lm, new_causal_lm
 from kdcache.runtime import user_code
@@ -34,6 +36,8 @@ _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -90,15 +94,26 @@ def tokenizer_folder(spec: LanguageModelSpec) -> Path | None:
     """Return the folder that has the tokenizer of a model beside its weights; None if it has none."""
     kind, _, name = spec.model.partition(":")
     folder = expand(name) if kind == "hf" else None
-    return folder if folder is not None and any((folder / file).is_file() for file in _TOKENIZER) else None
+    return folder if folder is not None and has_tokenizer(folder) else None
 
 
-def context_length(network: nn.Module) -> int | None:
-    """Return the number of tokens that a network takes at most; None if its configuration does not bound it."""
-    config: Any = getattr(network, "config", None)
-    text = getattr(config, "text_config", None) or config
-    found = getattr(text, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+def check_tokenizer(folder: Path | None, cache: Path, plan: Plan) -> None:
+    """Check that the tokenizer of a student has the tokens of the teacher, by id; more of them may follow.
+
+    Args:
+        folder: with the tokenizer; None where there is none to compare.
+        cache: folder of the cache.
+        plan: of the cache. Where it knows only the number of tokens, nothing is compared.
+
+    Raises:
+        MismatchError: with the first id that differs, and both tokens.
+    """
+    record = plan.sequences.vocabulary if plan.sequences is not None else None
+    if folder is None or record is None or record.digest is None:
+        return
+    tokens = load_tokenizer(folder).vocabulary.tokens
+    if digest_of_tokens(tokens) != record.digest:
+        check_same_tokens(cache, plan, tokens, f"the tokenizer in {folder}")
 
 
 def save_language_model(network: nn.Module, folder: Path, tokenizer: Path | None) -> None:
@@ -122,17 +137,3 @@ def save_language_model(network: nn.Module, folder: Path, tokenizer: Path | None
         for name in _TOKENIZER:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, folder / name)
-
-
-def check_vocabulary_size(model: CausalLM, vocabulary_size: int, name: str) -> None:
-    """Check that a network has as many tokens as its teacher; more are allowed, and get probability 0.
-
-    Raises:
-        UsageError: if it has fewer.
-    """
-    own = len(model.output.weight)
-    if own < vocabulary_size:
-        raise UsageError(
-            f"{name} has {own:,} tokens, and the vocabulary of the cache has {vocabulary_size:,}",
-            "use a student with the tokenizer of the teacher; for a new network leave vocab_size out of `args:`",
-        )

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kdcache.cache.reader import Cache
+from kdcache.config.text import TextPipeline
 from kdcache.errors import MismatchError, UsageError, counted
 from kdcache.runtime.folder_lock import locked
 from kdcache.runtime.launched import n_processes
@@ -66,6 +67,11 @@ def sweep(
     """
     progress, options = progress or Silent(), options or CacheOptions()
     _check_processes(processes, together, scheduler)
+    if together and any(isinstance(point.pipeline, TextPipeline) for point in points):
+        raise UsageError(
+            "--together shares the loading of images among students, and language models read tokens and rows alone",
+            "leave out --together; -j trains several at the same time",
+        )
     for point in points:
         if not caches and point.pipeline.loss.uses_cache:
             raise UsageError(f"{point.name} needs a teacher", "pass its cache with --cache, or sweep over ce alone")

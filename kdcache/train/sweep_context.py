@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kdcache.cache.reader import Cache
-from kdcache.config.schema import Pipeline
+from kdcache.config.schema import TEXT, Pipeline
+from kdcache.config.text import TextPipeline
 from kdcache.errors import KdcacheError, MismatchError
-from kdcache.runtime.progress import Progress
+from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_caches, inputs_without_teacher
 from kdcache.train.run_folder import read_json
 from kdcache.train.run_result import RunResult
 from kdcache.train.sweep_groups import Job
-from kdcache.train.sweep_results import StudentResult
+from kdcache.train.sweep_results import StudentResult, TextStudentResult
 from kdcache.train.sweep_worker import StudentProgress
+from kdcache.train.tokens.inputs import TokenInputs, check_token_pipeline, inputs_of_sequences, one_cache
+from kdcache.train.tokens.train import LanguageRunResult, train_on_sequences
 from kdcache.train.train import Student, train_together
 
 
@@ -32,7 +36,7 @@ class SweepContext:
     caches: Sequence[Cache]
     device: str
     options: CacheOptions
-    inputs_by_key: dict[str, TrainingInputs]
+    inputs_by_key: dict[str, TrainingInputs | TokenInputs]
 
     def inputs(self, pipeline: Pipeline, progress: Progress | None = None) -> TrainingInputs:
         """Return the inputs of a pipeline, loaded at the first call."""
@@ -40,16 +44,26 @@ class SweepContext:
         loss = pipeline.loss
         of_outputs = sorted((name, options.name) for name, options in loss.outputs.items())
         key = f"{loss.uses_teacher} {loss.gate} {of_outputs} {sections}"
-        if key not in self.inputs_by_key:
+        found = self.inputs_by_key.get(key)
+        if not isinstance(found, TrainingInputs):
             with_teacher = self.inputs_by_key.get(f"True None [] {sections}")
-            self.inputs_by_key[key] = (
+            found = self.inputs_by_key[key] = (
                 with_teacher.without_teacher()
-                if with_teacher is not None and not loss.uses_cache
+                if isinstance(with_teacher, TrainingInputs) and not loss.uses_cache
                 else inputs_from_caches(pipeline, self.caches, self.options, device=self.device, progress=progress)
                 if self.caches
                 else inputs_without_teacher(pipeline, progress)
             )
-        return self.inputs_by_key[key]
+        return found
+
+    def sequences(self, progress: Progress | None = None) -> TokenInputs:
+        """Return the sequences of the cache, loaded at the first call."""
+        found = self.inputs_by_key.get(TEXT)
+        if not isinstance(found, TokenInputs):
+            cache = one_cache(self.caches)
+            found = inputs_of_sequences(cache, self.options, device=self.device, progress=progress or Silent())
+            self.inputs_by_key[TEXT] = found
+        return found
 
     def load(self, jobs: Iterable[Job], progress: Progress | None = None) -> None:
         """Load the inputs of some students, so that inconsistent ones are found before the first of them is trained.
@@ -59,7 +73,11 @@ class SweepContext:
         """
         # Inputs with a teacher serve losses without one, too.
         for job in sorted(jobs, key=lambda job: not job.point.pipeline.loss.uses_cache):
-            self.inputs(job.point.pipeline, progress)
+            pipeline = job.point.pipeline
+            if isinstance(pipeline, TextPipeline):
+                check_token_pipeline(pipeline, self.sequences(progress))
+            else:
+                self.inputs(pipeline, progress)
 
     def train(
         self, jobs: Sequence[Job], reporters: Sequence[StudentProgress], on_end: Callable[[Job, StudentResult], None]
@@ -70,10 +88,12 @@ class SweepContext:
         """
         unexpected: list[Exception] = []
 
-        def ended(index: int, outcome: RunResult | Exception) -> None:
+        def ended(index: int, outcome: RunResult | LanguageRunResult | Exception) -> None:
             job, reporter = jobs[index], reporters[index]
             if isinstance(outcome, KdcacheError):
-                result = StudentResult(job.point.name, job.seed, str(job.folder), None, None, 0.0, outcome.what)
+                is_text = isinstance(job.point.pipeline, TextPipeline)
+                kind = TextStudentResult if is_text else StudentResult
+                result = kind(job.point.name, job.seed, str(job.folder), None, None, 0.0, outcome.what)
                 reporter.say(f"failed: {outcome.what}")
             elif isinstance(outcome, Exception):
                 unexpected.append(outcome)
@@ -83,13 +103,25 @@ class SweepContext:
             reporter.finish()
             on_end(job, result)
 
-        students = [
-            Student(job.pipeline, self.inputs(job.pipeline), job.folder, reporter)
-            for job, reporter in zip(jobs, reporters, strict=True)
-        ]
+        students = []
+        for index, (job, reporter) in enumerate(zip(jobs, reporters, strict=True)):
+            pipeline = job.pipeline
+            if isinstance(pipeline, TextPipeline):
+                ended(index, self._train_on_sequences(pipeline, job, reporter))
+            else:
+                students.append(Student(pipeline, self.inputs(pipeline), job.folder, reporter))
         train_together(students, ended, device=self.device)
         if unexpected:
             raise unexpected[0]
+
+    def _train_on_sequences(
+        self, pipeline: TextPipeline, job: Job, reporter: StudentProgress
+    ) -> LanguageRunResult | Exception:
+        """Train a language model, and return its result or the error that ended it."""
+        try:
+            return train_on_sequences(pipeline, self.sequences(), job.folder, device=self.device, progress=reporter)
+        except Exception as error:  # noqa: BLE001  # the other students are trained before it is raised
+            return error
 
 
 def finished_result(job: Job) -> StudentResult:
@@ -110,8 +142,18 @@ def finished_result(job: Job) -> StudentResult:
 def read_result(job: Job) -> StudentResult:
     """Return the result of a student from its run folder."""
     metrics = read_json(job.folder / "metrics.json")
+    if isinstance(job.point.pipeline, TextPipeline):
+        return _text_result(job, metrics)
     test = metrics["test"]["accuracy"] if metrics["test"] else None
     validation = metrics["best"]["validation_accuracy"]
     held_out = metrics["best"]["validation_loss"] if validation is None else None
     known = job.point.name, job.seed, str(job.folder)
     return StudentResult(*known, test, validation, metrics["seconds"], held_out=held_out)
+
+
+def _text_result(job: Job, metrics: dict[str, Any]) -> TextStudentResult:
+    """Return the result of a language model from its metrics."""
+    best = metrics["best"]
+    known = job.point.name, job.seed, str(job.folder)
+    measures = {name: best[name] for name in ("perplexity", "kl", "agreement")}
+    return TextStudentResult(*known, None, None, metrics["seconds"], held_out=best["held_out_loss"], **measures)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdcache.config.schema import Pipeline
+from kdcache.config.text import TextPipeline
 from kdcache.train.sweep_points import Point
 
 _AGREE = {
@@ -52,7 +53,7 @@ class Job(NamedTuple):
         return int(self.point.pipeline.section("student").train.epochs)
 
     @property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> Pipeline | TextPipeline:
         """The pipeline of the combination with the seeds of this student."""
         student = self.point.pipeline.section("student")
         train = student.train.model_copy(update={"seed": self.seed, "data_seed": self.data_seed})

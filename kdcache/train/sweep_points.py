@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdcache.config.loader import load_pipeline
+from kdcache.config.loader import load_any_pipeline
 from kdcache.config.schema import Pipeline
+from kdcache.config.text import TextPipeline
 from kdcache.config.yaml_lines import read_yaml
 from kdcache.errors import UsageError
 
@@ -24,7 +25,7 @@ class Point(NamedTuple):
     """
 
     name: str
-    pipeline: Pipeline
+    pipeline: Pipeline | TextPipeline
 
 
 def combinations(path: Path, overrides: Sequence[str], over: Sequence[str]) -> list[Point]:
@@ -50,7 +51,7 @@ def combinations(path: Path, overrides: Sequence[str], over: Sequence[str]) -> l
         loss_name = None if loss is None or isinstance(loss, dict) else str(loss)
         given = [f"{key}={json.dumps(value)}" for key, value in chosen.items() if key != "loss" or loss_name is None]
         try:
-            pipeline = load_pipeline(path, [*overrides, *given], loss_name)
+            pipeline = load_any_pipeline(path, [*overrides, *given], loss_name)
         except UsageError as error:
             typed = dict(zip(keys, over, strict=True))
             options = {f"--set {key}={json.dumps(value)}": typed[key] for key, value in chosen.items()}

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdcache.runtime.atomic_write import write_file
 from kdcache.train.plots import draw_accuracies
@@ -38,6 +38,28 @@ class StudentResult:
     seconds: float
     failed: str | None = None
     held_out: float | None = None
+
+
+@dataclass(frozen=True)
+class TextStudentResult(StudentResult):
+    """The result of a language model: what it says of the sequences that were held out, None without any.
+
+    Attributes:
+        perplexity: of the next tokens.
+        kl: divergence from the teacher at T = 1, nats; also None for rows of draws.
+        agreement: share of positions with the same most probable token as the teacher; None as for `kl`.
+    """
+
+    perplexity: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+
+
+class Mean(NamedTuple):
+    """A mean over seeds, and the standard deviation (n - 1), 0 for one seed."""
+
+    mean: float
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +95,18 @@ class SweepSummary:
         return _mean(student.held_out for student in self.students)
 
     @property
+    def is_of_text(self) -> bool:
+        """Whether the students are language models."""
+        return isinstance(self.students[0], TextStudentResult)
+
+    def mean_of(self, measure: str) -> Mean | None:
+        """Return the mean over the seeds of a measure of language models, and its standard deviation (n - 1)."""
+        known = [value for student in self.students if (value := getattr(student, measure, None)) is not None]
+        if not known:
+            return None
+        return Mean(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else 0.0)
+
+    @property
     def seconds(self) -> float:
         """Mean of the training times."""
         return statistics.mean(student.seconds for student in self.students)
@@ -93,12 +127,21 @@ def as_record(summaries: Sequence[SweepSummary]) -> dict[str, Any]:
                 "test_spread": summary.spread,
                 "validation_mean": summary.validation,
                 "held_out_mean": summary.held_out,
+                **_of_text(summary),
                 "seconds": summary.seconds,
                 "students": [asdict(student) for student in summary.students],
             }
             for summary in summaries
         ]
     }
+
+
+def _of_text(summary: SweepSummary) -> dict[str, float | None]:
+    """Return the means of language models, and nothing for other networks."""
+    if not summary.is_of_text:
+        return {}
+    means = {name: summary.mean_of(name) for name in ("perplexity", "kl", "agreement")}
+    return {f"{name}_mean": None if mean is None else mean.mean for name, mean in means.items()}
 
 
 def write_results(summaries: Sequence[SweepSummary], dataset: str, out: Path) -> tuple[Path, Path | None]:

@@ -40,5 +40,13 @@ class Tally:
         self._results[job.folder] = student
         if self._task is not None:
             ended = sum(each.folder in self._results for each in self._jobs)
-            outcome = "failed" if student.test is None else f"{student.test:.1%}"
-            self._task.advance(0, f"{ended} of {counted(len(self._jobs), 'student')}, {job.name}: {outcome}")
+            self._task.advance(0, f"{ended} of {counted(len(self._jobs), 'student')}, {job.name}: {_outcome(student)}")
+
+
+def _outcome(student: StudentResult) -> str:
+    """Return how a student has ended, in a few words."""
+    if student.failed is not None:
+        return "failed"
+    if student.test is not None:
+        return f"{student.test:.1%}"
+    return "trained" if student.held_out is None else f"held-out loss {student.held_out:.4g}"

@@ -23,6 +23,7 @@ from kdcache.runtime.progress import Progress, Task
 from kdcache.runtime.resources import share_cores
 from kdcache.train.inputs import TrainingInputs
 from kdcache.train.sweep_groups import Job
+from kdcache.train.tokens.inputs import TokenInputs
 
 _SECONDS_BETWEEN_MESSAGES = 0.5
 
@@ -187,7 +188,9 @@ def reporters(
     return [StudentProgress(job.name, shown, job.epochs, advance, say, last) for job in group]
 
 
-def mapped_inputs(inputs_by_key: Mapping[str, TrainingInputs], folder: Path) -> dict[str, TrainingInputs]:
+def mapped_inputs(
+    inputs_by_key: Mapping[str, TrainingInputs | TokenInputs], folder: Path
+) -> dict[str, TrainingInputs | TokenInputs]:
     """Return inputs for other processes: images in memory are written to a file that all of them map, once each."""
     mapped: dict[int, Samples] = {}
 
@@ -201,5 +204,7 @@ def mapped_inputs(inputs_by_key: Mapping[str, TrainingInputs], folder: Path) -> 
     names = ("samples", "validation", "test")
     return {
         key: replace(inputs, **{name: split(getattr(inputs, name)) for name in names})
+        if isinstance(inputs, TrainingInputs)
+        else inputs
         for key, inputs in inputs_by_key.items()
     }

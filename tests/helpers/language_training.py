@@ -22,6 +22,31 @@ from kdcache.train.tokens.step import TokenTrainer
 LENGTHS = [9, 4, 23, 3, 7, 12, 2, 30, 16]
 
 
+ALL = list(range(len(LENGTHS)))
+
+WAYS: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "padded": {"packed": False},
+    "micro-batches": {"micro_batch_tokens": 25},
+    "padded micro-batches": {"micro_batch_tokens": 40, "packed": False},
+    "one sequence at a time": {"micro_batch_tokens": 1},
+}
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "kd": {"name": "kd"},
+    "kd at T = 2": {"name": "kd", "temperature": {"tau": 2.0}},
+    "the student's tail": {"name": "kd", "tail": "student"},
+    "rkl": {"name": "rkl"},
+    "dtkd": {"name": "dtkd"},
+    "dkd": {"name": "dkd"},
+    "ka+dtd": {"name": "ka+dtd"},
+    "cwsm": {"name": "cwsm", "temperature": {"tau": 2.0}},
+    "ctkd": {"name": "ctkd", "temperature": {"ramp_epochs": 1}},
+    "zscore": {"name": "zscore"},
+    "ce": {"name": "ce"},
+}
+
+
 class Taught(NamedTuple):
     """Sequences, and logits of a teacher at the taught positions of each, [n, V] float64."""
 

@@ -29,6 +29,7 @@ PROCESS = {
     "test_resume",
     "test_sweep",
     "test_sweep_cluster",
+    "test_text_ranks",
     "test_together",
     "test_wheel",
 }
@@ -47,11 +48,33 @@ SLOW_FILES = {
     "test_killed_sequences",
     "test_resume",
     "test_sweep_cluster",
+    "test_text_ranks",
     "test_wheel",
 }
 """Files of which most tests take over two seconds, or wait for a fixture that does."""
 
 SLOW_TESTS = {
+    "test_language_models": {
+        "test_a_folder_of_transformers_and_another_cache_are_measured_on_all_sequences",
+        "test_a_report_has_the_figures_of_the_runs",
+        "test_a_report_without_a_cache_has_what_the_runs_measured",
+        "test_evaluate_measures_held_out_sequences_as_whole_logits_do",
+    },
+    "test_token_step": {
+        "test_any_order_cut_and_packing_gives_the_same_step",
+        "test_a_step_is_that_of_whole_logits_in_float64",
+        "test_a_step_does_not_depend_on_the_order_and_the_division_of_its_sequences",
+    },
+    "test_token_train": {
+        "test_an_adapter_of_peft_is_trained_and_merged",
+        "test_every_loss_of_positions_trains",
+        "test_every_placement_trains",
+        "test_students_from_folders_and_functions_keep_their_weights",
+        "test_the_epoch_with_the_lowest_held_out_loss_is_selected",
+        "test_the_same_seed_gives_the_same_weights_and_another_one_others",
+        "test_training_stops_early",
+        "test_transformers_loads_the_selected_weights",
+    },
     "test_accelerator": {
         "test_a_run_is_the_same_and_records_what_it_ignored",
     },
@@ -335,6 +358,12 @@ SLOW_TESTS = {
     },
     "test_losses_closed_form": {
         "test_a_compiled_loss_is_one_graph_of_the_plain_formulas",
+    },
+    "test_language_model": {
+        "test_an_interrupted_dump_resumes_to_the_same_digest",
+        "test_heads_with_scale_bound_or_bias",
+        "test_logits_of_a_batch_never_exist",
+        "test_rows_are_those_of_the_dense_logits",
     },
     "test_losses_training": {
         "test_students_are_trained_with_products_of_the_axes",

@@ -13,8 +13,9 @@ import pytest
 import torch
 from click.testing import Result
 from helpers.paths import ROOT
-from helpers.processes import command_line, exit_code, in_a_process, kill_at
+from helpers.processes import command_line, exit_code, in_a_process
 from helpers.ranks import run_with_torchrun
+from helpers.resuming import epochs_kept, train_alone, train_as_a_rank, unfinished
 from helpers.students import command, contents
 from helpers.trainers import meeting_place, together
 from PIL import Image
@@ -101,27 +102,6 @@ def whole(home_of_all: Path) -> Path:
     assert done.exit_code == 0, done.output
     assert json.loads((home_of_all / "whole" / "metrics.json").read_text())["epochs"] == EPOCHS
     return home_of_all / "whole"
-
-
-def unfinished(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def epochs_kept(out: Path) -> int:
-    state = unfinished(out) / "state.pt"
-    return len(torch.load(state, weights_only=True)["rows"]) if state.is_file() else 0
-
-
-def train_as_a_rank(
-    rank: int, environment: dict[str, str], said: Path, out: Path, kill: tuple[str, bool] | None, *arguments: object
-) -> None:
-    if kill is not None:
-        kill_at(unfinished(out), *kill)
-    command_line(said, environment, *arguments, "--device", "cpu")
-
-
-def train_alone(said: Path, out: Path, kill: tuple[str, bool] | None, *arguments: object) -> None:
-    train_as_a_rank(0, {}, said, out, kill, *arguments)
 
 
 def test_a_run_killed_at_any_commit_resumes_to_the_same_result(home_of_all: Path, whole: Path, tmp_path: Path) -> None:

@@ -92,9 +92,9 @@ def over_seeds(data: ReportData) -> Iterator[Part]:
                 str(len(group.members)),
                 _percent(means["test"]),
                 _percent(means["validation"]),
-                _figure(means["negative_log_likelihood"], ".4f"),
-                _figure(means["calibration_error"], ".4f"),
-                _figure(means["seconds"], ".1f"),
+                figure(means["negative_log_likelihood"], ".4f"),
+                figure(means["calibration_error"], ".4f"),
+                figure(means["seconds"], ".1f"),
             )
         )
     yield Table(["", "runs", "test, %", "validation, %", "NLL, nats", "ECE", "training, s"], rows)
@@ -188,7 +188,7 @@ def cost(data: ReportData) -> Iterator[Part]:
     rows: list[tuple[str | GroupLabel, *tuple[str, ...]]] = []
     for group in data.groups:
         seconds = [run.seconds for run in data.members(group)]
-        rows.append((GroupLabel.of(group), str(len(seconds)), _figure(Mean.of(seconds), ".1f"), f"{sum(seconds):,.1f}"))
+        rows.append((GroupLabel.of(group), str(len(seconds)), figure(Mean.of(seconds), ".1f"), f"{sum(seconds):,.1f}"))
     yield Table(["", "runs", "training, s per run", "training, s in total"], rows)
     if (teacher := data.teacher) is None:
         return
@@ -222,7 +222,8 @@ def _changes(line: Line) -> bool:
     return bool(values) and max(values) - min(values) > _ROUNDING * abs(max(values))
 
 
-def _figure(mean: Mean | None, form: str, factor: float = 1) -> str:
+def figure(mean: Mean | None, form: str, factor: float = 1) -> str:
+    """Return a mean with its spread, in a format and times a factor; empty for None."""
     if mean is None:
         return ""
     spread = "" if mean.spread is None else f" ± {factor * mean.spread:{form}}"
@@ -230,7 +231,7 @@ def _figure(mean: Mean | None, form: str, factor: float = 1) -> str:
 
 
 def _percent(mean: Mean | None) -> str:
-    return _figure(mean, ".2f", 100)
+    return figure(mean, ".2f", 100)
 
 
 def _share(value: float) -> str:

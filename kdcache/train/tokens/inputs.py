@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from kdcache.cache.format.schema import Plan
 from kdcache.cache.reader import Cache
 from kdcache.cache.sequences import CachedSequences
-from kdcache.config.text import LanguageStudentSpec, TextPipeline, TokenTrainSpec
+from kdcache.config.text import LanguageStudentSpec, TextPipeline
 from kdcache.data.seeding import in_hash_order
 from kdcache.errors import UsageError, counted
 from kdcache.losses import Loss
 from kdcache.losses.token_loss import check_token_loss
 from kdcache.models.causal_lm import CausalLM
-from kdcache.models.language_models import check_vocabulary_size, context_length
+from kdcache.models.language_models import check_tokenizer, tokenizer_folder
+from kdcache.models.language_teacher import check_context, check_vocabulary_size, context_of
 from kdcache.runtime.progress import Progress, Silent
 from kdcache.train.held_out import OPTION
 from kdcache.train.inputs import CacheOptions
@@ -33,11 +36,15 @@ class TokenInputs:
     Attributes:
         sequences: tokens and rows of the teacher.
         lengths: tokens of each sequence.
+        cache: folder of the cache.
+        plan: of the cache.
         record: facts about cache and placement, for the metrics of a run.
     """
 
     sequences: CachedSequences
     lengths: list[int]
+    cache: Path
+    plan: Plan
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,6 +76,8 @@ def inputs_of_sequences(
     return TokenInputs(
         sequences,
         sequence_lengths(sequences.token_start),
+        cache.path,
+        cache.manifest.plan,
         {"caches": [cache.manifest.digest], "placement": [sequences.placement]},
     )
 
@@ -135,11 +144,15 @@ def check_student(
     """Check that a student takes the sequences of a cache as they are cut and packed.
 
     Raises:
-        UsageError: if it has fewer tokens than the vocabulary, a shorter context, nothing to train, or mixes packed
-            sequences.
+        MismatchError: if the tokenizer in its folder has other tokens than the teacher's, its head fewer tokens than
+            the vocabulary, or its context is shorter than the sequences.
+        UsageError: if it has nothing to train, or mixes packed sequences.
     """
-    check_vocabulary_size(causal, inputs.sequences.encoding.num_classes, spec.model)
-    _check_context(causal, spec.train, inputs, spec.model)
+    check_tokenizer(tokenizer_folder(spec), inputs.cache, inputs.plan)
+    check_vocabulary_size(causal, inputs.sequences.encoding.num_classes, "the vocabulary of the cache")
+    longest = min(max(inputs.lengths), spec.train.max_length or max(inputs.lengths))
+    fix = f"set student.train.max_length to {context_of(causal)} or less: longer sequences are then cut to a prefix"
+    check_context(causal, longest, fix)
     if spec.train.packed and not causal.packs:
         raise UsageError(
             f"{spec.model} ({type(causal.network).__name__}) does not keep packed sequences apart",
@@ -152,17 +165,3 @@ def check_student(
     if trained < sum(one.numel() for one in parameters):
         whole = sum(one.numel() for one in parameters)
         (progress or Silent()).say(f"note: {trained:,} of the {whole:,} parameters of the student are trained")
-
-
-def _check_context(causal: CausalLM, train: TokenTrainSpec, inputs: TokenInputs, name: str) -> None:
-    """Check that no sequence is longer than the context of a student."""
-    context = context_length(causal.network)
-    longest = min(max(inputs.lengths), train.max_length or max(inputs.lengths))
-    if context is not None and longest > context:
-        at = inputs.lengths.index(max(inputs.lengths))
-        cut = "" if train.max_length is None else " after train.max_length"
-        raise UsageError(
-            f"sequence {at} has {longest:,} tokens{cut}, and the context of {name} is {context:,} "
-            "(max_position_embeddings)",
-            f"set student.train.max_length to {context} or less: longer sequences are then cut to a prefix",
-        )

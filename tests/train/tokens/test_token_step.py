@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,18 @@ from typing import Any
 import pytest
 import torch
 from helpers.language_models import tiny
-from helpers.language_training import LENGTHS, Taught, by_hand, by_the_trainer, cache_of, check_same, loss_of, taught
-from helpers.processes import exit_code
-from helpers.trainers import meeting_place, together
+from helpers.language_training import (
+    ALL,
+    LOSSES,
+    WAYS,
+    Taught,
+    by_hand,
+    by_the_trainer,
+    cache_of,
+    check_same,
+    loss_of,
+    taught,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,30 +29,6 @@ from kdcache.config.text import TokenTrainSpec
 from kdcache.data.packing import token_batch
 from kdcache.losses import Loss
 from kdcache.train.tokens.batches import as_token_batch, cut_epoch
-
-ALL = list(range(len(LENGTHS)))
-
-WAYS: dict[str, dict[str, Any]] = {
-    "packed": {},
-    "padded": {"packed": False},
-    "micro-batches": {"micro_batch_tokens": 25},
-    "padded micro-batches": {"micro_batch_tokens": 40, "packed": False},
-    "one sequence at a time": {"micro_batch_tokens": 1},
-}
-
-LOSSES: dict[str, dict[str, Any]] = {
-    "kd": {"name": "kd"},
-    "kd at T = 2": {"name": "kd", "temperature": {"tau": 2.0}},
-    "the student's tail": {"name": "kd", "tail": "student"},
-    "rkl": {"name": "rkl"},
-    "dtkd": {"name": "dtkd"},
-    "dkd": {"name": "dkd"},
-    "ka+dtd": {"name": "ka+dtd"},
-    "cwsm": {"name": "cwsm", "temperature": {"tau": 2.0}},
-    "ctkd": {"name": "ctkd", "temperature": {"ramp_epochs": 1}},
-    "zscore": {"name": "zscore"},
-    "ce": {"name": "ce"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -103,41 +87,6 @@ def test_a_stream_gives_the_step_of_rows_in_memory(lowrank: CachedSequences, tmp
         streamed.prefetch([ALL])
         found = by_the_trainer(streamed, ALL, loss_of(name="kd"), max_length=max_length)
         check_same(found, by_the_trainer(lowrank, ALL, loss_of(name="kd"), max_length=max_length), 0)
-
-
-# Several processes
-
-SHARED = ["kd", "ka+dtd", "cwsm", "ctkd", "ce"]
-
-
-def as_a_rank(rank: int, environment: dict[str, str], out: Path, which: list[int], names: list[str]) -> None:
-    os.environ.update(environment)
-    from kdcache import open_cache
-
-    teacher = open_cache(out / "t.kdcache").sequences()
-    found = {
-        (name, way): tuple(by_the_trainer(teacher, which, loss_of(**LOSSES[name]), **WAYS[way]))
-        for name in names
-        for way in ("packed", "micro-batches")
-    }
-    torch.save(found, out / f"{rank}.pt")
-
-
-@pytest.mark.parametrize(("count", "which", "names"), [(2, ALL, SHARED), (2, [3], ["kd"]), (3, [0, 4], SHARED)])
-def test_processes_that_share_a_step_give_what_one_gives(
-    count: int, which: list[int], names: list[str], tmp_path: Path
-) -> None:
-    """Also where one of them has no sequences of the step, or sequences without a taught position."""
-    teacher = cache_of(taught(), tmp_path / "t.kdcache", top_k=8, tail="lowrank", rank=6, pilot_rows=60).sequences()
-    store = meeting_place()
-    processes = together(store, count, as_a_rank, tmp_path, which, names)
-    assert [exit_code(process) for process in processes] == [0] * count
-    for name in names:
-        expected = by_the_trainer(teacher, which, loss_of(**LOSSES[name]))
-        for rank in range(count):
-            found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-            for way in ("packed", "micro-batches"):
-                check_same(type(expected)(*found[name, way]), expected)
 
 
 # Batches
