@@ -206,6 +206,7 @@ class Reader:
         return self._tokens(encoded.ids, np.array(encoded.ends) > len(begin))
 
     def _conversation(self, record: Mapping[str, Any]) -> Tokens:
+        """Return a conversation, in which the tokens are learned that an assistant says."""
         messages, tools = _messages(record.get(self._columns.first)), record.get("tools")
         if self._learn_all:
             text = self._used.rendered(messages, tools)
@@ -231,6 +232,7 @@ class Reader:
         return Tokens(np.array(ids, np.int64), None if self._learn_all else learned, is_text=False)
 
     def _token_ids(self, record: Mapping[str, Any]) -> Tokens:
+        """Return token ids, and which of them are learned, by `labels` or `taught`."""
         ids = _integers(record, self._columns.first)
         learned = None
         if record.get("labels") is not None:
