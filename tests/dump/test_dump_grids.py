@@ -100,7 +100,7 @@ def test_maps_are_stored_as_planned(whole: Cache) -> None:
 def test_chunks_hold_a_few_maps(tmp_path: Path) -> None:
     images = TensorDataset(torch.randn(8, 1, 512, 512), torch.zeros(8, dtype=torch.long))
     model = nn.Conv2d(1, 4, 1)
-    options = {"logits": False, "batch_size": 2, "num_workers": 0}
+    options: dict[str, Any] = {"logits": False, "batch_size": 2, "num_workers": 0}
     cache = dump_teacher(model, images, tmp_path / "c.kdcache", outputs={"maps": EXACT}, **options)
     assert cache.manifest.plan.shape.chunk_rows == 1
     assert len(list((cache.path / "commits/0").iterdir())) == 1
@@ -126,7 +126,7 @@ def test_a_segmentation_network_before_it_enlarges_its_logits(tmp_path: Path) ->
     ).eval()
     images = color_images().tensors[0]
     outputs = {"small": {"source": "classifier", **EXACT}, "out": EXACT}
-    options = {"logits": False, "batch_size": 4, "num_workers": 0}
+    options: dict[str, Any] = {"logits": False, "batch_size": 4, "num_workers": 0}
     cache = dump_teacher(model, color_images(), tmp_path / "c.kdcache", outputs=outputs, **options)
     small = cache.teacher("small")(torch.arange(12))
     torch.testing.assert_close(small, model.classifier(model.backbone(images)), rtol=1e-3, atol=1e-4)
@@ -275,7 +275,7 @@ def test_views_extend_to_the_same_cache(tmp_path: Path) -> None:
     extended = dumped(tmp_path / "more.kdcache", transform=FLIP, views=2, extends=one)
     assert extended.manifest.digest == two.manifest.digest
     views = torch.arange(37) % 2
-    mixed = two.teacher("classes")(IDS, views)  # type: ignore[arg-type]
+    mixed = two.teacher("classes")(IDS, views)
     for view in (0, 1):
         assert torch.equal(mixed[views == view], two.teacher("classes")(IDS[views == view], view))
 
@@ -295,10 +295,10 @@ def test_a_teacher_agrees_with_its_own_cache_and_another_does_not(whole: Cache) 
 
 
 def test_selected_and_merged_maps_are_those_of_the_parents(whole: Cache, tmp_path: Path) -> None:
-    some = select(whole, tmp_path / "some.kdcache", samples=[30, 2, 9], outputs=["classes", "depth"])
+    some = select(whole, tmp_path / "some.kdcache", samples=np.array([30, 2, 9]), outputs=["classes", "depth"])
     for name in some.outputs:
         assert torch.equal(some.teacher(name)(torch.arange(3)), whole.teacher(name)(torch.tensor([30, 2, 9])))
-    others = select(whole, tmp_path / "others.kdcache", samples=[5, 36], outputs=["classes", "depth"])
+    others = select(whole, tmp_path / "others.kdcache", samples=np.array([5, 36]), outputs=["classes", "depth"])
     both = merge([some, others], tmp_path / "both.kdcache")
     again = both.teacher("classes")(torch.arange(5))
     assert torch.equal(again, whole.teacher("classes")(torch.tensor([30, 2, 9, 5, 36])))
@@ -309,7 +309,7 @@ def test_caches_of_other_grids_are_not_merged(whole: Cache, tmp_path: Path) -> N
     small = dumped(tmp_path / "small.kdcache", nn.AvgPool2d(2), outputs={"maps": EXACT})
     large = dumped(tmp_path / "large.kdcache", nn.AvgPool2d(1), outputs={"maps": EXACT})
     small, large = (
-        select(cache, tmp_path / f"{first}.kdcache", samples=[first, first + 1])
+        select(cache, tmp_path / f"{first}.kdcache", samples=np.array([first, first + 1]))
         for first, cache in enumerate((small, large))
     )
     with pytest.raises(KdcacheError, match=r"1 x 2 x 2[\s\S]*1 x 4 x 4"):
