@@ -18,6 +18,7 @@ from kdcache.data.alignment import AlignedTeacher
 from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError, UsageError, counted, did_you_mean
 from kdcache.losses import Loss
+from kdcache.losses.map_options import ALL_LOSSES
 from kdcache.losses.outputs import OutputLossOptions
 from kdcache.runtime.progress import Progress
 from kdcache.train.dense import map_of_classes
@@ -156,10 +157,24 @@ def _check_kind(name: str, record: OutputRecord, options: OutputLossOptions, gro
         UsageError: if it is not.
     """
     kinds, width, loss = type(options).kinds, type(options).width, options.name
+    if (record.places == "grid") != (type(options).places == "grid"):
+        is_map = record.places == "grid"
+        others = sorted(name for name, each in ALL_LOSSES.items() if (each.places == "grid") == is_map)
+        raise UsageError(
+            f"the loss {loss} is for {'rows of samples' if is_map else 'maps'}, and the output {name} is "
+            f"{'a map per sample' if is_map else 'one row per sample'}",
+            f"take one of {', '.join(others)} (docs/LOSSES.md)",
+        )
     if record.kind not in kinds:
         raise UsageError(
             f"the loss {loss} is for an output of kind {' or '.join(kinds)}, and {name} is of kind {record.kind}",
             "see docs/LOSSES.md for the losses of each kind",
+        )
+    if type(options).needs_level and record.level is not None:
+        raise UsageError(
+            f"the loss {loss} compares places, and the logits of the output {name} are known up to a constant at "
+            "each place",
+            "dump the teacher's logits, not probabilities, with `over_places: true` for this output, or take pixel_kd",
         )
     if type(options).of_groups and record.channels == 1 and group_size == 1:
         raise UsageError(
