@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from accelerate import Accelerator
+from torch import Tensor
 
 from kdcache.cache.format.grid_encoding import GridEncoding
 from kdcache.cache.reader import Cache
@@ -21,26 +21,28 @@ _HOW = "cache: {logits: false, outputs: {pixels: {kind: classes, places: grid, s
 """How a teacher of segmentation is dumped."""
 
 
-def totals_of_step(micro_batches: Sequence[MicroBatch], rows: int, accelerator: Accelerator) -> DenseTotals | None:
+def totals_of_step(
+    micro_batches: Sequence[MicroBatch], rows: int, over_ranks: Callable[[Tensor], Tensor] | None
+) -> DenseTotals | None:
     """Return the totals of the label maps of a step, over all processes; None without label maps.
 
     Args:
         micro_batches: of this process.
         rows: images of the step, over all processes.
-        accelerator: this process among all.
+        over_ranks: returns the sum of a tensor over all processes; None for a single one.
     """
     if micro_batches[0].maps is None:
         return None
     own = [dense_totals(part.maps, part.teacher_logits) for part in micro_batches if part.maps is not None]
-    labeled = accelerator.reduce(torch.stack([torch.as_tensor(each.labeled) for each in own]).sum(), "sum")
+    labeled = torch.stack([torch.as_tensor(each.labeled) for each in own]).sum()
+    labeled = labeled if over_ranks is None else over_ranks(labeled)
     teacher = micro_batches[0].teacher_logits
     if teacher is None:
         return DenseTotals(labeled, None)
     known = torch.stack([torch.as_tensor(each.places.labeled) for each in own if each.places is not None]).sum()
-    known = accelerator.reduce(known, "sum")
-    places = BatchTotals(rows * teacher.shape[2] * teacher.shape[3], known, known)
-    if accelerator.num_processes > 1:
-        places = BatchTotals(places.rows, known, known, *OVER_ALL_RANKS)
+    known = known if over_ranks is None else over_ranks(known)
+    count = rows * teacher.shape[2] * teacher.shape[3]
+    places = BatchTotals(count, known, known, *(() if over_ranks is None else OVER_ALL_RANKS))
     return DenseTotals(labeled, places)
 
 

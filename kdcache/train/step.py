@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,7 +188,8 @@ class Trainer(NetworkTrainer):
         return self.reduced(parts)
 
     def _step_of(self, micro_batches: MicroBatches, ids: Tensor, train: View, epoch: int) -> LossParts:
-        dense = totals_of_step(micro_batches, len(ids), self.accelerator)
+        over_ranks = partial(self.accelerator.reduce, reduction="sum") if self.ranks > 1 else None
+        dense = totals_of_step(micro_batches, len(ids), over_ranks)
         return self._step(StepContext(micro_batches, self._totals(ids, train, micro_batches), epoch, dense))
 
     def _totals(self, ids: Tensor, train: View, micro_batches: Sequence[MicroBatch]) -> BatchTotals:
