@@ -36,6 +36,7 @@ __all__ = [
     "result",
     "run_result",
     "say",
+    "short_count",
     "table",
     "working",
 ]
@@ -183,3 +184,11 @@ def language_run_result(out: Path, trained: LanguageRunResult, json_wanted: bool
             "time": f"{trained.seconds:.1f} s",
         }
     )
+
+
+def short_count(count: int) -> str:
+    """Return a large number in a few characters, such as 1.82G."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

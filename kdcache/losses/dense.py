@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from kdcache.losses.batch import BatchTotals, at_least_one
 from kdcache.losses.config import Loss
 from kdcache.losses.distillation import LossParts, distillation_loss
+from kdcache.losses.maps import resized
 
 
 class DenseTotals(NamedTuple):
@@ -31,13 +32,6 @@ class DenseTotals(NamedTuple):
 
     labeled: Tensor | int
     places: BatchTotals | None
-
-
-def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return logits [B, C, h, w] at another size, [B, C, *size]."""
-    if tuple(logits.shape[2:]) == size:
-        return logits
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 def rows_of_places(maps: Tensor) -> Tensor:

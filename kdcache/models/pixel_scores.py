@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError, UsageError
-from kdcache.losses.dense import resized
+from kdcache.losses.maps import resized
 
 
 class PixelScore(NamedTuple):
