@@ -92,6 +92,33 @@ class MaskValues:
 
 
 @dataclass(frozen=True)
+class ArrayMaps:
+    """Label maps in memory.
+
+    Attributes:
+        classes: [N, H, W] int64, -1 where they are ignored.
+    """
+
+    parallel: ClassVar[bool] = True
+    classes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def label_map(self, index: int) -> Tensor:
+        """Return the class of each pixel, [H, W] int64."""
+        return self.classes[index]
+
+    def content(self, index: int) -> bytes:
+        """Return type, shape and values of a map."""
+        return bytes_of_mask(self.classes[index].numpy())
+
+    def files(self) -> Sequence[str]:
+        """Return nothing: they are not in files."""
+        return ()
+
+
+@dataclass(frozen=True)
 class FileMaps:
     """Label maps in image files of one channel, whose values are classes.
 
