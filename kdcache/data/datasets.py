@@ -67,9 +67,10 @@ def _lacking(spec: DatasetSpec) -> list[Split]:
         return [split for split, folder in _folders(spec).items() if folder is None]
     if spec.name in SEGMENTATION_SETS:
         return [split for split in SPLITS if read_masked(spec, _root(spec), split) is None]
-    if spec.name in COME_WITH_KDCACHE:
-        return []
-    own: dict[str, tuple[Split, ...]] = {"cifar10": ("train", "test"), "cifar100": ("train", "test")}
+    own: dict[str, tuple[Split, ...]] = {
+        **dict.fromkeys(COME_WITH_KDCACHE, SPLITS),
+        **dict.fromkeys(("cifar10", "cifar100"), ("train", "test")),
+    }
     return [split for split in SPLITS if split not in own.get(spec.name, ("train",))]
 
 

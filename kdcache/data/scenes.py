@@ -38,7 +38,6 @@ _ROWS, _COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
 
 _MEAN, _STD = (0.43, 0.45, 0.45), (0.23, 0.22, 0.24)
 
-Pixels = npt.NDArray[np.int64]
 _Color = tuple[int, int, int]
 
 
@@ -91,7 +90,8 @@ class _Canvas:
         """Return the picture under a light of random strength, with noise."""
         strength = self.number(60, 125)
         noise = self._draw.randint(-_NOISE // 2, _NOISE // 2 + 1, (2, HEIGHT, WIDTH, 3)).sum(axis=0)
-        return (self.colors * strength // 100 + noise).clip(0, 255).astype(np.uint8)
+        lit: npt.NDArray[np.uint8] = (self.colors * strength // 100 + noise).clip(0, 255).astype(np.uint8)
+        return lit
 
 
 def draw_scene(seed: int) -> Scene:
@@ -164,7 +164,9 @@ def _car(canvas: _Canvas, foot: int, middle: int, reach: int) -> None:
     canvas.paint(canvas.box(foot - 1 - height // 2, foot, left, left + 2 * height), body, _CAR)
     cabin = canvas.box(top, foot - height // 2, left + height // 3, left + 2 * height - height // 3)
     canvas.paint(cabin, body, _CAR)
-    canvas.paint(canvas.box(top + 1, foot - height // 2, left + height // 2, left + 2 * height - height // 2), (70, 80, 95))
+    canvas.paint(
+        canvas.box(top + 1, foot - height // 2, left + height // 2, left + 2 * height - height // 2), (70, 80, 95)
+    )
     wheels = canvas.box(foot - 1, foot + 1, left + 1, left + 1 + height // 3)
     wheels |= canvas.box(foot - 1, foot + 1, left + 2 * height - 1 - height // 3, left + 2 * height - 1)
     canvas.paint(wheels, (30, 30, 32), _CAR)
