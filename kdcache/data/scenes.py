@@ -36,7 +36,7 @@ _HOOD = 3
 
 _ROWS, _COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
 
-_MEAN, _STD = (0.43, 0.45, 0.45), (0.23, 0.22, 0.24)
+_MEAN, _STD = (0.44, 0.45, 0.47), (0.16, 0.18, 0.21)
 
 _Color = tuple[int, int, int]
 

@@ -128,17 +128,20 @@ def draw_maps(picture: MapPicture, names: Sequence[str], name: str) -> Chart:
     shown = [classes for line in lines for classes in line.shown]
     legend = _legend_of([labels, *shown])
     ratio = min(picture.image.shape[1] / picture.image.shape[2], _TALLEST)
-    rows, of_legend = 1 + len(lines), -(-len(legend) // _COLUMNS)
-    figure = Figure(figsize=(_WIDTH, rows * (_PANEL * ratio + _TITLE) + _LINE * of_legend + 0.1), layout="constrained")
-    panels = figure.subplots(rows, 2, squeeze=False)
-    _show(panels[0, 0], _reduced_image(picture.image), picture.title)
-    _show(panels[0, 1], colored(labels), "label map")
-    for row, line in enumerate(lines, 1):
-        _show(panels[row, 0], colored(line.shown[0]), line.label)
-        _show(panels[row, 1], difference(*line.shown), line.differs)
+    rows = [(_reduced_image(picture.image), picture.title, colored(labels), "label map")]
+    rows += [(colored(line.shown[0]), line.label, difference(*line.shown), line.differs) for line in lines]
+    height, legend_height = _PANEL * ratio + _TITLE, _LINE * -(-len(legend) // _COLUMNS) + 0.15
+    total = len(rows) * height + legend_height
+    # Places are computed here: the layouts of matplotlib take as long as all else together.
+    figure = Figure(figsize=(_WIDTH, total))
+    for row, (left, of_left, right, of_right) in enumerate(rows):
+        bottom = (total - (row + 1) * height) / total
+        for column, pixels, title in ((0.0, left, of_left), (_WIDTH - _PANEL, right, of_right)):
+            axes = figure.add_axes((column / _WIDTH, bottom, _PANEL / _WIDTH, _PANEL * ratio / total))
+            _show(axes, pixels, title)
     handles = [_swatch(label) for label in legend]
     named = [short(_name(label, names), _NAME_LENGTH) for label in legend]
-    figure.legend(handles, named, loc="outside lower left", frameon=False, ncols=_COLUMNS)
+    figure.legend(handles, named, loc="lower left", bbox_to_anchor=(-0.02, 0), frameon=False, ncols=_COLUMNS)
     said = "; ".join(f"{line.label}: {line.differs} of the pixels" for line in lines)
     return Chart(name, f"{picture.title}, its label map and the map of each network. {said}", figure)
 
