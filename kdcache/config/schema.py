@@ -30,8 +30,8 @@ COME_WITH_KDCACHE = ("digits", "scenes")
 """Data sets that need no files of the user."""
 
 DATASETS = (
-    *COME_WITH_KDCACHE, "cifar10", "cifar100", "imagenet", "image-folder", "npz", "graph",
-    "segmentation-folder", "voc", "cityscapes", "sbd",
+    "digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz", "graph",
+    "segmentation-folder", "voc", "cityscapes", "sbd", "scenes",
 )  # fmt: skip
 
 
@@ -39,8 +39,8 @@ class DatasetSpec(Section):
     """The data set (`data/datasets.py`)."""
 
     name: str
-    """`digits`, `scenes`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph`, `segmentation-folder`,
-    `voc`, `cityscapes`, `sbd` or `path/file.py:function`."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph`, `segmentation-folder`, `voc`,
+    `cityscapes`, `sbd`, `scenes` or `path/file.py:function`."""
     root: str | None = None
     """Folder of the data set, or for `npz` and `graph` the file; relative to the current folder."""
     args: dict[str, Any] = Field(default={})

@@ -295,9 +295,9 @@ def load_split(
     """Return one split of a named data set, such as `kdcache.load_split("digits", "train")`.
 
     Args:
-        dataset: `digits`, `scenes`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph`,
-            `segmentation-folder`, `voc`, `cityscapes`, `sbd` or `path/file.py:function`; or a mapping with the keys of
-            the `dataset` section of a pipeline file.
+        dataset: `digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph`, `segmentation-folder`,
+            `voc`, `cityscapes`, `sbd`, `scenes` or `path/file.py:function`; or a mapping with the keys of the `dataset`
+            section of a pipeline file.
         split: "train", "validation" or "test".
         root: folder of the data set, or for `npz` and `graph` the file; `data/NAME` if not given.
         validation_fraction: fraction of the training images held out if the set has no validation split; 0.1 if not

@@ -61,7 +61,7 @@ def shorten(recipe: Path, epochs: dict[str, str]) -> None:
     """Make the networks of a recipe train for fewer epochs: no test here looks at how good they are."""
     text = recipe.read_text()
     for before, after in epochs.items():
-        assert text.count(before) == 1
+        assert before in text
         text = text.replace(before, after)
     recipe.write_text(text)
 
@@ -75,7 +75,7 @@ def checkout(tmp_path: Path) -> Path:
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "pipelines", folder / "pipelines")
     shorten(folder / "pipelines" / "digits.yaml", {"epochs: 30,": "epochs: 6,", "epochs: 60,": "epochs: 6,"})
-    shorten(folder / "pipelines" / "scenes.yaml", {"epochs: 24,": "epochs: 1,", "epochs: 30,": "epochs: 1,"})
+    shorten(folder / "pipelines" / "scenes.yaml", {"epochs: 30,": "epochs: 1,"})
     tools = folder / ".tools"
     tools.mkdir()
     for name in ("pip", "pytest"):
