@@ -101,7 +101,7 @@ def verify(cache: Cache, pipeline: TextPipeline, replay: bool, teacher: bool, ro
     if pipeline.dataset.root is not None or replay or not teacher:
         text = text_of(pipeline.dataset, tokenizer, plan.sequences.vocabulary.size, progress)
         check_same_text(cache, text)
-        results["dataset"] = {"samples": len(text)}
+        results["text"] = {"sequences": len(text)}
         if replay:
             results["replayed_text"] = replay_text(cache, text, progress)._asdict()
     if teacher:
