@@ -153,7 +153,7 @@ def check_student(
     longest = min(max(inputs.lengths), spec.train.max_length or max(inputs.lengths))
     fix = f"set student.train.max_length to {context_of(causal)} or less: longer sequences are then cut to a prefix"
     check_context(causal, longest, fix)
-    if spec.train.packed and not causal.packs:
+    if spec.train.packed is True and not causal.packs:
         raise UsageError(
             f"{spec.model} ({type(causal.network).__name__}) does not keep packed sequences apart",
             "set student.train.packed to false: its sequences are then padded",
