@@ -23,7 +23,10 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), loss: str | N
     """
     pipeline = load_any_pipeline(path, overrides, loss)
     if isinstance(pipeline, TextPipeline):
-        raise UsageError(f"{path} is a pipeline of text, and this is for images", "give a pipeline of images")
+        raise UsageError(
+            f"{path} is a pipeline of text, and this is for images",
+            "give a pipeline of images; dump-teacher takes one of text",
+        )
     return pipeline
 
 
