@@ -38,6 +38,7 @@ from kdcache.dump.estimate import check_room
 from kdcache.dump.job import pending_shards
 from kdcache.dump.tokens.pilot import fit_basis, run_pilot
 from kdcache.dump.tokens.running import RunningLanguageModel
+from kdcache.errors import UsageError
 from kdcache.errors import counted as number_of
 from kdcache.models import weights_digest
 from kdcache.models.causal_lm import CausalLM
@@ -91,12 +92,12 @@ class LanguageModelJob:
     @property
     def spec(self) -> TokenCacheSpec:
         """How rows are stored."""
-        return TokenCacheSpec(**{name: getattr(self.section, name) for name in TokenCacheSpec.__dataclass_fields__})
+        return _spec_of(self.section)
 
     @property
     def encoding(self) -> TokenEncoding:
-        """The encoding of rows; raises UsageError if it is impossible for the vocabulary."""
-        return encoding_of(self.spec, self.vocabulary_size, True, TOKEN_TEMPERATURES)
+        """The encoding of rows; see `checked_encoding`."""
+        return checked_encoding(self.section, self.model, self.vocabulary_size)
 
     def running(self) -> RunningLanguageModel:
         """Return the teacher on its device."""
@@ -159,6 +160,31 @@ class LanguageModelJob:
         most = _CPU_OPERATIONS if torch.device(self.device).type == "cpu" else _GPU_OPERATIONS
         by_time = int(most / operations * len(counted.keys))
         return max(min(sequences_per_shard(counted, raw_bytes(encoding)), by_time), 1)
+
+
+def _spec_of(section: TokenCacheSection) -> TokenCacheSpec:
+    return TokenCacheSpec(**{name: getattr(section, name) for name in TokenCacheSpec.__dataclass_fields__})
+
+
+def checked_encoding(section: TokenCacheSection, model: CausalLM, vocabulary_size: int) -> TokenEncoding:
+    """Return the encoding of rows.
+
+    Args:
+        section: what the cache keeps.
+        model: the teacher.
+        vocabulary_size: V.
+
+    Raises:
+        UsageError: if it is impossible for a vocabulary or hidden states of this size.
+    """
+    encoding = encoding_of(_spec_of(section), vocabulary_size, True, TOKEN_TEMPERATURES)
+    width = model.output.weight.shape[1]
+    if encoding.rank > width and model.softcap is None:
+        raise UsageError(
+            f"a tail of rank {encoding.rank}, and the teacher's hidden states have a width of {width}",
+            f"set cache.rank to {width} or less: the logits are a linear function of these",
+        )
+    return encoding
 
 
 def _libraries(network: nn.Module) -> tuple[str, ...]:
