@@ -147,7 +147,7 @@ def student_outputs(
 
 
 def _tap(spec: StudentSpec, name: str, options: OutputLossOptions, unmapped: bool) -> Tap:
-    """Return where an output is taken, as a map if its loss is one of maps; `unmapped` if it is no vector.
+    """Return where an output is taken, as a map if its loss is one of maps; `unmapped` if it is not a vector.
 
     Raises:
         UsageError: if a map is to be pooled.
