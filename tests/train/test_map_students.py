@@ -18,12 +18,13 @@ from kdcache.losses.maps import pixel_kd, resized
 from kdcache.models.checkpoints import load_weights
 
 COUNT, CLASSES = 60, 6
-CODE = """from train.test_map_students import Scenes
+CODE = """from train.test_map_students import Scenes, Tokens
 
 def teacher(num_classes): return Scenes(16, 0)
 def student(num_classes): return Scenes(6, 1)
 def large(num_classes): return Scenes(6, 1, stride=1)
 def other(num_classes): return Scenes(6, 1, classes=5)
+def tokens(num_classes): return Tokens(6, 1)
 """
 PIPELINE = """dataset: {{name: npz, root: {folder}/scenes.npz, validation_fraction: 0, test_fraction: 0}}
 transform: [{{ToDtype: {{dtype: float32, scale: true}}}}]
@@ -57,6 +58,14 @@ class Scenes(nn.Module):
         features = self.second(self.first(images).relu()).relu()
         maps = self.head(features) * 4
         return {"maps": maps, "features": features, "depth": maps[:, 0]}
+
+
+class Tokens(Scenes):
+    """Returns the places of its maps as tokens [B, 64, C] of a transformer, behind one of the whole image."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        places = super().forward(images)["maps"].flatten(2).transpose(1, 2)
+        return {"maps": torch.cat([places.mean(dim=1, keepdim=True), places], dim=1)}
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +155,16 @@ def test_a_student_of_a_larger_grid(folder: Path) -> None:
     assert found["total_variation"] == pytest.approx(float(apart), rel=1e-3)
 
 
+def test_a_student_of_tokens_is_trained_as_one_of_maps(folder: Path) -> None:
+    settings = "student.outputs={maps: {patches: [8, 8]}}", f"student.model={folder}/nets.py:tokens"
+    of_tokens, of_maps = trained(folder, "tokens", *settings), trained(folder, "plain")
+    weights = [Scenes(6, 1), Scenes(6, 1)]
+    for network, run in zip(weights, (of_tokens, of_maps), strict=True):
+        load_weights(network, run / "model.safetensors")
+    for ours, theirs in zip(*(network.parameters() for network in weights), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_students_are_compared_place_by_place(folder: Path) -> None:
     run = trained(folder, "features", loss_of("theia", "features"))
     text = ok("evaluate", run, "--cache", folder / "c.kdcache", "--device", "cpu")
@@ -161,14 +180,17 @@ def test_students_are_compared_place_by_place(folder: Path) -> None:
         ([loss_of("pixel_kd", align="cubic")], "loss.maps.align: Input should be 'bilinear' or 'nearest'"),
         ([loss_of("pixel_kd", standardize="places")], "loss.maps.standardize: Input should be 'none' or 'channels'"),
         (["student.outputs={maps: {pool: mean}}"], "pool is mean, and the loss pixel_kd compares maps"),
+        (["student.model={folder}/nets.py:tokens"], "[2, 65, 6], and places is grid"),
         (["student.model={folder}/nets.py:other"], "of the student has 5 numbers, that of the teacher 6"),
-        (["student.outputs={maps: {source: depth}}"], "of the student has 1 numbers, that of the teacher 6"),
+        (["student.outputs={maps: {source: depth}}"], "[2, 8, 8], and places is grid"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_refused(settings: list[str], words: str, folder: Path, tmp_path: Path) -> None:
     more = [argument for setting in settings for argument in ("--set", setting.replace("{folder}", str(folder)))]
     given = (folder / "p.yaml", "--cache", folder / "c.kdcache", "-o", tmp_path / "r", "--device", "cpu", *more)
-    assert words in refused(4 if "student" in words and "has" in words else 2, "train-student", *given)
+    assert words in refused(
+        4 if "places is grid" in words or "of the student has" in words else 2, "train-student", *given
+    )
 
 
 def test_rows_of_samples_are_no_maps(folder: Path, tmp_path: Path) -> None:
