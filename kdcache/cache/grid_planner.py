@@ -174,10 +174,13 @@ def grid_fidelity(
     )
 
 
-def _each(true: Tensor, decoded: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _one_by_one(maps: Tensor) -> Iterator[Tensor]:
     """Yield maps one by one, [1, C, h, w] each, so that measuring takes little memory."""
-    for index in range(len(true)):
-        yield true[index : index + 1], decoded[index : index + 1]
+    return (maps[index : index + 1] for index in range(len(maps)))
+
+
+def _each(true: Tensor, decoded: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(_one_by_one(true), _one_by_one(decoded), strict=True)
 
 
 def _places(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -287,7 +290,7 @@ class _Bench:
     def _range_of_numbers(self, basis: VectorBasis | None, places: Tensor) -> _Range:
         """Return how large the numbers are that are rounded; `places` [P, C] are some of those of the pilot."""
         largest = 0.0
-        for maps in self._pilot.split(1):
+        for maps in _one_by_one(self._pilot):
             numbers = maps if self._level else maps - maps.mean(dim=1, keepdim=True)
             numbers = numbers if basis is None else coordinates_of(numbers, basis)
             largest = max(largest, float(numbers.abs().max()))
@@ -315,7 +318,7 @@ class _Bench:
         return encoding, kept
 
     def _fidelity(self, encoding: GridEncoding, basis: VectorBasis | None) -> GridFidelity:
-        parts = [decode_grids(encode_grids(maps, encoding, basis), encoding, basis) for maps in self._held.split(1)]
+        parts = [decode_grids(encode_grids(maps, encoding, basis), encoding, basis) for maps in _one_by_one(self._held)]
         decoded = torch.cat(parts)
         return grid_fidelity(self._held, decoded, self._kind, self._request.over_places, self._center)
 
