@@ -40,8 +40,8 @@ _FITTED_PLACES = 2**16
 _MEASURED_NUMBERS = 2**22
 """Numbers of the held-out maps that are compressed to measure a size."""
 
-_EXPONENTS = range(-96, 25)
-"""Steps that are tried are 2^(n / 8) of the deviation of the numbers, for n of this range."""
+_EXPONENTS = range(-384, 97)
+"""Steps that are tried are 2^(n / 32) of the deviation of the numbers, for n of this range."""
 
 _LARGEST_INT8 = 100
 """Largest magnitude on the pilot of numbers that are stored as int8: other maps may have larger ones."""
@@ -302,7 +302,7 @@ class _Bench:
         self, codec: str, deviation: float, exponent: int, numbers: _Range, basis: VectorBasis | None
     ) -> tuple[GridEncoding, VectorBasis | None]:
         """Return the encoding of a step, and its basis; `numbers` are those that are rounded."""
-        step = float(torch.tensor(deviation * 2.0 ** (exponent / 8), dtype=torch.float32))
+        step = float(torch.tensor(deviation * 2.0 ** (exponent / 32), dtype=torch.float32))
         kept = basis
         if basis is not None:
             used = numbers.usual > step / 2

@@ -169,6 +169,8 @@ def check_logits(returned: object, batch: int, num_classes: int, who: str) -> Te
         return logits
     if logits.ndim == 4:
         fix = "it predicts every pixel (segmentation): take a network that returns logits [B, C] for each image"
+        if who.startswith("teacher"):
+            fix += ", or keep its maps: cache.logits: false, cache.outputs: {maps: {kind: classes, places: grid}}"
     else:
         fix = f"take a {who} that returns [B, {num_classes}], or the data set that it was made for"
     raise MismatchError(

@@ -145,7 +145,7 @@ def _advice(parts: Mapping[Part, Any]) -> str:
         return f"name the part that holds logits [B, C], such as `output: {rows[0]}`"
     if any(value.ndim == 4 for value in tensors.values()):
         return (
-            "it predicts every pixel (segmentation), and kdcache distills networks that return logits [B, C] for each "
-            "image: take one of these, or a function of your own that reduces its output to [B, C]"
+            "it predicts every pixel (segmentation): keep maps of a teacher (cache.logits: false, cache.outputs with "
+            "places: grid), or take a network that returns logits [B, C] for each image"
         )
     return "let it return logits, a tensor [B, C], or name the part that holds them in `output:`"
