@@ -28,6 +28,11 @@ class MapLossOptions(OutputLossOptions):
     align_corners: bool = False
     """Whether the corners of both grids are at the same place, as the teacher has it; of `bilinear` alone."""
 
+    def on_grid_of(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the teacher's maps [B, C', h, w] interpolated to the grid of the student's, [B, C', H, W]."""
+        height, width = student.shape[2:]
+        return maps.resized(teacher, (height, width), self.align, self.align_corners)
+
     def values(
         self, student: Tensor, teacher: Tensor, totals: BatchTotals | None = None, group_size: int = 1
     ) -> Tensor:
@@ -39,11 +44,7 @@ class MapLossOptions(OutputLossOptions):
             totals: of the batch that the samples are part of; None if they are the whole batch.
             group_size: without effect on maps.
         """
-        height, width = student.shape[2:]
-        teacher = maps.resized(teacher, (height, width), self.align, self.align_corners)
-        return self._of_same_places(student, teacher, totals)
-
-    def _of_same_places(self, student: Tensor, teacher: Tensor, totals: BatchTotals | None) -> Tensor:
+        teacher = self.on_grid_of(student, teacher)
         options = {key: value for key, value in self if key not in ("name", "weight", "align", "align_corners")}
         over: maps.Standardize = options.pop("standardize", "none")
         if totals is not None and self.of_sums:

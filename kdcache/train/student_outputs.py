@@ -19,7 +19,7 @@ from kdcache.losses.batch import BatchTotals
 from kdcache.losses.outputs import OutputLossOptions
 from kdcache.models.checkpoints import load_weights, save_weights
 from kdcache.models.checks import refusing
-from kdcache.models.taps import Tap, Taps, check_taps
+from kdcache.models.taps import Tap, Taps, check_taps, grid_of
 
 PROJECTIONS = "projections.safetensors"
 """File of the learned linear maps in a run folder."""
@@ -158,8 +158,14 @@ def _tap(spec: StudentSpec, name: str, options: OutputLossOptions, unmapped: boo
             f"student.outputs.{name}.pool is {output.pool}, and the loss {options.name} compares maps",
             f"remove student.outputs.{name}.pool",
         )
-    tap = Tap() if output is None else Tap(output.source, output.pool)
-    return replace(tap, places="grid", of_one_number=unmapped) if is_map else tap
+    if not is_map and output is not None and output.patches is not None:
+        raise UsageError(
+            f"student.outputs.{name}.patches is for maps, and the loss {options.name} compares rows of samples",
+            f"remove student.outputs.{name}.patches, or set its pool",
+        )
+    tap = Tap() if output is None else Tap(output.source, output.pool, patches=grid_of(output.patches))
+    of_one_number = unmapped and "score" in type(options).kinds
+    return replace(tap, places="grid", of_one_number=of_one_number) if is_map else tap
 
 
 def _try(
