@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from kdcache.data.nodes import Graph, edges_among, graph_of, read_graph
     from kdcache.data.packing import TokenBatch, TokenSequence, token_batch
     from kdcache.data.samples import Samples, wrap
+    from kdcache.data.text import TokenizedText, load_text
     from kdcache.dump.dump import dump_teacher
+    from kdcache.dump.tokens.dump import dump_language_model
     from kdcache.errors import InterruptedRun, KdcacheError
     from kdcache.losses.distillation import LossParts
     from kdcache.losses.lm_head import LMHead
@@ -79,7 +81,9 @@ _HOME = {
     "TokenEpoch": "kdcache.train.tokens.loop",
     "TokenSequence": "kdcache.data.packing",
     "TokenTargets": "kdcache.losses.token_targets",
+    "TokenizedText": "kdcache.data.text",
     "build_model": "kdcache.models.build",
+    "dump_language_model": "kdcache.dump.tokens.dump",
     "dump_teacher": "kdcache.dump.dump",
     "edges_among": "kdcache.data.nodes",
     "evaluate": "kdcache.models.evaluate",
@@ -88,6 +92,7 @@ _HOME = {
     "load_any_pipeline": "kdcache.config.loader",
     "load_pipeline": "kdcache.config.loader",
     "load_split": "kdcache.data.datasets",
+    "load_text": "kdcache.data.text",
     "loss": "kdcache.config.loss",
     "open_cache": "kdcache.cache.reader",
     "output_loss": "kdcache.config.loss",
@@ -133,7 +138,9 @@ __all__ = [
     "TokenEpoch",
     "TokenSequence",
     "TokenTargets",
+    "TokenizedText",
     "build_model",
+    "dump_language_model",
     "dump_teacher",
     "edges_among",
     "evaluate",
@@ -142,6 +149,7 @@ __all__ = [
     "load_any_pipeline",
     "load_pipeline",
     "load_split",
+    "load_text",
     "loss",
     "open_cache",
     "output_loss",

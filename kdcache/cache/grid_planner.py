@@ -92,9 +92,16 @@ def plan_grids(
         level_known: whether class logits are known exactly, not only up to a constant per place.
 
     Raises:
-        UsageError: if the requested codec cannot hold the maps, or is not within the fidelity.
+        UsageError: if the requested codec cannot hold the maps, or is not within the fidelity; or distributions over
+            places are to be kept of logits whose level is not known.
     """
-    bench = _Bench(pilot.float().cpu(), kind, request, level_known)
+    if request.over_places and not level_known:
+        raise UsageError(
+            "it is probabilities, from which logits are known up to a constant per place, and over_places compares the "
+            "logits of different places",
+            "let the teacher return logits, or remove over_places",
+        )
+    bench = _Bench(pilot.float().cpu(), kind, request)
     if request.encoding in ("float16", "float32") and request.fidelity is None:
         bench.check_range(request.encoding)
         return bench.plain(request.encoding)
@@ -188,13 +195,13 @@ def _channels(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 class _Bench:
     """The maps of a pilot, on which encodings are measured."""
 
-    def __init__(self, pilot: Tensor, kind: Kind, request: GridRequest, level_known: bool) -> None:
+    def __init__(self, pilot: Tensor, kind: Kind, request: GridRequest) -> None:
         held = torch.zeros(len(pilot), dtype=torch.bool)
         held[::4] = True
         self._pilot, self._held = pilot, pilot[held]
         self._fitted = pilot[~held] if len(pilot) > 1 else pilot
         self._kind, self._request = kind, request
-        self._level = kind != "classes" or (request.over_places and level_known)
+        self._level = kind != "classes" or request.over_places
         self._center = self._fitted.mean(dim=(0, 2, 3))
         lengths = pilot.norm(dim=1) if kind == "vector" else torch.zeros(1)
         self._normalized = bool(((lengths - 1).abs() <= _UNIT_TOLERANCE).all())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from kdcache.cli import output
+from kdcache.cli.evaluate_pixels import report_pixels
 from kdcache.cli.evaluate_text import evaluate_language_models
 from kdcache.cli.options import (
     CacheName,
@@ -96,12 +97,19 @@ def evaluate(
         return
     from kdcache.evaluation.exposure import measure_exposure
     from kdcache.evaluation.output_scores import score_outputs
+    from kdcache.evaluation.pixel_scorecard import are_of_pixels, score_pixels
     from kdcache.evaluation.scorecard import score_networks
 
     selected = _select(found, pipeline, network, overrides)
     named = read_canaries(canaries, references)
     chosen, progress = choose_device(device), output.Terminal()
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
+    if are_of_pixels(selected):
+        if named is not None:
+            raise UsageError("--canaries are samples with one label, and these have one per pixel", "leave it out")
+        pixels = score_pixels(selected, split, cache=cache, rows=rows, device=chosen, progress=progress)
+        report_pixels(pixels, cache, chosen, as_json)
+        return
     classifiers = selected if cache is None else [each for each in selected if each.has_class_logits]
     of_classes = _with_class_logits(cache, selected)
     card = (
@@ -314,7 +322,7 @@ def _row(score: NetworkScore) -> list[str]:
         f"{score.negative_log_likelihood:.4f}",
         f"{score.calibration_error:.4f}",
         f"{score.parameters:,}",
-        _short(score.multiply_adds),
+        output.short_count(score.multiply_adds),
         f"{score.milliseconds:.2f}",
         f"{score.images_per_second:,.0f}",
         *(
@@ -323,10 +331,3 @@ def _row(score: NetworkScore) -> list[str]:
             else []
         ),
     ]
-
-
-def _short(count: int) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def dump(pipeline: TextPipeline, out: Path, dry_run: bool, device: str, as_json: bool) -> None:
     """Run the language model of a pipeline over its texts, or estimate that."""
+    from kdcache.cache.format.schema import MANIFEST
+    from kdcache.cache.preconditions import check_place
     from kdcache.cli.info import describe
     from kdcache.dump.tokens.dump import dump_language_model
     from kdcache.dump.tokens.estimate import estimate_language_model
@@ -25,6 +27,8 @@ def dump(pipeline: TextPipeline, out: Path, dry_run: bool, device: str, as_json:
     from kdcache.runtime.distributed import join_ranks
 
     progress = output.Terminal()
+    if dry_run or not (out / MANIFEST).is_file():
+        check_place(out)  # tokenizing may take long
     teacher, text = load_inputs(pipeline, progress)
     if dry_run:
         data = (text.name, text.split)
@@ -101,7 +105,7 @@ def verify(cache: Cache, pipeline: TextPipeline, replay: bool, teacher: bool, ro
     if pipeline.dataset.root is not None or replay or not teacher:
         text = text_of(pipeline.dataset, tokenizer, plan.sequences.vocabulary.size, progress)
         check_same_text(cache, text)
-        results["dataset"] = {"samples": len(text)}
+        results["text"] = {"sequences": len(text)}
         if replay:
             results["replayed_text"] = replay_text(cache, text, progress)._asdict()
     if teacher:

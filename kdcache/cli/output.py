@@ -20,6 +20,8 @@ from kdcache.errors import InterruptedRun, KdcacheError
 from kdcache.runtime.terminal import SECONDS_BETWEEN_LINES, Terminal, messages, printable, say
 
 if TYPE_CHECKING:
+    from kdcache.models.evaluate import SplitScore
+    from kdcache.models.pixel_scores import PixelScore
     from kdcache.train.run_result import RunResult
     from kdcache.train.tokens.train import LanguageRunResult
 
@@ -34,6 +36,7 @@ __all__ = [
     "result",
     "run_result",
     "say",
+    "short_count",
     "table",
     "working",
 ]
@@ -140,17 +143,24 @@ def run_result(out: Path, trained: RunResult, json_wanted: bool) -> None:
     validation = "" if best.validation_loss is None else f", held-out loss {best.validation_loss:.4g}"
     if best.validation_accuracy is not None:
         validation = f", validation accuracy {best.validation_accuracy:.2%}"
+    if (mean_iou := getattr(best, "validation_mean_iou", None)) is not None:
+        validation = f", validation mIoU {mean_iou:.2%}"
     facts(
         {
             "run": str(out),
             "weights": str(trained.checkpoint),
             "selected": f"epoch {best.epoch}{validation}",
-            "test": f"accuracy {test.accuracy:.2%}, loss {test.loss:.4f}"
-            if test
-            else "not measured: no test split, or no class logits",
+            "test": _described_score(test) if test else "not measured: no test split, or no class logits",
             "time": f"{trained.seconds:.1f} s",
         }
     )
+
+
+def _described_score(score: SplitScore | PixelScore) -> str:
+    """Return the score of a split in words."""
+    of_images = f"accuracy {score.accuracy:.2%}, loss {score.loss:.4f}"
+    mean_iou = getattr(score, "mean_iou", None)
+    return of_images if mean_iou is None else f"mIoU {mean_iou:.2%}, pixel {of_images}"
 
 
 def language_run_result(out: Path, trained: LanguageRunResult, json_wanted: bool) -> None:
@@ -174,3 +184,11 @@ def language_run_result(out: Path, trained: LanguageRunResult, json_wanted: bool
             "time": f"{trained.seconds:.1f} s",
         }
     )
+
+
+def short_count(count: int) -> str:
+    """Return a large number in a few characters, such as 1.82G."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

@@ -129,8 +129,9 @@ def sweep(
     else:
         of_text = summaries[0].is_of_text
         columns, rows = text_table(summaries) if of_text else results_table(summaries)
+        accuracy = "Mean IoU" if any(summary.is_of_pixels for summary in summaries) else "Accuracy"
         measure = (
-            "Accuracy" if "test" in columns else f"Loss on {'sequences' if of_text else 'samples'} that were held out"
+            accuracy if "test" in columns else f"Loss on {'sequences' if of_text else 'samples'} that were held out"
         )
         output.table(f"{measure}, {'one seed' if seeds == 1 else f'mean of {seeds} seeds'}", columns, rows)
         output.result("")

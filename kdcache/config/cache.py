@@ -52,6 +52,7 @@ class OutputSpec(Section):
     """Of classes: whether they are the classes of the data set, so that its labels are labels of this output too."""
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Yield what cannot be combined: kinds, places and encodings."""
         is_map = self.places == "grid"
         for key in _OF_CLASSES:
             if getattr(self, key) == type(self).model_fields[key].default:

@@ -12,8 +12,8 @@ from kdcache.errors import UsageError, did_you_mean
 from kdcache.losses.config import Loss
 from kdcache.losses.custom import CustomDivergence
 from kdcache.losses.loss_module import DistillationLoss
+from kdcache.losses.map_options import ALL_LOSSES
 from kdcache.losses.options import Options
-from kdcache.losses.outputs import OUTPUT_LOSSES
 from kdcache.losses.presets import is_custom, settings_of_name
 from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, TEMPERATURES
 from kdcache.runtime import user_code
@@ -87,17 +87,18 @@ def loss(name: str = "kd", **options: Any) -> DistillationLoss:
 
 
 def output_loss(name: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a loss on vectors, scores or another head's logits by name, such as `kdcache.output_loss("rkd")`.
+    """Return a loss on vectors, scores, another head's logits or maps by name, such as `kdcache.output_loss("rkd")`.
 
     Args:
         name: `mse`, `l1`, `smooth_l1`, `cosine`, `leaf`, `rkd`, `sp` or `pkt` for vectors; `mse`, `l1`, `smooth_l1`,
-            `margin_mse`, `list_kl` or `ccc` for scores; `kd` for the logits of another head. docs/LOSSES.md has their
-            formulas and sources.
+            `margin_mse`, `list_kl` or `ccc` for scores; `kd` for the logits of another head; `pixel_kd`, `pixel_mse`,
+            `cwd`, `at`, `theia` or `salt` for maps. docs/LOSSES.md has their formulas and sources.
         options: those of the loss, and `weight`.
 
     Returns:
         A function (student [B, D], teacher [B, D]) -> []: the mean over the samples, times the weight. For `rkd`, `sp`
-        and `pkt` the lengths of the vectors may differ.
+        and `pkt` the lengths of the vectors may differ. Of a loss of maps (student [B, C, H, W], teacher [B, C, h, w]);
+        for `at` the numbers of channels may differ.
 
     Raises:
         UsageError: for a name, an option or a value that is not known; from the function, for tensors of other shapes.
@@ -106,16 +107,25 @@ def output_loss(name: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]
         >>> loss = kdcache.output_loss("rkd", weight=0.1)
         >>> loss(student_features, teacher(ids)).backward()
     """
-    if name not in OUTPUT_LOSSES:
+    if name not in ALL_LOSSES:
         raise UsageError(
-            f"there is no loss {name!r} of vectors or scores{did_you_mean(name, OUTPUT_LOSSES)}",
-            f"use one of {', '.join(OUTPUT_LOSSES)}",
+            f"there is no loss {name!r} of vectors or scores{did_you_mean(name, ALL_LOSSES)}",
+            f"use one of {', '.join(ALL_LOSSES)}",
         )
-    made = validated(OUTPUT_LOSSES[name], {"name": name, **options}, f"the loss {name!r}")
+    made = validated(ALL_LOSSES[name], {"name": name, **options}, f"the loss {name!r}")
 
     def of_output(student: Tensor, teacher: Tensor) -> Tensor:
         shapes = [list(values.shape) for values in (student, teacher)]
-        compared = shapes if type(made).same_width else [shape[:1] for shape in shapes]
+        is_map = type(made).places == "grid"
+        compared = [shape[:2] for shape in shapes] if is_map else shapes
+        compared = compared if type(made).same_width else [shape[:1] for shape in shapes]
+        if is_map and (student.ndim != 4 or teacher.ndim != 4 or compared[0] != compared[1]):
+            raise UsageError(
+                f"the student's maps are {shapes[0]}, the teacher's {shapes[1]}",
+                "pass [B, C, h, w] of the same samples, with the same number of channels except for at",
+            )
+        if is_map:
+            return made.weight * made.values(student, teacher).mean()
         if student.ndim != 2 or teacher.ndim != 2 or compared[0] != compared[1]:
             raise UsageError(
                 f"the student's vectors are {shapes[0]}, the teacher's {shapes[1]}",

@@ -123,7 +123,7 @@ class ModelSpec(Section):
 
     model: str
     """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `timm:NAME`, `timm:NAME@TAG`, `hf:FOLDER` (an image classifier
-    of transformers), `cifar:NAME`, `small:cnn`, `small:mlp` or `path/file.py:function`."""
+    of transformers), `cifar:NAME`, `small:cnn`, `small:mlp`, `small:fcn` or `path/file.py:function`."""
     args: dict[str, Any] = Field(default={})
     """Keyword arguments of the network's constructor."""
     weights: str | None = None

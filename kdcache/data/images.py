@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kdcache.data.image_files import SCALE_FILES, UnknownRangeError, decode_rgb
+from kdcache.data.label_maps import bytes_of_mask, hash_of_content, mask_of
 from kdcache.errors import CorruptError, KdcacheError, UsageError
 from kdcache.runtime.paths import READ_PERMISSION
 
@@ -149,9 +150,13 @@ class ItemImages:
         return self._picture(split_item(item)[0], index)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """Return the content of an image and its label, of one reading of the item."""
-        image, label = split_item(self.dataset[index])
-        return self._content(self._picture(image, index)), operator.index(label)
+        """Return the content of an image and its label, of one reading of the item; -1 for one with a mask."""
+        item = self.dataset[index]
+        image, label = split_item(item)
+        content = self._content(self._picture(image, index))
+        if (mask := mask_of(item)) is not None:
+            return hash_of_content(content, bytes_of_mask(mask)), -1
+        return content, operator.index(label)
 
     @staticmethod
     def _picture(image: Any, index: int) -> Picture:

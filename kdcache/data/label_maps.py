@@ -188,8 +188,7 @@ class ItemMaps:
 
     def content(self, index: int) -> bytes:
         """Return type, shape and values of the mask."""
-        stored = self._stored(self.dataset[index], index)
-        return f"{stored.dtype.str}{stored.shape}".encode() + np.ascontiguousarray(stored).tobytes()
+        return bytes_of_mask(self._stored(self.dataset[index], index))
 
     def files(self) -> Sequence[str]:
         """Return nothing: the source of the items is unknown."""
@@ -257,6 +256,11 @@ def mask_of(item: Any) -> npt.NDArray[np.integer[Any]] | None:
         return None
     mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
     return mask if mask.ndim == 2 and mask.size else None
+
+
+def bytes_of_mask(values: npt.NDArray[np.integer[Any]]) -> bytes:
+    """Return type, shape and values of a mask [H, W]."""
+    return f"{values.dtype.str}{values.shape}".encode() + np.ascontiguousarray(values).tobytes()
 
 
 def hash_of_content(image: bytes, label_map: bytes) -> bytes:

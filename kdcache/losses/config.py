@@ -12,6 +12,7 @@ from kdcache.losses.controllers import ControllerOptions, InstanceTemperatureOpt
 from kdcache.losses.custom import CustomDivergence
 from kdcache.losses.divergences import KL
 from kdcache.losses.gate import GateOptions
+from kdcache.losses.map_options import OutputLoss
 from kdcache.losses.options import (
     AdjustmentOptions,
     DivergenceOptions,
@@ -20,7 +21,6 @@ from kdcache.losses.options import (
     Options,
     TemperatureOptions,
 )
-from kdcache.losses.outputs import OutputLoss
 from kdcache.losses.presets import is_custom, settings_of_name
 from kdcache.losses.registry import ADJUSTMENTS, DIVERGENCES, NORMALIZATIONS, TEMPERATURES
 from kdcache.losses.temperature_agent import ITKDOptions

@@ -1,4 +1,4 @@
-"""The losses of outputs beside class logits: the options of each, and their names by the kind of the output.
+"""The losses of outputs with one row per sample: the options of each, and their names by the kind of the output.
 
 To add one, write its function in `vectors.py` or `scores.py`, and list it here.
 """
@@ -6,9 +6,9 @@ To add one, write its function in `vectors.py` or `scores.py`, and list it here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from kdcache.losses import scores, vectors
@@ -30,6 +30,8 @@ class OutputLossOptions(LossSection):
         of_sums: whether it is a loss of the batch that takes `batch_sum`.
         of_rows: whether it is a loss of the batch that takes `batch_rows`.
         of_groups: whether it compares several scores: those of a sample, or the single scores of a group of samples.
+        places: of what outputs: one row per sample, or `grid`, a map.
+        needs_level: whether it needs the level of class logits.
     """
 
     compute: ClassVar[Callable[..., Tensor]]
@@ -39,6 +41,8 @@ class OutputLossOptions(LossSection):
     of_sums: ClassVar[bool] = False
     of_rows: ClassVar[bool] = False
     of_groups: ClassVar[bool] = False
+    places: ClassVar[Literal["one", "grid"]] = "one"
+    needs_level: ClassVar[bool] = False
 
     name: str
     weight: NotNegative = 1.0
@@ -205,8 +209,3 @@ OUTPUT_LOSSES: dict[str, type[OutputLossOptions]] = {
     "ccc": CCC,
     "kd": KD,
 }
-
-if TYPE_CHECKING:
-    OutputLoss = OutputLossOptions
-else:
-    OutputLoss = Annotated[Union[tuple(OUTPUT_LOSSES.values())], Field(discriminator="name")]  # noqa: UP007

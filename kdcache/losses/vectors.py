@@ -23,7 +23,7 @@ _PKT_TINY = 1e-7
 """Added to probabilities inside the logarithm of PKT, as in the authors' code."""
 
 
-def _directions(vectors: Tensor, added: float = 0.0) -> Tensor:
+def unit_vectors(vectors: Tensor, added: float = 0.0) -> Tensor:
     """Return vectors divided by their lengths, [..., D] -> [..., D]; a vector of length 0 stays 0, without a gradient.
 
     Divided by a small constant instead, as `torch.nn.functional.normalize` and the published implementations do, it
@@ -51,7 +51,7 @@ def leaf(student: Tensor, teacher: Tensor, normalize: bool = False) -> Tensor:
         teacher: [B, D].
         normalize: divide h by its length, as a teacher of normalized embeddings does.
     """
-    student = _directions(student) if normalize else student
+    student = unit_vectors(student) if normalize else student
     return (student - teacher).square().sum(dim=1)
 
 
@@ -67,7 +67,7 @@ def smooth_l1(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """Return 1 - cosine, [B, D] -> [B]; 1, without a gradient, if one of the vectors is 0."""
-    return 1 - (_directions(student) * _directions(teacher)).sum(dim=1)
+    return 1 - (unit_vectors(student) * unit_vectors(teacher)).sum(dim=1)
 
 
 def rkd(
@@ -120,7 +120,7 @@ def _relative_distances(vectors: Tensor) -> Tensor:
 
 def _angles(vectors: Tensor) -> Tensor:
     """Return the cosines at sample i between the directions to j and k, [N, D] -> [N, N, N]."""
-    directions = _directions(vectors.unsqueeze(0) - vectors.unsqueeze(1))
+    directions = unit_vectors(vectors.unsqueeze(0) - vectors.unsqueeze(1))
     return directions @ directions.transpose(1, 2)
 
 
@@ -140,7 +140,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor, batch_rows: BatchRow
         [B], the value of the batch for each sample.
     """
     count, student, teacher = len(student), batch_rows(student), batch_rows(teacher)
-    similar = [_directions(vectors @ vectors.T) for vectors in (student, teacher)]
+    similar = [unit_vectors(vectors @ vectors.T) for vectors in (student, teacher)]
     return (similar[0] - similar[1]).square().mean().expand(count)
 
 
@@ -168,6 +168,6 @@ def probabilistic_transfer(student: Tensor, teacher: Tensor, batch_rows: BatchRo
 
 def _choices(vectors: Tensor) -> Tensor:
     """Return how likely each sample chooses each other by its cosine, [N, D] -> [N, N]."""
-    directions = _directions(vectors, added=_PKT_TINY)
+    directions = unit_vectors(vectors, added=_PKT_TINY)
     similar: Tensor = (directions @ directions.T + 1) / 2
     return similar / similar.sum(dim=1, keepdim=True)

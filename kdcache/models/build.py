@@ -4,7 +4,8 @@
     torchvision:resnet50@IMAGENET1K_V2          with torchvision's weights
     timm:resnet18, timm:resnet50@a1_in1k        the same for timm, an optional extra
     cifar:resnet32x4, cifar:wrn_40_2, ...       models/cifar.py, the networks of the papers' CIFAR-100 pairs
-    small:cnn, small:mlp                        models/small.py
+    torchvision:deeplabv3_resnet50, ...         a segmentation network of torchvision, of which `out` is taken
+    small:cnn, small:mlp, small:fcn             models/small.py
     hf:path/to/folder                           an image classifier of transformers, an optional extra, from a folder of
                                                 save_pretrained; with its weights if trained ones are needed
     path/file.py:function                       function(num_classes=..., **args) -> torch.nn.Module; `num_classes` is
@@ -30,7 +31,7 @@ from kdcache.models import cifar, from_hf, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.construct import construct, construct_of_user
 from kdcache.models.outputs import take_part
-from kdcache.models.small import SmallCNN, SmallMLP
+from kdcache.models.small import SmallCNN, SmallFCN, SmallMLP
 from kdcache.runtime import user_code
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
@@ -38,7 +39,7 @@ from kdcache.runtime.terminal import reporter
 _SIGNATURE = "function(num_classes=C, **args) -> torch.nn.Module"
 
 _KINDS = ("torchvision", "timm", "hf", "cifar", "small")
-_SMALL = ("cnn", "mlp")
+_SMALL = ("cnn", "mlp", "fcn")
 
 _COLOR = 3
 """Channels of images without a given shape."""
@@ -96,9 +97,10 @@ def build_model(
         raise UsageError(
             f"unknown model {spec.model!r}{_similar(spec.model)}",
             "write torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME, timm:NAME@TAG, hf:FOLDER, cifar:NAME, "
-            "small:cnn, small:mlp or path/file.py:function",
+            "small:cnn, small:mlp, small:fcn or path/file.py:function",
         )
-    take_part(network, spec.output, spec.model)
+    usual = from_torchvision.output_of(name) if kind == "torchvision" else None
+    take_part(network, usual if spec.output is None else spec.output, spec.model)
     read_by_library = kind == "hf" and from_hf.weights_folder(spec) is not None
     if trained and spec.weights is not None and not read_by_library:
         load_weights(network, spec.weights, reporter(progress))
@@ -172,6 +174,8 @@ def _similar(model: str) -> str:
 def _small(name: str, spec: ModelSpec, num_classes: int, shape: tuple[int, ...] | None) -> nn.Module:
     if name == "cnn":
         return construct(SmallCNN, spec, num_classes=num_classes, channels=_COLOR if shape is None else shape[0])
+    if name == "fcn":
+        return construct(SmallFCN, spec, num_classes=num_classes, channels=_COLOR if shape is None else shape[0])
     if name == "mlp":
         if shape is None:
             raise UsageError("small:mlp needs the shape of the images", "pass shape=(channels, height, width)")
@@ -179,4 +183,6 @@ def _small(name: str, spec: ModelSpec, num_classes: int, shape: tuple[int, ...] 
         channels, height, width = shape if len(shape) == 3 else (math.prod(shape), 1, 1)
         sizes = {"channels": channels, "height": height, "width_of_image": width}
         return construct(SmallMLP, spec, num_classes=num_classes, **sizes)
-    raise UsageError(f"there is no small network {name!r}{did_you_mean(name, _SMALL)}", "use small:cnn or small:mlp")
+    raise UsageError(
+        f"there is no small network {name!r}{did_you_mean(name, _SMALL)}", "use small:cnn, small:mlp or small:fcn"
+    )

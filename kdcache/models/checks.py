@@ -42,7 +42,7 @@ def try_network(model: nn.Module, view: View, device: torch.device | str, who: s
     set_evaluation_mode(model)
     with refusing(images, who, view.samples):
         logits = model(images.to(device))
-    check_logits(logits, len(images), view.samples.num_classes, who)
+    check_logits(logits, len(images), view.samples.num_classes, who, view.samples.maps is not None)
 
 
 def samples_for(
@@ -155,20 +155,35 @@ def try_training(model: nn.Module, view: View, who: str, micro_batch: int) -> No
             "at least two",
             "raise train.batch_size, or lower train.gradient_accumulation_steps",
         ) from None
-    check_logits(logits, len(images), view.samples.num_classes, f"{who} in training mode")
+    of_maps = view.samples.maps is not None
+    check_logits(logits, len(images), view.samples.num_classes, f"{who} in training mode", of_maps)
 
 
-def check_logits(returned: object, batch: int, num_classes: int, who: str) -> Tensor:
+def check_logits(returned: object, batch: int, num_classes: int, who: str, of_maps: bool = False) -> Tensor:
     """Return a network's logits, if they are [B, C]; of a tuple, dictionary or record, the part named `logits`.
+
+    Args:
+        returned: by the network.
+        batch: B, number of images.
+        num_classes: C.
+        who: name of the network in errors.
+        of_maps: whether the data set has a class per pixel, and the logits are [B, C, h, w].
 
     Raises:
         MismatchError: if they are anything else.
     """
     logits = logits_of(returned, who=who)
-    if logits.shape == (batch, num_classes):
+    if logits.shape == (batch, num_classes) and not of_maps:
         return logits
-    if logits.ndim == 4:
-        fix = "it predicts every pixel (segmentation): take a network that returns logits [B, C] for each image"
+    if of_maps and logits.ndim == 4 and logits.shape[:2] == (batch, num_classes):
+        return logits
+    if of_maps:
+        fix = f"take a {who} that returns [B, {num_classes}, h, w], the logits of each pixel or of larger places"
+    elif logits.ndim == 4:
+        fix = (
+            "it says a class of every pixel (segmentation): keep its maps, cache: {logits: false, outputs: {pixels: "
+            "{kind: classes, places: grid, source: NAME}}}, where NAME is the module that returns them"
+        )
     else:
         fix = f"take a {who} that returns [B, {num_classes}], or the data set that it was made for"
     raise MismatchError(

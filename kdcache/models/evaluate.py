@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError, counted
 from kdcache.models.checks import OutputScale, log_probabilities, output_scale, set_evaluation_mode
 from kdcache.models.outputs import logits_of
+from kdcache.models.pixel_scores import PixelScore, PixelSums, pixel_sums
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
 from kdcache.runtime.user_code import trust
@@ -62,15 +63,17 @@ def evaluate(
     on_batch: Callable[[int], None] | None = None,
     progress: Progress | bool | None = None,
     num_workers: int | Literal["auto"] = "auto",
-) -> SplitScore:
+) -> SplitScore | PixelScore:
     """Return the accuracy and the negative log-likelihood of a network, in evaluation mode.
+
+    For a data set with label maps they are of pixels, with the mean intersection over union.
 
     The network is moved to the device, and put back into the mode that it was in. A network may also return
     probabilities (Softmax), whose logarithms are then evaluated; one that has underflowed counts as the smallest normal
     number of its type.
 
     Args:
-        model: returns logits [B, C] for images [B, channels, H, W].
+        model: returns logits [B, C] for images [B, channels, H, W]; for label maps [B, C, h, w].
         samples: from `load_split` or `wrap`, or any map-style data set of (image, label) pairs; labels of -1 are left
             out.
         device: where to run.
@@ -93,7 +96,7 @@ def evaluate(
     set_evaluation_mode(model.to(device))
     with reporter(progress).task("evaluate", len(samples), "images") as task:
         for batch in batches(samples, cuts, num_workers, device):
-            scorer.add(batch.images.to(device), batch.labels)
+            scorer.add(batch.images.to(device), batch.labels, batch.maps)
             task.advance(len(batch.ids))
             if on_batch is not None:
                 on_batch(len(batch.ids))
@@ -106,27 +109,48 @@ class Scorer:
     """Sums of a network, which is in evaluation mode, over the batches that it is given; see `evaluate`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.sums = Sums(0, 0.0, 0)
+        self.sums: Sums | PixelSums = Sums(0, 0.0, 0)
         self._model = model
         self._scale: OutputScale | None = None
 
     @torch.no_grad()
-    def add(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def add(self, images: torch.Tensor, labels: torch.Tensor, maps: torch.Tensor | None = None) -> None:
         """Add a batch of images [B, channels, H, W] on the device of the network.
+
+        Args:
+            images: of the batch.
+            labels: [B] int64, -1 where not known.
+            maps: [B, H, W] int64, the class of each pixel, by which it is then scored; None without.
 
         Raises:
             MismatchError: if the network does not return logits [B, C] of the classes of the labels.
         """
         outputs = logits_of(self._model(images))
+        if maps is not None:
+            found = pixel_sums(outputs, maps.to(images.device))
+            self.sums = total_of([found] if isinstance(self.sums, Sums) else [self.sums, found])
+            return
         _check_classes(outputs, labels)
         self._scale = output_scale(outputs) if self._scale is None else self._scale
         logits = _log_probabilities(outputs) if self._scale == "probabilities" else outputs.float()
         truth = labels.to(images.device)
-        self.sums = Sums(
-            self.sums.correct + int((logits.argmax(dim=1) == truth).sum()),
-            self.sums.loss + float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum")),
-            self.sums.labeled + int((truth >= 0).sum()),
+        found_here = Sums(
+            int((logits.argmax(dim=1) == truth).sum()),
+            float(F.cross_entropy(logits, truth, ignore_index=-1, reduction="sum")),
+            int((truth >= 0).sum()),
         )
+        self.sums = total_of([self.sums, found_here])
+
+
+def total_of(parts: Sequence[Sums | PixelSums]) -> Sums | PixelSums:
+    """Return the sums over all of some parts of a split, which are all of pixels or all of images.
+
+    A part without a batch counts as nothing.
+    """
+    of_pixels = [part for part in parts if isinstance(part, PixelSums)]
+    if of_pixels:
+        return PixelSums(*(sum(values) for values in zip(*of_pixels, strict=True)))
+    return Sums(*(sum(values) for values in zip(*parts, strict=True)))
 
 
 def _log_probabilities(probabilities: torch.Tensor) -> torch.Tensor:

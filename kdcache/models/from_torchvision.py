@@ -34,11 +34,15 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Mod
     options: dict[str, Any] = {"name": architecture}
     if architecture in _AUXILIARY and "aux_logits" not in spec.args:
         options["aux_logits"] = False
+    if architecture in _segmentation_names():
+        options["weights_backbone"] = None  # or its constructors download them
     if weights_name:
         _fetch(spec, weights)
         model = construct(tv.get_model, spec, **options, weights=weights)
     else:
         model = construct(tv.get_model, spec, **options, weights=None, num_classes=num_classes)
+    if architecture in _segmentation_names():
+        return model
     height, width = weights.meta["min_size"]
     if architecture == "inception_v3" and spec.args.get("aux_logits"):
         height = width = _AUXILIARY_SIDE
@@ -49,8 +53,17 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Mod
 
 
 def names() -> list[str]:
-    """Return the names of the networks that classify images."""
-    return list(tv.list_models(module=tv))
+    """Return the names of the networks that classify images, or their pixels."""
+    return [*tv.list_models(module=tv), *_segmentation_names()]
+
+
+def _segmentation_names() -> list[str]:
+    return list(tv.list_models(module=tv.segmentation))
+
+
+def output_of(name: str) -> str | None:
+    """Return the part of what a network returns that holds the logits; None for one that returns them alone."""
+    return "out" if name.partition("@")[0] in _segmentation_names() else None
 
 
 def categories(name: str) -> list[str]:
@@ -65,6 +78,9 @@ def categories(name: str) -> list[str]:
 def preset(name: str) -> Transform:
     """Return the transform that torchvision evaluates the weights that `name` names with."""
     how = _weights(name).transforms()
+    if output_of(name) is not None:
+        side = how.resize_size[0]
+        return photograph_transform(side, side, how.mean, how.std, how.interpolation.value)
     return photograph_transform(how.resize_size[0], how.crop_size[0], how.mean, how.std, how.interpolation.value)
 
 
@@ -85,7 +101,8 @@ def _weights(name: str) -> Any:
     if architecture not in names():
         raise UsageError(
             f"torchvision has no network {architecture!r} that classifies images{did_you_mean(architecture, names())}",
-            "use a name from torchvision.models.list_models(module=torchvision.models)",
+            "use a name from torchvision.models.list_models(module=torchvision.models), or for pixels "
+            "torchvision.models.segmentation",
         )
     known = tv.get_model_weights(architecture)
     if at and weights_name not in known.__members__:

@@ -177,7 +177,7 @@ class InferenceModel:
         length = shape[0]
         if values.shape != (batch, *shape) and values.ndim == 4:
             raise MismatchError(
-                f"the output {name} of the teacher is {list(values.shape)} for {batch} images, and was "
+                f"the output {name} of the teacher is {list(values.shape)} for {counted(batch, 'image')}, and was "
                 f"[B, {', '.join(map(str, shape))}] before: a map has the same grid for all images and views",
                 "bring all images to one size (`transform`: Resize with both sides, or a crop), and take an output "
                 "whose grid follows from it",

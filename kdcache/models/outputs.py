@@ -143,9 +143,9 @@ def _advice(parts: Mapping[Part, Any]) -> str:
     rows = [name for name, value in tensors.items() if value.ndim == 2]
     if rows:
         return f"name the part that holds logits [B, C], such as `output: {rows[0]}`"
-    if any(value.ndim == 4 for value in tensors.values()):
+    if maps := [name for name, value in tensors.items() if value.ndim == 4]:
         return (
-            "it predicts every pixel (segmentation), and kdcache distills networks that return logits [B, C] for each "
-            "image: take one of these, or a function of your own that reduces its output to [B, C]"
+            f"it says a class of every pixel (segmentation): name the part, such as `output: {maps[0]}`, and keep maps "
+            "of it: `places: grid` in cache.outputs"
         )
     return "let it return logits, a tensor [B, C], or name the part that holds them in `output:`"

@@ -12,14 +12,16 @@ from kdcache.cache.format.output_records import OutputRecord
 from kdcache.cache.joined_teacher import JoinedTeacher, StackedTeacher
 from kdcache.cache.placement.choose import Placement
 from kdcache.cache.reader import Cache
-from kdcache.cache.teacher import CachedTeacher, Teacher, TeacherWithOutputs
+from kdcache.cache.teacher import CachedOutput, CachedTeacher, Teacher, TeacherWithOutputs
 from kdcache.config.schema import JoinSpec, Pipeline
 from kdcache.data.alignment import AlignedTeacher
 from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError, UsageError, counted, did_you_mean
 from kdcache.losses import Loss
+from kdcache.losses.map_options import ALL_LOSSES
 from kdcache.losses.outputs import OutputLossOptions
 from kdcache.runtime.progress import Progress
+from kdcache.train.dense import map_of_classes
 
 
 def load_teacher(
@@ -47,7 +49,12 @@ def load_teacher(
     loss = pipeline.loss
     placements: list[Placement] = []
     logits: Teacher | None = None
-    if loss.uses_teacher:
+    if loss.uses_teacher and samples.maps is not None:
+        maps = _teacher_of_maps(caches, samples, placement, device)
+        progress.say(f"placement of the cache: {maps.placement} ({maps.why})")
+        placements.append(maps.placement)
+        logits = _of_samples(maps, samples, caches[0])
+    elif loss.uses_teacher:
         cached = [cache.teacher(device=device, placement=placement) for cache in caches]
         for each in cached:
             progress.say(f"placement of the cache: {each.placement} ({each.why})")
@@ -87,6 +94,25 @@ def _joined(cached: Sequence[CachedTeacher], pipeline: Pipeline) -> Teacher:
     if join != JoinSpec():
         raise UsageError("loss.gate chooses among the teachers, and `join` joins them", "remove one of the two")
     return StackedTeacher(cached)
+
+
+def _teacher_of_maps(
+    caches: Sequence[Cache], samples: Samples, placement: Placement | Literal["auto"], device: torch.device | str
+) -> CachedOutput:
+    """Return the teacher's logits of every place.
+
+    Raises:
+        UsageError: if the cache has none, or there are several caches.
+    """
+    if len(caches) > 1:
+        raise UsageError(
+            f"{len(caches)} caches are given, and {samples.name} has a class per pixel: maps of several teachers are "
+            "not joined",
+            "give one cache",
+        )
+    found = caches[0].teacher(map_of_classes(caches[0], samples), device=device, placement=placement)
+    assert isinstance(found, CachedOutput), "it is a map"  # noqa: S101  # for the type checker
+    return found
 
 
 def _of_samples(teacher: Teacher, samples: Samples, cache: Cache) -> Teacher:
@@ -131,10 +157,24 @@ def _check_kind(name: str, record: OutputRecord, options: OutputLossOptions, gro
         UsageError: if it is not.
     """
     kinds, width, loss = type(options).kinds, type(options).width, options.name
+    if (record.places == "grid") != (type(options).places == "grid"):
+        is_map = record.places == "grid"
+        others = sorted(name for name, each in ALL_LOSSES.items() if (each.places == "grid") == is_map)
+        raise UsageError(
+            f"the loss {loss} is for {'rows of samples' if is_map else 'maps'}, and the output {name} is "
+            f"{'a map per sample' if is_map else 'one row per sample'}",
+            f"take one of {', '.join(others)} (docs/LOSSES.md)",
+        )
     if record.kind not in kinds:
         raise UsageError(
             f"the loss {loss} is for an output of kind {' or '.join(kinds)}, and {name} is of kind {record.kind}",
             "see docs/LOSSES.md for the losses of each kind",
+        )
+    if type(options).needs_level and record.level is not None:
+        raise UsageError(
+            f"the loss {loss} compares places, and the logits of the output {name} are known up to a constant at "
+            "each place",
+            "dump the teacher's logits, not probabilities, with `over_places: true` for this output, or take pixel_kd",
         )
     if type(options).of_groups and record.channels == 1 and group_size == 1:
         raise UsageError(

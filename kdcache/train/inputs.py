@@ -164,8 +164,15 @@ def inputs_from_caches(
         teacher,
         record,
         caches[0].crops,
-        all(cache.level_known for cache in caches),
+        all(_level_known(cache, samples) for cache in caches),
     )
+
+
+def _level_known(cache: Cache, samples: Samples) -> bool:
+    """Return whether a cache has the level of the teacher's class logits."""
+    if samples.maps is None:
+        return cache.level_known
+    return all(record.level != "unknown" for record in cache.outputs.values() if record.places == "grid")
 
 
 def _check_same_boxes(first: Cache, other: Cache) -> None:

@@ -17,6 +17,7 @@ from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
 from kdcache.data.views import View
 from kdcache.losses import Loss
+from kdcache.models.pixel_scores import PixelScore
 from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.epochs import Checkpointer, Selected, TrainingResult, epochs_work, mean_losses
 from kdcache.train.learned import NO_PARTS, LearnedParts
@@ -44,6 +45,29 @@ class Epoch(NamedTuple):
     validation_loss: float | None
 
 
+class PixelEpoch(NamedTuple):
+    """A line of metrics.csv of a network that says a class of every pixel: `Epoch` with a mean over the classes.
+
+    `validation_accuracy` is the share of pixels, `validation_mean_iou` the mean intersection over union, by which the
+    epoch is selected.
+    """
+
+    epoch: int
+    view: int
+    lr: float
+    loss: float
+    cross_entropy: float
+    distillation: float
+    student_temperature: float | None
+    teacher_temperature: float | None
+    validation_accuracy: float | None
+    validation_loss: float | None
+    validation_mean_iou: float | None = None
+
+
+AnyEpoch = Epoch | PixelEpoch
+
+
 class _ImageEpochs:
     """The epochs of a network of images; see `EpochKind`.
 
@@ -54,20 +78,25 @@ class _ImageEpochs:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
-    def read(self, values: list[Any]) -> Epoch:
+    def read(self, values: list[Any]) -> AnyEpoch:
         """Return a line of metrics from its values."""
-        return Epoch(*values)
+        return (Epoch if len(values) == len(Epoch._fields) else PixelEpoch)(*values)
 
-    def is_better(self, line: Epoch, best: Epoch) -> bool:
+    def is_better(self, line: AnyEpoch, best: AnyEpoch) -> bool:
         """Return whether an epoch is selected instead of the best before it; without any validation, it always is."""
+        now, before = getattr(line, "validation_mean_iou", None), getattr(best, "validation_mean_iou", None)
+        if now is not None and before is not None:
+            return bool(now > before)
         if line.validation_accuracy is not None and best.validation_accuracy is not None:
             return line.validation_accuracy > best.validation_accuracy
         if line.validation_loss is not None and best.validation_loss is not None:
             return line.validation_loss < best.validation_loss
         return True
 
-    def described(self, line: Epoch) -> str:
+    def described(self, line: AnyEpoch) -> str:
         """Return the results of an epoch, for the progress."""
+        if isinstance(line, PixelEpoch) and line.validation_mean_iou is not None:
+            return f", validation mIoU {line.validation_mean_iou:.1%}"
         if line.validation_accuracy is not None:
             return f", validation {line.validation_accuracy:.1%}"
         return "" if line.validation_loss is None else f", held out {line.validation_loss:.3g}"
@@ -88,13 +117,13 @@ def fit(
     teacher: Teacher | None = None,
     views: int | None = 1,
     device: torch.device | str = "cpu",
-    on_epoch: Callable[[Epoch], None] | None = None,
+    on_epoch: Callable[[AnyEpoch], None] | None = None,
     checkpointer: Checkpointer | None = None,
     progress: Progress | None = None,
-) -> TrainingResult[Epoch]:
+) -> TrainingResult[AnyEpoch]:
     """Train a network alone, and load the weights of its best epoch into it; see `training_work`."""
 
-    def start(clock: Clock) -> Work[TrainingResult[Epoch]]:
+    def start(clock: Clock) -> Work[TrainingResult[AnyEpoch]]:
         return training_work(
             model,
             train,
@@ -123,13 +152,13 @@ def training_work(
     teacher: Teacher | None = None,
     views: int | None = 1,
     device: torch.device | str = "cpu",
-    on_epoch: Callable[[Epoch], None] | None = None,
+    on_epoch: Callable[[AnyEpoch], None] | None = None,
     checkpointer: Checkpointer | None = None,
     progress: Progress | None = None,
     clock: Clock = time.perf_counter,
     learned: LearnedParts = NO_PARTS,
     held: HeldOut | None = None,
-) -> Work[TrainingResult[Epoch]]:
+) -> Work[TrainingResult[AnyEpoch]]:
     """Train a network, and load the weights of its best epoch into it and into what is learned beside it.
 
     Args:
@@ -156,15 +185,19 @@ def training_work(
     trainer = Trainer(model, spec, loss, data.per_epoch, device, progress.say, learned, data.group_size)
     held_cuts = [] if held is None else held_out_cuts(trainer, held.view)
 
-    def epoch_work(number: int, task: Task, after_step: Callable[[], None]) -> Work[Epoch]:
+    def epoch_work(number: int, task: Task, after_step: Callable[[], None]) -> Work[AnyEpoch]:
         view = view_of_epoch(number, views, spec)
         lr = float(trainer.schedule.get_last_lr()[0])
         parts = yield from trainer.epoch_work(train, number, teacher, after_step, view=view)
         means = mean_losses(number, parts, loss.uses_teacher)
-        epoch = Epoch(number, view, lr, **means, validation_accuracy=None, validation_loss=None)
+        kind: type[AnyEpoch] = Epoch if data.maps is None else PixelEpoch
+        epoch: AnyEpoch = kind(number, view, lr, **means, validation_accuracy=None, validation_loss=None)
         if validation is not None:
             score = yield from validation_work(trainer, validation, number, task)
-            return epoch._replace(validation_accuracy=score.accuracy, validation_loss=score.loss)
+            epoch = epoch._replace(validation_accuracy=score.accuracy, validation_loss=score.loss)
+            if isinstance(epoch, PixelEpoch) and isinstance(score, PixelScore):
+                return epoch._replace(validation_mean_iou=score.mean_iou)
+            return epoch
         if held is not None:
             return epoch._replace(validation_loss=(yield from held_out_work(trainer, held, held_cuts, number, task)))
         return epoch

@@ -40,6 +40,8 @@ class MicroBatch(NamedTuple):
         mixed: labels of the partners, if images are mixed.
         teacher_logits: [B, C]; None for a network that does not need them.
         targets: other outputs of the teacher, [B, D] each, by name.
+        maps: [B, H, W] int64, the class of each pixel; None without label maps. The teacher's logits are then
+            [B, C, h, w].
     """
 
     images: Tensor
@@ -47,11 +49,12 @@ class MicroBatch(NamedTuple):
     mixed: MixedLabels | None
     teacher_logits: Tensor | None
     targets: Mapping[str, Tensor] = MappingProxyType({})
+    maps: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors."""
-        optional = [self.teacher_logits, *(self.mixed or ()), *self.targets.values()]
+        optional = [self.teacher_logits, *(self.mixed or ()), *self.targets.values(), self.maps]
         return [self.images, self.labels, *(value for value in optional if value is not None)]
 
     def clone(self) -> MicroBatch:
@@ -59,18 +62,20 @@ class MicroBatch(NamedTuple):
         mixed = None if self.mixed is None else MixedLabels(*(value.clone() for value in self.mixed))
         logits = None if self.teacher_logits is None else self.teacher_logits.clone()
         targets = {name: values.clone() for name, values in self.targets.items()}
-        return MicroBatch(self.images.clone(), self.labels.clone(), mixed, logits, targets)
+        maps = None if self.maps is None else self.maps.clone()
+        return MicroBatch(self.images.clone(), self.labels.clone(), mixed, logits, targets, maps)
 
     @staticmethod
     def joined(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
         """Concatenate micro-batches, with the images of the first one only."""
-        images, labels, mixed, teacher_logits, targets = zip(*micro_batches, strict=True)
+        images, labels, mixed, teacher_logits, targets, maps = zip(*micro_batches, strict=True)
         return MicroBatch(
             images[0],
             torch.cat(labels),
             MixedLabels(*(torch.cat(parts) for parts in zip(*mixed, strict=True))) if mixed[0] is not None else None,
             torch.cat(teacher_logits) if teacher_logits[0] is not None else None,
             {name: torch.cat([part[name] for part in targets]) for name in targets[0]},
+            torch.cat(maps) if maps[0] is not None else None,
         )
 
 
@@ -151,7 +156,8 @@ class Pass:
             targets = {name: of(batch.ids, self.view).to(self.device) for name, of in teacher.outputs.items()}
             teacher = teacher.logits
         logits = teacher(batch.ids, self.view).to(self.device) if teacher is not None else None
-        return MicroBatch(images, batch.labels.to(self.device, non_blocking=True), mixed, logits, targets)
+        maps = None if batch.maps is None else batch.maps.to(self.device, non_blocking=True)
+        return MicroBatch(images, batch.labels.to(self.device, non_blocking=True), mixed, logits, targets, maps)
 
 
 Work = Generator[Pass, Any, T]

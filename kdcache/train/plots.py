@@ -39,8 +39,9 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     line(losses, "validation_loss", "validation: labels" if validated else "held-out samples", "C3")
     losses.set_ylabel("loss, nats")
     for axes in accuracy:
-        line(axes, "validation_accuracy", "validation", "C3", 100)
-        axes.set_ylabel("accuracy, %")
+        of_pixels = "validation_mean_iou" in rows[0]
+        line(axes, "validation_mean_iou" if of_pixels else "validation_accuracy", "validation", "C3", 100)
+        axes.set_ylabel("mean IoU, %" if of_pixels else "accuracy, %")
     _finish(figure, [losses, *accuracy], path)
 
 
@@ -92,6 +93,7 @@ def draw_accuracies(
     title: str,
     path: Path,
     label: str = "loss of the student",
+    measure: str = "test accuracy, %",
 ) -> None:
     """Write a PNG of test accuracies: one dot per seed, a bar at the mean of each column, a line for the teacher.
 
@@ -101,6 +103,7 @@ def draw_accuracies(
         title: one line.
         path: of the PNG.
         label: of the horizontal axis.
+        measure: label of the vertical axis.
     """
     figure = Figure(figsize=(max(7, 1.2 * len(by_point)), 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -124,7 +127,7 @@ def draw_accuracies(
         axes.tick_params(axis="x", labelrotation=20)
     axes.set_xlim(-0.6, len(names) - 0.3)
     axes.set_xlabel(label)
-    axes.set_ylabel("test accuracy, %")
+    axes.set_ylabel(measure)
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     _write(figure, path, 150)

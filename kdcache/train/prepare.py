@@ -11,6 +11,7 @@ from kdcache.errors import UsageError, counted
 from kdcache.losses import Loss
 from kdcache.runtime.launched import n_processes
 from kdcache.runtime.progress import Progress
+from kdcache.train.dense import check_dense_loss
 from kdcache.train.held_out import OPTION, describe
 from kdcache.train.inputs import TrainingInputs, labels_shown
 from kdcache.train.scoring import HeldOut
@@ -33,6 +34,12 @@ def training_view(
         labels = labels_shown(inputs.samples, spec.train)
         view = views.view(inputs.samples, inputs.transform, inputs.seed, labels=labels, crops=inputs.crops)
         return view, inputs.views, teacher
+    if inputs.samples.maps is not None and teacher is not None:
+        raise UsageError(
+            f"student.transform would move the pixels, and {inputs.samples.name} has a class per pixel: the teacher's "
+            "places would be others",
+            "remove student.transform; dump several views (cache.views) for a student that sees moved images",
+        )
     train = own_training_view(inputs, own, spec.train, views)
     if teacher is not None:
         progress.say("note: the student sees images through student.transform: the teacher did not see these pixels")
@@ -81,7 +88,9 @@ def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress
     Raises:
         UsageError: if it is not.
     """
-    if loss.uses_logits and not loss.uses_teacher and not bool((train.labels >= 0).any()):
+    if train.samples.maps is not None:
+        check_dense_loss(loss, train)
+    elif loss.uses_logits and not loss.uses_teacher and not bool((train.labels >= 0).any()):
         if loss.outputs:
             raise UsageError(
                 "no training sample has a label, and the loss has a cross-entropy beside its other outputs",
@@ -110,7 +119,7 @@ def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress
             f"truncation to the top {top} has no effect: {train.samples.name} has {train.samples.num_classes} classes",
             "set loss.adjustment.top to fewer, or remove the truncation",
         )
-    if loss.skips_unlabeled and (unlabeled := int((train.labels < 0).sum())):
+    if train.samples.maps is None and loss.skips_unlabeled and (unlabeled := int((train.labels < 0).sum())):
         if unlabeled == len(train.labels):
             raise UsageError(
                 f"no training image has a label, and the divergence {loss.divergence.kind} needs labels",
@@ -124,6 +133,11 @@ def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress
         raise UsageError(
             f"loss.tail is {loss.tail!r}: it is for a teacher of tokens, and the rows of images have their tail",
             "remove it",
+        )
+    if loss.needs_level and not level_known and train.samples.maps is not None:
+        raise UsageError(
+            f"the maps of this cache are stored without the level of each place, and {loss.needs_level} depends on it",
+            "dump the teacher with `over_places: true`, set loss.normalization to z_score, or use a loss such as kd",
         )
     if loss.needs_level and not level_known:
         raise UsageError(

@@ -14,7 +14,8 @@ from kdcache.data.samples import Samples
 from kdcache.errors import CorruptError
 from kdcache.models import build_for
 from kdcache.models.evaluate import SplitScore
-from kdcache.train.loop import Epoch
+from kdcache.models.pixel_scores import PixelScore
+from kdcache.train.loop import AnyEpoch, Epoch, PixelEpoch
 from kdcache.train.run_folder import CHECKPOINT
 
 
@@ -24,15 +25,16 @@ class RunResult:
 
     Attributes:
         model: network with the selected weights.
-        best: the selected epoch: the first of the best validation accuracy; the last without a validation split.
+        best: the selected epoch: the first of the best validation accuracy, or of the best mean intersection over union
+            for label maps; the last without a validation split.
         test: score on the test split, evaluated once, by the first process; None without one.
         seconds: duration of training, with validation.
         checkpoint: path of the weights.
     """
 
     model: nn.Module
-    best: Epoch
-    test: SplitScore | None
+    best: AnyEpoch
+    test: SplitScore | PixelScore | None
     seconds: float
     checkpoint: Path
 
@@ -53,7 +55,9 @@ def result_of(
     checkpoint = out / CHECKPOINT
     model = build_for(spec.model_copy(update={"weights": str(checkpoint)}), samples, shape, trained=True)
     try:
-        best, test = Epoch(**metrics["best"]), metrics["test"]
-        return RunResult(model, best, SplitScore(**test) if test else None, float(metrics["seconds"]), checkpoint)
+        of_pixels = samples.maps is not None
+        best: AnyEpoch = (PixelEpoch if of_pixels else Epoch)(**metrics["best"])
+        test = (PixelScore if of_pixels else SplitScore)(**metrics["test"]) if metrics["test"] else None
+        return RunResult(model, best, test, float(metrics["seconds"]), checkpoint)
     except (TypeError, ValueError, LookupError) as error:
         raise CorruptError(f"cannot read the metrics of {out}: {error}", f"delete {out}, and train again") from error

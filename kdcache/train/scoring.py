@@ -15,7 +15,8 @@ from kdcache.config.schema import TrainSpec
 from kdcache.data.loader import cut_range
 from kdcache.data.views import View
 from kdcache.models.checks import set_evaluation_mode
-from kdcache.models.evaluate import Scorer, SplitScore, Sums
+from kdcache.models.evaluate import Scorer, SplitScore, Sums, total_of
+from kdcache.models.pixel_scores import PixelScore, PixelSums
 from kdcache.runtime.progress import Progress, Task
 from kdcache.train.batches import check_groups, cut_batches
 from kdcache.train.passes import TEST, VALIDATION, MicroBatches, Pass, Work
@@ -24,7 +25,7 @@ from kdcache.train.step import Trainer
 _EVALUATION_BATCH = 512
 
 
-def validation_work(trainer: Trainer, validation: View, epoch: int, task: Task) -> Work[SplitScore]:
+def validation_work(trainer: Trainer, validation: View, epoch: int, task: Task) -> Work[SplitScore | PixelScore]:
     """Return the score of the network on the validation split, of which each process evaluates its share."""
     network, count, evaluated = trainer.selected.model, len(validation), 0
 
@@ -37,8 +38,8 @@ def validation_work(trainer: Trainer, validation: View, epoch: int, task: Task) 
     cuts = _evaluation_cuts(count)[trainer.accelerator.process_index :: trainer.ranks]
     wanted = Pass(validation, validation.view, cuts, 1, (epoch, VALIDATION), trainer.device, trainer.spec.num_workers)
     own = yield from _sums_work(network, wanted, on_batch)
-    parts: list[Sums] = gather_object([own])
-    return Sums(*map(sum, zip(*parts, strict=True))).score(validation.samples)
+    parts: list[Sums | PixelSums] = gather_object([own])
+    return total_of(parts).score(validation.samples)
 
 
 def _share_statistics(trainer: Trainer) -> None:
@@ -105,7 +106,7 @@ def held_out_cuts(trainer: Trainer, held: View) -> list[Tensor]:
 
 def testing_work(
     model: nn.Module, test: View, spec: TrainSpec, epochs: int, device: torch.device | str, progress: Progress
-) -> Work[SplitScore]:
+) -> Work[SplitScore | PixelScore]:
     """Return the score of a network, which is on `device`, on the test split, after so many epochs."""
     wanted = Pass(
         test,
@@ -126,7 +127,7 @@ def _evaluation_cuts(count: int) -> list[Tensor]:
     return [torch.arange(cut.start, cut.stop) for cut in cut_range(range(count), _EVALUATION_BATCH)]
 
 
-def _sums_work(network: nn.Module, wanted: Pass, on_batch: Callable[[int], None]) -> Work[Sums]:
+def _sums_work(network: nn.Module, wanted: Pass, on_batch: Callable[[int], None]) -> Work[Sums | PixelSums]:
     """Return the sums of a network, in evaluation mode, over the batches of a pass."""
     was_training, scorer = network.training, Scorer(network)
     set_evaluation_mode(network)
@@ -140,4 +141,4 @@ def _sums_work(network: nn.Module, wanted: Pass, on_batch: Callable[[int], None]
 
 def _add(scorer: Scorer, micro_batches: MicroBatches) -> None:
     (batch,) = micro_batches
-    scorer.add(batch.images, batch.labels)
+    scorer.add(batch.images, batch.labels, batch.maps)

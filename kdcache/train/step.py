@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from kdcache.config.schema import TrainSpec
 from kdcache.data.views import View
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
 from kdcache.losses.batch import OVER_ALL_RANKS, BatchTotals, labeled_shares
+from kdcache.losses.dense import DenseTotals, dense_loss
 from kdcache.losses.distillation import NO_CONTROL
 from kdcache.train.accelerator import join_processes
 from kdcache.train.batches import check_groups, cut_batches, epoch_order
 from kdcache.train.controller import ComingStep
+from kdcache.train.dense import totals_of_step
 from kdcache.train.edges import BatchEdges
 from kdcache.train.learned import CHANCES, NO_PARTS, LearnedParts, TrainedController, WholeNetwork
 from kdcache.train.network_trainer import NetworkTrainer, sum_of_parts
@@ -38,12 +41,14 @@ class StepContext:
     Attributes:
         micro_batches: its part of the batch.
         totals: of the batch, over all processes.
+        dense: totals of its label maps; None without.
         epoch: number of the epoch, from 1; schedules of the loss depend on it.
     """
 
     micro_batches: Sequence[MicroBatch]
     totals: BatchTotals
     epoch: int
+    dense: DenseTotals | None = None
 
 
 class Trainer(NetworkTrainer):
@@ -183,7 +188,9 @@ class Trainer(NetworkTrainer):
         return self.reduced(parts)
 
     def _step_of(self, micro_batches: MicroBatches, ids: Tensor, train: View, epoch: int) -> LossParts:
-        return self._step(StepContext(micro_batches, self._totals(ids, train, micro_batches), epoch))
+        over_ranks = partial(self.accelerator.reduce, reduction="sum") if self.ranks > 1 else None
+        dense = totals_of_step(micro_batches, len(ids), over_ranks)
+        return self._step(StepContext(micro_batches, self._totals(ids, train, micro_batches), epoch, dense))
 
     def _totals(self, ids: Tensor, train: View, micro_batches: Sequence[MicroBatch]) -> BatchTotals:
         """Return the totals of the batch [B] that all micro-batches of all processes make up."""
@@ -227,12 +234,26 @@ class Trainer(NetworkTrainer):
         controller: TrainedController | None,
     ) -> LossParts:
         """Return the part of a micro-batch in the loss of its batch, with what a controller sets for it."""
-        _, labels, mixed, teacher_logits, targets = micro_batch
-        if LOGITS in said:
+        _, labels, mixed, teacher_logits, targets, maps = micro_batch
+        if LOGITS in said and maps is not None:
+            of_step = (context.epoch, self.theta, context.dense, self.spec.label_smoothing)
+            parts = dense_loss(said[LOGITS], teacher_logits, maps, self.loss, *of_step)
+        elif LOGITS in said:
             control = NO_CONTROL if controller is None else controller.control(said[LOGITS], micro_batch)
             smoothing, chances = self.spec.label_smoothing, said.get(CHANCES)
-            of_step = (context.epoch, mixed, self.theta, context.totals, smoothing, control, chances)
-            parts = self._distillation_loss(said[LOGITS], teacher_logits, labels, self.loss, *of_step)
+            parts = self._distillation_loss(
+                said[LOGITS],
+                teacher_logits,
+                labels,
+                self.loss,
+                context.epoch,
+                mixed,
+                self.theta,
+                context.totals,
+                smoothing,
+                control,
+                chances,
+            )
         else:
             parts = LossParts(*(torch.zeros((), device=self.device) for _ in LossParts._fields))
         if self.learned.outputs is None:

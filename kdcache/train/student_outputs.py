@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from kdcache.data.views import View
 from kdcache.errors import MismatchError, UsageError
 from kdcache.losses import Loss
 from kdcache.losses.batch import BatchTotals
+from kdcache.losses.outputs import OutputLossOptions
 from kdcache.models.checkpoints import load_weights, save_weights
 from kdcache.models.checks import refusing
 from kdcache.models.taps import Tap, Taps, check_taps
@@ -51,7 +53,7 @@ class StudentOutputs(nn.Module):
         self._taps = Taps(model, taps, "student")
         self.projections = nn.ModuleDict(
             {
-                name: nn.Linear(*widths[name])
+                name: nn.Conv2d(*widths[name], 1) if type(options).places == "grid" else nn.Linear(*widths[name])
                 for name, options in loss.outputs.items()
                 if type(options).same_width and widths[name][0] != widths[name][1]
             }
@@ -73,7 +75,7 @@ class StudentOutputs(nn.Module):
         """Return the part of these samples in the weighted sum of the losses of all outputs, [].
 
         Args:
-            said: outputs of the student, [B, D] each, after the linear maps.
+            said: outputs of the student, [B, D] each, or [B, C, H, W], after the linear maps.
             targets: outputs of the teacher.
             totals: of the batch that the samples are part of.
         """
@@ -136,13 +138,28 @@ def student_outputs(
             "hold out samples of the cache (train.held_out_fraction), remove train.early_stopping_patience, or train "
             "the class logits too (remove `logits: false`)",
         )
-    named = {name: Tap(output.source, output.pool) for name, output in spec.outputs.items()}
-    taps = {name: named.get(name, Tap()) for name in loss.outputs}
+    taps = {name: _tap(spec, name, options, name in teacher.unmapped) for name, options in loss.outputs.items()}
     check_taps(taps, model, "student")
     widths = _try(model, taps, loss, train, teacher)
     for name in teacher.unmapped:
         _check_same_width(name, *widths[name])
     return StudentOutputs(model, loss, taps, widths, train.samples.group_size)
+
+
+def _tap(spec: StudentSpec, name: str, options: OutputLossOptions, unmapped: bool) -> Tap:
+    """Return where an output is taken, as a map if its loss is one of maps; `unmapped` if it is not a vector.
+
+    Raises:
+        UsageError: if a map is to be pooled.
+    """
+    output, is_map = spec.outputs.get(name), type(options).places == "grid"
+    if is_map and output is not None and output.pool != "none":
+        raise UsageError(
+            f"student.outputs.{name}.pool is {output.pool}, and the loss {options.name} compares maps",
+            f"remove student.outputs.{name}.pool",
+        )
+    tap = Tap() if output is None else Tap(output.source, output.pool)
+    return replace(tap, places="grid", of_one_number=unmapped) if is_map else tap
 
 
 def _try(

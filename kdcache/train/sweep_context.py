@@ -15,7 +15,7 @@ from kdcache.train.inputs import CacheOptions, TrainingInputs, inputs_from_cache
 from kdcache.train.run_folder import read_json
 from kdcache.train.run_result import RunResult
 from kdcache.train.sweep_groups import Job
-from kdcache.train.sweep_results import StudentResult, TextStudentResult
+from kdcache.train.sweep_results import PixelStudentResult, StudentResult, TextStudentResult
 from kdcache.train.sweep_worker import StudentProgress
 from kdcache.train.tokens.inputs import TokenInputs, check_token_pipeline, inputs_of_sequences, one_cache
 from kdcache.train.tokens.train import LanguageRunResult, train_on_sequences
@@ -144,10 +144,16 @@ def read_result(job: Job) -> StudentResult:
     metrics = read_json(job.folder / "metrics.json")
     if isinstance(job.point.pipeline, TextPipeline):
         return _text_result(job, metrics)
+    known = job.point.name, job.seed, str(job.folder)
+    if "validation_mean_iou" in metrics["best"]:
+        test = metrics["test"] or {"mean_iou": None, "accuracy": None}
+        validation = metrics["best"]["validation_mean_iou"]
+        return PixelStudentResult(
+            *known, test["mean_iou"], validation, metrics["seconds"], pixel_accuracy=test["accuracy"]
+        )
     test = metrics["test"]["accuracy"] if metrics["test"] else None
     validation = metrics["best"]["validation_accuracy"]
     held_out = metrics["best"]["validation_loss"] if validation is None else None
-    known = job.point.name, job.seed, str(job.folder)
     return StudentResult(*known, test, validation, metrics["seconds"], held_out=held_out)
 
 

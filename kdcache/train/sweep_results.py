@@ -55,6 +55,17 @@ class TextStudentResult(StudentResult):
     agreement: float | None = None
 
 
+@dataclass(frozen=True)
+class PixelStudentResult(StudentResult):
+    """The result of a network that says a class of every pixel: `test` and `validation` are mean IoU.
+
+    Attributes:
+        pixel_accuracy: share of the pixels of the test split with the right class; None as for `test`.
+    """
+
+    pixel_accuracy: float | None = None
+
+
 class Mean(NamedTuple):
     """A mean over seeds, and the standard deviation (n - 1), 0 for one seed."""
 
@@ -98,6 +109,11 @@ class SweepSummary:
     def is_of_text(self) -> bool:
         """Whether the students are language models."""
         return isinstance(self.students[0], TextStudentResult)
+
+    @property
+    def is_of_pixels(self) -> bool:
+        """Whether the students say a class of every pixel, and accuracies are mean IoU."""
+        return any(isinstance(student, PixelStudentResult) for student in self.students)
 
     def mean_of(self, measure: str) -> Mean | None:
         """Return the mean over the seeds of a measure of language models, and its standard deviation (n - 1)."""
@@ -161,5 +177,7 @@ def write_results(summaries: Sequence[SweepSummary], dataset: str, out: Path) ->
     if not any(accuracies.values()):
         return table, None
     seeds = max(len(summary.students) for summary in summaries)
-    draw_accuracies(accuracies, None, f"{dataset}, {seeds} {'seed' if seeds == 1 else 'seeds'}", picture, "student")
+    title = f"{dataset}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
+    measure = "test mIoU, %" if any(summary.is_of_pixels for summary in summaries) else "test accuracy, %"
+    draw_accuracies(accuracies, None, title, picture, "student", measure)
     return table, picture

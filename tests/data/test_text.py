@@ -317,6 +317,9 @@ def test_files_that_are_not_there_are_named(tokenizer: Tokenizer, tmp_path: Path
     (tmp_path / "data.csv").write_text("a")
     with pytest.raises(UsageError, match=r"data.csv is a .csv, which is not known"):
         load_text(tmp_path / "data.csv", tokenizer)
+    (tmp_path / "list.json").write_text('[{"text": "a b"}]')
+    with pytest.raises(UsageError, match=r"list.json is a JSON list, not one object per line"):
+        load_text(tmp_path / "list.json", tokenizer)
     (tmp_path / "data.jsonl").write_text("")
     with pytest.raises(UsageError, match="there are no records to tokenize"):
         load_text(tmp_path / "data.jsonl", tokenizer)

@@ -31,6 +31,8 @@ FORGETFUL = "{% for m in messages %}{{ loop.length }} {{ m.role }}: {{ m.content
 
 DOCUMENTS = [text[:600] for text in list(topics.values())[:12]]
 
+RECORDS = [{"text": document} for document in DOCUMENTS[:4]]
+
 
 def write_tokenizer(
     folder: Path, template: str | None = MARKED, bos: bool = False, eos: bool = False, size: int = VOCABULARY_SIZE
@@ -91,7 +93,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def write_pipeline(path: Path, root: Path, teacher: Path, dataset: str = "", cache: str = "") -> Path:
-    """Write a pipeline of text, with shards of four sequences."""
+    """Write a pipeline of text, with shards of 20 sequences."""
     path.write_text(
         f"dataset: {{name: text, root: '{root}', max_length: 48{dataset}}}\n"
         f"teacher: {{model: 'hf:{teacher}'}}\n"

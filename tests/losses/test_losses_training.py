@@ -19,7 +19,7 @@ from kdcache.data.views import View
 from kdcache.errors import UsageError
 from kdcache.losses import Loss, distillation_loss, learned_temperature
 from kdcache.runtime.progress import Silent
-from kdcache.train.loop import Epoch, fit
+from kdcache.train.loop import AnyEpoch, fit
 from kdcache.train.step import Trainer
 
 PLAIN = TrainSpec(epochs=3, batch_size=37, lr=0.5, momentum=0.0, nesterov=False, weight_decay=0.0, schedule="constant")
@@ -187,7 +187,7 @@ def test_temperatures_are_told_as_means_over_the_samples() -> None:
     x, y = teacher.amax(dim=1), student.amax(dim=1)
     torch.testing.assert_close(parts.teacher_temperature, (2 * x * 4 / (x + y)).mean())
     torch.testing.assert_close(parts.student_temperature, (2 * y * 4 / (x + y)).mean())
-    rows: list[Epoch] = []
+    rows: list[AnyEpoch] = []
     for name, expected in (("kd", 4.0), ("ce", None)):
         rows.clear()
         loss = Loss.model_validate({"name": name})

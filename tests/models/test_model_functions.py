@@ -139,7 +139,7 @@ def test_the_shape_is_needed_by_the_network_that_depends_on_it_only() -> None:
         ("torchvision:resnet50@IMAGENET1K_V3", "IMAGENET1K_V2"),
         ("cifar:resnet32x5", "resnet32x4"),
         ("cifar:mobilenetv2", "MobileNetV2"),
-        ("small:cn", "cnn"),
+        ("small:cnnn", "cnn"),
     ],
 )
 def test_a_misspelled_model_is_answered_with_a_similar_one(given: str, meant: str) -> None:

@@ -125,7 +125,7 @@ def test_images_of_every_size_are_enlarged_to_the_size_that_a_transformer_takes(
         ("resnet18@IMAGENET1K_V1", {}, "unknown model 'resnet18@IMAGENET1K_V1'"),
         ("torchvision:resnet19", {}, "no network 'resnet19' that classifies images"),
         ("torchvision:", {}, "no network ''"),
-        ("torchvision:fcn_resnet50", {}, "no network 'fcn_resnet50' that classifies images"),
+        ("torchvision:raft_small", {}, "no network 'raft_small' that classifies images"),
         ("torchvision:resnet50@BEST", {}, "no weights 'BEST' of resnet50\nfix: it has IMAGENET1K_V1, IMAGENET1K_V2"),
         ("torchvision:resnet50@", {}, "no weights '' of resnet50"),
         ("timm:resnet19", {}, "timm has no network 'resnet19'"),

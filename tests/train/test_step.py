@@ -32,7 +32,7 @@ from kdcache.losses import Loss, distillation_loss, learned_temperature
 from kdcache.models.evaluate import SplitScore, evaluate
 from kdcache.models.small import SmallCNN, SmallMLP
 from kdcache.train.batches import check_groups
-from kdcache.train.loop import Epoch, fit, view_of_epoch
+from kdcache.train.loop import AnyEpoch, fit, view_of_epoch
 from kdcache.train.optim import rate
 from kdcache.train.step import Trainer
 
@@ -371,7 +371,7 @@ def test_the_average_is_that_of_the_weights_and_of_running_statistics_and_intege
 
 def test_the_ema_weights_are_validated_and_saved() -> None:
     train = View(digits(), digits().transform)
-    model, rows = SmallMLP(10, 1, 8, 8), list[Epoch]()
+    model, rows = SmallMLP(10, 1, 8, 8), list[AnyEpoch]()
     frozen = copy.deepcopy(model)
     spec = TrainSpec(epochs=1, ema_decay=0.999999, batch_size=1000)
     done = fit(model, train, train, spec, CASES["ce, smoothed"].of, on_epoch=rows.append)
@@ -384,7 +384,7 @@ def test_the_ema_weights_are_validated_and_saved() -> None:
 
 def test_early_stopping_after_patience_epochs_without_improvement() -> None:
     seen = View(digits(), digits().transform)
-    rows: list[Epoch] = []
+    rows: list[AnyEpoch] = []
     # After the first step, which is 0.5 long, none moves a weight: no epoch is better than the first.
     spec = TrainSpec.model_validate(
         {"epochs": 20, "early_stopping_patience": 3, "batch_size": 500, "lr": 0.5, "momentum": 0, "weight_decay": 0,
@@ -479,7 +479,7 @@ def test_fp16_without_a_gpu_is_refused() -> None:
     assert "bf16" in caught.value.fix
 
 
-def trained_convolutions(**options: Any) -> tuple[SmallCNN, list[Epoch]]:
+def trained_convolutions(**options: Any) -> tuple[SmallCNN, list[AnyEpoch]]:
     torch.manual_seed(3)
     model = SmallCNN(10, 1, width=4)
     spec = TrainSpec.model_validate({"epochs": 1, "batch_size": 200, **options})

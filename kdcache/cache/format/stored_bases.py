@@ -53,7 +53,9 @@ def _parts(basis: TailBasis | VectorBasis) -> dict[str, torch.Tensor]:
 
 
 def read_basis(cache: Path, plan: Plan) -> TailBasis | None:
-    """Read the basis of the tail of the class logits; None if the encoding does not use one."""
+    """Read the basis of the tail of the class logits; None if there are no class logits, or their encoding has none."""
+    if plan.class_encoding is None:
+        return None
     arrays = _read_basis(cache, plan, DEFAULT_OUTPUT)
     return _tail_basis(arrays) if arrays else None
 

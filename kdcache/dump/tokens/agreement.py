@@ -1,4 +1,4 @@
-"""How near stored distributions of the next token are to those of the teacher."""
+"""The differences between stored distributions of the next token and those of the teacher."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.texts import DOCUMENTS, MARKED, write_lines, write_tokenizer
+from helpers.texts import MARKED, RECORDS, write_lines, write_tokenizer
 from torch import Tensor
 
 from kdcache import Cache, TokenTargets
@@ -24,7 +24,6 @@ from kdcache.models.causal_lm import CausalLM
 from kdcache.models.from_transformers_lm import load_causal_lm
 from kdcache.models.teacher import TeacherIdentity
 
-RECORDS = [{"text": document} for document in DOCUMENTS[:4]]
 TAILS = ["lowrank", "ghost", "draws"]
 
 

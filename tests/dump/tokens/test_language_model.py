@@ -52,7 +52,7 @@ def dense(model: CausalLM, text: TokenizedText, index: int) -> Tensor:
     """The logits of the whole network at the taught positions of a sequence, alone in a batch, [n, V] float64."""
     ids, taught = text.tokens(index)
     with torch.no_grad():
-        logits = model.network(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+        logits: Tensor = model.network(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
     return logits[torch.from_numpy(taught)][:, : text.vocabulary_size].double()
 
 
@@ -165,11 +165,11 @@ def test_bfloat16_is_the_precision_of_the_body(text_teacher: Path, text: Tokeniz
     check_rows(cache, load_causal_lm(str(text_teacher)), text, tolerance=0.3)
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Records the number of elements of the largest tensor that is made."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -271,10 +271,10 @@ def test_other_settings_are_refused_with_both_values(
 # What is refused.
 
 
-def check_refused(out: Path, error: type[Exception], message: str, *given: Any, **options: Any) -> None:
+def check_refused(out: Path, error: type[Exception], message: str, model: Any, sequences: Any, **options: Any) -> None:
     """Check that a dump is refused, and that nothing is left."""
     with pytest.raises(error, match=message):
-        dump_language_model(*given, out, **{**SETTINGS, **options})
+        dump_language_model(model, sequences, out, **{**SETTINGS, **options})
     assert not list(out.parent.glob("*.kdcache*"))
 
 
@@ -292,9 +292,9 @@ def test_teachers_that_do_not_fit_are_refused_and_leave_nothing(
     network.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits.tanh())
     check_refused(out, UsageError, "differ by .* from those of a linear head", network, text)
     check_refused(out, UsageError, "Linear has no body", nn.Linear(2, 2), text)
-    short = new_causal_lm("llama", {**vars(model.network.config), "max_position_embeddings": 40})  # type: ignore[arg-type]
+    short = new_causal_lm("llama", {**vars(model.network.config), "max_position_embeddings": 40})
     check_refused(out, MismatchError, "sequences have up to 48 tokens, and LlamaForCausalLM takes 40", short, text)
-    small = new_causal_lm("llama", {**vars(model.network.config), "vocab_size": 399})  # type: ignore[arg-type]
+    small = new_causal_lm("llama", {**vars(model.network.config), "vocab_size": 399})
     check_refused(out, MismatchError, "vocabulary has 400 tokens, and the head of LlamaForCausalLM 399", small, text)
 
 
@@ -307,6 +307,16 @@ def test_numbers_that_are_not_finite_are_refused_by_their_sequence(
     check_refused(tmp_path / "c.kdcache", CorruptError, r"hidden states of sequence \d+ are NaN", model, text)
     pattern = r"hidden state of sequence \d+, token \d+, is NaN"
     check_refused(tmp_path / "c.kdcache", CorruptError, pattern, model, text, tail="ghost")
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_named(
+    model: CausalLM, text: TokenizedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CausalLM, "hidden_states", full)
+    check_refused(tmp_path / "c.kdcache", UsageError, "4 sequences of 48 tokens do not fit the memory", model, text)
 
 
 def test_sequences_in_memory_are_dumped_and_checked(model: CausalLM, tmp_path: Path) -> None:

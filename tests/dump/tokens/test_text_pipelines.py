@@ -10,24 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.cli import ok, refused
-from helpers.texts import DOCUMENTS, UNMARKED, write_lines, write_pipeline, write_teacher, write_tokenizer
+from helpers.texts import RECORDS, UNMARKED, write_lines, write_pipeline, write_teacher, write_tokenizer
 
 from kdcache import Cache, open_cache
-
-RECORDS = [{"text": document} for document in DOCUMENTS[:4]]
-
-
-@pytest.fixture(scope="module")
-def pipeline(text_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline")
-    root = write_lines(folder / "texts.jsonl", RECORDS)
-    return write_pipeline(folder / "text.yaml", root, text_teacher)
-
-
-@pytest.fixture(scope="module")
-def cache(pipeline: Path) -> Cache:
-    ok("dump-teacher", pipeline, "-o", pipeline.parent / "c.kdcache", "--device", "cpu")
-    return open_cache(pipeline.parent / "c.kdcache")
 
 
 def test_what_is_printed_says_what_the_cache_is(pipeline: Path, cache: Cache) -> None:

@@ -9,24 +9,9 @@ import pytest
 from helpers.cli import ok
 from helpers.processes import exit_code
 from helpers.ranks import contents, ranks
-from helpers.texts import DOCUMENTS, write_lines, write_pipeline
+from helpers.texts import RECORDS, write_lines
 
-from kdcache import Cache, open_cache
-
-RECORDS = [{"text": document} for document in DOCUMENTS[:4]]
-
-
-@pytest.fixture(scope="module")
-def pipeline(text_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline")
-    root = write_lines(folder / "texts.jsonl", RECORDS)
-    return write_pipeline(folder / "text.yaml", root, text_teacher)
-
-
-@pytest.fixture(scope="module")
-def cache(pipeline: Path) -> Cache:
-    ok("dump-teacher", pipeline, "-o", pipeline.parent / "c.kdcache", "--device", "cpu")
-    return open_cache(pipeline.parent / "c.kdcache")
+from kdcache import Cache
 
 
 def test_two_processes_make_the_cache_of_one(pipeline: Path, cache: Cache, tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""The losses of outputs that are maps: the options of each, and their names.
+
+To add one, write its function in `maps.py`, and list it here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
+
+from pydantic import Field
+from torch import Tensor
+
+from kdcache.losses import maps
+from kdcache.losses.batch import BatchTotals
+from kdcache.losses.options import Positive
+from kdcache.losses.outputs import OUTPUT_LOSSES, OutputLossOptions
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class MapLossOptions(OutputLossOptions):
+    """The loss of one output that is a map: base class of those below."""
+
+    places: ClassVar[Literal["one", "grid"]] = "grid"
+
+    align: maps.Align = "bilinear"
+    """How the teacher's map is brought to the grid of the student: as the teacher enlarges its own."""
+    align_corners: bool = False
+    """Whether the corners of both grids are at the same place, as the teacher has it; of `bilinear` alone."""
+
+    def values(
+        self, student: Tensor, teacher: Tensor, totals: BatchTotals | None = None, group_size: int = 1
+    ) -> Tensor:
+        """Return the loss of each sample, [B], before its weight.
+
+        Args:
+            student: [B, C, H, W].
+            teacher: [B, C, h, w]; [B, C', h, w] for a loss that compares places alone.
+            totals: of the batch that the samples are part of; None if they are the whole batch.
+            group_size: without effect on maps.
+        """
+        height, width = student.shape[2:]
+        teacher = maps.resized(teacher, (height, width), self.align, self.align_corners)
+        return self._of_same_places(student, teacher, totals)
+
+    def _of_same_places(self, student: Tensor, teacher: Tensor, totals: BatchTotals | None) -> Tensor:
+        options = {key: value for key, value in self if key not in ("name", "weight", "align", "align_corners")}
+        over: maps.Standardize = options.pop("standardize", "none")
+        if totals is not None and self.of_sums:
+            options["batch_sum"] = totals.sum
+        return type(self).compute(maps.standardized(student, over), maps.standardized(teacher, over), **options)
+
+
+class PixelKD(MapLossOptions):
+    """`pixel_kd`: KL divergence of the classes at each place, times the squared temperature."""
+
+    compute = staticmethod(maps.pixel_kd)
+    kinds = ("classes",)
+    name: Literal["pixel_kd"]
+    tau: Positive = 1.0
+    """Temperature."""
+    standardize: Literal["none", "channels"] = "none"
+    """`channels`: logits of mean 0 and deviation 1 at each place."""
+
+
+class PixelMSE(MapLossOptions):
+    """`pixel_mse`: mean squared error at each place."""
+
+    compute = staticmethod(maps.pixel_mse)
+    kinds = ("vector", "score")
+    name: Literal["pixel_mse"]
+    standardize: maps.Standardize = "none"
+    """Of mean 0 and deviation 1: the `channels` of each place, or the `places` of each channel."""
+
+
+class CWD(MapLossOptions):
+    """`cwd`: KL divergence of the distributions over the places of each channel."""
+
+    compute = staticmethod(maps.channel_wise)
+    kinds = ("classes", "vector")
+    needs_level = True
+    name: Literal["cwd"]
+    tau: Positive = 4.0
+    """Temperature."""
+
+
+class AT(MapLossOptions):
+    """`at`: where the features are large."""
+
+    compute = staticmethod(maps.attention_transfer)
+    same_width = False
+    name: Literal["at"]
+    power: Positive = 2.0
+    """Exponent of the magnitudes."""
+
+
+class Theia(MapLossOptions):
+    """`theia`: cosine and smooth L1 to standardized features."""
+
+    compute = staticmethod(maps.theia)
+    of_sums = True
+    name: Literal["theia"]
+    cosine_weight: Share = 0.9
+    """Share of the cosine."""
+
+
+class SALT(MapLossOptions):
+    """`salt`: mean absolute error to latents."""
+
+    compute = staticmethod(maps.masked_latents)
+    name: Literal["salt"]
+    normalize: bool = False
+    """Targets of mean 0 and variance 1 at each place."""
+
+
+MAP_LOSSES: dict[str, type[MapLossOptions]] = {
+    "pixel_kd": PixelKD,
+    "pixel_mse": PixelMSE,
+    "cwd": CWD,
+    "at": AT,
+    "theia": Theia,
+    "salt": SALT,
+}
+
+ALL_LOSSES: dict[str, type[OutputLossOptions]] = {**OUTPUT_LOSSES, **MAP_LOSSES}
+"""The losses of all outputs beside class logits, by name."""
+
+if TYPE_CHECKING:
+    OutputLoss = OutputLossOptions
+else:
+    OutputLoss = Annotated[Union[tuple(ALL_LOSSES.values())], Field(discriminator="name")]  # noqa: UP007

@@ -1,0 +1,87 @@
+"""Scores of a network that says a class of every pixel: accuracy, mean intersection over union, and loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdcache.data.samples import Samples
+from kdcache.errors import MismatchError, UsageError
+from kdcache.losses.maps import resized
+
+
+class PixelScore(NamedTuple):
+    """Scores over the labeled pixels of a split.
+
+    Attributes:
+        accuracy: share of the pixels with the right class.
+        loss: mean negative log-likelihood of a pixel, in nats.
+        mean_iou: mean over the classes of intersection / union; classes that are nowhere, neither in labels nor in
+            predictions, are left out.
+        iou: of each class; None for one that is nowhere.
+    """
+
+    accuracy: float
+    loss: float
+    mean_iou: float
+    iou: tuple[float | None, ...]
+
+
+class PixelSums(NamedTuple):
+    """Sums over the labeled pixels of some batches.
+
+    Attributes:
+        right: [C] int64, pixels of each class that are predicted as it.
+        predicted: [C] int64, pixels that are predicted as each class.
+        labeled: [C] int64, pixels of each class.
+        loss: summed negative log-likelihood.
+    """
+
+    right: Tensor
+    predicted: Tensor
+    labeled: Tensor
+    loss: float
+
+    def score(self, samples: Samples) -> PixelScore:
+        """Return the scores.
+
+        Raises:
+            UsageError: if no pixel has a label.
+        """
+        count = int(self.labeled.sum())
+        if not count:
+            raise UsageError(f"no pixel of {samples.name}/{samples.split} has a label", "evaluate on a labeled split")
+        union = self.predicted + self.labeled - self.right
+        iou = tuple(right / of if of else None for right, of in zip(self.right.tolist(), union.tolist(), strict=True))
+        known = [each for each in iou if each is not None]
+        return PixelScore(int(self.right.sum()) / count, self.loss / count, sum(known) / len(known), iou)
+
+
+def pixel_sums(logits: Tensor, maps: Tensor) -> PixelSums:
+    """Return the sums over the pixels of a batch, on the CPU.
+
+    Args:
+        logits: [B, C, h, w], which are enlarged to the size of the label maps.
+        maps: [B, H, W] int64, -1 where ignored, on the same device.
+
+    Raises:
+        MismatchError: if the logits are not maps of the classes of the labels.
+    """
+    if logits.ndim != 4 or len(logits) != len(maps) or int(maps.max()) >= logits.shape[1]:
+        raise MismatchError(
+            f"the network returned {list(logits.shape)} for label maps {list(maps.shape)} of classes up to "
+            f"{int(maps.max())}",
+            "evaluate a network that returns logits [B, C, h, w] of the classes of the data set",
+        )
+    classes = logits.shape[1]
+    enlarged = resized(logits.float(), (maps.shape[1], maps.shape[2]))
+    known = maps >= 0
+    truth, guess = maps[known], enlarged.argmax(dim=1)[known]
+    right, predicted, labeled = (
+        torch.bincount(each, minlength=classes).cpu() for each in (truth[truth == guess], guess, truth)
+    )
+    loss = float(F.cross_entropy(enlarged, maps, ignore_index=-1, reduction="sum"))
+    return PixelSums(right, predicted, labeled, loss)

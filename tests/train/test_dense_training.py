@@ -1,0 +1,150 @@
+"""Students of label maps: from train-teacher to train-student, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cli import ok, refused
+from helpers.scenes import scenes_folder
+from torch.nn import functional as F
+
+from kdcache import load_pipeline, load_split, open_cache
+from kdcache.data.views import View
+from kdcache.models.build import build_model
+from kdcache.models.checkpoints import load_weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data set, a pipeline, a trained teacher and its cache."""
+    made = scenes_folder(tmp_path_factory.mktemp("dense"))
+    ok("train-teacher", made / "p.yaml", "-o", made / "teacher")
+    ok("dump-teacher", made / "p.yaml", "-o", made / "t.kdcache")
+    return made
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_a_teacher_of_pixels_is_selected_by_its_mean_iou(folder: Path) -> None:
+    rows = lines(folder / "teacher" / "metrics.csv")
+    metrics = json.loads((folder / "teacher" / "metrics.json").read_text())
+    best = max(rows, key=lambda row: float(row["validation_mean_iou"]))
+    assert metrics["best"]["epoch"] == int(best["epoch"])
+    assert metrics["test"]["mean_iou"] == pytest.approx(sum(metrics["test"]["iou"]) / 3)
+    assert metrics["test"]["mean_iou"] > 0.5
+
+
+def test_maps_of_the_cache_are_those_of_the_teacher(folder: Path) -> None:
+    pipeline, cache = load_pipeline(folder / "p.yaml"), open_cache(folder / "t.kdcache")
+    samples = load_split(pipeline.dataset, "train")
+    network = build_model(pipeline.section("teacher"), 3, (3, 24, 32))
+    load_weights(network, str(folder / "teacher" / "model.safetensors"))
+    network.eval()
+    for view in (0, 1):
+        batch = View(samples, pipeline.transform or [], cache.manifest.plan.views.seed).batch([3, 9], view)
+        with torch.no_grad():
+            truth = network(batch.images)
+        decoded = cache.teacher("pixels")(torch.tensor([3, 9]), view)
+        assert decoded.shape == (2, 3, 6, 8)
+        assert float((decoded.softmax(1) - truth.softmax(1)).abs().sum(1).mean()) / 2 < 0.02
+
+
+@pytest.mark.parametrize("loss", ["kd", "dtkd", "ka", "ce"])
+def test_a_student_learns_from_maps(loss: str, folder: Path, tmp_path: Path) -> None:
+    cache = [] if loss == "ce" else ["--cache", folder / "t.kdcache"]
+    printed = ok("train-student", folder / "p.yaml", *cache, "--loss", loss, "-o", tmp_path / "run")
+    assert "validation mIoU" in printed and "pixel accuracy" in printed
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test"]["mean_iou"] > 0.4
+    rows = lines(tmp_path / "run" / "metrics.csv")
+    assert (float(rows[0]["distillation"]) > 0) == (loss != "ce")
+
+
+def test_the_first_step_is_the_loss_of_the_formula(folder: Path, tmp_path: Path) -> None:
+    """One step of all images: the loss of metrics.csv is that of the plain computation on decoded maps."""
+    one = ["--set", "student.train.epochs=1", "--set", "student.train.batch_size=64"]
+    ok("train-student", folder / "p.yaml", "--cache", folder / "t.kdcache", *one, "-o", tmp_path / "whole")
+    (row,) = lines(tmp_path / "whole" / "metrics.csv")
+    pipeline, cache = load_pipeline(folder / "p.yaml"), open_cache(folder / "t.kdcache")
+    samples = load_split(pipeline.dataset, "train")
+    torch.manual_seed(0)
+    student = build_model(pipeline.section("student"), 3, (3, 24, 32)).train()
+    batch = View(samples, pipeline.transform or [], cache.manifest.plan.views.seed).batch(list(range(64)), 0)
+    with torch.no_grad():
+        said = student(batch.images)
+    teacher = cache.teacher("pixels")(torch.arange(64), 0)
+    assert batch.maps is not None
+    ce = F.cross_entropy(F.interpolate(said, (24, 32), mode="bilinear"), batch.maps, ignore_index=-1)
+    kl = F.kl_div(said.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="none").sum(1).mean()
+    assert float(row["cross_entropy"]) == pytest.approx(float(ce), rel=1e-5)
+    assert float(row["loss"]) == pytest.approx(float(0.1 * ce + 0.9 * kl), rel=1e-5)
+
+
+def test_micro_batches_make_the_step_of_the_batch(folder: Path, tmp_path: Path) -> None:
+    losses = []
+    for parts in (1, 4):
+        options = ["--set", "student.train.epochs=1", "--set", "student.train.batch_size=64"]
+        options += ["--set", f"student.train.gradient_accumulation_steps={parts}"]
+        # Without batch normalization, whose statistics are of a micro-batch.
+        options += ["--set", f"student.model={folder}/plain.py:make", "--set", "student.args={}"]
+        (folder / "plain.py").write_text(
+            "import torch\n"
+            "def make(num_classes):\n"
+            "    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.nn.ReLU(),\n"
+            "                               torch.nn.Conv2d(8, num_classes, 1))\n"
+        )
+        out = tmp_path / str(parts)
+        ok("train-student", folder / "p.yaml", "--cache", folder / "t.kdcache", *options, "-o", out)
+        (row,) = lines(out / "metrics.csv")
+        losses.append([float(row[key]) for key in ("loss", "cross_entropy", "distillation", "validation_loss")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+REFUSED: dict[str, tuple[int, list[str], str]] = {
+    "network of images": (4, ["student.model=small:cnn"], "the network returned [1, 3] for 1 image"),
+    "own transform": (
+        2,
+        ["student.transform=[{RandomHorizontalFlip: {}}, {ToDtype: {dtype: float32, scale: true}}]"],
+        "student.transform would move the pixels",
+    ),
+    "mixed images": (2, ["eval_transform=[{MixUp: {alpha: 0.2}}]"], "mixes images"),
+    "controller": (2, ["loss.controller={kind: tgeo}"], "loss.controller is of whole images"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_defined_for_maps_is_refused(kind: str, folder: Path, tmp_path: Path) -> None:
+    code, settings, said = REFUSED[kind]
+    options = [word for setting in settings for word in ("--set", setting)]
+    command = ["train-student", folder / "p.yaml", "--cache", folder / "t.kdcache", *options, "-o", tmp_path / "run"]
+    assert said in " ".join(refused(code, *command).split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_without_maps_is_refused(folder: Path, tmp_path: Path) -> None:
+    outputs = "cache.outputs={features: {source: features, pool: mean}}"
+    ok("dump-teacher", folder / "p.yaml", "--set", outputs, "-o", tmp_path / "f.kdcache")
+    command = ["train-student", folder / "p.yaml", "--cache", tmp_path / "f.kdcache", "-o", tmp_path / "run"]
+    said = " ".join(refused(2, *command).split())
+    assert "needs the teacher's logits of every place" in said and "has none" in said and "places: grid" in said
+
+
+def test_dtkd_needs_the_level_of_each_place(folder: Path, tmp_path: Path) -> None:
+    outputs = "cache.outputs={pixels: {kind: classes, places: grid, source: classifier}}"
+    ok("dump-teacher", folder / "p.yaml", "--set", outputs, "-o", tmp_path / "l.kdcache")
+    command = ["train-student", folder / "p.yaml", "--cache", tmp_path / "l.kdcache", "--loss", "dtkd"]
+    said = " ".join(refused(2, *command, "-o", tmp_path / "run").split())
+    assert "without the level of each place" in said and "over_places: true" in said
+
+
+def test_a_dump_of_class_logits_of_images_is_refused_with_what_to_keep(folder: Path, tmp_path: Path) -> None:
+    command = ["dump-teacher", folder / "p.yaml", "--set", "cache.logits=true", "--set", "cache.outputs={}"]
+    said = " ".join(refused(4, *command, "-o", tmp_path / "c.kdcache").split())
+    assert "places: grid" in said
+    assert not (tmp_path / "c.kdcache").exists()
