@@ -71,18 +71,26 @@ class StudentOutputs(nn.Module):
             said[name] = projection(said[name])
         return {LOGITS: returned, **said} if self._uses_logits else said
 
-    def loss(self, said: Mapping[str, Tensor], targets: Mapping[str, Tensor], totals: BatchTotals) -> Tensor:
+    def loss(
+        self,
+        said: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        totals: BatchTotals,
+        label_maps: Tensor | None = None,
+    ) -> Tensor:
         """Return the part of these samples in the weighted sum of the losses of all outputs, [].
 
         Args:
             said: outputs of the student, [B, D] each, or [B, C, H, W], after the linear maps.
             targets: outputs of the teacher.
             totals: of the batch that the samples are part of.
+            label_maps: [B, H, W] int64, the class of each pixel; None without.
         """
-        terms = [
-            options.weight * options.values(said[name], targets[name], totals, self._group_size).sum() / totals.rows
-            for name, options in self._losses.items()
-        ]
+        terms = []
+        for name, options in self._losses.items():
+            maps = {"label_maps": label_maps} if options.needs_maps else {}
+            values = options.values(said[name], targets[name], totals, self._group_size, **maps)
+            terms.append(options.weight * values.sum() / totals.rows)
         return torch.stack(terms).sum()
 
     @property
@@ -138,6 +146,12 @@ def student_outputs(
             "hold out samples of the cache (train.held_out_fraction), remove train.early_stopping_patience, or train "
             "the class logits too (remove `logits: false`)",
         )
+    for name, options in loss.outputs.items():
+        if options.needs_maps and train.samples.maps is None:
+            raise UsageError(
+                f"the loss {options.name} of {name} needs a class per pixel, and {train.samples.name} has none",
+                "use pixel_kd or cwd, or a data set with label maps",
+            )
     taps = {name: _tap(spec, name, options, name in teacher.unmapped) for name, options in loss.outputs.items()}
     check_taps(taps, model, "student")
     widths = _try(model, taps, loss, train, teacher)
