@@ -33,6 +33,7 @@ _REQUESTS = {
     "steps, 0.005": GridRequest(encoding="steps", fidelity=0.005, over_places=False),
     "klt, 0.005": GridRequest(encoding="klt", fidelity=0.005, over_places=False),
     "default": GridRequest(encoding="auto", fidelity=None, over_places=False),
+    "default, small": GridRequest(encoding="auto", fidelity=None, over_places=False, compression="small"),
     "over places, 0.02": GridRequest(encoding="auto", fidelity=0.02, over_places=True),
 }
 

@@ -37,7 +37,7 @@ _PILOT_NUMBERS, PILOT_MAPS = 2**25, 128
 _FITTED_PLACES = 2**16
 """Places that axes are fitted to at most."""
 
-_MEASURED_NUMBERS = 2**22
+_MEASURED_NUMBERS = 2**20
 """Numbers of the held-out maps that are compressed to measure a size."""
 
 _EXPONENTS = range(-384, 97)
@@ -269,7 +269,7 @@ class _Bench:
     def _encoding(self, **settings: object) -> GridEncoding:
         _, channels, height, width = self._pilot.shape
         shape = {"channels": channels, "height": height, "width": width, "level": self._level}
-        return GridEncoding.model_validate({**shape, **settings})
+        return GridEncoding.model_validate({**shape, "compression": self._request.compression, **settings})
 
     def _stepped(self, codec: Literal["steps", "klt"]) -> Iterator[PlannedGrids]:
         """Yield the largest step within the limit, or the smallest that is tried; nothing for equal maps."""

@@ -147,6 +147,17 @@ def test_axes_of_few_classes_are_kept_where_most_classes_say_the_same() -> None:
     assert planned.bytes_per_row < 0.5 * plan_grids(mixed, "classes", request("steps", 0.01)).bytes_per_row
 
 
+def test_small_is_smaller_and_decodes_to_the_same() -> None:
+    maps = smooth(16, 12, 32, 32, spread=1.0)
+    fast, small = (
+        plan_grids(maps, "classes", GridRequest(encoding="steps", fidelity=0.02, over_places=False, compression=how))
+        for how in ("fast", "small")
+    )
+    assert fast.encoding == small.encoding.model_copy(update={"compression": "fast"})
+    assert small.bytes_per_row < 0.98 * fast.bytes_per_row
+    assert torch.equal(decoded(fast, maps), decoded(small, maps))
+
+
 def test_scores_are_exact_unless_a_step_is_asked_for() -> None:
     maps = smooth(8, 1)
     assert torch.equal(decoded(plan_grids(maps, "score", request()), maps), maps)

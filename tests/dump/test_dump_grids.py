@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {"shard_rows": 8, "batch_size": 5, "pilot_rows": 37, "lo
 OUTPUTS: dict[str, dict[str, Any]] = {
     "classes": {"kind": "classes", "fidelity": 0.02, **GRID},
     "body": {"source": "body", "fidelity": 0.01, **GRID},
-    "depth": {"kind": "score", **GRID},
+    "depth": {"kind": "score", "compression": "small", **GRID},
     "pooled": {"source": "classes", "pool": "mean"},
 }
 
@@ -217,6 +217,7 @@ REFUSED: list[tuple[dict[str, Any], type[KdcacheError], str]] = [
     ({"maps": {"over_places": True}}, UsageError, "belongs to maps: set `places: grid`"),
     ({"maps": {"patches": [2, 2]}}, UsageError, "belongs to maps: set `places: grid`"),
     ({"maps": {"patches": [2], **GRID}}, UsageError, "patches"),
+    ({"maps": {"compression": "small"}}, UsageError, "belongs to maps: set `places: grid`"),
     ({"maps": {"encoding": "steps"}}, UsageError, "steps is an encoding of maps"),
     ({"maps": {"places": "run"}}, UsageError, "places"),
     ({"maps": {"encoding": "steps", "fidelity": 1e-30, **GRID}}, UsageError, "steps is not within fidelity 1e-30"),
@@ -281,7 +282,7 @@ def test_another_teacher_and_other_settings_do_not_resume_it(whole: Cache, tmp_p
         dumped(out, progress=StopsAfter(4))
     with pytest.raises(MismatchError, match="returns other numbers as the output classes"):
         dumped(out, Dense(scale=1.3))
-    one = {**OUTPUTS, "depth": {"kind": "score", "source": "depth", **GRID}}
+    one = {**OUTPUTS, "depth": {**OUTPUTS["depth"], "source": "depth"}}
     with pytest.raises(MismatchError, match=r"output depth .* has kind, source, pool, labels and places"):
         dumped(out, outputs=one)
     over = {**OUTPUTS, "classes": {**OUTPUTS["classes"], "over_places": True}}
