@@ -97,7 +97,8 @@ def colored(classes: Tensor) -> Pixels:
     colors = np.array([class_color(label) for label in range(max(int(values.max()), 0) + 1)], np.uint8)
     rows, columns = np.indices(values.shape)
     stripes = np.array(_STRIPES, np.uint8)[(rows + columns) // 3 % 2]
-    return np.where((values >= 0)[..., None], colors[values.clip(0)], stripes)
+    shown: Pixels = np.where((values >= 0)[..., None], colors[values.clip(0)], stripes)
+    return shown
 
 
 def difference(one: Tensor, other: Tensor) -> Pixels:
@@ -118,8 +119,10 @@ def draw_maps(picture: MapPicture, names: Sequence[str], name: str) -> Chart:
         names: names of the classes.
         name: name of the chart.
     """
-    lines = [_compared(SaidMap("teacher", picture.teacher), picture.labels, "the labels")] if _has(picture) else []
-    reference, of_what = (picture.labels, "the labels") if picture.teacher is None else (picture.teacher, "the teacher")
+    lines: list[_Line] = []
+    if picture.teacher is not None:
+        lines.append(_compared(SaidMap("teacher", picture.teacher), picture.labels, "labels"))
+    reference, of_what = (picture.labels, "labels") if picture.teacher is None else (picture.teacher, "teacher")
     lines += [_compared(each, reference, of_what) for each in picture.students]
     labels = _reduced(picture.labels)
     shown = [classes for line in lines for classes in line.shown]
@@ -136,8 +139,8 @@ def draw_maps(picture: MapPicture, names: Sequence[str], name: str) -> Chart:
     handles = [_swatch(label) for label in legend]
     named = [short(_name(label, names), _NAME_LENGTH) for label in legend]
     figure.legend(handles, named, loc="outside lower left", frameon=False, ncols=_COLUMNS)
-    said = "; ".join(f"{line.label} {line.differs}" for line in lines)
-    return Chart(name, f"{picture.title}: image, label map and the maps of {len(lines)} networks; {said}", figure)
+    said = "; ".join(f"{line.label}: {line.differs} of the pixels" for line in lines)
+    return Chart(name, f"{picture.title}, its label map and the map of each network. {said}", figure)
 
 
 class _Line(NamedTuple):
@@ -148,20 +151,16 @@ class _Line(NamedTuple):
     differs: str
 
 
-def _has(picture: MapPicture) -> bool:
-    return picture.teacher is not None
-
-
 def _compared(said: SaidMap, reference: Tensor, of_what: str) -> _Line:
     share = share_of_difference(said.classes, reference)
-    differs = "no pixel has a label" if share is None else f"differs from {of_what}: {share:.1%}"
+    differs = "no pixel has a label" if share is None else f"other than {of_what}, {share:.1%}"
     return _Line(said.label, (_reduced(said.classes), _reduced(reference)), differs)
 
 
 def _legend_of(maps: Sequence[Tensor]) -> list[int]:
     """Return the classes in some maps, those with most pixels if they are many, and -1 if pixels are ignored."""
-    labels, counts = torch.cat([each.flatten() for each in maps]).unique(return_counts=True)
-    most = labels[counts.argsort(descending=True, stable=True)].tolist()
+    labels, counts = np.unique(torch.cat([each.flatten() for each in maps]).numpy(), return_counts=True)
+    most = labels[np.argsort(-counts, kind="stable")].tolist()
     known = sorted([label for label in most if label >= 0][:_NAMED])
     return [*known, *([-1] if -1 in most else [])]
 
