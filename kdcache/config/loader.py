@@ -33,7 +33,7 @@ def of_images(pipeline: Pipeline | TextPipeline, path: str | Path) -> Pipeline:
     if isinstance(pipeline, TextPipeline):
         raise UsageError(
             f"{path} is a pipeline of text, and this is for images",
-            "give a pipeline of images; dump-teacher takes one of text",
+            "give a pipeline of images; dump-teacher, train-student and sweep take one of text",
         )
     return pipeline
 

@@ -65,7 +65,9 @@ def inputs_of_sequences(
     options = options or CacheOptions()
     if options.by_content or options.allow_other_pixels:
         name = "--allow-other-pixels" if options.allow_other_pixels else "--align and --allow-missing"
-        raise UsageError(f"{name}: the tokens of a student are those in the cache", f"leave out {name}")
+        raise UsageError(
+            f"{name} is for images: a language model is trained on the tokens in the cache", "leave it out"
+        )
     if cache.manifest.plan.sequences is None:
         raise UsageError(
             f"{cache.path} is a cache of samples, and the pipeline is of text",
@@ -90,10 +92,10 @@ def one_cache(caches: Sequence[Cache]) -> Cache:
     """
     if len(caches) != 1:
         raise UsageError(
-            f"a language model is trained from one cache, and {len(caches) or 'none'} are given"
+            f"a language model is trained from one cache, and {len(caches)} are given"
             if caches
             else "a language model is trained from the tokens of a cache, and none is given",
-            "pass it with --cache; a student without a teacher (--loss ce) is trained on the tokens of the same cache",
+            "pass one --cache; a student without a teacher (--loss ce) is trained on the tokens of the same cache",
         )
     return caches[0]
 
