@@ -22,9 +22,11 @@ from kdcache.cli.options import (
 from kdcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from kdcache.cache import Cache
+    from kdcache.evaluation.report.collect import ReportData
+    from kdcache.evaluation.report.text import TextReportData
 
 
 @click.command("report")
@@ -73,11 +75,10 @@ def report(
     Example: kdcache report runs/sweep runs/digits-student --cache runs/digits.kdcache -o runs/report.html
     """
     from kdcache.cache import open_cache
-    from kdcache.errors import counted
     from kdcache.evaluation.exposure import measure_exposure
     from kdcache.evaluation.published_results import fill_results, read_results, write_results
     from kdcache.evaluation.report.collect import collect
-    from kdcache.evaluation.report.files import check_files, pictures_folder, write_files
+    from kdcache.evaluation.report.files import check_files, write_files
     from kdcache.evaluation.report.sections import write_report
     from kdcache.evaluation.runs import find_runs
     from kdcache.evaluation.text_runs import divided_by_kind
@@ -99,6 +100,14 @@ def report(
     write_files(write_report(data), out, png)
     if results is not None and filled is not None:
         write_results(results, filled[0])
+    _print(out, data, png, {"results": f"{results}: {', '.join(filled[1])}"} if filled is not None else {}, as_json)
+
+
+def _print(out: Path, data: ReportData | TextReportData, png: bool, further: Mapping[str, str], as_json: bool) -> None:
+    """Print where a page is, what it is of, and what was left out of it."""
+    from kdcache.errors import counted
+    from kdcache.evaluation.report.files import pictures_folder
+
     pictures = str(pictures_folder(out)) if png else None
     if as_json:
         output.as_json({"report": str(out), "pictures": pictures, **data.as_record()})
@@ -110,7 +119,7 @@ def report(
             "report": f"{out}, {out.stat().st_size:,} bytes",
             "runs": f"{len(data.runs)} in {counted(len(data.groups), 'group')}",
             **({"pictures": pictures} if pictures is not None else {}),
-            **({"results": f"{results}: {', '.join(filled[1])}"} if filled is not None else {}),
+            **further,
         }
     )
 
@@ -139,23 +148,10 @@ def _report_text(
     as_json: bool,
 ) -> None:
     """Write the page of language models, and print where it is."""
-    from kdcache.errors import counted
-    from kdcache.evaluation.report.files import pictures_folder, write_files
+    from kdcache.evaluation.report.files import write_files
     from kdcache.evaluation.report.text import collect_text, write_text_report
 
     data = collect_text(folders, cache, rows=rows, device=device, progress=output.Terminal())
     data = replace(data, notes=[*(f"{folder} is not finished and is left out." for folder in unfinished), *data.notes])
     write_files(write_text_report(data), out, png)
-    pictures = str(pictures_folder(out)) if png else None
-    if as_json:
-        output.as_json({"report": str(out), "pictures": pictures, **data.as_record()})
-        return
-    for note in data.notes:
-        output.say(f"note: {note}")
-    output.facts(
-        {
-            "report": f"{out}, {out.stat().st_size:,} bytes",
-            "runs": f"{len(data.runs)} in {counted(len(data.groups), 'group')}",
-            **({"pictures": pictures} if pictures is not None else {}),
-        }
-    )
+    _print(out, data, png, {}, as_json)
