@@ -18,6 +18,7 @@ from torch import nn
 from kdcache.config.schema import Pipeline, TrainSpec
 from kdcache.config.transform import Transform
 from kdcache.data.check_images import check_images
+from kdcache.data.check_masks import joined
 from kdcache.data.datasets import SPLITS, load_held_out, load_split
 from kdcache.data.images import FileImages
 from kdcache.data.repeatable import check_repeatable
@@ -180,7 +181,7 @@ def _images(pipeline: Pipeline, splits: list[Samples], progress: Progress, decod
         except KdcacheError as error:
             problems.append(error)
     if problems:
-        raise type(problems[0])("\n  ".join(problem.what for problem in problems), problems[0].fix)
+        raise joined(problems)
     count = sum(len(samples) for samples in splits)
     whole = f"all {count:,} files were decoded" if decode else f"the headers of all {count:,} files can be read"
     return "; ".join([whole, *notes])

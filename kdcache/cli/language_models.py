@@ -25,11 +25,13 @@ def dump(pipeline: TextPipeline, out: Path, dry_run: bool, device: str, as_json:
     from kdcache.dump.tokens.inputs import load_inputs
     from kdcache.dump.tokens.job import LanguageModelJob
     from kdcache.runtime.distributed import join_ranks
+    from kdcache.runtime.launched import is_first
+    from kdcache.runtime.progress import Silent
 
     progress = output.Terminal()
     if dry_run or not (out / MANIFEST).is_file():
         check_place(out)  # tokenizing may take long
-    teacher, text = load_inputs(pipeline, progress)
+    teacher, text = load_inputs(pipeline, progress if is_first() else Silent())
     if dry_run:
         data = (text.name, text.split)
         given = (teacher.model, teacher.identity, text, data, text.vocabulary, pipeline.cache, out, device, progress)

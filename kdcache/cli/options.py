@@ -83,7 +83,7 @@ data_option = click.option(
 decode_images_option = click.option(
     "--decode-images",
     is_flag=True,
-    help="Decode every image file first, and name all that cannot be decoded; by default only headers are checked.",
+    help="Decode all image and mask files first, and name those that cannot be used; by default only headers are read.",
 )
 canaries_option = click.option(
     "--canaries",

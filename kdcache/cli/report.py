@@ -22,10 +22,11 @@ from kdcache.cli.options import (
 from kdcache.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from kdcache.cache import Cache
     from kdcache.evaluation.report.collect import ReportData
+    from kdcache.evaluation.report.pixels import PixelReportData
     from kdcache.evaluation.report.text import TextReportData
 
 
@@ -69,13 +70,15 @@ def report(
     The page has a table over seeds, learning curves, temperatures, accuracy by class and calibration; with the cache of
     the teacher also sharpness, the effect of KA, disagreements of student and teacher, the hardest samples, and the
     teacher passes saved. Of language models it has tables over seeds and on the sequences of the cache, and learning
-    curves. It loads nothing from the network.
+    curves. Of segmentation it has mean IoU over seeds and by class, learning curves, the agreement with the teacher,
+    and pictures of the maps. It loads nothing from the network.
 
     \b
     Example: kdcache report runs/sweep runs/digits-student --cache runs/digits.kdcache -o runs/report.html
     """
     from kdcache.cache import open_cache
     from kdcache.evaluation.exposure import measure_exposure
+    from kdcache.evaluation.pixel_runs import all_of_pixels
     from kdcache.evaluation.published_results import fill_results, read_results, write_results
     from kdcache.evaluation.report.collect import collect
     from kdcache.evaluation.report.files import check_files, write_files
@@ -89,8 +92,12 @@ def report(
     cache = open_cache(cache_name, views=1, progress=progress) if cache_name is not None else None
     folders, unfinished = find_runs(runs)
     if text := divided_by_kind(folders)[0]:
-        _refuse_for_text(canaries or references, results)
+        _refuse(canaries or references, results, "networks of images, and these are language models")
         _report_text(text, unfinished, cache, out, rows, png, chosen, as_json)
+        return
+    if all_of_pixels(folders):
+        _refuse(canaries or references, results, "networks with a class per image, and these have one per pixel")
+        _report_pixels(folders, unfinished, cache, out, rows, png, chosen, as_json)
         return
     data = collect(runs, cache, rows=rows, device=chosen, progress=progress)
     if named is not None:
@@ -100,41 +107,24 @@ def report(
     write_files(write_report(data), out, png)
     if results is not None and filled is not None:
         write_results(results, filled[0])
-    _print(out, data, png, {"results": f"{results}: {', '.join(filled[1])}"} if filled is not None else {}, as_json)
+    further = {"results": f"{results}: {', '.join(filled[1])}"} if filled is not None else None
+    _print_written(data, out, png, as_json, further)
 
 
-def _print(out: Path, data: ReportData | TextReportData, png: bool, further: Mapping[str, str], as_json: bool) -> None:
-    """Print where a page is, what it is of, and what was left out of it."""
-    from kdcache.errors import counted
-    from kdcache.evaluation.report.files import pictures_folder
+def _refuse(canaries: str | None, results: Path | None, what: str) -> None:
+    """Refuse options that are for other networks.
 
-    pictures = str(pictures_folder(out)) if png else None
-    if as_json:
-        output.as_json({"report": str(out), "pictures": pictures, **data.as_record()})
-        return
-    for note in data.notes:
-        output.say(f"note: {note}")
-    output.facts(
-        {
-            "report": f"{out}, {out.stat().st_size:,} bytes",
-            "runs": f"{len(data.runs)} in {counted(len(data.groups), 'group')}",
-            **({"pictures": pictures} if pictures is not None else {}),
-            **further,
-        }
-    )
-
-
-def _refuse_for_text(canaries: str | None, results: Path | None) -> None:
-    """Refuse options that are for networks of images.
+    Args:
+        canaries: value of the option.
+        results: value of the option.
+        what: of which networks the options are, and what these are.
 
     Raises:
         UsageError: if one is given.
     """
     for option, given in {"--canaries": canaries, "--results": results}.items():
         if given is not None:
-            raise UsageError(
-                f"{option} is for networks of images, and these are language models", f"leave out {option}"
-            )
+            raise UsageError(f"{option} is for {what}", f"leave out {option}")
 
 
 def _report_text(
@@ -152,6 +142,57 @@ def _report_text(
     from kdcache.evaluation.report.text import collect_text, write_text_report
 
     data = collect_text(folders, cache, rows=rows, device=device, progress=output.Terminal())
-    data = replace(data, notes=[*(f"{folder} is not finished and is left out." for folder in unfinished), *data.notes])
+    data = replace(data, notes=[*_left_out(unfinished), *data.notes])
     write_files(write_text_report(data), out, png)
-    _print(out, data, png, {}, as_json)
+    _print_written(data, out, png, as_json)
+
+
+def _report_pixels(
+    folders: Sequence[Path],
+    unfinished: Sequence[Path],
+    cache: Cache | None,
+    out: Path,
+    rows: int,
+    png: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Write the page of networks that say a class of every pixel, and print where it is."""
+    from kdcache.evaluation.report.files import write_files
+    from kdcache.evaluation.report.pixels import collect_pixels, write_pixel_report
+
+    data = collect_pixels(folders, cache, rows=rows, device=device, progress=output.Terminal())
+    data = replace(data, notes=[*_left_out(unfinished), *data.notes])
+    write_files(write_pixel_report(data), out, png)
+    _print_written(data, out, png, as_json)
+
+
+def _left_out(unfinished: Sequence[Path]) -> list[str]:
+    return [f"{folder} is not finished and is left out." for folder in unfinished]
+
+
+def _print_written(
+    data: ReportData | TextReportData | PixelReportData,
+    out: Path,
+    png: bool,
+    as_json: bool,
+    further: dict[str, str] | None = None,
+) -> None:
+    """Print where a page is, and what was left out of it."""
+    from kdcache.errors import counted
+    from kdcache.evaluation.report.files import pictures_folder
+
+    pictures = str(pictures_folder(out)) if png else None
+    if as_json:
+        output.as_json({"report": str(out), "pictures": pictures, **data.as_record()})
+        return
+    for note in data.notes:
+        output.say(f"note: {note}")
+    output.facts(
+        {
+            "report": f"{out}, {out.stat().st_size:,} bytes",
+            "runs": f"{len(data.runs)} in {counted(len(data.groups), 'group')}",
+            **({"pictures": pictures} if pictures is not None else {}),
+            **(further or {}),
+        }
+    )

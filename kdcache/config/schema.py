@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kdcache.config.cache import CacheSpec, OutputName
+from kdcache.config.cache import CacheSpec, OutputName, Patches
 from kdcache.config.optimizer import Fraction, OptimizerSpec
 from kdcache.config.section import Count, NotNegativeInt, Section, Seed
 from kdcache.config.transform import Transform, step_names
@@ -26,8 +26,11 @@ Output = NotNegativeInt
 TEXT = "text"
 """Name of the data set of texts, whose pipelines have a schema of their own (`config/text.py`)."""
 
+COME_WITH_KDCACHE = ("digits", "scenes")
+"""Data sets that need no files of the user."""
+
 DATASETS = (
-    "digits", "cifar10", "cifar100", "imagenet", "image-folder", "npz", "graph",
+    *COME_WITH_KDCACHE, "cifar10", "cifar100", "imagenet", "image-folder", "npz", "graph",
     "segmentation-folder", "voc", "cityscapes", "sbd",
 )  # fmt: skip
 
@@ -36,8 +39,8 @@ class DatasetSpec(Section):
     """The data set (`data/datasets.py`)."""
 
     name: str
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph`, `segmentation-folder`, `voc`,
-    `cityscapes`, `sbd` or `path/file.py:function`."""
+    """`digits`, `scenes`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph`, `segmentation-folder`,
+    `voc`, `cityscapes`, `sbd` or `path/file.py:function`."""
     root: str | None = None
     """Folder of the data set, or for `npz` and `graph` the file; relative to the current folder."""
     args: dict[str, Any] = Field(default={})
@@ -74,8 +77,8 @@ class DatasetSpec(Section):
                 yield (key, "name"), f"belongs to segmentation-folder, and this data set is {self.name}"
         if self.name in ("image-folder", "npz", "graph", "segmentation-folder") and self.root is None:
             yield ("root", "name"), f"is needed for {self.name}"
-        if self.name == "digits" and self.root is not None:
-            yield ("root", "name"), "digits comes with kdcache and has no root"
+        if self.name in COME_WITH_KDCACHE and self.root is not None:
+            yield ("root", "name"), f"{self.name} comes with kdcache and has no root"
         if self.validation_fraction + self.test_fraction >= 1:
             yield (
                 ("validation_fraction", "test_fraction"),
@@ -203,6 +206,8 @@ class StudentOutputSpec(Section):
     None: its own name; for `features`, if neither has that name, the input of the last linear layer."""
     pool: Literal["none", "mean", "first"] = "none"
     """How [B, D, H, W] or [B, L, D] becomes [B, D]: the mean over all places, or the first of L; `none` refuses it."""
+    patches: Patches | None = None
+    """For a loss of maps: h and w of the places of [B, L, D], as in `cache.outputs`."""
 
 
 class StudentSpec(ModelSpec):

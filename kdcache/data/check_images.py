@@ -1,4 +1,4 @@
-"""Check that all image files of a data set can be read, before they are used, and report what is done with them."""
+"""Check that all files of a data set can be read, before they are used, and report what is done with them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kdcache.config.transform import Transform
+from kdcache.data.check_masks import joined, mask_problem, unusable_masks
 from kdcache.data.image_files import SCALE_FILES, UnknownRangeError, describe_facts, header_facts, reason_of
 from kdcache.data.images import FileImages
+from kdcache.data.moved_maps import turns_images
 from kdcache.data.samples import Samples
 from kdcache.errors import CorruptError, KdcacheError, UsageError
 from kdcache.runtime.paths import READ_PERMISSION
@@ -20,12 +22,15 @@ _FILES_PER_TASK = 256
 def check_images(
     samples: Samples, progress: Progress, decode: bool = False, transform: Transform | None = None
 ) -> list[str]:
-    """Check the header of every image file, several files at the same time; images in memory are not checked.
+    """Check the header of every image file, and of its mask, several at the same time.
+
+    Images in memory are not checked.
 
     Args:
         samples: the data set.
         progress: progress reporter.
-        decode: decode every image completely, which finds truncated files too and takes as long as reading them all.
+        decode: decode every image and mask completely, which finds truncated files and values that are not classes
+            too, and takes as long as reading them all.
         transform: of the images; None for the data set's own.
 
     Returns:
@@ -33,36 +38,51 @@ def check_images(
 
     Raises:
         CorruptError: if some files cannot be read; names all of them.
-        UsageError: if this user may not read some of them, or the range of their values is not known; names all.
+        UsageError: if this user may not read some of them, the range of their values is not known, or masks are not
+            of class indices.
+        MismatchError: if masks are not of the size of their images, or have values that are not classes.
     """
     if not isinstance(samples.images, FileImages):
         return [*samples.notes]
     paths = samples.images.paths
-    groups = [paths[start : start + _FILES_PER_TASK] for start in range(0, len(paths), _FILES_PER_TASK)]
+    cuts = [range(start, min(start + _FILES_PER_TASK, len(paths))) for start in range(0, len(paths), _FILES_PER_TASK)]
+    turns = turns_images(samples.transform if transform is None else transform)
     problems: dict[str, Exception] = {}
+    of_masks: list[KdcacheError] = []
     facts: Counter[str] = Counter()
     what = f"{'decoding' if decode else 'checking'} the images of {samples.name}/{samples.split}"
-    with delayed_task(progress, what, len(paths), "images") as task, ThreadPoolExecutor() as pool:
-        for group, examined in zip(groups, pool.map(lambda group: _examine(group, decode), groups), strict=True):
-            for path, found in zip(group, examined, strict=True):
+    workers = None if samples.maps is None or samples.maps.parallel else 1
+    with (
+        delayed_task(progress, what, len(paths), "images") as task,
+        ThreadPoolExecutor(max_workers=workers) as pool,
+    ):
+        for cut, examined in zip(cuts, pool.map(lambda cut: _examine(samples, cut, decode, turns), cuts), strict=True):
+            for index, (found, of_mask) in zip(cut, examined, strict=True):
                 if isinstance(found, Exception):
-                    problems[path] = found
+                    problems[paths[index]] = found
                 else:
                     facts.update(found)
-            task.advance(len(group))
-    if problems:
-        raise _unreadable(problems, len(paths))
+                of_masks += [of_mask] if of_mask is not None else []
+            task.advance(len(cut))
+    errors = [_unreadable(problems, len(paths))] if problems else []
+    errors += [unusable_masks(of_masks, len(paths))] if of_masks else []
+    if errors:
+        raise joined(errors)
     return [*samples.notes, *describe_facts(facts, samples.transform if transform is None else transform)]
 
 
-def _examine(paths: Sequence[str], decode: bool) -> list[list[str] | Exception]:
-    """Return for each file what its header says, or why it cannot be read."""
-    examined: list[list[str] | Exception] = []
-    for path in paths:
+def _examine(
+    samples: Samples, indices: Sequence[int], decode: bool, turns: bool
+) -> list[tuple[list[str] | Exception, KdcacheError | None]]:
+    """Return for each image what its header says, or why it cannot be read, and what is wrong with its mask."""
+    assert isinstance(samples.images, FileImages), "checked before"  # noqa: S101  # for the types
+    examined: list[tuple[list[str] | Exception, KdcacheError | None]] = []
+    for index in indices:
         try:
-            examined.append(header_facts(path, decode))
+            facts = header_facts(samples.images.paths[index], decode)
+            examined.append((facts, mask_problem(samples, index, decode, facts, turns)))
         except Exception as error:  # noqa: BLE001  # Pillow raises errors of many kinds for damaged files
-            examined.append(error)
+            examined.append((error, None))
     return examined
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torchvision import datasets as tv
 
-from kdcache.config.schema import DatasetSpec
+from kdcache.config.schema import COME_WITH_KDCACHE, DatasetSpec
 from kdcache.config.section import validated
 from kdcache.config.transform import Transform
 from kdcache.data.class_folders import list_images
@@ -23,6 +23,7 @@ from kdcache.data.nodes import Graph, graph_of, is_graph, read_graph
 from kdcache.data.npz_files import array_transform, read_npz
 from kdcache.data.sample_groups import groups_among
 from kdcache.data.samples import HeldOut, Samples, Split
+from kdcache.data.scenes import read_scenes
 from kdcache.data.seeding import in_hash_order
 from kdcache.data.segmentation_sets import SEGMENTATION_SETS, read_masked
 from kdcache.data.user_dataset import load_user_split, user_samples
@@ -66,7 +67,10 @@ def _lacking(spec: DatasetSpec) -> list[Split]:
         return [split for split, folder in _folders(spec).items() if folder is None]
     if spec.name in SEGMENTATION_SETS:
         return [split for split in SPLITS if read_masked(spec, _root(spec), split) is None]
-    own: dict[str, tuple[Split, ...]] = {"digits": SPLITS, "cifar10": ("train", "test"), "cifar100": ("train", "test")}
+    own: dict[str, tuple[Split, ...]] = {
+        **dict.fromkeys(COME_WITH_KDCACHE, SPLITS),
+        **dict.fromkeys(("cifar10", "cifar100"), ("train", "test")),
+    }
     return [split for split in SPLITS if split not in own.get(spec.name, ("train",))]
 
 
@@ -268,6 +272,7 @@ def _spec_of(dataset: str | Mapping[str, Any] | DatasetSpec, given: Mapping[str,
 
 _READERS: dict[str, Callable[[DatasetSpec, Split], Samples]] = {
     "digits": _digits,
+    "scenes": lambda _, split: read_scenes(split),
     "cifar10": _cifar,
     "cifar100": _cifar,
     "imagenet": _folder,
@@ -290,9 +295,9 @@ def load_split(
     """Return one split of a named data set, such as `kdcache.load_split("digits", "train")`.
 
     Args:
-        dataset: `digits`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph`, `segmentation-folder`,
-            `voc`, `cityscapes`, `sbd` or `path/file.py:function`; or a mapping with the keys of the `dataset` section
-            of a pipeline file.
+        dataset: `digits`, `scenes`, `cifar10`, `cifar100`, `imagenet`, `image-folder`, `npz`, `graph`,
+            `segmentation-folder`, `voc`, `cityscapes`, `sbd` or `path/file.py:function`; or a mapping with the keys of
+            the `dataset` section of a pipeline file.
         split: "train", "validation" or "test".
         root: folder of the data set, or for `npz` and `graph` the file; `data/NAME` if not given.
         validation_fraction: fraction of the training images held out if the set has no validation split; 0.1 if not

@@ -156,6 +156,17 @@ def header_facts(path: str, decode: bool = False) -> list[str]:
     return facts
 
 
+def size_of_file(path: str) -> tuple[int, int]:
+    """Return (height, width) of an image from the header of its file.
+
+    Raises:
+        Exception: of many types, if the file is damaged.
+    """
+    register_plugins()
+    with Image.open(path) as image:
+        return image.height, image.width
+
+
 def reason_of(error: Exception) -> str:
     """Return in a few words why a file could not be read."""
     if isinstance(error, UnidentifiedImageError):

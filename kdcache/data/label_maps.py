@@ -40,6 +40,13 @@ class LabelMaps(Protocol):
     def label_map(self, index: int) -> Tensor:
         """Return the class of each pixel of image `index`, [H, W] int64, -1 where it is ignored."""
 
+    def header(self, index: int) -> tuple[int, int] | None:
+        """Return (height, width) of the label map of image `index` from the header of its file; None without a file.
+
+        Raises:
+            KdcacheError: if the header says that it is not a label map.
+        """
+
     def content(self, index: int) -> bytes:
         """Return the bytes of the label map of image `index` that its content key covers."""
 
@@ -92,6 +99,36 @@ class MaskValues:
 
 
 @dataclass(frozen=True)
+class ArrayMaps:
+    """Label maps in memory.
+
+    Attributes:
+        classes: [N, H, W] int64, -1 where they are ignored.
+    """
+
+    parallel: ClassVar[bool] = True
+    classes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def label_map(self, index: int) -> Tensor:
+        """Return the class of each pixel, [H, W] int64."""
+        return self.classes[index]
+
+    def header(self, index: int) -> None:
+        """Return nothing: there is no file."""
+
+    def content(self, index: int) -> bytes:
+        """Return type, shape and values of a map."""
+        return bytes_of_mask(self.classes[index].numpy())
+
+    def files(self) -> Sequence[str]:
+        """Return nothing: they are not in files."""
+        return ()
+
+
+@dataclass(frozen=True)
 class FileMaps:
     """Label maps in image files of one channel, whose values are classes.
 
@@ -119,6 +156,18 @@ class FileMaps:
         """
         return self.values.classes(self._stored(index), f"the mask {self.paths[index]}")
 
+    def header(self, index: int) -> tuple[int, int]:
+        """Return (height, width), without decoding the file; see `label_map` for the errors."""
+        path = self.paths[index]
+        register_plugins()
+        try:
+            with Image.open(path) as image:
+                mode, size = image.mode, (image.height, image.width)
+        except Exception as error:  # Pillow raises many types for a damaged file
+            raise _unreadable(path, error) from error
+        self._check_mode(path, mode)
+        return size
+
     def content(self, index: int) -> bytes:
         """Return the bytes of the file."""
         try:
@@ -140,7 +189,17 @@ class FileMaps:
                 values = np.array(image) if mode in _INTEGER_MODES else None
         except Exception as error:  # Pillow raises many types for a damaged file
             raise _unreadable(path, error) from error
-        if values is None:
+        self._check_mode(path, mode)
+        assert values is not None, "its mode was checked"  # noqa: S101  # for the types
+        return values.astype(np.uint8) if values.dtype == bool else values
+
+    def _check_mode(self, path: str, mode: str) -> None:
+        """Check that an image of a mode can be a mask.
+
+        Raises:
+            UsageError: for a picture in color, or a palette image where the indices are not known to be classes.
+        """
+        if mode not in _INTEGER_MODES:
             raise UsageError(
                 f"the mask {path} is a picture of mode {mode}, not one channel of class indices",
                 "convert colors to the index of their class, and save it as 8-bit gray PNG",
@@ -152,7 +211,6 @@ class FileMaps:
                 "if the positions are the classes, as in Pascal VOC: --set dataset.palettes=true; if the colors are, "
                 "save the index of each as 8-bit gray PNG",
             )
-        return values.astype(np.uint8) if values.dtype == bool else values
 
 
 @dataclass(frozen=True)
@@ -181,6 +239,9 @@ class ItemMaps:
             MismatchError: for a value that is not a class.
         """
         return self.of_item(self.dataset[index], index)
+
+    def header(self, index: int) -> None:
+        """Return nothing: an item is made as a whole."""
 
     def of_item(self, item: Any, index: int) -> Tensor:
         """Return the label map of an item that was read already; see `label_map`."""
@@ -229,6 +290,10 @@ class ChosenMaps:
     def label_map(self, index: int) -> Tensor:
         """Return the class of each pixel, [H, W] int64."""
         return self.maps.label_map(int(self.ids[index]))
+
+    def header(self, index: int) -> tuple[int, int] | None:
+        """Return (height, width) from the header of a file; None without one."""
+        return self.maps.header(int(self.ids[index]))
 
     def content(self, index: int) -> bytes:
         """Return the bytes of a label map."""

@@ -39,7 +39,7 @@ class MapTransform:
     """
 
     def __init__(self, transform: Transform) -> None:
-        self._turns = EXIF_TRANSPOSE in [*step_names(transform)][:1]
+        self._turns = turns_images(transform)
         check_moves_maps(transform)
         self._transform = build_transform(transform, UNKNOWN)
 
@@ -55,18 +55,9 @@ class MapTransform:
             MismatchError: if image and label map differ in size, before or after.
             UsageError: for an image that the transform would turn by its EXIF orientation.
         """
-        size = _size_of(picture)
-        if size != tuple(label_map.shape):
-            raise MismatchError(
-                f"the image of {where} has {size[0]} x {size[1]} pixels (height x width), and its mask "
-                f"{label_map.shape[0]} x {label_map.shape[1]}",
-                "save the mask in the size of its image",
-            )
+        check_same_size(_size_of(picture), (label_map.shape[0], label_map.shape[1]), where)
         if self._turns and isinstance(picture, Image.Image) and _is_turned(picture):
-            raise UsageError(
-                f"the image of {where} has an EXIF orientation, which {EXIF_TRANSPOSE} applies, and its mask has none",
-                "save the image upright, or remove the step if the mask belongs to the pixels as they are stored",
-            )
+            raise turned_alone(where)
         mask = tv_tensors.Mask(label_map.to(torch.int16))
         with warnings.catch_warnings():
             # RandomErasing says that it leaves masks as they are, which is right: the object is still there.
@@ -110,6 +101,33 @@ def check_moves_maps(transform: Transform) -> None:
                 "make it function(image, label_map=None, **arguments) -> (image, label_map), or of an image alone the "
                 "image, and set its attribute takes_maps = True",
             )
+
+
+def turns_images(transform: Transform) -> bool:
+    """Return whether a transform turns images by their EXIF orientation."""
+    return EXIF_TRANSPOSE in [*step_names(transform)][:1]
+
+
+def check_same_size(image: tuple[int, int], mask: tuple[int, int], where: str) -> None:
+    """Check that an image and its mask have one size, (height, width).
+
+    Raises:
+        MismatchError: if they differ.
+    """
+    if image != mask:
+        raise MismatchError(
+            f"the image of {where} has {image[0]} x {image[1]} pixels (height x width), and its mask "
+            f"{mask[0]} x {mask[1]}",
+            "save the mask in the size of its image",
+        )
+
+
+def turned_alone(where: str) -> UsageError:
+    """Return the error for an image that would be turned without its mask."""
+    return UsageError(
+        f"the image of {where} has an EXIF orientation, which {EXIF_TRANSPOSE} applies, and its mask has none",
+        "save the image upright, or remove the step if the mask belongs to the pixels as they are stored",
+    )
 
 
 def _is_turned(picture: Image.Image) -> bool:

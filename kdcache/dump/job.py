@@ -35,7 +35,7 @@ from kdcache.dump.outputs import PlannedOutputs, check_same_outputs
 from kdcache.dump.plan import Chosen, Pilot, choose, pilot_rows, plan_cache, request_of, run_pilot, views_of
 from kdcache.dump.probes import Probes, check_first_batch, check_probes, probe_ids, read_probes, run_probes
 from kdcache.dump.teacher_pass import Shard
-from kdcache.errors import CorruptError, UsageError, counted
+from kdcache.errors import CorruptError, KdcacheError, UsageError, counted
 from kdcache.models import weights_digest
 from kdcache.models.inference import InferenceModel, try_teacher
 from kdcache.models.noise import Noise
@@ -195,9 +195,10 @@ def _try_and_check_images(job: DumpJob) -> Literal["unknown"] | None:
     """Return the level of the teacher's logits, after checking teacher and image files, the fast check first."""
     try:
         level = try_teacher(job.model, job.view(), job.spec, job.device)
-    except CorruptError:
-        # An image that was tried cannot be read; this names all of them.
-        check_images(job.samples, job.progress, job.decode_images, job.transform)
+    except KdcacheError as error:
+        # An image or a mask that was tried cannot be read; this names all of them.
+        if isinstance(error, CorruptError) or job.samples.maps is not None:
+            check_images(job.samples, job.progress, job.decode_images, job.transform)
         raise
     if job.samples.privacy is not None and job.spec.noise is None:
         job.progress.say(

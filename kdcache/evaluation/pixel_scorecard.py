@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
-from kdcache.data.alignment import match_samples
+from kdcache.data.alignment import MatchedSamples, match_samples
 from kdcache.data.datasets import load_split
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples
@@ -19,7 +19,6 @@ from kdcache.errors import CorruptError
 from kdcache.evaluation import costs
 from kdcache.evaluation.networks import NetworkRef
 from kdcache.evaluation.scorecard import same_split
-from kdcache.losses.dense import rows_of_places
 from kdcache.losses.maps import resized
 from kdcache.models.checks import set_evaluation_mode, try_network
 from kdcache.models.evaluate import evaluate
@@ -41,11 +40,13 @@ class PlaceAgreement(NamedTuple):
         images: number of images, evenly spread over the data set.
         same_class: share of the places with the same top class.
         total_variation: between the softmax outputs at T = 1, mean over the places.
+        by_class: share of the places of each class of the teacher; None for a class that it never says.
     """
 
     images: int
     same_class: float
     total_variation: float
+    by_class: tuple[float | None, ...]
 
 
 class PixelNetworkScore(NamedTuple):
@@ -129,7 +130,14 @@ def score_pixels(
     """
     progress = progress or Silent()
     samples = same_split([network.pipeline.dataset for network in networks], split)
-    compared = None if cache is None else _Compared.of(cache, networks[0], min(rows, _ROWS), progress)
+    compared = None
+    if cache is not None:
+        train = load_split(networks[0].pipeline.dataset, "train")
+        map_of_classes(cache, train)  # before its samples are looked for
+        found = match_samples(cache, train, progress)
+        if found.note:
+            progress.say(f"note: {found.note}")
+        compared = ComparedImages.of(cache, found, rows)
     scores = []
     with progress.task("networks", len(networks), "networks") as task:
         for network in networks:
@@ -138,36 +146,47 @@ def score_pixels(
     return PixelScorecard(samples.name, split, len(samples), samples.class_names, scores)
 
 
-class _Compared(NamedTuple):
+class ComparedImages(NamedTuple):
     """Images of a cache as its teacher saw them, and what it said.
 
     Attributes:
         view: the images.
         indices: of those that are compared.
-        ids: of these in the cache.
+        ids: [n] int64, of these in the cache.
         cache: of the teacher.
         output: name of the map of classes.
     """
 
     view: View
     indices: list[int]
-    ids: torch.Tensor
+    ids: Tensor
     cache: Cache
     output: str
 
     @classmethod
-    def of(cls, cache: Cache, network: NetworkRef, rows: int, progress: Progress) -> _Compared:
-        """Return some images of a cache."""
-        output = map_of_classes(cache, load_split(network.pipeline.dataset, "train"))
-        found = match_samples(cache, load_split(network.pipeline.dataset, "train"), progress)
-        if found.note:
-            progress.say(f"note: {found.note}")
-        indices = pilot_ids(len(found.view), rows)
+    def of(cls, cache: Cache, found: MatchedSamples, rows: int) -> ComparedImages:
+        """Return some images of a cache, evenly spread over those that the data set has.
+
+        Args:
+            cache: of the teacher.
+            found: the samples that are in the cache and in the data set.
+            rows: number of images, at most 512.
+
+        Raises:
+            UsageError: if the cache has no map of classes.
+            MismatchError: if it is of other classes than the data set's.
+        """
+        output = map_of_classes(cache, found.view.samples)
+        indices = pilot_ids(len(found.view), min(rows, _ROWS))
         return cls(found.view, indices, torch.from_numpy(found.ids[indices]), cache, output)
 
 
 def _score(
-    network: NetworkRef, samples: Samples, compared: _Compared | None, device: torch.device | str, min_run_time: float
+    network: NetworkRef,
+    samples: Samples,
+    compared: ComparedImages | None,
+    device: torch.device | str,
+    min_run_time: float,
 ) -> PixelNetworkScore:
     """Build a network, and compute its scores, its costs, and its agreement with the teacher."""
     model, view = network.load(samples)
@@ -184,15 +203,21 @@ def _score(
         costs.count_multiply_adds(model, image),
         view.shape(),
         *costs.measure_speed(model, image, min_run_time),
-        None if compared is None else _agreement(network, model, compared, device),
+        None if compared is None else place_agreement(network, model, compared, device),
     )
 
 
 @torch.inference_mode()
-def _agreement(
-    network: NetworkRef, model: nn.Module, compared: _Compared, device: torch.device | str
+def place_agreement(
+    network: NetworkRef, model: nn.Module, compared: ComparedImages, device: torch.device | str
 ) -> PlaceAgreement:
     """Return the agreement of a network with the teacher, at the teacher's places.
+
+    Args:
+        network: where the model comes from.
+        model: on the device, in evaluation mode.
+        compared: the images.
+        device: of the model.
 
     Raises:
         CorruptError: if a logit is NaN or infinite.
@@ -201,7 +226,8 @@ def _agreement(
     view = network.view_for_comparison(compared.view)
     cuts = [range(cut.start, cut.stop) for cut in cut_range(range(len(compared.indices)), _BATCH)]
     ids = [[compared.indices[position] for position in cut] for cut in cuts]
-    same, distance, places = 0, 0.0, 0
+    distance = 0.0
+    same, said = (torch.zeros(view.samples.num_classes, dtype=torch.int64) for _ in range(2))
     for cut, batch in zip(cuts, batches(view, ids, network.workers, device), strict=True):
         theirs = teacher(compared.ids[cut.start : cut.stop])
         ours = logits_of(model(batch.images.to(device))).float().cpu()
@@ -209,9 +235,12 @@ def _agreement(
             raise CorruptError(
                 f"{network.name} returned NaN or infinite logits", "use a checkpoint of a training that did not diverge"
             )
-        ours = rows_of_places(resized(ours, (theirs.shape[2], theirs.shape[3])))
-        theirs = rows_of_places(theirs)
-        same += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
+        ours = resized(ours, (theirs.shape[2], theirs.shape[3]))
+        ours, theirs = (maps.movedim(1, -1).flatten(0, 2) for maps in (ours, theirs))
+        top = theirs.argmax(dim=1)
+        same += torch.bincount(top[ours.argmax(dim=1) == top], minlength=len(same))
+        said += torch.bincount(top, minlength=len(said))
         distance += float((ours.softmax(dim=1) - theirs.softmax(dim=1)).abs().sum()) / 2
-        places += len(ours)
-    return PlaceAgreement(len(compared.indices), same / places, distance / places)
+    places = int(said.sum())
+    by_class = tuple(each / of if of else None for each, of in zip(same.tolist(), said.tolist(), strict=True))
+    return PlaceAgreement(len(compared.indices), int(same.sum()) / places, distance / places, by_class)

@@ -243,6 +243,17 @@ def test_parquet_plain_text_and_folders_hold_the_same(tokenizer: Tokenizer, tmp_
     assert text.name == "folder"
 
 
+def test_conversations_of_parquet_are_those_of_json_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    records = [{"messages": CHAT}, {"messages": [*CHAT[:2], {"role": "assistant", "content": "x", "name": "me"}]}]
+    table = import_module("pyarrow").Table.from_pylist(records)  # which fills the names of all others with None
+    import_module("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    text, expected = load_text(tmp_path / "a.parquet", tokenizer), load(tmp_path, records, tokenizer)
+    assert len(text) == len(expected) == 2
+    for index in range(2):
+        for first, second in zip(text.tokens(index), expected.tokens(index), strict=True):
+            assert first.tolist() == second.tolist()
+
+
 def test_a_saved_data_set_needs_its_library(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,7 @@ class Line(NamedTuple):
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
+def drawing() -> Iterator[None]:
     """Draw names of classes and files as plain text, in any script."""
     with (
         mpl.rc_context({"text.parse_math": False, "svg.fonttype": "none", "font.size": 9, "legend.fontsize": 8}),
@@ -70,7 +70,7 @@ def _drawing() -> Iterator[None]:
         yield
 
 
-@_drawing()
+@drawing()
 def as_svg(chart: Chart) -> str:
     """Return an SVG element with its text as text, and with the color of the surrounding text in place of black."""
     file = io.StringIO()
@@ -94,7 +94,7 @@ def _for_page(tag: str, used: set[str]) -> str:
     return tag.replace("#000000", "currentColor").replace("xlink:href", "href")
 
 
-@_drawing()
+@drawing()
 def save_png(chart: Chart, folder: Path) -> Path:
     """Save a chart as a PNG on white in a folder; the same chart gives the same bytes."""
     path = folder / f"{chart.name}.png"
@@ -114,7 +114,7 @@ def color_of(group: int) -> str:
     return mpl.colors.to_hex(_style(group)["color"])
 
 
-def _short(text: str, longest: int = _LABEL_LENGTH) -> str:
+def short(text: str, longest: int = _LABEL_LENGTH) -> str:
     """Return the text in one line, truncated; a leading space keeps names with an underscore in the legend."""
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"
@@ -131,7 +131,7 @@ def _figure(labels: int = 0, height: float = 2.5) -> tuple[Figure, Axes]:
 
 def _legend(figure: Figure, handles: Mapping[str, Any], columns: int = 1) -> None:
     if len(handles) > 1:
-        labels = [_short(label) for label in handles]
+        labels = [short(label) for label in handles]
         figure.legend([*handles.values()], labels, loc="outside lower left", frameon=False, ncols=columns)
 
 
@@ -143,7 +143,7 @@ def _name_columns(axes: Axes, names: Sequence[str]) -> None:
         axes.set_xticks(range(len(names)), names)
 
 
-@_drawing()
+@drawing()
 def draw_lines(
     lines: Sequence[Line], keys: Mapping[str, str], name: str, title: str, factor: float = 1
 ) -> Chart | None:
@@ -177,7 +177,7 @@ def draw_lines(
     return Chart(name, title, figure)
 
 
-@_drawing()
+@drawing()
 def draw_sharpness(teacher: Tensor, students: Sequence[tuple[int, str, Tensor]], name: str, title: str) -> Chart:
     """Draw the sharpness of students against the teacher's, as means over twentieths of the rows.
 
@@ -201,7 +201,7 @@ def draw_sharpness(teacher: Tensor, students: Sequence[tuple[int, str, Tensor]],
     return Chart(name, f"{title} of student against teacher", figure)
 
 
-@_drawing()
+@drawing()
 def draw_reliability(diagram: Reliability, group: int, label: str, name: str) -> Chart:
     """Draw accuracy by confidence, and in gray the share of the rows with that confidence."""
     figure, axes = _figure(1)
@@ -216,19 +216,22 @@ def draw_reliability(diagram: Reliability, group: int, label: str, name: str) ->
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_xlabel("confidence")
-    axes.set_title(_short(label), fontsize=9)
+    axes.set_title(short(label), fontsize=9)
     _legend(figure, {"accuracy": accuracy_bars, "share of the images": share_bars}, 2)
     return Chart(name, f"reliability of {label}", figure)
 
 
-@_drawing()
-def draw_classes(accuracies: Sequence[tuple[int | None, str, Tensor]], names: Sequence[str], name: str) -> Chart:
-    """Draw the accuracy of each class; with many classes, each line is sorted from the lowest to the highest.
+@drawing()
+def draw_classes(
+    accuracies: Sequence[tuple[int | None, str, Tensor]], names: Sequence[str], name: str, measure: str = "accuracy"
+) -> Chart:
+    """Draw a measure of each class; with many classes, each line is sorted from the lowest to the highest.
 
     Args:
         accuracies: (index, or None for the teacher; label; [C]) of each line; NaN for a class without images.
         names: names of the classes.
         name: name of the chart.
+        measure: what is shown.
     """
     figure, axes = _figure(len(accuracies), 2.9)
     few = len(names) <= _CLASSES_NAMED
@@ -240,15 +243,15 @@ def draw_classes(accuracies: Sequence[tuple[int | None, str, Tensor]], names: Se
         line: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 0.5} if few else {"linewidth": 1.2}
         (handles[label],) = axes.plot(range(len(percent)), percent.tolist(), **style, **line)
     if few:
-        _name_columns(axes, [_short(text, _CLASS_LENGTH) for text in names])
+        _name_columns(axes, [short(text, _CLASS_LENGTH) for text in names])
     else:
-        axes.set_xlabel("classes, from the lowest to the highest accuracy")
-    axes.set_ylabel("accuracy, %")
+        axes.set_xlabel(f"classes, from the lowest to the highest {measure}")
+    axes.set_ylabel(f"{measure}, %")
     _legend(figure, handles)
-    return Chart(name, "accuracy by class", figure)
+    return Chart(name, f"{measure} by class", figure)
 
 
-@_drawing()
+@drawing()
 def draw_where_wrong(counts_by_group: Sequence[tuple[str, tuple[int, int, int]]], name: str) -> Chart:
     """Draw the predictions of students where the teacher is wrong, one bar per group.
 
@@ -264,7 +267,7 @@ def draw_where_wrong(counts_by_group: Sequence[tuple[str, tuple[int, int, int]]]
         bars = axes.barh(range(len(counts_by_group)), shares, 0.7, start, color=color, alpha=0.8)
         handles[("the label", "the teacher's class", "another class")[kind]] = bars
         start = [before + share for before, share in zip(start, shares, strict=True)]
-    axes.set_yticks(range(len(counts_by_group)), [_short(label, 26) for label, _ in counts_by_group], fontsize=8)
+    axes.set_yticks(range(len(counts_by_group)), [short(label, 26) for label, _ in counts_by_group], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of these rows, %")
@@ -272,7 +275,7 @@ def draw_where_wrong(counts_by_group: Sequence[tuple[str, tuple[int, int, int]]]
     return Chart(name, "predictions of the students where the teacher is wrong", figure)
 
 
-@_drawing()
+@drawing()
 def draw_disagreement(counts: Tensor, names: Sequence[str], label: str, name: str) -> Chart:
     """Draw the rows by the teacher's class and the student's, [M, M]; the diagonal is not colored."""
     figure, axes = _figure(0, 1.6 + 0.27 * len(names))
@@ -285,7 +288,7 @@ def draw_disagreement(counts: Tensor, names: Sequence[str], label: str, name: st
             if count:
                 color = _GRAY if row == column else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=7)
-    ticks = [_short(text, _CLASS_LENGTH) for text in names]
+    ticks = [short(text, _CLASS_LENGTH) for text in names]
     _name_columns(axes, ticks)
     axes.set_yticks(range(len(names)), ticks)
     axes.set_xlim(-0.5, len(names) - 0.5)
@@ -294,5 +297,5 @@ def draw_disagreement(counts: Tensor, names: Sequence[str], label: str, name: st
     axes.tick_params(length=0)
     axes.set_xlabel("student")
     axes.set_ylabel("teacher")
-    axes.set_title(_short(label), fontsize=9)
+    axes.set_title(short(label), fontsize=9)
     return Chart(name, f"disagreement of {label} and the teacher", figure)

@@ -164,7 +164,7 @@ def collect(
         dataset = runs[0].pipeline.dataset.name
         return ReportData(dataset, (), runs, group_runs(runs), [], None, notes, outputs)
     test = _test_split(runs, notes)
-    images = _cached_images(runs, cache, notes, progress) if cache is not None else None
+    images = cached_images(runs, cache, notes, progress) if cache is not None else None
     view = images.view if images else None
     indices = pilot_ids(len(images.view if images else cache), rows) if cache is not None else []
     tests: list[HeldOutResult] = []
@@ -208,9 +208,24 @@ def _have_class_logits(runs: Sequence[RunRecord]) -> bool:
 
 def _test_split(runs: Sequence[RunRecord], notes: list[str]) -> Samples | None:
     """Return the test split of all runs; None, with a note, if it is not available or has no labels."""
+    samples = shared_test_split(runs, notes)
+    if samples is None:
+        return None
+    if not (samples.labels >= 0).any():
+        notes.append("No test image has a label: sections that need labels are left out.")
+        return None
+    return samples
+
+
+def shared_test_split(runs: Sequence[RunRecord], notes: list[str]) -> Samples | None:
+    """Return the test split of all runs; None, with a note, if it is not available.
+
+    Raises:
+        MismatchError: if the runs have different data sets.
+    """
     specs = [run.pipeline.dataset for run in runs]
     try:
-        samples = same_split(specs, "test")
+        return same_split(specs, "test")
     except UsageError as error:
         # Data sets that cannot be loaded can only be compared by their configuration.
         if other := next((run for run in runs if run.pipeline.dataset != specs[0]), None):
@@ -220,16 +235,16 @@ def _test_split(runs: Sequence[RunRecord], notes: list[str]) -> Samples | None:
             ) from None
         notes.append(f"The test split is not available ({error.what}): sections that need it are left out.")
         return None
-    if not (samples.labels >= 0).any():
-        notes.append("No test image has a label: sections that need labels are left out.")
-        return None
-    return samples
 
 
-def _cached_images(
+def cached_images(
     runs: Sequence[RunRecord], cache: Cache, notes: list[str], progress: Progress
 ) -> MatchedSamples | None:
-    """Return the images of the cache in the data set of the runs; None, with a note, if it is not available."""
+    """Return the images of the cache in the data set of the runs; None, with a note, if it is not available.
+
+    Raises:
+        MismatchError: if no sample of the data set is in the cache, or none of the runs was trained from it.
+    """
     digest = cache.manifest.digest
     others = [run for run in runs if run.uses_teacher and digest not in run.caches]
     if others:

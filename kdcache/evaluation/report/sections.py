@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,19 +152,38 @@ def by_class(data: ReportData) -> Iterator[Part]:
         yield Paragraph("No available image has a label.")
         return
     yield Paragraph(" ".join(sources))
-    mean = torch.stack(values[: len(lines)] or values).nanmean(dim=0)
+    yield from table_of_classes(columns, values, values[: len(lines)] or values, data.class_names, "accuracy")
+    yield Pictures([charts.draw_classes(drawn, data.class_names, "classes")])
+
+
+def table_of_classes(
+    columns: Sequence[str | GroupLabel],
+    values: Sequence[Tensor],
+    ordered_by: Sequence[Tensor],
+    names: Sequence[str],
+    measure: str,
+) -> Iterator[Part]:
+    """Yield a table of a share per class: of all classes, or of those with the lowest ones.
+
+    Args:
+        columns: heading of each column.
+        values: [C] of each column, NaN for a class without any.
+        ordered_by: those whose mean decides which classes are shown.
+        names: of the classes.
+        measure: what is shown.
+    """
+    mean = torch.stack([*ordered_by]).nanmean(dim=0)
     lowest = [class_ for class_ in mean.argsort(stable=True).tolist() if not mean[class_].isnan()][:CLASSES_SHOWN]
     if len(mean) > CLASSES_SHOWN:
         yield Paragraph(
-            f"The table shows the {len(lowest)} of {len(mean):,} classes with the lowest accuracy, lowest first.",
+            f"The table shows the {len(lowest)} of {len(mean):,} classes with the lowest {measure}, lowest first.",
             "faint",
         )
     shown = lowest if len(mean) > CLASSES_SHOWN else sorted(lowest)
     yield Table(
         ["class", *columns],
-        [(data.class_names[class_], *(_share(float(accuracy[class_])) for accuracy in values)) for class_ in shown],
+        [(names[class_], *(_share(float(column[class_])) for column in values)) for class_ in shown],
     )
-    yield Pictures([charts.draw_classes(drawn, data.class_names, "classes")])
 
 
 def calibration(data: ReportData) -> Iterator[Part]:
