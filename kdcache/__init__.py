@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from kdcache.cache.sequences import CachedSequences, SequenceBatch
     from kdcache.cache.teacher import CachedOutput, CachedTeacher
     from kdcache.cache.token_spec import TokenCacheSpec
-    from kdcache.config.loader import load_pipeline
+    from kdcache.config.loader import load_any_pipeline, load_pipeline
     from kdcache.config.loss import loss, output_loss
     from kdcache.config.schema import Pipeline
+    from kdcache.config.text import TextPipeline
     from kdcache.curate.foreign.margin_mse import MarginMSEScores, read_margin_mse
     from kdcache.curate.token_cache import write_token_cache
     from kdcache.data.cached_dataset import CachedDataset
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from kdcache.runtime.progress import Progress
     from kdcache.train.inputs import CacheOptions
     from kdcache.train.run_result import RunResult
+    from kdcache.train.tokens.loop import TokenEpoch
+    from kdcache.train.tokens.train import LanguageRunResult, train_language_student
     from kdcache.train.train import train_student, train_teacher
 
 # Imported on first use, so that `kdcache --help` does not wait for torch.
@@ -61,6 +64,7 @@ _HOME = {
     "InterruptedRun": "kdcache.errors",
     "KdcacheError": "kdcache.errors",
     "LMHead": "kdcache.losses.lm_head",
+    "LanguageRunResult": "kdcache.train.tokens.train",
     "LossParts": "kdcache.losses.distillation",
     "MarginMSEScores": "kdcache.curate.foreign.margin_mse",
     "Pipeline": "kdcache.config.schema",
@@ -71,8 +75,10 @@ _HOME = {
     "SequenceBatch": "kdcache.cache.sequences",
     "SplitScore": "kdcache.models.evaluate",
     "TeacherIdentity": "kdcache.models.teacher",
+    "TextPipeline": "kdcache.config.text",
     "TokenBatch": "kdcache.data.packing",
     "TokenCacheSpec": "kdcache.cache.token_spec",
+    "TokenEpoch": "kdcache.train.tokens.loop",
     "TokenSequence": "kdcache.data.packing",
     "TokenTargets": "kdcache.losses.token_targets",
     "TokenizedText": "kdcache.data.text",
@@ -83,6 +89,7 @@ _HOME = {
     "evaluate": "kdcache.models.evaluate",
     "graph_of": "kdcache.data.nodes",
     "join_ranks": "kdcache.runtime.distributed",
+    "load_any_pipeline": "kdcache.config.loader",
     "load_pipeline": "kdcache.config.loader",
     "load_split": "kdcache.data.datasets",
     "load_text": "kdcache.data.text",
@@ -93,6 +100,7 @@ _HOME = {
     "read_margin_mse": "kdcache.curate.foreign.margin_mse",
     "split_causal_lm": "kdcache.models.causal_lm",
     "token_batch": "kdcache.data.packing",
+    "train_language_student": "kdcache.train.tokens.train",
     "train_student": "kdcache.train.train",
     "train_teacher": "kdcache.train.train",
     "wrap": "kdcache.data.samples",
@@ -113,6 +121,7 @@ __all__ = [
     "InterruptedRun",
     "KdcacheError",
     "LMHead",
+    "LanguageRunResult",
     "LossParts",
     "MarginMSEScores",
     "Pipeline",
@@ -123,8 +132,10 @@ __all__ = [
     "SequenceBatch",
     "SplitScore",
     "TeacherIdentity",
+    "TextPipeline",
     "TokenBatch",
     "TokenCacheSpec",
+    "TokenEpoch",
     "TokenSequence",
     "TokenTargets",
     "TokenizedText",
@@ -135,6 +146,7 @@ __all__ = [
     "evaluate",
     "graph_of",
     "join_ranks",
+    "load_any_pipeline",
     "load_pipeline",
     "load_split",
     "load_text",
@@ -145,6 +157,7 @@ __all__ = [
     "read_margin_mse",
     "split_causal_lm",
     "token_batch",
+    "train_language_student",
     "train_student",
     "train_teacher",
     "wrap",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,17 +31,17 @@ USUAL_CLASS_FIDELITY = 0.005
 
 Kind = Literal["classes", "vector", "score"]
 
-_PILOT_NUMBERS, PILOT_MAPS = 2**26, 256
+_PILOT_NUMBERS, PILOT_MAPS = 2**25, 128
 """Numbers, and maps, of a pilot at most, but at least four maps: their places are many more rows than they are maps."""
 
 _FITTED_PLACES = 2**16
 """Places that axes are fitted to at most."""
 
-_MEASURED_NUMBERS = 2**22
+_MEASURED_NUMBERS = 2**20
 """Numbers of the held-out maps that are compressed to measure a size."""
 
-_EXPONENTS = range(-96, 25)
-"""Steps that are tried are 2^(n / 8) of the deviation of the numbers, for n of this range."""
+_EXPONENTS = range(-384, 97)
+"""Steps that are tried are 2^(n / 32) of the deviation of the numbers, for n of this range."""
 
 _LARGEST_INT8 = 100
 """Largest magnitude on the pilot of numbers that are stored as int8: other maps may have larger ones."""
@@ -174,10 +174,13 @@ def grid_fidelity(
     )
 
 
-def _each(true: Tensor, decoded: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _one_by_one(maps: Tensor) -> Iterator[Tensor]:
     """Yield maps one by one, [1, C, h, w] each, so that measuring takes little memory."""
-    for index in range(len(true)):
-        yield true[index : index + 1], decoded[index : index + 1]
+    return (maps[index : index + 1] for index in range(len(maps)))
+
+
+def _each(true: Tensor, decoded: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(_one_by_one(true), _one_by_one(decoded), strict=True)
 
 
 def _places(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -190,6 +193,25 @@ def _channels(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return maps [B, C, h, w] as the rows of their channels, [B C, h w]."""
     first, second = (maps.flatten(2).flatten(0, 1) for maps in pair)
     return first, second
+
+
+class _Range(NamedTuple):
+    """How large the numbers are that are rounded.
+
+    Attributes:
+        largest: magnitude of all.
+        usual: [W], magnitude of each plane that is exceeded in a share of the places of `_RARELY`.
+    """
+
+    largest: float
+    usual: Tensor
+
+
+def _some_places(maps: Tensor) -> Tensor:
+    """Return some of the places of maps [B, C, h, w], spread over all of them, [P, C]."""
+    stride = -(-len(maps) * maps.shape[2] * maps.shape[3] // _FITTED_PLACES)
+    # An odd distance meets all columns.
+    return maps.movedim(1, 3).flatten(0, 2)[:: stride | 1]
 
 
 class _Bench:
@@ -247,17 +269,17 @@ class _Bench:
     def _encoding(self, **settings: object) -> GridEncoding:
         _, channels, height, width = self._pilot.shape
         shape = {"channels": channels, "height": height, "width": width, "level": self._level}
-        return GridEncoding.model_validate({**shape, **settings})
+        return GridEncoding.model_validate({**shape, "compression": self._request.compression, **settings})
 
     def _stepped(self, codec: Literal["steps", "klt"]) -> Iterator[PlannedGrids]:
         """Yield the largest step within the limit, or the smallest that is tried; nothing for equal maps."""
-        fitted = self._numbers(self._fitted)
-        basis = _fit_places(fitted) if codec == "klt" else None
-        deviation = float((fitted - fitted.mean(dim=(0, 2, 3), keepdim=True)).square().mean().sqrt())
+        places = _some_places(self._fitted)
+        places = places if self._level else places - places.mean(dim=1, keepdim=True)
+        deviation = float(places.std(dim=0, correction=0).square().mean().sqrt())
         if not deviation > 0:
             return
-        numbers = self._numbers(self._pilot)
-        numbers = numbers if basis is None else coordinates_of(numbers, basis)
+        basis = _fit_places(places) if codec == "klt" else None
+        numbers = self._range_of_numbers(basis, places)
         below, above = _EXPONENTS.start, _EXPONENTS.stop
         while above - below > 1:
             middle = (below + above) // 2
@@ -265,23 +287,30 @@ class _Bench:
             below, above = (middle, above) if within else (below, middle)
         yield self._measured(*self._at(codec, deviation, below, numbers, basis))
 
-    def _numbers(self, maps: Tensor) -> Tensor:
-        return maps if self._level else maps - maps.mean(dim=1, keepdim=True)
+    def _range_of_numbers(self, basis: VectorBasis | None, places: Tensor) -> _Range:
+        """Return how large the numbers are that are rounded; `places` [P, C] are some of those of the pilot."""
+        largest = 0.0
+        for maps in _one_by_one(self._pilot):
+            numbers = maps if self._level else maps - maps.mean(dim=1, keepdim=True)
+            numbers = numbers if basis is None else coordinates_of(numbers, basis)
+            largest = max(largest, float(numbers.abs().max()))
+        coordinates = places if basis is None else (places - basis.mean) @ basis.axes.T
+        rank = max(int(len(places) * (1 - _RARELY)), 1)
+        return _Range(largest, coordinates.abs().kthvalue(rank, dim=0).values)
 
     def _at(
-        self, codec: str, deviation: float, exponent: int, numbers: Tensor, basis: VectorBasis | None
+        self, codec: str, deviation: float, exponent: int, numbers: _Range, basis: VectorBasis | None
     ) -> tuple[GridEncoding, VectorBasis | None]:
         """Return the encoding of a step, and its basis; `numbers` are those that are rounded."""
-        step = float(torch.tensor(deviation * 2.0 ** (exponent / 8), dtype=torch.float32))
+        step = float(torch.tensor(deviation * 2.0 ** (exponent / 32), dtype=torch.float32))
         kept = basis
         if basis is not None:
-            used = (numbers.abs() > step / 2).double().mean(dim=(0, 2, 3)) > _RARELY
+            used = numbers.usual > step / 2
             count = int(used.nonzero().max()) + 1 if used.any() else 1
             kept = VectorBasis(basis.axes[:count].contiguous(), basis.mean)
-        largest = float(numbers.abs().max()) / step
         encoding = self._encoding(
             codec=codec,
-            dtype="int8" if largest <= _LARGEST_INT8 else "int16",
+            dtype="int8" if numbers.largest / step <= _LARGEST_INT8 else "int16",
             components=0 if kept is None else len(kept.axes),
             step=step,
             normalized=self._normalized,
@@ -289,7 +318,8 @@ class _Bench:
         return encoding, kept
 
     def _fidelity(self, encoding: GridEncoding, basis: VectorBasis | None) -> GridFidelity:
-        decoded = decode_grids(encode_grids(self._held, encoding, basis), encoding, basis)
+        parts = [decode_grids(encode_grids(maps, encoding, basis), encoding, basis) for maps in _one_by_one(self._held)]
+        decoded = torch.cat(parts)
         return grid_fidelity(self._held, decoded, self._kind, self._request.over_places, self._center)
 
     def _measured(self, encoding: GridEncoding, basis: VectorBasis | None) -> PlannedGrids:
@@ -298,13 +328,12 @@ class _Bench:
         return PlannedGrids(encoding, basis, self._fidelity(encoding, basis), size)
 
 
-def _fit_places(maps: Tensor) -> VectorBasis:
-    """Return the principal axes [C, C] of the places of maps [B, C, h, w], by decreasing variance.
+def _fit_places(places: Tensor) -> VectorBasis:
+    """Return the principal axes [C, C] of places [P, C], by decreasing variance.
 
     The largest component of each axis is positive, so that the signs do not depend on the library.
     """
-    rows, _ = _places((maps, maps))
-    rows = rows[:: -(-len(rows) // _FITTED_PLACES)].double()
+    rows = places.double()
     mean = rows.mean(dim=0)
     _, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean))
     axes = vectors.flip(1).T

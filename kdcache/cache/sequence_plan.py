@@ -181,6 +181,7 @@ def plan_of_sequences(
     batch_tokens: int = 1,
     lineage: Lineage | None = None,
     shard_sequences: int | None = None,
+    libraries: tuple[str, ...] = (),
 ) -> Plan:
     """Return the plan of a cache of sequences.
 
@@ -194,6 +195,7 @@ def plan_of_sequences(
         batch_tokens: tokens per batch of a teacher that kdcache runs.
         lineage: of a cache that is made of other files.
         shard_sequences: sequences per shard; None: those of `spec`, or chosen by bytes.
+        libraries: that the rows depend on, beside those of every cache.
     """
     per_shard = shard_sequences or spec.shard_sequences or sequences_per_shard(counted, raw_bytes(encoding))
     name, split = data
@@ -226,7 +228,7 @@ def plan_of_sequences(
         fidelity=None,
         shape=Sharding(shard_rows=per_shard, chunk_rows=_chunk(per_shard), fingerprint_stride=per_shard),
         batch_size=batch_tokens,
-        versions=versions(),
+        versions=versions(*libraries),
         licence=spec.license,
         notes=spec.notes,
         lineage=lineage,

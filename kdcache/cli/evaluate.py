@@ -264,7 +264,7 @@ _OUTPUT_COLUMNS = {
     ),
     "correlation": ("correlation", "Pearson's, of the scores of student and teacher"),
     "same_order": ("same order", "share of the pairs of scores that are compared and that both order in the same way"),
-    "same_class": ("agreement", "share of samples with the same top class as the teacher"),
+    "same_class": ("agreement", "share of samples, or places of maps, with the same top class as the teacher"),
     "total_variation": ("TV, T=1", "mean total variation between the softmax of student and teacher"),
 }
 """Of each measure of `OutputScore`: the column, and what it means."""

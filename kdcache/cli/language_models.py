@@ -17,15 +17,21 @@ if TYPE_CHECKING:
 
 def dump(pipeline: TextPipeline, out: Path, dry_run: bool, device: str, as_json: bool) -> None:
     """Run the language model of a pipeline over its texts, or estimate that."""
+    from kdcache.cache.format.schema import MANIFEST
+    from kdcache.cache.preconditions import check_place
     from kdcache.cli.info import describe
     from kdcache.dump.tokens.dump import dump_language_model
     from kdcache.dump.tokens.estimate import estimate_language_model
     from kdcache.dump.tokens.inputs import load_inputs
     from kdcache.dump.tokens.job import LanguageModelJob
     from kdcache.runtime.distributed import join_ranks
+    from kdcache.runtime.launched import is_first
+    from kdcache.runtime.progress import Silent
 
     progress = output.Terminal()
-    teacher, text = load_inputs(pipeline, progress)
+    if dry_run or not (out / MANIFEST).is_file():
+        check_place(out)  # tokenizing may take long
+    teacher, text = load_inputs(pipeline, progress if is_first() else Silent())
     if dry_run:
         data = (text.name, text.split)
         given = (teacher.model, teacher.identity, text, data, text.vocabulary, pipeline.cache, out, device, progress)
@@ -101,7 +107,7 @@ def verify(cache: Cache, pipeline: TextPipeline, replay: bool, teacher: bool, ro
     if pipeline.dataset.root is not None or replay or not teacher:
         text = text_of(pipeline.dataset, tokenizer, plan.sequences.vocabulary.size, progress)
         check_same_text(cache, text)
-        results["dataset"] = {"samples": len(text)}
+        results["text"] = {"sequences": len(text)}
         if replay:
             results["replayed_text"] = replay_text(cache, text, progress)._asdict()
     if teacher:

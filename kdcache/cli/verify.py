@@ -164,6 +164,11 @@ def _report(checked: Audit, results: dict[str, Any], as_json: bool) -> None:
                 if "dataset" in results
                 else {}
             ),
+            **(
+                {"data set": f"the same {counted(results['text']['sequences'], 'sequence')}, with the same vocabulary"}
+                if "text" in results
+                else {}
+            ),
             **({"replay": _replayed(**results["replay"])} if "replay" in results else {}),
             **({"tokens": _replayed_text(**results["replayed_text"])} if "replayed_text" in results else {}),
             **({"teacher": _recognized(**results["identity"])} if "identity" in results else {}),

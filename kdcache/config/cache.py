@@ -11,6 +11,9 @@ from kdcache.config.section import Count, NotNegativeInt, Section, Seed
 
 OutputName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 
+Patches = Annotated[list[Count], Field(min_length=2, max_length=2)]
+"""Height and width of the grid of the tokens of a transformer."""
+
 _OF_CLASSES = ("top_k", "tail", "rank", "dtype", "labels")
 """Keys that only an output of kind `classes` at one place has."""
 
@@ -30,6 +33,12 @@ class OutputSpec(Section):
     nor a module has that name, the input of the last linear layer."""
     pool: Literal["none", "mean", "first"] = "none"
     """How [B, D, H, W] or [B, L, D] becomes [B, D]: the mean over all places, or the first of L; `none` refuses it."""
+    compression: Literal["fast", "small"] = "fast"
+    """Of maps: `small` takes up to 25% fewer bytes where the step is coarse, and a second per MB of numbers on one
+    core. Reading takes the same time."""
+    patches: Patches | None = None
+    """Of maps: h and w of the places of [B, L, D], such as [14, 14] of a vision transformer. The map is of the last
+    h * w tokens; those before them, such as a class token, are left out. None: the output is [B, C, h, w]."""
     encoding: Literal["auto", "klt", "steps", "int8", "float16", "float32"] = "auto"
     """How vectors and maps are stored: `auto` is the smallest within `fidelity`; `steps` is for maps, `int8` for
     vectors of images. Scores are float32, unless a map of them names another."""
@@ -64,8 +73,9 @@ class OutputSpec(Section):
         if is_map:
             yield from self._combinations_of_map()
             return
-        if self.over_places:
-            yield ("over_places", "places"), "belongs to maps: set `places: grid`"
+        for key in ("over_places", "patches", "compression"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                yield (key, "places"), "belongs to maps: set `places: grid`"
         if self.kind != "vector" and self.encoding != "auto":
             yield ("encoding", "kind"), f"belongs to an output of kind vector, and this one is of kind {self.kind}"
         elif self.encoding == "steps":

@@ -31,7 +31,10 @@ def of_images(pipeline: Pipeline | TextPipeline, path: str | Path) -> Pipeline:
         UsageError: for one of text.
     """
     if isinstance(pipeline, TextPipeline):
-        raise UsageError(f"{path} is a pipeline of text, and this is for images", "give a pipeline of images")
+        raise UsageError(
+            f"{path} is a pipeline of text, and this is for images",
+            "give a pipeline of images; dump-teacher, train-student and sweep take one of text",
+        )
     return pipeline
 
 

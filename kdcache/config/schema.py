@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kdcache.config.cache import CacheSpec, OutputName
+from kdcache.config.cache import CacheSpec, OutputName, Patches
 from kdcache.config.optimizer import Fraction, OptimizerSpec
 from kdcache.config.section import Count, NotNegativeInt, Section, Seed
 from kdcache.config.transform import Transform, step_names
@@ -206,6 +206,8 @@ class StudentOutputSpec(Section):
     None: its own name; for `features`, if neither has that name, the input of the last linear layer."""
     pool: Literal["none", "mean", "first"] = "none"
     """How [B, D, H, W] or [B, L, D] becomes [B, D]: the mean over all places, or the first of L; `none` refuses it."""
+    patches: Patches | None = None
+    """For a loss of maps: h and w of the places of [B, L, D], as in `cache.outputs`."""
 
 
 class StudentSpec(ModelSpec):

@@ -121,14 +121,16 @@ class TokenTrainSpec(OptimizerSpec):
     max_grad_norm: Positive | None = 1.0
     """Gradient clipping: largest norm of the gradient of all parameters."""
     batch_tokens: Count = 8192
-    """Tokens per step, over all processes."""
+    """Tokens per step, over all processes, without padding."""
     micro_batch_tokens: Count | None = None
-    """Tokens that a process passes through the network at once; None: its whole part of a step."""
+    """Tokens that a process passes through the network at once, with padding; None: its whole part of a step, or all
+    sequences of about the same length."""
     max_length: Count | None = None
     """Longer sequences are cut to a prefix of as many tokens; None for whole sequences."""
-    packed: bool = True
-    """Whether sequences are packed end to end; or else padded to the longest. Networks that do not keep packed
-    sequences apart are refused."""
+    packed: bool | Literal["auto"] = "auto"
+    """Whether the sequences of a micro-batch are packed end to end; or else those of about the same length are padded
+    together. Both give the same step. `auto` packs for networks whose attention does not compute what packing masks
+    (flash_attention_2, flex_attention). Networks that do not keep packed sequences apart are refused for `true`."""
 
     def _combinations(self) -> Iterator[tuple[tuple[str, ...], str]]:
         yield from super()._combinations()

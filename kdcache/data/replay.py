@@ -40,7 +40,11 @@ def check_matches_cache(cache: Cache, samples: Samples, transform: Transform | N
         MismatchError: if they differ; the message says in what, and names the first such sample.
     """
     plan = cache.manifest.plan
-    refuse_sequences(plan, f"{samples.name}/{samples.split}", "train a language model on its rows, cache.sequences()")
+    refuse_sequences(
+        plan,
+        f"{samples.name}/{samples.split}",
+        "train a language model on them, with a pipeline of text (dataset: {name: text})",
+    )
     if cache.num_classes != samples.num_classes:
         raise MismatchError(
             f"the cache {cache.path} has {cache.num_classes} classes, {samples.name} has {samples.num_classes}",

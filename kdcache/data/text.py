@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from kdcache.errors import UsageError, counted
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
+from kdcache.runtime.transformers_library import quiet
 
 _AT_ONCE = 256
 """Records that are tokenized together."""
@@ -152,7 +154,8 @@ def load_text(
     reader = Reader(columns, used, taught == "all", ends, records.name)
     counts: Counter[str] = Counter()
     prefix = [] if used is None else used.added[0]
-    with shown.task("tokenizing", len(records), "records") as task:
+    # transformers warns of texts longer than the network takes, which are divided or cut here.
+    with quiet() if used is not None else nullcontext(), shown.task("tokenizing", len(records), "records") as task:
         of_records = iter(records)
         while some := list(islice(of_records, _AT_ONCE)):
             for offset, tokens in enumerate(reader.read(counts["records"], some)):

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.data.tokenizer import Tokenizer, excerpt
+from kdcache.data.conversations import ASSISTANT, check_nested, messages_of
+from kdcache.data.tokenizer import Tokenizer
 from kdcache.errors import UsageError, did_you_mean
 
 TextFormat = Literal["text", "messages", "prompt-completion", "tokens"]
@@ -31,11 +32,6 @@ _COMPLETIONS = ("completion", "response")
 
 _IGNORED = -100
 """Label of a token that is not learned, as in transformers."""
-
-_ROLES = {"human": "user", "gpt": "assistant"}
-"""Roles of conversations with keys `from` and `value`."""
-
-ASSISTANT = "assistant"
 
 Array = npt.NDArray[Any]
 
@@ -198,16 +194,16 @@ class Reader:
 
     def _completed(self, prompt: list[Any], completion: list[Any], tools: Any) -> Tokens:
         """Return a conversation that begins with a prompt, of which the rest is learned."""
-        asked, whole = _messages(prompt), _messages([*prompt, *completion])
+        asked, whole = messages_of(prompt), messages_of([*prompt, *completion])
         begin = self._used.rendered(asked, tools, prompts=True)
         text = self._used.rendered(whole, tools)
         encoded = self._used.with_ends(text, add_special_tokens=False)
-        _check_nested(begin, text, len(asked))
+        check_nested(begin, text, len(asked))
         return self._tokens(encoded.ids, np.array(encoded.ends) > len(begin))
 
     def _conversation(self, record: Mapping[str, Any]) -> Tokens:
         """Return a conversation, in which the tokens are learned that an assistant says."""
-        messages, tools = _messages(record.get(self._columns.first)), record.get("tools")
+        messages, tools = messages_of(record.get(self._columns.first)), record.get("tools")
         if self._learn_all:
             text = self._used.rendered(messages, tools)
             ids = self._used.inner(text, add_special_tokens=False)["input_ids"]
@@ -223,8 +219,8 @@ class Reader:
             if message["role"] == ASSISTANT:
                 begin = self._used.rendered(messages[:index], tools, prompts=True) if index else ""
                 until = self._used.rendered(messages[: index + 1], tools)
-                _check_nested(begin, until, index)
-                _check_nested(until, text, index + 1)
+                check_nested(begin, until, index)
+                check_nested(until, text, index + 1)
                 said |= (ends > len(begin)) & (ends <= len(until))
         return self._tokens(encoded.ids, said)
 
@@ -273,37 +269,6 @@ def _string(record: Mapping[str, Any], key: str) -> str:
         what = f"{key!r} is a {type(value).__name__}" if key in record else f"it has no {key!r}"
         raise UsageError(f"{what}, not a string", "write the record again, or leave it out")
     return value
-
-
-def _messages(value: Any) -> list[dict[str, Any]]:
-    """Return messages with role and content, also of those with `from` and `value`."""
-    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise UsageError(
-            "it has no list of messages", 'write messages such as [{"role": "user", "content": "..."}, ...]'
-        )
-    found = []
-    for number, message in enumerate(value):
-        if "from" in message and "value" in message:
-            role = _ROLES.get(message["from"], message["from"])
-            message = {"role": role, "content": message["value"]}  # noqa: PLW2901
-        if not isinstance(message.get("role"), str):
-            raise UsageError(f"message {number} has no role", "give each message a role and a content")
-        # Parquet and datasets fill keys that other messages have with None.
-        found.append({key: part for key, part in message.items() if part is not None or key == "content"})
-    return found
-
-
-def _check_nested(begin: str, whole: str, messages: int) -> None:
-    """Check that a conversation begins with the text of its first messages."""
-    if whole.startswith(begin):
-        return
-    at = next((i for i, (one, other) in enumerate(zip(begin, whole, strict=False)) if one != other), len(whole))
-    raise UsageError(
-        f"the chat template changes what it wrote of the first messages when others follow: of {messages} it is "
-        f"{excerpt(begin[at:])} from character {at}, with more of them {excerpt(whole[at:])}; so it is not "
-        "known which tokens the assistant said",
-        "mark them in the chat template with {% generation %} and {% endgeneration %}, or set dataset.taught to all",
-    )
 
 
 def _integers(record: Mapping[str, Any], key: str) -> Array:

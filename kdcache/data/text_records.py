@@ -12,7 +12,10 @@ from kdcache.data.parquet_rows import ParquetRows
 from kdcache.errors import CorruptError, UsageError
 from kdcache.runtime.paths import expand
 
-_LINES, _PARQUET, _PLAIN = (".jsonl", ".ndjson", ".json"), (".parquet",), (".txt",)
+_LINES, _PARQUET, _PLAIN = (".jsonl", ".ndjson"), (".parquet",), (".txt",)
+
+_JSON = ".json"
+"""Suffix of JSON lines too, where a user names the file; in a folder there may be other JSON files beside the texts."""
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files of a folder that `datasets.save_to_disk` wrote."""
@@ -64,13 +67,28 @@ def read_records(root: str | Path) -> Records:
 def _of_file(path: Path) -> Records:
     """Return the records of a file."""
     suffix = path.suffix.lower()
-    if suffix in _LINES:
+    if suffix == _JSON:
+        _check_lines(path)
+    if suffix in (*_LINES, _JSON):
         return JsonLines([path])
     if suffix in _PARQUET:
         return _ParquetRecords(path)
     if suffix in _PLAIN:
         return _PlainText(path)
     raise UsageError(f"{path} is a {suffix or 'file without a suffix'}, which is not known", _USE)
+
+
+def _check_lines(path: Path) -> None:
+    """Check that a file is of JSON lines.
+
+    Raises:
+        UsageError: if it is a JSON list.
+    """
+    with path.open("rb") as file:
+        if file.read(1) == b"[":
+            raise UsageError(
+                f"{path} is a JSON list, not one object per line", f"jq -c '.[]' {path} > {path.with_suffix('.jsonl')}"
+            )
 
 
 class _Joined:

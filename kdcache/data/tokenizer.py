@@ -5,14 +5,14 @@ Nothing is downloaded, and no code in the folder is run.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kdcache.data.token_bytes import bytes_of_tokens
 from kdcache.errors import MismatchError, UsageError
 from kdcache.runtime.paths import expand
 from kdcache.runtime.transformers_library import first_line, library, quiet
@@ -22,15 +22,6 @@ _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vo
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The mark of what an assistant says in a chat template, as transformers searches for it."""
-
-_SPACE = "\u2581"
-"""Stands for a space in tokens of sentencepiece."""
-
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""A token of sentencepiece that stands for one byte."""
-
-_SHOWN = 24
-"""Characters of a text that are shown in an error."""
 
 
 class Vocabulary(NamedTuple):
@@ -101,8 +92,7 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of some texts, with the special tokens that the tokenizer adds."""
-        with quiet():  # it warns of texts longer than the network takes, which are cut later
-            found: list[list[int]] = self.inner(list(texts), return_attention_mask=False)["input_ids"]
+        found: list[list[int]] = self.inner(list(texts), return_attention_mask=False)["input_ids"]
         return found
 
     def with_ends(self, text: str, add_special_tokens: bool = True) -> Encoded:
@@ -117,14 +107,13 @@ class Tokenizer:
                 "convert it to a tokenizer.json (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) with "
                 "the library tokenizers), or set dataset.taught to all",
             )
-        with quiet():
-            said = self.inner(
-                text,
-                add_special_tokens=add_special_tokens,
-                return_offsets_mapping=True,
-                return_special_tokens_mask=True,
-                return_attention_mask=False,
-            )
+        said = self.inner(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+        )
         special = said["special_tokens_mask"] if add_special_tokens else [0] * len(said["input_ids"])
         ends = [0 if added else end for (_, end), added in zip(said["offset_mapping"], special, strict=True)]
         return Encoded(said["input_ids"], ends)
@@ -132,8 +121,7 @@ class Tokenizer:
     @cached_property
     def added(self) -> tuple[list[int], list[int]]:
         """The ids that its call adds before and behind a text, such as bos and eos."""
-        with quiet():
-            said = self.inner("a", return_special_tokens_mask=True)
+        said = self.inner("a", return_special_tokens_mask=True)
         ids, special = said["input_ids"], said["special_tokens_mask"]
         first = special.index(0) if 0 in special else len(special)
         last = len(special) - special[::-1].index(0) if 0 in special else len(special)
@@ -182,8 +170,7 @@ class Tokenizer:
 
     def _templated(self, messages: Sequence[Mapping[str, Any]], tools: Any, **options: Any) -> Any:
         try:
-            with quiet():
-                return self.inner.apply_chat_template(messages, tools=tools, **options)
+            return self.inner.apply_chat_template(messages, tools=tools, **options)
         except Exception as error:  # templates and their library raise errors of many types
             if self.chat_template is None:
                 raise UsageError(
@@ -200,7 +187,7 @@ class Tokenizer:
         """The bytes of its tokens, its special tokens, chat template and file."""
         file = next((self.folder / name for name in _FILES if (self.folder / name).is_file()), None)
         return Vocabulary(
-            _bytes_of_tokens(self.inner),
+            bytes_of_tokens(self.inner),
             {
                 name.removesuffix("_token"): self.inner.convert_tokens_to_ids(str(token))
                 for name, token in sorted(self.inner.special_tokens_map.items())
@@ -242,68 +229,3 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "get the folder again; a tokenizer with code of its own must be converted to a tokenizer.json",
         ) from error
     return Tokenizer(inner, path)
-
-
-def _bytes_of_tokens(tokenizer: Any) -> list[bytes]:
-    """Return the bytes of the token of each id; a token that is not a part of a text stands for itself."""
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
-    kinds = set(_kinds(tokenizer))
-    bytes_of = dict(_byte_characters())
-    found = [b""] * (max([*vocabulary.values(), *added]) + 1)
-    for token, index in vocabulary.items():
-        found[index] = _bytes_of(token, kinds, bytes_of)
-    for index, token in added.items():
-        found[index] = token.encode("utf-8", "surrogatepass")
-    return found
-
-
-def _bytes_of(token: str, kinds: set[str], bytes_of: Mapping[str, int]) -> bytes:
-    """Return the bytes of a token of a model, by how its decoder reads it."""
-    if "ByteLevel" in kinds and all(character in bytes_of for character in token):
-        return bytes(bytes_of[character] for character in token)
-    if "ByteFallback" in kinds and (byte := _BYTE.fullmatch(token)):
-        return bytes([int(byte[1], 16)])
-    text = token.replace(_SPACE, " ") if "Metaspace" in kinds else token
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _kinds(tokenizer: Any) -> Iterator[str]:
-    """Yield how a tokenizer's tokens stand for bytes: ByteLevel, ByteFallback, Metaspace; nothing for plain text."""
-    if not tokenizer.is_fast:
-        if hasattr(tokenizer, "sp_model"):
-            yield from ("ByteFallback", "Metaspace")
-        return
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    if described["model"].get("byte_fallback"):
-        yield "ByteFallback"
-    for part in (described["decoder"], described["pre_tokenizer"]):
-        for step in _steps(part):
-            is_space = step["type"] == "Replace" and step["pattern"].get("String") == _SPACE
-            yield "Metaspace" if is_space else step["type"]
-
-
-def _steps(part: Any) -> Iterator[Any]:
-    """Yield the steps of a part of a tokenizer, also those inside others."""
-    if part is not None:
-        yield part
-        for name in ("decoders", "pretokenizers"):
-            for inner in part.get(name, ()):
-                yield from _steps(inner)
-
-
-def _byte_characters() -> Iterator[tuple[str, int]]:
-    """Yield the character that stands for each byte in byte-level BPE (GPT-2, `bytes_to_unicode`)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = 0
-    for byte in range(256):
-        if byte in printable:
-            yield chr(byte), byte
-        else:
-            yield chr(256 + others), byte
-            others += 1
-
-
-def excerpt(text: str) -> str:
-    """Return the beginning of a text, for an error."""
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")

@@ -119,7 +119,8 @@ def with_outputs_of(cache: Cache, spec: CacheSpec | None) -> CacheSpec:
 def _spec_of(record: OutputRecord) -> OutputSpec:
     """Return where an output was taken, and its kind and places."""
     places: Literal["one", "grid"] = "grid" if record.places == "grid" else "one"
-    return OutputSpec(kind=record.kind, places=places, source=record.source, pool=record.pool)
+    patches = list(record.shape[1:]) if places == "grid" else None
+    return OutputSpec(kind=record.kind, places=places, source=record.source, pool=record.pool, patches=patches)
 
 
 class OutputAgreement(NamedTuple):

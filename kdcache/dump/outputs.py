@@ -182,8 +182,7 @@ def _planned_vectors(output: OutputSpec, values: Tensor, n_rows: int) -> tuple[O
 def _request_of(output: OutputSpec, pilot_rows: int) -> Request | VectorRequest | GridRequest:
     """Return the part of an output's settings that determines its encoding."""
     if output.places == "grid":
-        of_map = {"encoding": output.encoding, "fidelity": output.fidelity, "over_places": output.over_places}
-        return GridRequest.model_validate(of_map)
+        return GridRequest.model_validate({key: getattr(output, key) for key in GridRequest.model_fields})
     if output.kind == "classes":
         keys = ("top_k", "tail", "rank", "fidelity", "dtype")
         return Request(**{key: getattr(output, key) for key in keys}, pilot_rows=pilot_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,9 @@ from kdcache.data.views import View
 from kdcache.errors import CorruptError
 from kdcache.evaluation import costs
 from kdcache.evaluation.networks import NetworkRef
+from kdcache.losses import Loss
+from kdcache.losses.map_options import MapLossOptions
+from kdcache.losses.outputs import OutputLossOptions
 from kdcache.models import build_for
 from kdcache.models.checks import set_evaluation_mode
 from kdcache.runtime.progress import Progress, Silent
@@ -33,8 +37,14 @@ from kdcache.train.student_outputs import StudentOutputs, student_outputs
 _BATCH = 256
 
 
+_MOST_NUMBERS, _LEAST_MAPS = 2**25, 4
+"""Numbers of an output that are compared at most, but at least of four maps."""
+
+
 class OutputScore(NamedTuple):
     """Measures of an output of a student against that of the teacher, in view 0; None where one is not of its kind.
+
+    Of maps they are those of the places, as if these were samples.
 
     Attributes:
         network: name of the student.
@@ -134,15 +144,30 @@ def _scores(
     outputs.load(Path(str(spec.weights)).parent)
     set_evaluation_mode(model.to(device))
     outputs.to(device)
-    groups = _compared(samples, rows)
+    groups = _compared(samples, _rows_of(pipeline.loss, cache, rows))
     ids = groups.flatten()
     said = _said(network, model, outputs, view, ids, device)
     cost = costs.count_parameters(model), _latency(model, outputs, view, device, min_run_time)
     for name, values in said.items():
         kind = cache.outputs[name].kind
         wanted = teacher.outputs[name](ids, 0).cpu()
-        measures = measures_of(kind, values.double(), wanted.double(), groups.shape[1])
+        ours, theirs = _as_rows(values, wanted, pipeline.loss.outputs[name])
+        measures = measures_of(kind, ours.double(), theirs.double(), groups.shape[1])
         yield OutputScore(network.name, name, kind, len(ids), bool(fraction), *measures, *cost)
+
+
+def _rows_of(loss: Loss, cache: Cache, rows: int) -> int:
+    """Return the number of samples that are compared: fewer if an output is a map, whose places are compared."""
+    largest = max(math.prod(cache.outputs[name].shape) for name in loss.outputs)
+    return min(rows, max(_MOST_NUMBERS // largest, _LEAST_MAPS))
+
+
+def _as_rows(student: Tensor, teacher: Tensor, options: OutputLossOptions) -> tuple[Tensor, Tensor]:
+    """Return outputs as rows [n, D]; of maps those of their places, on the grid of the student."""
+    if not isinstance(options, MapLossOptions):
+        return student, teacher
+    teacher = options.on_grid_of(student, teacher)
+    return student.movedim(1, -1).flatten(0, -2), teacher.movedim(1, -1).flatten(0, -2)
 
 
 def _without_selection(spec: StudentSpec) -> StudentSpec:
@@ -178,7 +203,7 @@ def _said(
     for batch in batches(view, cuts, network.workers, device):
         said = outputs(model, batch.images.to(device))
         for name, values in said.items():
-            if (not_finite := ~values.isfinite().all(dim=1).cpu()).any():
+            if (not_finite := ~values.isfinite().flatten(1).all(dim=1).cpu()).any():
                 raise CorruptError(
                     f"{network.name} returned NaN or infinite numbers as {name} for sample "
                     f"{int(batch.ids[not_finite][0])} of {view.samples.name}/{view.samples.split}",

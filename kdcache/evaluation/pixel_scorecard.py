@@ -19,7 +19,6 @@ from kdcache.errors import CorruptError
 from kdcache.evaluation import costs
 from kdcache.evaluation.networks import NetworkRef
 from kdcache.evaluation.scorecard import same_split
-from kdcache.losses.dense import rows_of_places
 from kdcache.losses.maps import resized
 from kdcache.models.checks import set_evaluation_mode, try_network
 from kdcache.models.evaluate import evaluate
@@ -236,8 +235,8 @@ def place_agreement(
             raise CorruptError(
                 f"{network.name} returned NaN or infinite logits", "use a checkpoint of a training that did not diverge"
             )
-        ours = rows_of_places(resized(ours, (theirs.shape[2], theirs.shape[3])))
-        theirs = rows_of_places(theirs)
+        ours = resized(ours, (theirs.shape[2], theirs.shape[3]))
+        ours, theirs = (maps.movedim(1, -1).flatten(0, 2) for maps in (ours, theirs))
         top = theirs.argmax(dim=1)
         same += torch.bincount(top[ours.argmax(dim=1) == top], minlength=len(same))
         said += torch.bincount(top, minlength=len(said))

@@ -10,7 +10,6 @@ import torch
 from kdcache.cache.reader import Cache
 from kdcache.cache.sequences import CachedSequences
 from kdcache.config.text import TokenTrainSpec
-from kdcache.data.packing import fill_batches
 from kdcache.data.tokenizer import has_tokenizer
 from kdcache.errors import UsageError
 from kdcache.evaluation.metrics import Reliability, reliability
@@ -20,7 +19,7 @@ from kdcache.models.from_transformers_lm import load_causal_lm
 from kdcache.models.language_models import check_tokenizer
 from kdcache.models.language_teacher import check_vocabulary_size, context_of
 from kdcache.runtime.progress import Progress, Silent
-from kdcache.train.tokens.batches import as_token_batch, sequence_lengths
+from kdcache.train.tokens.batches import as_token_batch, in_micro_batches, sequence_lengths, with_packing
 from kdcache.train.tokens.inputs import held_out_sequences
 from kdcache.train.tokens.scoring import TokenScore, TokenSums, positions_of
 
@@ -118,16 +117,13 @@ def _score(
     check_vocabulary_size(causal, teacher.encoding.num_classes, "the vocabulary of the cache")
     causal.network.to(device).eval()
     spec = TokenTrainSpec() if run.pipeline is None or run.pipeline.student is None else run.pipeline.student.train
-    packed = spec.packed and causal.packs
     longest = min(limit for limit in (spec.max_length, context_of(causal), 2**62) if limit)
     sums, diagram = TokenSums(device), None
-    cuts = fill_batches(
-        (lengths[index] for index in which), spec.micro_batch_tokens or spec.batch_tokens, longest, packed
-    )
-    batches = [[which[index] for index in cut] for cut in cuts]
+    spec = with_packing(spec, causal).model_copy(update={"max_length": longest})
+    batches = in_micro_batches(which, lengths, spec)
     teacher.prefetch(batches)
     for batch in batches:
-        diagram = _add(causal, teacher, batch, longest, packed, sums, diagram)
+        diagram = _add(causal, teacher, batch, longest, spec.packed is True, sums, diagram)
     if diagram is None:
         raise UsageError(f"{run.name} is to be measured on no sequences", "raise --rows")
     score: TokenScore = sums.score()

@@ -73,3 +73,28 @@ def body_kd(student: Tensor, teacher: Tensor, edges: Tensor, tau: float = 1.0) -
         tau: T.
     """
     return channel_wise(student * (1 - edges), teacher * (1 - edges), tau)
+
+
+def bpkd(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    tau: float = 1.0,
+    edge_weight: float = 50.0,
+    body_weight: float = 20.0,
+    neighbors: int = _NEIGHBORS,
+) -> Tensor:
+    """Return both terms of BPKD with their weights, -> [B].
+
+    Args:
+        student: [B, C, h, w] logits.
+        teacher: [B, C, h, w] logits.
+        labels: [B, H, W] int64, of the pixels, -1 where ignored.
+        tau: T of both.
+        edge_weight: of `boundary_kd`.
+        body_weight: of `body_kd`.
+        neighbors: side in pixels of the square within which another class makes a boundary, odd.
+    """
+    edges = boundaries(labels, student.shape[1], (student.shape[2], student.shape[3]), -1, neighbors).to(student.dtype)
+    at_edges, elsewhere = (term(student, teacher, edges, tau) for term in (boundary_kd, body_kd))
+    return edge_weight * at_edges + body_weight * elsewhere

@@ -132,6 +132,8 @@ class _Chunked(torch.autograd.Function):
             if of_bias is not None:
                 of_bias += slopes.sum(dim=0)
             _add_products(slopes.to(states.dtype), states, weight, which, of_hidden, of_weight)
+            # Or the logits of two chunks would be there while those of the next are computed.
+            del slopes, product, sources
         ctx.found = of_hidden, of_weight, of_bias, of_theta
         ctx.dtypes = [value.dtype if value is not None else kind for value in (hidden, weight, bias, theta)]
         parts = _sum_of(each, hidden)

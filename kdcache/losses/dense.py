@@ -19,7 +19,10 @@ from torch.nn import functional as F
 from kdcache.losses.batch import BatchTotals, at_least_one
 from kdcache.losses.config import Loss
 from kdcache.losses.distillation import LossParts, distillation_loss
-from kdcache.losses.maps import resized
+from kdcache.losses.maps import resized, rows_of_places
+
+UNKNOWN = -1
+"""Label of a pixel that is ignored."""
 
 
 class DenseTotals(NamedTuple):
@@ -34,18 +37,12 @@ class DenseTotals(NamedTuple):
     places: BatchTotals | None
 
 
-def rows_of_places(maps: Tensor) -> Tensor:
-    """Return the numbers of each place as a row, [B, C, h, w] -> [B * h * w, C]."""
-    return maps.permute(0, 2, 3, 1).flatten(0, 2)
-
-
 def labels_of_places(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the label of the pixel that is nearest to the center of each place, [B, H, W] -> [B * h * w] int64."""
+    """Return the label of the pixel that is nearest to the center of each place, [B, H, W] -> [B, h, w] int64."""
     if tuple(maps.shape[1:]) == size:
-        return maps.flatten()
+        return maps
     # float32 holds every class exactly.
-    nearest = F.interpolate(maps.unsqueeze(1).float(), size=size, mode="nearest-exact")
-    return nearest.long().flatten()
+    return F.interpolate(maps.unsqueeze(1).float(), size=size, mode="nearest-exact").squeeze(1).long()
 
 
 def dense_totals(maps: Tensor, teacher_logits: Tensor | None) -> DenseTotals:
@@ -100,9 +97,7 @@ def dense_loss(
         raise ValueError(f"the loss {loss.name!r} needs the teacher's logits")
     size = (teacher_logits.shape[2], teacher_logits.shape[3])
     parts = distillation_loss(
-        rows_of_places(resized(student_logits, size)),
-        rows_of_places(teacher_logits),
-        labels_of_places(maps, size),
+        *rows_of_places(resized(student_logits, size), teacher_logits, labels_of_places(maps, size), UNKNOWN),
         loss.model_copy(update={"ce_weight": 0.0}),
         epoch,
         None,

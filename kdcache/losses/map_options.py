@@ -1,18 +1,19 @@
 """The losses of outputs that are maps: the options of each, and their names.
 
-To add one, write its function in `maps.py`, and list it here.
+To add one, write its function in `maps.py` (or `boundaries.py`), and list it here.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from kdcache.losses import maps
 from kdcache.losses.batch import BatchTotals
-from kdcache.losses.options import Positive
+from kdcache.losses.boundaries import bpkd
+from kdcache.losses.options import NotNegative, Positive
 from kdcache.losses.outputs import OUTPUT_LOSSES, OutputLossOptions
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -28,8 +29,18 @@ class MapLossOptions(OutputLossOptions):
     align_corners: bool = False
     """Whether the corners of both grids are at the same place, as the teacher has it; of `bilinear` alone."""
 
+    def on_grid_of(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the teacher's maps [B, C', h, w] interpolated to the grid of the student's, [B, C', H, W]."""
+        height, width = student.shape[2:]
+        return maps.resized(teacher, (height, width), self.align, self.align_corners)
+
     def values(
-        self, student: Tensor, teacher: Tensor, totals: BatchTotals | None = None, group_size: int = 1
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        totals: BatchTotals | None = None,
+        group_size: int = 1,
+        label_maps: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of each sample, [B], before its weight.
 
@@ -38,16 +49,15 @@ class MapLossOptions(OutputLossOptions):
             teacher: [B, C, h, w]; [B, C', h, w] for a loss that compares places alone.
             totals: of the batch that the samples are part of; None if they are the whole batch.
             group_size: without effect on maps.
+            label_maps: [B, H', W'] int64, -1 where ignored, for a loss that needs them.
         """
-        height, width = student.shape[2:]
-        teacher = maps.resized(teacher, (height, width), self.align, self.align_corners)
-        return self._of_same_places(student, teacher, totals)
-
-    def _of_same_places(self, student: Tensor, teacher: Tensor, totals: BatchTotals | None) -> Tensor:
+        teacher = self.on_grid_of(student, teacher)
         options = {key: value for key, value in self if key not in ("name", "weight", "align", "align_corners")}
         over: maps.Standardize = options.pop("standardize", "none")
         if totals is not None and self.of_sums:
             options["batch_sum"] = totals.sum
+        if self.needs_maps:
+            options["labels"] = label_maps
         return type(self).compute(maps.standardized(student, over), maps.standardized(teacher, over), **options)
 
 
@@ -113,6 +123,31 @@ class SALT(MapLossOptions):
     """Targets of mean 0 and variance 1 at each place."""
 
 
+class BPKD(MapLossOptions):
+    """`bpkd`: at the boundaries of each class, and away from them."""
+
+    compute = staticmethod(bpkd)
+    kinds = ("classes",)
+    needs_level = True
+    needs_maps = True
+    name: Literal["bpkd"]
+    tau: Positive = 1.0
+    """Temperature."""
+    edge_weight: NotNegative = 50.0
+    """Of the KL divergence at the boundaries."""
+    body_weight: NotNegative = 20.0
+    """Of the divergence over places away from them."""
+    neighbors: Annotated[int, Field(ge=3, le=255)] = 7
+    """Side in pixels of the square within which another class makes a boundary, odd."""
+
+    @field_validator("neighbors")
+    @classmethod
+    def _is_odd(cls, neighbors: int) -> int:
+        if neighbors % 2 == 0:
+            raise ValueError(f"{neighbors} is even: the square has a center")
+        return neighbors
+
+
 MAP_LOSSES: dict[str, type[MapLossOptions]] = {
     "pixel_kd": PixelKD,
     "pixel_mse": PixelMSE,
@@ -120,6 +155,7 @@ MAP_LOSSES: dict[str, type[MapLossOptions]] = {
     "at": AT,
     "theia": Theia,
     "salt": SALT,
+    "bpkd": BPKD,
 }
 
 ALL_LOSSES: dict[str, type[OutputLossOptions]] = {**OUTPUT_LOSSES, **MAP_LOSSES}

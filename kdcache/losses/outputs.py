@@ -32,6 +32,7 @@ class OutputLossOptions(LossSection):
         of_groups: whether it compares several scores: those of a sample, or the single scores of a group of samples.
         places: of what outputs: one row per sample, or `grid`, a map.
         needs_level: whether it needs the level of class logits.
+        needs_maps: whether it needs label maps.
     """
 
     compute: ClassVar[Callable[..., Tensor]]
@@ -43,6 +44,7 @@ class OutputLossOptions(LossSection):
     of_groups: ClassVar[bool] = False
     places: ClassVar[Literal["one", "grid"]] = "one"
     needs_level: ClassVar[bool] = False
+    needs_maps: ClassVar[bool] = False
 
     name: str
     weight: NotNegative = 1.0

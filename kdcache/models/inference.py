@@ -25,7 +25,7 @@ from kdcache.models.checks import (
 )
 from kdcache.models.class_mapping import ChosenOutputs
 from kdcache.models.noise import Noise
-from kdcache.models.taps import Tap, Taps, check_taps
+from kdcache.models.taps import Tap, Taps, check_taps, grid_of
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -229,7 +229,8 @@ class InferenceModel:
 
 def tap_of(output: OutputSpec) -> Tap:
     """Return where an output is taken."""
-    return Tap(output.source, output.pool, output.places, output.places == "grid" and output.kind == "score")
+    of_one_number = output.places == "grid" and output.kind == "score"
+    return Tap(output.source, output.pool, output.places, of_one_number, grid_of(output.patches))
 
 
 def try_teacher(model: nn.Module, view: View, spec: CacheSpec, device: torch.device | str) -> Literal["unknown"] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,12 +30,14 @@ class Tap:
         pool: how [B, D, H, W] or [B, L, D] becomes [B, D]: "mean" over the places, "first" of L, or "none".
         places: "one", or "grid" for an output that is a map, [B, C, h, w].
         of_one_number: whether a map may also be [B, h, w], of one number per place.
+        patches: (h, w), if a map may also be [B, L, D], of whose tokens the last h * w are its places.
     """
 
     source: str | int | None = None
     pool: Literal["none", "mean", "first"] = "none"
     places: Literal["one", "grid"] = "one"
     of_one_number: bool = False
+    patches: tuple[int, int] | None = None
 
 
 class Taps:
@@ -170,6 +173,11 @@ class Taps:
         )
 
 
+def grid_of(patches: Sequence[int] | None) -> tuple[int, int] | None:
+    """Return the height and width of a grid of tokens, as settings have them."""
+    return None if patches is None else (patches[0], patches[1])
+
+
 def check_taps(taps: Mapping[str, Tap], model: nn.Module, who: str) -> None:
     """Check that outputs can be taken of a network.
 
@@ -226,6 +234,9 @@ def _vectors(values: Tensor, pool: str) -> Tensor | None:
 
 def _maps(values: Tensor, tap: Tap) -> Tensor | None:
     """Return an output as maps [B, C, h, w]; None if it is something else."""
+    if values.ndim == 3 and tap.patches is not None and math.prod(tap.patches) <= values.shape[1]:
+        tokens = values[:, -math.prod(tap.patches) :].transpose(1, 2)
+        return tokens.reshape(len(values), -1, *tap.patches)
     if values.ndim == 3 and tap.of_one_number:
         return values.unsqueeze(1)
     return values if values.ndim == 4 and values.shape[1:].numel() else None
@@ -244,9 +255,10 @@ def _shaped(values: Tensor, tap: Tap, what: str) -> Tensor:
         if (maps := _maps(values, tap)) is not None:
             return maps
         raise MismatchError(
-            f"{what} is {shape}, and places is grid: a map per sample is [B, C, h, w]",
-            "take an output of this shape; patches [B, h * w, D] of a transformer become one in the network's code by "
-            "patches.transpose(1, 2).unflatten(2, (h, w)), without the class token",
+            f"{what} is {shape}, and places is grid: a map per sample is [B, C, h, w]"
+            + (f", or has the {tap.patches[0]} x {tap.patches[1]} tokens of `patches`" if tap.patches else ""),
+            "take an output of this shape; for tokens [B, L, D] of a transformer set `patches` to the height and width "
+            "of their grid, such as [14, 14]",
         )
     vectors = _vectors(values, pool)
     if vectors is not None:

@@ -11,9 +11,9 @@ from pathlib import Path
 _LIBRARIES = ("kdcache", "torch", "torchvision", "numpy", "zarr", "numcodecs")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that results depend on."""
-    return {"python": platform.python_version(), **{name: _installed(name) for name in _LIBRARIES}}
+def versions(*others: str) -> dict[str, str]:
+    """Return the versions of Python, of the libraries that results depend on, and of others that are installed."""
+    return {"python": platform.python_version(), **{name: _installed(name) for name in (*_LIBRARIES, *others)}}
 
 
 @cache

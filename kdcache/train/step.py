@@ -258,7 +258,7 @@ class Trainer(NetworkTrainer):
             parts = LossParts(*(torch.zeros((), device=self.device) for _ in LossParts._fields))
         if self.learned.outputs is None:
             return parts
-        of_outputs = self.learned.outputs.loss(said, targets, context.totals)
+        of_outputs = self.learned.outputs.loss(said, targets, context.totals, maps)
         return parts._replace(total=parts.total + of_outputs, distillation=parts.distillation + of_outputs.detach())
 
     def _backward_in_two_passes(self, context: StepContext) -> LossParts:

@@ -19,7 +19,7 @@ from kdcache.losses.batch import BatchTotals
 from kdcache.losses.outputs import OutputLossOptions
 from kdcache.models.checkpoints import load_weights, save_weights
 from kdcache.models.checks import refusing
-from kdcache.models.taps import Tap, Taps, check_taps
+from kdcache.models.taps import Tap, Taps, check_taps, grid_of
 
 PROJECTIONS = "projections.safetensors"
 """File of the learned linear maps in a run folder."""
@@ -71,18 +71,26 @@ class StudentOutputs(nn.Module):
             said[name] = projection(said[name])
         return {LOGITS: returned, **said} if self._uses_logits else said
 
-    def loss(self, said: Mapping[str, Tensor], targets: Mapping[str, Tensor], totals: BatchTotals) -> Tensor:
+    def loss(
+        self,
+        said: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        totals: BatchTotals,
+        label_maps: Tensor | None = None,
+    ) -> Tensor:
         """Return the part of these samples in the weighted sum of the losses of all outputs, [].
 
         Args:
             said: outputs of the student, [B, D] each, or [B, C, H, W], after the linear maps.
             targets: outputs of the teacher.
             totals: of the batch that the samples are part of.
+            label_maps: [B, H, W] int64, the class of each pixel; None without.
         """
-        terms = [
-            options.weight * options.values(said[name], targets[name], totals, self._group_size).sum() / totals.rows
-            for name, options in self._losses.items()
-        ]
+        terms = []
+        for name, options in self._losses.items():
+            maps = {"label_maps": label_maps} if options.needs_maps else {}
+            values = options.values(said[name], targets[name], totals, self._group_size, **maps)
+            terms.append(options.weight * values.sum() / totals.rows)
         return torch.stack(terms).sum()
 
     @property
@@ -138,6 +146,12 @@ def student_outputs(
             "hold out samples of the cache (train.held_out_fraction), remove train.early_stopping_patience, or train "
             "the class logits too (remove `logits: false`)",
         )
+    for name, options in loss.outputs.items():
+        if options.needs_maps and train.samples.maps is None:
+            raise UsageError(
+                f"the loss {options.name} of {name} needs a class per pixel, and {train.samples.name} has none",
+                "use pixel_kd or cwd, or a data set with label maps",
+            )
     taps = {name: _tap(spec, name, options, name in teacher.unmapped) for name, options in loss.outputs.items()}
     check_taps(taps, model, "student")
     widths = _try(model, taps, loss, train, teacher)
@@ -158,8 +172,14 @@ def _tap(spec: StudentSpec, name: str, options: OutputLossOptions, unmapped: boo
             f"student.outputs.{name}.pool is {output.pool}, and the loss {options.name} compares maps",
             f"remove student.outputs.{name}.pool",
         )
-    tap = Tap() if output is None else Tap(output.source, output.pool)
-    return replace(tap, places="grid", of_one_number=unmapped) if is_map else tap
+    if not is_map and output is not None and output.patches is not None:
+        raise UsageError(
+            f"student.outputs.{name}.patches is for maps, and the loss {options.name} compares rows of samples",
+            f"remove student.outputs.{name}.patches, or set its pool",
+        )
+    tap = Tap() if output is None else Tap(output.source, output.pool, patches=grid_of(output.patches))
+    of_one_number = unmapped and "score" in type(options).kinds
+    return replace(tap, places="grid", of_one_number=of_one_number) if is_map else tap
 
 
 def _try(

@@ -22,7 +22,7 @@ from kdcache.cache.inspect.audit import audit
 from kdcache.errors import CorruptError, KdcacheError
 
 PATH = GOLDEN / "grid-v1.kdcache"
-DIGEST = "sha256:7984f1e55c3249e17d7cd67eb41ee967782c52122028c9432af85a0b6ed4fff9"
+DIGEST = "sha256:9f8b219d42924cac7771d91dfc4d17a31baa6e3c528fc59af918a51d957f2e52"
 NAMES = ("classes", "depth", "feature", "half", "level", "unit")
 STEPPED = ("classes", "feature", "level", "unit")
 

@@ -243,6 +243,17 @@ def test_parquet_plain_text_and_folders_hold_the_same(tokenizer: Tokenizer, tmp_
     assert text.name == "folder"
 
 
+def test_conversations_of_parquet_are_those_of_json_lines(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    records = [{"messages": CHAT}, {"messages": [*CHAT[:2], {"role": "assistant", "content": "x", "name": "me"}]}]
+    table = import_module("pyarrow").Table.from_pylist(records)  # which fills the names of all others with None
+    import_module("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    text, expected = load_text(tmp_path / "a.parquet", tokenizer), load(tmp_path, records, tokenizer)
+    assert len(text) == len(expected) == 2
+    for index in range(2):
+        for first, second in zip(text.tokens(index), expected.tokens(index), strict=True):
+            assert first.tolist() == second.tolist()
+
+
 def test_a_saved_data_set_needs_its_library(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +328,9 @@ def test_files_that_are_not_there_are_named(tokenizer: Tokenizer, tmp_path: Path
     (tmp_path / "data.csv").write_text("a")
     with pytest.raises(UsageError, match=r"data.csv is a .csv, which is not known"):
         load_text(tmp_path / "data.csv", tokenizer)
+    (tmp_path / "list.json").write_text('[{"text": "a b"}]')
+    with pytest.raises(UsageError, match=r"list.json is a JSON list, not one object per line"):
+        load_text(tmp_path / "list.json", tokenizer)
     (tmp_path / "data.jsonl").write_text("")
     with pytest.raises(UsageError, match="there are no records to tokenize"):
         load_text(tmp_path / "data.jsonl", tokenizer)

@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {"shard_rows": 8, "batch_size": 5, "pilot_rows": 37, "lo
 OUTPUTS: dict[str, dict[str, Any]] = {
     "classes": {"kind": "classes", "fidelity": 0.02, **GRID},
     "body": {"source": "body", "fidelity": 0.01, **GRID},
-    "depth": {"kind": "score", **GRID},
+    "depth": {"kind": "score", "compression": "small", **GRID},
     "pooled": {"source": "classes", "pool": "mean"},
 }
 
@@ -135,6 +135,25 @@ def test_a_segmentation_network_before_it_enlarges_its_logits(tmp_path: Path) ->
     torch.testing.assert_close(cache.teacher("out")(torch.arange(12)), enlarged, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_patches_of_a_transformer(tmp_path: Path) -> None:
+    """Its tokens are the class token and then the patches, line by line."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=(64, 96), patch_size=16)).eval()
+    images = color_images().tensors[0]
+    outputs = {"patches": {"source": "last_hidden_state", "patches": [4, 6], **EXACT}}
+    options: dict[str, Any] = {"logits": False, "batch_size": 4, "num_workers": 0}
+    cache = dump_teacher(model, color_images(), tmp_path / "c.kdcache", outputs=outputs, **options)
+    found, tokens = cache.teacher("patches")(torch.arange(12)), model(images).last_hidden_state
+    for y, x in ((0, 0), (1, 4), (3, 5)):
+        torch.testing.assert_close(found[:, :, y, x], tokens[:, 1 + 6 * y + x], rtol=1e-4, atol=1e-5)
+    outputs["patches"]["patches"] = [5, 6]
+    with pytest.raises(MismatchError, match=r"\[1, 25, 16\], and places is grid: .* or has the 5 x 6 tokens"):
+        dump_teacher(model, color_images(), tmp_path / "d.kdcache", outputs=outputs, **options)
+
+
 def test_a_network_that_returns_a_map_alone(tmp_path: Path) -> None:
     cache = dumped(tmp_path / "c.kdcache", nn.Conv2d(1, 3, 1), outputs={"maps": {"kind": "classes", **GRID}})
     assert cache.outputs["maps"].shape == (3, 4, 4)
@@ -196,6 +215,9 @@ REFUSED: list[tuple[dict[str, Any], type[KdcacheError], str]] = [
     ({"maps": {"kind": "classes", "labels": True, **GRID}}, UsageError, "belongs to an output with one row per image"),
     ({"maps": {"kind": "score", "fidelity": 0.1, **GRID}}, UsageError, "scores are stored exactly, in float32, unless"),
     ({"maps": {"over_places": True}}, UsageError, "belongs to maps: set `places: grid`"),
+    ({"maps": {"patches": [2, 2]}}, UsageError, "belongs to maps: set `places: grid`"),
+    ({"maps": {"patches": [2], **GRID}}, UsageError, "patches"),
+    ({"maps": {"compression": "small"}}, UsageError, "belongs to maps: set `places: grid`"),
     ({"maps": {"encoding": "steps"}}, UsageError, "steps is an encoding of maps"),
     ({"maps": {"places": "run"}}, UsageError, "places"),
     ({"maps": {"encoding": "steps", "fidelity": 1e-30, **GRID}}, UsageError, "steps is not within fidelity 1e-30"),
@@ -260,7 +282,7 @@ def test_another_teacher_and_other_settings_do_not_resume_it(whole: Cache, tmp_p
         dumped(out, progress=StopsAfter(4))
     with pytest.raises(MismatchError, match="returns other numbers as the output classes"):
         dumped(out, Dense(scale=1.3))
-    one = {**OUTPUTS, "depth": {"kind": "score", "source": "depth", **GRID}}
+    one = {**OUTPUTS, "depth": {**OUTPUTS["depth"], "source": "depth"}}
     with pytest.raises(MismatchError, match=r"output depth .* has kind, source, pool, labels and places"):
         dumped(out, outputs=one)
     over = {**OUTPUTS, "classes": {**OUTPUTS["classes"], "over_places": True}}

@@ -86,7 +86,7 @@ def loss_of(**given: Any) -> Loss:
 
 
 def spec_of(**given: Any) -> TokenTrainSpec:
-    plain = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+    plain = {"packed": True, "optimizer": "sgd", "lr": 0.1, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
     return TokenTrainSpec.model_validate({**plain, "schedule": "constant", "max_grad_norm": None, **given})
 
 

@@ -193,6 +193,18 @@ SLOW_TESTS = {
         "test_views_go_on_where_they_stood",
         "test_where_more_depends_on_a_replaced_image_it_is_refused",
     },
+    "test_dump_grids": {
+        "test_a_segmentation_network_before_it_enlarges_its_logits",
+        "test_an_interrupted_dump_resumes_to_the_same_cache",
+        "test_another_teacher_and_other_settings_do_not_resume_it",
+        "test_caches_of_other_grids_are_not_merged",
+        "test_chunks_hold_a_few_maps",
+        "test_commands_know_maps",
+        "test_maps_are_stored_as_planned",
+        "test_selected_and_merged_maps_are_those_of_the_parents",
+        "test_statistics_are_those_of_the_places",
+        "test_views_extend_to_the_same_cache",
+    },
     "test_dump_options": {
         "test_channels_last_is_the_same_network",
         "test_ctrl_c_ends_a_run_with_workers_without_waiting_for_them_and_says_how_to_resume",
@@ -367,6 +379,10 @@ SLOW_TESTS = {
     },
     "test_losses_training": {
         "test_students_are_trained_with_products_of_the_axes",
+    },
+    "test_map_students": {
+        "test_a_student_of_a_larger_grid",
+        "test_students_are_compared_place_by_place",
     },
     "test_memory": {
         "test_memory_does_not_grow_with_the_rows",

@@ -29,7 +29,6 @@ from kdcache.losses.maps import (
     standardized,
     theia,
 )
-from kdcache.losses.outputs import OutputLossOptions
 
 Array = npt.NDArray[np.float64]
 SHAPE = (3, 4, 5, 6)
@@ -261,21 +260,33 @@ def test_boundary_and_body_terms() -> None:
 # Options
 
 
-def options_of(name: str, **options: Any) -> OutputLossOptions:
+def options_of(name: str, **options: Any) -> Any:
     return Loss.model_validate({"logits": False, "maps": {"name": name, **options}}).outputs["maps"]
+
+
+def with_labels(name: str, places: tuple[int, int], count: int) -> dict[str, Tensor]:
+    """Label maps of twice as many rows and columns as the places, for a loss that needs them."""
+    if not MAP_LOSSES[name].needs_maps:
+        return {}
+    generator = torch.Generator().manual_seed(5)
+    shape = (count, 2 * places[0], 2 * places[1])
+    return {"label_maps": torch.randint(-1, 3, shape, generator=generator)}
 
 
 @pytest.mark.parametrize("name", MAP_LOSSES)
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     student, teacher = drawn(2, 3, 3, 4).requires_grad_(), drawn(2, 3, 3, 4, seed=1)
-    assert gradcheck(lambda values: options_of(name).values(values, teacher), (student,))
+    assert gradcheck(
+        lambda values: options_of(name).values(values, teacher, **with_labels(name, (3, 4), 2)), (student,)
+    )
 
 
 @pytest.mark.parametrize("name", MAP_LOSSES)
 def test_degenerate_maps_have_finite_losses_and_gradients(name: str) -> None:
     for given, teacher in ((torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)), (drawn(1, 3, 1, 1), drawn(1, 3, 1, 1))):
         student = given.clone().requires_grad_()
-        values = options_of(name).values(student, teacher)
+        labels = with_labels(name, (given.shape[2], given.shape[3]), len(given))
+        values = options_of(name).values(student, teacher, **labels)
         (gradient,) = torch.autograd.grad(values.sum(), student)
         assert values.isfinite().all()
         assert gradient.isfinite().all()

@@ -71,6 +71,7 @@ def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
         "token_losses.py",
         "real_teachers.py",
         "token_codec.py",
+        "maps.py",
     ],
 )
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
@@ -90,6 +91,15 @@ PEERS = {
     "TinyViT, top 10",
     "ml-dr, top 10",
 }
+
+
+def test_maps_take_fewer_bytes_than_float16_and_their_errors_are_those_that_were_asked_for() -> None:
+    (table,) = tables("maps.py")
+    sizes, errors = figures(table, "bytes/place"), figures(table, "TV T=1")
+    assert all(size < sizes["float16"] for name, size in sizes.items() if name != "float16")
+    assert sizes["klt, 0.02"] <= sizes["klt, 0.005"]
+    for name, limit in (("klt, 0.02", 0.02), ("steps, 0.02", 0.02), ("default", 0.005)):
+        assert errors[name] < 1.5 * limit
 
 
 def test_peers_are_measured_on_made_rows_and_on_those_of_a_trained_teacher() -> None:

@@ -29,7 +29,19 @@ def test_public_names_complete_before_they_are_used() -> None:
     assert set(listed.stdout.split()) == set(kdcache.__all__)
 
 
-PLAIN = {"CacheSpec", "DatasetSpec", "ModelSpec", "Placement", "Split", "Transform", "View", "Views"}
+PLAIN = {
+    "CacheSpec",
+    "DatasetSpec",
+    "ModelSpec",
+    "Placement",
+    "Split",
+    "TextFormat",
+    "TokenCacheSection",
+    "Tokenizer",
+    "Transform",
+    "View",
+    "Views",
+}
 """Types for which a caller passes a string, a number, a mapping, a list or `Samples`."""
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kdcache import load_pipeline, load_split, open_cache
 from kdcache.data.views import View
+from kdcache.losses.boundaries import body_kd, boundaries, boundary_kd
 from kdcache.models.build import build_model
 from kdcache.models.checkpoints import load_weights
 
@@ -84,6 +85,60 @@ def test_the_first_step_is_the_loss_of_the_formula(folder: Path, tmp_path: Path)
     kl = F.kl_div(said.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="none").sum(1).mean()
     assert float(row["cross_entropy"]) == pytest.approx(float(ce), rel=1e-5)
     assert float(row["loss"]) == pytest.approx(float(0.1 * ce + 0.9 * kl), rel=1e-5)
+
+
+MAP_LOSSES = {
+    "bpkd": "{name: bpkd, weight: 0.02}",
+    "pixel_kd": "{name: pixel_kd}",
+    "cwd": "{name: cwd}",
+}
+
+
+@pytest.mark.parametrize("name", MAP_LOSSES)
+def test_losses_of_maps_are_trained_beside_the_cross_entropy_of_pixels(name: str, folder: Path, tmp_path: Path) -> None:
+    options = ["--set", "student.train.epochs=1", "--set", "student.train.batch_size=64"]
+    options += ["--set", f"loss={{name: ce, outputs: {{pixels: {MAP_LOSSES[name]}}}}}"]
+    options += ["--set", "student.outputs={pixels: {source: classifier}}"]
+    ok("train-student", folder / "p.yaml", "--cache", folder / "t.kdcache", *options, "-o", tmp_path / "run")
+    (row,) = lines(tmp_path / "run" / "metrics.csv")
+    pipeline, cache = load_pipeline(folder / "p.yaml"), open_cache(folder / "t.kdcache")
+    samples = load_split(pipeline.dataset, "train")
+    torch.manual_seed(0)
+    student = build_model(pipeline.section("student"), 3, (3, 24, 32)).train()
+    batch = View(samples, pipeline.transform or [], cache.manifest.plan.views.seed).batch(list(range(64)), 0)
+    with torch.no_grad():
+        said = student(batch.images)
+    teacher = cache.teacher("pixels")(torch.arange(64), 0)
+    assert batch.maps is not None
+    if name == "bpkd":
+        edges = boundaries(batch.maps, 3, (6, 8), ignore_index=-1)
+        value = 0.02 * (50 * boundary_kd(said, teacher, edges) + 20 * body_kd(said, teacher, edges)).mean()
+    elif name == "cwd":
+        log_p, log_q = ((z / 4).flatten(2).log_softmax(2) for z in (teacher, said))
+        value = 16 * F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(2).mean()
+    else:
+        value = F.kl_div(said.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="none").sum(1).mean()
+    assert float(row["distillation"]) == pytest.approx(float(value), rel=1e-4)
+    assert float(row["loss"]) == pytest.approx(float(value) + float(row["cross_entropy"]), rel=1e-4)
+
+
+def test_bpkd_needs_label_maps(folder: Path, tmp_path: Path) -> None:
+    (folder / "images.py").write_text(
+        "import torch\n"
+        "from scenes import make as of_pixels\n"
+        "class Images(torch.utils.data.Dataset):\n"
+        "    classes = ('ground', 'box', 'disc')\n"
+        "    def __init__(self, pairs): self.pairs = pairs\n"
+        "    def __len__(self): return len(self.pairs)\n"
+        "    def __getitem__(self, i): return self.pairs[i][0], i % 3\n"
+        "def make(split): return Images(of_pixels(split))\n"
+    )
+    images = ["--set", f"dataset.name={folder}/images.py:make"]
+    ok("dump-teacher", folder / "p.yaml", *images, "-o", tmp_path / "i.kdcache")
+    options = ["--set", "loss={logits: false, pixels: {name: bpkd}}"]
+    options += ["--set", "student.outputs={pixels: {source: classifier}}"]
+    command = ["train-student", folder / "p.yaml", *images, "--cache", tmp_path / "i.kdcache", *options]
+    assert "needs a class per pixel" in " ".join(refused(2, *command, "-o", tmp_path / "run").split())
 
 
 def test_micro_batches_make_the_step_of_the_batch(folder: Path, tmp_path: Path) -> None:

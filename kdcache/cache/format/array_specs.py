@@ -28,6 +28,9 @@ STORE = "data.zarr"
 _LEVEL, _LEVEL_WITHOUT_MATCHES = 5, 1
 """Level of zstd in blosc, and the one for numbers in which nothing repeats; the writer's choice (section 3)."""
 
+_SMALLEST = 9
+"""Level of zstd in blosc that weighs what a match saves against what it costs: some 100 times slower than `_LEVEL`."""
+
 _MAX_TYPESIZE = 255
 """Bytes per element that blosc can shuffle, at most (docs/FORMAT.md, section 3)."""
 
@@ -116,6 +119,7 @@ def row_parts(encoding: AnyEncoding) -> dict[str, Part]:
         return values | ({"scale": Part((), "float32")} if encoding.codec == "int8" else {})
     if isinstance(encoding, GridEncoding):
         level = _LEVEL if encoding.step is None else _LEVEL_WITHOUT_MATCHES
+        level = _SMALLEST if encoding.compression == "small" else level
         return {"values": Part((encoding.planes, *encoding.shape[1:]), encoding.dtype, level, _OF_MAPS)}
     if isinstance(encoding, TokenEncoding):
         return _token_row_parts(encoding)

@@ -17,6 +17,8 @@ _LARGEST_CHUNK = 2**31
 
 _BYTES = {"int8": 1, "int16": 2, "float16": 2, "float32": 4}
 
+Compression = Literal["fast", "small"]
+
 GridCodec = Literal["steps", "klt", "float16", "float32"]
 
 
@@ -34,6 +36,7 @@ class GridEncoding(Record):
         step: quantization step of steps and klt, in the unit of the numbers; else None.
         level: whether the numbers of a place are stored as they are; if not, their mean is 0.
         normalized: whether the vector of a place is divided by its length, since those of the teacher have length 1.
+        compression: "fast" or "small", the effort of the compressor.
     """
 
     codec: GridCodec
@@ -45,6 +48,7 @@ class GridEncoding(Record):
     step: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     level: bool = True
     normalized: bool = False
+    compression: Compression = "fast"
 
     @model_validator(mode="after")
     def _agrees(self) -> GridEncoding:
@@ -97,11 +101,13 @@ class GridRequest(Record):
         encoding: a codec, or "auto": the smallest within `fidelity`.
         fidelity: largest error on held-out maps of the pilot; None for a codec without a plan.
         over_places: whether distributions over the places of a channel are to be kept as well.
+        compression: "fast" or "small", the effort of the compressor.
     """
 
     encoding: Literal["auto"] | GridCodec
     fidelity: Annotated[float, Field(gt=0, lt=1)] | None
     over_places: bool
+    compression: Compression = "fast"
 
 
 class GridFidelity(Record):

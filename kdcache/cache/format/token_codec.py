@@ -25,7 +25,10 @@ _SPARE = 32
 """Tokens beyond the head that are selected with it, so that equal logits at its end are seen."""
 
 _BYTES_AT_ONCE = 2**23
-"""Bytes of logits that are encoded at once: what a core's cache holds is read several times from there."""
+"""Bytes of logits that a processor encodes at once: what a core's cache holds is read several times from there."""
+
+_BYTES_ON_A_DEVICE = 2**28
+"""Bytes of logits that a GPU encodes at once: it needs more rows to be busy."""
 
 _LOWEST = torch.finfo(torch.float16).min
 
@@ -52,7 +55,8 @@ def encode_tokens(
             f"logits {list(logits.shape)} for {len(next_tokens)} positions and {encoding.num_classes} tokens",
             "pass [n, V]; cut the padding of the model's head off",
         )
-    rows = max(_BYTES_AT_ONCE // (4 * encoding.num_classes), 1)
+    at_once = _BYTES_AT_ONCE if logits.device.type == "cpu" else _BYTES_ON_A_DEVICE
+    rows = max(at_once // (4 * encoding.num_classes), 1)
     parts = [
         _encode(logits[start : start + rows].float(), next_tokens[start : start + rows], encoding, basis, start)
         for start in range(0, max(len(logits), 1), rows)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from kdcache.config.text import TextPipeline, TextSpec
 from kdcache.data.text import TokenizedText, load_text
 from kdcache.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from kdcache.dump.tokens.job import checked_encoding
 from kdcache.errors import UsageError
 from kdcache.models.language_teacher import (
     LoadedLanguageModel,
@@ -40,9 +41,12 @@ def load_inputs(pipeline: TextPipeline, progress: Progress) -> TextInputs:
     check_context(
         loaded.model, dataset.max_length, "set dataset.max_length to that or less (--set dataset.max_length=...)"
     )
+    size = len(loaded.model.output.weight)
     if tokenizer is not None:
         check_vocabulary_size(loaded.model, len(tokenizer.vocabulary.tokens), str(tokenizer))
-    text = text_of(dataset, tokenizer, len(loaded.model.output.weight), progress)
+        size = len(tokenizer.vocabulary.tokens)
+    checked_encoding(pipeline.cache, loaded.model, size)
+    text = text_of(dataset, tokenizer, size, progress)
     return TextInputs(loaded, text)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from kdcache.cache.format import stored_bases
 from kdcache.cache.format.array_specs import raw_bytes
@@ -31,17 +32,19 @@ from kdcache.cache.sequence_plan import (
 from kdcache.cache.token_spec import TokenCacheSpec, encoding_of
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.text import TokenCacheSection
+from kdcache.data.text_formats import Array
 from kdcache.data.tokenizer import Vocabulary
 from kdcache.dump.estimate import check_room
 from kdcache.dump.job import pending_shards
 from kdcache.dump.tokens.pilot import fit_basis, run_pilot
 from kdcache.dump.tokens.running import RunningLanguageModel
+from kdcache.errors import UsageError
 from kdcache.errors import counted as number_of
 from kdcache.models import weights_digest
 from kdcache.models.causal_lm import CausalLM
 from kdcache.models.language_teacher import check_context, check_vocabulary_size
 from kdcache.models.teacher import TeacherIdentity
-from kdcache.runtime.progress import Progress
+from kdcache.runtime.progress import Progress, Task, delayed_task
 
 _SHORTER = "set dataset.max_length to that, or cut the sequences"
 
@@ -89,12 +92,12 @@ class LanguageModelJob:
     @property
     def spec(self) -> TokenCacheSpec:
         """How rows are stored."""
-        return TokenCacheSpec(**{name: getattr(self.section, name) for name in TokenCacheSpec.__dataclass_fields__})
+        return _spec_of(self.section)
 
     @property
     def encoding(self) -> TokenEncoding:
-        """The encoding of rows; raises UsageError if it is impossible for the vocabulary."""
-        return encoding_of(self.spec, self.vocabulary_size, True, TOKEN_TEMPERATURES)
+        """The encoding of rows; see `checked_encoding`."""
+        return checked_encoding(self.section, self.model, self.vocabulary_size)
 
     def running(self) -> RunningLanguageModel:
         """Return the teacher on its device."""
@@ -108,10 +111,16 @@ class LanguageModelJob:
             MismatchError: if the teacher's head or its context is too small.
         """
         check_vocabulary_size(self.model, self.vocabulary_size, "the vocabulary")
-        sequences = (self.sequences.tokens(index) for index in range(len(self.sequences)))
-        counted = count_sequences(sequences, self.vocabulary_size)
+        with delayed_task(self.progress, "counting tokens", len(self.sequences), "sequences") as task:
+            counted = count_sequences(self._counting(task), self.vocabulary_size)
         check_context(self.model, int(counted.tokens.max()), _SHORTER)
         return counted
+
+    def _counting(self, task: Task) -> Iterator[tuple[Array, Array]]:
+        """Yield all sequences, and report them."""
+        for index in range(len(self.sequences)):
+            yield self.sequences.tokens(index)
+            task.advance(1)
 
     def plan(self, counted: CountedSequences) -> Plan:
         """Return the plan of the cache."""
@@ -131,6 +140,7 @@ class LanguageModelJob:
             record_of_vocabulary(self.vocabulary),
             self.section.batch_tokens,
             shard_sequences=self._shard_sequences(counted),
+            libraries=_libraries(network),
         )
 
     def _shard_sequences(self, counted: CountedSequences) -> int:
@@ -150,6 +160,38 @@ class LanguageModelJob:
         most = _CPU_OPERATIONS if torch.device(self.device).type == "cpu" else _GPU_OPERATIONS
         by_time = int(most / operations * len(counted.keys))
         return max(min(sequences_per_shard(counted, raw_bytes(encoding)), by_time), 1)
+
+
+def _spec_of(section: TokenCacheSection) -> TokenCacheSpec:
+    return TokenCacheSpec(**{name: getattr(section, name) for name in TokenCacheSpec.__dataclass_fields__})
+
+
+def checked_encoding(section: TokenCacheSection, model: CausalLM, vocabulary_size: int) -> TokenEncoding:
+    """Return the encoding of rows.
+
+    Args:
+        section: what the cache keeps.
+        model: the teacher.
+        vocabulary_size: V.
+
+    Raises:
+        UsageError: if it is impossible for a vocabulary or hidden states of this size.
+    """
+    encoding = encoding_of(_spec_of(section), vocabulary_size, True, TOKEN_TEMPERATURES)
+    width = model.output.weight.shape[1]
+    if encoding.rank > width and model.softcap is None:
+        raise UsageError(
+            f"a tail of rank {encoding.rank}, and the teacher's hidden states have a width of {width}",
+            f"set cache.rank to {width} or less: the logits are a linear function of these",
+        )
+    return encoding
+
+
+def _libraries(network: nn.Module) -> tuple[str, ...]:
+    """Return the libraries that a network, or what a wrapper has inside, comes from."""
+    inner: Any = network.get_base_model() if hasattr(network, "get_base_model") else network  # type: ignore[operator]
+    modules = {kind.__module__.partition(".")[0] for kind in type(inner).__mro__}
+    return tuple(modules & {"transformers"})
 
 
 def record_of_vocabulary(vocabulary: Vocabulary | int) -> VocabularyRecord:

@@ -15,7 +15,7 @@ from kdcache.cache.token_basis import fit_head_basis
 from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.dump.tokens.running import RunningLanguageModel, cut_batches, sequences_of
 from kdcache.dump.tokens.token_pass import next_tokens_of
-from kdcache.errors import CorruptError, UsageError
+from kdcache.errors import CorruptError
 from kdcache.runtime.progress import Progress
 
 
@@ -97,16 +97,10 @@ def fit_basis(
     """Return the basis of the tails; None for an encoding without one.
 
     Raises:
-        UsageError: if the pilot has fewer rows than the basis coordinates, or the hidden states are narrower.
+        UsageError: if the pilot has fewer rows than the basis coordinates.
     """
     if not encoding.rank:
         return None
     check_rank(encoding.rank, len(pilot.hidden))
-    width = pilot.hidden.shape[1]
-    if encoding.rank > width and teacher.head.softcap is None:
-        raise UsageError(
-            f"a tail of rank {encoding.rank}, and the teacher's hidden states have a width of {width}",
-            f"set cache.rank to {width} or less: the logits are a linear function of these",
-        )
     with torch.no_grad():
         return fit_head_basis(pilot.hidden, teacher.head, encoding.top_k, encoding.rank, spec.step)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdcache.cache.sequence_plan import Sequences
 from kdcache.data.packing import TokenSequence, fill_batches, token_batch
-from kdcache.errors import MismatchError
+from kdcache.errors import MismatchError, UsageError
 from kdcache.losses.lm_head import LMHead
 from kdcache.models.causal_lm import CausalLM
 from kdcache.models.checks import set_evaluation_mode
@@ -62,9 +62,20 @@ class RunningLanguageModel:
 
     @torch.no_grad()
     def hidden_states(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Return the last hidden states of the taught positions of some sequences, in order, [n, d] float32."""
+        """Return the last hidden states of the taught positions of some sequences, in order, [n, d] float32.
+
+        Raises:
+            UsageError: if the batch does not fit the memory of the device.
+        """
         batch = token_batch(sequences, packed=False).to(self.device)
-        return self._model.hidden_states(batch).float()
+        try:
+            return self._model.hidden_states(batch).float()
+        except torch.cuda.OutOfMemoryError as error:
+            rows, width = batch.input_ids.shape
+            raise UsageError(
+                f"{rows} sequences of {width:,} tokens do not fit the memory of {self.device} beside the network",
+                f"set cache.batch_tokens below {rows * width:,}, or cache.precision to bf16",
+            ) from error
 
 
 def sequences_of(source: Sequences, numbers: Sequence[int]) -> list[TokenSequence]:

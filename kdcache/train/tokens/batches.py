@@ -12,6 +12,10 @@ from torch import Tensor
 from kdcache.cache.sequences import CachedSequences, SequenceText
 from kdcache.config.text import TokenTrainSpec
 from kdcache.data.packing import TokenBatch, fill_batches
+from kdcache.models.causal_lm import CausalLM
+
+_SMALLEST, _PADDING = 1024, 0.2
+"""Tokens of a padded micro-batch, from which on one begins anew that would have a larger share of padding than this."""
 
 Micro = list[int]
 """The sequences of a micro-batch; empty for a process that has none of a step."""
@@ -56,7 +60,7 @@ def cut_epoch(
         spec: tokens per step and per micro-batch, cutting and packing.
         ranks: number of processes.
     """
-    cuts = fill_batches((lengths[index] for index in order), spec.batch_tokens, spec.max_length, spec.packed)
+    cuts = fill_batches((lengths[index] for index in order), spec.batch_tokens, spec.max_length)
     return [
         [micro_batches(part, lengths, spec) for part in divided([order[index] for index in cut], lengths, spec, ranks)]
         for cut in cuts
@@ -77,16 +81,46 @@ def divided(which: Sequence[int], lengths: Sequence[int], spec: TokenTrainSpec, 
 
 
 def micro_batches(which: Sequence[int], lengths: Sequence[int], spec: TokenTrainSpec) -> list[Micro]:
-    """Return the sequences of a process in the order in which they go through the network; at least one micro-batch."""
-    if spec.micro_batch_tokens is None or not which:
-        return [list(which)]
-    sizes = (lengths[index] for index in which)
-    cuts = fill_batches(sizes, spec.micro_batch_tokens, spec.max_length, spec.packed)
-    return [[which[index] for index in cut] for cut in cuts]
+    """Return the sequences of a process, as they go through the network; at least one micro-batch.
+
+    Packed sequences stay in order. Others are sorted by length, and divided so that little is padded.
+    """
+    if not which:
+        return [[]]
+    if spec.packed:
+        sizes = [_taken(index, lengths, spec) for index in which]
+        cuts = fill_batches(sizes, spec.micro_batch_tokens or sum(sizes))
+        return [[which[index] for index in cut] for cut in cuts]
+    found: list[Micro] = []
+    size = width = total = 0
+    for index in sorted(which, key=lambda index: -_taken(index, lengths, spec)):
+        length, after = _taken(index, lengths, spec), size + width
+        is_full = spec.micro_batch_tokens is not None and after > spec.micro_batch_tokens
+        is_wasteful = size >= _SMALLEST and after - total - length > _PADDING * after
+        if not found or is_full or is_wasteful:
+            found.append([])
+            size, width, total, after = 0, length, 0, length
+        found[-1].append(index)
+        size, total = after, total + length
+    return found
+
+
+def in_micro_batches(which: Sequence[int], lengths: Sequence[int], spec: TokenTrainSpec) -> list[Micro]:
+    """Return the micro-batches of sequences that no step is taken on, as those of one process in training."""
+    return [micro for step in cut_epoch(which, lengths, spec, 1) for part in step for micro in part]
 
 
 def _taken(sequence: int, lengths: Sequence[int], spec: TokenTrainSpec) -> int:
     return min(lengths[sequence], spec.max_length or lengths[sequence])
+
+
+def with_packing(spec: TokenTrainSpec, causal: CausalLM) -> TokenTrainSpec:
+    """Return the training of a network with `packed` as true or false."""
+    if spec.packed != "auto":
+        return spec
+    config = getattr(causal.network, "config", None)
+    attention = str(getattr(config, "_attn_implementation", ""))
+    return spec.model_copy(update={"packed": causal.packs and attention.startswith(("flash", "flex"))})
 
 
 def as_token_batch(which: Sequence[int], text: SequenceText, packed: bool) -> TokenBatch:

@@ -65,7 +65,9 @@ def inputs_of_sequences(
     options = options or CacheOptions()
     if options.by_content or options.allow_other_pixels:
         name = "--allow-other-pixels" if options.allow_other_pixels else "--align and --allow-missing"
-        raise UsageError(f"{name}: the tokens of a student are those in the cache", f"leave out {name}")
+        raise UsageError(
+            f"{name} is for images: a language model is trained on the tokens in the cache", "leave it out"
+        )
     if cache.manifest.plan.sequences is None:
         raise UsageError(
             f"{cache.path} is a cache of samples, and the pipeline is of text",
@@ -90,10 +92,10 @@ def one_cache(caches: Sequence[Cache]) -> Cache:
     """
     if len(caches) != 1:
         raise UsageError(
-            f"a language model is trained from one cache, and {len(caches) or 'none'} are given"
+            f"a language model is trained from one cache, and {len(caches)} are given"
             if caches
             else "a language model is trained from the tokens of a cache, and none is given",
-            "pass it with --cache; a student without a teacher (--loss ce) is trained on the tokens of the same cache",
+            "pass one --cache; a student without a teacher (--loss ce) is trained on the tokens of the same cache",
         )
     return caches[0]
 
@@ -153,7 +155,7 @@ def check_student(
     longest = min(max(inputs.lengths), spec.train.max_length or max(inputs.lengths))
     fix = f"set student.train.max_length to {context_of(causal)} or less: longer sequences are then cut to a prefix"
     check_context(causal, longest, fix)
-    if spec.train.packed and not causal.packs:
+    if spec.train.packed is True and not causal.packs:
         raise UsageError(
             f"{spec.model} ({type(causal.network).__name__}) does not keep packed sequences apart",
             "set student.train.packed to false: its sequences are then padded",

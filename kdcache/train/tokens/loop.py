@@ -15,7 +15,7 @@ from kdcache.models.causal_lm import CausalLM
 from kdcache.runtime.progress import Progress, Silent, Task
 from kdcache.train.epochs import Checkpointer, Selected, TrainingResult, epochs_work, mean_losses
 from kdcache.train.passes import Clock, run_alone
-from kdcache.train.tokens.batches import EpochPlan, Micro, micro_batches
+from kdcache.train.tokens.batches import EpochPlan, Micro, in_micro_batches, with_packing
 from kdcache.train.tokens.inputs import TokenInputs
 from kdcache.train.tokens.scoring import TokenScore, TokenSums, positions_of
 from kdcache.train.tokens.step import TokenTrainer
@@ -121,11 +121,11 @@ def _training_work(
     clock: Clock,
 ) -> Generator[Any, Any, TrainingResult[TokenEpoch]]:
     """Train; see `fit_tokens`. It asks for no passes over images, and so yields nothing."""
-    progress = progress or Silent()
+    progress, spec = progress or Silent(), with_packing(spec, causal)
     plan = EpochPlan(inputs.sequences, inputs.lengths, held, spec)
     trainer = TokenTrainer(causal, spec, loss, plan, device, progress.say)
     kind = _TokenEpochs(trainer)
-    held_cuts = micro_batches(held, inputs.lengths, _one_at_a_time(spec)) if held else []
+    held_cuts = in_micro_batches(held, inputs.lengths, spec)
 
     def epoch_work(number: int, task: Task, after_step: Callable[[], None]) -> Generator[Any, Any, TokenEpoch]:
         yield from ()
@@ -153,11 +153,6 @@ def _training_work(
             checkpointer=checkpointer,
         )
     )
-
-
-def _one_at_a_time(spec: TokenTrainSpec) -> TokenTrainSpec:
-    """Return how sequences that are held out are cut: into batches of the size of a micro-batch."""
-    return spec.model_copy(update={"micro_batch_tokens": spec.micro_batch_tokens or spec.batch_tokens})
 
 
 def _train_epoch(

@@ -62,7 +62,7 @@ class TokenTrainer(NetworkTrainer):
 
     Args:
         causal: the language model; moved to the device.
-        spec: optimizer, schedule, packing.
+        spec: optimizer, schedule, packing, from `with_packing`.
         loss: minimized.
         plan: the steps of each epoch.
         device: where to train.
@@ -119,7 +119,7 @@ class TokenTrainer(NetworkTrainer):
             return TokenMicroBatch(no_sequences().to(self.device), self._no_targets() if reads_rows else None)
         cut = None if self.spec.max_length is None else [self.spec.max_length] * len(which)
         text = self.sequences.text(which, cut)
-        batch = as_token_batch(which, text, self.spec.packed).to(self.device)
+        batch = as_token_batch(which, text, self.spec.packed is True).to(self.device)
         return TokenMicroBatch(batch, self._targets(which, text) if reads_rows else None)
 
     def _targets(self, which: Sequence[int], text: SequenceText) -> TokenTargets:

@@ -309,6 +309,16 @@ def test_numbers_that_are_not_finite_are_refused_by_their_sequence(
     check_refused(tmp_path / "c.kdcache", CorruptError, pattern, model, text, tail="ghost")
 
 
+def test_a_batch_that_does_not_fit_the_memory_is_named(
+    model: CausalLM, text: TokenizedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CausalLM, "hidden_states", full)
+    check_refused(tmp_path / "c.kdcache", UsageError, "4 sequences of 48 tokens do not fit the memory", model, text)
+
+
 def test_sequences_in_memory_are_dumped_and_checked(model: CausalLM, tmp_path: Path) -> None:
     out = tmp_path / "c.kdcache"
     sequences = [np.arange(3, 20), np.arange(30, 42)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from kdcache.cache.sequences import CachedSequences
 from kdcache.config.text import TokenTrainSpec
 from kdcache.data.packing import token_batch
 from kdcache.losses import Loss
-from kdcache.train.tokens.batches import as_token_batch, cut_epoch
+from kdcache.train.tokens.batches import as_token_batch, cut_epoch, micro_batches, with_packing
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +167,22 @@ def test_mixed_precision_is_near_float32(precision: str, exact: tuple[Taught, Ca
     check_same(found._replace(weights={}), expected._replace(weights={}), 0.02 if precision == "bf16" else 1e-5)
     for name, value in expected.weights.items():
         torch.testing.assert_close(found.weights[name].double(), value, rtol=0.05, atol=2e-3, msg=name)
+
+
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=40))
+def test_little_is_padded(lengths: list[int]) -> None:
+    """But in micro-batches of a thousand tokens or fewer."""
+    spec = TokenTrainSpec(packed=False, batch_tokens=10**6)
+    for micro in micro_batches(range(len(lengths)), lengths, spec):
+        sizes = [lengths[index] for index in micro]
+        padded = max(sizes) * len(sizes)
+        assert padded - sum(sizes) <= max(0.2 * padded, 1024 + max(sizes))
+
+
+def test_packing_follows_the_attention_of_the_network() -> None:
+    model, spec = tiny(), TokenTrainSpec()
+    assert with_packing(spec, model).packed is False
+    model.network.config._attn_implementation_internal = "flash_attention_2"  # type: ignore[union-attr]
+    assert with_packing(spec, model).packed is True
+    assert with_packing(spec, replace(model, packs=False)).packed is False
+    assert with_packing(TokenTrainSpec(packed=True), tiny()).packed is True

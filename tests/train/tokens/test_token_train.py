@@ -206,6 +206,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         {
             "model": "transformers:mamba",
             "args": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+            "train": {"packed": True},
         },
         "does not keep packed sequences apart",
         "student.train.packed to false",
