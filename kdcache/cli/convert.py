@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kdcache.cli import output
+from kdcache.cli.convert_tokens import TOKEN_OPTIONS, check_token_options, export_columns, flag, import_tokens
 from kdcache.cli.info import describe
 from kdcache.cli.options import (
     PathType,
@@ -23,17 +23,9 @@ from kdcache.cli.options import (
 from kdcache.errors import UsageError, counted
 
 if TYPE_CHECKING:
-    from kdcache.cache.reader import Cache
     from kdcache.data.samples import Samples
 
-_SOURCES = click.Choice(["fkd", "ml-dr", "tinyvit", "margin-mse", "llama-cpp", "vllm", "distillkit"])
-_TOKEN_OPTIONS = {
-    "llama-cpp": {"top_k", "rank", "bos"},
-    "vllm": {"top_k", "vocabulary_size"},
-    "distillkit": {"top_k", "vocabulary_size", "codec"},
-}
-"""Layouts of rows of tokens, and the options that each has."""
-
+_SOURCES = click.Choice(["fkd", "ml-dr", "tinyvit", "margin-mse", "llama-cpp", "vllm", "distillkit", "columns"])
 _COLUMN_FILES = ("jsonl", "parquet")
 _TARGETS = click.Choice(["fkd", "ml-dr", "tinyvit", *_COLUMN_FILES])
 
@@ -64,12 +56,24 @@ _TARGETS = click.Choice(["fkd", "ml-dr", "tinyvit", *_COLUMN_FILES])
 @click.option(
     "--vocabulary-size",
     type=click.IntRange(2),
-    help="With --from vllm or distillkit: number of tokens of the tokenizer.  [default of distillkit: d of the codec]",
+    help="With --from vllm, distillkit or columns: number of tokens of the tokenizer.  [default of distillkit: d of "
+    "the codec]",
 )
 @click.option(
     "--codec",
     type=PathType(),
     help="With --from distillkit: YAML file with logprob_compressor.  [default: compression_config.yaml with SOURCE]",
+)
+@click.option(
+    "--columns",
+    metavar="WHAT=NAME,...",
+    help="With --from columns: the names of the columns of ids (default input_ids), top-ids, logprobs or logits, and "
+    "optionally logsumexp, label-logprobs and taught.",
+)
+@click.option(
+    "--renormalize",
+    is_flag=True,
+    help="With --from columns, of logits without logsumexp: take the probability of all other tokens as 0.",
 )
 @set_option
 @scheduler_option
@@ -86,6 +90,8 @@ def convert(
     bos: str | None,
     vocabulary_size: int | None,
     codec: Path | None,
+    columns: str | None,
+    renormalize: bool,
     overrides: tuple[str, ...],
     scheduler: str,
     as_json: bool,
@@ -112,7 +118,10 @@ def convert(
 
     With --from vllm, SOURCE is a file of answers of vLLM or SGLang with the log-probabilities of their prompts, in JSON
     lines or parquet, or a folder of them. They become a cache of sequences of tokens, for T = 1. With --from
-    distillkit, SOURCE is a parquet file of DistillKit with compressed_logprobs, or a folder of them.
+    distillkit, SOURCE is a parquet file of DistillKit with compressed_logprobs, or a folder of them. With --from
+    columns, SOURCE is a JSON lines or parquet file with a sequence per line or row, or a folder of them, and --columns
+    names its columns: of L tokens ids [L], and per token the k most probable next ones, top-ids and logprobs (or
+    logits, and their logsumexp over the vocabulary) [L, k] or [L - 1, k].
 
     With --to jsonl or parquet, SOURCE is a cache of sequences of tokens, and -o a file with the columns input_ids,
     taught, top_ids, top_logprobs, temperatures and tail_log_mass.
@@ -126,6 +135,7 @@ def convert(
     Example: kdcache convert base.kld --from llama-cpp --bos 1 -o runs/text.kdcache
     Example: kdcache convert answers.jsonl --from vllm --vocabulary-size 49152 -o runs/text.kdcache
     Example: kdcache convert logits/ --from distillkit --codec distill.yaml --top-k 32 -o runs/text.kdcache
+    Example: kdcache convert k.jsonl --from columns --columns top-ids=top,logprobs=lp --vocabulary-size 99 -o k.kdcache
     Example: kdcache convert runs/text.kdcache --to jsonl -o text.jsonl
     """
     from kdcache.curate.dense_logits import cache_of_logits
@@ -134,16 +144,24 @@ def convert(
 
     if layout and target:
         raise UsageError("--from and --to exclude each other", "import first, and then export the cache")
-    of_tokens = {"top_k": top_k, "rank": rank, "bos": bos, "vocabulary_size": vocabulary_size, "codec": codec}
+    of_tokens: dict[str, Any] = {
+        "top_k": top_k,
+        "rank": rank,
+        "bos": bos,
+        "vocabulary_size": vocabulary_size,
+        "codec": codec,
+        "columns": columns,
+        "renormalize": renormalize or None,
+    }
     given = {option for option, value in of_tokens.items() if value is not None}
-    if layout in _TOKEN_OPTIONS:
-        _check_token_options(layout, given, pipeline)
-        _import_tokens(source, out, layout, name, of_tokens, as_json)
+    if layout in TOKEN_OPTIONS:
+        check_token_options(layout, given, pipeline)
+        import_tokens(source, out, layout, name, of_tokens, as_json)
         return
     if other := sorted(given - {"top_k"}):
-        of = {option: [layout for layout, options in _TOKEN_OPTIONS.items() if option in options] for option in other}
+        of = {option: [layout for layout, options in TOKEN_OPTIONS.items() if option in options] for option in other}
         raise UsageError(
-            "; ".join(f"{_flag(option)} is only for --from {' or '.join(layouts)}" for option, layouts in of.items()),
+            "; ".join(f"{flag(option)} is only for --from {' or '.join(layouts)}" for option, layouts in of.items()),
             "remove it" if len(other) == 1 else "remove them",
         )
     if top_k is not None and target is None:
@@ -151,7 +169,7 @@ def convert(
     if target in _COLUMN_FILES:
         if pipeline is not None:
             raise UsageError("a cache of sequences holds its data set, the tokens", "remove --pipeline")
-        _export_columns(source, target, out, top_k, as_json)
+        export_columns(source, target, out, top_k, as_json)
     elif target is not None:
         samples = read_samples(pipeline, overrides)
         _export(source, target, out, samples, top_k, as_json)
@@ -183,62 +201,6 @@ def convert(
         describe(cache, as_json, out)
 
 
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
-
-
-def _check_token_options(layout: str, given: set[str], pipeline: Path | None) -> None:
-    """Check the options of an import of rows of tokens; raises UsageError."""
-    if pipeline is not None:
-        raise UsageError(f"the files of --from {layout} hold their data set, the tokens", "remove --pipeline")
-    if other := sorted(given - _TOKEN_OPTIONS[layout]):
-        raise UsageError(f"{', '.join(map(_flag, other))} cannot be used with --from {layout}", "remove it")
-
-
-def _import_tokens(
-    source: Path, out: Path, layout: str, name: str | None, options: dict[str, Any], as_json: bool
-) -> None:
-    """Make a cache of files with rows of tokens, and describe it."""
-    from kdcache.curate.foreign import cache_of_answers, cache_of_distillkit
-
-    of_top_k = {"top_k": options["top_k"], "name": name, "progress": output.Terminal()}
-    if layout == "llama-cpp":
-        cache = _cache_of_kld(source, out, name, options["top_k"], options["rank"], options["bos"])
-    elif layout == "distillkit":
-        cache = cache_of_distillkit(
-            source, out, codec=options["codec"], vocabulary_size=options["vocabulary_size"], **of_top_k
-        )
-    elif options["vocabulary_size"] is None:
-        raise UsageError(
-            "answers of an engine do not say how many tokens the vocabulary has",
-            "pass --vocabulary-size, the number of tokens of the tokenizer: len(tokenizer) in transformers",
-        )
-    else:
-        cache = cache_of_answers(source, out, vocabulary_size=options["vocabulary_size"], **of_top_k)
-    describe(cache, as_json, out)
-
-
-def _cache_of_kld(
-    source: Path, out: Path, name: str | None, top_k: int | None, rank: int | None, bos: str | None
-) -> Cache:
-    """Make a cache of a file of llama.cpp."""
-    from kdcache.cache.token_spec import TokenCacheSpec
-    from kdcache.curate.foreign import cache_of_kld
-
-    if bos is None or not (bos == "none" or bos.isdecimal()):
-        raise UsageError(
-            "the file of llama.cpp does not say whether each chunk began with another token than it holds",
-            "pass --bos ID with the token's id if the tokenizer adds BOS (tokenizer.ggml.add_bos_token of the GGUF "
-            "file, tokenizer.ggml.bos_token_id), else --bos none",
-        )
-    spec = TokenCacheSpec(top_k=top_k or TokenCacheSpec.top_k)
-    if rank is not None:
-        spec = replace(spec, tail="lowrank", rank=rank)
-    return cache_of_kld(
-        source, out, bos=None if bos == "none" else int(bos), name=name, spec=spec, progress=output.Terminal()
-    )
-
-
 def _decode(source: Path, out: Path, as_json: bool) -> None:
     """Write the decoded outputs of a cache to an npz or npy file, and print their shapes and its size."""
     from kdcache.cache import open_cache
@@ -256,21 +218,6 @@ def _decode(source: Path, out: Path, as_json: bool) -> None:
         others = {"outputs": ", ".join(f"{name} {shape}" for name, shape in shapes.items())} if shapes else {}
         name = "file" if logits is None else "logits"
         output.facts({name: str(out), **described, **others, "size": f"{size:,} bytes, float32"})
-
-
-def _export_columns(source: Path, kind: str, out: Path, top_k: int | None, as_json: bool) -> None:
-    """Write the rows of a cache of sequences to a file, and print what was written."""
-    from kdcache.cache import open_cache
-    from kdcache.curate.foreign import columns_of_cache
-
-    cache = open_cache(source, progress=output.Terminal())
-    cache.check_files(output.Terminal())
-    found = columns_of_cache(cache, kind, out, top_k=top_k, progress=output.Terminal())
-    if as_json:
-        output.as_json({"path": str(out), "layout": kind, **found._asdict()})
-    else:
-        contents = f"{counted(found.rows, 'row')} of {counted(found.sequences, 'sequence')}"
-        output.facts({kind: str(out), "contents": f"{contents}, {counted(found.top_k, 'token')} per row"})
 
 
 def _export(source: Path, target: str, out: Path, samples: Samples | None, top_k: int | None, as_json: bool) -> None:

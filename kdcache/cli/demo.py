@@ -1,4 +1,4 @@
-"""`kdcache demo`: both stages on real data, in about a minute."""
+"""`kdcache demo`: both stages on real data, in about a minute; `--tokens`: of a language model, in some minutes."""
 
 from __future__ import annotations
 
@@ -13,33 +13,44 @@ from kdcache.cli.options import PathType, choose_device, device_option, json_opt
 from kdcache.cli.sweep import results_table
 
 if TYPE_CHECKING:
-    from kdcache.demo import Demo
+    from kdcache.demo.digits import Demo
 
 
 @click.command("demo")
+@click.option("--tokens", is_flag=True, help="Of a language model, on texts that come with Python.")
 @click.option(
     "-o",
     "--out",
     type=PathType(),
-    default="kdcache-demo",
-    show_default=True,
-    help="Folder to create; must not exist.",
+    show_default="kdcache-demo; with --tokens kdcache-token-demo",
+    help="Folder to create; must not exist, except with --tokens that of the same demo, which is then resumed.",
 )
-@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Students per loss.")
+@click.option("--seeds", type=click.IntRange(min=1), show_default="5; with --tokens 2", help="Students per loss.")
 @device_option
 @json_option
-def demo(out: Path, seeds: int, device: str, as_json: bool) -> None:
+def demo(tokens: bool, out: Path | None, seeds: int | None, device: str, as_json: bool) -> None:
     """Train a teacher on handwritten digits, run it once, and train students from its cache with several losses.
 
     The data set comes with kdcache. The folder -o gets the teacher, the cache, the students and a picture.
 
+    With --tokens the teacher is a small language model of a part of Python's reference (pydoc_data.topics), the
+    students learn its next-token distributions from a cache, and all are measured on topics that none of them has
+    seen. It needs the extra lm: pip install 'kdcache[lm]'.
+
     \b
     Example: kdcache demo
     Example: kdcache demo --seeds 1 -o quick-demo
+    Example: kdcache demo --tokens
     """
-    from kdcache.demo import run_demo
+    if tokens:
+        from kdcache.cli.demo_tokens import token_demo
 
-    results = run_demo(out, seeds, choose_device(device), output.Terminal())
+        token_demo(out or Path("kdcache-token-demo"), seeds or 2, choose_device(device), as_json)
+        return
+    from kdcache.demo.digits import run_demo
+
+    out = out or Path("kdcache-demo")
+    results = run_demo(out, seeds or 5, choose_device(device), output.Terminal())
     if as_json:
         output.as_json(asdict(results))
     else:

@@ -109,7 +109,8 @@ class ParquetRows:
         """
         values, shape = row[column].values, list[int]()
         types = self._pyarrow.types
-        while values is not None and (types.is_list(values.type) or types.is_large_list(values.type)):
+        lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+        while values is not None and any(is_kind(values.type) for is_kind in lists):
             lengths = values.value_lengths().drop_null()
             width = lengths[0].as_py() if len(lengths) else 0
             if len(lengths) != len(values) or (lengths.to_numpy() != width).any():

@@ -133,6 +133,37 @@ def draw_accuracies(
     _write(figure, path, 150)
 
 
+def draw_language_models(
+    by_student: Mapping[str, Sequence[tuple[float, float]]], teacher: float, title: str, path: Path
+) -> None:
+    """Write a PNG of perplexity and KL to the teacher: a line of dots per student, one per seed, a bar at their mean.
+
+    Args:
+        by_student: (perplexity, KL in nats) of each seed.
+        teacher: its perplexity, a dashed line.
+        title: one line.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(9, 1.6 + 0.45 * len(by_student)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, measure, label in zip(panels, (0, 1), ("perplexity", "KL to the teacher, nats"), strict=True):
+        for line, values in enumerate(by_student.values()):
+            found = [value[measure] for value in values]
+            axes.plot(found, [line] * len(found), "o", color=f"C{line}", alpha=0.7)
+            axes.vlines(statistics.mean(found), line - 0.3, line + 0.3, color=f"C{line}", linewidth=2.5)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].axvline(teacher, color="0.4", linestyle="--", linewidth=1, label=f"teacher, {teacher:.3g}")
+    panels[0].legend(frameon=False, fontsize=8)
+    panels[1].set_xlim(left=0)
+    panels[0].set_yticks(range(len(by_student)), list(by_student))
+    panels[0].invert_yaxis()
+    figure.suptitle(title, fontsize=10)
+    _write(figure, path, 150)
+
+
 def _write(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure as a PNG, atomically."""
     with open_atomic(path) as file:

@@ -67,7 +67,7 @@ def test_probabilities_of_zero_are_stored_as_the_least_number() -> None:
 
 
 def change(rows: TopK, row: int, **parts: object) -> TopK:
-    made = {name: value.clone() for name, value in rows._asdict().items()}
+    made = {name: value.clone() for name, value in rows._asdict().items() if value is not None}
     for name, value in parts.items():
         made[name][row] = torch.as_tensor(value, dtype=made[name].dtype)
     return TopK(**made)

@@ -15,10 +15,10 @@ from helpers.forked import captured, command, script
 from helpers.paths import ROOT
 from helpers.processes import PATIENCE
 
-from kdcache import demo
 from kdcache.cli import main
 from kdcache.config.loader import load_any_pipeline
 from kdcache.config.schema import EnsembleSpec, Pipeline
+from kdcache.demo import digits
 from kdcache.evaluation import scorecard
 
 # FORMAT.md, FIDELITY.md and PERFORMANCE.md show what takes long or is compared elsewhere; the others have no commands.
@@ -120,7 +120,7 @@ def without_benchmarks(folder: Path, arguments: list[str]) -> None:
     """Run a command; no test here looks at how fast a network is, or how good those of the demo are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scorecard, "score_networks", partial(scorecard.score_networks, min_run_time=0.0))
-        patch.setattr(demo, "package_data", folder.joinpath)
+        patch.setattr(digits, "package_data", folder.joinpath)
         command(*arguments)
 
 

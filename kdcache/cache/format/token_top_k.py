@@ -1,7 +1,7 @@
 """Encode rows of next-token distributions of which only the most probable tokens are known (docs/FORMAT.md, 12.3).
 
 Engines return the log-probabilities of the top k tokens, and of the next one. At T = 1 the mass of all others is the
-rest. At another T it is not known, and neither is the level of the logits.
+rest. At another T it is not known; neither is the level of the logits, but for sources that state their logsumexp.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ class TopK(NamedTuple):
         indices: [n, k] int64, distinct tokens, in any order; equally probable ones stay in this order.
         log_probs: [n, k] floating point, their log-probabilities at T = 1.
         label_log_probs: [n], that of the next token, whatever its rank.
+        logsumexp: [n], of the raw logits; None if their level is not known.
     """
 
     indices: Tensor
     log_probs: Tensor
     label_log_probs: Tensor
+    logsumexp: Tensor | None = None
 
 
 class RowDefect(NamedTuple):
@@ -99,7 +101,7 @@ def encode_top_k(rows: TopK, next_tokens: Tensor, encoding: TokenEncoding) -> To
     Args:
         rows: n of them, with at least k tokens each, and without a `defect_of`.
         next_tokens: [n] int64, the token that follows each.
-        encoding: `ghost`, of T = 1, without the level.
+        encoding: `ghost`, of T = 1; with the level if the rows have it.
     """
     values = rows.log_probs.sort(dim=1, descending=True, stable=True)
     head = values.values[:, : encoding.top_k].float()
@@ -116,6 +118,6 @@ def encode_top_k(rows: TopK, next_tokens: Tensor, encoding: TokenEncoding) -> To
     return TokenRows(
         head.to(_DTYPES[encoding.dtype]),
         tokens.to(index_dtype(encoding.num_classes)),
-        None,
+        None if rows.logsumexp is None or not encoding.level else rows.logsumexp.float(),
         torch.stack([label, rest], dim=1).clamp(_LOWEST, 0.0).half(),
     )

@@ -1,9 +1,10 @@
 """Import and export of the files of other projects.
 
 Soft labels of FKD, ml-dr and TinyViT, scores of Margin-MSE, and log-probabilities of llama.cpp, vLLM,
-SGLang and DistillKit; rows of tokens as columns.
+SGLang and DistillKit; rows of tokens in columns.
 """
 
+from kdcache.curate.foreign.columns import cache_of_columns
 from kdcache.curate.foreign.distillkit import cache_of_distillkit
 from kdcache.curate.foreign.engine_answers import cache_of_answers
 from kdcache.curate.foreign.exporter import TARGETS, files_of_cache
@@ -16,6 +17,7 @@ __all__ = [
     "SOURCES",
     "TARGETS",
     "cache_of_answers",
+    "cache_of_columns",
     "cache_of_distillkit",
     "cache_of_files",
     "cache_of_kld",

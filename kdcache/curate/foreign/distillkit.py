@@ -14,7 +14,6 @@ Source: arcee-ai/DistillKit@a61c2e7, distillkit/sample_logits_vllm.py, sample_co
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.token_spec import TokenCacheSpec
 from kdcache.curate.foreign.distillkit_codec import DistillKitCodec, read_codec
 from kdcache.curate.foreign.source_files import digest_of_files, files_of
+from kdcache.curate.foreign.unstated_labels import label_log_probs
 from kdcache.curate.sequence_cache import Array, Origin, cache_of_sequences
 from kdcache.data.parquet_rows import ParquetRows
 from kdcache.errors import CorruptError, UsageError
@@ -40,8 +40,6 @@ _CODEC_FILE = "compression_config.yaml"
 
 _TOLERANCE = 0.05
 """By how much the mass of a row may be wrong, of bfloat16 values and a polynomial; another codec's is further off."""
-
-_LEAST_REST = 2.0**-24
 
 _HOW = "pass the codec that the file was written with, or download the file again"
 
@@ -122,7 +120,7 @@ class DistillKitFiles:
         is_above = (mass > 1) & (mass <= 1 + _TOLERANCE)
         log_probs = torch.where(is_above.unsqueeze(1), log_probs - mass.log().unsqueeze(1), log_probs)
         next_tokens = torch.from_numpy(row.ids[found.begin + 1 : found.end])
-        rows = TopK(tokens, log_probs, self._labels(tokens, log_probs, next_tokens))
+        rows = TopK(tokens, log_probs, label_log_probs(tokens, log_probs, next_tokens, self._size))
         if (defect := defect_of(rows, next_tokens, self._size, _TOLERANCE)) is not None:
             position = found.begin + defect.row
             exact = f"use --top-k {self._codec.sure}, whose log-probabilities are exact"
@@ -131,13 +129,6 @@ class DistillKitFiles:
                 exact if self._k > self._codec.sure else _HOW,
             )
         return rows
-
-    def _labels(self, tokens: torch.Tensor, log_probs: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
-        """Return the log-probabilities of the next tokens, [n]: an even share of the rest outside the top k."""
-        at_label = tokens == next_tokens.unsqueeze(1)
-        rest = (1 - log_probs.exp().sum(dim=1)).clamp_min(_LEAST_REST).log()
-        share = (rest - math.log(max(self._size - tokens.shape[1], 1))).minimum(log_probs.amin(dim=1))
-        return torch.where(at_label.any(dim=1), torch.where(at_label, log_probs, 0.0).sum(dim=1), share)
 
     def _place(self, index: int) -> _Sequence:
         return _Sequence(*(int(number) for number in self._sequences[index]))
