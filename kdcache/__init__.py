@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kdcache.models.causal_lm import CausalLM, split_causal_lm
     from kdcache.models.evaluate import SplitScore, evaluate
     from kdcache.models.graph_teacher import GraphTeacher
+    from kdcache.models.pixel_scores import PixelScore
     from kdcache.models.teacher import TeacherIdentity
     from kdcache.runtime.distributed import Ranks, join_ranks
     from kdcache.runtime.progress import Progress
@@ -73,6 +74,7 @@ _HOME = {
     "RunResult": "kdcache.train.run_result",
     "Samples": "kdcache.data.samples",
     "SequenceBatch": "kdcache.cache.sequences",
+    "PixelScore": "kdcache.models.pixel_scores",
     "SplitScore": "kdcache.models.evaluate",
     "TeacherIdentity": "kdcache.models.teacher",
     "TextPipeline": "kdcache.config.text",
@@ -125,6 +127,7 @@ __all__ = [
     "LossParts",
     "MarginMSEScores",
     "Pipeline",
+    "PixelScore",
     "Progress",
     "Ranks",
     "RunResult",
