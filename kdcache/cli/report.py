@@ -93,11 +93,11 @@ def report(
     folders, unfinished = find_runs(runs)
     if text := divided_by_kind(folders)[0]:
         _refuse(canaries or references, results, "networks of images, and these are language models")
-        _report_text(text, unfinished, cache, out, rows, png, chosen, as_json)
+        _report_kind(True, text, unfinished, cache, out, rows, png, chosen, as_json)
         return
     if all_of_pixels(folders):
         _refuse(canaries or references, results, "networks with a class per image, and these have one per pixel")
-        _report_pixels(folders, unfinished, cache, out, rows, png, chosen, as_json)
+        _report_kind(False, folders, unfinished, cache, out, rows, png, chosen, as_json)
         return
     data = collect(runs, cache, rows=rows, device=chosen, progress=progress)
     if named is not None:
@@ -127,7 +127,8 @@ def _refuse(canaries: str | None, results: Path | None, what: str) -> None:
             raise UsageError(f"{option} is for {what}", f"leave out {option}")
 
 
-def _report_text(
+def _report_kind(
+    of_text: bool,
     folders: Sequence[Path],
     unfinished: Sequence[Path],
     cache: Cache | None,
@@ -137,38 +138,24 @@ def _report_text(
     device: str,
     as_json: bool,
 ) -> None:
-    """Write the page of language models, and print where it is."""
-    from kdcache.evaluation.report.files import write_files
-    from kdcache.evaluation.report.text import collect_text, write_text_report
-
-    data = collect_text(folders, cache, rows=rows, device=device, progress=output.Terminal())
-    data = replace(data, notes=[*_left_out(unfinished), *data.notes])
-    write_files(write_text_report(data), out, png)
-    _print_written(data, out, png, as_json)
-
-
-def _report_pixels(
-    folders: Sequence[Path],
-    unfinished: Sequence[Path],
-    cache: Cache | None,
-    out: Path,
-    rows: int,
-    png: bool,
-    device: str,
-    as_json: bool,
-) -> None:
-    """Write the page of networks that say a class of every pixel, and print where it is."""
+    """Write the page of language models, or of networks that say a class of every pixel, and print where it is."""
     from kdcache.evaluation.report.files import write_files
     from kdcache.evaluation.report.pixels import collect_pixels, write_pixel_report
+    from kdcache.evaluation.report.text import collect_text, write_text_report
 
-    data = collect_pixels(folders, cache, rows=rows, device=device, progress=output.Terminal())
-    data = replace(data, notes=[*_left_out(unfinished), *data.notes])
-    write_files(write_pixel_report(data), out, png)
+    progress = output.Terminal()
+    left_out = [f"{folder} is not finished and is left out." for folder in unfinished]
+    data: TextReportData | PixelReportData
+    if of_text:
+        text = collect_text(folders, cache, rows=rows, device=device, progress=progress)
+        data = text = replace(text, notes=[*left_out, *text.notes])
+        page = write_text_report(text)
+    else:
+        pixels = collect_pixels(folders, cache, rows=rows, device=device, progress=progress)
+        data = pixels = replace(pixels, notes=[*left_out, *pixels.notes])
+        page = write_pixel_report(pixels)
+    write_files(page, out, png)
     _print_written(data, out, png, as_json)
-
-
-def _left_out(unfinished: Sequence[Path]) -> list[str]:
-    return [f"{folder} is not finished and is left out." for folder in unfinished]
 
 
 def _print_written(

@@ -205,4 +205,4 @@ def test_doctor_checks_the_masks_of_all_splits(root: Path) -> None:
     done = kdcache("doctor", root / "p.yaml", *options, "-o", root)
     assert done.exit_code == 4
     assert done.stdout.count("masks cannot be used") >= 3
-    assert "dataset.palettes=true" in done.stdout and "in the size of its image" in done.stdout
+    assert "dataset.palettes=true" in done.output and "in the size of its image" in done.output

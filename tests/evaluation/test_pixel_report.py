@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import statistics
-from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.cli import ok, refused
+from helpers.pages import Page
 from helpers.scenes import scenes_folder
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,49 +39,6 @@ from kdcache.models.build import build_model
 from kdcache.models.checkpoints import load_weights
 
 SEEDS = (0, 1)
-
-
-class Page(HTMLParser):
-    """The tables below each heading, the text, the labels of the pictures, and all that is loaded."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tables: dict[str, list[list[list[str]]]] = {}
-        self.labels: list[str] = []
-        self.sources: list[str] = []
-        self.text = ""
-        self._open: list[str] = []
-        self._heading = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        if tag == "svg":
-            assert given["role"] == "img"
-            self.labels.append(given["aria-label"])
-        self.sources += [given[name] for name in ("src", "href") if name in given]
-        if tag not in ("meta", "img", "br"):
-            self._open.append(tag)
-        if tag == "h2":
-            self._heading = ""
-        if tag == "table":
-            self.tables.setdefault(self._heading, []).append([])
-        if tag == "tr":
-            self.tables[self._heading][-1].append([])
-        if tag in ("th", "td"):
-            self.tables[self._heading][-1][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self._open:
-            self._open.remove(tag)
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self._open:
-            self.text += data
-        if "h2" in self._open:
-            self._heading += data
-        if "table" in self._open and {"th", "td"} & set(self._open):
-            self.tables[self._heading][-1][-1][-1] += data
 
 
 class Work:
