@@ -166,7 +166,7 @@ def _print_bounds(
     for tail, of in (("ghost", None), ("lowrank", basis)):
         cost = _encoding_cost(measured, _encoding(size, 0 if of is None else _SPEC.rank), of)
         rows.append([f"encoding as {tail}, ms per row", f"{cost:.2f}", f"<= {_COST_BOUNDS[tail]:g}"])
-    output.table(f"{name}, and the bounds", ["measure", "value", "bound"], rows)
+    output.table(f"bounds of {name}", ["measure", "value", "bound"], rows)
 
 
 def _encoding(size: int, rank: int) -> TokenEncoding:
