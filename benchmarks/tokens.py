@@ -128,6 +128,7 @@ def _print_tables(name: str, pilot: Positions, measured: Positions, whole: int) 
         "top 16, renormalized": TopK(size, 16),
         f"top {wide}, renormalized": TopK(size, wide),
         "DistillKit, recommended": DistillKit(size, wide),
+        "the same, fitted in float64": DistillKit(size, wide, dtype=torch.float64),
         "ghost, k = 32, leftover^(1/T)": LeftoverGhost(size, 32),
         "RS-KD, N = 50": Draws(50),
         "RS-KD, N = 50, drawn at each T": Draws(50, at_t=True),
