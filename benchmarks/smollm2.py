@@ -67,7 +67,7 @@ def _loaded(folder: Path, **options: Any) -> tuple[CausalLM, Any]:
     # The conversion of a GGUF file draws a bar of its own.
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, **options).to(torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return split_causal_lm(model.eval()), tokenizer
 
 

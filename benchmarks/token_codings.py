@@ -63,24 +63,25 @@ class DistillKit:
     """The configuration that DistillKit's README recommends, renormalized to 1 at each T.
 
     Of 128 log-probabilities 16 are bfloat16; the others are the polynomial of powers 0 to 4 and the square root of
-    their number that fits them best. DistillKit solves for it in float32, which cannot resolve these powers; here it is
-    solved in float64, in its favor.
+    their number that fits them best. DistillKit fits it by a singular value decomposition in float32, which leaves out
+    singular values up to 1e-5 (`_solve_least_squares` at a61c2e7); float32 cannot resolve these powers.
     """
 
     size: int
     k: int = 128
     exact: int = 16
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, logits: Tensor, next_tokens: Tensor) -> Decoded:
         """Encode rows."""
         values, tokens = logits.log_softmax(dim=1).topk(self.k, dim=1)
-        number = torch.arange(self.k - self.exact, dtype=torch.float64)
+        number = torch.arange(self.k - self.exact, dtype=self.dtype)
         powers = torch.stack([*(number**power for power in range(5)), number.sqrt()], dim=1)
-        scale = powers.abs().amax(dim=0)
-        solved = torch.linalg.lstsq(powers / scale, values[:, self.exact :].double().T).solution
-        stored = (solved / scale.unsqueeze(1)).float()
-        fitted = (powers @ stored.double()).T.float()
-        decoded = torch.cat([values[:, : self.exact].bfloat16().float(), fitted], dim=1)
+        left, singular, right = torch.linalg.svd(powers, full_matrices=False)
+        inverse = torch.where(singular > 1e-5, 1 / singular, 0.0)
+        coefficients = (values[:, self.exact :].to(self.dtype) @ left * inverse @ right).float()
+        fitted = coefficients.to(self.dtype) @ powers.T
+        decoded = torch.cat([values[:, : self.exact].bfloat16().float(), fitted.float()], dim=1)
         return lambda t, _: torch.zeros_like(logits).scatter_(1, tokens, (decoded / t).softmax(dim=1))
 
     def bytes_per_row(self) -> float:

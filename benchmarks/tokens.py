@@ -128,6 +128,7 @@ def _print_tables(name: str, pilot: Positions, measured: Positions, whole: int) 
         "top 16, renormalized": TopK(size, 16),
         f"top {wide}, renormalized": TopK(size, wide),
         "DistillKit, recommended": DistillKit(size, wide),
+        "the same, fitted in float64": DistillKit(size, wide, dtype=torch.float64),
         "ghost, k = 32, leftover^(1/T)": LeftoverGhost(size, 32),
         "RS-KD, N = 50": Draws(50),
         "RS-KD, N = 50, drawn at each T": Draws(50, at_t=True),
@@ -166,7 +167,7 @@ def _print_bounds(
     for tail, of in (("ghost", None), ("lowrank", basis)):
         cost = _encoding_cost(measured, _encoding(size, 0 if of is None else _SPEC.rank), of)
         rows.append([f"encoding as {tail}, ms per row", f"{cost:.2f}", f"<= {_COST_BOUNDS[tail]:g}"])
-    output.table(f"{name}, and the bounds", ["measure", "value", "bound"], rows)
+    output.table(f"bounds of {name}", ["measure", "value", "bound"], rows)
 
 
 def _encoding(size: int, rank: int) -> TokenEncoding:

