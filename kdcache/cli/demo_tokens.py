@@ -37,9 +37,9 @@ def _print(results: TokenDemo, out: Path) -> None:
             [
                 f"student, {name}",
                 "" if stored is None else f"{stored:.0f}",
-                _mean([student.perplexity for student in students], ".1f"),
-                _mean([student.kl for student in students], ".3f"),
-                _mean([student.agreement for student in students], ".1%"),
+                mean_and_spread([student.perplexity for student in students], ".1f"),
+                mean_and_spread([student.kl for student in students], ".3f"),
+                mean_and_spread([student.agreement for student in students], ".1%"),
                 f"{statistics.mean(student.seconds for student in students):.1f}",
             ]
         )
@@ -76,7 +76,7 @@ def _print(results: TokenDemo, out: Path) -> None:
     )
 
 
-def _mean(values: Sequence[float], form: str) -> str:
+def mean_and_spread(values: Sequence[float], form: str) -> str:
     """Return the mean of the seeds, and with several their standard deviation (n - 1)."""
     mean = f"{statistics.mean(values):{form}}"
     return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean

@@ -31,6 +31,7 @@ PROCESS = {
     "test_sweep_cluster",
     "test_text_ranks",
     "test_together",
+    "test_token_demo",
     "test_wheel",
 }
 """Files whose tests start other processes, and kill some of them."""
@@ -49,6 +50,7 @@ SLOW_FILES = {
     "test_resume",
     "test_sweep_cluster",
     "test_text_ranks",
+    "test_token_demo",
     "test_wheel",
 }
 """Files of which most tests take over two seconds, or wait for a fixture that does."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.paths import ROOT
 from helpers.processes import PATIENCE
+from helpers.texts import DOCUMENTS, write_lines, write_teacher
 from torch.nn import functional as F
 
 import kdcache
@@ -83,9 +86,9 @@ def test_examples_use_the_public_names_alone() -> None:
 
 def test_every_example_is_run() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    # test_format.py and test_token_format.py run those of TensorStore, and the last test below another.
+    # test_format.py and test_token_format.py run those of TensorStore, and the last tests below others.
     read = {"read_with_tensorstore", "read_tokens_with_tensorstore"}
-    assert scripts == {*FILTERS, *read, "with_hf_trainer_lm"}
+    assert scripts == {*FILTERS, *read, "with_hf_trainer_lm", "with_trl"}
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -108,11 +111,12 @@ def test_example(name: str, cache: Cache, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def distilled(script: str, steps: int, folder: Path) -> tuple[float, float]:
-    """Run the example of a language model, and return the student's divergence from the teacher before and after."""
+def distilled(script: str, folder: Path, *arguments: object, ignored: Sequence[str] = ()) -> tuple[float, float]:
+    """Run an example of a language model, and return the student's divergence from the teacher before and after."""
     (folder / "script.py").write_text(script)
+    warnings = [part for one in ("error", *ignored) for part in ("-W", one)]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "script.py", str(steps)],
+        [sys.executable, *warnings, "script.py", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -129,8 +133,27 @@ def distilled(script: str, steps: int, folder: Path) -> tuple[float, float]:
 def test_a_language_model_learns_in_the_trainer_whatever_its_accumulation(tmp_path: Path) -> None:
     script = (EXAMPLES / "with_hf_trainer_lm.py").read_text()
     assert "python examples/with_hf_trainer_lm.py " in script.split('"""')[1]
-    before, after = distilled(script, 40, tmp_path)
+    before, after = distilled(script, tmp_path, 40)
     assert after < before / 2
     at_once = script.replace("batch_size=8", "batch_size=16").replace("accumulation_steps=2", "accumulation_steps=1")
     assert at_once != script
-    assert distilled(at_once, 40, tmp_path)[1] == pytest.approx(after, abs=0.003)
+    assert distilled(at_once, tmp_path, 40)[1] == pytest.approx(after, abs=0.003)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="pip install trl")
+def test_a_language_model_learns_in_trl_whatever_its_accumulation(tmp_path: Path) -> None:
+    script = (EXAMPLES / "with_trl.py").read_text()
+    assert "python examples/with_trl.py " in script.split('"""')[1]
+    folder = write_teacher(tmp_path / "teacher")
+    root = write_lines(tmp_path / "texts.jsonl", [{"text": document} for document in DOCUMENTS])
+    model = importlib.import_module("transformers").AutoModelForCausalLM.from_pretrained(folder)
+    text = kdcache.load_text(root, folder, max_length=48)
+    cache = kdcache.dump_language_model(model, text, tmp_path / "c.kdcache", top_k=4, rank=8, pilot_rows=200)
+    # transformers warns of a default of TRL.
+    given = (tmp_path, cache.path, folder, 15)
+    ignored = ["ignore:`gradient_checkpointing:FutureWarning"]
+    before, after = distilled(script, *given, ignored=ignored)
+    assert after < before
+    at_once = script.replace("batch_size=8", "batch_size=16").replace("accumulation_steps=2", "accumulation_steps=1")
+    assert at_once != script
+    assert distilled(at_once, *given, ignored=ignored)[1] == pytest.approx(after, abs=0.003)
