@@ -18,7 +18,7 @@ from kdcache.evaluation.networks import NetworkRef, from_run
 
 _POINT, _METRICS, _EPOCHS, _TABLE = "point.json", "metrics.json", "metrics.csv", "sweep.json"
 
-IGNORED = {"train.seed", "train.num_workers", "train.trackers"}
+IGNORED = {"train.seed", "train.data_seed", "train.num_workers", "train.trackers"}
 """Keys in which two runs of one experiment may differ."""
 
 _DATASET_LOCATION = {"name", "root"}

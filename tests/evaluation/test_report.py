@@ -349,6 +349,17 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(work: Work, tmp_path: 
     assert alone.label == "student, small:mlp, kd"
 
 
+def test_students_that_saw_one_order_together_are_seeds_of_one_group(work: Work, tmp_path: Path) -> None:
+    folders = []
+    for run, order in zip(work.runs("kd"), ("null", "0"), strict=True):  # as `sweep --together` writes them
+        folders.append(tmp_path / run.name)
+        shutil.copytree(run, folders[-1])
+        path = folders[-1] / "resolved.yaml"
+        path.write_text(path.read_text().replace("data_seed: null", f"data_seed: {order}"))
+    (group,) = group_runs([read_run(folder) for folder in folders])
+    assert group.members == (0, 1)
+
+
 def test_a_copied_run_is_not_a_second_seed(work: Work, tmp_path: Path) -> None:
     first, second = work.runs("kd")
     copy, longer, other_teacher = (tmp_path / name for name in ("renamed", "longer", "other teacher"))
