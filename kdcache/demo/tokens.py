@@ -174,7 +174,8 @@ def run_token_demo(
         InterruptedRun: on Ctrl-C.
     """
     check_libraries()
-    out, sizes = expand(out), sizes or TokenDemoSizes()
+    # Absolute, so that the pipeline and its runs do not depend on the folder that the command is run in.
+    out, sizes = expand(out).absolute(), sizes or TokenDemoSizes()
     topics = load_topics(sizes.topics)
     try:
         with locked(out):

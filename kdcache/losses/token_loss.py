@@ -2,6 +2,7 @@
 
     forward KL with a tail of the student's shape    K + 1 classes, without the teacher's [n, V] (`token_kl.py`)
     forward KL from draws                            the classes that were drawn
+    forward KL of the top classes, renormalized      these classes, if the head has all of them
     all else                                         the decoded teacher, [n, V] of one chunk (`chunked_head.py`)
 
 The decoded teacher has, at the temperature of each position, the mass that its tail has there. Standardized logits are
@@ -22,9 +23,11 @@ from kdcache.losses.registry import NORMALIZATIONS
 from kdcache.losses.temperatures import DTKD, Temperatures
 from kdcache.losses.token_kl import draws_kl, ghost_kl, shaped_kl
 from kdcache.losses.token_targets import (
+    NEVER,
     TokenTargets,
     check_temperature,
     head_and_tail,
+    head_log_probs,
     other_temperature,
     scaled_logits,
 )
@@ -98,6 +101,21 @@ def _weighted_sum(targets: TokenTargets, labels: Tensor, loss: Loss) -> Weighted
             return ghost_kl(student_logits, t.student, targets.indices, head, tail, t.weight)
 
         return of_ghost
+    kept = loss.adjustment.classes_kept
+    if loss.divergence.has_closed_form and kept is not None and kept <= (targets.top_k or targets.indices.shape[1]):
+
+        def of_renormalized(student_logits: Tensor, t: Temperatures) -> Tensor:
+            head = (head_log_probs(targets)[:, :kept] / t.teacher).log_softmax(dim=1)
+            return ghost_kl(
+                student_logits,
+                t.student,
+                targets.indices[:, :kept],
+                head,
+                torch.full_like(head[:, :1], NEVER),
+                t.weight,
+            )
+
+        return of_renormalized
     adjust, divergence = loss.adjustment.bind(), loss.divergence.bind()
 
     def of_decoded(student_logits: Tensor, t: Temperatures) -> Tensor:
