@@ -124,7 +124,9 @@ class ColumnSequences:
         next_tokens = torch.from_numpy(record.ids[1:][record.taught[:-1]])
         tokens, log_probs, level = torch.from_numpy(record.tokens), torch.from_numpy(record.values), None
         tolerance = _TOLERANCE[self._records.values]
-        if self._records.values == "logits" and log_probs.isfinite().all():
+        if self._records.values == "logits":
+            if (log_probs.isnan() | log_probs.isposinf()).any():
+                raise ImpossibleRecord(f"{self._records.columns['logits']} holds NaN or infinite logits")
             if record.logsumexp is None:
                 log_probs = log_probs.log_softmax(dim=1)
             else:
