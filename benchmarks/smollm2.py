@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from real_inputs import MissingInputsError, package_folder
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcache.data.packing import TokenSequence, token_batch
 from kdcache.losses.lm_head import LMHead
@@ -61,13 +61,14 @@ def of_folder(folder: Path) -> tuple[CausalLM, Any]:
 
 
 def _loaded(folder: Path, **options: Any) -> tuple[CausalLM, Any]:
+    """Return a language model and its tokenizer, with options of transformers."""
     package_folder("transformers", "pip install 'kdcache[lm]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  # only where it is installed
 
     # The conversion of a GGUF file draws a bar of its own.
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return split_causal_lm(model.eval()), tokenizer
 
 
@@ -113,6 +114,7 @@ def positions_of(model: CausalLM, tokens: Tensor, pilot: int, count: int) -> tup
 
 
 def _hidden(model: CausalLM, windows: list[Tensor], wanted: int) -> Positions:
+    """Return the first positions of some windows."""
     taught = torch.arange(WINDOW) < WINDOW - 1
     states, labels = [], []
     with torch.no_grad():

@@ -10,8 +10,8 @@ taught the decoded p' in place of the teacher's p: p' - p. The student is far fr
 the mean distribution of the teacher over the pilot, as a student that has learned how frequent tokens are, and no more.
 
     token   the norm of the errors of all tokens, relative to the norm of all gradients
-    mean    mean over the tokens of the relative error of each: sure tokens, which have small gradients at T = 2 with
-            this student, count as much as others
+    mean    mean over the tokens of the relative error of each: those of which the teacher is unsure, which have small
+            gradients at T = 2 and above with this student, count as much as others
     batch   the same for the gradient summed over 1,024 tokens, as a batch has it; mean over batches
 
 Bytes per row are those of kdcache on disk, and of others their payload, which no file and no compression is counted in.
@@ -117,6 +117,7 @@ def _positions(folder: Path | None, quick: bool, pilot: int, rows: int) -> tuple
 
 
 def _print_tables(name: str, pilot: Positions, measured: Positions, whole: int) -> None:
+    """Measure the codings, and print the errors and the bounds."""
     size, width = measured.head.weight.shape
     with output.working("fitting the bases"):
         basis, full = (
@@ -160,6 +161,7 @@ def _print_tables(name: str, pilot: Positions, measured: Positions, whole: int) 
 def _print_bounds(
     name: str, lowrank: Stored, errors: dict[tuple[str, float], _Errors], measured: Positions, basis: TailBasis
 ) -> None:
+    """Print what is bounded of the rows with coordinates, beside the bounds."""
     size = measured.head.weight.shape[0]
     rows = [["bytes per row", f"{lowrank.bytes_per_row():.1f}", f"<= {_BYTES_BOUND}"]]
     for t, bound in _ERROR_BOUNDS.items():

@@ -44,7 +44,7 @@ _ROWS_TO_SEE = 512
 _CLEARLY_MORE = 0.25
 """Share of rows by which more have their own token than the next one, where rows are of their own."""
 
-_HOW = "name other columns with --columns, or mend the record"
+_HOW = "name other columns with --columns, or correct the record"
 
 
 class _Sequence(NamedTuple):
@@ -119,11 +119,14 @@ class ColumnSequences:
         return found
 
     def _read(self, index: int) -> _Sequence:
+        """Return a sequence of the files; raises ImpossibleRecord."""
         record = self._records[index]
         next_tokens = torch.from_numpy(record.ids[1:][record.taught[:-1]])
         tokens, log_probs, level = torch.from_numpy(record.tokens), torch.from_numpy(record.values), None
         tolerance = _TOLERANCE[self._records.values]
-        if self._records.values == "logits" and log_probs.isfinite().all():
+        if self._records.values == "logits":
+            if (log_probs.isnan() | log_probs.isposinf()).any():
+                raise ImpossibleRecord(f"{self._records.columns['logits']} holds NaN or infinite logits")
             if record.logsumexp is None:
                 log_probs = log_probs.log_softmax(dim=1)
             else:

@@ -106,6 +106,21 @@ def test_logits_alone_are_renormalized_only_when_that_is_asked_for(tmp_path: Pat
     assert float(targets.tail_log_mass.max()) < math.log(2**-23)
 
 
+def test_a_masked_token_has_no_probability_and_other_infinite_logits_are_refused(tmp_path: Path) -> None:
+    names = "ids=tokens,top-ids=topk_token_ids,logits=topk_logits,logsumexp=log_sum_exp_logits"
+    [(ids, raw), *_] = logits()
+    each = of_logits(ids, raw)
+    each["topk_logits"][1][0] = math.inf
+    assert "line 1: topk_logits holds NaN or infinite logits" in refused(5, *convert(tmp_path, [each], names))
+    masked = torch.full_like(raw, -math.inf)
+    masked[:, :2] = 0.0
+    ok(*convert(tmp_path, [of_logits([1, 0, 1, 1, 0, 1, 0], masked)], names))
+    teacher = open_cache(tmp_path / "c.kdcache").sequences()
+    found = teacher.targets(teacher([0]).rows).log_probs
+    torch.testing.assert_close(found[:, :2].exp(), torch.full((6, 2), 0.5), rtol=1e-3, atol=0)
+    assert float(found[:, 2:].max()) < -60_000
+
+
 def test_rows_that_are_not_sorted_are_sorted(tmp_path: Path) -> None:
     made = logits()
     records = [record(*each) for each in made]

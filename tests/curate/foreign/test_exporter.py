@@ -136,7 +136,7 @@ def test_files_are_written_on_the_command_line_and_read_again(images: Images, du
     ).stdout  # fmt: skip
     assert list(SOURCES) == list(TARGETS)
     assert list(_TARGETS.choices) == [*TARGETS, "jsonl", "parquet"]
-    assert {*_SOURCES.choices} == {*SOURCES, "margin-mse", "llama-cpp", "vllm", "distillkit"}
+    assert {*_SOURCES.choices} == {*SOURCES, "margin-mse", "llama-cpp", "vllm", "distillkit", "columns"}
 
 
 def still(samples: Samples, out: Path, transform: Transform, views: int = 1) -> Cache:
