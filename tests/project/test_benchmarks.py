@@ -266,7 +266,7 @@ def check_codings(text: str) -> dict[str, dict[str, str]]:
     of_others = [name for name in found if not name.startswith("kdcache")]
     assert len(of_others) == 7
     for t in (0, 1):
-        assert errors[whole][t] < 0.2 * errors["kdcache, R = 32"][t]
+        assert errors[whole][t] < 0.4 * errors["kdcache, R = 32"][t]
         assert errors["kdcache, R = 32"][t] < errors["top 16, renormalized"][t]
     assert errors["kdcache, ghost"][1] < 0.5 * errors["ghost, k = 32, leftover^(1/T)"][1]
     # Float16 of the true probability, so that the polynomial can only be worse.
