@@ -93,7 +93,7 @@ def _row(name: str, request: GridRequest, pilot: Tensor, unseen: Tensor, forward
     return [
         name,
         f"{encoding.codec}, {encoding.dtype}",
-        "" if encoding.step is None else f"{encoding.step:.3f}",
+        "none" if encoding.step is None else f"{encoding.step:.3f}",
         f"{size:.2f}",
         *(f"{error:.4f}" for error in errors),
         over,
