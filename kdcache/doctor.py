@@ -228,7 +228,8 @@ def _first_micro_batch(model: nn.Module, view: View, spec: TrainSpec, device: to
     count = min(-(-spec.batch_size // spec.gradient_accumulation_steps), len(view))
     images = view.__getitems__(range(count)).images.to(device)
     start = time.perf_counter()
-    logits = check_logits(model.train()(images), count, view.samples.num_classes, "student")
+    of_maps = view.samples.maps is not None
+    logits = check_logits(model.train()(images), count, view.samples.num_classes, "student", of_maps)
     logits.float().logsumexp(dim=1).sum().backward()  # type: ignore[no-untyped-call]
     if images.is_cuda:
         torch.cuda.synchronize(images.device)

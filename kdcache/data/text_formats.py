@@ -266,8 +266,8 @@ def _checked(record: Any) -> Mapping[str, Any]:
 def _string(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        what = f"{key!r} is a {type(value).__name__}" if key in record else f"it has no {key!r}"
-        raise UsageError(f"{what}, not a string", "write the record again, or leave it out")
+        what = f"{key!r} is a {type(value).__name__}, not a string" if key in record else f"it has no {key!r}"
+        raise UsageError(what, "write the record again, or leave it out")
     return value
 
 

@@ -196,11 +196,17 @@ def other_temperature(targets: TokenTargets, asked: str) -> UsageError:
         asked: the other one, in words.
     """
     (known,) = targets.temperatures
-    origin = "were drawn" if targets.draws is not None else "state the mass outside their head"
+    if targets.draws is not None:
+        origin, others = (
+            "were drawn",
+            "dump the teacher with cache.tail=lowrank or ghost, or cache.temperature of this T",
+        )
+    else:
+        origin = "state the mass outside their head"
+        others = "dump the teacher itself: rows of kdcache have the mass at T = 1, 4/3, 2 and 4"
     return UsageError(
         f"{asked} is asked of rows that {origin} at T = {known:g} only",
-        f"set loss.temperature={{kind: constant, tau: {known:g}}}, or dump the teacher itself: rows of kdcache have "
-        "the mass at T = 1, 4/3, 2 and 4",
+        f"set loss.temperature={{kind: constant, tau: {known:g}}}, or {others}",
     )
 
 

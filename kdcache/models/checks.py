@@ -178,7 +178,7 @@ def check_logits(returned: object, batch: int, num_classes: int, who: str, of_ma
     if of_maps and logits.ndim == 4 and logits.shape[:2] == (batch, num_classes):
         return logits
     if of_maps:
-        fix = f"take a {who} that returns [B, {num_classes}, h, w], the logits of each pixel or of larger places"
+        fix = f"take a network that returns [B, {num_classes}, h, w], the logits of each pixel or of larger places"
     elif logits.ndim == 4:
         fix = (
             "it says a class of every pixel (segmentation): keep its maps, cache: {logits: false, outputs: {pixels: "
@@ -186,9 +186,10 @@ def check_logits(returned: object, batch: int, num_classes: int, who: str, of_ma
         )
     else:
         fix = f"take a {who} that returns [B, {num_classes}], or the data set that it was made for"
+    per_pixel = ", one of them per pixel" if of_maps else ""
     raise MismatchError(
         f"the {who} returned {list(logits.shape)} for {counted(batch, 'image')}, the data set has "
-        f"{counted(num_classes, 'class', 'classes')}",
+        f"{counted(num_classes, 'class', 'classes')}{per_pixel}",
         fix,
     )
 

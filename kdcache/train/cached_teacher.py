@@ -174,7 +174,8 @@ def _check_kind(name: str, record: OutputRecord, options: OutputLossOptions, gro
         raise UsageError(
             f"the loss {loss} compares places, and the logits of the output {name} are known up to a constant at "
             "each place",
-            "dump the teacher's logits, not probabilities, with `over_places: true` for this output, or take pixel_kd",
+            f"dump the teacher's logits, not probabilities, with cache.outputs.{name}.over_places=true, or take "
+            "pixel_kd",
         )
     if type(options).of_groups and record.channels == 1 and group_size == 1:
         raise UsageError(

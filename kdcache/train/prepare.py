@@ -137,7 +137,8 @@ def check_loss(loss: Loss, train: View, level_known: bool, epochs: int, progress
     if loss.needs_level and not level_known and train.samples.maps is not None:
         raise UsageError(
             f"the maps of this cache are stored without the level of each place, and {loss.needs_level} depends on it",
-            "dump the teacher with `over_places: true`, set loss.normalization to z_score, or use a loss such as kd",
+            "dump the teacher with cache.outputs.NAME.over_places=true, set loss.normalization to z_score, or use a "
+            "loss such as kd",
         )
     if loss.needs_level and not level_known:
         raise UsageError(

@@ -195,7 +195,12 @@ def test_dtkd_needs_the_level_of_each_place(folder: Path, tmp_path: Path) -> Non
     ok("dump-teacher", folder / "p.yaml", "--set", outputs, "-o", tmp_path / "l.kdcache")
     command = ["train-student", folder / "p.yaml", "--cache", tmp_path / "l.kdcache", "--loss", "dtkd"]
     said = " ".join(refused(2, *command, "-o", tmp_path / "run").split())
-    assert "without the level of each place" in said and "over_places: true" in said
+    assert "without the level of each place" in said and "over_places=true" in said
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_pipeline_of_pixels(folder: Path) -> None:
+    printed = ok("doctor", folder / "p.yaml")
+    assert "PROBLEM" not in printed and "for the first micro-batch" in printed
 
 
 def test_a_dump_of_class_logits_of_images_is_refused_with_what_to_keep(folder: Path, tmp_path: Path) -> None:
