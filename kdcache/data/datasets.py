@@ -18,14 +18,14 @@ from kdcache.config.section import validated
 from kdcache.config.transform import Transform
 from kdcache.data.class_folders import list_images
 from kdcache.data.images import ArrayImages, FileImages
-from kdcache.data.label_maps import ChosenMaps
+from kdcache.data.label_maps import ChosenMaps, mask_of
 from kdcache.data.nodes import Graph, graph_of, is_graph, read_graph
 from kdcache.data.npz_files import array_transform, read_npz
 from kdcache.data.sample_groups import groups_among
 from kdcache.data.samples import HeldOut, Samples, Split
 from kdcache.data.scenes import read_scenes
 from kdcache.data.seeding import in_hash_order
-from kdcache.data.segmentation_sets import SEGMENTATION_SETS, read_masked
+from kdcache.data.segmentation_sets import SEGMENTATION_SETS, has_split, read_masked
 from kdcache.data.user_dataset import load_user_split, user_samples
 from kdcache.errors import UsageError
 from kdcache.runtime.package_data import package_data
@@ -66,7 +66,7 @@ def _lacking(spec: DatasetSpec) -> list[Split]:
     if spec.name in ("imagenet", "image-folder"):
         return [split for split, folder in _folders(spec).items() if folder is None]
     if spec.name in SEGMENTATION_SETS:
-        return [split for split in SPLITS if read_masked(spec, _root(spec), split) is None]
+        return [split for split in SPLITS if not has_split(spec, _root(spec), split)]
     own: dict[str, tuple[Split, ...]] = {
         **dict.fromkeys(COME_WITH_KDCACHE, SPLITS),
         **dict.fromkeys(("cifar10", "cifar100"), ("train", "test")),
@@ -315,6 +315,14 @@ def load_split(
     if split not in SPLITS:
         raise UsageError(f"there is no split {split!r}", f"use one of {', '.join(SPLITS)}")
     return (_user if is_user_code(spec.name) else _READERS[spec.name])(spec, split)
+
+
+def has_label_maps(spec: DatasetSpec) -> bool:
+    """Return whether a data set has a class per pixel, without reading it; of a user's, one item is read."""
+    if not is_user_code(spec.name):
+        return spec.name in (*SEGMENTATION_SETS, "scenes")
+    dataset = load_user_split(spec, "train")
+    return dataset is not None and not is_graph(dataset) and mask_of(dataset[0]) is not None
 
 
 def load_held_out(spec: DatasetSpec, split: Literal["validation", "test"]) -> Samples | None:

@@ -72,6 +72,11 @@ def read_masked(spec: DatasetSpec, root: Path, split: Split) -> MaskedImages | N
     return {"voc": _voc, "cityscapes": _cityscapes, "sbd": _sbd}[spec.name](root, "val" if split == "test" else "train")
 
 
+def has_split(spec: DatasetSpec, root: Path, split: Split) -> bool:
+    """Return whether a data set with label maps has a split of its own, without reading it; see `read_masked`."""
+    return _folders_of(root, split) is not None if spec.name == "segmentation-folder" else split != "validation"
+
+
 def _photographs(resize: int, crop: int) -> Transform:
     return [{"Resize": {"size": [resize]}}, {"CenterCrop": {"size": crop}}, *_as_tensors()]
 

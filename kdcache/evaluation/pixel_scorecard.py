@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdcache.cache.planner import pilot_ids
 from kdcache.cache.reader import Cache
 from kdcache.data.alignment import MatchedSamples, match_samples
-from kdcache.data.datasets import load_split
+from kdcache.data.datasets import has_label_maps, load_split
 from kdcache.data.loader import batches, cut_range
 from kdcache.data.samples import Samples
 from kdcache.data.views import View
@@ -98,7 +98,7 @@ class PixelScorecard(NamedTuple):
 
 def are_of_pixels(networks: Sequence[NetworkRef]) -> bool:
     """Return whether the data set of some networks has a class per pixel."""
-    return bool(networks) and load_split(networks[0].pipeline.dataset, "train").maps is not None
+    return bool(networks) and has_label_maps(networks[0].pipeline.dataset)
 
 
 def score_pixels(

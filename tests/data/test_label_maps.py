@@ -18,7 +18,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from kdcache import KdcacheError, Samples, load_split, wrap
+from kdcache.config.schema import DatasetSpec
 from kdcache.config.transform import Transform
+from kdcache.data.datasets import has_label_maps
 from kdcache.data.images import ArrayImages
 from kdcache.data.label_maps import ItemMaps, MaskValues
 from kdcache.data.loader import batches
@@ -457,3 +459,35 @@ def test_a_data_set_of_masks_says_its_classes() -> None:
     with pytest.raises(KdcacheError, match="does not say which classes they have"):
         as_samples(Nameless())
     assert wrap(Nameless(), CLASSES).maps is not None
+
+
+def test_whether_a_data_set_has_label_maps_is_known_without_reading_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "sets.py"
+    file.write_text(
+        "import torch\n"
+        "class Two(torch.utils.data.Dataset):\n"
+        "    classes, read = ('a', 'b'), []\n"
+        "    def __init__(self, of_pixels): self.of_pixels = of_pixels\n"
+        "    def __len__(self): return 50\n"
+        "    def __getitem__(self, i):\n"
+        "        assert i == 0, 'only the first is read'\n"
+        "        return torch.zeros(3, 4, 5), torch.zeros(4, 5, dtype=torch.int64) if self.of_pixels else 1\n"
+        "def pixels(split): return Two(True)\n"
+        "def images(split): return Two(False)\n"
+    )
+    monkeypatch.setattr("kdcache.data.datasets.load_split", None)
+    found = {
+        name: has_label_maps(DatasetSpec.model_validate({"name": name, "root": root}))
+        for name, root in {
+            "voc": "nowhere",
+            "segmentation-folder": "nowhere",
+            "scenes": None,
+            "digits": None,
+            "image-folder": "nowhere",
+            f"{file}:pixels": None,
+            f"{file}:images": None,
+        }.items()
+    }
+    assert list(found.values()) == [True, True, True, False, False, True, False]
