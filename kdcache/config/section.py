@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -66,6 +66,24 @@ def validated(section: type[S], given: Any, what: str) -> S:
         return section.model_validate(given)
     except ValidationError as error:
         raise _refused(error, section, given, what) from None
+
+
+def section_with(section: type[S], given: S | Mapping[str, Any] | None, options: Mapping[str, Any], what: str) -> S:
+    """Return a section from a section, a mapping or keyword arguments, of which the latter replace the others.
+
+    Args:
+        section: its type.
+        given: the section, or a mapping as a pipeline file would have it; None for the defaults.
+        options: keyword arguments.
+        what: the thing that it describes, for error messages.
+
+    Raises:
+        UsageError: with everything that is wrong.
+    """
+    if isinstance(given, section) and not options:
+        return given
+    before = given.model_dump() if isinstance(given, section) else dict(given or {})
+    return validated(section, {**before, **options}, what)
 
 
 def places_of_keys(section: type[BaseModel], place: str = "") -> dict[str, list[str]]:

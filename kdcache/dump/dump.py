@@ -17,12 +17,11 @@ from torch.utils.data import Dataset
 from kdcache.cache import summary
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.inspect.card import CARD, PICTURE, write_card
-from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_sealed
 from kdcache.cache.summary import ShardStatistics
 from kdcache.cache.writer import CacheWriter
 from kdcache.config.cache import CacheSpec
-from kdcache.config.section import validated
+from kdcache.config.section import section_with
 from kdcache.config.transform import Transform, step_names
 from kdcache.data.images import ItemImages
 from kdcache.data.loader import workers_for
@@ -31,10 +30,16 @@ from kdcache.data.samples import Samples, as_samples
 from kdcache.dump.job import DumpJob, Prepared, pending_shards, prepare
 from kdcache.dump.noise import noise_of_cache
 from kdcache.dump.probes import Probes, check_probes
-from kdcache.dump.shared_pass import SAME, OwnShare, keeping_finished_shards, wait_for_files
+from kdcache.dump.shared_pass import (
+    SAME,
+    OwnShare,
+    check_same_weights,
+    interruptible,
+    keeping_finished_shards,
+    wait_for_files,
+)
 from kdcache.dump.teacher_pass import MadeShard, PhaseTimer, Shard, run_pass
-from kdcache.errors import InterruptedRun, KdcacheError, MismatchError
-from kdcache.models import weights_digest
+from kdcache.errors import KdcacheError, MismatchError
 from kdcache.models.checks import samples_for
 from kdcache.models.teacher import TeacherIdentity, as_network
 from kdcache.runtime.devices import check_device
@@ -114,7 +119,7 @@ def dump_teacher(
         InterruptedRun: on Ctrl-C.
             After any of these errors finished shards are kept, and the same call resumes.
     """
-    ranks, cache_spec = ranks or Ranks(), _cache_spec(spec, options)
+    ranks, cache_spec = ranks or Ranks(), section_with(CacheSpec, spec, options, "the options of the cache")
     trust(step_names(transform))
     model = as_network(model)
     check_device(device)
@@ -132,26 +137,13 @@ def dump_teacher(
         reporter(progress) if ranks.is_first else Silent(),
     )
     timer = PhaseTimer()
-    try:
+    with interruptible(job.out):
         cache = _dump(job, ranks, timer)
-    except KeyboardInterrupt as interrupt:
-        kept = f"{job.out} keeps its finished shards" if job.out.exists() else "nothing was written"
-        raise InterruptedRun.of(interrupt, f"interrupted; {kept}", "run it again to resume") from None
-    finally:
-        release(job.out)
     job.progress.say(f"time: {timer}")
     accuracy = cache.manifest.summary.teacher_accuracy
     if accuracy is not None and accuracy < _CHANCE / samples.num_classes:
         job.progress.say(f"note: the teacher's accuracy on these samples is {accuracy:.1%}, hardly better than chance")
     return cache
-
-
-def _cache_spec(spec: CacheSpec | Mapping[str, Any] | None, options: Mapping[str, Any]) -> CacheSpec:
-    """Return what to keep, from a section, a mapping or keyword arguments."""
-    if isinstance(spec, CacheSpec) and not options:
-        return spec
-    before = spec.model_dump() if isinstance(spec, CacheSpec) else dict(spec or {})
-    return validated(CacheSpec, {**before, **options}, "the options of the cache")
 
 
 def _dump(job: DumpJob, ranks: Ranks, timer: PhaseTimer) -> Cache:
@@ -199,8 +191,7 @@ def _prepare(job: DumpJob, ranks: Ranks) -> tuple[Prepared, _FirstRank]:
     if first.probes is None:
         return Prepared(None, None, None), first
     writer = CacheWriter.join(job.out)
-    if (digest := weights_digest(job.model)) != (of_first := writer.plan.teacher.weights_digest):
-        raise MismatchError(f"this rank's teacher has the weights {digest}, that of the first rank {of_first}", SAME)
+    check_same_weights(job.model, writer)
     noise = None
     if writer.plan.noise is not None:  # else the keys need not be read
         keys = zarr_store.read_samples(job.out, writer.plan)[1]

@@ -5,10 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from torch import nn
+
+from kdcache.cache.lock import release
 from kdcache.cache.writer import CacheWriter
 from kdcache.dump.job import pending_shards
-from kdcache.errors import IncompleteError, KdcacheError
+from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError
+from kdcache.models import weights_digest
 from kdcache.runtime.distributed import Ranks
 from kdcache.runtime.progress import Task
 
@@ -30,6 +35,32 @@ class OwnShare:
         if reported:
             self._left -= reported
             self._task.advance(reported, note)
+
+
+@contextmanager
+def interruptible(out: Path) -> Iterator[None]:
+    """Release the lock of a cache in the end, and say after Ctrl-C what is kept of it.
+
+    Raises:
+        InterruptedRun: on Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        kept = f"{out} keeps its finished shards" if out.exists() else "nothing was written"
+        raise InterruptedRun.of(interrupt, f"interrupted; {kept}", "run it again to resume") from None
+    finally:
+        release(out)
+
+
+def check_same_weights(network: nn.Module, writer: CacheWriter) -> None:
+    """Check that the teacher of this rank has the weights of the first one's.
+
+    Raises:
+        MismatchError: if it does not.
+    """
+    if (digest := weights_digest(network)) != (of_first := writer.plan.teacher.weights_digest):
+        raise MismatchError(f"this rank's teacher has the weights {digest}, that of the first rank {of_first}", SAME)
 
 
 @contextmanager

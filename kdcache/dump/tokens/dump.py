@@ -17,22 +17,27 @@ from kdcache.cache import summary
 from kdcache.cache.format import stored_bases
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.inspect.card import CARD, write_card
-from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_sealed
 from kdcache.cache.sequence_plan import OUTPUT, Sequences
 from kdcache.cache.writer import CacheWriter
-from kdcache.config.section import validated
+from kdcache.config.section import section_with
 from kdcache.config.text import TokenCacheSection
 from kdcache.data.text import TokenizedText
 from kdcache.data.text_formats import Array
 from kdcache.data.tokenizer import Vocabulary
 from kdcache.dump.job import pending_shards
-from kdcache.dump.shared_pass import SAME, OwnShare, keeping_finished_shards, wait_for_files
+from kdcache.dump.shared_pass import (
+    SAME,
+    OwnShare,
+    check_same_weights,
+    interruptible,
+    keeping_finished_shards,
+    wait_for_files,
+)
 from kdcache.dump.teacher_pass import PhaseTimer, Shard, WriterThread
 from kdcache.dump.tokens.job import LanguageModelJob, Prepared, prepare
 from kdcache.dump.tokens.token_pass import make_shard
-from kdcache.errors import InterruptedRun, KdcacheError, MismatchError, UsageError
-from kdcache.models import weights_digest
+from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.models.causal_lm import CausalLM, split_causal_lm
 from kdcache.models.teacher import TeacherIdentity
 from kdcache.runtime.devices import check_device
@@ -137,29 +142,16 @@ def dump_language_model(
         source,
         (sequences.name, sequences.split) if isinstance(sequences, TokenizedText) else (dataset, "train"),
         _vocabulary(sequences, vocabulary, taught),
-        _section(spec, options),
+        section_with(TokenCacheSection, spec, options, "the options of the cache"),
         expand(out),
         device,
         reporter(progress) if ranks.is_first else Silent(),
     )
     timer = PhaseTimer()
-    try:
+    with interruptible(job.out):
         cache = _dump(job, ranks, timer)
-    except KeyboardInterrupt as interrupt:
-        kept = f"{job.out} keeps its finished shards" if job.out.exists() else "nothing was written"
-        raise InterruptedRun.of(interrupt, f"interrupted; {kept}", "run it again to resume") from None
-    finally:
-        release(job.out)
     job.progress.say(f"time: {timer}")
     return cache
-
-
-def _section(spec: TokenCacheSection | Mapping[str, Any] | None, options: Mapping[str, Any]) -> TokenCacheSection:
-    """Return what to keep, from a section, a mapping or keyword arguments."""
-    if isinstance(spec, TokenCacheSection) and not options:
-        return spec
-    before = spec.model_dump() if isinstance(spec, TokenCacheSection) else dict(spec or {})
-    return validated(TokenCacheSection, {**before, **options}, "the options of the cache")
 
 
 def _vocabulary(
@@ -219,8 +211,7 @@ def _prepare(job: LanguageModelJob, ranks: Ranks) -> tuple[Prepared, _FirstRank]
     if first.pending is None:
         return Prepared(None, None, counted.keys), first
     writer = CacheWriter.join(job.out)
-    if (digest := weights_digest(job.model.network)) != (of_first := writer.plan.teacher.weights_digest):
-        raise MismatchError(f"this rank's teacher has the weights {digest}, that of the first rank {of_first}", SAME)
+    check_same_weights(job.model.network, writer)
     if (ours := job.plan(counted).dataset.digest) != (theirs := writer.plan.dataset.digest):
         raise MismatchError(f"this rank's sequences have the digest {ours}, those of the first rank {theirs}", SAME)
     return Prepared(writer, None, counted.keys), first
