@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,6 +108,19 @@ class Group:
     loss: str
     differences: dict[str, str]
     members: tuple[int, ...]
+
+    def as_record(self, runs: Sequence[RunRecord], means: Mapping[str, Mean | None]) -> dict[str, Any]:
+        """Return the group with its runs and their means, for JSON."""
+        return {
+            "group": self.label,
+            "network": self.network,
+            "model": self.model,
+            "loss": self.loss or None,
+            "differences": self.differences,
+            "runs": [run.network_ref.name for run in runs],
+            "seeds": [run.seed for run in runs],
+            **{name: mean and mean._asdict() for name, mean in means.items()},
+        }
 
 
 def find_runs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:

@@ -23,6 +23,7 @@ from kdcache.config.text import LanguageModelSpec
 from kdcache.data.tokenizer import has_tokenizer, load_tokenizer
 from kdcache.models.causal_lm import CausalLM, split_causal_lm
 from kdcache.models.from_transformers_lm import load_causal_lm, new_causal_lm
+from kdcache.models.language_teacher import network_of_user
 from kdcache.runtime import user_code
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
@@ -84,9 +85,7 @@ def _of_user(spec: LanguageModelSpec, vocabulary_size: int) -> CausalLM:
     takes_it = any(one.kind is one.VAR_KEYWORD or one.name == _SIZE for one in parameters)
     given = {_SIZE: vocabulary_size} if takes_it else {}
     with quiet():
-        network = code(**{**given, **spec.args})
-    if not isinstance(network, nn.Module):
-        raise code.mistake(f"returned a {type(network).__name__}, not a network")
+        network = network_of_user(code, {**given, **spec.args})
     return split_causal_lm(network)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,10 +57,7 @@ def load_language_teacher(spec: LanguageModelSpec, precision: str, progress: Pro
     dtype = DTYPES[precision]
     kind, _, name = spec.model.partition(":")
     if user_code.is_user_code(spec.model):
-        code = user_code.load(spec.model, "model", _SIGNATURE)
-        network = code(**spec.args)
-        if not isinstance(network, nn.Module):
-            raise code.mistake(f"returned a {type(network).__name__}")
+        network = network_of_user(user_code.load(spec.model, "model", _SIGNATURE), spec.args)
         identity = TeacherIdentity(spec.model.rpartition("/")[2], spec.args, user_code.digest_of(spec.model))
         return LoadedLanguageModel(split_causal_lm(network.to(dtype)), identity, None)
     if kind != "hf":
@@ -72,6 +70,18 @@ def load_language_teacher(spec: LanguageModelSpec, precision: str, progress: Pro
     # The same weights compute something else with other settings, such as an activation.
     digest = f"sha256:{record_of(folder / CONFIG).sha256}"
     return LoadedLanguageModel(model, TeacherIdentity(f"hf:{folder.name}", {}, digest), folder)
+
+
+def network_of_user(code: user_code.UserCode, arguments: Mapping[str, Any]) -> nn.Module:
+    """Return the network that a function of the user returns.
+
+    Raises:
+        UsageError: if it raises, or returns something else.
+    """
+    network = code(**arguments)
+    if not isinstance(network, nn.Module):
+        raise code.mistake(f"returned a {type(network).__name__}, not a network")
+    return network
 
 
 def context_of(model: CausalLM) -> int | None:

@@ -107,19 +107,7 @@ class ReportData:
     def as_record(self) -> dict[str, Any]:
         """Return the means of all groups, the rows changed by KA and the cost, for JSON."""
         teacher = self.teacher
-        groups = [
-            {
-                "group": group.label,
-                "network": group.network,
-                "model": group.model,
-                "loss": group.loss or None,
-                "differences": group.differences,
-                "runs": [run.network_ref.name for run in self.members(group)],
-                "seeds": [run.seed for run in self.members(group)],
-                **{name: mean and mean._asdict() for name, mean in self.means(group).items()},
-            }
-            for group in self.groups
-        ]
+        groups = [group.as_record(self.members(group), self.means(group)) for group in self.groups]
         return {
             "dataset": self.dataset,
             "groups": groups,

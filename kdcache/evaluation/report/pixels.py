@@ -92,14 +92,7 @@ class PixelReportData:
             "classes": self.class_names,
             "groups": [
                 {
-                    "group": group.label,
-                    "network": group.network,
-                    "model": group.model,
-                    "loss": group.loss or None,
-                    "differences": group.differences,
-                    "runs": [run.record.network_ref.name for run in self.members(group)],
-                    "seeds": [run.record.seed for run in self.members(group)],
-                    **{name: mean and mean._asdict() for name, mean in self.means(group).items()},
+                    **group.as_record([run.record for run in self.members(group)], self.means(group)),
                     "iou": [mean and mean.mean for mean in self.iou(group)],
                     "agreements": [each._asdict() for each in self.agreement(group)],
                 }
