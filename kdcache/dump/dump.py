@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from kdcache.cache import summary
 from kdcache.cache.format import stored_bases, zarr_store
 from kdcache.cache.inspect.card import CARD, PICTURE, write_card
+from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_sealed
 from kdcache.cache.summary import ShardStatistics
 from kdcache.cache.writer import CacheWriter
@@ -34,7 +35,7 @@ from kdcache.dump.shared_pass import (
     SAME,
     OwnShare,
     check_same_weights,
-    interruptible,
+    interrupted,
     keeping_finished_shards,
     wait_for_files,
 )
@@ -137,8 +138,12 @@ def dump_teacher(
         reporter(progress) if ranks.is_first else Silent(),
     )
     timer = PhaseTimer()
-    with interruptible(job.out):
+    try:
         cache = _dump(job, ranks, timer)
+    except KeyboardInterrupt as interrupt:
+        raise interrupted(interrupt, job.out) from None
+    finally:
+        release(job.out)
     job.progress.say(f"time: {timer}")
     accuracy = cache.manifest.summary.teacher_accuracy
     if accuracy is not None and accuracy < _CHANCE / samples.num_classes:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import nn
 
-from kdcache.cache.lock import release
 from kdcache.cache.writer import CacheWriter
 from kdcache.dump.job import pending_shards
 from kdcache.errors import IncompleteError, InterruptedRun, KdcacheError, MismatchError
@@ -37,20 +36,10 @@ class OwnShare:
             self._task.advance(reported, note)
 
 
-@contextmanager
-def interruptible(out: Path) -> Iterator[None]:
-    """Release the lock of a cache in the end, and say after Ctrl-C what is kept of it.
-
-    Raises:
-        InterruptedRun: on Ctrl-C.
-    """
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        kept = f"{out} keeps its finished shards" if out.exists() else "nothing was written"
-        raise InterruptedRun.of(interrupt, f"interrupted; {kept}", "run it again to resume") from None
-    finally:
-        release(out)
+def interrupted(interrupt: KeyboardInterrupt, out: Path) -> InterruptedRun:
+    """Return the error of a dump that Ctrl-C stopped, which says what is kept of its cache."""
+    kept = f"{out} keeps its finished shards" if out.exists() else "nothing was written"
+    return InterruptedRun.of(interrupt, f"interrupted; {kept}", "run it again to resume")
 
 
 def check_same_weights(network: nn.Module, writer: CacheWriter) -> None:

@@ -144,7 +144,7 @@ class _FusedLoss(torch.autograd.Function):
             distilled = torch.add(distilled, of_plain, alpha=weights.plain * loss.tau**2)
         if student is None or teacher is None:
             student = teacher = v.new_full((), loss.tau * len(v))
-        total = torch.add(cross_entropy * weights.cross_entropy, distilled, alpha=weights.warmup)
+        total = cross_entropy.mul(weights.cross_entropy).add_(distilled, alpha=weights.warmup)
         ctx.slope, ctx.plain_total = slope, plain_total
         ctx.save_for_backward(v)
         ctx.mark_non_differentiable(cross_entropy, distilled, student, teacher)
@@ -169,50 +169,61 @@ def _cross_entropy(v: Tensor, labels: Tensor, weight: Tensor | float, all_labele
         return total, torch.zeros_like(v)
     slope, index = log_q.exp_(), labels.unsqueeze(1)
     if all_labeled:
-        slope.scatter_add_(1, index, v.new_full((1, 1), -1.0).expand_as(index))
+        slope.scatter_(1, index, -1.0, reduce="add")
     else:
         known = (index >= 0).to(v.dtype)
         slope.mul_(known).scatter_add_(1, index.clamp_min(0), -known)
     return total, slope.mul_(weight)
 
 
-def _divergence(scaled: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q - p [B, C], p [B, C], p (log p - log q) [B, C] and the divergences of the rows [B]."""
+def _log_ratio(scaled: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q - p, p and log p - log q of the rows, each [B, C]."""
     log_q, log_p = scaled.log_softmax(dim=1), target.log_softmax(dim=1)
     p = log_p.exp()
-    terms = log_p.sub_(log_q).mul_(p)
-    return log_q.exp_().sub_(p), p, terms, terms.sum(dim=1)
+    ratio = log_p.sub_(log_q)
+    return log_q.exp_().sub_(p), p, ratio
+
+
+def _row_sums(a: Tensor, b: Tensor) -> Tensor:
+    """Return sum_j a_ij b_ij of the rows of two matrices [B, C], as [B, 1]."""
+    sums: Tensor = torch.linalg.vecdot(a, b)
+    return sums.unsqueeze(1)
 
 
 def _add_plain(
     slope: Tensor, v: Tensor, u: Tensor, labels: Tensor, adjust: Adjust, tau: float, weights: Weights
 ) -> Tensor:
     """Add the gradient of the divergences at tau, and return the sum of these."""
-    difference, _, _, values = _divergence(v / tau, adjust(u / tau, labels))
+    difference, p, ratio = _log_ratio(v / tau, adjust(u / tau, labels))
     slope.add_(difference, alpha=weights.plain * weights.warmup * tau)
-    return values.sum()
+    return p.reshape(-1).dot(ratio.reshape(-1))
 
 
 def _add_dtkd(
     slope: Tensor, v: Tensor, u: Tensor, labels: Tensor, adjust: Adjust, rule: DTKD, weights: Weights
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add the gradient of the divergences at DTKD's temperatures, and return the sums of them and of both T."""
-    largest = v.amax(dim=1)
-    x, y = u.amax(dim=1).clamp_min_(rule.sharpness_floor), largest.clamp_min(rule.sharpness_floor)
-    share = (x + y).reciprocal_()
-    t_student, t_teacher = y * share * (2 * rule.tau), x * share * (2 * rule.tau)
-    target = adjust(u / t_teacher.unsqueeze(1), labels)
-    scaled = v / t_student.unsqueeze(1)
-    difference, p, terms, values = _divergence(scaled, target)
+    largest = v.amax(dim=1, keepdim=True)
+    x, y = u.amax(dim=1, keepdim=True).clamp_min_(rule.sharpness_floor), largest.clamp_min(rule.sharpness_floor)
+    share = (x + y).reciprocal_().mul_(2 * rule.tau)
+    t_student, t_teacher = y.mul_(share), x.mul_(share)
+    target = adjust(u / t_teacher, labels)
+    scaled = v / t_student
+    difference, p, ratio = _log_ratio(scaled, target)
+    values = _row_sums(p, ratio)
     factor = weights.dynamic * weights.warmup
-    slope.addcmul_(difference, t_teacher.unsqueeze(1), value=factor)
+    slope.addcmul_(difference, t_teacher, value=factor)
     if not rule.detach:
-        of_student = difference.mul_(scaled).sum(dim=1)
-        of_teacher = terms.addcmul_(p, values.unsqueeze(1), value=-1).mul_(target).sum(dim=1)
+        of_student = _row_sums(difference, scaled)
+        p_target = p.mul_(target)
+        of_teacher = _row_sums(p_target, ratio)
+        # sum_j p_j (r_j - D) u_j / T_tea
+        of_teacher.addcmul_(values, p_target.sum(dim=1, keepdim=True), value=-1)
         by_student = (t_teacher - t_student).mul_(values).addcmul_(t_teacher, of_student, value=-1)
         by_student.addcmul_(t_student, of_teacher).mul_(t_teacher).mul_(share)
-        at = (v == largest.unsqueeze(1)).to(v.dtype)
+        at = (v == largest).to(v.dtype)
         # Maxima that are equal share their gradient, as those of `amax` do.
-        of_largest = by_student.mul_(largest >= rule.sharpness_floor).div_(at.sum(dim=1))
-        slope.addcmul_(at, of_largest.unsqueeze(1), value=factor)
-    return (t_student * t_teacher).dot(values) * weights.dynamic, t_student.sum(), t_teacher.sum()
+        of_largest = by_student.mul_(largest >= rule.sharpness_floor).div_(at.sum(dim=1, keepdim=True))
+        slope.addcmul_(at, of_largest, value=factor / (2 * rule.tau))
+    distilled = (t_student * t_teacher).view(-1).dot(values.view(-1)) * weights.dynamic
+    return distilled, t_student.sum(), t_teacher.sum()

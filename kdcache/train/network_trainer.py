@@ -54,7 +54,8 @@ class NetworkTrainer:
         self.device, self.ranks = accelerator.device, accelerator.num_processes
         optimizer = make_optimizer(model, spec, [parameter for _, parameter in learned])
         self.schedule = make_schedule(optimizer, spec, steps)
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        # Accelerate's own optimizer and backward look for further packages in each step, which takes 0.3 ms.
+        self.optimizer = optimizer if accelerator.scaler is None else accelerator.prepare_optimizer(optimizer)
         self.average: AveragedModel | None = None
         if spec.ema_decay is not None:
             self.average = AveragedModel(whole, multi_avg_fn=average_update(spec.ema_decay), use_buffers=True)
@@ -84,7 +85,9 @@ class NetworkTrainer:
     def backward(self, total: Tensor) -> None:
         """Backpropagate a part of the loss of a step."""
         # Gradients are averaged over the processes, and the losses of the processes add up to the batch's.
-        self.accelerator.backward(total * self.ranks if self.ranks > 1 else total)
+        total = total * self.ranks if self.ranks > 1 else total
+        scaler = self.accelerator.scaler
+        (total if scaler is None else scaler.scale(total)).backward()
 
     def update(self, total: Tensor, epoch: int) -> None:
         """Change the weights by the gradients of a step.

@@ -340,7 +340,7 @@ def test_files_that_are_not_there_are_named(tokenizer: Tokenizer, tmp_path: Path
 
 def test_a_wrong_record_among_others_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     records = [{"text": "a b"}] * 300 + [{"other": 1}]
-    with pytest.raises(UsageError, match=r"data.jsonl, line 301: it has no 'text', not a string"):
+    with pytest.raises(UsageError, match=r"data.jsonl, line 301: it has no 'text'\n"):
         load(tmp_path, records, tokenizer)
 
 

@@ -17,6 +17,7 @@ from kdcache.cache import summary
 from kdcache.cache.format import stored_bases
 from kdcache.cache.format.tail_basis import TailBasis
 from kdcache.cache.inspect.card import CARD, write_card
+from kdcache.cache.lock import release
 from kdcache.cache.reader import Cache, open_sealed
 from kdcache.cache.sequence_plan import OUTPUT, Sequences
 from kdcache.cache.writer import CacheWriter
@@ -30,7 +31,7 @@ from kdcache.dump.shared_pass import (
     SAME,
     OwnShare,
     check_same_weights,
-    interruptible,
+    interrupted,
     keeping_finished_shards,
     wait_for_files,
 )
@@ -148,8 +149,12 @@ def dump_language_model(
         reporter(progress) if ranks.is_first else Silent(),
     )
     timer = PhaseTimer()
-    with interruptible(job.out):
+    try:
         cache = _dump(job, ranks, timer)
+    except KeyboardInterrupt as interrupt:
+        raise interrupted(interrupt, job.out) from None
+    finally:
+        release(job.out)
     job.progress.say(f"time: {timer}")
     return cache
 
