@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -31,12 +32,15 @@ from kdcache.models import cifar, from_hf, from_timm, from_torchvision
 from kdcache.models.checkpoints import load_weights
 from kdcache.models.construct import construct, construct_of_user
 from kdcache.models.outputs import take_part
+from kdcache.models.repeatable_weights import built_with_same_weights
 from kdcache.models.small import SmallCNN, SmallFCN, SmallMLP
 from kdcache.runtime import user_code
 from kdcache.runtime.progress import Progress
 from kdcache.runtime.terminal import reporter
 
 _SIGNATURE = "function(num_classes=C, **args) -> torch.nn.Module"
+
+_FIX = "set `weights:` beside `model:` to its checkpoint, or let the function load trained weights"
 
 _KINDS = ("torchvision", "timm", "hf", "cifar", "small")
 _SMALL = ("cnn", "mlp", "fcn")
@@ -92,7 +96,8 @@ def build_model(
         network = _small(name, spec, num_classes, shape)
     elif user_code.is_user_code(spec.model):
         code = user_code.load(spec.model, "model", _SIGNATURE)
-        network = construct_of_user(code.target, spec, num_classes)
+        make = partial(construct_of_user, code.target, spec, num_classes)
+        network = built_with_same_weights(make, spec.model, _FIX) if trained and spec.weights is None else make()
     else:
         raise UsageError(
             f"unknown model {spec.model!r}{_similar(spec.model)}",

@@ -31,6 +31,15 @@ def weights_digest(model: nn.Module) -> str:
     return f"sha256:{sha.hexdigest()}"
 
 
+def digests_of_parts(model: nn.Module) -> dict[str, str]:
+    """Return the sha256 of each value of a network's state, by name.
+
+    Raises:
+        MismatchError: if one cannot be digested.
+    """
+    return {key: hashlib.sha256(b"".join(_parts(key, value))).hexdigest() for key, value in plain_state(model).items()}
+
+
 def plain_state(model: nn.Module) -> dict[str, Any]:
     """Return the state dict under the names of the plain network.
 

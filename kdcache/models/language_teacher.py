@@ -15,6 +15,7 @@ from kdcache.errors import MismatchError, UsageError
 from kdcache.models.causal_lm import CausalLM, split_causal_lm
 from kdcache.models.from_hf import CONFIG
 from kdcache.models.from_transformers_lm import load_causal_lm
+from kdcache.models.repeatable_weights import built_with_same_weights
 from kdcache.models.teacher import TeacherIdentity
 from kdcache.runtime import user_code
 from kdcache.runtime.paths import expand
@@ -57,7 +58,9 @@ def load_language_teacher(spec: LanguageModelSpec, precision: str, progress: Pro
     dtype = DTYPES[precision]
     kind, _, name = spec.model.partition(":")
     if user_code.is_user_code(spec.model):
-        network = network_of_user(user_code.load(spec.model, "model", _SIGNATURE), spec.args)
+        code = user_code.load(spec.model, "model", _SIGNATURE)
+        fix = "let the function load trained weights, such as those of from_pretrained"
+        network = built_with_same_weights(lambda: network_of_user(code, spec.args), spec.model, fix)
         identity = TeacherIdentity(spec.model.rpartition("/")[2], spec.args, user_code.digest_of(spec.model))
         return LoadedLanguageModel(split_causal_lm(network.to(dtype)), identity, None)
     if kind != "hf":

@@ -340,8 +340,8 @@ SIBLINGS = {
     "my_steps.py": "from amounts import AMOUNT\ndef plus(image): return image + AMOUNT\nplus.deterministic = True\n",
     "amounts.py": "AMOUNT = 2.0\n",
     "my_net.py": "from layers import net\n",
-    "layers.py": "from torch import nn\n"
-    "def net(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(4, num_classes))\n",
+    "layers.py": "import torch\nfrom torch import nn\n"
+    "def net(num_classes):\n    torch.manual_seed(0)\n    return nn.Sequential(nn.Flatten(), nn.Linear(4, num_classes))\n",
     "my_loss.py": "from distances import distance\n"
     "def loss(student_logits, teacher_logits, labels): return distance(student_logits, teacher_logits)\n",
     "distances.py": "def distance(a, b): return (a - b).square().mean(dim=1)\n",

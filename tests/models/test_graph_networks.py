@@ -137,8 +137,8 @@ def _nodes(graph: Graph) -> Tensor:
 
 def _pipeline(folder: Path, model: str, **teacher: Any) -> Pipeline:
     (folder / "nets.py").write_text(
-        "from helpers.graphs import GCN\nfrom torch import nn\n"
-        "def gcn(num_classes, features=5):\n    return GCN(num_classes, features)\n"
+        "from helpers.graphs import GCN\nimport torch\nfrom torch import nn\n"
+        "def gcn(num_classes, features=5):\n    torch.manual_seed(0)\n    return GCN(num_classes, features)\n"
         "def linear(num_classes, features=5):\n    return nn.Linear(features, num_classes)\n"
     )
     return Pipeline.model_validate(

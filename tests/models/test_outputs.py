@@ -162,6 +162,7 @@ def test_a_segmentation_network_is_refused_by_name() -> None:
 
 
 FILE = """
+import torch
 from torch import nn
 
 class Net(nn.Module):
@@ -180,6 +181,7 @@ class Net(nn.Module):
         return {"logits": one, "other": other} if self.training else one
 
 def make(num_classes, kind="always"):
+    torch.manual_seed(0)
     return Net(num_classes, kind)
 """
 
