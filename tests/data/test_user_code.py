@@ -341,7 +341,8 @@ SIBLINGS = {
     "amounts.py": "AMOUNT = 2.0\n",
     "my_net.py": "from layers import net\n",
     "layers.py": "import torch\nfrom torch import nn\n"
-    "def net(num_classes):\n    torch.manual_seed(0)\n    return nn.Sequential(nn.Flatten(), nn.Linear(4, num_classes))\n",
+    "def net(num_classes):\n    torch.manual_seed(0)\n"
+    "    return nn.Sequential(nn.Flatten(), nn.Linear(4, num_classes))\n",
     "my_loss.py": "from distances import distance\n"
     "def loss(student_logits, teacher_logits, labels): return distance(student_logits, teacher_logits)\n",
     "distances.py": "def distance(a, b): return (a - b).square().mean(dim=1)\n",

@@ -26,7 +26,9 @@ RANDOM = {
 SAME = {
     "nothing drawn": "return net",
     "a seed of its own": "torch.manual_seed(3)\n    return torch.nn.Linear(4, num_classes)",
-    "initialized, then loaded": "made = torch.nn.Linear(4, num_classes)\n    made.load_state_dict(state)\n    return made",
+    "initialized, then loaded": (
+        "made = torch.nn.Linear(4, num_classes)\n    made.load_state_dict(state)\n    return made"
+    ),
     "a generator of its own": (
         "own = torch.Generator().manual_seed(1)\n"
         "    net.weight.data = torch.randn(num_classes, 4, generator=own)\n    return net"
@@ -51,7 +53,7 @@ def built(tmp_path: Path, body: str, trained: bool = True) -> nn.Module:
 
 @pytest.mark.parametrize("body", RANDOM.values(), ids=RANDOM)
 def test_random_weights_are_refused_as_a_teacher_only(tmp_path: Path, body: str) -> None:
-    with pytest.raises(UsageError, match="other random weights each time it is called: .*\nfix: set `weights:`"):
+    with pytest.raises(UsageError, match=r"other random weights each time it is called: .*\nfix: set `weights:`"):
         built(tmp_path, body)
     assert isinstance(built(tmp_path, body, trained=False), nn.Module)
 
@@ -74,7 +76,7 @@ def test_the_first_part_that_differs_and_the_number_of_others_are_named() -> Non
     def net() -> nn.Module:
         return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 
-    with pytest.raises(UsageError, match="it is called: 0.weight and 3 others"):
+    with pytest.raises(UsageError, match=r"it is called: 0\.weight and 3 others"):
         built_with_same_weights(net, "net.py:net", "fix")
 
 
