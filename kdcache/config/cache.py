@@ -29,8 +29,8 @@ class OutputSpec(Section):
     a segmentation network before it enlarges them."""
     source: NotNegativeInt | str | None = None
     """What it is in the teacher: an index or a name in the returned tuple, dictionary or record (a nested part is
-    written with dots), or the name of a module, such as `layer4`. None: its own name; for `features`, if neither a part
-    nor a module has that name, the input of the last linear layer."""
+    written with dots), or the name of a module, such as `layer4` or `"5"`. None: its own name; for `features`, if
+    neither a part nor a module has that name, the input of the last linear layer."""
     pool: Literal["none", "mean", "first"] = "none"
     """How [B, D, H, W] or [B, L, D] becomes [B, D]: the mean over all places, or the first of L; `none` refuses it."""
     compression: Literal["fast", "small"] = "fast"

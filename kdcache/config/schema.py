@@ -202,8 +202,8 @@ class StudentOutputSpec(Section):
     """An output of the student that a loss compares with that of the teacher."""
 
     source: NotNegativeInt | str | None = None
-    """What it is in the student: an index or a name in what it returns, or the name of a module, such as `layer4`.
-    None: its own name; for `features`, if neither has that name, the input of the last linear layer."""
+    """What it is in the student: an index or a name in what it returns, or the name of a module, such as `layer4` or
+    `"5"`. None: its own name; for `features`, if neither has that name, the input of the last linear layer."""
     pool: Literal["none", "mean", "first"] = "none"
     """How [B, D, H, W] or [B, L, D] becomes [B, D]: the mean over all places, or the first of L; `none` refuses it."""
     patches: Patches | None = None

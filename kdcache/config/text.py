@@ -79,22 +79,22 @@ class TokenCacheSection(Section):
     """What a cache stores of the teacher at each taught position, and how the teacher is run."""
 
     top_k: Count = 16
-    """Tokens of each row that are stored individually, the most probable ones."""
+    """Tokens of each row that are stored individually, the most probable ones. Not of `draws`."""
     tail: Literal["lowrank", "ghost", "draws"] = "lowrank"
     """What is stored of the other tokens: coordinates in a basis and their mass; their mass alone; or instead of all
     probabilities some tokens that are drawn from them (RS-KD)."""
     rank: Count = 32
-    """Coordinates of a lowrank tail."""
+    """Coordinates of a `lowrank` tail; the other tails have none."""
     step: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.4
-    """Quantization step of the coordinates, in nats."""
+    """Quantization step of the coordinates of `lowrank`, in nats."""
     draws: Annotated[int, Field(ge=1, le=255)] = 50
     """Tokens that are drawn per row, for `draws`."""
     temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
-    """That they are drawn at."""
+    """That they are drawn at, for `draws`."""
     dtype: Literal["float16", "float32"] = "float16"
     """Type of the log-probabilities."""
     pilot_rows: Count = 4096
-    """Rows on which the basis is fitted."""
+    """Rows on which the basis of `lowrank` is fitted."""
     batch_tokens: Count = 16384
     """Tokens per batch of the teacher."""
     shard_sequences: Count | None = None

@@ -71,8 +71,9 @@ class JsonLines:
             return json.loads(line)
         except (ValueError, RecursionError) as error:
             cut = "" if line.endswith(b"\n") else ": the file ends there, as if truncated"
+            where = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
             raise CorruptError(
-                f"{self.name(index)} is not JSON ({error}){cut}", "write the line again, or remove it"
+                f"{self.name(index)} is not JSON ({where}){cut}", "write the line again, or remove it"
             ) from None
 
     def _place(self, index: int) -> tuple[int, int]:

@@ -282,7 +282,9 @@ def test_a_saved_data_set_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_damaged_files_are_refused_with_their_place(tokenizer: Tokenizer, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"text": "a b"}\n\n{"text": "c')
-    with pytest.raises(CorruptError, match=r"lines.jsonl, line 3 is not JSON .*as if truncated"):
+    with pytest.raises(
+        CorruptError, match=r"lines.jsonl, line 3 is not JSON \(.* at character 10\): .*truncated"
+    ):
         load_text(lines, tokenizer)
     parquet = import_module("pyarrow.parquet")
     parquet.write_table(import_module("pyarrow").table({"text": DOCUMENTS}), tmp_path / "cut.parquet")
@@ -368,3 +370,13 @@ def test_sequences_come_back_from_few_bytes(lengths: list[int], seed: int, size:
 def test_records_are_json_objects_of_any_order_of_keys(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps({"id": 3, "text": "a b"}) + "\n")
     assert len(load_text(tmp_path / "x.jsonl", tokenizer)) == 1
+
+
+def test_the_template_and_the_conversation_of_the_guide_teach_the_answers(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "LANGUAGE_MODELS.md").read_text(encoding="utf-8")
+    template, conversation = (guide.split(f"```{kind}\n")[1].split("```")[0] for kind in ("jinja", "json"))
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer", template))
+    (tmp_path / "data.jsonl").write_text(conversation)
+    text = load_text(tmp_path / "data.jsonl", tokenizer)
+    assert tokenizer.inner.decode(learned(text)).split() == ["5", "9"]
+    assert tokenizer.inner.decode(text.tokens(0)[0]) == "user: 2 + 3?\nassistant: 5\nuser: And 4 more?\nassistant: 9\n"
