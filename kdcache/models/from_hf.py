@@ -1,13 +1,13 @@
-"""Build `hf:FOLDER`: image classifiers of transformers, an optional extra, from folders of `save_pretrained`.
+"""Build `hf:FOLDER`: networks of transformers, an optional extra, from folders of `save_pretrained`.
 
-Nothing is downloaded, and no code in the folder is run: the configuration names a network of the library.
+They are image classifiers and networks of semantic segmentation, whose logits are a map [B, C, h, w]. Nothing is downloaded, and no code in the folder is run: the configuration names a network of the library.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,6 +22,28 @@ from kdcache.runtime.progress import Progress, Silent
 from kdcache.runtime.transformers_library import first_line, library, quiet
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+
+
+class _Task(NamedTuple):
+    """What a network of transformers is for.
+
+    Attributes:
+        auto: the library's class that builds such networks.
+        mapping: the library's list of their configurations.
+        ending: of the names of their classes.
+    """
+
+    auto: str
+    mapping: str
+    ending: str
+
+
+_CLASSIFICATION = _Task(
+    "AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "ForImageClassification"
+)
+_SEGMENTATION = _Task(
+    "AutoModelForSemanticSegmentation", "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING", "ForSemanticSegmentation"
+)
 
 
 def build(
@@ -52,7 +74,7 @@ def build(
             "use a data set with the teacher's classes, map them with teacher.classes, or give a checkpoint that was "
             "trained on this data set (`weights:`)",
         )
-    kind = library().AutoModelForImageClassification
+    kind = getattr(library(), _task(config).auto)
     with quiet():
         if source is not None:
             model = pretrained(kind, source, config, progress or Silent())
@@ -115,17 +137,27 @@ def preset(folder: str) -> Transform:
     return transform_of(processor, settings, folder)
 
 
+def _task(config: Any) -> _Task:
+    """Return what the network of a configuration is for: some types have networks of both kinds."""
+    names = getattr(config, "architectures", None) or []
+    if any(name.endswith(_SEGMENTATION.ending) for name in names):
+        return _SEGMENTATION
+    both = (_CLASSIFICATION, _SEGMENTATION)
+    return next(task for task in both if type(config) in getattr(library(), task.mapping))
+
+
 def _config(folder: str) -> Any:
-    """Return the configuration of a folder with an image classifier; see `configuration`."""
-    return configuration(folder, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "an image classifier")
+    """Return the configuration of a folder with a network of images; see `configuration`."""
+    mappings = (_CLASSIFICATION.mapping, _SEGMENTATION.mapping)
+    return configuration(folder, mappings, "an image classifier or a network of semantic segmentation")
 
 
-def configuration(folder: str, mapping: str, what: str) -> Any:
+def configuration(folder: str, mappings: tuple[str, ...], what: str) -> Any:
     """Return the configuration of a folder.
 
     Args:
         folder: that `save_pretrained` wrote.
-        mapping: name of the mapping of transformers that lists the configurations of such networks.
+        mappings: names of the mappings of transformers that list the configurations of such networks.
         what: what such a network is called.
 
     Raises:
@@ -154,7 +186,7 @@ def configuration(folder: str, mapping: str, what: str) -> Any:
             f"transformers cannot read {path}: {first_line(error)}",
             "use a network that does not need custom code, or a newer version of transformers",
         ) from error
-    if type(config) not in getattr(transformers, mapping):
+    if not any(type(config) in getattr(transformers, mapping) for mapping in mappings):
         raise UsageError(f"{folder} holds a {kind} network, which is not {what}", "give the folder of one that is")
     return config
 

@@ -33,7 +33,7 @@ def load_causal_lm(
         KdcacheError: without transformers, or for a folder that does not hold a causal language model with a linear
             head.
     """
-    config = configuration(folder, "MODEL_FOR_CAUSAL_LM_MAPPING", "a causal language model")
+    config = configuration(folder, ("MODEL_FOR_CAUSAL_LM_MAPPING",), "a causal language model")
     kind = library().AutoModelForCausalLM
     with quiet():
         model = pretrained(kind, expand(folder), config, progress or Silent()) if trained else kind.from_config(config)

@@ -282,9 +282,7 @@ def test_a_saved_data_set_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_damaged_files_are_refused_with_their_place(tokenizer: Tokenizer, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"text": "a b"}\n\n{"text": "c')
-    with pytest.raises(
-        CorruptError, match=r"lines.jsonl, line 3 is not JSON \(.* at character 10\): .*truncated"
-    ):
+    with pytest.raises(CorruptError, match=r"lines.jsonl, line 3 is not JSON \(.* at character 10\): .*truncated"):
         load_text(lines, tokenizer)
     parquet = import_module("pyarrow.parquet")
     parquet.write_table(import_module("pyarrow").table({"text": DOCUMENTS}), tmp_path / "cut.parquet")
