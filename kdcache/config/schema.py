@@ -126,7 +126,8 @@ class ModelSpec(Section):
 
     model: str
     """`torchvision:NAME`, `torchvision:NAME@WEIGHTS`, `timm:NAME`, `timm:NAME@TAG`, `hf:FOLDER` (an image classifier
-    or a segmentation network of transformers), `cifar:NAME`, `small:cnn`, `small:mlp`, `small:fcn` or `path/file.py:function`."""
+    or a segmentation network of transformers), `cifar:NAME`, `small:cnn`, `small:mlp`, `small:fcn` or
+    `path/file.py:function`."""
     args: dict[str, Any] = Field(default={})
     """Keyword arguments of the network's constructor."""
     weights: str | None = None

@@ -1,6 +1,7 @@
 """Build `hf:FOLDER`: networks of transformers, an optional extra, from folders of `save_pretrained`.
 
-They are image classifiers and networks of semantic segmentation, whose logits are a map [B, C, h, w]. Nothing is downloaded, and no code in the folder is run: the configuration names a network of the library.
+They are image classifiers and networks of semantic segmentation, whose logits are a map [B, C, h, w]. Nothing is
+downloaded, and no code in the folder is run: the configuration names a network of the library.
 """
 
 from __future__ import annotations
