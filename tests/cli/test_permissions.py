@@ -67,7 +67,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(index).integers(0, 256, (6, 6, 3), np.uint8)).save(path)
     (tmp_path / "t.py").write_text(
-        "from torch import nn\ndef make(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(108, 2))\n"
+        "import torch\nfrom torch import nn\ndef make(num_classes):\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(108, 2))\n"
     )
     (tmp_path / "p.yaml").write_text(
         "dataset: {name: image-folder, root: set, validation_fraction: 0, test_fraction: 0}\n"

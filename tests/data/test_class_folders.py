@@ -167,7 +167,8 @@ def test_names_that_are_not_utf_8_are_dumped_verified_trained_and_evaluated(tmp_
         for index in range(6):
             draw(folder / "train" / os.fsdecode(name) / os.fsdecode(b"\xe9%d.JPG" % index), 10 * label + index, "JPEG")
     (tmp_path / "t.py").write_text(
-        "from torch import nn\ndef make(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(90, 2))\n"
+        "import torch\nfrom torch import nn\ndef make(num_classes):\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(90, 2))\n"
     )
     (tmp_path / "p.yaml").write_text(
         "dataset: {name: image-folder, root: $FLOWERS, validation_fraction: 0.2, test_fraction: 0.2}\n"

@@ -202,7 +202,8 @@ def test_doctor_and_dry_run_report_what_is_done_with_files(turned_set: Path) -> 
     Image.fromarray(np.full((4, 6), 40000, np.uint16)).save(turned_set / "set/train/a/gray.png")
     Image.new("RGBA", (6, 4)).save(turned_set / "set/train/a/clear.png")
     (turned_set / "teacher.py").write_text(
-        "from torch import nn\ndef make(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(72, 2))\n"
+        "import torch\nfrom torch import nn\ndef make(num_classes):\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(72, 2))\n"
     )
     (turned_set / "p.yaml").write_text(
         f"dataset: {{name: image-folder, root: {turned_set}/set, validation_fraction: 0, test_fraction: 0}}\n"

@@ -294,7 +294,8 @@ def test_truncation_shares_all_mass_among_the_top(batch: Batch, top: int, tau: f
 @few
 @given(batch=batches(), scale=st.floats(0.1, 10), shift=st.floats(-10, 10))
 def test_standardized_logits_have_forgotten_scale_and_shift(batch: Batch, scale: float, shift: float) -> None:
-    logits = batch[0]
+    # The 1e-7 that the published code adds to the deviation is a visible part of smaller ones.
+    logits = batch[0][batch[0].std(dim=1) * min(scale, 1) > 1e-3]
     standard = z_score(logits)
     assert_agree(z_score(scale * logits + shift), standard, 1e-3)
     assert_agree(standard.mean(dim=1), torch.zeros(len(logits), dtype=torch.float64), 1e-7)

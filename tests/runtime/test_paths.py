@@ -34,7 +34,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.fromarray(np.random.default_rng(index).integers(0, 256, (6, 6, 3), np.uint8)).save(path)
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "t.py").write_text(
-        "from torch import nn\ndef make(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(108, 2))\n"
+        "import torch\nfrom torch import nn\ndef make(num_classes):\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(108, 2))\n"
     )
     (tmp_path / "code" / "p.yaml").write_text(PIPELINE)
     return tmp_path
