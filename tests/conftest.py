@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import measurements
 from helpers.markers import markers_of
 from helpers.pictures import drawn
 from helpers.texts import write_teacher
@@ -56,6 +57,12 @@ def small_pictures() -> Iterator[None]:
     """Draw small pictures in place of those of caches and runs, of which there are thousands that nobody looks at."""
     with drawn(small=True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def brief_measurements() -> None:
+    """Measure the speed of networks for a moment."""
+    measurements.shorten()
 
 
 @pytest.fixture

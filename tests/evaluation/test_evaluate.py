@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +29,6 @@ from kdcache.evaluation.metrics import expected_calibration_error, negative_log_
 from kdcache.evaluation.networks import from_run
 from kdcache.models import save_weights
 from kdcache.models.small import SmallMLP
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure speed for as short as possible, where the figure does not matter."""
-    monkeypatch.setattr(scorecard, "score_networks", partial(scorecard.score_networks, min_run_time=0.0))
-
 
 # Measures.
 
@@ -190,9 +182,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     spec = CacheSpec(views=2, dtype="float32", top_k="all")
     cache = dump_teacher(teacher, samples, folder / "t.kdcache", transform=TURN, spec=spec)
     return Work(folder, pipeline, cache, student, teacher)
-
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 def told(*arguments: object) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from safetensors.torch import load_file
 
 from kdcache import load_split, open_cache
 from kdcache.config.yaml_lines import write_yaml
-from kdcache.evaluation import output_scores, scorecard
 from kdcache.evaluation.output_scores import linear_cka, measures_of
 from kdcache.train.held_out import held_out_ids
 
@@ -80,12 +78,6 @@ class Runs(NamedTuple):
     def groups(self) -> npt.NDArray[np.int64]:
         groups: npt.NDArray[np.int64] = np.load(self.folder / "x.npz")["groups"]
         return groups
-
-
-@pytest.fixture(autouse=True)
-def _without_measuring_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((scorecard, "score_networks"), (output_scores, "score_outputs")):
-        monkeypatch.setattr(module, name, partial(getattr(module, name), min_run_time=0.0))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import pictures
+from helpers import measurements, pictures
 from helpers.paths import TESTS
 
 TEACHER = """
@@ -94,6 +94,7 @@ def in_a_process(target: Callable[..., None], *args: object) -> BaseProcess:
 
 def _as_usual(small_pictures: bool, target: Callable[..., None], *args: object) -> None:
     pictures.set_small(small_pictures)
+    measurements.shorten()
     multiprocessing.set_start_method("fork", force=True)  # another fork server would take seconds to start
     torch.set_num_threads(1)  # as torchrun has it
     target(*args)

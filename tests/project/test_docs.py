@@ -7,10 +7,10 @@ import re
 import shlex
 import shutil
 import subprocess
-from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import measurements
 from helpers.forked import captured, command, script
 from helpers.paths import ROOT
 from helpers.processes import PATIENCE
@@ -19,7 +19,6 @@ from kdcache.cli import main
 from kdcache.config.loader import load_any_pipeline
 from kdcache.config.schema import EnsembleSpec, Pipeline
 from kdcache.demo import digits
-from kdcache.evaluation import scorecard
 
 # FORMAT.md, FIDELITY.md and PERFORMANCE.md show what takes long or is compared elsewhere; the others have no commands.
 GUIDES = [
@@ -118,8 +117,8 @@ def run_block(block: str, folder: Path) -> str:
 
 def without_benchmarks(folder: Path, arguments: list[str]) -> None:
     """Run a command; no test here looks at how fast a network is, or how good those of the demo are."""
+    measurements.shorten()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scorecard, "score_networks", partial(scorecard.score_networks, min_run_time=0.0))
         patch.setattr(digits, "package_data", folder.joinpath)
         command(*arguments)
 
