@@ -68,6 +68,7 @@ _MEASURES = [
     Measure("peers", "gradient error at T = 4", "TinyViT, top 10", "T=4", ""),
     Measure("peers", "gradient error at T = 4", "ml-dr, top 10", "T=4", ""),
     Measure("students", "accuracy, difference to live", "default cache", "to live", ""),
+    Measure("map_students", "mean IoU of maps, difference to live", "default cache", "to live", ""),
     Measure("together", "students in one pass, per separate passes", "", "ratio", "<="),
     Measure("token_codec", "encoding of a distribution of tokens, ms", "ghost", "ms per row", "<="),
     Measure("token_codec", "encoding of a distribution of tokens, ms", "lowrank", "ms per row", "<="),

@@ -652,22 +652,36 @@ class Made(OneByOne):
         return index.to_bytes(8, "little")
 
 
-def dump_many(out: Path, count: int, views: int, told: Connection) -> None:
+MAPS = {"logits": False, "outputs": {"map": {"kind": "vector", "places": "grid", "encoding": "float32"}}}
+ROWS = {"top_k": "all", "dtype": "float32"}
+
+
+class Mapped(nn.Module):
+    """As many numbers as a row of all classes, on 4 x 4 places."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"map": images * torch.arange(1, CLASSES // 16 + 1)[:, None, None]}
+
+
+def dump_many(out: Path, count: int, views: int, maps: bool, told: Connection) -> None:
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(M_ARENA_MAX, 1)  # threads would keep memory of their own, more with time
     mallopt(M_MMAP_THRESHOLD, 2**16)  # and freed blocks above a threshold that grows would be kept
     names = tuple(map(str, range(CLASSES)))
     samples = Samples("made", "train", Made(count), np.zeros(count, np.int32), names, [])
-    spec = CacheSpec(top_k="all", dtype="float32", views=views, shard_rows=64, batch_size=32)
-    dump_teacher(TinyTeacher(CLASSES), samples, out, transform=[{"RandomCrop": {"size": 4}}], spec=spec)
+    options = MAPS if maps else ROWS
+    spec = CacheSpec.model_validate({**options, "views": views, "shard_rows": 64, "batch_size": 32})
+    teacher = Mapped() if maps else TinyTeacher(CLASSES)
+    dump_teacher(teacher, samples, out, transform=[{"RandomCrop": {"size": 4}}], spec=spec)
     told.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its peak, in its units")
-def test_peak_memory_does_not_grow_with_samples_or_views(tmp_path: Path) -> None:
+@pytest.mark.parametrize("maps", [False, True], ids=["rows", "maps"])
+def test_peak_memory_does_not_grow_with_samples_or_views(maps: bool, tmp_path: Path) -> None:
     def peak(count: int, views: int) -> int:
         here, there = FORKS.Pipe()
-        process = in_a_process(dump_many, tmp_path / f"{count}-{views}.kdcache", count, views, there)
+        process = in_a_process(dump_many, tmp_path / f"{count}-{views}.kdcache", count, views, maps, there)
         assert exit_code(process) == 0
         return int(here.recv())
 

@@ -72,6 +72,7 @@ def figures(table: dict[str, list[str]], column: str) -> dict[str, float]:
         "real_teachers.py",
         "token_codec.py",
         "maps.py",
+        "map_students.py",
         "tokens.py",
     ],
 )
@@ -187,6 +188,19 @@ def test_students_of_all_sources_are_compared_with_those_of_the_live_teacher() -
         # Mean and spread for KD, and, with a teacher, for DTKD; then the difference to the live one.
         figures = [cell for cell in cells if cell == "+-"]
         assert len(figures) == (2 if name in ("live", "labels alone") else 3), cells
+
+
+def test_students_of_maps_are_compared_with_those_of_the_live_teacher_and_of_a_plain_loop() -> None:
+    text = printed("map_students.py", "--quick").removesuffix(" s\n").rpartition("\n")[0]
+    rows = {row["maps from"]: row for row in cells(text, "maps from")}
+    assert list(rows) == ["live", "plain PyTorch", "default cache", "fidelity 0.05", "labels alone"]
+    sizes = [float(rows[name]["bytes per place"]) for name in ("default cache", "fidelity 0.05")]
+    assert sizes[0] > sizes[1] > 0
+    for name, row in rows.items():
+        assert 0 < float(row["mean IoU"].split()[0]) < 100
+        assert (row["to live"] == "") == (name == "live")
+    nats = {name: float(row["KL"]) for name, row in rows.items()}
+    assert abs(nats["default cache"] - nats["live"]) <= 0.5 * abs(nats["labels alone"] - nats["live"])
 
 
 def test_the_trainer_is_measured_against_plain_training_and_live_teachers() -> None:
