@@ -158,6 +158,23 @@ def test_small_is_smaller_and_decodes_to_the_same() -> None:
     assert torch.equal(decoded(fast, maps), decoded(small, maps))
 
 
+def entropy(differences: Tensor) -> float:
+    """Bytes of integers [B, W, h, w] whose planes are coded one by one with the shares of their values."""
+    total = 0.0
+    for plane in differences.movedim(1, 0).flatten(1):
+        counts = plane.unique(return_counts=True)[1].double()
+        total -= float((counts * (counts / counts.sum()).log2()).sum()) / 8
+    return total
+
+
+@pytest.mark.parametrize("fidelity", [0.005, 0.02])
+def test_maps_take_hardly_more_bytes_than_the_entropy_of_their_planes(fidelity: float) -> None:
+    maps = smooth(16, 12, 48, 64, spread=1.0)
+    planned = plan_grids(maps, "classes", request("steps", fidelity))
+    least = entropy(encode_grids(maps[::4], planned.encoding).values) / 4
+    assert least < planned.bytes_per_row < 1.16 * least
+
+
 def test_scores_are_exact_unless_a_step_is_asked_for() -> None:
     maps = smooth(8, 1)
     assert torch.equal(decoded(plan_grids(maps, "score", request()), maps), maps)
