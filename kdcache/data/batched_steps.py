@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from kdcache.config.transform import Transform
 from kdcache.data.images import ArrayImages, Images, Picture
+from kdcache.data.seeding import kept_torch_generator
 from kdcache.data.transform_limits import SizeLimitedStep, check_batch
 from kdcache.data.transforms import is_batched
 
@@ -24,7 +25,7 @@ _APPLIED_OR_NOT = {"RandomGrayscale", "RandomHorizontalFlip", "RandomInvert", "R
 """Steps that draw whether an image is changed, and nothing else."""
 
 _MOVES = {"CenterCrop", "Identity", "Pad", "RandomCrop", "RandomHorizontalFlip", "RandomVerticalFlip"}
-"""Steps that give a PIL image and the tensor of its pixels the same pixels."""
+"""Steps that give a PIL image and the tensor of its pixels the same pixels, where they can be applied to the latter."""
 
 _MODES = {"L", "RGB"}
 """Modes of PIL images whose values ToImage returns as they are."""
@@ -74,14 +75,18 @@ class BatchedTransform:
         if isinstance(images, ArrayImages):
             return images.pixels[torch.as_tensor(ids, dtype=torch.int64)]
         arrays: list[Tensor] = []
+        are_tensors = True
         for index in ids:
-            pixels = self._pixels(images.picture(int(index)))
+            picture = images.picture(int(index))
+            are_tensors &= isinstance(picture, Tensor)
+            pixels = self._pixels(picture)
             if pixels is None or (arrays and (pixels.shape, pixels.dtype) != (arrays[0].shape, arrays[0].dtype)):
                 return None
             if pixels.numel() * len(ids) > _MAX_STACKED:
                 return None
             arrays.append(pixels)
-        return torch.stack(arrays)
+        stacked = torch.stack(arrays)
+        return stacked if are_tensors or self._can_move(stacked) else None
 
     def _pixels(self, picture: Picture) -> Tensor | None:
         """Return a picture as a tensor [channels, H, W]; None if the steps treat it otherwise than that tensor."""
@@ -98,10 +103,7 @@ class BatchedTransform:
             pixels: [B, channels, H, W]; may be modified.
             seeds: one per image, from which it draws; None if no step draws.
         """
-        key = (pixels.shape[1:], pixels.dtype)
-        if key not in self._plans:
-            self._plans[key] = self._plan(pixels[:1].clone())
-        plan = self._plans[key]
+        plan = self._plan_of(pixels)
         size = max(1, _CHUNK // plan.values)
         done = []
         for start in range(0, len(pixels), size):
@@ -113,6 +115,22 @@ class BatchedTransform:
             check_batch(made[0].numel(), len(pixels))
             done.append(made)
         return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _can_move(self, pixels: Tensor) -> bool:
+        """Return whether the steps apply to tensors too: Pillow's images can be reflected by more than their size."""
+        try:
+            with kept_torch_generator():
+                self._plan_of(pixels)
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
+    def _plan_of(self, pixels: Tensor) -> _Plan:
+        """Return the plan for images like `pixels` [B, channels, H, W], made once per size and type."""
+        key = (pixels.shape[1:], pixels.dtype)
+        if key not in self._plans:
+            self._plans[key] = self._plan(pixels[:1].clone())
+        return self._plans[key]
 
     def _plan(self, image: Tensor) -> _Plan:
         """Return the plan for images of the size and type of `image` [1, channels, H, W]."""

@@ -201,15 +201,11 @@ class View(Dataset[Batch]):
             self._batched = None
             return None
         self._check_steps(pixels[0])
-        seeds = [self._seed_of(int(index), view) for index in ids] if self._random else None
-        is_image = self._random or pixels.ndim == 4
-        try:
-            with kept_torch_generator() if self._random else nullcontext():
-                return as_input(self._apply(partial(self._batched, pixels, seeds), int(ids[0]), is_image))
-        except UsageError:
-            # Pillow reflects an image by more than its size, and tensors do not. Or else each image says what is wrong.
-            self._batched = None
-            return None
+        if not self._random:
+            return as_input(self._apply(partial(self._batched, pixels, None), int(ids[0]), pixels.ndim == 4))
+        seeds = [self._seed_of(int(index), view) for index in ids]
+        with kept_torch_generator():
+            return as_input(self._apply(partial(self._batched, pixels, seeds), int(ids[0])))
 
     def _mixed(self, index: int, view: int, mixing: Mixing, count: int) -> tuple[Tensor, float, int]:
         """Return an image mixed with its partner, the share of its own label, and the index of the partner."""
