@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,11 +24,7 @@ def weights_digest(model: nn.Module) -> str:
     Raises:
         MismatchError: if a value of the state cannot be digested.
     """
-    sha = hashlib.sha256()
-    for key, value in sorted(plain_state(model).items()):
-        for part in _parts(key, value):
-            sha.update(part)
-    return f"sha256:{sha.hexdigest()}"
+    return f"sha256:{_hashed(sorted(plain_state(model).items()))}"
 
 
 def digests_of_parts(model: nn.Module) -> dict[str, str]:
@@ -37,7 +33,16 @@ def digests_of_parts(model: nn.Module) -> dict[str, str]:
     Raises:
         MismatchError: if one cannot be digested.
     """
-    return {key: hashlib.sha256(b"".join(_parts(key, value))).hexdigest() for key, value in plain_state(model).items()}
+    return {key: _hashed([(key, value)]) for key, value in plain_state(model).items()}
+
+
+def _hashed(entries: Iterable[tuple[str, Any]]) -> str:
+    """Return the sha256 of entries of a state dict, one after the other."""
+    sha = hashlib.sha256()
+    for key, value in entries:
+        for part in _parts(key, value):
+            sha.update(part)
+    return sha.hexdigest()
 
 
 def plain_state(model: nn.Module) -> dict[str, Any]:

@@ -31,20 +31,15 @@ class _Task(NamedTuple):
     Attributes:
         auto: the library's class that builds such networks.
         mapping: the library's list of their configurations.
-        ending: of the names of their classes.
     """
 
     auto: str
     mapping: str
-    ending: str
 
 
-_CLASSIFICATION = _Task(
-    "AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "ForImageClassification"
-)
-_SEGMENTATION = _Task(
-    "AutoModelForSemanticSegmentation", "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING", "ForSemanticSegmentation"
-)
+_CLASSIFICATION = _Task("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING")
+_SEGMENTATION = _Task("AutoModelForSemanticSegmentation", "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING")
+_TASKS = (_CLASSIFICATION, _SEGMENTATION)
 
 
 def build(
@@ -141,15 +136,14 @@ def preset(folder: str) -> Transform:
 def _task(config: Any) -> _Task:
     """Return what the network of a configuration is for: some types have networks of both kinds."""
     names = getattr(config, "architectures", None) or []
-    if any(name.endswith(_SEGMENTATION.ending) for name in names):
+    if any(name.endswith("ForSemanticSegmentation") for name in names):
         return _SEGMENTATION
-    both = (_CLASSIFICATION, _SEGMENTATION)
-    return next(task for task in both if type(config) in getattr(library(), task.mapping))
+    return next(task for task in _TASKS if type(config) in getattr(library(), task.mapping))
 
 
 def _config(folder: str) -> Any:
     """Return the configuration of a folder with a network of images; see `configuration`."""
-    mappings = (_CLASSIFICATION.mapping, _SEGMENTATION.mapping)
+    mappings = tuple(task.mapping for task in _TASKS)
     return configuration(folder, mappings, "an image classifier or a network of semantic segmentation")
 
 

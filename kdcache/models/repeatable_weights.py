@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kdcache.data.seeding import kept_generators
 from kdcache.errors import UsageError, counted
 from kdcache.models.digest import digests_of_parts
 
@@ -34,7 +35,7 @@ def built_with_same_weights(build: Callable[[], nn.Module], name: str, fix: str)
         return network
     first = digests_of_parts(network)
     del network
-    with torch.random.fork_rng(devices=[]):
+    with kept_generators():
         network = build()
     second = digests_of_parts(network)
     different = [part for part in first | second if first.get(part) != second.get(part)]
