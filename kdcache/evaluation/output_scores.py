@@ -87,7 +87,6 @@ def score_outputs(
     *,
     rows: int = 4096,
     device: torch.device | str = "cpu",
-    min_run_time: float = costs.MIN_RUN_TIME,
     progress: Progress | None = None,
 ) -> list[OutputScore]:
     """Compare the outputs that students were trained with with those of the teacher of a cache.
@@ -98,7 +97,6 @@ def score_outputs(
         rows: number of samples that are compared, evenly spread: of those that were held out from training if there
             are any.
         device: device of the networks.
-        min_run_time: seconds for which the latency is measured; see `costs.measure_speed`.
         progress: progress reporter; silent if None.
 
     Raises:
@@ -110,7 +108,7 @@ def score_outputs(
     progress, scores = progress or Silent(), list[OutputScore]()
     with progress.task("outputs", len(networks), "networks") as task:
         for network in networks:
-            scores += _scores(network, cache, rows, device, min_run_time, progress)
+            scores += _scores(network, cache, rows, device, progress)
             task.advance(1, network.name)
     return scores
 
@@ -120,7 +118,6 @@ def _scores(
     cache: Cache,
     rows: int,
     device: torch.device | str,
-    min_run_time: float,
     progress: Progress,
 ) -> Iterator[OutputScore]:
     """Yield the scores of a network; see `score_outputs`."""
@@ -147,7 +144,7 @@ def _scores(
     groups = _compared(samples, _rows_of(pipeline.loss, cache, rows))
     ids = groups.flatten()
     said = _said(network, model, outputs, view, ids, device)
-    cost = costs.count_parameters(model), _latency(model, outputs, view, device, min_run_time)
+    cost = costs.count_parameters(model), _latency(model, outputs, view, device)
     for name, values in said.items():
         kind = cache.outputs[name].kind
         wanted = teacher.outputs[name](ids, 0).cpu()
@@ -213,11 +210,9 @@ def _said(
     return {name: torch.cat([part[name] for part in parts]) for name in outputs.names}
 
 
-def _latency(
-    model: torch.nn.Module, outputs: StudentOutputs, view: View, device: torch.device | str, min_run_time: float
-) -> float:
+def _latency(model: torch.nn.Module, outputs: StudentOutputs, view: View, device: torch.device | str) -> float:
     """Return the milliseconds of one sample."""
-    return costs.measure_speed(_WithOutputs(model, outputs), view[0].images.to(device), min_run_time).milliseconds
+    return costs.measure_speed(_WithOutputs(model, outputs), view[0].images.to(device)).milliseconds
 
 
 class _WithOutputs(torch.nn.Module):

@@ -108,7 +108,6 @@ def score_pixels(
     cache: Cache | None = None,
     rows: int = _ROWS,
     device: torch.device | str = "cpu",
-    min_run_time: float = costs.MIN_RUN_TIME,
     progress: Progress | None = None,
 ) -> PixelScorecard:
     """Score trained networks on a split of the data set that they were trained for.
@@ -119,7 +118,6 @@ def score_pixels(
         cache: cache of a teacher to compare with, on the samples that it shares with the data set.
         rows: number of its images that are compared; at most 512.
         device: device of the networks.
-        min_run_time: seconds for which each speed is measured, at least; see `costs.measure_speed`.
         progress: progress reporter; silent if None.
 
     Raises:
@@ -141,7 +139,7 @@ def score_pixels(
     scores = []
     with progress.task("networks", len(networks), "networks") as task:
         for network in networks:
-            scores.append(_score(network, samples, compared, device, min_run_time))
+            scores.append(_score(network, samples, compared, device))
             task.advance(1, network.name)
     return PixelScorecard(samples.name, split, len(samples), samples.class_names, scores)
 
@@ -186,7 +184,6 @@ def _score(
     samples: Samples,
     compared: ComparedImages | None,
     device: torch.device | str,
-    min_run_time: float,
 ) -> PixelNetworkScore:
     """Build a network, and compute its scores, its costs, and its agreement with the teacher."""
     model, view = network.load(samples)
@@ -202,7 +199,7 @@ def _score(
         costs.count_parameters(model),
         costs.count_multiply_adds(model, image),
         view.shape(),
-        *costs.measure_speed(model, image, min_run_time),
+        *costs.measure_speed(model, image),
         None if compared is None else place_agreement(network, model, compared, device),
     )
 

@@ -106,7 +106,6 @@ def score_networks(
     cache: Cache | None = None,
     rows: int = 4096,
     device: torch.device | str = "cpu",
-    min_run_time: float = costs.MIN_RUN_TIME,
     progress: Progress | None = None,
 ) -> Scorecard:
     """Score trained networks on a split of the data set that they were trained for.
@@ -117,7 +116,6 @@ def score_networks(
         cache: cache of a teacher to compare with, on the samples that it shares with the data set.
         rows: number of its samples that are compared.
         device: device of the networks.
-        min_run_time: seconds for which each speed is measured, at least; see `costs.measure_speed`.
         progress: progress reporter; silent if None.
 
     Raises:
@@ -138,7 +136,7 @@ def score_networks(
     scores = []
     with progress.task("networks", len(networks), "networks") as task:
         for network in networks:
-            scores.append(_score(network, samples, labeled, teacher, device, min_run_time))
+            scores.append(_score(network, samples, labeled, teacher, device))
             task.advance(1, network.name)
     matched = len(teacher.view) if teacher else None
     return Scorecard(samples.name, split, len(samples), len(labeled), matched, scores)
@@ -207,7 +205,6 @@ def _score(
     labeled: list[int],
     teacher: _TeacherRows | None,
     device: torch.device | str,
-    min_run_time: float,
 ) -> NetworkScore:
     """Build a network, and compute its metrics on the labeled samples, its costs, and its agreement."""
     model, view = network.load(samples)
@@ -225,7 +222,7 @@ def _score(
         costs.count_parameters(model),
         costs.count_multiply_adds(model, image),
         view.shape(),
-        *costs.measure_speed(model, image, min_run_time),
+        *costs.measure_speed(model, image),
         _agreement(
             logits_of(network, model, network.view_for_comparison(teacher.view), teacher.indices, device),
             teacher.logits,

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.forked import captured, command
+from helpers.networks import linear_teacher
 from PIL import Image
 
 from kdcache.runtime.paths import fix_for
@@ -66,10 +67,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         path = tmp_path / "set" / "train" / "ab"[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(index).integers(0, 256, (6, 6, 3), np.uint8)).save(path)
-    (tmp_path / "t.py").write_text(
-        "import torch\nfrom torch import nn\ndef make(num_classes):\n    torch.manual_seed(0)\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(108, 2))\n"
-    )
+    (tmp_path / "t.py").write_text(linear_teacher(108))
     (tmp_path / "p.yaml").write_text(
         "dataset: {name: image-folder, root: set, validation_fraction: 0, test_fraction: 0}\n"
         "transform: [ToImage: {}, ToDtype: {dtype: float32, scale: true}]\n"

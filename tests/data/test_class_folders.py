@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.forked import captured, command
+from helpers.networks import linear_teacher
 from PIL import Image
 from torchvision import datasets as tv
 
@@ -166,10 +167,7 @@ def test_names_that_are_not_utf_8_are_dumped_verified_trained_and_evaluated(tmp_
     for label, name in enumerate((b"caf\xe9", b"zo\xff")):
         for index in range(6):
             draw(folder / "train" / os.fsdecode(name) / os.fsdecode(b"\xe9%d.JPG" % index), 10 * label + index, "JPEG")
-    (tmp_path / "t.py").write_text(
-        "import torch\nfrom torch import nn\ndef make(num_classes):\n    torch.manual_seed(0)\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(90, 2))\n"
-    )
+    (tmp_path / "t.py").write_text(linear_teacher(90))
     (tmp_path / "p.yaml").write_text(
         "dataset: {name: image-folder, root: $FLOWERS, validation_fraction: 0.2, test_fraction: 0.2}\n"
         "transform: [ToImage: {}, ToDtype: {dtype: float32, scale: true}]\n"

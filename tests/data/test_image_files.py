@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.networks import linear_teacher
 from PIL import Image
 
 from kdcache import CachedDataset, dump_teacher, load_split, open_cache, wrap
@@ -201,10 +202,7 @@ def test_the_student_sees_a_turned_picture_as_the_teacher_did(transform: Transfo
 def test_doctor_and_dry_run_report_what_is_done_with_files(turned_set: Path) -> None:
     Image.fromarray(np.full((4, 6), 40000, np.uint16)).save(turned_set / "set/train/a/gray.png")
     Image.new("RGBA", (6, 4)).save(turned_set / "set/train/a/clear.png")
-    (turned_set / "teacher.py").write_text(
-        "import torch\nfrom torch import nn\ndef make(num_classes):\n    torch.manual_seed(0)\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(72, 2))\n"
-    )
+    (turned_set / "teacher.py").write_text(linear_teacher(72))
     (turned_set / "p.yaml").write_text(
         f"dataset: {{name: image-folder, root: {turned_set}/set, validation_fraction: 0, test_fraction: 0}}\n"
         "transform: [ToImage: {}, ToDtype: {dtype: float32, scale: true}]\n"

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from functools import partial
 
 from kdcache.evaluation import costs
 
-_measure_speed = costs.measure_speed
-
-
-def measure_briefly(model: nn.Module, image: Tensor, min_run_time: float = costs.MIN_RUN_TIME) -> costs.Speed:
-    """Measure as `costs.measure_speed`, but for as short as possible if the time is the usual one."""
-    return _measure_speed(model, image, 0.0 if min_run_time == costs.MIN_RUN_TIME else min_run_time)
-
 
 def shorten() -> None:
-    """Measure briefly in this process from now on."""
-    costs.measure_speed = measure_briefly
+    """Measure for as short as possible in this process from now on, unless a call names the time."""
+    costs.measure_speed = partial(costs.measure_speed, min_run_time=0.0)

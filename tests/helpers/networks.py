@@ -20,6 +20,14 @@ from kdcache.models.small import SmallMLP
 Values = npt.NDArray[Any]
 
 
+def linear_teacher(inputs: int, outputs: int = 2) -> str:
+    """A Python file with a function `make` of a linear network, which has the same weights each time."""
+    return (
+        "import torch\nfrom torch import nn\ndef make(num_classes):\n    torch.manual_seed(0)\n"
+        f"    return nn.Sequential(nn.Flatten(), nn.Linear({inputs}, {outputs}))\n"
+    )
+
+
 def softmax(logits: Values, temperature: float = 1) -> Values:
     powers = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / temperature)
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))

@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import measurements
 from helpers.forked import captured, command, script
 from helpers.paths import ROOT
 from helpers.processes import PATIENCE
@@ -117,7 +116,6 @@ def run_block(block: str, folder: Path) -> str:
 
 def without_benchmarks(folder: Path, arguments: list[str]) -> None:
     """Run a command; no test here looks at how fast a network is, or how good those of the demo are."""
-    measurements.shorten()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "package_data", folder.joinpath)
         command(*arguments)

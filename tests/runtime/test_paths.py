@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers.networks import linear_teacher
 from PIL import Image
 
 from kdcache import dump_teacher, load_pipeline, load_split, open_cache
@@ -33,10 +34,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(index).integers(0, 256, (6, 6, 3), np.uint8)).save(path)
     (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "t.py").write_text(
-        "import torch\nfrom torch import nn\ndef make(num_classes):\n    torch.manual_seed(0)\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(108, 2))\n"
-    )
+    (tmp_path / "code" / "t.py").write_text(linear_teacher(108))
     (tmp_path / "code" / "p.yaml").write_text(PIPELINE)
     return tmp_path
 
