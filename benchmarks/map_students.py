@@ -19,7 +19,6 @@ figures mean nothing.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from common import distance, spread
 from lite0_teacher import HeadOnLite0
 from live_teacher import FunctionTeacher
 from torch import Tensor, nn
@@ -57,16 +57,17 @@ class Source(NamedTuple):
 
 
 class Scenes(NamedTuple):
-    """The recipe, its data, and its teacher."""
+    """The recipe, its data, its teacher, and the log-probabilities that this has of all test images."""
 
     pipeline: Pipeline
     train: Samples
     test: View
     teacher: nn.Module
+    said: Tensor
 
-    def view(self) -> View:
-        """Return the images that the teacher and the students see."""
-        return View(self.train, self.pipeline.transform or [], seed=self.pipeline.cache.seed)
+    def view(self, index: int = 0) -> View:
+        """Return the images that the teacher and the students see, in one of the views of the cache."""
+        return View(self.train, self.pipeline.transform or [], seed=self.pipeline.cache.seed, view=index)
 
     def spec(self, seed: int) -> TrainSpec:
         """Return how a student is trained."""
@@ -97,8 +98,9 @@ def main() -> None:
     pipeline = load_pipeline(_RECIPE, of_both)
     train, test = (load_split(pipeline.dataset, split) for split in ("train", "test"))
     output.say(f"training the teacher, {epochs} epochs")
-    data = Scenes(pipeline, train, View(test, pipeline.eval_transform or []), _teacher(pipeline, train, given.teacher))
-    score = evaluate(data.teacher, data.test)
+    teacher, images = _teacher(pipeline, train, given.teacher), View(test, pipeline.eval_transform or [])
+    data = Scenes(pipeline, train, images, teacher, _log_probabilities(teacher, images))
+    score = evaluate(teacher, images)
     assert isinstance(score, PixelScore)  # noqa: S101  # for the type checker
     output.say(f"mean IoU of the teacher: {score.mean_iou:.1%}")
     with tempfile.TemporaryDirectory() as folder:
@@ -120,14 +122,14 @@ def main() -> None:
 
 def _teacher(pipeline: Pipeline, train: Samples, name: str) -> nn.Module:
     torch.manual_seed(0)
-    spec = pipeline.members[0]
+    spec = pipeline.section("teacher")
     network: nn.Module
     if name == "lite0":
         (normalized,) = (step["Normalize"] for step in pipeline.transform or [] if "Normalize" in step)
         network = HeadOnLite0(train.num_classes, normalized["mean"], normalized["std"])
     else:
         network = build_model({"model": spec.model, "args": spec.args}, train.num_classes)
-    fit(network, View(train, pipeline.transform or []), None, pipeline.section("teacher").train, _CE)
+    fit(network, View(train, pipeline.transform or []), None, spec.train, _CE)
     return network.eval()
 
 
@@ -182,7 +184,7 @@ def _plain(student: nn.Module, data: Scenes, seed: int) -> None:
     generator = torch.Generator().manual_seed(1000 + seed)
     student.train()
     for epoch in range(spec.epochs):
-        view = View(data.train, data.pipeline.transform or [], view=epoch % data.pipeline.cache.views)
+        view = data.view(epoch % data.pipeline.cache.views)
         loader: DataLoader[Batch] = DataLoader(
             view, spec.batch_size, shuffle=True, drop_last=True, generator=generator, collate_fn=lambda batch: batch
         )
@@ -200,28 +202,31 @@ def _plain(student: nn.Module, data: Scenes, seed: int) -> None:
 
 
 @torch.no_grad()
+def _log_probabilities(network: nn.Module, images: View) -> Tensor:
+    """Return those of all images, [N, C, h, w]."""
+    logits: Tensor = network.eval()(images.batch(range(len(images)), 0).images)
+    return logits.log_softmax(1)
+
+
 def _result(student: nn.Module, data: Scenes) -> Result:
     score = evaluate(student, data.test)
     assert isinstance(score, PixelScore)  # noqa: S101  # for the type checker
-    images = data.test.batch(range(len(data.test)), 0).images
-    q, p = student.eval()(images).log_softmax(1), data.teacher(images).log_softmax(1)
-    return Result(100 * score.mean_iou, float(F.kl_div(q, p, reduction="none", log_target=True).sum(1).mean()))
+    apart = F.kl_div(_log_probabilities(student, data.test), data.said, reduction="none", log_target=True)
+    return Result(100 * score.mean_iou, float(apart.sum(1).mean()))
 
 
 def _table(found: dict[str, list[Result]], sources: dict[str, Source], title: str) -> None:
     rows = []
     for name, results in found.items():
-        apart = [one.iou - live.iou for one, live in zip(results, found["live"], strict=True)]
-        error = statistics.stdev(apart) / math.sqrt(len(apart))
         size = sources[name].bytes_per_place if name in sources else None
-        scores = [one.iou for one in results]
+        scores, live = ([one.iou for one in of] for of in (results, found["live"]))
         rows.append(
             [
                 name,
                 "" if size is None else f"{size:.1f}",
-                f"{statistics.mean(scores):.1f} +- {statistics.stdev(scores):.1f}",
+                spread(scores),
                 f"{statistics.mean(one.nats for one in results):.3f}",
-                "" if name == "live" else f"{statistics.mean(apart):+.2f} +- {error:.2f}",
+                "" if name == "live" else distance(scores, live),
             ]
         )
     output.table(f"Students of scenes: {title}", ["maps from", "bytes per place", "mean IoU", "KL", "to live"], rows)

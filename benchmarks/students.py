@@ -25,14 +25,13 @@ minutes on two cores; `--quick` takes seconds, and its accuracies mean nothing.
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from common import distance, spread
 from glyphs import Typefaces, letters_of, network, trained
 from live_teacher import FunctionTeacher
 from torch import Tensor, nn
@@ -166,22 +165,13 @@ def _table(found: dict[str, dict[str, list[float]]], sources: dict[str, Source],
     rows = []
     for name, by_column in found.items():
         size = sources[name].bytes_per_row
-        cells = [_spread(by_column[column]) if column in by_column else "" for column in columns]
-        apart = [
-            value - live
-            for column in by_column
-            for value, live in zip(by_column[column], found["live"][column], strict=True)
-        ]
-        error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
-        difference = "" if name == "live" else f"{statistics.mean(apart):+.2f} +- {error:.2f}"
+        cells = [spread(by_column[column]) if column in by_column else "" for column in columns]
+        own, live = ([value for column in by_column for value in of[column]] for of in (by_column, found["live"]))
+        difference = "" if name == "live" else distance(own, live)
         rows.append([name, "" if size is None else f"{size:.0f}", *cells, difference])
     epochs = ", ".join(f"{name} {count} epochs" for name, count in scale.schedules.items())
     title = f"Test accuracy in %, {scale.classes} classes, {scale.images:,} images, {scale.seeds} seeds; {epochs}"
     output.table(title, ["logits from", "bytes per row", *columns, "to live"], rows)
-
-
-def _spread(accuracies: list[float]) -> str:
-    return f"{statistics.mean(accuracies):.1f} +- {statistics.stdev(accuracies) if len(accuracies) > 1 else 0:.1f}"
 
 
 if __name__ == "__main__":
