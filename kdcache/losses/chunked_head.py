@@ -29,8 +29,8 @@ CHUNK_ELEMENTS = 2**26
 """Logits of a chunk at most: 256 MiB in float32."""
 
 
-_BLOCK_ELEMENTS = 2**19
-"""Logits that go through a loss at once on a CPU at most: 2 MiB in float32, so that its caches hold them."""
+_BLOCK_ELEMENTS = 2**20
+"""Logits that go through a loss at once on a CPU at most: 4 MiB in float32, so that its caches hold them."""
 
 
 def chunk_size(vocabulary_size: int, elements: int = CHUNK_ELEMENTS) -> int:

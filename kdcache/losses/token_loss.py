@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import UsageError
-from kdcache.losses.batch import BatchTotals, batch_totals
+from kdcache.losses.batch import BatchTotals, at_least_one, batch_totals
 from kdcache.losses.closed_form import is_traced, weighted_kl
 from kdcache.losses.config import Loss
-from kdcache.losses.distillation import LossParts, WeightedSum, distillation_loss
+from kdcache.losses.distillation import LossParts, WeightedSum, distillation_loss, warmup
+from kdcache.losses.fused_tokens import HardTarget, SoftTarget, token_sums
 from kdcache.losses.registry import NORMALIZATIONS
-from kdcache.losses.temperatures import DTKD, Temperatures
+from kdcache.losses.temperatures import DTKD, ConstantTemperature, Temperatures
 from kdcache.losses.token_kl import draws_kl, ghost_kl, shaped_kl
 from kdcache.losses.token_targets import (
     NEVER,
@@ -62,12 +63,41 @@ def token_loss(
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()
     targets = targets.to(dtype=student_logits.dtype)
+    if isinstance(loss.temperature, ConstantTemperature) and not label_smoothing and _is_plain_kl(loss, targets):
+        return _with_cross_entropy(student_logits, labels, targets, loss, warmup(epoch, loss.warmup_epochs), whole)
     return distillation_loss(
         student_logits,
         teacher_for_temperatures(targets, loss),
         *of_step,
         of_targets=_weighted_sum(targets, labels, loss),
     )
+
+
+def _is_plain_kl(loss: Loss, targets: TokenTargets) -> bool:
+    """Return whether a loss is the KL divergence from a head and a tail, with nothing that changes them."""
+    return (
+        targets.draws is None
+        and loss.divergence.has_closed_form
+        and loss.adjustment.kind == "none"
+        and loss.normalization == "none"
+        and not is_traced()
+    )
+
+
+def _with_cross_entropy(
+    student_logits: Tensor, labels: Tensor, targets: TokenTargets, loss: Loss, factor: float, whole: BatchTotals
+) -> LossParts:
+    """Return the loss at a constant temperature, whose parts share the softmax of the student."""
+    tau, count, labeled = loss.tau, at_least_one(whole.rows), at_least_one(whole.labeled)
+    of_row = (loss.kd_weight + loss.plain_kd_weight) * tau**2 / count
+    ones = student_logits.new_ones(len(labels))
+    t = None if tau == 1 else tau * ones.unsqueeze(1)
+    stored = None if takes_student_shape(loss, targets) else targets
+    soft = SoftTarget(targets.indices, *head_and_tail(targets, tau), stored, t)
+    hard = HardTarget(labels, loss.ce_weight / labeled)
+    found = token_sums(student_logits, t, soft, factor * of_row * ones, hard)
+    mean = tau * ones.sum() / whole.rows
+    return LossParts(found.total, found.cross_entropies.sum() / labeled, of_row * found.divergences.sum(), mean, mean)
 
 
 def teacher_for_temperatures(targets: TokenTargets, loss: Loss) -> Tensor:
@@ -90,7 +120,7 @@ def _weighted_sum(targets: TokenTargets, labels: Tensor, loss: Loss) -> Weighted
     if loss.normalization != "none":
         return None
     as_student = takes_student_shape(loss, targets)
-    is_plain_kl = loss.divergence.has_closed_form and loss.adjustment.kind == "none"
+    is_plain_kl = _is_plain_kl(loss, targets)
     if targets.draws is not None:
         draws = targets.draws
         return lambda student_logits, t: draws_kl(student_logits, t.student, draws, t.weight)
@@ -120,7 +150,7 @@ def _weighted_sum(targets: TokenTargets, labels: Tensor, loss: Loss) -> Weighted
 
     def of_decoded(student_logits: Tensor, t: Temperatures) -> Tensor:
         constant = not any(value.requires_grad for value in t)
-        if is_plain_kl and constant and not is_traced():
+        if is_plain_kl and constant:
             return shaped_kl(student_logits, t.student, targets, t.teacher, t.weight)
         shape = (student_logits / t.student).detach() if as_student else None
         target = adjust(scaled_logits(targets, t.teacher, shape), labels)
