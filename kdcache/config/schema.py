@@ -129,7 +129,8 @@ class ModelSpec(Section):
     or a segmentation network of transformers), `cifar:NAME`, `small:cnn`, `small:mlp`, `small:fcn` or
     `path/file.py:function`."""
     args: dict[str, Any] = Field(default={})
-    """Keyword arguments of the network's constructor."""
+    """Keyword arguments of the network's constructor. With `features_only: true` a network of timm is an encoder, and
+    gets a head that says a class of each pixel."""
     weights: str | None = None
     """Checkpoint, safetensors or torch: of the teacher that is dumped; for a student its initial weights. `PATH#PART`
     selects one of several state dicts in it, such as `last.pth#state_dict_ema`. A folder is one that `save_pretrained`
@@ -142,7 +143,12 @@ class ModelSpec(Section):
     def names_weights(self) -> bool:
         """Whether `model` names weights that a library provides."""
         kind, _, name = self.model.partition(":")
-        return kind in ("torchvision", "timm") and "@" in name
+        return kind in ("torchvision", "timm") and "@" in name and not self.is_encoder
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether `model` is an encoder of timm, and its weights are those of a part of the network."""
+        return self.model.startswith("timm:") and bool(self.args.get("features_only"))
 
     @property
     def has_own_weights(self) -> bool:

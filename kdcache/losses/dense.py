@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from kdcache.losses.batch import BatchTotals, at_least_one
 from kdcache.losses.config import Loss
 from kdcache.losses.distillation import LossParts, distillation_loss
-from kdcache.losses.maps import resized, rows_of_places
+from kdcache.losses.maps import labels_of_places, resized, rows_of_places
 
 UNKNOWN = -1
 """Label of a pixel that is ignored."""
@@ -35,14 +35,6 @@ class DenseTotals(NamedTuple):
 
     labeled: Tensor | int
     places: BatchTotals | None
-
-
-def labels_of_places(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the label of the pixel that is nearest to the center of each place, [B, H, W] -> [B, h, w] int64."""
-    if tuple(maps.shape[1:]) == size:
-        return maps
-    # float32 holds every class exactly.
-    return F.interpolate(maps.unsqueeze(1).float(), size=size, mode="nearest-exact").squeeze(1).long()
 
 
 def dense_totals(maps: Tensor, teacher_logits: Tensor | None) -> DenseTotals:

@@ -13,10 +13,14 @@ from torch import Tensor
 from kdcache.losses import maps
 from kdcache.losses.batch import BatchTotals
 from kdcache.losses.boundaries import bpkd
+from kdcache.losses.maps import labels_of_places
 from kdcache.losses.options import NotNegative, Positive
 from kdcache.losses.outputs import OUTPUT_LOSSES, OutputLossOptions
 
 Share = Annotated[float, Field(ge=0, le=1)]
+
+LABELS = "labels"
+"""Value of `mask` for the places that have a label."""
 
 
 class MapLossOptions(OutputLossOptions):
@@ -41,6 +45,7 @@ class MapLossOptions(OutputLossOptions):
         totals: BatchTotals | None = None,
         group_size: int = 1,
         label_maps: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of each sample, [B], before its weight.
 
@@ -49,19 +54,43 @@ class MapLossOptions(OutputLossOptions):
             teacher: [B, C, h, w]; [B, C', h, w] for a loss that compares places alone.
             totals: of the batch that the samples are part of; None if they are the whole batch.
             group_size: without effect on maps.
-            label_maps: [B, H', W'] int64, -1 where ignored, for a loss that needs them.
+            label_maps: [B, H', W'] int64, -1 where ignored, for a loss that reads them.
+            mask: [B, 1, H, W], 0 where a place does not count, for a loss whose `mask` names an output of the student.
         """
         teacher = self.on_grid_of(student, teacher)
-        options = {key: value for key, value in self if key not in ("name", "weight", "align", "align_corners")}
+        of_grids = ("name", "weight", "align", "align_corners", "mask")
+        options = {key: value for key, value in self if key not in of_grids}
         over: maps.Standardize = options.pop("standardize", "none")
         if totals is not None and self.of_sums:
             options["batch_sum"] = totals.sum
         if self.needs_maps:
             options["labels"] = label_maps
+        if mask is not None:
+            options["mask"] = mask[:, 0] != 0
+        elif self.reads_maps and label_maps is not None and not self.needs_maps:
+            options["mask"] = labels_of_places(label_maps, (student.shape[2], student.shape[3])) >= 0
         return type(self).compute(maps.standardized(student, over), maps.standardized(teacher, over), **options)
 
 
-class PixelKD(MapLossOptions):
+class PlaceLossOptions(MapLossOptions):
+    """The loss of a map that is a mean over its places: base class of those below."""
+
+    mask: str | None = Field(default=None, exclude_if=lambda mask: mask is None)
+    """The places that count: `labels`, those with a label; or an output of the student (a part of what it returns, or a
+    module), [B, h, w], that is 0 or false where a place does not count. None: all places."""
+
+    @property
+    def reads_maps(self) -> bool:
+        """Whether it needs label maps."""
+        return self.mask == LABELS
+
+    @property
+    def mask_source(self) -> str | None:
+        """The output of the student that says which places count; None without."""
+        return None if self.reads_maps else self.mask
+
+
+class PixelKD(PlaceLossOptions):
     """`pixel_kd`: KL divergence of the classes at each place, times the squared temperature."""
 
     compute = staticmethod(maps.pixel_kd)
@@ -73,7 +102,7 @@ class PixelKD(MapLossOptions):
     """`channels`: logits of mean 0 and deviation 1 at each place."""
 
 
-class PixelMSE(MapLossOptions):
+class PixelMSE(PlaceLossOptions):
     """`pixel_mse`: mean squared error at each place."""
 
     compute = staticmethod(maps.pixel_mse)
@@ -114,7 +143,7 @@ class Theia(MapLossOptions):
     """Share of the cosine."""
 
 
-class SALT(MapLossOptions):
+class SALT(PlaceLossOptions):
     """`salt`: mean absolute error to latents."""
 
     compute = staticmethod(maps.masked_latents)

@@ -64,6 +64,14 @@ def _last(maps: Tensor) -> tuple[int, ...]:
     return (len(maps), *maps.shape[2:], maps.shape[1])
 
 
+def labels_of_places(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the label of the pixel that is nearest to the center of each place, [B, H, W] -> [B, h, w] int64."""
+    if tuple(maps.shape[1:]) == size:
+        return maps
+    # float32 holds every class exactly.
+    return functional.interpolate(maps.unsqueeze(1).float(), size=size, mode="nearest-exact").squeeze(1).long()
+
+
 def mean_over_places(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the mean over the places that count, [B, h, w] -> [B]; 0 if none does.
 

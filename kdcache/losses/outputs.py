@@ -32,7 +32,7 @@ class OutputLossOptions(LossSection):
         of_groups: whether it compares several scores: those of a sample, or the single scores of a group of samples.
         places: of what outputs: one row per sample, or `grid`, a map.
         needs_level: whether it needs the level of class logits.
-        needs_maps: whether it needs label maps.
+        needs_maps: whether it is a loss of label maps.
     """
 
     compute: ClassVar[Callable[..., Tensor]]
@@ -49,6 +49,16 @@ class OutputLossOptions(LossSection):
     name: str
     weight: NotNegative = 1.0
     """Factor of this loss in the sum."""
+
+    @property
+    def reads_maps(self) -> bool:
+        """Whether it needs label maps, because of its kind or its options."""
+        return self.needs_maps
+
+    @property
+    def mask_source(self) -> str | None:
+        """The output of the student that says which places of a map count; None without."""
+        return None
 
     @property
     def uses_batch(self) -> bool:

@@ -2,7 +2,8 @@
 
     torchvision:resnet18                        random weights, as many outputs as the data set has classes
     torchvision:resnet50@IMAGENET1K_V2          with torchvision's weights
-    timm:resnet18, timm:resnet50@a1_in1k        the same for timm, an optional extra
+    timm:resnet18, timm:resnet50@a1_in1k        the same for timm, an optional extra; with args `features_only: true`
+                                                the encoder of a segmentation network, which gets a new head
     cifar:resnet32x4, cifar:wrn_40_2, ...       models/cifar.py, the networks of the papers' CIFAR-100 pairs
     torchvision:deeplabv3_resnet50, ...         a segmentation network of torchvision, of which `out` is taken
     small:cnn, small:mlp, small:fcn             models/small.py
@@ -87,7 +88,7 @@ def build_model(
     if kind == "torchvision":
         network = from_torchvision.build(name, spec, num_classes, channels)
     elif kind == "timm":
-        network = from_timm.build(name, spec, num_classes, channels)
+        network = from_timm.build(name, spec, num_classes, channels, complete=trained and spec.weights is not None)
     elif kind == "hf":
         network = from_hf.build(name, spec, num_classes, channels, trained, reporter(progress))
     elif kind == "cifar":

@@ -178,7 +178,10 @@ def check_logits(returned: object, batch: int, num_classes: int, who: str, of_ma
     if of_maps and logits.ndim == 4 and logits.shape[:2] == (batch, num_classes):
         return logits
     if of_maps:
-        fix = f"take a network that returns [B, {num_classes}, h, w], the logits of each pixel or of larger places"
+        fix = (
+            f"take a network that returns [B, {num_classes}, h, w], the logits of each pixel or of larger places, as "
+            "those of timm do with `args: {features_only: true}`"
+        )
     elif logits.ndim == 4:
         fix = (
             "it says a class of every pixel (segmentation): keep its maps, cache: {logits: false, outputs: {pixels: "

@@ -1,8 +1,14 @@
-"""`timm:NAME` and `timm:NAME@TAG`: the networks of timm, which is an optional extra, and their weights."""
+"""`timm:NAME` and `timm:NAME@TAG`: the networks of timm, which is an optional extra, and their weights.
+
+With `args: {features_only: true}` it is the encoder of a segmentation network: see `_encoder_with_head`.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from importlib import import_module
 from pathlib import Path
@@ -12,15 +18,36 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.config.schema import ModelSpec
+from kdcache.config.section import Count, Section, validated
 from kdcache.config.transform import Transform
 from kdcache.data.datasets import photograph_transform
-from kdcache.errors import UsageError, did_you_mean
+from kdcache.errors import MismatchError, UsageError, counted, did_you_mean
 from kdcache.models.checkpoints import read_state
 from kdcache.models.construct import SMALLEST_SIDE, Fit, check_channels, construct
+from kdcache.models.map_head import EncoderWithHead
+
+_FINEST_STEP = 4
+"""Pixels of an image, in each direction, per place of the largest map that an encoder passes to its head."""
 
 
-def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Module:
+class _HeadArgs(Section):
+    """Arguments of the head of an encoder."""
+
+    width: Count = 128
+    """Its channels."""
+    frozen: bool = False
+    """Train the head alone: the encoder stays as it is."""
+
+
+def build(name: str, spec: ModelSpec, num_classes: int, channels: int, complete: bool = False) -> nn.Module:
     """Return a network of timm, with the weights that `name` names or with random ones.
+
+    Args:
+        name: of the network, and of its weights.
+        spec: with the arguments.
+        num_classes: size of the output.
+        channels: of the images.
+        complete: whether a checkpoint with all weights follows, so that an encoder's own are not looked for.
 
     Raises:
         KdcacheError: without timm, for arguments that the network does not take, or weights that are not found.
@@ -30,9 +57,12 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Mod
     own_channels = spec.args.get("in_chans", 3)
     check_channels(spec, channels, own_channels)
     options: dict[str, Any] = {"model_name": f"{architecture}.{tag}" if tag else architecture}
-    if tag:
+    options["pretrained"] = bool(tag) and not (spec.is_encoder and complete)
+    if options["pretrained"]:
         options["pretrained_cfg_overlay"] = {"state_dict": _weights(spec, f"{architecture}.{tag}", config)}
-    model = construct(_timm().create_model, spec, **options, pretrained=bool(tag), num_classes=num_classes)
+    if spec.is_encoder:
+        return _encoder_with_head(spec, options, num_classes, own_channels)
+    model = construct(_timm().create_model, spec, **options, num_classes=num_classes)
     vars(model)["pretrained_cfg"].pop("state_dict", None)  # a second copy of all weights
     if config.fixed_input_size:
         height, width = _side(spec.args, config)
@@ -40,6 +70,76 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int) -> nn.Mod
         height, width = (max(side, SMALLEST_SIDE) for side in (config.min_input_size or (0, 0, 0))[1:])
     model.register_forward_pre_hook(Fit(height, width, own_channels))
     return model
+
+
+def _encoder_with_head(spec: ModelSpec, options: dict[str, Any], num_classes: int, channels: int) -> nn.Module:
+    """Return an encoder of timm with a new head, which says a class of each place of the encoder's largest map.
+
+    Arguments besides those of `_HeadArgs` are timm's. Its `out_indices` chooses the maps; without it, they are those at
+    1/4 of the size of the images and below.
+
+    Raises:
+        UsageError: for arguments that the encoder or the head do not take.
+    """
+    of_head = {key: spec.args[key] for key in _HeadArgs.model_fields if key in spec.args}
+    head = validated(_HeadArgs, of_head, f"the head of {spec.model} (`args:`)")
+    args = {key: value for key, value in spec.args.items() if key not in of_head}
+    if "out_indices" not in args:
+        untrained: Any = construct(_timm().create_model, _with_args(spec, args), model_name=options["model_name"])
+        steps = untrained.feature_info.reduction()
+        args["out_indices"] = [index for index, step in enumerate(steps) if step >= _FINEST_STEP]
+    with _missing_weights() as missing:
+        encoder: Any = construct(_timm().create_model, _with_args(spec, args), **options)
+    _check_complete(encoder, missing, spec.model)
+    last = str(getattr(encoder, "output_fmt", "NCHW")).endswith("NHWC")
+    model = EncoderWithHead(encoder, num_classes, encoder.feature_info.channels(), head.width, last, head.frozen)
+    model.register_forward_pre_hook(Fit(SMALLEST_SIDE, SMALLEST_SIDE, channels))
+    return model
+
+
+def _with_args(spec: ModelSpec, args: dict[str, Any]) -> ModelSpec:
+    return spec.model_copy(update={"args": args})
+
+
+@contextmanager
+def _missing_weights() -> Iterator[list[str]]:
+    """Yield a list that gets the names of the weights that timm does not find, which it only logs.
+
+    What an encoder does not use of the weights, those of the classifier, is not printed.
+    """
+    logger, missing = logging.getLogger("timm.models._builder"), list[str]()
+    set_to, shown = logger.level, logger.getEffectiveLevel()
+
+    def other(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message.startswith("Missing keys ("):
+            missing.extend(message.partition("(")[2].partition(")")[0].split(", "))
+        return record.levelno >= shown and not message.startswith("Unexpected keys")
+
+    logger.addFilter(other)
+    logger.setLevel(logging.INFO)
+    try:
+        yield missing
+    finally:
+        logger.setLevel(set_to)
+        logger.removeFilter(other)
+
+
+def _check_complete(encoder: nn.Module, missing: list[str], model: str) -> None:
+    """Check that no weights of an encoder were missing.
+
+    Raises:
+        MismatchError: if some were.
+    """
+    # timm writes `layer1_0` in the names of some encoders for `layer1.0` in those of their networks.
+    used = {name.replace(".", "_") for name in encoder.state_dict()}
+    lacking = [name for name in missing if name.replace(".", "_") in used]
+    if lacking:
+        raise MismatchError(
+            f"the file with the weights of {model} lacks {counted(len(lacking), 'tensor')} of the encoder, such as "
+            f"{lacking[0]}",
+            "download the file again",
+        )
 
 
 def outputs(name: str) -> int:

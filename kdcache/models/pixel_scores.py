@@ -12,6 +12,9 @@ from kdcache.data.samples import Samples
 from kdcache.errors import MismatchError, UsageError
 from kdcache.losses.maps import resized
 
+_NUMBERS_AT_ONCE = 2**24
+"""Enlarged logits of a batch that are in memory at once, but at least those of one image: 64 MiB in float32."""
+
 
 class PixelScore(NamedTuple):
     """Scores over the labeled pixels of a split.
@@ -76,12 +79,17 @@ def pixel_sums(logits: Tensor, maps: Tensor) -> PixelSums:
             f"{int(maps.max())}",
             "evaluate a network that returns logits [B, C, h, w] of the classes of the data set",
         )
-    classes = logits.shape[1]
-    enlarged = resized(logits.float(), (maps.shape[1], maps.shape[2]))
-    known = maps >= 0
-    truth, guess = maps[known], enlarged.argmax(dim=1)[known]
-    right, predicted, labeled = (
-        torch.bincount(each, minlength=classes).cpu() for each in (truth[truth == guess], guess, truth)
-    )
-    loss = float(F.cross_entropy(enlarged, maps, ignore_index=-1, reduction="sum"))
+    classes, loss = logits.shape[1], 0.0
+    counts = torch.zeros(3, classes, dtype=torch.int64, device=maps.device)
+    images = max(1, _NUMBERS_AT_ONCE // (classes * maps[0].numel()))
+    for start in range(0, len(maps), images):
+        labels = maps[start : start + images]
+        enlarged = resized(logits[start : start + images].float(), (maps.shape[1], maps.shape[2]))
+        known = labels >= 0
+        truth, guess = labels[known], enlarged.argmax(dim=1)[known]
+        counts += torch.stack(
+            [torch.bincount(each, minlength=classes) for each in (truth[truth == guess], guess, truth)]
+        )
+        loss += float(F.cross_entropy(enlarged, labels, ignore_index=-1, reduction="sum"))
+    right, predicted, labeled = counts.cpu()
     return PixelSums(right, predicted, labeled, loss)

@@ -29,7 +29,7 @@ class Tap:
         source: index or name of a part of what the network returns, or name of a module; None: the name of the output.
         pool: how [B, D, H, W] or [B, L, D] becomes [B, D]: "mean" over the places, "first" of L, or "none".
         places: "one", or "grid" for an output that is a map, [B, C, h, w].
-        of_one_number: whether a map may also be [B, h, w], of one number per place.
+        of_one_number: whether a map may also be [B, h, w], of one number per place, or of true and false.
         patches: (h, w), if a map may also be [B, L, D], of whose tokens the last h * w are its places.
     """
 
@@ -249,6 +249,8 @@ def _shaped(values: Tensor, tap: Tap, what: str) -> Tensor:
         MismatchError: if it has places and no pooling, or another number of dimensions, or is not floating point.
     """
     shape, pool = list(values.shape), tap.pool
+    if tap.of_one_number and values.dtype == torch.bool:
+        values = values.float()
     if not values.is_floating_point():
         raise MismatchError(f"{what} is {values.dtype} {shape}", "take an output of floating point numbers")
     if tap.places == "grid":

@@ -88,8 +88,10 @@ class StudentOutputs(nn.Module):
         """
         terms = []
         for name, options in self._losses.items():
-            maps = {"label_maps": label_maps} if options.needs_maps else {}
-            values = options.values(said[name], targets[name], totals, self._group_size, **maps)
+            of_places = {"label_maps": label_maps} if options.reads_maps else {}
+            if options.mask_source is not None:
+                of_places["mask"] = said[_mask_of(name)]
+            values = options.values(said[name], targets[name], totals, self._group_size, **of_places)
             terms.append(options.weight * values.sum() / totals.rows)
         return torch.stack(terms).sum()
 
@@ -147,12 +149,15 @@ def student_outputs(
             "the class logits too (remove `logits: false`)",
         )
     for name, options in loss.outputs.items():
-        if options.needs_maps and train.samples.maps is None:
+        if options.reads_maps and train.samples.maps is None:
             raise UsageError(
                 f"the loss {options.name} of {name} needs a class per pixel, and {train.samples.name} has none",
-                "use pixel_kd or cwd, or a data set with label maps",
+                "use pixel_kd or cwd without a mask, or a data set with label maps",
             )
     taps = {name: _tap(spec, name, options, name in teacher.unmapped) for name, options in loss.outputs.items()}
+    for name, options in loss.outputs.items():
+        if options.mask_source is not None:
+            taps[_mask_of(name)] = Tap(options.mask_source, places="grid", of_one_number=True)
     check_taps(taps, model, "student")
     widths = _try(model, taps, loss, train, teacher)
     for name in teacher.unmapped:
@@ -194,15 +199,36 @@ def _try(
     with torch.no_grad(), seeded(0), refused, tried.collecting(whole=not loss.uses_logits):
         model(images)
     model.train(was_training)
-    own_ids, widths = torch.tensor(ids), {}
-    for name, values in tried.outputs().items():
+    own_ids, widths, outputs = torch.tensor(ids), {}, tried.outputs()
+    for name, values in outputs.items():
         if len(values) != len(images):
             raise MismatchError(
                 f"the output {name} of the student is {list(values.shape)} for {len(images)} images",
                 "take an output with one row per image",
             )
-        widths[name] = values.shape[1], teacher.outputs[name](own_ids, train.view).shape[1]
+        if name in loss.outputs:
+            widths[name] = values.shape[1], teacher.outputs[name](own_ids, train.view).shape[1]
+    for name in widths:
+        _check_mask(name, outputs[name], outputs.get(_mask_of(name)))
     return widths
+
+
+def _mask_of(name: str) -> str:
+    """Return the name of the output of the student that says which places of another output count."""
+    return f"mask of {name}"
+
+
+def _check_mask(name: str, maps: Tensor, mask: Tensor | None) -> None:
+    """Check that a mask has the places of the maps that it is of.
+
+    Raises:
+        MismatchError: if it has others.
+    """
+    if mask is not None and mask.shape != (len(maps), 1, *maps.shape[2:]):
+        raise MismatchError(
+            f"the mask of the output {name} of the student has {list(mask.shape)}, and the output {list(maps.shape)}",
+            "let the student return a mask [B, h, w] with the places of the output",
+        )
 
 
 def _check_same_width(name: str, student: int, teacher: int) -> None:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from kdcache.losses import Loss, learned_temperature
 from kdcache.losses.batch import BatchTotals
-from kdcache.losses.dense import DenseTotals, dense_loss, dense_totals, labels_of_places
+from kdcache.losses.dense import DenseTotals, dense_loss, dense_totals
+from kdcache.losses.maps import labels_of_places
 
 CLASSES, TAU = 5, 4.0
 

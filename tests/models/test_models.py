@@ -6,10 +6,8 @@ import copy
 import hashlib
 import os
 import pickle
-import socket
 import sys
 import textwrap
-import urllib.request
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -221,21 +219,6 @@ def test_without_timm_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 # torchvision's weights
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Torch's own folder of weights, empty, on a machine without a network."""
-
-    def no_network(*_: object, **__: object) -> None:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "create_connection", no_network)
-    monkeypatch.setattr(urllib.request, "getproxies", dict)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries again for half a minute
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "huggingface"))
-    return tmp_path / "hub" / "checkpoints"
 
 
 def trained(model: str, classes: int = 1000) -> nn.Module:

@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 
 from kdcache import KdcacheError, build_model, evaluate
 from kdcache.data.samples import as_samples
+from kdcache.losses.maps import resized
+from kdcache.models import pixel_scores
 from kdcache.models.evaluate import Sums, total_of
 from kdcache.models.pixel_scores import PixelScore, pixel_sums
 
@@ -70,6 +72,23 @@ def test_scores_are_those_of_single_pixels(seed: int, size: tuple[int, int]) -> 
         assert found.accuracy == pytest.approx(accuracy) and found.loss == pytest.approx(loss, rel=1e-5)
         assert list(found.iou) == pytest.approx(iou) and found.iou[3] is None
         assert found.mean_iou == pytest.approx(sum(each for each in iou if each is not None) / 3)
+
+
+def test_a_few_images_are_enlarged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, maps = torch.randn(5, CLASSES, 3, 4, generator=generator), torch.randint(-1, 4, (5, 12, 16))
+    whole, enlarged = pixel_sums(logits, maps), []
+
+    def recorded(values: Tensor, size: tuple[int, int]) -> Tensor:
+        enlarged.append(len(values))
+        return resized(values, size)
+
+    monkeypatch.setattr(pixel_scores, "resized", recorded)
+    monkeypatch.setattr(pixel_scores, "_NUMBERS_AT_ONCE", 2 * CLASSES * 12 * 16 + 1)
+    parts = pixel_sums(logits, maps)
+    assert enlarged == [2, 2, 1]
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_network_is_evaluated_on_pixels() -> None:

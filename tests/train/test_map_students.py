@@ -12,19 +12,24 @@ import pytest
 import torch
 from helpers.cli import ok, refused
 from torch import Tensor, nn
+from torch.nn import functional
 
-from kdcache import Cache, open_cache
+from kdcache import Cache, build_model, dump_teacher, load_split, open_cache, train_student
+from kdcache.config.cache import CacheSpec
+from kdcache.config.schema import Pipeline
+from kdcache.data.views import View
 from kdcache.losses.maps import pixel_kd, resized
 from kdcache.models.checkpoints import load_weights
 
 COUNT, CLASSES = 60, 6
-CODE = """from train.test_map_students import Scenes, Tokens
+CODE = """from train.test_map_students import Hiding, Scenes, Tokens
 
 def teacher(num_classes): return Scenes(16, 0)
 def student(num_classes): return Scenes(6, 1)
 def large(num_classes): return Scenes(6, 1, stride=1)
 def other(num_classes): return Scenes(6, 1, classes=5)
 def tokens(num_classes): return Tokens(6, 1)
+def hiding(num_classes): return Hiding(16, 1)
 """
 PIPELINE = """dataset: {{name: npz, root: {folder}/scenes.npz, validation_fraction: 0, test_fraction: 0}}
 transform: [{{ToDtype: {{dtype: float32, scale: true}}}}]
@@ -66,6 +71,17 @@ class Tokens(Scenes):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         places = super().forward(images)["maps"].flatten(2).transpose(1, 2)
         return {"maps": torch.cat([places.mean(dim=1, keepdim=True), places], dim=1)}
+
+
+class Hiding(Scenes):
+    """Sees the left half of each image alone, and says which of its places are in the other one, and in dark ones."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        hidden = torch.zeros(len(images), 8, 8, dtype=torch.bool)
+        hidden[:, :, 4:] = True
+        dark = functional.avg_pool2d(images, 2)
+        left = images * (torch.arange(16) < 8)
+        return {**super().forward(left), "hidden": hidden, "dark": (dark < 0.5).float()}
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +134,63 @@ def test_one_step_is_that_of_the_teacher_itself(folder: Path) -> None:
     load_weights(found, run / "model.safetensors")
     for name, value in student.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("mask", ["hidden", "dark"])
+def test_the_student_says_which_places_count(mask: str, folder: Path) -> None:
+    """SALT: the teacher's features where the student saw nothing."""
+    settings = f"student.model={folder}/nets.py:hiding", loss_of("salt", "features", mask=mask)
+    run = trained(folder, f"salt-{mask}", *settings, "student.train.epochs=1", f"student.train.batch_size={COUNT}")
+    student, found = Hiding(16, 1), Hiding(16, 1)
+    seen = images(folder)
+    with torch.no_grad():
+        wanted = open_cache(folder / "c.kdcache").teacher("features")(torch.arange(COUNT))
+    said = student(seen)
+    counts = said[mask].reshape(COUNT, 8, 8).float()
+    assert 0 < counts.mean() < 1
+    apart = (said["features"] - wanted).abs().mean(dim=1)
+    torch.autograd.backward(((apart * counts).sum(dim=(1, 2)) / counts.sum(dim=(1, 2)).clamp_min(1)).mean())
+    torch.optim.SGD(student.parameters(), lr=0.1).step()
+    load_weights(found, run / "model.safetensors")
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_places_without_a_label_are_left_out(tmp_path: Path) -> None:
+    """One step on all scenes, whose hood of the car has no label."""
+    torch.manual_seed(0)
+    scenes = load_split("scenes", "train")
+    teacher = build_model({"model": "small:fcn", "args": {"width": 4}}, 8, (3, 48, 96)).eval()
+    outputs = {"pixels": {"kind": "classes", "places": "grid", "source": "classifier", "encoding": "float32"}}
+    spec = CacheSpec.model_validate({"logits": False, "num_workers": 0, "outputs": outputs})
+    cache = dump_teacher(teacher, scenes, tmp_path / "c.kdcache", spec=spec)
+    pipeline = {
+        "dataset": {"name": "scenes"},
+        "student": {
+            "model": "small:fcn",
+            "args": {"width": 2},
+            "outputs": {"pixels": {"source": "classifier"}},
+            "train": {"epochs": 1, "batch_size": 240, "lr": 1.0, "momentum": 0.0, "nesterov": False,
+                      "weight_decay": 0.0, "schedule": "constant", "num_workers": 0},
+        },
+        "loss": {"logits": False, "pixels": {"name": "pixel_kd", "mask": "labels"}},
+    }  # fmt: skip
+    run = train_student(Pipeline.model_validate(pipeline), cache, tmp_path / "run")
+    view = View(scenes, scenes.transform or [])
+    batch = view.batch(range(240), 0)
+    torch.manual_seed(0)
+    student = build_model({"model": "small:fcn", "args": {"width": 2}}, 8, (3, 48, 96)).train()
+    with torch.no_grad():
+        wanted = teacher(batch.images).log_softmax(dim=1)
+    assert batch.maps is not None
+    labeled = (batch.maps[:, 2::4, 2::4] >= 0).float()  # the pixel at the center of each place
+    assert 0.5 < labeled.mean() < 1
+    log_q = student(batch.images).log_softmax(dim=1)
+    apart = (wanted.exp() * (wanted - log_q)).sum(dim=1)
+    torch.autograd.backward(((apart * labeled).sum(dim=(1, 2)) / labeled.sum(dim=(1, 2))).mean())
+    torch.optim.SGD(student.parameters(), lr=1.0).step()
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -183,13 +256,19 @@ def test_students_are_compared_place_by_place(folder: Path) -> None:
         (["student.model={folder}/nets.py:tokens"], "[2, 65, 6], and places is grid"),
         (["student.model={folder}/nets.py:other"], "of the student has 5 numbers, that of the teacher 6"),
         (["student.outputs={maps: {source: depth}}"], "[2, 8, 8], and places is grid"),
+        ([loss_of("pixel_kd", mask="labels")], "pixel_kd of maps needs a class per pixel, and scenes has none"),
+        ([loss_of("pixel_kd", mask="features")], "the mask of the output maps of the student has [2, 6, 8, 8]"),
+        ([loss_of("pixel_kd", mask="dept")], "has no part or module 'dept', did you mean depth?"),
+        ([loss_of("cwd", mask="depth")], "loss.maps.mask: unknown key: mask belongs to another kind"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_refused(settings: list[str], words: str, folder: Path, tmp_path: Path) -> None:
     more = [argument for setting in settings for argument in ("--set", setting.replace("{folder}", str(folder)))]
     given = (folder / "p.yaml", "--cache", folder / "c.kdcache", "-o", tmp_path / "r", "--device", "cpu", *more)
     assert words in refused(
-        4 if "places is grid" in words or "of the student has" in words else 2, "train-student", *given
+        4 if any(part in words for part in ("places is grid", "of the student has", "no part or module")) else 2,
+        "train-student",
+        *given,
     )
 
 
