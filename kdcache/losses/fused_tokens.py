@@ -122,9 +122,11 @@ def tail_of(soft: SoftTarget) -> Tail:
     s, level = _softmax(shape.scatter_(1, soft.indices, NEVER))
     scale, last = soft.tail.exp(), (soft.targets.top_k or soft.head.shape[1]) - 1
     mass, cap = scale, soft.head[:, [last]].exp()
+    # Of a row without a tail all are 0.
+    least = torch.finfo(s.dtype).tiny
     # The scale grows with each round, so that the last limit is the lowest, and holds for the logarithms too.
     for _ in range(CAP_ROUNDS):
-        limit = cap / scale
+        limit = (cap / scale.clamp_min(least)).clamp_min(least)
         scale = mass / torch.minimum(s, limit, out=s).sum(dim=1, keepdim=True)
     return Tail(torch.minimum(shape.sub_(level), limit.log(), out=shape), s, scale)
 

@@ -41,7 +41,7 @@ PAIRS = {
 }
 CIFAR = [f"cifar100-{teacher}-{student}" for teacher, student in PAIRS]
 LARGE = {
-    "imagenet-bit_152x2-bit_50x1": "timm:test_resnet",
+    **dict.fromkeys(("imagenet-bit_152x2-bit_50x1", "scenes-lite0"), "timm:test_resnet"),
     **dict.fromkeys(("cityscapes", "ade20k"), "torchvision:lraspp_mobilenet_v3_large"),
 }
 """Teachers too large for a test, and what stands in for them."""
@@ -187,7 +187,7 @@ def in_small(name: str, folder: Path) -> Pipeline:
     no workers, no warm-up of the learning rate, and a teacher with random weights."""
     path = folder / f"{name}.yaml"
     text = recipe(name).read_text().replace("224", "64").replace("256", "72")
-    path.write_text(text.replace("[512, 1024]", "[64, 128]").replace("512", "64"))
+    path.write_text(text.replace("[512, 1024]", "[64, 128]").replace("512", "64").replace("width: 96", "width: 8"))
     sets = generated(name, folder)
     read = load_pipeline(path)
     batch = {"digits": 500, "scenes": 240}.get(read.dataset.name, 6)

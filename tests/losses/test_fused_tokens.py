@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.loss_cases import few, loss_of, with_gradient
@@ -101,6 +103,25 @@ def test_a_student_that_is_sure_of_the_head_keeps_a_gradient_on_the_tail_in_floa
     torch.testing.assert_close(slope.double(), expected_slope, rtol=1e-4, atol=1e-5)
     outside = torch.ones(N, V).scatter(1, targets.indices, 0.0).bool()
     assert (slope[WEIGHT > 0][outside[WEIGHT > 0]] < 0).all(), "the mass of the tail is asked for"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("has_shape", [False, True])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_a_teacher_that_is_sure_of_one_class(dtype: torch.dtype, has_shape: bool, tau: float) -> None:
+    """Neither the rest of the head nor the tail have a probability above 0."""
+    sure = targets_of(language_logits(N, V, width=8), K, rank=8).to(dtype=dtype)
+    log_probs = torch.full_like(sure.log_probs, -torch.inf)
+    log_probs[:, 0] = 0
+    nothing = torch.full_like(sure.tail_log_mass, -torch.inf)
+    targets = replace(sure, log_probs=log_probs, tail_log_mass=nothing)
+    student = language_logits(N, V, width=8, seed=1).to(dtype)
+    loss = loss_of("kd", tail="stored" if has_shape else "student", temperature={"kind": "constant", "tau": tau})
+    loss = loss.model_copy(update={"ce_weight": 0.0, "kd_weight": 1.0})
+    value, slope = with_gradient(lambda v: token_loss(v, LABELS, targets, loss).total, student)
+    of_class = targets.indices[:, 0]
+    expected = with_gradient(lambda v: tau**2 * F.cross_entropy(v / tau, of_class), student)
+    torch.testing.assert_close((value, slope), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tail", ["stored", "student"])

@@ -72,7 +72,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("data", "benchmarks", "tests", "examples", "docs"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "pipelines", folder / "pipelines")
-    shorten(folder / "pipelines" / "digits.yaml", {"epochs: 30,": "epochs: 6,", "epochs: 60,": "epochs: 6,"})
+    shorten(folder / "pipelines" / "digits.yaml", {"epochs: 30,": "epochs: 3,", "epochs: 60,": "epochs: 3,"})
     shorten(folder / "pipelines" / "scenes.yaml", {"epochs: 30,": "epochs: 1,"})
     tools = folder / ".tools"
     tools.mkdir()
