@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdcache.cache.teacher import CachedTeacher
+from kdcache.cache.teacher import CachedOutput, CachedTeacher
 from kdcache.errors import UsageError
+from kdcache.losses.maps import resized
 
 Combine = Literal["logits", "probabilities", "confidence"]
 
@@ -20,10 +21,11 @@ class JoinedTeacher:
     `logits`: the weighted mean of the logits. `probabilities`: the weighted mean p of the softmaxes, returned as logits
     log p + s, where s is the weighted mean of the logsumexps; DTKD then sees the mean sharpness of the teachers.
     `confidence`: for each sample, the logits of the teacher with the largest product of weight and largest probability
-    at T = 1; of several equal ones, the first.
+    at T = 1; of several equal ones, the first. Of maps every place is a sample, and all are first enlarged to the grid
+    with the most places, bilinearly between the centers of places.
 
     Args:
-        teachers: of the same samples and views.
+        teachers: of the same samples and views, all of logits or all of maps.
         weights: one per teacher; only their ratios matter. None: equal weights.
         combine: how the logits are combined, as above.
 
@@ -32,7 +34,10 @@ class JoinedTeacher:
     """
 
     def __init__(
-        self, teachers: Sequence[CachedTeacher], weights: Sequence[float] | None = None, combine: Combine = "logits"
+        self,
+        teachers: Sequence[CachedTeacher | CachedOutput],
+        weights: Sequence[float] | None = None,
+        combine: Combine = "logits",
     ) -> None:
         if weights is not None and len(weights) != len(teachers):
             raise UsageError(
@@ -42,15 +47,18 @@ class JoinedTeacher:
         self.shares = [weight / sum(weights) for weight in weights] if weights else [1 / len(teachers)] * len(teachers)
 
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
-        """Return the logits of samples `ids` [B] int64 in a view: [B, C] float32, on the device of the teachers."""
-        logits = torch.stack([teacher(ids, view) for teacher in self.teachers])
-        shares = logits.new_tensor(self.shares)[:, None, None]
+        """Return the logits of samples `ids` [B] int64 in a view: [B, C] float32, on the device of the teachers.
+
+        Maps are [B, C, h, w].
+        """
+        logits = torch.stack(_on_one_grid([teacher(ids, view) for teacher in self.teachers]))
+        shares = logits.new_tensor(self.shares).view(-1, *[1] * (logits.ndim - 1))
         if self.combine == "logits":
             return (shares * logits).sum(dim=0)
         log_probs = logits.log_softmax(dim=2)
         if self.combine == "confidence":
-            most_confident = (shares[:, :, 0].log() + log_probs.amax(dim=2)).argmax(dim=0)
-            return logits[most_confident, torch.arange(len(ids), device=logits.device)]
+            most_confident = (shares.log() + log_probs.amax(dim=2, keepdim=True)).argmax(dim=0, keepdim=True)
+            return torch.take_along_dim(logits, most_confident, dim=0)[0]
         sharpness = (shares * logits.logsumexp(dim=2, keepdim=True)).sum(dim=0)
         return (log_probs + shares.log()).logsumexp(dim=0) + sharpness
 
@@ -72,3 +80,11 @@ class StackedTeacher(JoinedTeacher):
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
         """Return the logits of samples `ids` [B] int64 in a view: [B, K, C] float32, for K teachers."""
         return torch.stack([teacher(ids, view) for teacher in self.teachers], dim=1)
+
+
+def _on_one_grid(logits: list[Tensor]) -> list[Tensor]:
+    """Return logits as they are, and maps [B, C, h, w] at the places of the largest grid."""
+    if logits[0].ndim != 4:
+        return logits
+    height, width = max((maps.shape[2:] for maps in logits), key=lambda size: size[0] * size[1])
+    return [resized(maps, (height, width)) for maps in logits]

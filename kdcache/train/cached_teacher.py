@@ -50,17 +50,18 @@ def load_teacher(
     placements: list[Placement] = []
     logits: Teacher | None = None
     if loss.uses_teacher and samples.maps is not None:
-        maps = _teacher_of_maps(caches, samples, placement, device)
-        progress.say(f"placement of the cache: {maps.placement} ({maps.why})")
-        placements.append(maps.placement)
-        logits = _of_samples(maps, samples, caches[0])
-    elif loss.uses_teacher:
-        cached = [cache.teacher(device=device, placement=placement) for cache in caches]
-        for each in cached:
+        maps = [_teacher_of_maps(cache, samples, placement, device) for cache in caches]
+        for each in maps:
             progress.say(f"placement of the cache: {each.placement} ({each.why})")
             placements.append(each.placement)
+        logits = _of_samples(_joined(maps, pipeline), samples, caches[0])
+    elif loss.uses_teacher:
+        cached = [cache.teacher(device=device, placement=placement) for cache in caches]
+        for one in cached:
+            progress.say(f"placement of the cache: {one.placement} ({one.why})")
+            placements.append(one.placement)
         logits = _of_samples(_joined(cached, pipeline), samples, caches[0])
-        if loss.gate is None and all(each.placement != "stream" for each in cached):
+        if loss.gate is None and all(one.placement != "stream" for one in cached):
             logits = decode_if_small(logits, len(samples), samples.num_classes)
     if not loss.outputs:
         return logits, placements
@@ -75,7 +76,7 @@ def load_teacher(
     return TeacherWithOutputs(logits, outputs, unmapped), placements
 
 
-def _joined(cached: Sequence[CachedTeacher], pipeline: Pipeline) -> Teacher:
+def _joined(cached: Sequence[CachedTeacher] | Sequence[CachedOutput], pipeline: Pipeline) -> Teacher:
     """Return the teachers of several caches as one, or side by side for a gate.
 
     Raises:
@@ -97,20 +98,14 @@ def _joined(cached: Sequence[CachedTeacher], pipeline: Pipeline) -> Teacher:
 
 
 def _teacher_of_maps(
-    caches: Sequence[Cache], samples: Samples, placement: Placement | Literal["auto"], device: torch.device | str
+    cache: Cache, samples: Samples, placement: Placement | Literal["auto"], device: torch.device | str
 ) -> CachedOutput:
     """Return the teacher's logits of every place.
 
     Raises:
-        UsageError: if the cache has none, or there are several caches.
+        UsageError: if the cache has none.
     """
-    if len(caches) > 1:
-        raise UsageError(
-            f"{len(caches)} caches are given, and {samples.name} has a class per pixel: maps of several teachers are "
-            "not joined",
-            "give one cache",
-        )
-    found = caches[0].teacher(map_of_classes(caches[0], samples), device=device, placement=placement)
+    found = cache.teacher(map_of_classes(cache, samples), device=device, placement=placement)
     assert isinstance(found, CachedOutput), "it is a map"  # noqa: S101  # for the type checker
     return found
 

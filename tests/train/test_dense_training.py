@@ -10,9 +10,11 @@ import pytest
 import torch
 from helpers.cli import ok, refused
 from helpers.scenes import scenes_folder
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcache import load_pipeline, load_split, open_cache
+from kdcache import dump_teacher, load_pipeline, load_split, open_cache
+from kdcache.config.cache import CacheSpec
 from kdcache.data.views import View
 from kdcache.losses.boundaries import body_kd, boundaries, boundary_kd
 from kdcache.models.build import build_model
@@ -85,6 +87,42 @@ def test_the_first_step_is_the_loss_of_the_formula(folder: Path, tmp_path: Path)
     kl = F.kl_div(said.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="none").sum(1).mean()
     assert float(row["cross_entropy"]) == pytest.approx(float(ce), rel=1e-5)
     assert float(row["loss"]) == pytest.approx(float(0.1 * ce + 0.9 * kl), rel=1e-5)
+
+
+class Finer(nn.Module):
+    """Another network, with places of half the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.first, self.last = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        said: Tensor = self.last(self.first(images).relu())
+        return said
+
+
+def test_maps_of_two_caches_are_joined(folder: Path, tmp_path: Path) -> None:
+    """One step of all images: the mean of the probabilities of two teachers, at the places of the finer one."""
+    pipeline, cache = load_pipeline(folder / "p.yaml"), open_cache(folder / "t.kdcache")
+    samples, transform = load_split(pipeline.dataset, "train"), pipeline.transform or []
+    outputs = {"fine": {"kind": "classes", "places": "grid", "source": "last"}}
+    spec = CacheSpec.model_validate({**pipeline.cache.model_dump(), "outputs": outputs})
+    other = dump_teacher(Finer().eval(), samples, tmp_path / "fine.kdcache", transform=transform, spec=spec)
+    both = ["--cache", folder / "t.kdcache", "--cache", tmp_path / "fine.kdcache"]
+    one = ["--set", "student.train.epochs=1", "--set", "student.train.batch_size=64"]
+    joining = ["--set", "join={combine: probabilities, weights: [3, 1]}"]
+    ok("train-student", folder / "p.yaml", *both, *one, *joining, "-o", tmp_path / "run")
+    (row,) = lines(tmp_path / "run" / "metrics.csv")
+    torch.manual_seed(0)
+    student = build_model(pipeline.section("student"), 3, (3, 24, 32)).train()
+    batch = View(samples, transform, cache.manifest.plan.views.seed).batch(list(range(64)), 0)
+    with torch.no_grad():
+        said = F.interpolate(student(batch.images), (12, 16), mode="bilinear")
+    coarse = F.interpolate(cache.teacher("pixels")(torch.arange(64)), (12, 16), mode="bilinear")
+    p = 0.75 * coarse.softmax(1) + 0.25 * other.teacher("fine")(torch.arange(64)).softmax(1)
+    kl = (p * (p.log() - said.log_softmax(1))).sum(1).mean()
+    assert float(row["distillation"]) == pytest.approx(float(0.9 * kl), rel=1e-4)
 
 
 MAP_LOSSES = {

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from helpers.paths import ROOT
 from helpers.tiny import FLIP, TinyTeacher, tiny_samples
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdcache import Cache, dump_teacher, load_pipeline, open_cache, train_student
 from kdcache.cache.joined_teacher import JoinedTeacher
@@ -88,6 +89,24 @@ def test_the_first_of_equally_confident_teachers_is_used() -> None:
     for first, second in ((a, b), (b, a)):
         joined = JoinedTeacher([of(first), of(second)], None, "confidence")
         assert joined(torch.tensor([0])).tolist() == first
+
+
+@pytest.mark.parametrize("combine", ["logits", "probabilities", "confidence"])
+@pytest.mark.parametrize("weights", [None, [2.0, 0.5, 1.0]])
+def test_every_place_of_maps_is_joined_as_a_sample(
+    combine: Literal["logits", "probabilities", "confidence"], weights: list[float] | None
+) -> None:
+    torch.manual_seed(0)
+    sizes = [(2, 3), (4, 6), (4, 3)]
+    said = [3 * torch.randn(5, 4, *size) for size in sizes]
+    teachers: list[Any] = [lambda ids, view, maps=maps: maps[ids] for maps in said]
+    ids = torch.tensor([4, 0])
+    joined = JoinedTeacher(teachers, weights, combine)(ids)
+    enlarged = [F.interpolate(maps, (4, 6), mode="bilinear", align_corners=False)[ids] for maps in said]
+    rows = [maps.permute(0, 2, 3, 1).reshape(-1, 4) for maps in enlarged]
+    of_rows: list[Any] = [lambda ids, view, logits=logits: logits[ids] for logits in rows]
+    expected = JoinedTeacher(of_rows, weights, combine)(torch.arange(2 * 24))
+    torch.testing.assert_close(joined, expected.view(2, 4, 6, 4).permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("places", [("mmap", "stream"), ("stream", "host"), ("mmap", "mmap")])
