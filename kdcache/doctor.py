@@ -40,6 +40,9 @@ _TEST_FILE_BYTES = 64 * 2**20
 """Size of the file that measures the write speed: larger than a disk's own buffer, and written quickly."""
 
 
+_MEMORY = "lower cache.batch_size for the teacher; raise student.train.gradient_accumulation_steps for the student"
+
+
 class Check(NamedTuple):
     """The result of one check.
 
@@ -67,7 +70,7 @@ def examine_machine(out: Path) -> Iterator[Check]:
     yield Check("accelerate", str(configured) if configured.is_file() else "not configured; one process, one device")
     yield Check("memory", f"{free_memory() / 1e9:,.1f} GB free")
     yield Check("disk", f"{free_disk(out) / 1e9:,.1f} GB free in {out}")
-    yield _check("write speed", lambda: _write_speed(out))
+    yield check("write speed", lambda: _write_speed(out))
 
 
 def examine_pipeline(
@@ -87,28 +90,35 @@ def examine_pipeline(
         decode_images: whether image files are decoded, not only their headers checked.
     """
     splits: list[Samples] = []
-    yield _check("data set", lambda: _data_set(pipeline, splits))
+    yield check("data set", lambda: _data_set(pipeline, splits))
     if not splits:
         return  # nothing else can be checked without images
     if any(isinstance(samples.images, FileImages) for samples in splits):
-        yield _check("images", lambda: _images(pipeline, splits, progress, decode_images))
+        yield check("images", lambda: _images(pipeline, splits, progress, decode_images))
     train = splits[0]
     transforms: list[Transform] = [train.transform if pipeline.transform is None else pipeline.transform]
     if pipeline.teacher is not None:
-        yield _check("teacher", lambda: _teacher(pipeline, out, device, progress, transforms))
-    yield _check("transform", lambda: _transform(pipeline, train, transforms[-1]))
+        yield check("teacher", lambda: _teacher(pipeline, out, device, progress, transforms))
+    yield check("transform", lambda: _transform(pipeline, train, transforms[-1]))
     if pipeline.student is not None:
-        yield _check("student", lambda: _student(pipeline, train, transforms[-1], device))
+        yield check("student", lambda: _student(pipeline, train, transforms[-1], device))
 
 
-def _check(what: str, examine: Callable[[], str]) -> Check:
+def check(what: str, examine: Callable[[], str], memory_fix: str = _MEMORY) -> Check:
+    """Return the result of a check, or the problem that it raises.
+
+    Args:
+        what: is checked.
+        examine: returns the result in a few words.
+        memory_fix: what makes a batch smaller.
+    """
     try:
         return Check(what, examine())
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
         problem: KdcacheError = MismatchError(
             f"a batch does not fit the memory of the device: {first}",
-            "lower cache.batch_size for the teacher; raise student.train.gradient_accumulation_steps for the student",
+            memory_fix,
         )
     except KdcacheError as error:
         problem = error
@@ -198,10 +208,19 @@ def _teacher(
     cache = estimate(loaded, pipeline.cache, device, progress, out, pilot_rows=pilot_rows)
     if cache.rows_per_second is None:
         raise ValueError("a pilot is run where the cache is to be written")
-    seconds = cache.rows / cache.rows_per_second
+    dump = described_dump(cache.bytes, cache.rows / cache.rows_per_second)
+    return f"{cache.rows_per_second:,.0f} images/s; {dump}"
+
+
+def described_dump(size: float, seconds: float) -> str:
+    """Return an estimate of a dump in words.
+
+    Args:
+        size: of the cache, in bytes.
+        seconds: of the dump.
+    """
     duration = f"{seconds:,.0f} s" if seconds < 60 else f"{seconds / 60:,.1f} min"
-    size = f"{cache.bytes / 1e6:,.2f} MB"
-    return f"{cache.rows_per_second:,.0f} images/s; estimated cache: {size}, dumped in {duration}"
+    return f"estimated cache: {size / 1e6:,.2f} MB, dumped in {duration}"
 
 
 def _transform(pipeline: Pipeline, samples: Samples, transform: Transform) -> str:

@@ -13,7 +13,7 @@ from kdcache.cli.options import (
     decode_images_option,
     device_option,
     json_option,
-    read_pipeline,
+    read_any_pipeline,
     set_option,
 )
 from kdcache.errors import KdcacheError, UsageError
@@ -36,7 +36,7 @@ from kdcache.errors import KdcacheError, UsageError
 def doctor(
     pipeline: Path | None, out: Path, decode_images: bool, overrides: tuple[str, ...], device: str, as_json: bool
 ) -> None:
-    """Check this machine; with a PIPELINE, check its data set, weights, networks and disk space too.
+    """Check this machine; with a PIPELINE of images or text, check its data set, weights, networks and disk space too.
 
     Files that the pipeline would download are downloaded; no run or cache is written. The exit code is 0 if there is no
     problem, else that of the first problem.
@@ -45,6 +45,7 @@ def doctor(
     Example: kdcache doctor
     Example: kdcache doctor digits
     """
+    from kdcache.config.text import TextPipeline
     from kdcache.doctor import Check, examine_machine, examine_pipeline
 
     if pipeline is None and overrides:
@@ -52,11 +53,15 @@ def doctor(
     checks = [*examine_machine(out)]
     try:
         chosen = choose_device(device)
-        resolved = read_pipeline(pipeline, overrides) if pipeline is not None else None
+        resolved = read_any_pipeline(pipeline, overrides) if pipeline is not None else None
     except KdcacheError as error:
         checks.append(Check("pipeline", error.what, error))
     else:
-        if resolved is not None:
+        if isinstance(resolved, TextPipeline):
+            from kdcache.doctor_text import examine_text_pipeline
+
+            checks += examine_text_pipeline(resolved, out, chosen, output.Terminal())
+        elif resolved is not None:
             checks += examine_pipeline(resolved, out, chosen, output.Terminal(), decode_images)
     problems = [problem for _, _, problem in checks if problem is not None]
     if as_json:
