@@ -234,8 +234,8 @@ def place_agreement(
             )
         ours = resized(ours, (theirs.shape[2], theirs.shape[3]))
         ours, theirs = (maps.movedim(1, -1).flatten(0, 2) for maps in (ours, theirs))
-        top = theirs.argmax(dim=1)
-        same += torch.bincount(top[ours.argmax(dim=1) == top], minlength=len(same))
+        top = theirs.max(dim=1).indices  # see `pixel_sums`
+        same += torch.bincount(top[ours.max(dim=1).indices == top], minlength=len(same))
         said += torch.bincount(top, minlength=len(said))
         distance += float((ours.softmax(dim=1) - theirs.softmax(dim=1)).abs().sum()) / 2
     places = int(said.sum())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdcache.losses.divergences import kl
+from kdcache.losses.rows import log_softmax
 
 
 def is_traced() -> bool:
@@ -51,7 +52,7 @@ class _WeightedKL(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, z: Tensor, t_student: Tensor, t_teacher: Tensor, weight: Tensor) -> Tensor:
         """Return the sum, and keep what its gradients need."""
         scaled = v / t_student
-        log_q, log_p = scaled.log_softmax(dim=1), z.log_softmax(dim=1)
+        log_q, log_p = log_softmax(scaled), log_softmax(z)
         p = log_p.exp()
         terms = log_p.sub_(log_q).mul_(p)
         slope = log_q.exp_().sub_(p)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.losses.options import AT_1, DivergenceOptions, NotNegative, Presets
+from kdcache.losses.rows import log_softmax
 
 
 def kl(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor:
@@ -28,8 +29,8 @@ def kl(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor) -> Tensor
 
     Source: Hinton, Vinyals & Dean 2015 (1503.02531); mdistiller's KDLoss without the reduction.
     """
-    log_q = student_scaled.log_softmax(dim=1)
-    log_p = teacher_scaled.log_softmax(dim=1)
+    log_q = log_softmax(student_scaled)
+    log_p = log_softmax(teacher_scaled)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
@@ -68,8 +69,8 @@ def jensen_shannon(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tenso
 
     Source: Lin 1991, Divergence measures based on the Shannon entropy.
     """
-    log_q = student_scaled.log_softmax(dim=1)
-    log_p = teacher_scaled.log_softmax(dim=1)
+    log_q = log_softmax(student_scaled)
+    log_p = log_softmax(teacher_scaled)
     ratio = log_q - log_p
     kl_p = log_p.exp() * (math.log(2) + F.logsigmoid(-ratio))
     kl_q = log_q.exp() * (math.log(2) + F.logsigmoid(ratio))
@@ -195,7 +196,7 @@ def ofa(student_scaled: Tensor, teacher_scaled: Tensor, labels: Tensor, eps: flo
     known = (labels >= 0).to(teacher_scaled.dtype).unsqueeze(1)
     truth = torch.zeros_like(teacher_scaled).scatter(1, labels.clamp_min(0).unsqueeze(1), known)
     target = (teacher_scaled.softmax(dim=1) + truth).pow(eps) - truth
-    return -(target * student_scaled.log_softmax(dim=1)).sum(dim=1)
+    return -(target * log_softmax(student_scaled)).sum(dim=1)
 
 
 class OFA(DivergenceOptions):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from kdcache.losses.batch import at_least_one
 from kdcache.losses.closed_form import is_traced
 from kdcache.losses.config import Loss
+from kdcache.losses.rows import log_softmax
 from kdcache.losses.temperatures import DTKD, ConstantTemperature
 
 Adjust = Callable[[Tensor, Tensor], Tensor]
@@ -163,7 +164,7 @@ class _FusedLoss(torch.autograd.Function):
 
 def _cross_entropy(v: Tensor, labels: Tensor, weight: Tensor | float, all_labeled: bool) -> tuple[Tensor, Tensor]:
     """Return the sum of the cross-entropy over the labeled samples, and its weighted gradient [B, C]."""
-    log_q = v.log_softmax(dim=1)
+    log_q = log_softmax(v)
     total = F.nll_loss(log_q, labels, ignore_index=-1, reduction="sum")
     if isinstance(weight, float) and not weight:
         return total, torch.zeros_like(v)
@@ -178,7 +179,7 @@ def _cross_entropy(v: Tensor, labels: Tensor, weight: Tensor | float, all_labele
 
 def _log_ratio(scaled: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return q - p, p and log p - log q of the rows, each [B, C]."""
-    log_q, log_p = scaled.log_softmax(dim=1), target.log_softmax(dim=1)
+    log_q, log_p = log_softmax(scaled), log_softmax(target)
     p = log_p.exp()
     ratio = log_p.sub_(log_q)
     return log_q.exp_().sub_(p), p, ratio
@@ -196,6 +197,8 @@ def _add_plain(
     """Add the gradient of the divergences at tau, and return the sum of these."""
     difference, p, ratio = _log_ratio(v / tau, adjust(u / tau, labels))
     slope.add_(difference, alpha=weights.plain * weights.warmup * tau)
+    if not p.is_contiguous():  # rows of few classes are columns in memory
+        p, ratio = p.t(), ratio.t()
     return p.reshape(-1).dot(ratio.reshape(-1))
 
 

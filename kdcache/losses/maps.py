@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from kdcache.losses.batch import BatchSum, batch_mean, of_these
 from kdcache.losses.normalizations import z_score
+from kdcache.losses.rows import are_narrow
 from kdcache.losses.vectors import unit_vectors
 
 Align = Literal["bilinear", "nearest"]
@@ -239,6 +240,13 @@ class PlaceRows(NamedTuple):
     labels: Tensor
 
 
+def _places(maps: Tensor) -> Tensor:
+    """Return the places of maps [B, C, h, w] as rows [M, C]; of few classes each of these is a column in memory."""
+    if are_narrow(maps.shape[1], maps):
+        return maps.transpose(0, 1).flatten(1).t()
+    return maps.movedim(1, -1).flatten(0, 2)
+
+
 def rows_of_places(
     student: Tensor, teacher: Tensor, labels: Tensor, ignore_index: int = 255, *, with_ignored: bool = True
 ) -> PlaceRows:
@@ -257,7 +265,7 @@ def rows_of_places(
         ignore_index: label of places without one.
         with_ignored: whether these are kept, as samples without a label, which still have a teacher.
     """
-    rows = [maps.movedim(1, -1).flatten(0, 2) for maps in (student, teacher)]
+    rows = [_places(maps) for maps in (student, teacher)]
     flat = labels.flatten().long()
     ignored = (flat == ignore_index) | (flat < 0)
     flat = torch.where(ignored, -1, flat)

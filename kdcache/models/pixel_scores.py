@@ -86,7 +86,8 @@ def pixel_sums(logits: Tensor, maps: Tensor) -> PixelSums:
         labels = maps[start : start + images]
         enlarged = resized(logits[start : start + images].float(), (maps.shape[1], maps.shape[2]))
         known = labels >= 0
-        truth, guess = labels[known], enlarged.argmax(dim=1)[known]
+        # On a CPU `argmax` takes 4 to 17 times as long for few classes.
+        truth, guess = labels[known], enlarged.max(dim=1).indices[known]
         counts += torch.stack(
             [torch.bincount(each, minlength=classes) for each in (truth[truth == guess], guess, truth)]
         )

@@ -17,6 +17,7 @@ from kdcache.losses.batch import BatchTotals
 from kdcache.losses.closed_form import equalizing_temperatures, weighted_kl
 from kdcache.losses.divergences import kl
 from kdcache.losses.fused_loss import is_fused
+from kdcache.losses.rows import log_softmax
 from kdcache.losses.temperatures import constant, dtkd
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -275,3 +276,19 @@ def test_detached_temperatures_of_dtkd_get_no_gradient() -> None:
     assert not any(value.requires_grad for value in dtkd(v, u, detach=True))
     assert all(value.requires_grad for value in dtkd(v, u))
     assert loss_of("dtkd").temperature.has_gradient
+
+
+@pytest.mark.parametrize("classes", [1, 2, 8, 15, 16, 100])
+def test_the_softmax_of_rows_does_not_depend_on_how_they_lie_in_memory(classes: int) -> None:
+    torch.manual_seed(0)
+    columns = 5 * torch.randn(classes, 30)
+    for rows in (columns.t(), columns.t().contiguous(), columns.t()[::2], columns.t()[:0]):
+        given, same = rows.clone().requires_grad_(), rows.double().requires_grad_()
+        found, expected = log_softmax(given), same.log_softmax(dim=1)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        weight = torch.randn(found.shape)
+        torch.autograd.backward((found * weight).sum())
+        torch.autograd.backward((expected * weight.double()).sum())
+        assert given.grad is not None
+        assert same.grad is not None
+        torch.testing.assert_close(given.grad.double(), same.grad, rtol=1e-4, atol=1e-5)
