@@ -233,7 +233,10 @@ class Cache:
         """
         plan = self.manifest.plan
         if plan.sequences is None:
-            raise UsageError(f"the samples of {self.path} are not sequences", "use cache.teacher()")
+            raise UsageError(
+                f"the samples of {self.path} are not sequences of tokens",
+                "give a cache of a language model; in Python a cache of images has cache.teacher()",
+            )
         if output is None and len(plan.output_names) > 1:
             raise UsageError("the cache has several outputs", f"name one of {', '.join(plan.output_names)}")
         name = plan.output_names[0] if output is None else output

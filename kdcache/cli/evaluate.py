@@ -107,9 +107,10 @@ def evaluate(
     if are_of_pixels(selected):
         if named is not None:
             raise UsageError("--canaries are samples with one label, and these have one per pixel", "leave it out")
-        pixels = score_pixels(selected, split, cache=cache, rows=rows, device=chosen, progress=progress)
-        report_pixels(pixels, cache, chosen, as_json)
-        return
+        if cache is None or any(each.has_class_logits for each in selected):
+            pixels = score_pixels(selected, split, cache=cache, rows=rows, device=chosen, progress=progress)
+            report_pixels(pixels, cache, chosen, as_json)
+            return
     classifiers = selected if cache is None else [each for each in selected if each.has_class_logits]
     of_classes = _with_class_logits(cache, selected)
     card = (

@@ -20,7 +20,7 @@ from kdcache.data.same_samples import check_same_samples
 from kdcache.data.samples import Samples
 from kdcache.data.transform_limits import MAX_BATCH_VALUES, MAX_IMAGE_VALUES
 from kdcache.data.views import View
-from kdcache.errors import MismatchError
+from kdcache.errors import MismatchError, counted
 from kdcache.runtime.progress import Progress, Silent
 
 _ROUNDING_TOLERANCE = 1e-5
@@ -50,6 +50,7 @@ def check_matches_cache(cache: Cache, samples: Samples, transform: Transform | N
             f"the cache {cache.path} has {cache.num_classes} classes, {samples.name} has {samples.num_classes}",
             "use the data set that the cache was made from (`kdcache info CACHE` names it)",
         )
+    _check_class_names(cache, samples, progress)
     ids = slice(None) if samples.ids is None else samples.ids
     if samples.ids is not None and (largest := int(samples.ids.max(initial=-1))) >= len(cache):
         raise MismatchError(
@@ -68,6 +69,26 @@ def check_matches_cache(cache: Cache, samples: Samples, transform: Transform | N
             f"  pipeline: {transform}",
             "remove `transform` from the pipeline: the student then sees what the teacher saw",
         )
+
+
+def _check_class_names(cache: Cache, samples: Samples, progress: Progress | None) -> None:
+    """Check that the classes of a data set are not those of a cache in another order; other names are a note.
+
+    Raises:
+        MismatchError: with the first class that differs.
+    """
+    ours, theirs = cache.manifest.plan.dataset.class_names, samples.class_names
+    differ = [number for number, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other]
+    if not differ:
+        return
+    first = f"class {differ[0]} is {ours[differ[0]]!r} in {cache.path} and {theirs[differ[0]]!r} in {samples.name}"
+    if sorted(ours) == sorted(theirs):
+        raise MismatchError(
+            f"the data set has the classes of the cache in another order: {first}",
+            "give it the order of the cache (`kdcache info CACHE --json` has it)",
+        )
+    if progress is not None:
+        progress.say(f"note: {counted(len(differ), 'class', 'classes')} have other names: {first}")
 
 
 def teacher_view(cache: Cache, samples: Samples, view: int = 0) -> View:

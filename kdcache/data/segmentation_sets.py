@@ -15,7 +15,7 @@ from kdcache.data.images import FileImages
 from kdcache.data.label_maps import FileMaps, ItemMaps, LabelMaps, MaskValues
 from kdcache.data.npz_files import array_transform
 from kdcache.data.samples import Split
-from kdcache.errors import MismatchError, UsageError
+from kdcache.errors import MismatchError, UsageError, counted
 from kdcache.runtime.paths import expand
 from kdcache.runtime.system_files import is_system_file
 
@@ -214,8 +214,10 @@ def _paired(images: Path, masks: Path) -> tuple[list[str], list[str]]:
         if names:
             what = "mask" if kind == "images" else "image"
             raise MismatchError(
-                f"{len(names):,} {kind} of {folder} have no {what} in {other}: {_few(names)}",
-                f"give both the same name but for the ending, or move the {kind} away",
+                f"{counted(len(names), kind[:-1])} of {folder} {'has' if len(names) == 1 else 'have'} no {what} in "
+                f"{other}: {_few(names)}",
+                f"give both the same name but for the ending (a mask may also end in "
+                f"{', '.join(_SUFFIXES)}), or move the {kind} away",
             )
     return [of_images[name] for name in pairs], [of_masks[mask] for mask in pairs.values() if mask is not None]
 

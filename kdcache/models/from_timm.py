@@ -30,6 +30,27 @@ _FINEST_STEP = 4
 """Pixels of an image, in each direction, per place of the largest map that an encoder passes to its head."""
 
 
+class _OneSize:
+    """A forward pre-hook of an encoder that takes images of one size.
+
+    Raises:
+        MismatchError: for images of another one.
+    """
+
+    def __init__(self, name: str, height: int, width: int) -> None:
+        self.name, self.size = name, (height, width)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Check the size of the images."""
+        height, width = inputs[0].shape[2:]
+        if (height, width) != self.size:
+            raise MismatchError(
+                f"{self.name} is made for images of {self.size[0]} x {self.size[1]} pixels, and these have {height} x "
+                f"{width}",
+                f"set img_size in its args: {{features_only: true, img_size: [{height}, {width}]}}",
+            )
+
+
 class _HeadArgs(Section):
     """Arguments of the head of an encoder."""
 
@@ -60,8 +81,14 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int, complete:
     options["pretrained"] = bool(tag) and not (spec.is_encoder and complete)
     if options["pretrained"]:
         options["pretrained_cfg_overlay"] = {"state_dict": _weights(spec, f"{architecture}.{tag}", config)}
+    of_head = [key for key in spec.args if key in _HeadArgs.model_fields]
+    if of_head and not spec.is_encoder:
+        raise UsageError(
+            f"{of_head[0]} in the args of {spec.model} is of the head of an encoder",
+            f"add features_only: true, or remove {of_head[0]}",
+        )
     if spec.is_encoder:
-        return _encoder_with_head(spec, options, num_classes, own_channels)
+        return _encoder_with_head(spec, config, options, num_classes, own_channels)
     model = construct(_timm().create_model, spec, **options, num_classes=num_classes)
     vars(model)["pretrained_cfg"].pop("state_dict", None)  # a second copy of all weights
     if config.fixed_input_size:
@@ -72,7 +99,9 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int, complete:
     return model
 
 
-def _encoder_with_head(spec: ModelSpec, options: dict[str, Any], num_classes: int, channels: int) -> nn.Module:
+def _encoder_with_head(
+    spec: ModelSpec, config: Any, options: dict[str, Any], num_classes: int, channels: int
+) -> nn.Module:
     """Return an encoder of timm with a new head, which says a class of each place of the encoder's largest map.
 
     Arguments besides those of `_HeadArgs` are timm's. Its `out_indices` chooses the maps; without it, they are those at
@@ -83,22 +112,52 @@ def _encoder_with_head(spec: ModelSpec, options: dict[str, Any], num_classes: in
     """
     of_head = {key: spec.args[key] for key in _HeadArgs.model_fields if key in spec.args}
     head = validated(_HeadArgs, of_head, f"the head of {spec.model} (`args:`)")
+    if head.frozen and "@" not in spec.model:
+        raise UsageError(
+            f"the encoder {spec.model} is frozen, and has random weights",
+            f"name weights of it, {spec.model}@TAG, or remove `frozen`",
+        )
     args = {key: value for key, value in spec.args.items() if key not in of_head}
-    if "out_indices" not in args:
-        untrained: Any = construct(_timm().create_model, _with_args(spec, args), model_name=options["model_name"])
-        steps = untrained.feature_info.reduction()
-        args["out_indices"] = [index for index, step in enumerate(steps) if step >= _FINEST_STEP]
+    chosen = args.pop("out_indices", None)
+    untrained: Any = _made(spec, args, model_name=options["model_name"])
+    steps = untrained.feature_info.reduction()
+    if chosen is None:
+        chosen = [index for index, step in enumerate(steps) if step >= _FINEST_STEP]
     with _missing_weights() as missing:
-        encoder: Any = construct(_timm().create_model, _with_args(spec, args), **options)
+        try:
+            encoder: Any = _made(spec, {**args, "out_indices": chosen}, **options)
+        except UsageError as error:
+            if not isinstance(error.__cause__, IndexError):
+                raise
+            raise UsageError(
+                f"{spec.model} has {len(steps)} maps, at 1/{', 1/'.join(map(str, steps))} of the size of an image, and "
+                f"out_indices is {chosen}",
+                f"choose indices from 0 to {len(steps) - 1}",
+            ) from None
     _check_complete(encoder, missing, spec.model)
     last = str(getattr(encoder, "output_fmt", "NCHW")).endswith("NHWC")
     model = EncoderWithHead(encoder, num_classes, encoder.feature_info.channels(), head.width, last, head.frozen)
+    if config.fixed_input_size and not args.get("dynamic_img_size"):
+        model.register_forward_pre_hook(_OneSize(spec.model, *_side(args, config)))
     model.register_forward_pre_hook(Fit(SMALLEST_SIDE, SMALLEST_SIDE, channels))
     return model
 
 
-def _with_args(spec: ModelSpec, args: dict[str, Any]) -> ModelSpec:
-    return spec.model_copy(update={"args": args})
+def _made(spec: ModelSpec, args: dict[str, Any], **options: Any) -> nn.Module:
+    """Return an encoder.
+
+    Raises:
+        UsageError: for arguments that it does not take; those that are nearly ones of the head are named.
+    """
+    try:
+        return construct(_timm().create_model, spec.model_copy(update={"args": args}), **options)
+    except UsageError as error:
+        similar = [f"{key}{hint}" for key in args if (hint := did_you_mean(key, _HeadArgs.model_fields))]
+        if not similar or not isinstance(error.__cause__, TypeError):
+            raise
+        raise UsageError(
+            error.what, f"{similar[0]} Arguments of the head: {', '.join(_HeadArgs.model_fields)}"
+        ) from None
 
 
 @contextmanager

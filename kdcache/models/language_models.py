@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,26 @@ _TOKENIZER = (
 )
 """Files of a folder of transformers that are of its tokenizer."""
 
+_PAD = "pad_token_id"
+
 ADAPTER = "adapter"
 """Folder of the weights that peft trained, beside that of the whole network."""
 
 
-def build_language_model(spec: LanguageModelSpec, vocabulary_size: int, progress: Progress | None = None) -> CausalLM:
+def build_language_model(
+    spec: LanguageModelSpec,
+    vocabulary_size: int,
+    progress: Progress | None = None,
+    special: Mapping[str, int] | None = None,
+) -> CausalLM:
     """Return a language model on the CPU, with the random weights that the present seed gives if it is a new one.
 
     Args:
         spec: the section of a pipeline.
         vocabulary_size: V, the number of tokens of a new network; `args: {vocab_size: ...}` replaces it.
         progress: progress reporter; silent if None.
+        special: ids of the special tokens of the vocabulary by name (bos, eos, pad), which a new network then ends
+            texts with; `args:` replaces them. None for those of the library.
 
     Raises:
         KdcacheError: without transformers, for a folder, type, option or function that is not a language model with a
@@ -68,7 +78,13 @@ def build_language_model(spec: LanguageModelSpec, vocabulary_size: int, progress
         return _of_user(spec, vocabulary_size)
     if kind == "hf":
         return load_causal_lm(name, torch.float32, progress=progress)
-    return new_causal_lm(name, {_SIZE: vocabulary_size, **spec.args})
+    ends = {f"{token}_token_id": special.get(token) for token in ("bos", "eos")} if special else {}
+    made = new_causal_lm(name, {_SIZE: vocabulary_size, **ends, **spec.args})
+    if special and _PAD not in spec.args:
+        # Later than the weights: the embedding of a padding token would not be trained, and may be that of eos.
+        for settings in (made.network.config, made.network.generation_config):
+            setattr(settings, _PAD, special.get("pad"))
+    return made
 
 
 def _of_user(spec: LanguageModelSpec, vocabulary_size: int) -> CausalLM:
@@ -94,6 +110,15 @@ def tokenizer_folder(spec: LanguageModelSpec) -> Path | None:
     kind, _, name = spec.model.partition(":")
     folder = expand(name) if kind == "hf" else None
     return folder if folder is not None and has_tokenizer(folder) else None
+
+
+def tokenizer_of_cache(spec: LanguageModelSpec | None, plan: Plan) -> Path | None:
+    """Return the folder of a teacher if it has the tokenizer that a cache was made with; else None."""
+    folder = None if spec is None else tokenizer_folder(spec)
+    record = plan.sequences.vocabulary if plan.sequences is not None else None
+    if folder is None or record is None or record.digest is None:
+        return None
+    return folder if digest_of_tokens(load_tokenizer(folder).vocabulary.tokens) == record.digest else None
 
 
 def check_tokenizer(folder: Path | None, cache: Path, plan: Plan) -> None:

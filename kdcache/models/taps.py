@@ -145,13 +145,19 @@ class Taps:
             )
         if found is None and self._seen[name]:
             found = self._seen[name][0]
-        elif found is None and tap.source is None and self._whole and len(self._taps) == 1:
+        elif found is None and tap.source is None and self._is_the_one(tap):
             found = self.returned if isinstance(self.returned, Tensor) else None
         if isinstance(found, np.ndarray):
             found = torch.from_numpy(found)
         if not isinstance(found, Tensor):
             raise self._missing(name, source, found)
         return _shaped(found, tap, f"the output {name} of the {self._who}")
+
+    def _is_the_one(self, tap: Tap) -> bool:
+        """Return whether an output without a source is the tensor that the network returns."""
+        is_map = tap.places == "grid" and not tap.of_one_number and isinstance(self.returned, Tensor)
+        grids = [one for one in self._taps.values() if one.places == "grid" and one.source is None]
+        return (self._whole and len(self._taps) == 1) or (is_map and self.returned.ndim == 4 and len(grids) == 1)
 
     def _missing(self, name: str, source: str | int, found: Any) -> MismatchError:
         """Return the error for an output that is not there, or that is not a tensor."""
@@ -166,10 +172,13 @@ class Taps:
         returned = listed_parts(self.returned)
         parts = ", ".join(f"{part} {shape}" for part, shape in returned.items()) or "a tensor"
         top = ", ".join(dict.fromkeys(module.split(".")[0] for module in self._modules))
+        section = "student" if self._who == "student" else "cache"
+        of_head = "; that of the logits is head.classifier" if "head.classifier" in self._modules else ""
         return MismatchError(
             f"the {self._who} does not give the output {name}: {what}; it returns {parts}"
             + (f"; its modules are {top}" if top else ""),
-            f"set `source` of the output {name} to a part of what it returns, or to a module (model.named_modules())",
+            f"set {section}.outputs.{name}.source to a part of what it returns, or to a module (model.named_modules())"
+            f"{of_head}",
         )
 
 

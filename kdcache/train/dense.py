@@ -68,7 +68,8 @@ def map_of_classes(cache: Cache, samples: Samples) -> str:
         raise MismatchError(
             f"the output {name} of {cache.path} has {channels} classes per place, and {samples.name} has "
             f"{samples.num_classes}",
-            "use the data set that the teacher was trained on, in its classes",
+            "use the data set that the teacher was trained on, in its classes; if this is it, dump the module that has "
+            f"the logits (cache.outputs.{name}.source)",
         )
     return name
 
@@ -77,13 +78,8 @@ def check_dense_loss(loss: Loss, train: View) -> None:
     """Check that a loss is defined for label maps, and that they can be moved with the images.
 
     Raises:
-        UsageError: for a gate or a controller, which are of whole images, or labels that are hidden.
+        UsageError: for a gate or a controller, which are of whole images.
     """
-    if not torch.equal(train.labels, torch.from_numpy(train.samples.labels).long()):
-        raise UsageError(
-            f"train.labels_per_class hides labels of images, and {train.samples.name} has a class per pixel",
-            "remove train.labels_per_class",
-        )
     for part in ("gate", "controller"):
         if getattr(loss, part) is not None:
             raise UsageError(

@@ -30,6 +30,11 @@ def training_view(
     """Return the training images of a network, the number of their views, and its teacher."""
     teacher = inputs.teacher if loss.uses_cache else None
     own = spec.transform if isinstance(spec, StudentSpec) else None
+    if inputs.samples.maps is not None and spec.train.labels_per_class is not None:
+        raise UsageError(
+            f"train.labels_per_class hides labels of images, and {inputs.samples.name} has a class per pixel",
+            "remove train.labels_per_class",
+        )
     if own is None:
         labels = labels_shown(inputs.samples, spec.train)
         view = views.view(inputs.samples, inputs.transform, inputs.seed, labels=labels, crops=inputs.crops)

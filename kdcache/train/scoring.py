@@ -82,7 +82,7 @@ def held_out_work(trainer: Trainer, held: HeldOut, cuts: list[Tensor], epoch: in
     total = torch.zeros((), dtype=torch.float64)
     for number, ids in enumerate(own, 1):
         (batch,) = yield wanted
-        total += len(ids) * trainer.held_out_loss(ids, held.view, batch, epoch).cpu().double()
+        total += len(ids) * trainer.held_out_loss(ids, held.view, batch).cpu().double()
         task.advance(0, f"validating epoch {epoch}: batch {number:,} of {len(own):,}")
     if network.model.training != was_training:
         network.model.train(was_training)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kdcache.cache.teacher import Teacher
 from kdcache.config.schema import TrainSpec
 from kdcache.data.views import View
+from kdcache.errors import UsageError
 from kdcache.losses import Loss, LossParts, distillation_loss, learned_temperature
 from kdcache.losses.batch import OVER_ALL_RANKS, BatchTotals, labeled_shares
 from kdcache.losses.dense import DenseTotals, dense_loss
@@ -42,12 +43,12 @@ class StepContext:
         micro_batches: its part of the batch.
         totals: of the batch, over all processes.
         dense: totals of its label maps; None without.
-        epoch: number of the epoch, from 1; schedules of the loss depend on it.
+        epoch: number of the epoch, from 1; schedules of the loss depend on it. None for their end.
     """
 
     micro_batches: Sequence[MicroBatch]
     totals: BatchTotals
-    epoch: int
+    epoch: int | None
     dense: DenseTotals | None = None
 
 
@@ -115,11 +116,14 @@ class Trainer(NetworkTrainer):
         return super().selected  # type: ignore[no-any-return]  # the network that it was given, or a copy of it
 
     @torch.no_grad()
-    def held_out_loss(self, ids: Tensor, held: View, micro_batch: MicroBatch, epoch: int) -> Tensor:
-        """Return the loss [] of the selected network on a batch of the samples `ids` [B] that are held out."""
+    def held_out_loss(self, ids: Tensor, held: View, micro_batch: MicroBatch) -> Tensor:
+        """Return the loss [] of the selected network on a batch of the samples `ids` [B] that are held out.
+
+        It is that of the end of all schedules, since epochs with other weights could not be compared.
+        """
         labeled = int((held.labels[ids] >= 0).sum())
         edges = self._edges.among([micro_batch], held.samples) if self.loss.uses_edges else None
-        context = StepContext([micro_batch], BatchTotals(len(ids), labeled, labeled)._replace(edges=edges), epoch)
+        context = StepContext([micro_batch], BatchTotals(len(ids), labeled, labeled)._replace(edges=edges), None)
         # A controller sets something for steps that are taken, and learns from them.
         return self._loss(self.selected(micro_batch.images), micro_batch, context, None).total
 
@@ -179,18 +183,26 @@ class Trainer(NetworkTrainer):
         )
         self.model.train()
         parts: list[LossParts] = []
+        self._labeled_pixels = torch.zeros((), dtype=torch.int64)
         for cut in cuts:
             # No name here holds the micro-batches while the next are loaded.
             parts.append(self._step_of((yield wanted), torch.cat(cut), train, number))
             if on_step and len(parts) < len(cuts):
                 on_step()
         self.gradients.check()
+        if train.samples.maps is not None and not self.loss.uses_cache and not int(self._labeled_pixels):
+            raise UsageError(
+                f"no pixel of {train.samples.name}/{train.samples.split} has a label, and the loss uses no teacher",
+                "check the masks, dataset.ignore and dataset.first_class",
+            )
         return self.reduced(parts)
 
     def _step_of(self, micro_batches: MicroBatches, ids: Tensor, train: View, epoch: int) -> LossParts:
         over_ranks = partial(self.accelerator.reduce, reduction="sum") if self.ranks > 1 else None
         dense = totals_of_step(micro_batches, len(ids), over_ranks)
-        return self._step(StepContext(micro_batches, self._totals(ids, train, micro_batches), epoch, dense))
+        if dense is not None:
+            self._labeled_pixels = self._labeled_pixels + torch.as_tensor(dense.labeled)
+        return self._step(StepContext(micro_batches, self._totals(ids, train, micro_batches), epoch, dense), epoch)
 
     def _totals(self, ids: Tensor, train: View, micro_batches: Sequence[MicroBatch]) -> BatchTotals:
         """Return the totals of the batch [B] that all micro-batches of all processes make up."""
@@ -203,12 +215,12 @@ class Trainer(NetworkTrainer):
         totals = BatchTotals(len(ids), labeled, shares, *(OVER_ALL_RANKS if self.ranks > 1 else ()))
         return totals._replace(edges=edges)
 
-    def _step(self, context: StepContext) -> LossParts:
-        """Take an optimizer step, and return this process's part of its loss."""
+    def _step(self, context: StepContext, epoch: int) -> LossParts:
+        """Take an optimizer step of an epoch, and return this process's part of its loss."""
         self.optimizer.zero_grad()
         if self.controller is not None:
             lr, smoothing = float(self.schedule.get_last_lr()[0]), self.spec.label_smoothing
-            coming = ComingStep(context.micro_batches, self.loss, context.epoch, lr, smoothing)
+            coming = ComingStep(context.micro_batches, self.loss, epoch, lr, smoothing)
             self.controller.prepare(self.model, coming)
         if len(context.micro_batches) > 1 and self.loss.is_of_the_batch:
             parts = self._backward_in_two_passes(context)
@@ -221,7 +233,7 @@ class Trainer(NetworkTrainer):
                 # Without its graph, which would keep the logits of every micro-batch.
                 each.append(LossParts(*(value.detach() for value in loss)))
             parts = sum_of_parts(each)
-        self.update(parts.total, context.epoch)
+        self.update(parts.total, epoch)
         if self.controller is not None:
             self.controller.step(self.model)
         return parts

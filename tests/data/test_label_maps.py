@@ -328,7 +328,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "value": (array_mask(7), "has the value 7 at row 1, column 2 (1 such pixels); classes are 0 to 2, ignored is 255"),
     "size": (array_mask(size=(HEIGHT, WIDTH + 1)), f"has {HEIGHT} x {WIDTH} pixels (height x width), and its mask"),
     "damaged": (b"\x89PNG\r\n\x1a\n" + b"0" * 40, "cannot read the mask"),
-    "missing": (None, "1 images of"),
+    "missing": (None, "1 image of"),
 }
 
 
@@ -361,7 +361,7 @@ def test_masks_of_16_bits_and_of_1_bit(tmp_path: Path) -> None:
 def test_a_mask_without_an_image_is_named(tmp_path: Path) -> None:
     spec = folder_with(tmp_path, array_mask())
     array_mask().save(tmp_path / "masks" / "b.png")
-    with pytest.raises(KdcacheError, match=r"1 masks of .* have no image in .*: b"):
+    with pytest.raises(KdcacheError, match=r"1 mask of .* has no image in .*: b"):
         load_split(spec, "train")
 
 

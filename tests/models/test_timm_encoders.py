@@ -73,8 +73,9 @@ def test_gray_and_small_images_are_taken() -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_frozen_encoder_stays_as_it_is(frozen: bool) -> None:
-    model = network("test_resnet", frozen=frozen).train()
+def test_a_frozen_encoder_stays_as_it_is(frozen: bool, published: Path) -> None:
+    assert published.is_file()
+    model = build_model({**SPEC, "args": {"features_only": True, "frozen": frozen}}, 5).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
     torch.autograd.backward(model(torch.rand(2, 3, 64, 96)).square().mean())
@@ -133,12 +134,21 @@ def test_a_file_without_some_of_the_weights_is_refused(published: Path) -> None:
         ({"width": 0}, r"head of timm:test_resnet \(`args:`\):\n  width: "),
         ({"frozen": "maybe"}, r"  frozen: Input should be a valid boolean"),
         ({"widht": 3}, "unexpected keyword argument 'widht'"),
-        ({"out_indices": [9]}, "cannot be built: IndexError"),
+        ({"out_indices": [9]}, r"has 5 maps, at 1/2, 1/4, 1/8, 1/16, 1/32 .* out_indices is \[9\]"),
+        ({"frozen": True}, "is frozen, and has random weights"),
+        ({"features_only": False}, "width in the args of timm:test_resnet is of the head of an encoder"),
     ],
 )
 def test_arguments_that_the_head_or_the_encoder_do_not_take(args: dict[str, Any], words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        network("test_resnet", **args)
+    with pytest.raises(UsageError, match=words) as caught:
+        network("test_resnet", **{"width": 8, **args})
+    assert ("did you mean width?" in caught.value.fix) == ("widht" in args)
+
+
+def test_images_of_another_size_than_a_transformer_takes_are_refused_with_the_argument() -> None:
+    with pytest.raises(MismatchError, match="made for images of 160 x 160 pixels, and these have 64 x 96") as caught:
+        network("test_vit")(torch.rand(1, 3, 64, 96))
+    assert "img_size: [64, 96]" in caught.value.fix
 
 
 def test_a_teacher_with_a_new_head_is_not_dumped(published: Path) -> None:

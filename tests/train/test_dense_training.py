@@ -208,6 +208,17 @@ REFUSED: dict[str, tuple[int, list[str], str]] = {
     ),
     "mixed images": (2, ["eval_transform=[{MixUp: {alpha: 0.2}}]"], "mixes images"),
     "controller": (2, ["loss.controller={kind: tgeo}"], "loss.controller is of whole images"),
+    "hidden labels": (2, ["student.train.labels_per_class=1"], "train.labels_per_class hides labels of images"),
+    "misspelled mask": (
+        4,
+        ["loss={name: kd, outputs: {pixels: {name: pixel_kd, mask: label}}}"],
+        "set `mask` of the loss of pixels to a part of what the student returns or to a module, or to labels",
+    ),
+    "no such source": (
+        4,
+        ["loss={name: kd, outputs: {pixels: {name: pixel_kd}}}", "student.outputs={pixels: {source: classifer}}"],
+        "did you mean classifier?; it returns",
+    ),
 }
 
 
@@ -218,6 +229,46 @@ def test_what_is_not_defined_for_maps_is_refused(kind: str, folder: Path, tmp_pa
     command = ["train-student", folder / "p.yaml", "--cache", folder / "t.kdcache", *options, "-o", tmp_path / "run"]
     assert said in " ".join(refused(code, *command).split())
     assert not (tmp_path / "run").exists()
+
+
+def test_classes_in_another_order_are_refused_and_other_names_are_noted(folder: Path, tmp_path: Path) -> None:
+    code = (folder / "scenes.py").read_text()
+    names = '("ground", "box", "disc")'
+    assert names in code
+    pipeline = (folder / "p.yaml").read_text()
+    for new, word in (('("ground", "disc", "box")', "order"), ('("ground", "cube", "disc")', "names")):
+        (tmp_path / f"{word}.py").write_text(code.replace(names, new))
+        (tmp_path / f"{word}.yaml").write_text(pipeline.replace(f"{folder}/scenes.py", f"{tmp_path}/{word}.py"))
+    first = "class 1 is 'box' in "
+    given = ["train-student", tmp_path / "order.yaml", "--cache", folder / "t.kdcache", "-o", tmp_path / "run"]
+    said = " ".join(refused(4, *given).split())
+    assert "has the classes of the cache in another order: " + first in said
+    said = " ".join(refused(4, "verify", folder / "t.kdcache", tmp_path / "order.yaml").split())
+    assert first in said and "'disc' in" in said
+    checked = ok("verify", folder / "t.kdcache", tmp_path / "names.yaml")
+    assert "the same 64 samples" in checked
+
+
+def test_a_training_without_any_label_is_an_error(folder: Path, tmp_path: Path) -> None:
+    code = (folder / "scenes.py").read_text()
+    (tmp_path / "scenes.py").write_text(code.replace("mask[0] = 255", "mask[:] = 255 if self.seed == 1 else mask"))
+    text = (folder / "p.yaml").read_text().replace(f"{folder}/scenes.py", f"{tmp_path}/scenes.py")
+    (tmp_path / "p.yaml").write_text(text)
+    said = " ".join(refused(2, "train-teacher", tmp_path / "p.yaml", "-o", tmp_path / "run").split())
+    assert "has a label, and the loss uses no teacher" in said and "dataset.ignore" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_without_class_logits_is_compared_with_the_teacher(folder: Path, tmp_path: Path) -> None:
+    """Its map needs no source: it is the tensor that it returns, with and without a loss of its own."""
+    for name, logits in (("alone", "false"), ("beside", "{name: ce}")):
+        one = ["--set", "student.train.epochs=1", "--set", f"loss={{logits: {logits}, pixels: {{name: pixel_kd}}}}"]
+        ok("train-student", folder / "p.yaml", "--cache", folder / "t.kdcache", *one, "-o", tmp_path / name)
+    said = ok("evaluate", tmp_path / "alone", "--cache", folder / "t.kdcache")
+    assert "same top class as the teacher" in said
+    assert "mIoU" in ok("evaluate", tmp_path / "beside", "--cache", folder / "t.kdcache")
+    refusal = refused(2, "evaluate", tmp_path / "alone")
+    assert "--cache CACHE" in refusal
 
 
 def test_a_cache_without_maps_is_refused(folder: Path, tmp_path: Path) -> None:

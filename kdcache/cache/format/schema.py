@@ -233,6 +233,11 @@ class Plan(Record):
             MismatchError: if the cache holds other outputs only.
         """
         if self.class_encoding is None:
+            if self.sequences is not None:
+                raise MismatchError(
+                    "this cache is of sequences of tokens, and class logits of images are asked for",
+                    "give a cache of images, or networks and a pipeline of text",
+                )
             raise MismatchError(
                 f"this cache holds no class logits; it holds {', '.join(self.named_outputs)}",
                 "name one of these outputs (to train on it alone: --set 'loss={logits: false, OUTPUT: {name: mse}}'), "

@@ -153,10 +153,14 @@ def _on_cache(data: TextReportData) -> Iterator[Part]:
     """Yield the scores of all runs on the same sequences."""
     yield Heading("On the sequences of the cache")
     labels = {index: group for group in data.groups for index in group.members}
-    first = data.scores[0]
-    yield Paragraph(
-        f"All networks on the same {counted(first.sequences, 'sequence')} with {first.positions:,} taught positions."
-    )
+    measured = sorted({(score.sequences, score.positions) for score in data.scores})
+    if len(measured) == 1:
+        ((sequences, positions),) = measured
+        what = f"All networks on the same {counted(sequences, 'sequence')} with {positions:,} taught positions."
+    else:
+        each = "; ".join(f"{positions:,} positions of {counted(count, 'sequence')}" for count, positions in measured)
+        what = f"Not all networks on the same positions, so that figures cannot be compared: {each}."
+    yield Paragraph(what)
     rows: list[tuple[str | GroupLabel, *tuple[str, ...]]] = []
     for index, (run, score) in enumerate(zip(data.runs, data.scores, strict=True)):
         rows.append(

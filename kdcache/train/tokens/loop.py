@@ -184,7 +184,7 @@ def _score_held_out(trainer: TokenTrainer, cuts: Sequence[Micro], epoch: int, ta
         loaded = trainer.load(which, with_teacher=True)
         hidden = whole.causal.hidden_states(loaded.batch)
         head = whole.causal.head.cut(trainer.sequences.encoding.num_classes)
-        losses.append(float(trainer.held_out_loss(loaded, hidden, epoch)) * len(hidden))
+        losses.append(float(trainer.held_out_loss(loaded, hidden)) * len(hidden))
         for positions in positions_of(hidden, head, loaded.batch.labels, loaded.targets):
             sums.add(positions)
         task.advance(0, f"validating epoch {epoch}: batch {number:,} of {len(own):,}")

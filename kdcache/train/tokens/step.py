@@ -199,13 +199,14 @@ class TokenTrainer(NetworkTrainer):
         return [totals.sum(value.unsqueeze(0)) for value in sums]
 
     @torch.no_grad()
-    def held_out_loss(self, micro_batch: TokenMicroBatch, hidden: Tensor, epoch: int) -> Tensor:
+    def held_out_loss(self, micro_batch: TokenMicroBatch, hidden: Tensor) -> Tensor:
         """Return the mean loss [] of the selected network at the taught positions of sequences that are held out.
+
+        It is that of the end of all schedules, since epochs with other weights could not be compared.
 
         Args:
             micro_batch: the sequences.
             hidden: [n, d], its last hidden states there.
-            epoch: number of the epoch, from 1.
         """
         batch, targets = micro_batch
         targets = targets if self.loss.uses_teacher else None
@@ -213,7 +214,7 @@ class TokenTrainer(NetworkTrainer):
         head = self._own_vocabulary(whole.causal.head)
         smoothing = self.spec.label_smoothing
         found = chunked_loss(
-            hidden, head, batch.labels, targets, self.loss, epoch, whole.theta, None, label_smoothing=smoothing
+            hidden, head, batch.labels, targets, self.loss, None, whole.theta, None, label_smoothing=smoothing
         )
         return found.total
 

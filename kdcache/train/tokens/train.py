@@ -16,7 +16,12 @@ from kdcache.data.seeding import seeded
 from kdcache.errors import CorruptError, InterruptedRun, counted
 from kdcache.models.causal_lm import CausalLM
 from kdcache.models.from_transformers_lm import load_causal_lm
-from kdcache.models.language_models import build_language_model, save_language_model, tokenizer_folder
+from kdcache.models.language_models import (
+    build_language_model,
+    save_language_model,
+    tokenizer_folder,
+    tokenizer_of_cache,
+)
 from kdcache.runtime.devices import check_device
 from kdcache.runtime.paths import expand
 from kdcache.runtime.progress import Progress
@@ -161,7 +166,9 @@ def _train(
         seeded(spec.train.seed),
     ):
         torch.manual_seed(spec.train.seed)
-        causal = build_language_model(spec, inputs.sequences.encoding.num_classes, progress)
+        vocabulary = inputs.plan.sequences.vocabulary if inputs.plan.sequences is not None else None
+        special = vocabulary.special if vocabulary is not None else None
+        causal = build_language_model(spec, inputs.sequences.encoding.num_classes, progress, special)
         check_student(causal, spec, inputs, progress)
         trained = fit_tokens(
             causal,
@@ -175,8 +182,9 @@ def _train(
             progress=progress,
         )
         parameters = [*causal.network.parameters()]
+        tokenizer = tokenizer_folder(spec) or tokenizer_of_cache(pipeline.teacher, inputs.plan)
         run.finish(
-            lambda folder: save_language_model(causal.network, folder / MODEL, tokenizer_folder(spec)),
+            lambda folder: save_language_model(causal.network, folder / MODEL, tokenizer),
             draw_token_curves,
             {
                 **made_from,

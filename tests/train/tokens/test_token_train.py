@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cli import refused
+from helpers.cli import ok, refused
 from helpers.language_training import Taught, cache_of, taught, text_pipeline
 from helpers.students import command
-from helpers.texts import write_tokenizer
+from helpers.texts import RECORDS, write_lines, write_pipeline, write_tokenizer
 from torch.nn import functional as F
 
-from kdcache import Cache, write_token_cache
+from kdcache import Cache, open_cache, write_token_cache
+from kdcache.config.text import TextPipeline
 from kdcache.data.tokenizer import load_tokenizer
 from kdcache.errors import KdcacheError, MismatchError, UsageError
 from kdcache.train.inputs import CacheOptions
@@ -64,8 +65,11 @@ def test_transformers_loads_the_selected_weights(home: Home, tmp_path: Path) -> 
     ]
 
 
-def test_held_out_figures_are_those_of_whole_logits(home: Home, tmp_path: Path) -> None:
-    result = home.train(tmp_path / "run", train={"held_out_fraction": 0.4, "epochs": 1})
+# Epochs are compared with the weights after the warm-up, or the loss would rise with the weight of the teacher.
+@pytest.mark.parametrize("warmup_epochs", [0, 4])
+def test_held_out_figures_are_those_of_whole_logits(warmup_epochs: int, home: Home, tmp_path: Path) -> None:
+    loss = {"name": "kd", "warmup_epochs": warmup_epochs}
+    result = home.train(tmp_path / "run", train={"held_out_fraction": 0.4, "epochs": 1}, loss=loss)
     from kdcache.train.tokens.inputs import held_out_sequences
 
     network = transformers_loads(result.folder).double()
@@ -289,6 +293,33 @@ def test_a_student_with_the_tokenizer_of_the_teacher_and_padding_behind_it_is_tr
     result = train_language_student(text_pipeline(f"hf:{student}", {}), cache, tmp_path / "run")
     assert result.model.output.weight.shape == (320, 16)
     assert (result.folder / "tokenizer.json").read_bytes() == (student / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_a_new_student_ends_texts_as_the_teacher_does(has_teacher: bool, text_teacher: Path, tmp_path: Path) -> None:
+    """Whose vocabulary has other ids for its special tokens than those that transformers gives a Llama."""
+    teacher = write_tokenizer(tmp_path / "teacher")
+    for name in ("config.json", "model.safetensors"):
+        (teacher / name).write_bytes((text_teacher / name).read_bytes())
+    settings = json.loads((teacher / "tokenizer_config.json").read_text()) | {"eos_token": "<|user|>"}
+    (teacher / "tokenizer_config.json").write_text(json.dumps(settings))
+    eos = load_tokenizer(teacher).vocabulary.special["eos"]
+    assert eos not in (1, 2)
+    pipeline = write_pipeline(tmp_path / "p.yaml", write_lines(tmp_path / "text.jsonl", RECORDS), teacher)
+    ok("dump-teacher", pipeline, "-o", tmp_path / "c.kdcache", "--device", "cpu")
+    args = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    given = text_pipeline(args=args, train={"epochs": 1})
+    described = {"model": f"hf:{teacher}"} if has_teacher else None
+    whole = TextPipeline.model_validate({**given.model_dump(), "teacher": described})
+    result = train_language_student(whole, open_cache(tmp_path / "c.kdcache"), tmp_path / "run")
+    network: Any = result.model.network
+    for settings_of in (network.config, network.generation_config):
+        assert (settings_of.eos_token_id, settings_of.bos_token_id, settings_of.pad_token_id) == (eos, None, 0)
+    loaded = transformers_loads(result.folder)
+    assert (loaded.generation_config.eos_token_id, loaded.config.eos_token_id) == (eos, eos)
+    assert (result.folder / "tokenizer.json").exists() == has_teacher
+    if has_teacher:
+        assert load_tokenizer(result.folder).vocabulary.special["eos"] == eos
 
 
 def test_another_tokenizer_is_refused_with_the_first_token_that_differs(
