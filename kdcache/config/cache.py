@@ -34,7 +34,7 @@ class OutputSpec(Section):
     pool: Literal["none", "mean", "first"] = "none"
     """How [B, D, H, W] or [B, L, D] becomes [B, D]: the mean over all places, or the first of L; `none` refuses it."""
     compression: Literal["fast", "small"] = "fast"
-    """Of maps: `small` takes up to 25% fewer bytes where the step is coarse, and a second per MB of numbers on one
+    """Of maps: `small` takes up to 18% fewer bytes where the step is coarse, and half a second per MB on one
     core. Reading takes the same time."""
     patches: Patches | None = None
     """Of maps: h and w of the places of [B, L, D], such as [14, 14] of a vision transformer. The map is of the last
