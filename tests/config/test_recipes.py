@@ -187,7 +187,7 @@ def in_small(name: str, folder: Path) -> Pipeline:
     no workers, no warm-up of the learning rate, and a teacher with random weights."""
     path = folder / f"{name}.yaml"
     text = recipe(name).read_text().replace("224", "64").replace("256", "72")
-    path.write_text(text.replace("[512, 1024]", "[64, 128]").replace("512", "64").replace("width: 96", "width: 8"))
+    path.write_text(text.replace("[512, 1024]", "[64, 128]").replace("512", "64").replace("96, frozen: true", "8"))
     sets = generated(name, folder)
     read = load_pipeline(path)
     batch = {"digits": 500, "scenes": 240}.get(read.dataset.name, 6)
