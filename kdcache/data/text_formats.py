@@ -76,9 +76,7 @@ def columns_of(record: Any, given: TextFormat | Literal["auto"], column: str | N
         UsageError: if the record has none of the keys.
     """
     if not isinstance(record, dict):
-        raise UsageError(
-            f"it is a {type(record).__name__}, not an object with keys", 'write a line such as {"text": "..."}'
-        )
+        raise UsageError(f"it is {_in_json(record)}, not an object with keys", 'write a line such as {"text": "..."}')
     for one in FORMATS if given == "auto" else (given,):
         keys = _COLUMNS[one] if column is None else (column,)
         first = next((key for key in keys if key in record), None)
@@ -257,16 +255,29 @@ class Reader:
         return Tokens(ids, None if self._learn_all else learned, is_text=learned is None)
 
 
+def _in_json(value: Any) -> str:
+    """Return what a value is called in JSON."""
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+        str: "a string",
+    }
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
 def _checked(record: Any) -> Mapping[str, Any]:
     if not isinstance(record, dict):
-        raise UsageError(f"it is a {type(record).__name__}, not an object with keys", "write the record again")
+        raise UsageError(f"it is {_in_json(record)}, not an object with keys", "write the record again")
     return record
 
 
 def _string(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        what = f"{key!r} is a {type(value).__name__}, not a string" if key in record else f"it has no {key!r}"
+        what = f"{key!r} is {_in_json(value)}, not a string" if key in record else f"it has no {key!r}"
         raise UsageError(what, "write the record again, or leave it out")
     return value
 

@@ -22,6 +22,10 @@ _CAUSES = {
 """Parts of unexpected keys, and the cause that they point to."""
 
 
+_OF_ENCODER = "head.projections."
+"""Part of the keys of `map_head.EncoderWithHead`."""
+
+
 def likely_cause(
     match: Match,
     other_shapes: Mapping[str, tuple[list[int], list[int]]],
@@ -45,6 +49,8 @@ def likely_cause(
             "data set of those classes, or say in teacher.classes and teacher.outputs which outputs stand for the data "
             "set's classes"
         )
+    if any(_OF_ENCODER in key for key in given) and not any(_OF_ENCODER in key for key in expected):
+        return "the checkpoint is of an encoder of timm with a head: add `args: {features_only: true}`, and its others"
     unexpected = " ".join(match.unexpected)
     for marks, cause in _CAUSES.items():
         if any(mark in unexpected for mark in marks):

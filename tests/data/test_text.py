@@ -296,7 +296,7 @@ def test_damaged_files_are_refused_with_their_place(tokenizer: Tokenizer, tmp_pa
 
 
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
-    ('{"text": 3}', {}, "'text' is a int, not a string"),
+    ('{"text": 3}', {}, "'text' is a number, not a string"),
     ("[1, 2]", {}, "it is a list, not an object with keys"),
     ('{"txt": "a"}', {}, "it has the keys 'txt', and none for a known format"),
     ('{"txt": "a"}', {"column": "text"}, "none for a known format, did you mean txt?"),

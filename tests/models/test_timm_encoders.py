@@ -121,6 +121,13 @@ def test_a_checkpoint_of_the_whole_network_needs_no_weights_of_the_encoder(publi
         build_model(SPEC, 5)
 
 
+def test_a_checkpoint_of_an_encoder_says_that_it_is_one(tmp_path: Path) -> None:
+    save_weights(network("test_resnet"), tmp_path / "whole.safetensors")
+    with pytest.raises(MismatchError) as caught:
+        build_model({"model": "timm:test_resnet", "weights": str(tmp_path / "whole.safetensors")}, 5, trained=True)
+    assert "add `args: {features_only: true}`" in caught.value.fix
+
+
 def test_a_file_without_some_of_the_weights_is_refused(published: Path) -> None:
     whole = load_file(published)
     save_file({key: value for key, value in whole.items() if not key.startswith("layer2")}, published)
