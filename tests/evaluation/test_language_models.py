@@ -177,6 +177,27 @@ def test_a_report_has_the_figures_of_the_runs(home: Home, tmp_path: Path) -> Non
     assert "Accuracy by class" not in page
 
 
+def test_a_report_says_that_networks_were_measured_on_other_positions(home: Home, tmp_path: Path) -> None:
+    """One of them has a context of 8 tokens, and sees prefixes."""
+    short = ("--set", "student.train.max_length=8", "--set", "student.args.max_position_embeddings=8")
+    given = ("train-student", home.pipeline, "--cache", home.cache, "-o", tmp_path / "short", "--device", "cpu")
+    ok(*given, *short)
+    for runs, word in (((home.run("kd"), tmp_path / "short"), "Not all"), ((home.run("kd"), home.run("ce")), "All")):
+        ok("report", *runs, "--cache", home.cache, "-o", tmp_path / f"{word}.html")
+        page = (tmp_path / f"{word}.html").read_text()
+        assert f"{word} networks on the same" in page
+    assert "figures cannot be compared" in (tmp_path / "Not all.html").read_text()
+
+
+def test_a_cache_of_images_or_tokens_is_named_as_what_it_is(home: Home, tmp_path: Path) -> None:
+    ok("train-teacher", "smoke", "--set", "teacher.train.epochs=1", "-o", tmp_path / "teacher")
+    ok("dump-teacher", "smoke", "--set", f"teacher.weights={tmp_path}/teacher/model.safetensors", "-o", tmp_path / "c")
+    said = refused(2, "evaluate", home.run("kd"), "--cache", tmp_path / "c")
+    assert "not sequences of tokens" in said and "give a cache of a language model" in said
+    said = refused(4, "evaluate", tmp_path / "teacher", "--cache", home.cache)
+    assert "of sequences of tokens, and class logits of images are asked for" in said
+
+
 def test_a_report_without_a_cache_has_what_the_runs_measured(home: Home, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     ok("report", home.run("kd"), "-o", out, "--png")
