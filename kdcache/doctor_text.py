@@ -22,10 +22,11 @@ from kdcache.errors import counted
 from kdcache.losses.chunked_head import chunked_loss
 from kdcache.losses.config import Loss
 from kdcache.models.language_models import build_language_model, tokenizer_folder
-from kdcache.models.language_teacher import check_context, check_vocabulary_size
+from kdcache.models.language_teacher import check_vocabulary_size
 from kdcache.runtime.progress import Progress
 from kdcache.train.run_folder import check_trackers
 from kdcache.train.tokens.batches import in_micro_batches, with_packing
+from kdcache.train.tokens.inputs import check_sequences
 
 _MEMORY = "lower cache.batch_tokens for the teacher; set student.train.micro_batch_tokens for the student"
 
@@ -87,8 +88,7 @@ def _student(pipeline: TextPipeline, text: TokenizedText, device: torch.device |
     causal = build_language_model(spec, text.vocabulary_size, progress)
     check_vocabulary_size(causal, text.vocabulary_size, "the vocabulary of the teacher")
     lengths = text.store.lengths().tolist()
-    longest = min(max(lengths), spec.train.max_length or max(lengths))
-    check_context(causal, longest, "set student.train.max_length to that or less")
+    check_sequences(causal, spec, lengths, progress)
     train = with_packing(spec.train, causal)
     first = in_micro_batches(range(len(text)), lengths, train)[0]
     batch = token_batch(sequences_of(text, first), train.max_length, packed=train.packed is True).to(device)

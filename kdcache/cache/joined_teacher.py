@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdcache.cache.teacher import CachedOutput, CachedTeacher
 from kdcache.errors import UsageError
-from kdcache.losses.maps import resized
+from kdcache.losses.maps import on_largest_grid
 
 Combine = Literal["logits", "probabilities", "confidence"]
 
@@ -51,7 +51,8 @@ class JoinedTeacher:
 
         Maps are [B, C, h, w].
         """
-        logits = torch.stack(_on_one_grid([teacher(ids, view) for teacher in self.teachers]))
+        each = [teacher(ids, view) for teacher in self.teachers]
+        logits = torch.stack(on_largest_grid(each) if each[0].ndim == 4 else each)
         shares = logits.new_tensor(self.shares).view(-1, *[1] * (logits.ndim - 1))
         if self.combine == "logits":
             return (shares * logits).sum(dim=0)
@@ -80,11 +81,3 @@ class StackedTeacher(JoinedTeacher):
     def __call__(self, ids: Tensor, view: int = 0) -> Tensor:
         """Return the logits of samples `ids` [B] int64 in a view: [B, K, C] float32, for K teachers."""
         return torch.stack([teacher(ids, view) for teacher in self.teachers], dim=1)
-
-
-def _on_one_grid(logits: list[Tensor]) -> list[Tensor]:
-    """Return logits as they are, and maps [B, C, h, w] at the places of the largest grid."""
-    if logits[0].ndim != 4:
-        return logits
-    height, width = max((maps.shape[2:] for maps in logits), key=lambda size: size[0] * size[1])
-    return [resized(maps, (height, width)) for maps in logits]

@@ -6,6 +6,7 @@ of the student. Where the places of a map are to be left out, such as those with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -40,6 +41,12 @@ def resized(maps: Tensor, size: tuple[int, int], align: Align = "bilinear", alig
     if align == "nearest":
         return functional.interpolate(maps, size, mode="nearest")
     return functional.interpolate(maps, size, mode="bilinear", align_corners=align_corners)
+
+
+def on_largest_grid(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Return maps [B, C_i, h_i, w_i] enlarged to the grid of the one with the most places."""
+    height, width = max((one.shape[2:] for one in maps), key=lambda size: size[0] * size[1])
+    return [resized(one, (height, width)) for one in maps]
 
 
 def standardized(maps: Tensor, over: Standardize) -> Tensor:
@@ -242,7 +249,7 @@ class PlaceRows(NamedTuple):
 
 def _places(maps: Tensor) -> Tensor:
     """Return the places of maps [B, C, h, w] as rows [M, C]; of few classes each of these is a column in memory."""
-    if are_narrow(maps.shape[1], maps):
+    if are_narrow(maps):
         return maps.transpose(0, 1).flatten(1).t()
     return maps.movedim(1, -1).flatten(0, 2)
 

@@ -77,18 +77,13 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int, complete:
     architecture, _, tag = name.partition("@")
     own_channels = spec.args.get("in_chans", 3)
     check_channels(spec, channels, own_channels)
+    head = _head_args(spec)
     options: dict[str, Any] = {"model_name": f"{architecture}.{tag}" if tag else architecture}
-    options["pretrained"] = bool(tag) and not (spec.is_encoder and complete)
+    options["pretrained"] = bool(tag) and not (head is not None and complete)
     if options["pretrained"]:
         options["pretrained_cfg_overlay"] = {"state_dict": _weights(spec, f"{architecture}.{tag}", config)}
-    of_head = [key for key in spec.args if key in _HeadArgs.model_fields]
-    if of_head and not spec.is_encoder:
-        raise UsageError(
-            f"{of_head[0]} in the args of {spec.model} is of the head of an encoder",
-            f"add features_only: true, or remove {of_head[0]}",
-        )
-    if spec.is_encoder:
-        return _encoder_with_head(spec, config, options, num_classes, own_channels)
+    if head is not None:
+        return _encoder_with_head(spec, head, config, options, num_classes, own_channels)
     model = construct(_timm().create_model, spec, **options, num_classes=num_classes)
     vars(model)["pretrained_cfg"].pop("state_dict", None)  # a second copy of all weights
     if config.fixed_input_size:
@@ -99,8 +94,31 @@ def build(name: str, spec: ModelSpec, num_classes: int, channels: int, complete:
     return model
 
 
+def _head_args(spec: ModelSpec) -> _HeadArgs | None:
+    """Return the arguments of the head of an encoder; None for another network.
+
+    Raises:
+        UsageError: if they are invalid, or of a network without a head.
+    """
+    given = {key: spec.args[key] for key in _HeadArgs.model_fields if key in spec.args}
+    if not spec.is_encoder:
+        if given:
+            raise UsageError(
+                f"{next(iter(given))} in the args of {spec.model} is of the head of an encoder",
+                f"add features_only: true, or remove {next(iter(given))}",
+            )
+        return None
+    head = validated(_HeadArgs, given, f"the head of {spec.model} (`args:`)")
+    if head.frozen and "@" not in spec.model:
+        raise UsageError(
+            f"the encoder {spec.model} is frozen, and has random weights",
+            f"name weights of it, {spec.model}@TAG, or remove `frozen`",
+        )
+    return head
+
+
 def _encoder_with_head(
-    spec: ModelSpec, config: Any, options: dict[str, Any], num_classes: int, channels: int
+    spec: ModelSpec, head: _HeadArgs, config: Any, options: dict[str, Any], num_classes: int, channels: int
 ) -> nn.Module:
     """Return an encoder of timm with a new head, which says a class of each place of the encoder's largest map.
 
@@ -108,31 +126,29 @@ def _encoder_with_head(
     1/4 of the size of the images and below.
 
     Raises:
-        UsageError: for arguments that the encoder or the head do not take.
+        UsageError: for arguments that the encoder does not take.
     """
-    of_head = {key: spec.args[key] for key in _HeadArgs.model_fields if key in spec.args}
-    head = validated(_HeadArgs, of_head, f"the head of {spec.model} (`args:`)")
-    if head.frozen and "@" not in spec.model:
-        raise UsageError(
-            f"the encoder {spec.model} is frozen, and has random weights",
-            f"name weights of it, {spec.model}@TAG, or remove `frozen`",
-        )
-    args = {key: value for key, value in spec.args.items() if key not in of_head}
-    chosen = args.pop("out_indices", None)
-    untrained: Any = _made(spec, args, model_name=options["model_name"])
-    steps = untrained.feature_info.reduction()
-    if chosen is None:
-        chosen = [index for index, step in enumerate(steps) if step >= _FINEST_STEP]
+    args = {key: value for key, value in spec.args.items() if key not in _HeadArgs.model_fields}
+
+    def steps() -> list[int]:
+        """Return the pixels per place of all maps, of an encoder without weights."""
+        others = {key: value for key, value in args.items() if key != "out_indices"}
+        untrained: Any = _made(spec, others, model_name=options["model_name"])
+        return list(untrained.feature_info.reduction())
+
+    if "out_indices" not in args:
+        args["out_indices"] = [index for index, step in enumerate(steps()) if step >= _FINEST_STEP]
     with _missing_weights() as missing:
         try:
-            encoder: Any = _made(spec, {**args, "out_indices": chosen}, **options)
+            encoder: Any = _made(spec, args, **options)
         except UsageError as error:
             if not isinstance(error.__cause__, IndexError):
                 raise
+            there = steps()
             raise UsageError(
-                f"{spec.model} has {len(steps)} maps, at 1/{', 1/'.join(map(str, steps))} of the size of an image, and "
-                f"out_indices is {chosen}",
-                f"choose indices from 0 to {len(steps) - 1}",
+                f"{spec.model} has {len(there)} maps, at 1/{', 1/'.join(map(str, there))} of the size of an image, and "
+                f"out_indices is {args['out_indices']}",
+                f"choose indices from 0 to {len(there) - 1}",
             ) from None
     _check_complete(encoder, missing, spec.model)
     last = str(getattr(encoder, "output_fmt", "NCHW")).endswith("NHWC")

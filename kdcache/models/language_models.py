@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from kdcache.cache.format.schema import Plan
+from kdcache.cache.format.sequence_records import VocabularyRecord
 from kdcache.cache.format.stored_sequences import check_same_tokens, digest_of_tokens
 from kdcache.config.text import LanguageModelSpec
 from kdcache.data.tokenizer import has_tokenizer, load_tokenizer
@@ -112,10 +113,15 @@ def tokenizer_folder(spec: LanguageModelSpec) -> Path | None:
     return folder if folder is not None and has_tokenizer(folder) else None
 
 
+def vocabulary_of(plan: Plan) -> VocabularyRecord | None:
+    """Return the vocabulary of a cache of sequences; None for another one."""
+    return plan.sequences.vocabulary if plan.sequences is not None else None
+
+
 def tokenizer_of_cache(spec: LanguageModelSpec | None, plan: Plan) -> Path | None:
     """Return the folder of a teacher if it has the tokenizer that a cache was made with; else None."""
     folder = None if spec is None else tokenizer_folder(spec)
-    record = plan.sequences.vocabulary if plan.sequences is not None else None
+    record = vocabulary_of(plan)
     if folder is None or record is None or record.digest is None:
         return None
     return folder if digest_of_tokens(load_tokenizer(folder).vocabulary.tokens) == record.digest else None
@@ -132,7 +138,7 @@ def check_tokenizer(folder: Path | None, cache: Path, plan: Plan) -> None:
     Raises:
         MismatchError: with the first id that differs, and both tokens.
     """
-    record = plan.sequences.vocabulary if plan.sequences is not None else None
+    record = vocabulary_of(plan)
     if folder is None or record is None or record.digest is None:
         return
     tokens = load_tokenizer(folder).vocabulary.tokens

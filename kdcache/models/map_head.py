@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kdcache.losses.maps import resized
+from kdcache.losses.maps import on_largest_grid
 
 
 class MapHead(nn.Module):
@@ -39,11 +39,8 @@ class MapHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """[B, D_i, h_i, w_i] of each i -> logits [B, C, h, w], h and w those of the largest map."""
-        height, width = max((one.shape[2:] for one in maps), key=lambda size: size[0] * size[1])
-        projected = [
-            resized(project(one), (height, width)) for project, one in zip(self.projections, maps, strict=True)
-        ]
-        logits: Tensor = self.classifier(self.features(torch.stack(projected).sum(dim=0)))
+        projected = [project(one) for project, one in zip(self.projections, maps, strict=True)]
+        logits: Tensor = self.classifier(self.features(torch.stack(on_largest_grid(projected)).sum(dim=0)))
         return logits
 
 

@@ -31,6 +31,7 @@ class Tap:
         places: "one", or "grid" for an output that is a map, [B, C, h, w].
         of_one_number: whether a map may also be [B, h, w], of one number per place, or of true and false.
         patches: (h, w), if a map may also be [B, L, D], of whose tokens the last h * w are its places.
+        fix: how to name another one, if it is not named by the `source` of an output.
     """
 
     source: str | int | None = None
@@ -38,6 +39,7 @@ class Tap:
     places: Literal["one", "grid"] = "one"
     of_one_number: bool = False
     patches: tuple[int, int] | None = None
+    fix: str | None = None
 
 
 class Taps:
@@ -150,7 +152,7 @@ class Taps:
         if isinstance(found, np.ndarray):
             found = torch.from_numpy(found)
         if not isinstance(found, Tensor):
-            raise self._missing(name, source, found)
+            raise self._missing(name, source, found, tap.fix)
         return _shaped(found, tap, f"the output {name} of the {self._who}")
 
     def _is_the_one(self, tap: Tap) -> bool:
@@ -159,7 +161,7 @@ class Taps:
         grids = [one for one in self._taps.values() if one.places == "grid" and one.source is None]
         return (self._whole and len(self._taps) == 1) or (is_map and self.returned.ndim == 4 and len(grids) == 1)
 
-    def _missing(self, name: str, source: str | int, found: Any) -> MismatchError:
+    def _missing(self, name: str, source: str | int, found: Any, fix: str | None) -> MismatchError:
         """Return the error for an output that is not there, or that is not a tensor."""
         if source in self._modules and not self._seen[name] and found is None:
             what = f"its module {source} did not run in the forward pass"
@@ -177,8 +179,9 @@ class Taps:
         return MismatchError(
             f"the {self._who} does not give the output {name}: {what}; it returns {parts}"
             + (f"; its modules are {top}" if top else ""),
-            f"set {section}.outputs.{name}.source to a part of what it returns, or to a module (model.named_modules())"
-            f"{of_head}",
+            fix
+            or f"set {section}.outputs.{name}.source to a part of what it returns, or to a module "
+            f"(model.named_modules()){of_head}",
         )
 
 
@@ -261,15 +264,16 @@ def _shaped(values: Tensor, tap: Tap, what: str) -> Tensor:
     if tap.of_one_number and values.dtype == torch.bool:
         values = values.float()
     if not values.is_floating_point():
-        raise MismatchError(f"{what} is {values.dtype} {shape}", "take an output of floating point numbers")
+        raise MismatchError(f"{what} is {values.dtype} {shape}", tap.fix or "take an output of floating point numbers")
     if tap.places == "grid":
         if (maps := _maps(values, tap)) is not None:
             return maps
         raise MismatchError(
             f"{what} is {shape}, and places is grid: a map per sample is [B, C, h, w]"
             + (f", or has the {tap.patches[0]} x {tap.patches[1]} tokens of `patches`" if tap.patches else ""),
-            "take an output of this shape; for tokens [B, L, D] of a transformer set `patches` to the height and width "
-            "of their grid, such as [14, 14]",
+            tap.fix
+            or "take an output of this shape; for tokens [B, L, D] of a transformer set `patches` to the height and "
+            "width of their grid, such as [14, 14]",
         )
     vectors = _vectors(values, pool)
     if vectors is not None:

@@ -49,19 +49,16 @@ def load_teacher(
     loss = pipeline.loss
     placements: list[Placement] = []
     logits: Teacher | None = None
-    if loss.uses_teacher and samples.maps is not None:
-        maps = [_teacher_of_maps(cache, samples, placement, device) for cache in caches]
-        for each in maps:
+    if loss.uses_teacher:
+        names = [None if samples.maps is None else map_of_classes(cache, samples) for cache in caches]
+        cached = [
+            cache.teacher(name, device=device, placement=placement) for name, cache in zip(names, caches, strict=True)
+        ]
+        for each in cached:
             progress.say(f"placement of the cache: {each.placement} ({each.why})")
             placements.append(each.placement)
-        logits = _of_samples(_joined(maps, pipeline), samples, caches[0])
-    elif loss.uses_teacher:
-        cached = [cache.teacher(device=device, placement=placement) for cache in caches]
-        for one in cached:
-            progress.say(f"placement of the cache: {one.placement} ({one.why})")
-            placements.append(one.placement)
         logits = _of_samples(_joined(cached, pipeline), samples, caches[0])
-        if loss.gate is None and all(one.placement != "stream" for one in cached):
+        if samples.maps is None and loss.gate is None and all(each.placement != "stream" for each in cached):
             logits = decode_if_small(logits, len(samples), samples.num_classes)
     if not loss.outputs:
         return logits, placements
@@ -76,7 +73,7 @@ def load_teacher(
     return TeacherWithOutputs(logits, outputs, unmapped), placements
 
 
-def _joined(cached: Sequence[CachedTeacher] | Sequence[CachedOutput], pipeline: Pipeline) -> Teacher:
+def _joined(cached: Sequence[CachedTeacher | CachedOutput], pipeline: Pipeline) -> Teacher:
     """Return the teachers of several caches as one, or side by side for a gate.
 
     Raises:
@@ -95,19 +92,6 @@ def _joined(cached: Sequence[CachedTeacher] | Sequence[CachedOutput], pipeline: 
     if join != JoinSpec():
         raise UsageError("loss.gate chooses among the teachers, and `join` joins them", "remove one of the two")
     return StackedTeacher(cached)
-
-
-def _teacher_of_maps(
-    cache: Cache, samples: Samples, placement: Placement | Literal["auto"], device: torch.device | str
-) -> CachedOutput:
-    """Return the teacher's logits of every place.
-
-    Raises:
-        UsageError: if the cache has none.
-    """
-    found = cache.teacher(map_of_classes(cache, samples), device=device, placement=placement)
-    assert isinstance(found, CachedOutput), "it is a map"  # noqa: S101  # for the type checker
-    return found
 
 
 def _of_samples(teacher: Teacher, samples: Samples, cache: Cache) -> Teacher:

@@ -157,7 +157,11 @@ def student_outputs(
     taps = {name: _tap(spec, name, options, name in teacher.unmapped) for name, options in loss.outputs.items()}
     for name, options in loss.outputs.items():
         if options.mask_source is not None:
-            taps[_mask_of(name)] = Tap(options.mask_source, places="grid", of_one_number=True)
+            fix = (
+                f"set `mask` of the loss of {name} to a part of what the student returns or to a module, or to labels, "
+                "for the places with a label"
+            )
+            taps[_mask_of(name)] = Tap(options.mask_source, places="grid", of_one_number=True, fix=fix)
     check_taps(taps, model, "student")
     widths = _try(model, taps, loss, train, teacher)
     for name in teacher.unmapped:
@@ -199,7 +203,7 @@ def _try(
     with torch.no_grad(), seeded(0), refused, tried.collecting(whole=not loss.uses_logits):
         model(images)
     model.train(was_training)
-    own_ids, widths, outputs = torch.tensor(ids), {}, _found(tried, loss)
+    own_ids, widths, outputs = torch.tensor(ids), {}, tried.outputs()
     for name, values in outputs.items():
         if len(values) != len(images):
             raise MismatchError(
@@ -211,25 +215,6 @@ def _try(
     for name in widths:
         _check_mask(name, outputs[name], outputs.get(_mask_of(name)))
     return widths
-
-
-def _found(tried: Taps, loss: Loss) -> dict[str, Tensor]:
-    """Return the outputs of a student.
-
-    Raises:
-        MismatchError: if it does not give one; of a mask with the key that names it.
-    """
-    try:
-        return tried.outputs()
-    except MismatchError as error:
-        for name, options in loss.outputs.items():
-            if options.mask_source is not None and f"output {_mask_of(name)}" in error.what:
-                raise MismatchError(
-                    error.what,
-                    f"set `mask` of the loss of {name} to a part of what the student returns or to a module, or to "
-                    "labels, for the places with a label",
-                ) from None
-        raise
 
 
 def _mask_of(name: str) -> str:

@@ -152,7 +152,19 @@ def check_student(
     """
     check_tokenizer(tokenizer_folder(spec), inputs.cache, inputs.plan)
     check_vocabulary_size(causal, inputs.sequences.encoding.num_classes, "the vocabulary of the cache")
-    longest = min(max(inputs.lengths), spec.train.max_length or max(inputs.lengths))
+    check_sequences(causal, spec, inputs.lengths, progress)
+
+
+def check_sequences(
+    causal: CausalLM, spec: LanguageStudentSpec, lengths: Sequence[int], progress: Progress | None = None
+) -> None:
+    """Check that a student can be trained on sequences of some lengths, as they are cut and packed.
+
+    Raises:
+        MismatchError: if its context is shorter.
+        UsageError: if it has nothing to train, or mixes packed sequences.
+    """
+    longest = min(max(lengths), spec.train.max_length or max(lengths))
     fix = f"set student.train.max_length to {context_of(causal)} or less: longer sequences are then cut to a prefix"
     check_context(causal, longest, fix)
     if spec.train.packed is True and not causal.packs:

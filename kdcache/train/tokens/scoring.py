@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kdcache.losses.chunked_head import chunk_size
+from kdcache.losses.fused_tokens import SoftTarget, token_sums
 from kdcache.losses.lm_head import LMHead
-from kdcache.losses.token_kl import ghost_kl, shaped_kl
 from kdcache.losses.token_targets import TokenTargets, head_and_tail
 
 _ELEMENTS = 2**24
@@ -115,9 +115,6 @@ def kl_sum(logits: Tensor, targets: TokenTargets) -> Tensor:
         logits: [n, V].
         targets: with a head. Without a shape the divergence is of K + 1 classes, the last of them the tail.
     """
-    one, weight = logits.new_ones(len(logits), 1), logits.new_ones(len(logits))
     targets = targets.to(dtype=logits.dtype)
-    if targets.has_shape:
-        return shaped_kl(logits, one, targets, one, weight)
-    head, tail = head_and_tail(targets, 1.0)
-    return ghost_kl(logits, one, targets.indices, head, tail, weight)
+    soft = SoftTarget(targets.indices, *head_and_tail(targets, 1.0), targets if targets.has_shape else None)
+    return token_sums(logits, None, soft, logits.new_ones(len(logits))).total

@@ -21,6 +21,7 @@ from kdcache.models.language_models import (
     save_language_model,
     tokenizer_folder,
     tokenizer_of_cache,
+    vocabulary_of,
 )
 from kdcache.runtime.devices import check_device
 from kdcache.runtime.paths import expand
@@ -166,7 +167,7 @@ def _train(
         seeded(spec.train.seed),
     ):
         torch.manual_seed(spec.train.seed)
-        vocabulary = inputs.plan.sequences.vocabulary if inputs.plan.sequences is not None else None
+        vocabulary = vocabulary_of(inputs.plan)
         special = vocabulary.special if vocabulary is not None else None
         causal = build_language_model(spec, inputs.sequences.encoding.num_classes, progress, special)
         check_student(causal, spec, inputs, progress)
